@@ -1,0 +1,1 @@
+//! Snapshot: an immutable view of Services, EndpointSlices, Nodes and Pods, built from watches.

@@ -1,0 +1,1 @@
+//! Test support and end-to-end suites.
