@@ -1,1 +1,3 @@
 //! The per-node daemon.
+
+pub mod dataplane;

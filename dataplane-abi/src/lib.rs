@@ -1,2 +1,100 @@
 #![no_std]
-//! Map keys and values, limits and drop reasons shared by the eBPF programs and the agent.
+//! Map keys and values, limits and counters shared by the eBPF programs and the agent.
+//!
+//! Everything here is `repr(C)` without implicit padding; the byte order of each number is named on its field.
+//! A change of a layout, of a limit that sizes a map, or of what a field means asks for a new [`ABI_VERSION`]:
+//! maps are pinned under a directory that carries it, so two versions never share a map.
+
+mod address;
+mod counter;
+mod flow;
+mod layout;
+mod service;
+
+pub use address::{Addr, FROM_HOST, FROM_POD, LocalAddress};
+pub use counter::{Class, Reason};
+pub use flow::{
+    Flow, FlowKey, FragmentKey, FragmentPorts, SEEN_FIN, SEEN_REPLY, SEEN_RST, SEEN_SYN, timeout_s,
+};
+pub use layout::Plain;
+pub use service::{
+    Backend, Cell, ExtentHeader, FrontendKey, SCOPE_INTERNAL, ServiceRef, SocketPeer, SocketPeers,
+    VIP_MARKER, VIP_PORT, VIP_PROTO,
+};
+
+/// Version of everything in this crate; part of the pin directory's name.
+pub const ABI_VERSION: u32 = 1;
+
+/// Sizes of maps and what relates them.
+pub mod limits {
+    /// Service ports, each one frontend group with its own backends. Ids are `1..SERVICES`; 0 is never a service.
+    pub const SERVICES: u32 = 1 << 17;
+    /// Addresses with a port that lead to a service port, and one marker per service address.
+    pub const FRONTENDS: u32 = 1 << 18;
+    /// 32-byte cells in which extents lie: a header and its backends, rounded up to a power of two.
+    pub const CELLS: u32 = 1 << 20;
+    /// Backends of one service port, terminating ones included.
+    pub const BACKENDS_PER_SERVICE: u32 = 4095;
+    /// Addresses that this node delivers to itself: its pods' and its own.
+    pub const LOCAL_ADDRESSES: u32 = 1 << 12;
+    /// Entries (two per flow) of flows that have seen a reply.
+    pub const FLOWS: u32 = 1 << 19;
+    /// Entries (two per flow) of flows that have not, evicted least recently used first.
+    pub const FLOWS_UNREPLIED: u32 = 1 << 16;
+    /// Fragmented datagrams whose ports are remembered.
+    pub const FRAGMENTS: u32 = 1 << 12;
+
+    // The largest extent fits the array many times over, and a service's marker has room beside its frontends.
+    const _: () = assert!((BACKENDS_PER_SERVICE + 1).is_power_of_two());
+    const _: () = assert!(CELLS / (BACKENDS_PER_SERVICE + 1) >= 64);
+    const _: () = assert!(CELLS >= 8 * SERVICES);
+    const _: () = assert!(FRONTENDS >= 2 * SERVICES);
+    const _: () = assert!(FLOWS > 4 * FLOWS_UNREPLIED);
+}
+
+/// Names of maps, as the object declares and the agent pins them.
+pub mod map {
+    /// [`crate::FrontendKey`] to service id or [`crate::VIP_MARKER`]; hash.
+    pub const FRONTENDS: &str = "FRONTENDS";
+    /// Service id to [`crate::ServiceRef`]; mmapable array.
+    pub const SERVICES: &str = "SERVICES";
+    /// [`crate::Cell`]s; mmapable array.
+    pub const BACKENDS: &str = "BACKENDS";
+    /// [`crate::Addr`] to [`crate::LocalAddress`]; hash.
+    pub const LOCAL: &str = "LOCAL";
+    /// [`crate::FlowKey`] to [`crate::Flow`], replied; hash.
+    pub const FLOWS: &str = "FLOWS";
+    /// [`crate::FlowKey`] to [`crate::Flow`], not yet replied; LRU hash.
+    pub const FLOWS_UNREPLIED: &str = "FLOWS_UNREPLIED";
+    /// [`crate::FragmentKey`] to [`crate::FragmentPorts`]; LRU hash.
+    pub const FRAGMENTS: &str = "FRAGMENTS";
+    /// [`crate::Reason`] to packets, u64; per-CPU array.
+    pub const COUNTERS: &str = "COUNTERS";
+    /// [`crate::SocketPeers`]; socket storage.
+    pub const SOCKET_PEERS: &str = "SOCKET_PEERS";
+}
+
+/// Names of load-time constants (`.rodata`), which the agent sets before it loads the object.
+pub mod global {
+    /// u32, 1 when packets at tc are translated.
+    pub const PACKET_LB: &str = "PACKET_LB";
+    /// u32, 1 when sockets are translated.
+    pub const SOCKET_LB: &str = "SOCKET_LB";
+    /// u32, interface index of the outer end of the service veth pair, whose routes lead to service addresses; 0 without one.
+    pub const SERVICE_VETH: &str = "SERVICE_VETH";
+}
+
+/// MAC address of the host's side of every pod veth and of both ends of the service veth pair. One address for all lets a
+/// packet be moved between them without a new Ethernet header.
+pub const HOST_VETH_MAC: [u8; 6] = [0x0a, 0x6b, 0x77, 0x00, 0x00, 0x01];
+
+/// Source address that a packet takes when its backend is its own sender (a pod, or the host, that reaches itself through
+/// a Service): with its own address as source, the reply would never come back to be translated. Routed into the service veth.
+pub const HAIRPIN_V4: [u8; 4] = [169, 254, 77, 77];
+
+/// IP protocol numbers.
+pub mod proto {
+    pub const ICMP: u8 = 1;
+    pub const TCP: u8 = 6;
+    pub const UDP: u8 = 17;
+}

@@ -1,0 +1,148 @@
+use crate::{Addr, layout::plain, proto};
+
+/// The 5-tuple of a packet as it arrives at a hook.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct FlowKey {
+    pub src: Addr,
+    pub dst: Addr,
+    /// Network order, both.
+    pub sport: u16,
+    pub dport: u16,
+    pub proto: u8,
+    pub pad: [u8; 3],
+}
+plain!(FlowKey, 40, { src: 0, dst: 16, sport: 32, dport: 34, proto: 36, pad: 37 });
+
+impl FlowKey {
+    #[inline(always)]
+    pub const fn new(src: Addr, dst: Addr, sport_be: u16, dport_be: u16, proto: u8) -> Self {
+        Self {
+            src,
+            dst,
+            sport: sport_be,
+            dport: dport_be,
+            proto,
+            pad: [0; 3],
+        }
+    }
+
+    /// The key with source and destination exchanged.
+    #[inline(always)]
+    pub const fn mirrored(&self) -> Self {
+        Self::new(self.dst, self.src, self.dport, self.sport, self.proto)
+    }
+}
+
+/// [`Flow::seen`]: a SYN passed in this direction.
+pub const SEEN_SYN: u32 = 1;
+/// A FIN did.
+pub const SEEN_FIN: u32 = 2;
+/// A RST did.
+pub const SEEN_RST: u32 = 4;
+/// The flow has been answered: it lives in FLOWS, not in FLOWS_UNREPLIED.
+pub const SEEN_REPLY: u32 = 8;
+
+/// One direction of a translated flow. A flow has two entries that name each other: under the client's tuple, and under
+/// that of the backend's answers. A packet that arrives under an entry's key leaves as the mirror of `other`.
+///
+/// Each entry holds what its own direction has seen, so that a packet costs one lookup; the collector reads both.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Flow {
+    /// Key of the other direction's entry.
+    pub other: FlowKey,
+    /// Seconds of the monotonic clock when this direction was last used.
+    pub last_seen_s: u32,
+    /// SEEN_* bits.
+    pub seen: u32,
+    /// Service id that the client asked.
+    pub service: u32,
+    /// Generation of the service when the backend was last seen in it.
+    pub generation: u32,
+    /// Place of the backend in the extent then, from 0.
+    pub slot: u32,
+    /// 1 in the entry of the backend's answers, 0 in the client's.
+    pub reply: u32,
+}
+plain!(Flow, 64, { other: 0, last_seen_s: 40, seen: 44, service: 48, generation: 52, slot: 56, reply: 60 });
+
+/// A fragmented datagram: only its first fragment has ports.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct FragmentKey {
+    pub src: Addr,
+    pub dst: Addr,
+    /// Identification, network order; 16 bits in IPv4.
+    pub id: u32,
+    pub proto: u8,
+    pub pad: [u8; 3],
+}
+plain!(FragmentKey, 40, { src: 0, dst: 16, id: 32, proto: 36, pad: 37 });
+
+/// The ports of a fragmented datagram.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct FragmentPorts {
+    /// Network order, both.
+    pub sport: u16,
+    pub dport: u16,
+}
+plain!(FragmentPorts, 4, { sport: 0, dport: 2 });
+
+/// Seconds without a packet after which a flow is collected, from what both directions have seen.
+///
+/// Established TCP follows kube-proxy's default (24 h), UDP the kernel's conntrack (120 s answered, 30 s not).
+/// `pressure` halves the longest of them that many times, when the table fills.
+pub const fn timeout_s(proto: u8, seen_client: u32, seen_backend: u32, pressure: u32) -> u32 {
+    let seen = seen_client | seen_backend;
+    let timeout = match proto {
+        proto::TCP if seen & SEEN_RST != 0 => 10,
+        proto::TCP if seen_client & seen_backend & SEEN_FIN != 0 => 30,
+        proto::TCP if seen & SEEN_FIN != 0 => 3600,
+        proto::TCP if seen & SEEN_REPLY != 0 => 86_400,
+        proto::TCP => 60,
+        _ if seen & SEEN_REPLY != 0 => 120,
+        _ => 30,
+    };
+    let shorter = timeout >> if pressure > 16 { 16 } else { pressure };
+    // Pressure never cuts below what a retransmission needs.
+    if shorter < 10 {
+        if timeout < 10 { timeout } else { 10 }
+    } else {
+        shorter
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mirrored_key_mirrored_again_is_itself() {
+        let key = FlowKey::new(Addr::from_v4_be(1), Addr::from_v4_be(2), 3, 4, proto::UDP);
+        assert_ne!(key, key.mirrored());
+        assert_eq!(key, key.mirrored().mirrored());
+    }
+
+    #[test]
+    fn closed_flows_go_before_half_closed_before_established_ones() {
+        let established = timeout_s(proto::TCP, SEEN_SYN | SEEN_REPLY, SEEN_REPLY, 0);
+        let half_closed = timeout_s(proto::TCP, SEEN_FIN | SEEN_REPLY, SEEN_REPLY, 0);
+        let closed = timeout_s(proto::TCP, SEEN_FIN | SEEN_REPLY, SEEN_FIN | SEEN_REPLY, 0);
+        let reset = timeout_s(proto::TCP, SEEN_REPLY, SEEN_RST | SEEN_REPLY, 0);
+        assert!(reset < closed && closed < half_closed && half_closed < established);
+    }
+
+    #[test]
+    fn pressure_shortens_but_leaves_time_for_a_retransmission() {
+        for proto in [proto::TCP, proto::UDP] {
+            let mut last = u32::MAX;
+            for pressure in 0..40 {
+                let timeout = timeout_s(proto, SEEN_REPLY, SEEN_REPLY, pressure);
+                assert!(timeout <= last && timeout >= 10);
+                last = timeout;
+            }
+        }
+    }
+}
