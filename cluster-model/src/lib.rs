@@ -1,1 +1,32 @@
-//! Snapshot: an immutable view of Services, EndpointSlices, Nodes and Pods, built from watches.
+//! The view of a cluster that the network path needs: Services, EndpointSlices, Nodes and Pods.
+//!
+//! Objects of the Kubernetes API are converted once, at the edge, into the small validated types of this crate
+//! ([`Service`], [`EndpointSlice`], [`Node`], [`Pod`]). A [`Snapshot`] holds them with shared structure, so that a
+//! clone is cheap and a change costs the same in a small cluster and in a large one. [`Snapshot::apply`] says which
+//! keys a [`Change`] made [`Dirty`]; plans are made again for those only.
+//!
+//! The crate is pure. The feature `watch` adds the one asynchronous module, which feeds changes from an API server.
+#![forbid(unsafe_code)]
+
+mod endpoints;
+mod manifest;
+mod node;
+mod object;
+mod reject;
+mod service;
+mod snapshot;
+#[cfg(feature = "watch")]
+pub mod watch;
+
+pub use endpoints::{Conditions, Endpoint, EndpointPort, EndpointSlice, TargetRef};
+pub use manifest::{ManifestError, read_manifest};
+pub use node::{Node, Pod};
+pub use object::{Kind, Object, ObjectKey, ObjectRef, ServiceKey, SliceKey};
+pub use reject::Rejected;
+pub use service::{
+    Protocol, Service, ServicePort, ServiceType, TrafficDistribution, TrafficPolicy,
+};
+pub use snapshot::{Change, Dirty, Snapshot};
+
+/// The types of the Kubernetes API that conversions start from.
+pub use k8s_openapi as api;

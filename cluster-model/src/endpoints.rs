@@ -1,0 +1,178 @@
+//! EndpointSlices, as the network path sees them.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use k8s_openapi::api::discovery::v1 as discovery;
+
+use crate::reject::{self, BadField};
+use crate::{Kind, ObjectKey, Protocol, Rejected, ServiceKey, SliceKey};
+
+/// A part of the endpoints of one Service, all of one address family.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EndpointSlice {
+    pub key: SliceKey,
+    /// The Service that the slice belongs to (label `kubernetes.io/service-name`); a slice may stand alone.
+    pub service: Option<ServiceKey>,
+    pub ports: Vec<EndpointPort>,
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// One port that every endpoint of a slice serves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointPort {
+    /// The name of the Service's port that it stands for; may be empty.
+    pub name: Arc<str>,
+    pub protocol: Protocol,
+    pub port: u16,
+    pub app_protocol: Option<Arc<str>>,
+}
+
+/// One endpoint. The API lists several addresses as interchangeable and asks consumers to use the first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    pub address: IpAddr,
+    pub conditions: Conditions,
+    pub node_name: Option<Arc<str>>,
+    pub zone: Option<Arc<str>>,
+    pub hostname: Option<Arc<str>>,
+    pub target: Option<TargetRef>,
+    /// Zones that should use this endpoint (`hints.forZones`); empty when there is no hint.
+    pub for_zones: Vec<Arc<str>>,
+    /// Nodes that should use this endpoint (`hints.forNodes`); empty when there is no hint.
+    pub for_nodes: Vec<Arc<str>>,
+}
+
+/// Conditions of an endpoint, with the API's defaults filled in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Conditions {
+    /// Should get traffic. Already true for endpoints of a Service with `publishNotReadyAddresses`.
+    pub ready: bool,
+    /// Could answer, also while terminating.
+    pub serving: bool,
+    pub terminating: bool,
+}
+
+/// What an endpoint is the address of, as kind and key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TargetRef {
+    pub kind: Arc<str>,
+    pub key: ObjectKey,
+}
+
+const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+
+impl TryFrom<discovery::EndpointSlice> for EndpointSlice {
+    type Error = Rejected;
+
+    fn try_from(slice: discovery::EndpointSlice) -> Result<Self, Rejected> {
+        convert(&slice).map_err(|bad| bad.of(Kind::EndpointSlice, &slice.metadata))
+    }
+}
+
+fn convert(slice: &discovery::EndpointSlice) -> Result<EndpointSlice, BadField> {
+    let key = reject::namespaced(&slice.metadata)?;
+    let ipv4 = match slice.address_type.as_str() {
+        "IPv4" => true,
+        "IPv6" => false,
+        other => {
+            return Err(BadField::new(
+                "addressType",
+                format!("{other:?} is not IPv4 or IPv6"),
+            ));
+        }
+    };
+    let service = slice
+        .metadata
+        .labels
+        .as_ref()
+        .and_then(|labels| labels.get(SERVICE_NAME_LABEL))
+        .filter(|name| !name.is_empty())
+        .map(|name| ServiceKey {
+            namespace: key.namespace.clone(),
+            name: name.as_str().into(),
+        });
+
+    let mut ports = Vec::new();
+    for (i, port) in slice
+        .ports
+        .as_deref()
+        .unwrap_or_default()
+        .iter()
+        .enumerate()
+    {
+        // Without a number the port means "any", which is for consumers that agree on one among themselves.
+        let Some(number) = port.port else { continue };
+        ports.push(EndpointPort {
+            name: port.name.as_deref().unwrap_or_default().into(),
+            protocol: Protocol::parse(port.protocol.as_deref(), || format!("ports[{i}].protocol"))?,
+            port: reject::port(number, || format!("ports[{i}].port"))?,
+            app_protocol: port.app_protocol.as_deref().map(Into::into),
+        });
+    }
+    let endpoints = slice
+        .endpoints
+        .as_deref()
+        .unwrap_or_default()
+        .iter()
+        .enumerate()
+        .map(|(i, one)| endpoint(i, one, ipv4))
+        .collect::<Result<_, _>>()?;
+    Ok(EndpointSlice {
+        key,
+        service,
+        ports,
+        endpoints,
+    })
+}
+
+fn endpoint(i: usize, endpoint: &discovery::Endpoint, ipv4: bool) -> Result<Endpoint, BadField> {
+    let field = || format!("endpoints[{i}].addresses");
+    let Some(text) = endpoint.addresses.first() else {
+        return Err(BadField::new(field(), "is empty"));
+    };
+    let address = reject::address(text, || format!("{}[0]", field()))?;
+    if address.is_ipv4() != ipv4 {
+        return Err(BadField::new(
+            field(),
+            format!("{address} is not of the slice's addressType"),
+        ));
+    }
+    let conditions = endpoint.conditions.as_ref();
+    let ready = conditions.and_then(|c| c.ready).unwrap_or(true);
+    let hints = endpoint.hints.as_ref();
+    Ok(Endpoint {
+        address,
+        conditions: Conditions {
+            ready,
+            serving: conditions.and_then(|c| c.serving).unwrap_or(ready),
+            terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
+        },
+        node_name: endpoint.node_name.as_deref().map(Into::into),
+        zone: endpoint.zone.as_deref().map(Into::into),
+        hostname: endpoint
+            .hostname
+            .as_deref()
+            .filter(|name| !name.is_empty())
+            .map(Into::into),
+        target: endpoint.target_ref.as_ref().map(|target| TargetRef {
+            kind: target.kind.as_deref().unwrap_or_default().into(),
+            key: ObjectKey::new(
+                target.namespace.as_deref().unwrap_or_default(),
+                target.name.as_deref().unwrap_or_default(),
+            ),
+        }),
+        for_zones: hints
+            .and_then(|hints| hints.for_zones.as_deref())
+            .unwrap_or_default()
+            .iter()
+            .map(|zone| zone.name.as_str().into())
+            .collect(),
+        for_nodes: hints
+            .and_then(|hints| hints.for_nodes.as_deref())
+            .unwrap_or_default()
+            .iter()
+            .map(|node| node.name.as_str().into())
+            .collect(),
+    })
+}

@@ -1,0 +1,131 @@
+//! Nodes, and the little that is needed of Pods.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipnetwork::IpNetwork;
+use k8s_openapi::api::core::v1 as core;
+
+use crate::reject::{self, BadField};
+use crate::{Kind, ObjectKey, Rejected};
+
+/// A node: where it is reached, and which pod addresses are its own.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Node {
+    pub name: Arc<str>,
+    /// Addresses of type InternalIP, in the node's order.
+    pub internal_ips: Vec<IpAddr>,
+    /// `spec.podCIDRs`; empty until the node has been given some.
+    pub pod_cidrs: Vec<IpNetwork>,
+    /// Label `topology.kubernetes.io/zone`.
+    pub zone: Option<Arc<str>>,
+}
+
+/// A pod: its addresses and node, for records and rules by pod.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pod {
+    pub key: ObjectKey,
+    pub node_name: Option<Arc<str>>,
+    pub ips: Vec<IpAddr>,
+    pub host_network: bool,
+}
+
+const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+
+impl TryFrom<core::Node> for Node {
+    type Error = Rejected;
+
+    fn try_from(node: core::Node) -> Result<Self, Rejected> {
+        convert_node(&node).map_err(|bad| bad.of(Kind::Node, &node.metadata))
+    }
+}
+
+impl TryFrom<core::Pod> for Pod {
+    type Error = Rejected;
+
+    fn try_from(pod: core::Pod) -> Result<Self, Rejected> {
+        convert_pod(&pod).map_err(|bad| bad.of(Kind::Pod, &pod.metadata))
+    }
+}
+
+fn convert_node(node: &core::Node) -> Result<Node, BadField> {
+    let name = reject::named(&node.metadata)?.into();
+    let listed = node
+        .status
+        .as_ref()
+        .and_then(|status| status.addresses.as_deref())
+        .unwrap_or_default()
+        .iter()
+        .enumerate();
+    let internal_ips = listed
+        .filter(|(_, address)| address.type_ == "InternalIP")
+        .map(|(i, address)| {
+            reject::address(&address.address, || {
+                format!("status.addresses[{i}].address")
+            })
+        })
+        .collect::<Result<_, _>>()?;
+    Ok(Node {
+        name,
+        internal_ips,
+        pod_cidrs: pod_cidrs(node)?,
+        zone: node
+            .metadata
+            .labels
+            .as_ref()
+            .and_then(|labels| labels.get(ZONE_LABEL))
+            .map(|zone| zone.as_str().into()),
+    })
+}
+
+fn pod_cidrs(node: &core::Node) -> Result<Vec<IpNetwork>, BadField> {
+    let Some(spec) = &node.spec else {
+        return Ok(Vec::new());
+    };
+    let texts: Vec<&String> = match spec.pod_cidrs.as_deref() {
+        Some(list) if !list.is_empty() => list.iter().collect(),
+        _ => spec
+            .pod_cidr
+            .iter()
+            .filter(|text| !text.is_empty())
+            .collect(),
+    };
+    let parse = |(i, text): (usize, &&String)| {
+        let bad =
+            |reason| BadField::new(format!("spec.podCIDRs[{i}]"), format!("{text:?} {reason}"));
+        let range: IpNetwork = text.parse().map_err(|_| bad("is not a CIDR"))?;
+        if !text.contains('/') {
+            return Err(bad("has no prefix length"));
+        }
+        if range.network() != range.ip() {
+            return Err(bad("has bits set after its prefix"));
+        }
+        Ok(range)
+    };
+    texts.iter().enumerate().map(parse).collect()
+}
+
+fn convert_pod(pod: &core::Pod) -> Result<Pod, BadField> {
+    let status = pod.status.as_ref();
+    let listed = status
+        .and_then(|status| status.pod_ips.as_deref())
+        .unwrap_or_default();
+    Ok(Pod {
+        key: reject::namespaced(&pod.metadata)?,
+        node_name: pod
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.node_name.as_deref())
+            .map(Into::into),
+        ips: listed
+            .iter()
+            .enumerate()
+            .map(|(i, one)| reject::address(&one.ip, || format!("status.podIPs[{i}].ip")))
+            .collect::<Result<_, _>>()?,
+        host_network: pod
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.host_network)
+            .unwrap_or(false),
+    })
+}

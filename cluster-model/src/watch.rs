@@ -1,0 +1,189 @@
+//! Changes from a Kubernetes API: lists and watches, begun again for as long as the process lives.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use futures::{Stream, StreamExt};
+use k8s_openapi::api::core::v1 as core;
+use k8s_openapi::api::discovery::v1 as discovery;
+use kube::config::{AuthInfo, KubeConfigOptions, Kubeconfig};
+use kube::runtime::{WatchStreamExt, watcher};
+use kube::{Api, Client, Config};
+use tokio::sync::mpsc;
+
+use crate::{
+    Change, EndpointSlice, Kind, Node, Object, ObjectKey, ObjectRef, Pod, Rejected, Service,
+};
+
+pub use kube;
+
+/// Where the API server is, and as whom to speak to it.
+#[derive(Clone, Debug, Default)]
+pub struct ApiOptions {
+    /// A kubeconfig file; without one, the ServiceAccount of the pod this runs in.
+    pub kubeconfig: Option<PathBuf>,
+    /// The server's URL, in place of the one that the kubeconfig or the environment names.
+    pub api_server: Option<String>,
+}
+
+/// Why no client could be made.
+#[derive(Debug, thiserror::Error)]
+pub enum ApiError {
+    #[error("kubeconfig {}: {source}", path.display())]
+    Kubeconfig {
+        path: PathBuf,
+        source: kube::config::KubeconfigError,
+    },
+    #[error("API server {url:?} is not a URL such as https://192.0.2.1:6443")]
+    Url { url: String },
+    #[error(
+        "no kubeconfig is given and this is no pod ({} is missing): pass --kubeconfig",
+        path.display()
+    )]
+    NoCredentials { path: PathBuf },
+    #[error("in-cluster configuration: {0}; pass --api-server or --kubeconfig")]
+    InCluster(#[from] kube::config::InClusterError),
+    #[error("client: {0}")]
+    Client(#[from] kube::Error),
+}
+
+const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
+
+/// A client of the API server that the options describe. Connects when first used.
+pub async fn client(options: &ApiOptions) -> Result<Client, ApiError> {
+    let url = match &options.api_server {
+        None => None,
+        Some(url) => match url.parse::<http::Uri>() {
+            Ok(uri) if uri.scheme().is_some() && uri.host().is_some() => Some(uri),
+            _ => return Err(ApiError::Url { url: url.clone() }),
+        },
+    };
+    let config = match (&options.kubeconfig, url) {
+        (Some(path), url) => {
+            let failed = |source| ApiError::Kubeconfig {
+                path: path.clone(),
+                source,
+            };
+            let file = Kubeconfig::read_from(path).map_err(failed)?;
+            let mut config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default())
+                .await
+                .map_err(failed)?;
+            if let Some(url) = url {
+                config.cluster_url = url;
+            }
+            config
+        }
+        (None, Some(url)) => in_pod(url)?,
+        (None, None) => Config::incluster()?,
+    };
+    Ok(Client::try_from(config)?)
+}
+
+/// The pod's own credentials with another address of the server: the one in the environment is a Service's, and
+/// whoever makes Services work must not depend on them.
+fn in_pod(url: http::Uri) -> Result<Config, ApiError> {
+    let token = Path::new(SERVICE_ACCOUNT).join("token");
+    if !token.exists() {
+        return Err(ApiError::NoCredentials { path: token });
+    }
+    let mut config = Config::new(url);
+    config.root_cert_file = Some(Path::new(SERVICE_ACCOUNT).join("ca.crt"));
+    config.auth_info = AuthInfo {
+        token_file: Some(token.to_string_lossy().into_owned()),
+        ..AuthInfo::default()
+    };
+    Ok(config)
+}
+
+/// What a watch reports.
+#[derive(Clone, Debug)]
+pub enum Report {
+    Change(Change),
+    /// An object was malformed; a `Change` that removes it follows if it may have been there.
+    Rejected(Rejected),
+    /// The server could not be asked. The watch goes on, with growing pauses.
+    Failed {
+        kind: Kind,
+        error: String,
+    },
+}
+
+/// Lists and watches the kinds, and sends what it learns until the receiver is gone. A kind's first complete list
+/// arrives as one `Change::Replace`; so does every list after a watch was lost.
+pub async fn watch(client: Client, kinds: &[Kind], reports: mpsc::Sender<Report>) {
+    let streams = kinds.iter().map(|kind| match kind {
+        Kind::Service => stream::<core::Service, Service>(&client, *kind, Object::Service),
+        Kind::EndpointSlice => {
+            stream::<discovery::EndpointSlice, EndpointSlice>(&client, *kind, Object::EndpointSlice)
+        }
+        Kind::Node => stream::<core::Node, Node>(&client, *kind, Object::Node),
+        Kind::Pod => stream::<core::Pod, Pod>(&client, *kind, Object::Pod),
+    });
+    let mut all = futures::stream::select_all(streams);
+    while let Some(report) = all.next().await {
+        if reports.send(report).await.is_err() {
+            return;
+        }
+    }
+}
+
+type Reports = std::pin::Pin<Box<dyn Stream<Item = Report> + Send>>;
+
+fn stream<K, T>(client: &Client, kind: Kind, wrap: fn(Arc<T>) -> Object) -> Reports
+where
+    K: kube::Resource<DynamicType = ()>
+        + Clone
+        + std::fmt::Debug
+        + serde::de::DeserializeOwned
+        + Send
+        + 'static,
+    T: TryFrom<K, Error = Rejected> + Send + Sync + 'static,
+{
+    let events =
+        watcher(Api::<K>::all(client.clone()), watcher::Config::default()).default_backoff();
+    let mut list: Vec<Object> = Vec::new();
+    let reports = events.flat_map(move |event| {
+        let mut out = Vec::with_capacity(1);
+        match event {
+            Ok(watcher::Event::Init) => list.clear(),
+            Ok(watcher::Event::InitApply(object)) => match T::try_from(object) {
+                Ok(object) => list.push(wrap(Arc::new(object))),
+                Err(rejected) => out.push(Report::Rejected(rejected)),
+            },
+            Ok(watcher::Event::InitDone) => {
+                out.push(Report::Change(Change::Replace(
+                    kind,
+                    std::mem::take(&mut list),
+                )));
+            }
+            Ok(watcher::Event::Apply(object)) => match T::try_from(object) {
+                Ok(object) => out.push(Report::Change(Change::Upsert(wrap(Arc::new(object))))),
+                Err(rejected) => {
+                    let gone = rejected.object.clone();
+                    out.extend([
+                        Report::Rejected(rejected),
+                        Report::Change(Change::Remove(gone)),
+                    ]);
+                }
+            },
+            Ok(watcher::Event::Delete(object)) => {
+                // The name is all that matters: the last state of a deleted object may be malformed too.
+                let meta = object.meta();
+                let key = ObjectKey::new(
+                    meta.namespace.clone().unwrap_or_default(),
+                    meta.name.clone().unwrap_or_default(),
+                );
+                out.push(Report::Change(Change::Remove(ObjectRef { kind, key })));
+            }
+            Err(error) => {
+                tracing::warn!(%kind, %error, "watch");
+                out.push(Report::Failed {
+                    kind,
+                    error: error.to_string(),
+                });
+            }
+        }
+        futures::stream::iter(out)
+    });
+    Box::pin(reports)
+}

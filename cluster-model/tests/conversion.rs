@@ -1,0 +1,220 @@
+//! What is taken from the API's objects, and what is refused.
+
+use cluster_model::*;
+
+fn read(item: serde_json::Value) -> Result<Object, String> {
+    match read_manifest(item.to_string().as_bytes()) {
+        Ok(objects) => Ok(objects.into_iter().next().expect("one object")),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+fn service(spec: serde_json::Value) -> Result<Service, String> {
+    let object = read(serde_json::json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"namespace": "default", "name": "web"}, "spec": spec,
+    }))?;
+    match object {
+        Object::Service(service) => Ok(Service::clone(&service)),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn slice(address_type: &str, endpoint: serde_json::Value) -> Result<EndpointSlice, String> {
+    let object = read(serde_json::json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": address_type,
+        "metadata": {"namespace": "default", "name": "web-x", "labels": {"kubernetes.io/service-name": "web"}},
+        "ports": [{"name": "http", "port": 8080}, {"name": "any"}], "endpoints": [endpoint],
+    }))?;
+    match object {
+        Object::EndpointSlice(slice) => Ok(EndpointSlice::clone(&slice)),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_service_is_read_with_the_defaults_of_the_api() {
+    let web = service(serde_json::json!({
+        "clusterIP": "10.96.0.7", "clusterIPs": ["10.96.0.7"], "ports": [{"port": 80}],
+        "trafficDistribution": "PreferSameNode", "sessionAffinity": "ClientIP",
+    }))
+    .unwrap();
+    assert_eq!(web.key.to_string(), "default/web");
+    assert_eq!(
+        web.cluster_ips,
+        ["10.96.0.7".parse::<std::net::IpAddr>().unwrap()]
+    );
+    assert_eq!(
+        (web.service_type, web.headless),
+        (ServiceType::ClusterIp, false)
+    );
+    assert_eq!(web.traffic_distribution, TrafficDistribution::SameNode);
+    assert_eq!(web.internal_traffic_policy, TrafficPolicy::Cluster);
+    assert_eq!(web.affinity_timeout_s, Some(10_800));
+    assert_eq!(
+        (
+            web.ports[0].protocol,
+            web.ports[0].port,
+            &*web.ports[0].name
+        ),
+        (Protocol::Tcp, 80, "")
+    );
+}
+
+#[test]
+fn headless_and_external_services_have_no_addresses() {
+    assert!(
+        service(serde_json::json!({"clusterIP": "None", "clusterIPs": ["None"]}))
+            .unwrap()
+            .headless
+    );
+    let external =
+        service(serde_json::json!({"type": "ExternalName", "externalName": "example.net"}))
+            .unwrap();
+    assert_eq!(external.external_name.as_deref(), Some("example.net"));
+    assert!(external.cluster_ips.is_empty() && !external.headless);
+}
+
+#[test]
+fn malformed_services_are_refused_by_the_name_of_the_field() {
+    let cases = [
+        (
+            serde_json::json!({"clusterIPs": ["10.96.0.300"]}),
+            "spec.clusterIPs[0]: \"10.96.0.300\" is not an IP address",
+        ),
+        (
+            serde_json::json!({"clusterIPs": ["0.0.0.0"]}),
+            "unspecified",
+        ),
+        (
+            serde_json::json!({"externalIPs": ["224.0.0.1"]}),
+            "multicast",
+        ),
+        (
+            serde_json::json!({"ports": [{"port": 70000}]}),
+            "spec.ports[0].port: 70000 is not a port",
+        ),
+        (
+            serde_json::json!({"ports": [{"port": 1}, {"port": 2}]}),
+            "spec.ports[1].name: \"\" is there twice",
+        ),
+        (
+            serde_json::json!({"ports": [{"port": 1, "protocol": "ICMP"}]}),
+            "spec.ports[0].protocol",
+        ),
+        (serde_json::json!({"type": "Magic"}), "spec.type"),
+        (
+            serde_json::json!({"type": "ExternalName"}),
+            "spec.externalName",
+        ),
+        (
+            serde_json::json!({"internalTrafficPolicy": "local"}),
+            "spec.internalTrafficPolicy",
+        ),
+        (
+            serde_json::json!({"loadBalancerSourceRanges": ["10.0.0.0/33"]}),
+            "spec.loadBalancerSourceRanges[0]",
+        ),
+    ];
+    for (spec, expected) in cases {
+        let error = service(spec.clone()).expect_err(&spec.to_string());
+        assert!(
+            error.contains("Service default/web: ") && error.contains(expected),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn absent_conditions_mean_ready_and_serving_follows_ready() {
+    let one = slice("IPv4", serde_json::json!({"addresses": ["10.244.1.2"]})).unwrap();
+    assert_eq!(
+        one.endpoints[0].conditions,
+        Conditions {
+            ready: true,
+            serving: true,
+            terminating: false
+        }
+    );
+    let one = slice(
+        "IPv4",
+        serde_json::json!({"addresses": ["10.244.1.2"], "conditions": {"ready": false}}),
+    )
+    .unwrap();
+    assert_eq!(
+        one.endpoints[0].conditions,
+        Conditions {
+            ready: false,
+            serving: false,
+            terminating: false
+        }
+    );
+    assert_eq!(one.service.as_ref().unwrap().to_string(), "default/web");
+    assert_eq!(one.ports.len(), 1, "a port without a number is for others");
+}
+
+#[test]
+fn malformed_slices_are_refused() {
+    for (address_type, endpoint, expected) in [
+        (
+            "FQDN",
+            serde_json::json!({"addresses": ["example.net"]}),
+            "addressType",
+        ),
+        (
+            "IPv4",
+            serde_json::json!({"addresses": []}),
+            "endpoints[0].addresses: is empty",
+        ),
+        (
+            "IPv4",
+            serde_json::json!({"addresses": ["fd00::1"]}),
+            "not of the slice's addressType",
+        ),
+        (
+            "IPv4",
+            serde_json::json!({"addresses": ["010.1.2.3"]}),
+            "is not an IP address",
+        ),
+    ] {
+        let error = slice(address_type, endpoint).expect_err(expected);
+        assert!(
+            error.contains("EndpointSlice default/web-x: ") && error.contains(expected),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn a_node_needs_proper_pod_ranges() {
+    let node = |cidr: &str| {
+        read(serde_json::json!({
+            "apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-1"}, "spec": {"podCIDRs": [cidr]},
+            "status": {"addresses": [{"type": "Hostname", "address": "node-1"}, {"type": "InternalIP", "address": "198.18.0.11"}]},
+        }))
+    };
+    match node("10.244.1.0/24").unwrap() {
+        Object::Node(node) => assert_eq!(node.internal_ips.len(), 1),
+        other => panic!("{other:?}"),
+    }
+    for bad in ["10.244.1.0", "10.244.1.7/24", "10.244.1.0/40", "pods"] {
+        assert!(
+            node(bad)
+                .unwrap_err()
+                .contains("Node node-1: spec.podCIDRs[0]"),
+            "{bad}"
+        );
+    }
+}
+
+#[test]
+fn one_bad_item_rejects_the_manifest() {
+    let list = serde_json::json!({"kind": "List", "items": [
+        {"kind": "Node", "metadata": {"name": "a"}}, {"kind": "Secret", "metadata": {"name": "b"}}]});
+    assert!(
+        read_manifest(list.to_string().as_bytes())
+            .unwrap_err()
+            .to_string()
+            .contains("item 1: kind \"Secret\"")
+    );
+    assert!(read_manifest(b"{").is_err());
+}
