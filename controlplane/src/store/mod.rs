@@ -9,6 +9,12 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 
+#[cfg(test)]
+mod contract;
+mod embedded;
+
+pub use embedded::{Embedded, EmbeddedConfig};
+
 /// Revision is a point in the store's history: every write gets the next one. It is what clients see as `resourceVersion`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Revision(pub u64);

@@ -1,0 +1,325 @@
+//! What every implementation of `Store` must do. Each function is one behaviour; `contract_tests!` runs them all.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::*;
+
+const PREFIX: &str = "/core/configmaps/";
+
+fn key(name: &str) -> String {
+    format!("{PREFIX}default/{name}")
+}
+
+async fn put(store: &impl Store, name: &str, value: &str) -> Record {
+    store
+        .put(
+            &key(name),
+            Bytes::copy_from_slice(value.as_bytes()),
+            Expect::Any,
+        )
+        .await
+        .expect("an unconditional put succeeds")
+}
+
+async fn names(store: &impl Store, at: Option<Revision>) -> Vec<(String, String)> {
+    let page = store
+        .list(Range {
+            at,
+            ..Range::all(PREFIX)
+        })
+        .await
+        .expect("the list is served");
+    page.records
+        .iter()
+        .map(|r| {
+            (
+                r.key[PREFIX.len() + 8..].to_owned(),
+                String::from_utf8_lossy(&r.value).into_owned(),
+            )
+        })
+        .collect()
+}
+
+async fn next(watch: &mut Box<dyn WatchStream>) -> Vec<WatchEvent> {
+    tokio::time::timeout(Duration::from_secs(10), watch.next())
+        .await
+        .expect("events arrive")
+        .expect("the watch lives")
+}
+
+pub async fn every_write_gets_the_next_revision_and_keeps_the_creation(store: impl Store) {
+    let before = store.revision();
+    let created = put(&store, "a", "1").await;
+    assert_eq!(created.revision, Revision(before.0 + 1));
+    assert_eq!(created.created, created.revision);
+    let updated = put(&store, "a", "2").await;
+    assert_eq!(updated.revision, Revision(before.0 + 2));
+    assert_eq!(updated.created, created.revision);
+    assert_eq!(store.get(&key("a")).await.unwrap(), Some(updated.clone()));
+    assert_eq!(store.revision(), updated.revision);
+    assert_eq!(store.get(&key("b")).await.unwrap(), None);
+}
+
+pub async fn conditions_decide_writes(store: impl Store) {
+    let value = || Bytes::from_static(b"x");
+    let first = store.put(&key("a"), value(), Expect::Absent).await.unwrap();
+    let again = store.put(&key("a"), value(), Expect::Absent).await;
+    assert!(matches!(again, Err(StoreError::Exists { current, .. }) if *current == first));
+    let second = store
+        .put(&key("a"), value(), Expect::Revision(first.revision))
+        .await
+        .unwrap();
+    let stale = store
+        .put(&key("a"), value(), Expect::Revision(first.revision))
+        .await;
+    assert!(matches!(stale, Err(StoreError::Conflict { current, .. }) if *current == second));
+    let stale = store
+        .delete(&key("a"), Expect::Revision(first.revision))
+        .await;
+    assert!(matches!(stale, Err(StoreError::Conflict { .. })));
+    let missing = store
+        .put(&key("b"), value(), Expect::Revision(first.revision))
+        .await;
+    assert!(matches!(missing, Err(StoreError::NotFound { .. })));
+    assert!(matches!(
+        store.delete(&key("b"), Expect::Any).await,
+        Err(StoreError::NotFound { .. })
+    ));
+    assert_eq!(
+        store.revision(),
+        second.revision,
+        "refused writes take no revision"
+    );
+    let deleted = store
+        .delete(&key("a"), Expect::Revision(second.revision))
+        .await
+        .unwrap();
+    assert_eq!(
+        (deleted.revision, &deleted.value),
+        (Revision(second.revision.0 + 1), &second.value)
+    );
+    assert_eq!(store.get(&key("a")).await.unwrap(), None);
+    let reborn = store.put(&key("a"), value(), Expect::Absent).await.unwrap();
+    assert_eq!(reborn.created, reborn.revision);
+}
+
+pub async fn one_of_many_racing_writers_wins(store: impl Store) {
+    let store = Arc::new(store);
+    let first = put(&*store, "a", "0").await;
+    let racers = (0..32).map(|i| {
+        let store = store.clone();
+        tokio::spawn(async move {
+            store
+                .put(
+                    &key("a"),
+                    Bytes::from(i.to_string()),
+                    Expect::Revision(first.revision),
+                )
+                .await
+        })
+    });
+    let outcomes = futures::future::join_all(racers).await;
+    let won: Vec<_> = outcomes
+        .into_iter()
+        .filter_map(|o| o.expect("no racer panics").ok())
+        .collect();
+    assert_eq!(won.len(), 1);
+    assert_eq!(store.get(&key("a")).await.unwrap().as_ref(), Some(&won[0]));
+}
+
+pub async fn lists_are_ordered_limited_and_bounded_by_the_prefix(store: impl Store) {
+    for name in ["c", "a", "b"] {
+        put(&store, name, name).await;
+    }
+    store
+        .put(
+            "/core/configmapsx/default/z",
+            Bytes::from_static(b"z"),
+            Expect::Any,
+        )
+        .await
+        .unwrap();
+    store
+        .put(
+            "/core/configmap/default/0",
+            Bytes::from_static(b"0"),
+            Expect::Any,
+        )
+        .await
+        .unwrap();
+    let page = store
+        .list(Range {
+            limit: Some(2),
+            ..Range::all(PREFIX)
+        })
+        .await
+        .unwrap();
+    assert_eq!(
+        page.records.iter().map(|r| &*r.value).collect::<Vec<_>>(),
+        [b"a", b"b"]
+    );
+    assert_eq!(
+        (page.remaining, page.more(), page.revision),
+        (1, true, store.revision())
+    );
+    let rest = Range {
+        after: Some(&page.records[1].key),
+        at: Some(page.revision),
+        ..Range::all(PREFIX)
+    };
+    let page = store.list(rest).await.unwrap();
+    assert_eq!(
+        page.records.iter().map(|r| &*r.value).collect::<Vec<_>>(),
+        [b"c"]
+    );
+    assert!(!page.more());
+    assert!(
+        store
+            .list(Range::all("/core/none/"))
+            .await
+            .unwrap()
+            .records
+            .is_empty()
+    );
+}
+
+pub async fn a_list_continues_at_its_revision_while_others_write(store: impl Store) {
+    for name in ["a", "b", "c"] {
+        put(&store, name, "old").await;
+    }
+    let at = store.revision();
+    put(&store, "b", "new").await;
+    put(&store, "b", "newer").await;
+    put(&store, "d", "new").await;
+    store.delete(&key("c"), Expect::Any).await.unwrap();
+    put(&store, "c", "reborn").await;
+    let pairs = |v: &[(&str, &str)]| {
+        v.iter()
+            .map(|(a, b)| (a.to_string(), b.to_string()))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(
+        names(&store, Some(at)).await,
+        pairs(&[("a", "old"), ("b", "old"), ("c", "old")])
+    );
+    assert_eq!(
+        names(&store, None).await,
+        pairs(&[("a", "old"), ("b", "newer"), ("c", "reborn"), ("d", "new")])
+    );
+    let future = store
+        .list(Range {
+            at: Some(Revision(store.revision().0 + 1)),
+            ..Range::all(PREFIX)
+        })
+        .await;
+    assert!(matches!(future, Err(StoreError::Future { .. })));
+}
+
+pub async fn a_watch_sees_every_later_write_in_order_with_what_it_replaced(store: impl Store) {
+    let before = put(&store, "a", "0").await;
+    let mut watch = store.watch(PREFIX, before.revision).await.unwrap();
+    put(&store, "a", "1").await;
+    store
+        .put(
+            "/core/secrets/default/x",
+            Bytes::from_static(b"other"),
+            Expect::Any,
+        )
+        .await
+        .unwrap();
+    put(&store, "b", "2").await;
+    let deleted = store.delete(&key("a"), Expect::Any).await.unwrap();
+    let mut seen = Vec::new();
+    while seen.len() < 3 {
+        seen.extend(next(&mut watch).await);
+    }
+    let text = |r: &Record| String::from_utf8_lossy(&r.value).into_owned();
+    let told: Vec<_> = seen
+        .iter()
+        .map(|e| {
+            (
+                e.change.clone(),
+                text(&e.record),
+                e.previous.as_ref().map(text),
+            )
+        })
+        .collect();
+    assert_eq!(
+        told,
+        [
+            (Change::Put, "1".into(), Some("0".into())),
+            (Change::Put, "2".into(), None),
+            (Change::Delete, "1".into(), Some("1".into()))
+        ]
+    );
+    assert!(
+        seen.windows(2)
+            .all(|w| w[0].record.revision < w[1].record.revision)
+    );
+    assert_eq!(seen[2].record.revision, deleted.revision);
+    assert_eq!(watch.progress(), deleted.revision);
+}
+
+pub async fn a_watch_from_the_past_replays_and_then_follows(store: impl Store) {
+    let from = store.revision();
+    put(&store, "a", "1").await;
+    put(&store, "b", "2").await;
+    let mut watch = store.watch(PREFIX, from).await.unwrap();
+    assert_eq!(next(&mut watch).await.len(), 2);
+    let (events, _) = tokio::join!(next(&mut watch), put(&store, "c", "3"));
+    assert_eq!(&*events[0].record.value, b"3");
+    let too_new = store.watch(PREFIX, Revision(store.revision().0 + 10)).await;
+    assert!(matches!(too_new, Err(StoreError::Future { .. })));
+}
+
+pub async fn a_quiet_watch_progresses_with_the_rest_of_the_store(store: impl Store) {
+    let watch = store.watch("/core/nodes/", store.revision()).await.unwrap();
+    let other = put(&store, "a", "1").await;
+    assert_eq!(watch.progress(), other.revision);
+}
+
+pub async fn a_watch_of_everything_sees_all_buckets_in_order(store: impl Store) {
+    let mut watch = store.watch("/", store.revision()).await.unwrap();
+    for key in ["/core/pods/a/b", "/apps/deployments/a/b", "/core/nodes/n"] {
+        store
+            .put(key, Bytes::from_static(b"x"), Expect::Any)
+            .await
+            .unwrap();
+    }
+    let mut seen = Vec::new();
+    while seen.len() < 3 {
+        seen.extend(
+            next(&mut watch)
+                .await
+                .into_iter()
+                .map(|e| e.record.key.to_string()),
+        );
+    }
+    assert_eq!(
+        seen,
+        ["/core/pods/a/b", "/apps/deployments/a/b", "/core/nodes/n"]
+    );
+}
+
+/// Makes one test per behaviour; `$make` returns a fresh store and whatever must outlive it.
+macro_rules! contract_tests {
+    ($make:expr) => {
+        $crate::store::contract::contract_tests!(@ $make;
+            every_write_gets_the_next_revision_and_keeps_the_creation, conditions_decide_writes,
+            one_of_many_racing_writers_wins, lists_are_ordered_limited_and_bounded_by_the_prefix,
+            a_list_continues_at_its_revision_while_others_write,
+            a_watch_sees_every_later_write_in_order_with_what_it_replaced,
+            a_watch_from_the_past_replays_and_then_follows, a_quiet_watch_progresses_with_the_rest_of_the_store,
+            a_watch_of_everything_sees_all_buckets_in_order);
+    };
+    (@ $make:expr; $($name:ident),*) => {
+        $(#[tokio::test]
+        async fn $name() {
+            let (store, _keep) = $make;
+            $crate::store::contract::$name(store).await;
+        })*
+    };
+}
+pub(crate) use contract_tests;

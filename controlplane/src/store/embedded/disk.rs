@@ -1,0 +1,148 @@
+//! The durable copy: one redb table of records, one with the revision.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use redb::{Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, TableDefinition};
+
+use super::{Change, Event, Record, Revision, StoreError};
+
+/// Key -> 16 bytes (revision and created revision, little endian), then the value.
+const RECORDS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("records");
+const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
+const HEADER_BYTES: usize = 16;
+/// Values are served from memory, so redb's cache only helps the writer find its pages.
+const CACHE_BYTES: usize = 8 << 20;
+/// The revision of an empty store: 0 means "any" to clients.
+const FIRST_REVISION: Revision = Revision(1);
+
+pub(super) struct Disk {
+    database: Database,
+    path: String,
+}
+
+impl Disk {
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        let name = path.display().to_string();
+        let database = redb::Builder::new()
+            .set_cache_size(CACHE_BYTES)
+            .create(path)
+            .map_err(|e| {
+                let reason = match e {
+                    DatabaseError::DatabaseAlreadyOpen => "another process has it open".to_owned(),
+                    e => e.to_string(),
+                };
+                StoreError::Disk {
+                    operation: "open",
+                    path: name.clone(),
+                    reason,
+                }
+            })?;
+        Ok(Self {
+            database,
+            path: name,
+        })
+    }
+
+    #[cfg(test)]
+    pub fn with_backend(backend: impl redb::StorageBackend) -> Result<Self, StoreError> {
+        let database = redb::Builder::new()
+            .set_cache_size(CACHE_BYTES)
+            .create_with_backend(backend);
+        let database = database.map_err(|e| StoreError::Disk {
+            operation: "open",
+            path: String::new(),
+            reason: e.to_string(),
+        })?;
+        Ok(Self {
+            database,
+            path: String::new(),
+        })
+    }
+
+    fn error(&self, operation: &'static str, error: impl Into<redb::Error>) -> StoreError {
+        let error: redb::Error = error.into();
+        StoreError::Disk {
+            operation,
+            path: self.path.clone(),
+            reason: error.to_string(),
+        }
+    }
+
+    /// Every record, in key order, and the newest revision.
+    pub fn load(&self) -> Result<(Vec<Record>, Revision), StoreError> {
+        self.try_load().map_err(|e| self.error("read", e))
+    }
+
+    fn try_load(&self) -> Result<(Vec<Record>, Revision), redb::Error> {
+        let read = self.database.begin_read()?;
+        let meta = match read.open_table(META) {
+            Ok(meta) => meta,
+            Err(redb::TableError::TableDoesNotExist(_)) => return Ok((Vec::new(), FIRST_REVISION)),
+            Err(e) => return Err(e.into()),
+        };
+        let revision = meta
+            .get("revision")?
+            .map_or(FIRST_REVISION, |r| Revision(r.value()));
+        let mut records = Vec::new();
+        for entry in read.open_table(RECORDS)?.iter()? {
+            let (key, stored) = entry?;
+            let (header, value) = stored
+                .value()
+                .split_at_checked(HEADER_BYTES)
+                .ok_or_else(|| corrupted(key.value()))?;
+            let number = |at: usize| {
+                u64::from_le_bytes(
+                    header[at..at + 8]
+                        .try_into()
+                        .expect("eight of sixteen bytes"),
+                )
+            };
+            records.push(Record {
+                key: key.value().into(),
+                value: Bytes::copy_from_slice(value),
+                revision: Revision(number(0)),
+                created: Revision(number(8)),
+            });
+        }
+        Ok((records, revision))
+    }
+
+    /// Writes a group and returns once it is on disk.
+    pub fn commit(&self, events: &[Arc<Event>], revision: Revision) -> Result<(), StoreError> {
+        self.try_commit(events, revision)
+            .map_err(|e| self.error("write to", e))
+    }
+
+    fn try_commit(&self, events: &[Arc<Event>], revision: Revision) -> Result<(), redb::Error> {
+        let mut write = self.database.begin_write()?;
+        write.set_durability(Durability::Immediate)?;
+        {
+            let mut records = write.open_table(RECORDS)?;
+            for event in events {
+                let record = &event.record;
+                match event.change {
+                    Change::Put => {
+                        let mut stored = records
+                            .insert_reserve(&*record.key, HEADER_BYTES + record.value.len())?;
+                        let (header, value) = stored.as_mut().split_at_mut(HEADER_BYTES);
+                        header[..8].copy_from_slice(&record.revision.0.to_le_bytes());
+                        header[8..].copy_from_slice(&record.created.0.to_le_bytes());
+                        value.copy_from_slice(&record.value);
+                    }
+                    Change::Delete => {
+                        records.remove(&*record.key)?;
+                    }
+                }
+            }
+            write.open_table(META)?.insert("revision", revision.0)?;
+        }
+        write.commit()?;
+        Ok(())
+    }
+}
+
+fn corrupted(key: &str) -> redb::Error {
+    redb::Error::Corrupted(format!("the record of {key} is shorter than its header"))
+}

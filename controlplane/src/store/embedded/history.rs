@@ -1,0 +1,190 @@
+//! The recent writes, per bucket, bounded: what watches and lists at a revision are served from.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use super::super::{Change, Record, Revision, StoreError, WatchEvent, bucket_of};
+
+/// Event is one write.
+pub(super) struct Event {
+    pub change: Change,
+    pub record: Record,
+    pub previous: Option<Record>,
+}
+
+impl Event {
+    pub fn to_watch_event(&self) -> WatchEvent {
+        WatchEvent {
+            change: self.change.clone(),
+            record: self.record.clone(),
+            previous: self.previous.clone(),
+        }
+    }
+
+    /// What keeping this event holds on to beyond the live records: a put keeps what it replaced, a delete its own value.
+    fn bytes(&self) -> usize {
+        let previous = self.previous.as_ref().map_or(0, |r| r.value.len());
+        previous + self.record.key.len() + size_of::<Self>()
+    }
+}
+
+/// Bucket is the history of one bucket. A bucket that is written often does not shorten another one's history.
+struct Bucket {
+    events: VecDeque<Arc<Event>>,
+    bytes: usize,
+    /// Everything after this revision is still here.
+    compacted: Revision,
+    changed: watch::Sender<()>,
+}
+
+impl Bucket {
+    fn new(compacted: Revision) -> Self {
+        Self {
+            events: VecDeque::new(),
+            bytes: 0,
+            compacted,
+            changed: watch::Sender::new(()),
+        }
+    }
+
+    fn after(&self, revision: Revision) -> impl Iterator<Item = &Arc<Event>> {
+        let start = self
+            .events
+            .partition_point(|e| e.record.revision <= revision);
+        self.events.range(start..)
+    }
+}
+
+pub(super) struct History {
+    buckets: HashMap<Box<str>, Bucket>,
+    /// Wakes watches of prefixes that are wider than a bucket.
+    changed: watch::Sender<()>,
+    /// The revision at start: older ones were never in memory.
+    origin: Revision,
+    events_max: usize,
+    bytes_max: usize,
+}
+
+impl History {
+    pub fn new(origin: Revision, events_max: usize, bytes_max: usize) -> Self {
+        Self {
+            buckets: HashMap::new(),
+            changed: watch::Sender::new(()),
+            origin,
+            events_max,
+            bytes_max,
+        }
+    }
+
+    /// Appends events, in order of revision. Call `wake` for them once they are visible.
+    pub fn append(&mut self, event: Arc<Event>) {
+        let (origin, events_max, bytes_max) = (self.origin, self.events_max, self.bytes_max);
+        let bucket = self.bucket(bucket_of(&event.record.key).unwrap_or_default(), origin);
+        bucket.bytes += event.bytes();
+        bucket.events.push_back(event);
+        // The newest event stays whatever its size: a watcher that keeps up must see it.
+        while bucket.events.len() > 1
+            && (bucket.events.len() > events_max || bucket.bytes > bytes_max)
+        {
+            if let Some(old) = bucket.events.pop_front() {
+                bucket.bytes -= old.bytes();
+                bucket.compacted = old.record.revision;
+            }
+        }
+    }
+
+    pub fn wake(&self, events: &[Arc<Event>]) {
+        let mut woken: Option<&str> = None;
+        for event in events {
+            let name = bucket_of(&event.record.key).unwrap_or_default();
+            if woken != Some(name) {
+                if let Some(bucket) = self.buckets.get(name) {
+                    bucket.changed.send_replace(());
+                }
+                woken = Some(name);
+            }
+        }
+        self.changed.send_replace(());
+    }
+
+    /// Whether all writes under the prefix after a revision are still here.
+    pub fn check(&self, prefix: &str, after: Revision) -> Result<(), StoreError> {
+        let oldest = match bucket_of(prefix) {
+            Some(name) => self.buckets.get(name).map_or(self.origin, |b| b.compacted),
+            None => self
+                .buckets
+                .values()
+                .map(|b| b.compacted)
+                .max()
+                .unwrap_or(self.origin)
+                .max(self.origin),
+        };
+        if after < oldest {
+            Err(StoreError::Compacted {
+                wanted: after,
+                oldest,
+            })
+        } else {
+            Ok(())
+        }
+    }
+
+    /// The first `max` writes under the prefix after a revision.
+    pub fn after(
+        &self,
+        prefix: &str,
+        revision: Revision,
+        max: usize,
+    ) -> Result<Vec<Arc<Event>>, StoreError> {
+        self.check(prefix, revision)?;
+        let wanted = |event: &&Arc<Event>| event.record.key.starts_with(prefix);
+        if let Some(name) = bucket_of(prefix) {
+            let Some(bucket) = self.buckets.get(name) else {
+                return Ok(Vec::new());
+            };
+            return Ok(bucket
+                .after(revision)
+                .filter(wanted)
+                .take(max)
+                .cloned()
+                .collect());
+        }
+        let mut events: Vec<_> = self
+            .buckets
+            .values()
+            .flat_map(|b| b.after(revision))
+            .filter(wanted)
+            .cloned()
+            .collect();
+        events.sort_unstable_by_key(|e| e.record.revision);
+        events.truncate(max);
+        Ok(events)
+    }
+
+    /// What wakes a watch of the prefix; None when the bucket is not there yet.
+    pub fn subscribe(&self, prefix: &str) -> Option<watch::Receiver<()>> {
+        match bucket_of(prefix) {
+            Some(name) => self.buckets.get(name).map(|b| b.changed.subscribe()),
+            None => Some(self.changed.subscribe()),
+        }
+    }
+
+    pub fn subscribe_new(&mut self, prefix: &str) -> watch::Receiver<()> {
+        let origin = self.origin;
+        match bucket_of(prefix) {
+            Some(name) => self.bucket(name, origin).changed.subscribe(),
+            None => self.changed.subscribe(),
+        }
+    }
+
+    fn bucket(&mut self, name: &str, origin: Revision) -> &mut Bucket {
+        if !self.buckets.contains_key(name) {
+            self.buckets.insert(name.into(), Bucket::new(origin));
+        }
+        self.buckets
+            .get_mut(name)
+            .expect("inserted above when it was absent")
+    }
+}
