@@ -60,6 +60,7 @@ pub fn run(project: &Project) -> Result<()> {
         let text = fs::read_to_string(project.root.join(&file))?;
         faults.extend(source_faults(&file, &text));
     }
+    faults.extend(image_faults(project)?);
     if faults.is_empty() {
         return Ok(());
     }
@@ -103,6 +104,31 @@ fn import_faults(metadata: &Value) -> Vec<String> {
         }
     }
     faults
+}
+
+/// Examples are applied by kubectl alone, so they name the images of this very version.
+fn image_faults(project: &Project) -> Result<Vec<String>> {
+    let mut faults = Vec::new();
+    for entry in fs::read_dir(project.root.join("examples"))? {
+        let path = entry?.path();
+        let text = fs::read_to_string(&path)?;
+        for stale in stale_images(&text, project.version) {
+            faults.push(format!(
+                "{} names {stale}; this is version {}",
+                path.display(),
+                project.version
+            ));
+        }
+    }
+    Ok(faults)
+}
+
+fn stale_images<'a>(manifest: &'a str, version: &str) -> Vec<&'a str> {
+    manifest
+        .split_whitespace()
+        .filter(|word| word.starts_with("localhost/keelway/"))
+        .filter(|word| word.rsplit_once(':').is_none_or(|(_, tag)| tag != version))
+        .collect()
 }
 
 /// Rust sources of the project, relative to its root.
@@ -229,6 +255,16 @@ mod tests {
             faults[0].contains("keelway-extra is in no import rule"),
             "{faults:?}"
         );
+    }
+
+    #[test]
+    fn an_example_with_an_image_of_another_version_is_a_fault() {
+        let manifest = "image: localhost/keelway/echo:0.1.0\nimage: localhost/keelway/client\nimage: example.org/a:1\n";
+        assert_eq!(
+            stale_images(manifest, "0.1.0"),
+            ["localhost/keelway/client"]
+        );
+        assert_eq!(stale_images(manifest, "0.2.0").len(), 2);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 use std::convert::Infallible;
+use std::io::Write;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,7 +15,7 @@ use bytes::Bytes;
 use clap::Parser;
 use http::header::{CONNECTION, CONTENT_TYPE};
 use http::{Request, Response, StatusCode};
-use http_body_util::Full;
+use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -79,10 +80,10 @@ async fn main() -> Result<()> {
         node: flags.node,
         draining: AtomicBool::new(false),
     });
-    println!(
+    log(format_args!(
         "echo: pod {} on node {:?} serves HTTP on {} and UDP on {}",
         identity.pod, identity.node, flags.http, flags.udp
-    );
+    ));
     tokio::spawn(serve_udp(socket, identity.clone()));
 
     let connections = GracefulShutdown::new();
@@ -92,7 +93,7 @@ async fn main() -> Result<()> {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-        println!("echo: draining for {} ms", flags.drain_ms);
+        log(format_args!("echo: draining for {} ms", flags.drain_ms));
         identity.draining.store(true, Ordering::Relaxed);
         tokio::time::sleep(Duration::from_millis(flags.drain_ms)).await;
     };
@@ -107,11 +108,11 @@ async fn main() -> Result<()> {
     )
     .await;
     match finished {
-        Ok(()) => println!("echo: done"),
-        Err(_) => println!(
+        Ok(()) => log(format_args!("echo: done")),
+        Err(_) => log(format_args!(
             "echo: requests still in flight after {} ms are cut",
             flags.finish_ms
-        ),
+        )),
     }
     Ok(())
 }
@@ -127,7 +128,7 @@ async fn serve_http(
             Ok(accepted) => accepted,
             Err(error) => {
                 // Too many open files, most likely: others must end before a next one can begin.
-                eprintln!("echo: cannot accept: {error}");
+                log(format_args!("echo: cannot accept: {error}"));
                 tokio::time::sleep(Duration::from_millis(10)).await;
                 continue;
             }
@@ -136,8 +137,8 @@ async fn serve_http(
         let _ = stream.set_nodelay(true);
         let identity = identity.clone();
         let service = service_fn(move |request: Request<Incoming>| {
-            let response = respond(&identity, &request, client);
-            async move { Ok::<_, Infallible>(response) }
+            let identity = identity.clone();
+            async move { Ok::<_, Infallible>(respond(&identity, request, client).await) }
         });
         let connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
@@ -151,12 +152,15 @@ async fn serve_http(
     }
 }
 
-fn respond(
+async fn respond(
     identity: &Identity,
-    request: &Request<Incoming>,
+    request: Request<Incoming>,
     client: SocketAddr,
 ) -> Response<Full<Bytes>> {
-    let (status, body) = match (request.uri().path(), identity.is_draining()) {
+    let (head, mut body) = request.into_parts();
+    // A request is over when its body is; an error shows again when the answer is sent.
+    while let Some(Ok(_)) = body.frame().await {}
+    let (status, body) = match (head.uri.path(), identity.is_draining()) {
         ("/healthz", _) => (StatusCode::OK, "ok\n".to_owned()),
         ("/readyz", false) => (StatusCode::OK, "ready\n".to_owned()),
         ("/readyz", true) => (StatusCode::SERVICE_UNAVAILABLE, "draining\n".to_owned()),
@@ -186,9 +190,14 @@ async fn serve_udp(socket: UdpSocket, identity: Arc<Identity>) {
                     .send_to(identity.answer(client).as_bytes(), client)
                     .await;
             }
-            Err(error) => eprintln!("echo: cannot receive: {error}"),
+            Err(error) => log(format_args!("echo: cannot receive: {error}")),
         }
     }
+}
+
+/// A line for whoever reads the log. When nobody does any more, serving goes on.
+fn log(line: std::fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stdout(), "{line}");
 }
 
 /// In a pod the host name is the pod's name.
