@@ -6,9 +6,11 @@ mod check;
 mod images;
 mod process;
 mod project;
+mod registry;
 mod setup;
 mod tidy;
 
+use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Result, bail};
@@ -77,6 +79,12 @@ enum Task {
     Lint,
     /// Conventions that code can check: imports between crates, unsafe code, file lengths, module names
     Tidy,
+    /// Generate the control plane's tables from the published Kubernetes definitions
+    GenerateRegistry {
+        /// Folder with definitions.json, protobuf.json, discovery.json and paths.json
+        #[arg(long)]
+        from: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
@@ -141,6 +149,10 @@ fn run(task: Task) -> Result<()> {
             tidy::run(&project)
         }
         Task::Tidy => tidy::run(&project),
+        Task::GenerateRegistry { from } => registry::generate(
+            &from,
+            &project.root.join("controlplane/src/registry/generated"),
+        ),
     }
 }
 

@@ -159,8 +159,8 @@ pub struct Field {
     /// Meaningful for lists.
     pub list_type: ListType,
     pub list_keys: &'static [&'static str],
-    /// A map that server-side apply replaces as a whole.
-    pub atomic_map: bool,
+    /// Whether server-side apply replaces a map or struct as a whole; None: the type decides (`Type::atomic`), maps do not.
+    pub atomic: Option<bool>,
     /// Strategic merge patch: lists merge (by `merge_key` when of structs) instead of being replaced.
     pub merge: bool,
     /// "" when none.
