@@ -1,0 +1,15 @@
+//! The operator's command: development clusters on one machine.
+//!
+//! `up` makes nodes ([`node`]), connects them ([`network`]), gives them credentials ([`pki`]) and waits until the cluster
+//! answers; `down` takes all of it away, also what a killed `up` left. What belongs to a cluster is known from its state
+//! folder ([`state`]) and, when that is gone, from its control groups ([`cgroup`]).
+
+pub mod cgroup;
+pub mod containerd;
+pub mod kubeconfig;
+pub mod network;
+pub mod node;
+pub mod pki;
+pub mod process;
+pub mod state;
+mod sys;

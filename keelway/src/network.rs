@@ -1,0 +1,244 @@
+//! The underlay of a cluster: a bridge in the control plane's network namespace, and a veth pair to each worker.
+//!
+//! Nothing is made in the network namespace of the caller.
+
+use std::fs::File;
+use std::future::Future;
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::fd::AsRawFd;
+
+use futures::TryStreamExt;
+use netlink_packet_route::link::{InfoData, InfoKind, InfoVeth};
+use nix::sched::{CloneFlags, setns};
+use rtnetlink::{Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth};
+
+/// The bridge in the control plane's node; it also holds that node's address.
+const BRIDGE: &str = "underlay";
+/// The interface of a worker.
+const UPLINK: &str = "eth0";
+/// Clusters that can be up at one time: 198.18.0.0/15 (RFC 2544, for benchmarks) has this many /24 networks.
+pub const SUBNETS: u16 = 512;
+const PREFIX: u8 = 24;
+
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    #[error("cannot {action}: {source}")]
+    Netlink {
+        action: String,
+        source: rtnetlink::Error,
+    },
+    #[error("cannot {action}: {source}")]
+    System { action: String, source: io::Error },
+}
+
+fn netlink(action: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> NetworkError {
+    move |source| NetworkError::Netlink {
+        action: action.into(),
+        source,
+    }
+}
+
+fn system(action: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
+    move |source| NetworkError::System {
+        action: action.into(),
+        source,
+    }
+}
+
+/// One of the [`SUBNETS`] /24 networks that underlays are made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Subnet(pub u16);
+
+impl Subnet {
+    fn host(self, last: u8) -> Ipv4Addr {
+        let [high, low] = self.0.to_be_bytes();
+        Ipv4Addr::new(198, 18 + high, low, last)
+    }
+
+    pub fn control_plane(self) -> Ipv4Addr {
+        self.host(2)
+    }
+
+    /// The address of worker `number`, counted from 1.
+    pub fn worker(self, number: u8) -> Ipv4Addr {
+        self.host(10 + number)
+    }
+}
+
+/// Brings up the loopback interface of the caller's network namespace.
+///
+/// # Errors
+/// When netlink refuses.
+pub fn loopback_up() -> Result<(), NetworkError> {
+    block_on(|handle| async move {
+        let lo = index(&handle, "lo").await?;
+        up(&handle, lo, "lo").await
+    })
+}
+
+/// The nodes to connect: each by the number of its PID 1, and its address.
+#[derive(Debug, Clone)]
+pub struct Underlay {
+    pub control_plane: (u32, Ipv4Addr),
+    pub workers: Vec<(u32, Ipv4Addr)>,
+}
+
+/// Makes the bridge and the veth pairs, and gives every node its address.
+///
+/// # Errors
+/// Names the interface that could not be made. What was made before goes with its namespaces.
+pub fn connect(underlay: &Underlay) -> Result<(), NetworkError> {
+    let bridge_namespace = namespace_of(underlay.control_plane.0)?;
+    let mut workers = Vec::new();
+    for (number, (pid, address)) in (1_u8..).zip(&underlay.workers) {
+        workers.push((format!("node-{number}"), namespace_of(*pid)?, *address));
+    }
+    std::thread::scope(|scope| {
+        let bridge = scope.spawn(|| {
+            enter(&bridge_namespace)?;
+            let (address, workers) = (underlay.control_plane.1, &workers);
+            block_on(|handle| async move { make_bridge(&handle, address, workers).await })
+        });
+        bridge.join().unwrap_or_else(|_| {
+            Err(system("make the bridge")(io::Error::other(
+                "the thread panicked",
+            )))
+        })?;
+        let uplinks: Vec<_> = workers
+            .iter()
+            .map(|(_, namespace, address)| {
+                scope.spawn(move || {
+                    enter(namespace)?;
+                    block_on(|handle| async move {
+                        let uplink = index(&handle, UPLINK).await?;
+                        add_address(&handle, uplink, *address).await?;
+                        up(&handle, uplink, UPLINK).await
+                    })
+                })
+            })
+            .collect();
+        for uplink in uplinks {
+            uplink.join().unwrap_or_else(|_| {
+                Err(system("set up an uplink")(io::Error::other(
+                    "the thread panicked",
+                )))
+            })?;
+        }
+        Ok(())
+    })
+}
+
+async fn make_bridge(
+    handle: &Handle,
+    address: Ipv4Addr,
+    workers: &[(String, File, Ipv4Addr)],
+) -> Result<(), NetworkError> {
+    let made = handle
+        .link()
+        .add(LinkBridge::new(BRIDGE).up().build())
+        .execute()
+        .await;
+    made.map_err(netlink(format!("make bridge {BRIDGE}")))?;
+    let bridge = index(handle, BRIDGE).await?;
+    add_address(handle, bridge, address).await?;
+    for (port, namespace, _) in workers {
+        // The far end is made in the worker's namespace at once, so its name cannot meet another one here.
+        let peer = LinkMessageBuilder::<LinkUnspec>::new()
+            .name(UPLINK.to_owned())
+            .setns_by_fd(namespace.as_raw_fd())
+            .build();
+        let pair = LinkMessageBuilder::<LinkVeth>::new_with_info_kind(InfoKind::Veth)
+            .name(port.clone())
+            .controller(bridge)
+            .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
+            .up()
+            .build();
+        handle
+            .link()
+            .add(pair)
+            .execute()
+            .await
+            .map_err(netlink(format!("make the veth pair of {port}")))?;
+    }
+    Ok(())
+}
+
+async fn index(handle: &Handle, name: &str) -> Result<u32, NetworkError> {
+    let action = || format!("find interface {name}");
+    let link = handle
+        .link()
+        .get()
+        .match_name(name.to_owned())
+        .execute()
+        .try_next()
+        .await
+        .map_err(netlink(action()))?;
+    link.map(|link| link.header.index)
+        .ok_or_else(|| system(action())(io::ErrorKind::NotFound.into()))
+}
+
+async fn add_address(handle: &Handle, link: u32, address: Ipv4Addr) -> Result<(), NetworkError> {
+    let added = handle
+        .address()
+        .add(link, address.into(), PREFIX)
+        .execute()
+        .await;
+    added.map_err(netlink(format!("add address {address}/{PREFIX}")))
+}
+
+async fn up(handle: &Handle, link: u32, name: &str) -> Result<(), NetworkError> {
+    let set = handle
+        .link()
+        .set(LinkUnspec::new_with_index(link).up().build())
+        .execute()
+        .await;
+    set.map_err(netlink(format!("bring up {name}")))
+}
+
+fn namespace_of(pid: u32) -> Result<File, NetworkError> {
+    let path = format!("/proc/{pid}/ns/net");
+    File::open(&path).map_err(system(format!("open {path}")))
+}
+
+/// Moves the calling thread into a network namespace. Only threads that end soon do that.
+fn enter(namespace: &File) -> Result<(), NetworkError> {
+    setns(namespace, CloneFlags::CLONE_NEWNET)
+        .map_err(|error| system("enter a node's network namespace")(error.into()))
+}
+
+/// Runs `task` with a netlink socket of the calling thread's network namespace, on this thread alone.
+fn block_on<T, F>(task: impl FnOnce(Handle) -> F) -> Result<T, NetworkError>
+where
+    F: Future<Output = Result<T, NetworkError>>,
+{
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()
+        .map_err(system("start a runtime"))?;
+    runtime.block_on(async {
+        let (connection, handle, _) =
+            rtnetlink::new_connection().map_err(system("open a netlink socket"))?;
+        let connection = tokio::spawn(connection);
+        let outcome = task(handle).await;
+        connection.abort();
+        outcome
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn subnets_are_cut_from_the_benchmark_range() {
+        assert_eq!(Subnet(0).control_plane(), Ipv4Addr::new(198, 18, 0, 2));
+        assert_eq!(Subnet(0).worker(1), Ipv4Addr::new(198, 18, 0, 11));
+        assert_eq!(Subnet(255).worker(2), Ipv4Addr::new(198, 18, 255, 12));
+        assert_eq!(Subnet(256).worker(1), Ipv4Addr::new(198, 19, 0, 11));
+        assert_eq!(
+            Subnet(SUBNETS - 1).worker(1),
+            Ipv4Addr::new(198, 19, 255, 11)
+        );
+    }
+}

@@ -1,0 +1,308 @@
+//! The services of a node: when each starts, how long a dead one rests, what each writes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use super::{BIN_DIR, Event, ServiceSpec, ServiceStatus};
+
+/// Where services send `READY=1` to (sd_notify).
+pub const NOTIFY_SOCKET: &str = "/run/keelway-notify.sock";
+/// Where services' output goes.
+const LOG_DIR: &str = "/var/log/keelway";
+/// A service that ran this long starts anew with the shortest rest.
+const HEALTHY: Duration = Duration::from_secs(10);
+const SHORTEST_REST: Duration = Duration::from_millis(50);
+const LONGEST_REST: Duration = Duration::from_secs(5);
+/// A log larger than this is put aside at its service's next start.
+const LOG_BYTES_MAX: u64 = 16 << 20;
+
+/// How long a service rests that has failed `failures` times in a row.
+pub fn rest(failures: u32) -> Duration {
+    SHORTEST_REST
+        .saturating_mul(1 << failures.min(16))
+        .min(LONGEST_REST)
+}
+
+#[derive(Debug)]
+enum State {
+    /// Has not been started yet.
+    Waiting,
+    Running {
+        pid: u32,
+        since: Instant,
+    },
+    Resting {
+        until: Instant,
+    },
+}
+
+#[derive(Debug)]
+struct Service {
+    spec: ServiceSpec,
+    state: State,
+    restarts: u32,
+    failures: u32,
+}
+
+/// The services of a node, and what has happened so far.
+#[derive(Debug)]
+pub struct Services {
+    services: Vec<Service>,
+    happened: BTreeSet<String>,
+    path: String,
+    listener: Option<OwnedFd>,
+}
+
+impl Services {
+    pub fn new(specs: Vec<ServiceSpec>, path: String, listener: Option<OwnedFd>) -> Self {
+        let services = specs
+            .into_iter()
+            .map(|spec| Service {
+                spec,
+                state: State::Waiting,
+                restarts: 0,
+                failures: 0,
+            })
+            .collect();
+        Services {
+            services,
+            happened: BTreeSet::new(),
+            path,
+            listener,
+        }
+    }
+
+    /// Records that something has happened that services may wait for.
+    pub fn happened(&mut self, name: String) {
+        self.happened.insert(name);
+    }
+
+    /// Starts all services that can start at `now`; failures to start are reported, and tried again.
+    pub fn start_due(&mut self, now: Instant) -> Vec<Event> {
+        let mut events = Vec::new();
+        for service in &mut self.services {
+            let due = match service.state {
+                State::Waiting => service
+                    .spec
+                    .after
+                    .iter()
+                    .all(|name| self.happened.contains(name)),
+                State::Resting { until } => until <= now,
+                State::Running { .. } => false,
+            };
+            if !due {
+                continue;
+            }
+            match start(&service.spec, &self.path, self.listener.as_ref()) {
+                Ok(pid) => service.state = State::Running { pid, since: now },
+                Err(error) => events.push(service.ended(format!("cannot start: {error}"), now)),
+            }
+        }
+        events
+    }
+
+    /// The service whose process is `pid` has ended. None when the process is not a service's own.
+    pub fn ended(&mut self, pid: u32, status: String, now: Instant) -> Option<Event> {
+        let service = self.services.iter_mut().find(
+            |service| matches!(service.state, State::Running { pid: own, .. } if own == pid),
+        )?;
+        Some(service.ended(status, now))
+    }
+
+    /// The service that runs as `pid`.
+    pub fn name_of(&self, pid: u32) -> Option<&str> {
+        let service = self.services.iter().find(
+            |service| matches!(service.state, State::Running { pid: own, .. } if own == pid),
+        )?;
+        Some(&service.spec.name)
+    }
+
+    /// When the next resting service is due.
+    pub fn next_start(&self) -> Option<Instant> {
+        self.services
+            .iter()
+            .filter_map(|service| {
+                if let State::Resting { until } = service.state {
+                    Some(until)
+                } else {
+                    None
+                }
+            })
+            .min()
+    }
+
+    pub fn status(&self) -> Vec<ServiceStatus> {
+        self.services
+            .iter()
+            .map(|service| ServiceStatus {
+                name: service.spec.name.clone(),
+                pid: if let State::Running { pid, .. } = service.state {
+                    Some(pid)
+                } else {
+                    None
+                },
+                restarts: service.restarts,
+            })
+            .collect()
+    }
+}
+
+impl Service {
+    fn ended(&mut self, status: String, now: Instant) -> Event {
+        if matches!(self.state, State::Running { since, .. } if now.duration_since(since) >= HEALTHY)
+        {
+            self.failures = 0;
+        }
+        self.state = State::Resting {
+            until: now + rest(self.failures),
+        };
+        self.failures += 1;
+        self.restarts += 1;
+        Event::Exited {
+            service: self.spec.name.clone(),
+            status,
+            restarts: self.restarts,
+        }
+    }
+}
+
+fn start(spec: &ServiceSpec, path: &str, listener: Option<&OwnedFd>) -> io::Result<u32> {
+    let log = open_log(&spec.name)?;
+    let (program, arguments) = spec
+        .argv
+        .split_first()
+        .ok_or_else(|| io::Error::other("no program is given"))?;
+    let mut command = match listener.filter(|_| spec.listens) {
+        // LISTEN_PID is known only after the fork, so the service is started through a step that sets it.
+        Some(listener) => {
+            let mut command = Command::new(Path::new(BIN_DIR).join("keelway"));
+            command
+                .arg("node-exec")
+                .arg("--")
+                .args(&spec.argv)
+                .stdin(Stdio::from(listener.try_clone()?));
+            command
+        }
+        None => {
+            let mut command = Command::new(program);
+            command.args(arguments).stdin(Stdio::null());
+            command
+        }
+    };
+    command
+        .env_clear()
+        .env("PATH", path)
+        .env("HOME", "/root")
+        .envs(&spec.env);
+    if spec.notifies {
+        command.env("NOTIFY_SOCKET", NOTIFY_SOCKET);
+    }
+    // A group of its own, so that a signal to the node's group from a terminal does not reach it.
+    let child = command
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .process_group(0)
+        .spawn()?;
+    Ok(child.id())
+}
+
+fn open_log(service: &str) -> io::Result<File> {
+    let path = Path::new(LOG_DIR).join(format!("{service}.log"));
+    if path.metadata().is_ok_and(|meta| meta.len() > LOG_BYTES_MAX) {
+        std::fs::rename(&path, path.with_extension("log.1"))?;
+    }
+    OpenOptions::new().append(true).create(true).open(path)
+}
+
+/// `keelway node-exec`: turns standard input, a listening socket, into descriptor 3, says so in LISTEN_FDS and LISTEN_PID
+/// (sd_listen_fds(3)), and becomes the given program. Returns only when that fails.
+pub fn exec_with_listener(argv: &[String]) -> io::Error {
+    let Some((program, arguments)) = argv.split_first() else {
+        return io::Error::other("no program is given");
+    };
+    match nix::fcntl::fcntl(io::stdin(), nix::fcntl::FcntlArg::F_DUPFD(3)) {
+        Ok(3) => {}
+        Ok(other) => {
+            return io::Error::other(format!("descriptor 3 is taken already (got {other})"));
+        }
+        Err(error) => return error.into(),
+    }
+    let environment = BTreeMap::from([
+        ("LISTEN_FDS", "1".to_owned()),
+        ("LISTEN_FDNAMES", "api".to_owned()),
+        ("LISTEN_PID", std::process::id().to_string()),
+    ]);
+    Command::new(program)
+        .args(arguments)
+        .envs(environment)
+        .stdin(Stdio::null())
+        .exec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(name: &str, after: &[&str]) -> ServiceSpec {
+        ServiceSpec {
+            name: name.into(),
+            argv: vec!["/nonexistent/program".into()],
+            env: BTreeMap::new(),
+            after: after.iter().map(|name| (*name).to_owned()).collect(),
+            notifies: false,
+            listens: false,
+        }
+    }
+
+    #[test]
+    fn rests_double_up_to_a_limit() {
+        assert_eq!(rest(0), SHORTEST_REST);
+        assert_eq!(rest(1), SHORTEST_REST * 2);
+        assert_eq!(rest(40), LONGEST_REST);
+    }
+
+    #[test]
+    fn a_service_waits_for_all_it_comes_after() {
+        let mut services = Services::new(
+            vec![spec("kubelet", &["network", "containerd"])],
+            String::new(),
+            None,
+        );
+        let now = Instant::now();
+        assert_eq!(services.start_due(now), []);
+        services.happened("network".into());
+        assert_eq!(services.start_due(now), []);
+        services.happened("containerd".into());
+        // The program does not exist, which shows that a start was tried.
+        assert!(matches!(
+            &services.start_due(now)[..],
+            [Event::Exited { restarts: 1, .. }]
+        ));
+    }
+
+    #[test]
+    fn a_failed_start_is_tried_again_after_its_rest_and_not_before() {
+        let mut services = Services::new(vec![spec("a", &[])], String::new(), None);
+        let now = Instant::now();
+        assert_eq!(services.start_due(now).len(), 1);
+        let due = services.next_start().expect("it rests");
+        assert_eq!(services.start_due(now).len(), 0);
+        assert_eq!(services.start_due(due).len(), 1);
+        assert_eq!(services.status()[0].restarts, 2);
+    }
+
+    #[test]
+    fn an_orphan_that_ends_is_no_service() {
+        let mut services = Services::new(vec![spec("a", &[])], String::new(), None);
+        assert_eq!(
+            services.ended(4711, "exit status 0".into(), Instant::now()),
+            None
+        );
+    }
+}

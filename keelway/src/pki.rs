@@ -1,0 +1,354 @@
+//! The credentials of a cluster: one certificate authority, and what it signs.
+//!
+//! Names follow kubeadm's where clients or authorizers look at them: `system:masters`, `system:nodes`, `system:node:<name>`.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use jiff::ToSpan;
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, SanType, date_time_ymd,
+};
+
+/// A development cluster lives for days; its certificates must not be what ends it.
+const YEARS: i64 = 10;
+
+#[derive(Debug, thiserror::Error)]
+pub enum PkiError {
+    #[error("cannot make the credentials of {subject}: {source}")]
+    Make {
+        subject: String,
+        source: rcgen::Error,
+    },
+}
+
+fn make(subject: &str) -> impl FnOnce(rcgen::Error) -> PkiError {
+    let subject = subject.to_owned();
+    move |source| PkiError::Make { subject, source }
+}
+
+/// A certificate and its private key, both PEM.
+#[derive(Debug, Clone)]
+pub struct Credential {
+    pub certificate: String,
+    pub key: String,
+}
+
+/// A certificate authority that is in memory while a cluster comes up.
+pub struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+    pub credential: Credential,
+}
+
+/// What a serving certificate vouches for.
+#[derive(Debug, Clone, Default)]
+pub struct Names {
+    pub dns: Vec<String>,
+    pub addresses: Vec<IpAddr>,
+}
+
+impl Authority {
+    /// A new authority, of which nothing else in the world knows.
+    ///
+    /// # Errors
+    /// When the system has no randomness.
+    pub fn new(cluster: &str) -> Result<Self, PkiError> {
+        let name = format!("keelway-{cluster}-ca");
+        let key = KeyPair::generate().map_err(make(&name))?;
+        let mut params = params(&name, None, &Names::default()).map_err(make(&name))?;
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![
+            KeyUsagePurpose::KeyCertSign,
+            KeyUsagePurpose::CrlSign,
+            KeyUsagePurpose::DigitalSignature,
+        ];
+        let certificate = params.self_signed(&key).map_err(make(&name))?;
+        let credential = Credential {
+            certificate: certificate.pem(),
+            key: key.serialize_pem(),
+        };
+        Ok(Authority {
+            issuer: Issuer::new(params, key),
+            credential,
+        })
+    }
+
+    /// A credential with which a client says that it is `user`, of `group`.
+    ///
+    /// # Errors
+    /// When the names cannot be put into a certificate.
+    pub fn client(&self, user: &str, group: &str) -> Result<Credential, PkiError> {
+        self.sign(
+            user,
+            Some(group),
+            &Names::default(),
+            ExtendedKeyUsagePurpose::ClientAuth,
+        )
+    }
+
+    /// A credential with which a server proves that it is one of `names`.
+    ///
+    /// # Errors
+    /// When the names cannot be put into a certificate.
+    pub fn server(&self, subject: &str, names: &Names) -> Result<Credential, PkiError> {
+        self.sign(subject, None, names, ExtendedKeyUsagePurpose::ServerAuth)
+    }
+
+    fn sign(
+        &self,
+        subject: &str,
+        group: Option<&str>,
+        names: &Names,
+        usage: ExtendedKeyUsagePurpose,
+    ) -> Result<Credential, PkiError> {
+        let key = KeyPair::generate().map_err(make(subject))?;
+        let mut params = params(subject, group, names).map_err(make(subject))?;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![usage];
+        params.use_authority_key_identifier_extension = true;
+        let certificate = params
+            .signed_by(&key, &self.issuer)
+            .map_err(make(subject))?;
+        Ok(Credential {
+            certificate: certificate.pem(),
+            key: key.serialize_pem(),
+        })
+    }
+}
+
+fn params(
+    common_name: &str,
+    organization: Option<&str>,
+    names: &Names,
+) -> Result<CertificateParams, rcgen::Error> {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    if let Some(organization) = organization {
+        params
+            .distinguished_name
+            .push(DnType::OrganizationName, organization);
+    }
+    params
+        .distinguished_name
+        .push(DnType::CommonName, common_name);
+    for name in &names.dns {
+        params
+            .subject_alt_names
+            .push(SanType::DnsName(name.as_str().try_into()?));
+    }
+    params
+        .subject_alt_names
+        .extend(names.addresses.iter().copied().map(SanType::IpAddress));
+    // A day ago, for clients whose clock is behind.
+    let today = jiff::Zoned::now()
+        .with_time_zone(jiff::tz::TimeZone::UTC)
+        .date();
+    let (from, to) = (
+        today.saturating_sub(1.day()),
+        today.saturating_add(YEARS.years()),
+    );
+    let date = |day: jiff::civil::Date| {
+        date_time_ymd(
+            day.year().into(),
+            day.month().unsigned_abs(),
+            day.day().unsigned_abs(),
+        )
+    };
+    (params.not_before, params.not_after) = (date(from), date(to));
+    Ok(params)
+}
+
+/// Everything the nodes of one cluster need.
+pub struct ClusterPki {
+    pub ca: Credential,
+    pub apiserver: Credential,
+    pub apiserver_kubelet_client: Credential,
+    pub controllers: Credential,
+    pub admin: Credential,
+    /// Signs ServiceAccount tokens: private and public key, PEM.
+    pub service_accounts: (String, String),
+    /// Per worker, in order: as a client of the API server, and as the server of logs and exec.
+    pub kubelets: Vec<(Credential, Credential)>,
+}
+
+/// The workers, and where the API server is reached.
+#[derive(Debug, Clone)]
+pub struct Subjects<'a> {
+    pub cluster: &'a str,
+    pub control_plane: Ipv4Addr,
+    /// The first address of the Service range, `default/kubernetes`.
+    pub service: Ipv4Addr,
+    pub workers: Vec<(String, Ipv4Addr)>,
+}
+
+impl ClusterPki {
+    /// Makes all credentials of a cluster.
+    ///
+    /// # Errors
+    /// Names the subject whose credential could not be made.
+    pub fn new(subjects: &Subjects<'_>) -> Result<Self, PkiError> {
+        let authority = Authority::new(subjects.cluster)?;
+        let apiserver = Names {
+            dns: [
+                "localhost",
+                "kubernetes",
+                "kubernetes.default",
+                "kubernetes.default.svc",
+                "kubernetes.default.svc.cluster.local",
+            ]
+            .map(String::from)
+            .to_vec(),
+            addresses: [
+                subjects.service,
+                subjects.control_plane,
+                Ipv4Addr::LOCALHOST,
+            ]
+            .map(IpAddr::V4)
+            .to_vec(),
+        };
+        let tokens = KeyPair::generate().map_err(make("service accounts"))?;
+        let kubelets = subjects
+            .workers
+            .iter()
+            .map(|(name, address)| {
+                let user = format!("system:node:{name}");
+                let names = Names {
+                    dns: vec![name.clone()],
+                    addresses: vec![IpAddr::V4(*address), IpAddr::V4(Ipv4Addr::LOCALHOST)],
+                };
+                Ok((
+                    authority.client(&user, "system:nodes")?,
+                    authority.server(&user, &names)?,
+                ))
+            })
+            .collect::<Result<_, PkiError>>()?;
+        Ok(ClusterPki {
+            apiserver: authority.server("kube-apiserver", &apiserver)?,
+            apiserver_kubelet_client: authority
+                .client("kube-apiserver-kubelet-client", "system:masters")?,
+            controllers: authority.client("system:keelway-controllers", "system:masters")?,
+            admin: authority.client("keelway-admin", "system:masters")?,
+            service_accounts: (tokens.serialize_pem(), tokens.public_key_pem()),
+            kubelets,
+            ca: authority.credential,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use x509_parser::prelude::*;
+
+    fn cluster() -> ClusterPki {
+        let workers = vec![("node-1".to_owned(), Ipv4Addr::new(198, 18, 0, 11))];
+        let (control_plane, service) = (Ipv4Addr::new(198, 18, 0, 2), Ipv4Addr::new(10, 96, 0, 1));
+        ClusterPki::new(&Subjects {
+            cluster: "test",
+            control_plane,
+            service,
+            workers,
+        })
+        .expect("made")
+    }
+
+    fn with_certificate(pem: &str, check: impl FnOnce(&X509Certificate<'_>)) {
+        let (_, pem) = parse_x509_pem(pem.as_bytes()).expect("PEM");
+        let (_, certificate) = X509Certificate::from_der(&pem.contents).expect("a certificate");
+        check(&certificate);
+    }
+
+    #[test]
+    fn every_leaf_verifies_against_the_authority() {
+        let pki = cluster();
+        let leaves = [
+            &pki.apiserver,
+            &pki.apiserver_kubelet_client,
+            &pki.controllers,
+            &pki.admin,
+            &pki.kubelets[0].0,
+            &pki.kubelets[0].1,
+        ];
+        with_certificate(&pki.ca.certificate, |ca| {
+            assert!(ca.is_ca());
+            for leaf in leaves {
+                with_certificate(&leaf.certificate, |leaf| {
+                    leaf.verify_signature(Some(ca.public_key()))
+                        .expect("signed by the authority");
+                    assert!(!leaf.is_ca());
+                    assert!(leaf.validity().is_valid());
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn kubelet_clients_are_named_as_the_node_authorizer_expects() {
+        with_certificate(&cluster().kubelets[0].0.certificate, |certificate| {
+            let subject = certificate.subject();
+            let name = subject
+                .iter_common_name()
+                .next()
+                .and_then(|name| name.as_str().ok());
+            let group = subject
+                .iter_organization()
+                .next()
+                .and_then(|name| name.as_str().ok());
+            assert_eq!(
+                (name, group),
+                (Some("system:node:node-1"), Some("system:nodes"))
+            );
+            let usage = certificate
+                .extended_key_usage()
+                .expect("read")
+                .expect("present")
+                .value;
+            assert!(usage.client_auth && !usage.server_auth);
+        });
+    }
+
+    #[test]
+    fn the_api_server_vouches_for_every_name_it_is_reached_by() {
+        with_certificate(&cluster().apiserver.certificate, |certificate| {
+            let names = certificate
+                .subject_alternative_name()
+                .expect("read")
+                .expect("present")
+                .value;
+            let names: Vec<String> = names
+                .general_names
+                .iter()
+                .map(|name| match name {
+                    GeneralName::DNSName(name) => (*name).to_owned(),
+                    GeneralName::IPAddress(bytes) => bytes
+                        .iter()
+                        .map(u8::to_string)
+                        .collect::<Vec<_>>()
+                        .join("."),
+                    other => format!("{other:?}"),
+                })
+                .collect();
+            for wanted in [
+                "10.96.0.1",
+                "198.18.0.2",
+                "127.0.0.1",
+                "localhost",
+                "kubernetes",
+                "kubernetes.default.svc.cluster.local",
+            ] {
+                assert!(
+                    names.iter().any(|name| name == wanted),
+                    "{wanted} is not in {names:?}"
+                );
+            }
+        });
+    }
+
+    #[test]
+    fn token_keys_are_a_pair_of_elliptic_curve_keys() {
+        let (private, public) = cluster().service_accounts;
+        let pair = KeyPair::from_pem(&private).expect("a private key");
+        assert_eq!(pair.public_key_pem(), public);
+        assert!(pair.is_compatible(&rcgen::PKCS_ECDSA_P256_SHA256));
+    }
+}
