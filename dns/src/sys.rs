@@ -1,0 +1,276 @@
+//! Batches of datagrams: `recvmmsg(2)` and `sendmmsg(2)`, the one place of this crate that needs system calls of its own.
+#![expect(
+    unsafe_code,
+    reason = "msghdr arrays are raw pointers into buffers of the same structure"
+)]
+
+use std::io;
+use std::mem;
+use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+/// Datagrams taken or given in one system call.
+pub const BATCH: usize = 32;
+/// A query is a few hundred bytes at most; what is longer is cut and then refused as malformed.
+const QUERY_BYTES_MAX: usize = 1536;
+/// Enough for an `IP_PKTINFO` or `IPV6_PKTINFO` message, with its header and alignment.
+const CONTROL_BYTES: usize = 64;
+
+/// Opens a UDP socket that shares its address with others of this process, so that the kernel spreads clients over
+/// them, and that reports which local address each datagram came to.
+pub fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
+    let family = if address.is_ipv4() {
+        libc::AF_INET
+    } else {
+        libc::AF_INET6
+    };
+    // SAFETY: no pointers are passed; the descriptor is owned from here on.
+    let socket = unsafe {
+        let fd = libc::socket(family, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        OwnedFd::from_raw_fd(fd)
+    };
+    set_option(&socket, libc::SOL_SOCKET, libc::SO_REUSEPORT)?;
+    match address {
+        SocketAddr::V4(_) => set_option(&socket, libc::IPPROTO_IP, libc::IP_PKTINFO)?,
+        SocketAddr::V6(_) => {
+            set_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY)?;
+            set_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO)?;
+        }
+    }
+    let (storage, length) = sockaddr(address);
+    // SAFETY: `storage` holds an address of `length` bytes of the socket's family.
+    let bound = unsafe { libc::bind(socket.as_raw_fd(), (&raw const storage).cast(), length) };
+    if bound < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(UdpSocket::from(socket))
+    }
+}
+
+fn set_option(socket: &OwnedFd, level: i32, option: i32) -> io::Result<()> {
+    let on: i32 = 1;
+    // SAFETY: the kernel reads one int behind the pointer.
+    let set = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            (&raw const on).cast(),
+            size_of::<i32>() as u32,
+        )
+    };
+    if set < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+fn sockaddr(address: SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t) {
+    // SAFETY: all zeroes is a valid sockaddr_storage (family AF_UNSPEC).
+    let mut storage: libc::sockaddr_storage = unsafe { mem::zeroed() };
+    let length = match address {
+        SocketAddr::V4(v4) => {
+            let inner = libc::sockaddr_in {
+                sin_family: libc::AF_INET as u16,
+                sin_port: v4.port().to_be(),
+                sin_addr: libc::in_addr {
+                    s_addr: u32::from_ne_bytes(v4.ip().octets()),
+                },
+                sin_zero: [0; 8],
+            };
+            // SAFETY: sockaddr_storage is large enough and aligned for every address type.
+            unsafe { (&raw mut storage).cast::<libc::sockaddr_in>().write(inner) };
+            size_of::<libc::sockaddr_in>()
+        }
+        SocketAddr::V6(v6) => {
+            let inner = libc::sockaddr_in6 {
+                sin6_family: libc::AF_INET6 as u16,
+                sin6_port: v6.port().to_be(),
+                sin6_flowinfo: v6.flowinfo(),
+                sin6_addr: libc::in6_addr {
+                    s6_addr: v6.ip().octets(),
+                },
+                sin6_scope_id: v6.scope_id(),
+            };
+            // SAFETY: as above.
+            unsafe { (&raw mut storage).cast::<libc::sockaddr_in6>().write(inner) };
+            size_of::<libc::sockaddr_in6>()
+        }
+    };
+    (storage, length as libc::socklen_t)
+}
+
+#[repr(align(8))]
+#[derive(Clone, Copy)]
+struct Control([u8; CONTROL_BYTES]);
+
+/// Buffers for one batch, allocated once. Replies go out in the place of the queries they answer: to the same
+/// address, from the local address that the query came to.
+pub struct Batch {
+    queries: Vec<[u8; QUERY_BYTES_MAX]>,
+    replies: Vec<[u8; super::server::REPLY_BYTES_MAX]>,
+    reply_bytes: [usize; BATCH],
+    received: [usize; BATCH],
+    peers: Vec<libc::sockaddr_storage>,
+    controls: Vec<Control>,
+    vectors: Vec<libc::iovec>,
+    headers: Vec<libc::mmsghdr>,
+}
+
+impl Batch {
+    pub fn new() -> Self {
+        // SAFETY: all zeroes is a valid value of these C structures: null pointers and no lengths.
+        let (peer, vector, header) = unsafe { (mem::zeroed(), mem::zeroed(), mem::zeroed()) };
+        Self {
+            queries: vec![[0; QUERY_BYTES_MAX]; BATCH],
+            replies: vec![[0; super::server::REPLY_BYTES_MAX]; BATCH],
+            reply_bytes: [0; BATCH],
+            received: [0; BATCH],
+            peers: vec![peer; BATCH],
+            controls: vec![Control([0; CONTROL_BYTES]); BATCH],
+            vectors: vec![vector; BATCH],
+            headers: vec![header; BATCH],
+        }
+    }
+
+    /// Waits for datagrams and takes as many as are there; returns their number.
+    pub fn receive(&mut self, socket: &UdpSocket) -> io::Result<usize> {
+        for i in 0..BATCH {
+            self.vectors[i] = libc::iovec {
+                iov_base: self.queries[i].as_mut_ptr().cast(),
+                iov_len: QUERY_BYTES_MAX,
+            };
+            self.point(
+                i,
+                i,
+                CONTROL_BYTES,
+                size_of::<libc::sockaddr_storage>() as u32,
+            );
+        }
+        // SAFETY: every header points to buffers of `self`, with their lengths, that outlive the call.
+        let count = unsafe {
+            libc::recvmmsg(
+                socket.as_raw_fd(),
+                self.headers.as_mut_ptr(),
+                BATCH as u32,
+                libc::MSG_WAITFORONE,
+                std::ptr::null_mut(),
+            )
+        };
+        if count < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        for i in 0..count as usize {
+            self.received[i] = self.headers[i].msg_len as usize;
+            self.reply_bytes[i] = 0;
+            self.any_interface(i);
+        }
+        Ok(count as usize)
+    }
+
+    /// The datagram at `i` and the buffer for its reply.
+    pub fn exchange(&mut self, i: usize) -> (&[u8], &mut [u8]) {
+        (&self.queries[i][..self.received[i]], &mut self.replies[i])
+    }
+
+    /// Says that the reply at `i` is to be sent, with this many bytes.
+    pub fn reply(&mut self, i: usize, bytes: usize) {
+        self.reply_bytes[i] = bytes;
+    }
+
+    /// Who sent the datagram at `i`; `None` for an address family that no socket here has.
+    pub fn peer(&self, i: usize) -> Option<SocketAddr> {
+        let storage = &self.peers[i];
+        match i32::from(storage.ss_family) {
+            libc::AF_INET => {
+                // SAFETY: the family says that a sockaddr_in was written there.
+                let v4 = unsafe { (&raw const *storage).cast::<libc::sockaddr_in>().read() };
+                Some((v4.sin_addr.s_addr.to_ne_bytes(), u16::from_be(v4.sin_port)).into())
+            }
+            libc::AF_INET6 => {
+                // SAFETY: the family says that a sockaddr_in6 was written there.
+                let v6 = unsafe { (&raw const *storage).cast::<libc::sockaddr_in6>().read() };
+                Some((v6.sin6_addr.s6_addr, u16::from_be(v6.sin6_port)).into())
+            }
+            _ => None,
+        }
+    }
+
+    /// Sends the replies of the first `count` places. One that can't be sent is passed over: the client asks again.
+    pub fn send(&mut self, socket: &UdpSocket, count: usize) -> io::Result<()> {
+        let mut ready = 0;
+        for i in 0..count {
+            if self.reply_bytes[i] == 0 {
+                continue;
+            }
+            let (control, name) = (
+                self.headers[i].msg_hdr.msg_controllen,
+                self.headers[i].msg_hdr.msg_namelen,
+            );
+            self.vectors[ready] = libc::iovec {
+                iov_base: self.replies[i].as_mut_ptr().cast(),
+                iov_len: self.reply_bytes[i],
+            };
+            self.point(ready, i, control, name);
+            ready += 1;
+        }
+        let mut sent = 0;
+        while sent < ready {
+            // SAFETY: headers `sent..ready` point to buffers of `self` that outlive the call.
+            let count = unsafe {
+                let first = self.headers.as_mut_ptr().add(sent);
+                libc::sendmmsg(socket.as_raw_fd(), first, (ready - sent) as u32, 0)
+            };
+            match count {
+                // The first of them failed alone (a peer that is gone, say): go on behind it.
+                0 => sent += 1,
+                count if count > 0 => sent += count as usize,
+                _ => match io::Error::last_os_error() {
+                    error if error.kind() == io::ErrorKind::Interrupted => {}
+                    error if error.raw_os_error() == Some(libc::EBADF) => return Err(error),
+                    _ => sent += 1,
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// Points header `to` at the peer and control data of place `from` and at vector `to`.
+    fn point(&mut self, to: usize, from: usize, control_bytes: usize, name_bytes: u32) {
+        let header = &mut self.headers[to].msg_hdr;
+        header.msg_name = (&raw mut self.peers[from]).cast();
+        header.msg_namelen = name_bytes;
+        header.msg_iov = &raw mut self.vectors[to];
+        header.msg_iovlen = 1;
+        header.msg_control = self.controls[from].0.as_mut_ptr().cast();
+        header.msg_controllen = control_bytes as _;
+        header.msg_flags = 0;
+    }
+
+    /// Clears the interface in the control data of place `i`: the reply takes the route to its peer, and only the
+    /// source address is kept.
+    fn any_interface(&mut self, i: usize) {
+        let header = &raw const self.headers[i].msg_hdr;
+        // SAFETY: the kernel has just written well-formed control messages of `msg_controllen` bytes into the
+        // buffer that `msg_control` points to, and CMSG_* stay within that length.
+        unsafe {
+            let mut message = libc::CMSG_FIRSTHDR(header);
+            while let Some(one) = message.as_ref() {
+                match (one.cmsg_level, one.cmsg_type) {
+                    (libc::IPPROTO_IP, libc::IP_PKTINFO) => {
+                        (*libc::CMSG_DATA(message).cast::<libc::in_pktinfo>()).ipi_ifindex = 0;
+                    }
+                    (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => {
+                        (*libc::CMSG_DATA(message).cast::<libc::in6_pktinfo>()).ipi6_ifindex = 0;
+                    }
+                    _ => {}
+                }
+                message = libc::CMSG_NXTHDR(header, message);
+            }
+        }
+    }
+}
