@@ -77,12 +77,6 @@ impl Nightly {
         is_library(&self.library())
     }
 
-    /// Whether rustup put rust-src there itself; then its record of files is not ours to contradict.
-    fn is_recorded_by_rustup(&self) -> bool {
-        fs::read_to_string(self.sysroot.join("lib/rustlib/components"))
-            .is_ok_and(|components| components.lines().any(|line| line.starts_with("rust-src")))
-    }
-
     /// The version without its last number and suffix, as in `1.97.`.
     fn minor_prefix(&self) -> Result<String> {
         minor_prefix(&self.release)
@@ -117,8 +111,8 @@ fn install_library(nightly: &Nightly) -> Result<()> {
         "the nightly toolchain ({}) has no rust-src; adding it",
         nightly.release
     ));
-    if nightly.library().exists() && !nightly.is_recorded_by_rustup() {
-        // Half of a copy would stop rustup; it is in nobody's record and of no use.
+    if nightly.library().exists() {
+        // Half a library is of no use to anyone, and would stop rustup.
         fs::remove_dir_all(nightly.library())
             .with_context(|| format!("cannot remove {}", nightly.library().display()))?;
     }
