@@ -9,6 +9,8 @@ use keelway_cni::protocol::{Request, Response, answer, receive};
 use keelway_cni::{AddResult, Attachment, Interface, IpConfig, Route, spool};
 use serde_json::{Value, json};
 
+type Env<'a> = Vec<(&'a str, &'a str)>;
+
 fn plugin(env: &[(&str, &str)], stdin: &str) -> Output {
     let mut child = Command::new(env!("CARGO_BIN_EXE_keelway-cni"))
         .env_clear()
@@ -71,7 +73,7 @@ fn wrong_input_is_refused_with_the_code_of_the_specification() {
     let dir = tempfile::tempdir().unwrap();
     let good = conf(dir.path(), "1.0.0");
     let add = [("CNI_COMMAND", "ADD"), ("CNI_NETNS", "/proc/1/ns/nothing")];
-    let cases: Vec<(Vec<(&str, &str)>, &str, u64, &str)> = vec![
+    let cases: Vec<(Env<'_>, &str, u64, &str)> = vec![
         (vec![], &good, 4, "CNI_COMMAND is not set"),
         (
             with(&[("CNI_COMMAND", "FROB")]),
@@ -170,7 +172,10 @@ fn del_succeeds_without_an_agent_and_is_written_down_once() {
         ifname: "eth0".into(),
     };
     let spooled = dir.path().join("deleted");
-    assert_eq!(spool::list(&spooled).unwrap(), [attachment.clone()]);
+    assert_eq!(
+        spool::list(&spooled).unwrap(),
+        std::slice::from_ref(&attachment)
+    );
     std::fs::write(spooled.join("c2:eth0"), "{").unwrap();
     spool::remove(&spooled, &attachment).unwrap();
     assert_eq!(spool::list(&spooled).unwrap(), []);

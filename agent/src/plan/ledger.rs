@@ -1,0 +1,329 @@
+//! The plans of all Services against what the maps hold.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+
+use cluster_model::ServiceKey;
+use dataplane_abi::limits;
+
+use super::{PortKey, ServicePlan};
+use crate::dataplane::{Frontend, Op, ServiceBackends, ServiceId, State};
+
+/// Books of every service port: its plan, its id, and what the maps hold. Costs per change, not per cluster.
+///
+/// Ids live in the maps alone: a ledger that is opened on maps that an earlier agent filled finds the id of a service
+/// port by its frontends, so connections go on as they were.
+#[derive(Debug, Default)]
+pub struct Ledger {
+    plans: HashMap<ServiceKey, ServicePlan>,
+    ids: HashMap<PortKey, ServiceId>,
+    owners: HashMap<ServiceId, PortKey>,
+    /// Who wants a frontend. The first one has it, whatever came first in time.
+    claims: BTreeMap<Frontend, BTreeSet<PortKey>>,
+    vip_claims: BTreeMap<IpAddr, BTreeSet<ServiceKey>>,
+    /// What the maps hold, of services, frontends and VIPs.
+    held: State,
+    /// Where the search for a free id goes on: an id rests as long as possible before it is used again.
+    last_id: u32,
+    touched: Touched,
+}
+
+/// Entries whose wish or holding may differ.
+#[derive(Debug, Default)]
+struct Touched {
+    ports: BTreeSet<PortKey>,
+    ids: BTreeSet<ServiceId>,
+    frontends: BTreeSet<Frontend>,
+    vips: BTreeSet<IpAddr>,
+}
+
+/// What brings the maps from what they hold to what is wished.
+#[derive(Debug, Default, PartialEq)]
+pub struct Batch {
+    /// In the order in which no packet sees half a service.
+    pub ops: Vec<Op>,
+    pub refusals: Vec<Refusal>,
+}
+
+/// A wish that cannot be met.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    #[error("{0}: all {max} service ports are in use", max = limits::SERVICES - 1)]
+    NoId(PortKey),
+    #[error("{frontend} is wanted by {loser} and belongs to {winner}")]
+    Contested {
+        frontend: Frontend,
+        winner: PortKey,
+        loser: PortKey,
+    },
+}
+
+impl Ledger {
+    /// A ledger over maps that hold `held`. All of it counts as unwanted until a plan wants it.
+    pub fn adopt(held: State) -> Self {
+        let mut ledger = Self::default();
+        ledger.hold(held);
+        ledger
+    }
+
+    /// Takes what the maps were found to hold, after a change of them failed half way.
+    pub fn hold(&mut self, held: State) {
+        let touched = &mut self.touched;
+        touched.ids.extend(
+            held.services
+                .keys()
+                .chain(self.held.services.keys())
+                .chain(self.owners.keys()),
+        );
+        touched
+            .frontends
+            .extend(held.frontends.keys().chain(self.claims.keys()));
+        touched
+            .vips
+            .extend(held.vips.iter().chain(self.vip_claims.keys()));
+        self.held = State {
+            services: held.services,
+            frontends: held.frontends,
+            vips: held.vips,
+            ..State::default()
+        };
+    }
+
+    /// Records the plan of a Service; the empty plan forgets it.
+    pub fn set(&mut self, key: &ServiceKey, plan: ServicePlan) {
+        let old = self.plans.remove(key).unwrap_or_default();
+        for vip in old.vips.symmetric_difference(&plan.vips) {
+            self.touched.vips.insert(*vip);
+            let claims = self.vip_claims.entry(*vip).or_default();
+            if plan.vips.contains(vip) {
+                claims.insert(key.clone())
+            } else {
+                claims.remove(key)
+            };
+            if claims.is_empty() {
+                self.vip_claims.remove(vip);
+            }
+        }
+        let ports: BTreeSet<&PortKey> = old.ports.keys().chain(plan.ports.keys()).collect();
+        for port in ports {
+            let (had, wish) = (old.ports.get(port), plan.ports.get(port));
+            if had == wish {
+                continue;
+            }
+            self.touched.ports.insert(port.clone());
+            let none = BTreeSet::new();
+            let had = had.map_or(&none, |port| &port.frontends);
+            let wish = wish.map_or(&none, |port| &port.frontends);
+            for frontend in had.symmetric_difference(wish) {
+                let claims = self.claims.entry(*frontend).or_default();
+                if wish.contains(frontend) {
+                    claims.insert(port.clone())
+                } else {
+                    claims.remove(port)
+                };
+                // Others that want the frontend may gain or lose it.
+                self.touched.ports.extend(claims.iter().cloned());
+                self.touched.frontends.insert(*frontend);
+                if claims.is_empty() {
+                    self.claims.remove(frontend);
+                }
+            }
+        }
+        if plan != ServicePlan::default() {
+            self.plans.insert(key.clone(), plan);
+        }
+    }
+
+    /// The keys of all Services that have a plan.
+    pub fn services(&self) -> impl Iterator<Item = &ServiceKey> {
+        self.plans.keys()
+    }
+
+    /// The plan of a Service and the ids of its ports.
+    pub fn service(&self, key: &ServiceKey) -> Option<(&ServicePlan, Vec<(&PortKey, ServiceId)>)> {
+        let plan = self.plans.get(key)?;
+        let ids = plan
+            .ports
+            .keys()
+            .filter_map(|port| Some((port, *self.ids.get(port)?)))
+            .collect();
+        Some((plan, ids))
+    }
+
+    /// What the maps hold, as far as Services go.
+    pub fn held(&self) -> &State {
+        &self.held
+    }
+
+    /// The changes that make the maps hold what is wished, for all that was touched since they last did.
+    pub fn diff(&mut self) -> Batch {
+        let mut refusals = self.settle_ids();
+        let (mut set, mut removed) = (Vec::new(), Vec::new());
+        for id in &self.touched.ids {
+            match (self.wished_backends(*id), self.held.services.get(id)) {
+                (Some(wish), held) if held != Some(wish) => {
+                    set.push(Op::SetService {
+                        id: *id,
+                        backends: wish.clone(),
+                    });
+                }
+                (None, Some(_)) => removed.push(Op::RemoveService { id: *id }),
+                _ => {}
+            }
+        }
+        let (mut set_vips, mut removed_vips) = (Vec::new(), Vec::new());
+        for addr in &self.touched.vips {
+            match (
+                self.vip_claims.contains_key(addr),
+                self.held.vips.contains(addr),
+            ) {
+                (true, false) => set_vips.push(Op::SetVip { addr: *addr }),
+                (false, true) => removed_vips.push(Op::RemoveVip { addr: *addr }),
+                _ => {}
+            }
+        }
+        let (mut set_frontends, mut removed_frontends) = (Vec::new(), Vec::new());
+        for frontend in &self.touched.frontends {
+            match (self.wished_id(frontend), self.held.frontends.get(frontend)) {
+                (Some(id), held) if held != Some(&id) => {
+                    set_frontends.push(Op::SetFrontend {
+                        frontend: *frontend,
+                        id,
+                    });
+                }
+                (None, Some(_)) => removed_frontends.push(Op::RemoveFrontend {
+                    frontend: *frontend,
+                }),
+                _ => {}
+            }
+            let mut claims = self.claims.get(frontend).into_iter().flatten();
+            if let Some(winner) = claims.next() {
+                refusals.extend(claims.map(|loser| Refusal::Contested {
+                    frontend: *frontend,
+                    winner: winner.clone(),
+                    loser: loser.clone(),
+                }));
+            }
+        }
+        // A marker comes after the frontends of its address and goes before them: between the two a port would be
+        // rejected that has a Service.
+        let order = [
+            set,
+            set_frontends,
+            set_vips,
+            removed_vips,
+            removed_frontends,
+            removed,
+        ];
+        Batch {
+            ops: order.into_iter().flatten().collect(),
+            refusals,
+        }
+    }
+
+    /// Records that a batch of [`Ledger::diff`] is in the maps.
+    pub fn applied(&mut self, batch: &Batch) {
+        for op in &batch.ops {
+            match op {
+                Op::SetService { id, backends } => {
+                    self.held.services.insert(*id, backends.clone());
+                }
+                Op::RemoveService { id } => {
+                    self.held.services.remove(id);
+                }
+                Op::SetFrontend { frontend, id } => {
+                    self.held.frontends.insert(*frontend, *id);
+                }
+                Op::RemoveFrontend { frontend } => {
+                    self.held.frontends.remove(frontend);
+                }
+                Op::SetVip { addr } => {
+                    self.held.vips.insert(*addr);
+                }
+                Op::RemoveVip { addr } => {
+                    self.held.vips.remove(addr);
+                }
+                Op::SetPod { .. }
+                | Op::RemovePod { .. }
+                | Op::SetHostAddress { .. }
+                | Op::RemoveHostAddress { .. } => {}
+            }
+        }
+        self.touched = Touched::default();
+    }
+
+    /// Gives ids to the touched service ports that have a frontend now, and takes them from those that have none.
+    /// Taking comes first, so that a port under a new name gets the id that its frontend leads to.
+    fn settle_ids(&mut self) -> Vec<Refusal> {
+        let touched = std::mem::take(&mut self.touched.ports);
+        let (reached, unreached): (Vec<&PortKey>, Vec<&PortKey>) = touched
+            .iter()
+            .partition(|port| self.won(port).next().is_some());
+        for port in unreached {
+            if let Some(id) = self.ids.remove(port) {
+                self.owners.remove(&id);
+                self.touched.ids.insert(id);
+            }
+        }
+        let mut refusals = Vec::new();
+        for port in reached {
+            let id = self.ids.get(port).copied().or_else(|| self.new_id(port));
+            match id {
+                Some(id) => {
+                    self.ids.insert(port.clone(), id);
+                    self.owners.insert(id, port.clone());
+                    self.touched.ids.insert(id);
+                }
+                None => refusals.push(Refusal::NoId(port.clone())),
+            }
+        }
+        refusals
+    }
+
+    /// The frontends that a service port wants and has.
+    fn won<'a>(&'a self, port: &'a PortKey) -> impl Iterator<Item = &'a Frontend> {
+        let plan = self
+            .plans
+            .get(&port.service)
+            .and_then(|plan| plan.ports.get(port));
+        let wanted = plan.into_iter().flat_map(|plan| &plan.frontends);
+        wanted.filter(move |frontend| {
+            self.claims.get(frontend).and_then(BTreeSet::first) == Some(port)
+        })
+    }
+
+    fn wished_backends(&self, id: ServiceId) -> Option<&ServiceBackends> {
+        let port = self.owners.get(&id)?;
+        Some(&self.plans.get(&port.service)?.ports.get(port)?.backends)
+    }
+
+    fn wished_id(&self, frontend: &Frontend) -> Option<ServiceId> {
+        let winner = self.claims.get(frontend)?.first()?;
+        self.ids.get(winner).copied()
+    }
+
+    /// The id that one of the port's frontends leads to already, when nobody owns it; else a free one.
+    fn new_id(&mut self, port: &PortKey) -> Option<ServiceId> {
+        let leads_to = self
+            .won(port)
+            .filter_map(|frontend| self.held.frontends.get(frontend))
+            .copied();
+        let mut unowned = leads_to.filter(|id| !self.owners.contains_key(id));
+        if let Some(id) = unowned.next() {
+            return Some(id);
+        }
+        drop(unowned);
+        for _ in 1..limits::SERVICES {
+            self.last_id = if self.last_id + 1 >= limits::SERVICES {
+                1
+            } else {
+                self.last_id + 1
+            };
+            let id = ServiceId(self.last_id);
+            if !self.owners.contains_key(&id) && !self.held.services.contains_key(&id) {
+                return Some(id);
+            }
+        }
+        None
+    }
+}

@@ -1,0 +1,13 @@
+//! What the node's data plane shall hold, planned from the cluster: pure functions and their bookkeeping.
+//!
+//! [`plan`] turns one Service of a snapshot into a [`ServicePlan`]; [`check`] holds what must be true of it; a [`Ledger`] keeps
+//! the plans of all Services, gives each service port an id, and diffs wishes against what the maps hold.
+
+mod endpoints;
+mod ledger;
+mod routes;
+mod service;
+
+pub use ledger::{Batch, Ledger, Refusal};
+pub use routes::{NodeRoute, RouteChange, diff_routes, plan_routes};
+pub use service::{Here, PortKey, PortPlan, ServicePlan, Violation, check, plan};

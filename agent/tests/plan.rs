@@ -1,0 +1,568 @@
+//! Plans of Services: which endpoints, in which order, and that bookkeeping by change equals planning from nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use cluster_model::*;
+use keelway_agent::dataplane::{self, Op, ServiceBackends, ServiceId, State};
+use keelway_agent::plan::{
+    Batch, Here, Ledger, NodeRoute, Refusal, RouteChange, check, diff_routes, plan, plan_routes,
+};
+use proptest::prelude::*;
+
+fn here() -> Here {
+    Here {
+        node: "node-1".into(),
+        zone: Some("a".into()),
+    }
+}
+
+fn service(name: &str, ip: u8) -> Service {
+    Service {
+        key: ObjectKey::new("default", name),
+        service_type: ServiceType::ClusterIp,
+        cluster_ips: vec![[10, 96, 0, ip].into()],
+        headless: false,
+        external_name: None,
+        external_ips: vec![],
+        load_balancer_ips: vec![],
+        load_balancer_source_ranges: vec![],
+        ports: vec![service_port("http", Protocol::Tcp, 80)],
+        publish_not_ready: false,
+        traffic_distribution: TrafficDistribution::Any,
+        affinity_timeout_s: None,
+        internal_traffic_policy: TrafficPolicy::Cluster,
+        external_traffic_policy: TrafficPolicy::Cluster,
+        health_check_node_port: None,
+        proxy_name: None,
+    }
+}
+
+fn service_port(name: &str, protocol: Protocol, port: u16) -> ServicePort {
+    ServicePort {
+        name: name.into(),
+        protocol,
+        port,
+        node_port: None,
+        app_protocol: None,
+    }
+}
+
+const READY: Conditions = Conditions {
+    ready: true,
+    serving: true,
+    terminating: false,
+};
+const TERMINATING: Conditions = Conditions {
+    ready: false,
+    serving: true,
+    terminating: true,
+};
+const NOT_READY: Conditions = Conditions {
+    ready: false,
+    serving: false,
+    terminating: false,
+};
+
+fn endpoint(ip: u8, node: &str, zone: &str, conditions: Conditions) -> Endpoint {
+    Endpoint {
+        address: [10, 244, 0, ip].into(),
+        conditions,
+        node_name: Some(node.into()),
+        zone: Some(zone.into()),
+        hostname: None,
+        target: None,
+        for_zones: vec![],
+        for_nodes: vec![],
+    }
+}
+
+fn slice(name: &str, service: &str, endpoints: Vec<Endpoint>) -> EndpointSlice {
+    EndpointSlice {
+        key: ObjectKey::new("default", name),
+        service: Some(ObjectKey::new("default", service)),
+        ports: vec![EndpointPort {
+            name: "http".into(),
+            protocol: Protocol::Tcp,
+            port: 8080,
+            app_protocol: None,
+        }],
+        endpoints,
+    }
+}
+
+fn snapshot(services: Vec<Service>, slices: Vec<EndpointSlice>) -> Snapshot {
+    let (mut snapshot, mut dirty) = (Snapshot::default(), Dirty::default());
+    let services = services
+        .into_iter()
+        .map(|one| Object::Service(Arc::new(one)))
+        .collect();
+    let slices = slices
+        .into_iter()
+        .map(|one| Object::EndpointSlice(Arc::new(one)))
+        .collect();
+    snapshot.apply(Change::Replace(Kind::Service, services), &mut dirty);
+    snapshot.apply(Change::Replace(Kind::EndpointSlice, slices), &mut dirty);
+    snapshot
+}
+
+/// The backends of the Service `web`, by the last byte of their addresses.
+fn chosen(service: Service, endpoints: Vec<Endpoint>) -> (Vec<u8>, Vec<u8>) {
+    let key = service.key.clone();
+    let plan = plan(
+        &snapshot(vec![service], vec![slice("web-1", "web", endpoints)]),
+        &key,
+        &here(),
+    );
+    check(&plan).expect("a sound plan");
+    let backends = &plan.ports.values().next().expect("one port").backends;
+    let last = |list: &Vec<std::net::SocketAddr>| {
+        list.iter()
+            .map(|backend| match backend.ip() {
+                std::net::IpAddr::V4(ip) => ip.octets()[3],
+                std::net::IpAddr::V6(_) => 0,
+            })
+            .collect()
+    };
+    (last(&backends.active), last(&backends.terminating))
+}
+
+#[test]
+fn ready_endpoints_are_active_local_ones_first_and_terminating_ones_wait() {
+    let endpoints = vec![
+        endpoint(1, "node-2", "b", READY),
+        endpoint(2, "node-1", "a", READY),
+        endpoint(3, "node-2", "b", TERMINATING),
+        endpoint(4, "node-2", "b", NOT_READY),
+    ];
+    assert_eq!(chosen(service("web", 1), endpoints), (vec![2, 1], vec![3]));
+}
+
+#[test]
+fn endpoints_that_are_not_ready_count_where_the_service_says_so() {
+    let web = Service {
+        publish_not_ready: true,
+        ..service("web", 1)
+    };
+    assert_eq!(
+        chosen(web, vec![endpoint(4, "node-2", "b", NOT_READY)]),
+        (vec![4], vec![])
+    );
+}
+
+#[test]
+fn prefer_same_node_takes_this_nodes_ready_endpoint_or_else_all() {
+    let dns = Service {
+        traffic_distribution: TrafficDistribution::SameNode,
+        ..service("web", 10)
+    };
+    let both = vec![
+        endpoint(1, "node-1", "a", READY),
+        endpoint(2, "node-2", "a", READY),
+    ];
+    assert_eq!(chosen(dns.clone(), both).0, [1]);
+    let local_not_ready = vec![
+        endpoint(1, "node-1", "a", NOT_READY),
+        endpoint(2, "node-2", "a", READY),
+        endpoint(3, "node-3", "b", READY),
+    ];
+    assert_eq!(chosen(dns, local_not_ready).0, [2, 3]);
+}
+
+#[test]
+fn prefer_close_stays_in_the_zone_while_there_is_one_endpoint_in_it() {
+    let web = Service {
+        traffic_distribution: TrafficDistribution::SameZone,
+        ..service("web", 1)
+    };
+    let endpoints = vec![
+        endpoint(1, "node-2", "a", READY),
+        endpoint(2, "node-3", "b", READY),
+    ];
+    assert_eq!(chosen(web.clone(), endpoints).0, [1]);
+    assert_eq!(chosen(web, vec![endpoint(2, "node-3", "b", READY)]).0, [2]);
+}
+
+#[test]
+fn hints_count_when_every_ready_endpoint_has_one() {
+    let hinted = |ip, zone: &str| Endpoint {
+        for_zones: vec![zone.into()],
+        ..endpoint(ip, "node-9", "c", READY)
+    };
+    assert_eq!(
+        chosen(service("web", 1), vec![hinted(1, "a"), hinted(2, "b")]).0,
+        [1]
+    );
+    let one_without = vec![hinted(1, "a"), endpoint(2, "node-9", "c", READY)];
+    assert_eq!(chosen(service("web", 1), one_without).0, [1, 2]);
+}
+
+#[test]
+fn internal_traffic_policy_local_never_leaves_the_node() {
+    let web = Service {
+        internal_traffic_policy: TrafficPolicy::Local,
+        ..service("web", 1)
+    };
+    let endpoints = vec![
+        endpoint(1, "node-1", "a", READY),
+        endpoint(2, "node-2", "a", READY),
+    ];
+    assert_eq!(chosen(web.clone(), endpoints).0, [1]);
+    assert_eq!(
+        chosen(web.clone(), vec![endpoint(2, "node-2", "a", READY)]),
+        (vec![], vec![])
+    );
+    let draining = vec![
+        endpoint(1, "node-1", "a", TERMINATING),
+        endpoint(2, "node-2", "a", TERMINATING),
+    ];
+    assert_eq!(chosen(web, draining), (vec![], vec![1]));
+}
+
+#[test]
+fn an_endpoint_in_two_slices_is_one_backend() {
+    let web = service("web", 1);
+    let key = web.key.clone();
+    let slices = vec![
+        slice("web-1", "web", vec![endpoint(1, "node-2", "b", READY)]),
+        slice(
+            "web-2",
+            "web",
+            vec![endpoint(1, "node-2", "b", TERMINATING)],
+        ),
+    ];
+    let plan = plan(&snapshot(vec![web], slices), &key, &here());
+    check(&plan).unwrap();
+    let backends = &plan.ports.values().next().unwrap().backends;
+    assert_eq!((backends.active.len(), backends.terminating.len()), (1, 0));
+}
+
+#[test]
+fn services_without_an_address_of_their_own_have_no_plan() {
+    let headless = Service {
+        headless: true,
+        cluster_ips: vec![],
+        ..service("web", 1)
+    };
+    let others = Service {
+        proxy_name: Some("another".into()),
+        ..service("web", 1)
+    };
+    for service in [headless, others] {
+        let key = service.key.clone();
+        assert_eq!(
+            plan(&snapshot(vec![service], vec![]), &key, &here()),
+            Default::default()
+        );
+    }
+}
+
+#[test]
+fn a_service_with_more_endpoints_than_fit_is_cut_and_says_so() {
+    let endpoints = (0..5000u32)
+        .map(|i| Endpoint {
+            address: [10, 244, (i >> 8) as u8, i as u8].into(),
+            ..endpoint(0, "node-2", "b", READY)
+        })
+        .collect();
+    let web = service("web", 1);
+    let key = web.key.clone();
+    let plan = plan(
+        &snapshot(vec![web], vec![slice("web-1", "web", endpoints)]),
+        &key,
+        &here(),
+    );
+    check(&plan).unwrap();
+    let port = plan.ports.values().next().unwrap();
+    assert_eq!((port.backends.active.len(), port.left_out), (4095, 905));
+}
+
+/// Applies operations as the maps would, and insists that no packet ever sees a frontend that leads nowhere.
+fn apply(state: &mut State, batch: &Batch) {
+    for op in &batch.ops {
+        match op {
+            Op::SetService { id, backends } => {
+                state.services.insert(*id, backends.clone());
+            }
+            Op::RemoveService { id } => {
+                state.services.remove(id).expect("was there");
+            }
+            Op::SetFrontend { frontend, id } => {
+                state.frontends.insert(*frontend, *id);
+            }
+            Op::RemoveFrontend { frontend } => {
+                state.frontends.remove(frontend).expect("was there");
+            }
+            Op::SetVip { addr } => assert!(state.vips.insert(*addr)),
+            Op::RemoveVip { addr } => assert!(state.vips.remove(addr)),
+            other => panic!("{other:?} is not about Services"),
+        }
+        for (frontend, id) in &state.frontends {
+            assert!(
+                state.services.contains_key(id),
+                "{frontend} leads nowhere after {op:?}"
+            );
+        }
+    }
+}
+
+/// What a packet sees: ids do not show.
+fn visible(
+    state: &State,
+) -> (
+    BTreeMap<dataplane::Frontend, ServiceBackends>,
+    BTreeSet<std::net::IpAddr>,
+) {
+    let seen = state
+        .frontends
+        .iter()
+        .map(|(frontend, id)| (*frontend, state.services[id].clone()));
+    (seen.collect(), state.vips.clone())
+}
+
+fn full(snapshot: &Snapshot, held: State) -> State {
+    let mut state = held.clone();
+    let mut ledger = Ledger::adopt(held);
+    for service in snapshot.services() {
+        ledger.set(&service.key, plan(snapshot, &service.key, &here()));
+    }
+    apply(&mut state, &ledger.diff());
+    state
+}
+
+#[test]
+fn a_new_agent_keeps_the_ids_that_it_finds_and_changes_nothing() {
+    let cluster = snapshot(
+        vec![service("a", 1), service("web", 2), service("c", 3)],
+        vec![slice(
+            "web-1",
+            "web",
+            vec![endpoint(1, "node-1", "a", READY)],
+        )],
+    );
+    let state = full(&cluster, State::default());
+    assert_eq!(state.services.len(), 3);
+    assert_eq!(full(&cluster, state.clone()), state);
+
+    let mut ledger = Ledger::adopt(state.clone());
+    for service in cluster.services() {
+        ledger.set(&service.key, plan(&cluster, &service.key, &here()));
+    }
+    assert_eq!(ledger.diff().ops, []);
+}
+
+#[test]
+fn what_nobody_wants_any_more_is_pruned_after_a_restart() {
+    let before = full(
+        &snapshot(vec![service("gone", 1), service("web", 2)], vec![]),
+        State::default(),
+    );
+    let after = full(&snapshot(vec![service("web", 2)], vec![]), before.clone());
+    assert_eq!(
+        (
+            after.services.len(),
+            after.frontends.len(),
+            after.vips.len()
+        ),
+        (1, 1, 1)
+    );
+    let kept = after.services.keys().next().unwrap();
+    assert!(
+        before.services.contains_key(kept),
+        "the survivor keeps its id"
+    );
+}
+
+#[test]
+fn a_frontend_that_two_services_want_belongs_to_the_first_by_name() {
+    let mut ledger = Ledger::adopt(State::default());
+    let cluster = snapshot(vec![service("a", 7), service("b", 7)], vec![]);
+    let (a, b) = (
+        ObjectKey::new("default", "a"),
+        ObjectKey::new("default", "b"),
+    );
+    ledger.set(&b, plan(&cluster, &b, &here()));
+    ledger.set(&a, plan(&cluster, &a, &here()));
+    let batch = ledger.diff();
+    let mut state = State::default();
+    apply(&mut state, &batch);
+    ledger.applied(&batch);
+    let id_of = |ledger: &Ledger, key| ledger.service(key).unwrap().1[0].1;
+    assert_eq!(state.frontends.values().next(), Some(&id_of(&ledger, &a)));
+    assert!(matches!(batch.refusals[..], [Refusal::Contested { .. }]));
+    ledger.set(&a, Default::default());
+    apply(&mut state, &ledger.diff());
+    assert_eq!(state.frontends.values().next(), Some(&id_of(&ledger, &b)));
+}
+
+#[test]
+fn a_failed_batch_is_made_good_from_what_the_maps_hold() {
+    let cluster = snapshot(vec![service("a", 1), service("b", 2)], vec![]);
+    let mut ledger = Ledger::adopt(State::default());
+    for service in cluster.services() {
+        ledger.set(&service.key, plan(&cluster, &service.key, &here()));
+    }
+    let whole = ledger.diff();
+    let mut state = State::default();
+    apply(
+        &mut state,
+        &Batch {
+            ops: whole.ops[..3].to_vec(),
+            refusals: vec![],
+        },
+    );
+    ledger.hold(state.clone());
+    apply(&mut state, &ledger.diff());
+    assert_eq!(visible(&state), visible(&full(&cluster, State::default())));
+}
+
+fn any_service() -> impl Strategy<Value = Object> {
+    let ports = prop::collection::btree_set(0usize..4, 0..3).prop_map(|set| {
+        let all = [
+            ("http", Protocol::Tcp, 80),
+            ("web", Protocol::Tcp, 80),
+            ("dns", Protocol::Udp, 53),
+            ("s", Protocol::Sctp, 9),
+        ];
+        let mut ports: Vec<ServicePort> = set
+            .into_iter()
+            .map(|i| service_port(all[i].0, all[i].1, all[i].2))
+            .collect();
+        // The API refuses the same port and protocol twice.
+        ports.dedup_by_key(|port| (port.protocol, port.port));
+        ports
+    });
+    let distribution = prop::sample::select(vec![
+        TrafficDistribution::Any,
+        TrafficDistribution::SameNode,
+        TrafficDistribution::SameZone,
+    ]);
+    (
+        prop::sample::select(vec!["a", "b", "web"]),
+        1u8..4,
+        ports,
+        distribution,
+        any::<bool>(),
+    )
+        .prop_map(|(name, ip, ports, traffic_distribution, headless)| {
+            let base = service(name, ip);
+            let cluster_ips = if headless {
+                vec![]
+            } else {
+                base.cluster_ips.clone()
+            };
+            Object::Service(Arc::new(Service {
+                ports,
+                traffic_distribution,
+                headless,
+                cluster_ips,
+                ..base
+            }))
+        })
+}
+
+fn any_slice() -> impl Strategy<Value = Object> {
+    let node = prop::sample::select(vec![("node-1", "a"), ("node-2", "a"), ("node-3", "b")]);
+    let condition = prop::sample::select(vec![READY, TERMINATING, NOT_READY]);
+    let one = (1u8..6, node, condition)
+        .prop_map(|(ip, (node, zone), conditions)| endpoint(ip, node, zone, conditions));
+    (
+        prop::sample::select(vec!["s1", "s2", "s3"]),
+        prop::sample::select(vec!["a", "b", "web"]),
+        prop::collection::vec(one, 0..4),
+    )
+        .prop_map(|(name, service, endpoints)| {
+            Object::EndpointSlice(Arc::new(slice(name, service, endpoints)))
+        })
+}
+
+fn any_change() -> impl Strategy<Value = Change> {
+    prop_oneof![
+        3 => any_service().prop_map(Change::Upsert),
+        4 => any_slice().prop_map(Change::Upsert),
+        1 => any_service().prop_map(|object| Change::Remove(object.reference())),
+        1 => any_slice().prop_map(|object| Change::Remove(object.reference())),
+    ]
+}
+
+proptest! {
+    /// Planning dirty keys only, batch by batch and across restarts of the agent, ends where planning everything from
+    /// nothing ends.
+    #[test]
+    fn incremental_equals_full(batches in prop::collection::vec((prop::collection::vec(any_change(), 1..5), 0u8..8), 1..10)) {
+        let (mut snapshot, mut state) = (Snapshot::default(), State::default());
+        let mut ledger = Ledger::adopt(State::default());
+        for (changes, dice) in batches {
+            let mut dirty = Dirty::default();
+            for change in changes {
+                snapshot.apply(change, &mut dirty);
+            }
+            if dice == 0 {
+                // The agent is killed, and a new one plans everything.
+                state = full(&snapshot, state);
+                ledger = Ledger::adopt(state.clone());
+                for service in snapshot.services() {
+                    ledger.set(&service.key, plan(&snapshot, &service.key, &here()));
+                }
+                prop_assert_eq!(ledger.diff().ops, vec![]);
+                continue;
+            }
+            for key in &dirty.services {
+                let wish = plan(&snapshot, key, &here());
+                check(&wish).map_err(|violation| TestCaseError::fail(violation.to_string()))?;
+                ledger.set(key, wish);
+            }
+            let batch = ledger.diff();
+            apply(&mut state, &batch);
+            ledger.applied(&batch);
+            prop_assert_eq!(&ledger.held().frontends, &state.frontends);
+            prop_assert_eq!(ledger.diff().ops, vec![]);
+        }
+        prop_assert_eq!(visible(&state), visible(&full(&snapshot, State::default())));
+        let ids: BTreeSet<ServiceId> = state.frontends.values().copied().collect();
+        prop_assert!(ids.iter().all(|id| id.0 != 0));
+    }
+}
+
+fn node(name: &str, ip: u8, range: &str) -> Object {
+    Object::Node(Arc::new(Node {
+        name: name.into(),
+        internal_ips: vec![[198, 18, 0, ip].into()],
+        pod_cidrs: vec![range.parse().unwrap()],
+        zone: None,
+    }))
+}
+
+#[test]
+fn routes_lead_to_other_nodes_and_close_the_own_range() {
+    let (mut snapshot, mut dirty) = (Snapshot::default(), Dirty::default());
+    let nodes = vec![
+        node("node-1", 11, "10.244.1.0/24"),
+        node("node-2", 12, "10.244.2.0/24"),
+        node("thief", 13, "10.244.1.0/24"),
+    ];
+    snapshot.apply(Change::Replace(Kind::Node, nodes), &mut dirty);
+    let routes = plan_routes(&snapshot, "node-1");
+    let own = NodeRoute::Own {
+        range: "10.244.1.0/24".parse().unwrap(),
+    };
+    let pods = NodeRoute::Pods {
+        range: "10.244.2.0/24".parse().unwrap(),
+        node: [198, 18, 0, 12].into(),
+    };
+    assert_eq!(routes, BTreeSet::from([own, pods]));
+
+    let moved = NodeRoute::Pods {
+        range: "10.244.2.0/24".parse().unwrap(),
+        node: [198, 18, 0, 99].into(),
+    };
+    assert_eq!(
+        diff_routes(&BTreeSet::from([own, moved]), &routes),
+        [RouteChange::Replace(pods)]
+    );
+    assert_eq!(
+        diff_routes(&routes, &BTreeSet::from([own])),
+        [RouteChange::Remove(pods)]
+    );
+    assert_eq!(diff_routes(&routes, &routes), []);
+}
