@@ -2,7 +2,20 @@
 ///
 /// # Safety
 /// The implementor has no padding, no pointers and no invalid bit patterns.
-pub unsafe trait Plain: Copy + 'static {}
+pub unsafe trait Plain: Copy + 'static {
+    /// The value whose memory the first bytes are, when there are enough.
+    fn read_from(bytes: &[u8]) -> Option<Self> {
+        let bytes = bytes.get(..size_of::<Self>())?;
+        // SAFETY: the slice has the type's size, and the type has no invalid bit patterns.
+        Some(unsafe { bytes.as_ptr().cast::<Self>().read_unaligned() })
+    }
+
+    /// The value's memory.
+    fn as_bytes(&self) -> &[u8] {
+        // SAFETY: the type has no padding, so all of its bytes are initialised.
+        unsafe { core::slice::from_raw_parts(core::ptr::from_ref(self).cast(), size_of::<Self>()) }
+    }
+}
 
 // SAFETY: primitives and arrays of them have no padding and no invalid bit patterns.
 unsafe impl Plain for u8 {}

@@ -1,2 +1,22 @@
-#![cfg_attr(not(test), no_std)]
-//! Packet logic of the data plane: compiles for the kernel and is tested on the host.
+#![cfg_attr(not(any(test, feature = "memory")), no_std)]
+#![forbid(unsafe_code)]
+//! Packet and socket logic of the data plane. It compiles for the kernel, where the binary beside it gives it maps and
+//! packets, and for the host, where its tests give it vectors.
+//!
+//! - [`packet`]: reading headers; [`checksum`]: what changing them does to sums
+//! - [`translate`]: rewriting a packet's addresses and ports; [`reject`]: turning it into a reset or an ICMP error
+//! - [`tables`]: the maps, as a trait; [`balance`]: choosing a backend; [`flow`]: conntrack
+//! - [`hook`]: what each tc hook does with a packet; [`socket`]: what each cgroup hook does with a call
+
+pub mod balance;
+pub mod checksum;
+pub mod flow;
+pub mod hook;
+pub mod packet;
+pub mod reject;
+pub mod socket;
+pub mod tables;
+pub mod translate;
+
+#[cfg(any(test, feature = "memory"))]
+pub mod memory;

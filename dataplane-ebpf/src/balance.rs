@@ -1,0 +1,212 @@
+//! Choosing a backend of a service port, and finding one again.
+
+use dataplane_abi::{Addr, Backend, ExtentHeader, Reason, ServiceRef};
+
+use crate::tables::Tables;
+
+/// A backend and where it was found.
+#[derive(Clone, Copy, Debug)]
+pub struct Picked {
+    pub addr: Addr,
+    /// Network order.
+    pub port: u16,
+    pub generation: u32,
+    pub slot: u32,
+}
+
+/// What choosing came to.
+#[derive(Clone, Copy, Debug)]
+pub enum Pick {
+    Backend(Picked),
+    /// The service port has none, or is gone.
+    None,
+    /// Its backends changed twice while they were read.
+    Torn,
+}
+
+/// How far [`find`] looks: beyond, a backend that moved counts as gone.
+const FIND_MAX: u32 = 64;
+
+/// Reads where a service's backends are. The reference and the header must agree: an extent is reused only after a grace
+/// period, so they disagree only when this CPU was held up for that long between two loads.
+#[inline(always)]
+fn extent<T: Tables>(tables: &T, service: u32) -> Result<Option<(ServiceRef, ExtentHeader)>, Torn> {
+    let Some(reference) = tables.service(service) else {
+        return Ok(None);
+    };
+    if reference.generation == 0 {
+        return Ok(None);
+    }
+    let Some(cell) = tables.cell(reference.extent) else {
+        return Err(Torn);
+    };
+    let header = ExtentHeader::from(cell);
+    if header.service != service || header.generation != reference.generation {
+        return Err(Torn);
+    }
+    Ok(Some((reference, header)))
+}
+
+struct Torn;
+
+/// A backend for a new flow: any active one, or any terminating one when none is active.
+#[inline(always)]
+pub fn pick<T: Tables>(tables: &T, service: u32) -> Pick {
+    let mut attempt = 0;
+    while attempt < 2 {
+        attempt += 1;
+        let (reference, header) = match extent(tables, service) {
+            Ok(Some(found)) => found,
+            Ok(None) => return Pick::None,
+            Err(Torn) => continue,
+        };
+        let candidates = if header.active > 0 {
+            header.active
+        } else {
+            header.total
+        };
+        if candidates == 0 {
+            return Pick::None;
+        }
+        if header.active == 0 {
+            tables.count(Reason::TerminatingUsed);
+        }
+        // Multiply and shift instead of a remainder: no division, and no bias worth the name below 2^16 backends.
+        let slot = ((tables.random() as u64 * candidates as u64) >> 32) as u32;
+        let Some(cell) = tables.cell(reference.extent.wrapping_add(1).wrapping_add(slot)) else {
+            continue;
+        };
+        let backend = Backend::from(cell);
+        return Pick::Backend(Picked {
+            addr: backend.addr,
+            port: backend.port,
+            generation: reference.generation,
+            slot,
+        });
+    }
+    Pick::Torn
+}
+
+/// Where a service's backend is now, or nothing when it is not among its backends any more.
+#[inline(always)]
+pub fn find<T: Tables>(tables: &T, service: u32, known: &Picked) -> Option<Picked> {
+    let Ok(Some((reference, header))) = extent(tables, service) else {
+        return None;
+    };
+    if reference.generation == known.generation {
+        return Some(*known);
+    }
+    let is_at = |slot: u32| {
+        let Some(cell) = tables.cell(reference.extent.wrapping_add(1).wrapping_add(slot)) else {
+            return false;
+        };
+        let backend = Backend::from(cell);
+        backend.port == known.port
+            && backend.addr.words[0] == known.addr.words[0]
+            && backend.addr.words[1] == known.addr.words[1]
+    };
+    let found = |slot| {
+        Some(Picked {
+            generation: reference.generation,
+            slot,
+            ..*known
+        })
+    };
+    if known.slot < header.total && is_at(known.slot) {
+        return found(known.slot);
+    }
+    let mut slot = 0;
+    while slot < FIND_MAX {
+        if slot >= header.total {
+            return None;
+        }
+        if is_at(slot) {
+            return found(slot);
+        }
+        slot += 1;
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{Memory, addr};
+
+    fn picked(tables: &Memory, service: u32) -> Option<Addr> {
+        match pick(tables, service) {
+            Pick::Backend(picked) => Some(picked.addr),
+            Pick::None => None,
+            Pick::Torn => panic!("torn"),
+        }
+    }
+
+    #[test]
+    fn every_active_backend_is_picked_and_no_terminating_one() {
+        let tables = Memory::default();
+        tables.set_service(
+            7,
+            &["10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"],
+            &["10.0.0.4:80"],
+        );
+        let mut seen = std::collections::BTreeSet::new();
+        for _ in 0..200 {
+            seen.insert(picked(&tables, 7).unwrap());
+        }
+        assert_eq!(
+            seen.into_iter().collect::<Vec<_>>(),
+            [1, 2, 3].map(|n| addr([10, 0, 0, n]))
+        );
+    }
+
+    #[test]
+    fn terminating_backends_serve_when_no_active_one_is_left() {
+        let tables = Memory::default();
+        tables.set_service(7, &[], &["10.0.0.4:80"]);
+        assert_eq!(picked(&tables, 7), Some(addr([10, 0, 0, 4])));
+        assert_eq!(tables.counted(Reason::TerminatingUsed), 1);
+    }
+
+    #[test]
+    fn a_service_without_backends_and_one_that_is_gone_pick_none() {
+        let tables = Memory::default();
+        tables.set_service(7, &[], &[]);
+        assert_eq!(picked(&tables, 7), None);
+        assert_eq!(picked(&tables, 8), None);
+    }
+
+    #[test]
+    fn an_extent_of_another_owner_is_never_read() {
+        let tables = Memory::default();
+        tables.set_service(7, &["10.0.0.1:80"], &[]);
+        let stale = tables.service(7).unwrap();
+        tables.services.borrow_mut().insert(8, stale);
+        assert!(matches!(pick(&tables, 8), Pick::Torn));
+        tables.services.borrow_mut().insert(
+            7,
+            ServiceRef {
+                generation: stale.generation + 1,
+                ..stale
+            },
+        );
+        assert!(matches!(pick(&tables, 7), Pick::Torn));
+    }
+
+    #[test]
+    fn a_backend_that_moved_is_found_and_one_that_left_is_not() {
+        let tables = Memory::default();
+        tables.set_service(7, &["10.0.0.1:80", "10.0.0.2:80"], &[]);
+        let known = Picked {
+            addr: addr([10, 0, 0, 2]),
+            port: 80u16.to_be(),
+            generation: tables.service(7).unwrap().generation,
+            slot: 1,
+        };
+        tables.set_service(7, &["10.0.0.2:80", "10.0.0.3:80"], &[]);
+        assert_eq!(find(&tables, 7, &known).map(|p| p.slot), Some(0));
+        tables.set_service(7, &["10.0.0.3:80"], &["10.0.0.2:80"]);
+        assert_eq!(find(&tables, 7, &known).map(|p| p.slot), Some(1));
+        tables.set_service(7, &["10.0.0.2:81"], &[]);
+        assert!(find(&tables, 7, &known).is_none());
+    }
+}

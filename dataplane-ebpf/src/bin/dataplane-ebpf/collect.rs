@@ -1,0 +1,81 @@
+//! The collector of flows: a program that nothing attaches, which the agent runs by BPF_PROG_TEST_RUN. It walks the table in the kernel, so that
+//! an entry is judged and deleted at once; judged in user space, it could come to life in between.
+
+use aya_ebpf::{
+    EbpfContext as _, bindings::__sk_buff, helpers::generated::bpf_for_each_map_elem,
+    macros::classifier, programs::TcContext,
+};
+use core::ffi::c_void;
+use dataplane_abi::{Flow, FlowKey, timeout_s};
+use dataplane_ebpf::tables::{FlowEntry as _, Tables as _};
+
+use crate::maps::{FLOWS, Maps, now_s};
+
+/// What the walk carries from entry to entry.
+#[repr(C)]
+struct Walk {
+    now_s: u32,
+    /// See [`timeout_s`].
+    pressure: u32,
+    removed: u32,
+    kept: u32,
+}
+
+/// Removes the flows whose time is up. Takes the pressure in the mark of its packet; leaves in the mark how many entries it
+/// removed, and in the first control word how many it left.
+#[classifier]
+pub fn collect(ctx: TcContext) -> i32 {
+    let skb: *mut __sk_buff = ctx.as_ptr().cast();
+    // SAFETY: a valid context, whose mark and control words may be used; the map and the callback are what the helper asks for,
+    // and the walk outlives the call.
+    unsafe {
+        let mut walk = Walk {
+            now_s: now_s(),
+            pressure: (*skb).mark,
+            removed: 0,
+            kept: 0,
+        };
+        bpf_for_each_map_elem(
+            core::ptr::addr_of!(FLOWS).cast_mut().cast(),
+            visit as *mut c_void,
+            (&raw mut walk).cast(),
+            0,
+        );
+        (*skb).mark = walk.removed;
+        (*skb).cb[0] = walk.kept;
+    }
+    0
+}
+
+/// Judges one entry. Both sides of a flow come to the same judgement, whichever is met first.
+#[inline(never)]
+unsafe extern "C" fn visit(
+    _map: *mut c_void,
+    key: *const FlowKey,
+    flow: *mut Flow,
+    walk: *mut Walk,
+) -> i64 {
+    // SAFETY: the helper gives valid pointers; the walk is the caller's.
+    let (key, flow, walk) = unsafe { (&*key, &*flow, &mut *walk) };
+    let (mut last_s, mut seen_other) = (flow.last_seen_s, 0);
+    if let Some(other) = Maps.flow(&flow.other) {
+        let other = other.get();
+        seen_other = other.seen;
+        if other.last_seen_s > last_s {
+            last_s = other.last_seen_s;
+        }
+    }
+    let (client, backend) = if flow.reply == 1 {
+        (seen_other, flow.seen)
+    } else {
+        (flow.seen, seen_other)
+    };
+    if walk.now_s.saturating_sub(last_s) > timeout_s(key.proto, client, backend, walk.pressure) {
+        Maps.remove_flow(&flow.other);
+        Maps.remove_flow(key);
+        walk.removed += 1;
+    } else {
+        walk.kept += 1;
+    }
+    0
+}

@@ -1,0 +1,82 @@
+//! Entry points of the eBPF programs. Each turns its context into what the library works on, and the outcome into what the
+//! kernel wants; the logic is in the library.
+#![no_std]
+#![no_main]
+
+mod collect;
+mod maps;
+mod packets;
+mod sockets;
+
+use aya_ebpf::{Global, bindings::TC_ACT_SHOT, macros::classifier, programs::TcContext};
+use dataplane_ebpf::hook::{self, Features};
+
+use crate::{
+    maps::Maps,
+    packets::{Skb, act},
+};
+
+/// `dataplane_abi::global`: what the agent turned on. Constants to the verifier, which removes what they rule out.
+#[unsafe(no_mangle)]
+static PACKET_LB: Global<u32> = Global::new(1);
+#[unsafe(no_mangle)]
+static SOCKET_LB: Global<u32> = Global::new(1);
+#[unsafe(no_mangle)]
+static SERVICE_VETH: Global<u32> = Global::new(0);
+
+#[inline(always)]
+fn features() -> Features {
+    Features {
+        packet_lb: PACKET_LB.load() != 0,
+        service_veth: SERVICE_VETH.load() != 0,
+    }
+}
+
+/// Ingress of the host's side of a pod's veth: what the pod sends.
+#[classifier]
+pub fn pod_ingress(ctx: TcContext) -> i32 {
+    let mut skb = Skb::new(&ctx);
+    let ifindex = skb.ifindex();
+    let verdict = hook::pod_ingress(&mut skb, &Maps, features(), ifindex);
+    act(&mut skb, verdict)
+}
+
+/// Egress of the host's side of a pod's veth: what the host sends to the pod.
+#[classifier]
+pub fn pod_egress(ctx: TcContext) -> i32 {
+    let mut skb = Skb::new(&ctx);
+    match hook::pod_egress(&mut skb, &Maps, features()) {
+        hook::Verdict::Drop => TC_ACT_SHOT,
+        _ => packets::NEXT,
+    }
+}
+
+/// Ingress of an uplink: what comes from other nodes.
+#[classifier]
+pub fn uplink_ingress(ctx: TcContext) -> i32 {
+    let mut skb = Skb::new(&ctx);
+    let verdict = hook::uplink_ingress(&mut skb, &Maps, features());
+    act(&mut skb, verdict)
+}
+
+/// Ingress of the inner end of the service veth pair: what the host routed to a Service address.
+#[classifier]
+pub fn service_ingress(ctx: TcContext) -> i32 {
+    if PACKET_LB.load() == 0 {
+        return packets::NEXT;
+    }
+    let mut skb = Skb::new(&ctx);
+    let verdict = hook::service_ingress(&mut skb, &Maps);
+    act(&mut skb, verdict)
+}
+
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+/// The kernel gives some helpers to programs under a GPL-compatible licence only.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,190 @@
+//! The maps, and the kernel's side of [`Tables`].
+
+use aya_ebpf::{
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
+    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, SkStorage},
+    helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns},
+    macros::btf_map,
+};
+use dataplane_abi::{
+    Addr, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey, LocalAddress, Reason,
+    ServiceRef, SocketPeers, limits,
+};
+use dataplane_ebpf::tables::{FlowEntry, Refused, Tables};
+
+const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
+/// A preallocated element is recycled at once when it is deleted, and a program that still reads it would see its next owner.
+const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
+
+const BPF_ANY: u64 = 0;
+const BPF_NOEXIST: u64 = 1;
+const EEXIST: i32 = -17;
+const NS_PER_S: u64 = 1_000_000_000;
+
+#[btf_map]
+pub static FRONTENDS: HashMap<FrontendKey, u32, { limits::FRONTENDS as usize }, NO_PREALLOC> =
+    HashMap::new();
+/// Words of [`ServiceRef`]: read in one load.
+#[btf_map]
+pub static SERVICES: Array<u64, { limits::SERVICES as usize }, MMAPABLE> = Array::new();
+#[btf_map]
+pub static BACKENDS: Array<Cell, { limits::CELLS as usize }, MMAPABLE> = Array::new();
+#[btf_map]
+pub static LOCAL: HashMap<Addr, LocalAddress, { limits::LOCAL_ADDRESSES as usize }, NO_PREALLOC> =
+    HashMap::new();
+#[btf_map]
+pub static FLOWS: HashMap<FlowKey, Flow, { limits::FLOWS as usize }, NO_PREALLOC> = HashMap::new();
+#[btf_map]
+pub static FLOWS_UNREPLIED: LruHashMap<FlowKey, Flow, { limits::FLOWS_UNREPLIED as usize }> =
+    LruHashMap::new();
+#[btf_map]
+pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, { limits::FRAGMENTS as usize }> =
+    LruHashMap::new();
+#[btf_map]
+pub static COUNTERS: PerCpuArray<u64, { Reason::COUNT as usize }> = PerCpuArray::new();
+#[btf_map]
+pub static SOCKET_PEERS: SkStorage<SocketPeers> = SkStorage::new();
+
+/// Seconds of the monotonic clock, at the resolution of a tick: far cheaper than the exact time, and timeouts need no more.
+#[inline(always)]
+pub fn now_s() -> u32 {
+    // SAFETY: the helper has no arguments and no effect.
+    (unsafe { bpf_ktime_get_coarse_ns() } / NS_PER_S) as u32
+}
+
+/// The maps above.
+pub struct Maps;
+
+/// A flow's entry in its map.
+pub struct Entry(*mut Flow);
+
+impl FlowEntry for Entry {
+    #[inline(always)]
+    fn get(&self) -> &Flow {
+        // SAFETY: a non-null value of a flow table, valid while the program runs (RCU). Another CPU may change its words or, in
+        // the unreplied table, evict and reuse it; each word is right by itself, and a flow that was evicted is lost anyway.
+        unsafe { &*self.0 }
+    }
+
+    #[inline(always)]
+    fn touch(&self, now_s: u32, seen: u32) {
+        // SAFETY: as above; aligned words, written only when they change, to leave the cache line shared.
+        unsafe {
+            let last = &raw mut (*self.0).last_seen_s;
+            if last.read_volatile() != now_s {
+                last.write_volatile(now_s);
+            }
+            let bits = &raw mut (*self.0).seen;
+            let old = bits.read_volatile();
+            if old | seen != old {
+                bits.write_volatile(old | seen);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn locate(&self, generation: u32, slot: u32) {
+        // SAFETY: as above. The slot is a hint, so that the two words need not change together.
+        unsafe {
+            (&raw mut (*self.0).slot).write_volatile(slot);
+            (&raw mut (*self.0).generation).write_volatile(generation);
+        }
+    }
+}
+
+#[inline(always)]
+fn refused(result: Result<(), i32>) -> Result<(), Refused> {
+    match result {
+        Ok(()) => Ok(()),
+        Err(EEXIST) => Err(Refused::Exists),
+        Err(_) => Err(Refused::Full),
+    }
+}
+
+impl Tables for Maps {
+    type Entry = Entry;
+
+    #[inline(always)]
+    fn frontend(&self, key: &FrontendKey) -> Option<u32> {
+        // SAFETY: the map is not preallocated, so that the value is not reused while the program runs.
+        unsafe { FRONTENDS.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn service(&self, id: u32) -> Option<ServiceRef> {
+        let word = SERVICES.get_ptr(id)?;
+        // SAFETY: an element of the array, aligned; the agent replaces it by one atomic store, this is one load.
+        Some(ServiceRef::from_word(unsafe { word.read_volatile() }))
+    }
+
+    #[inline(always)]
+    fn cell(&self, index: u32) -> Option<Cell> {
+        BACKENDS.get(index).copied()
+    }
+
+    #[inline(always)]
+    fn local(&self, addr: &Addr) -> Option<LocalAddress> {
+        // SAFETY: not preallocated, as above.
+        unsafe { LOCAL.get(addr) }.copied()
+    }
+
+    #[inline(always)]
+    fn flow(&self, key: &FlowKey) -> Option<Entry> {
+        FLOWS.get_ptr_mut(key).map(Entry)
+    }
+
+    #[inline(always)]
+    fn insert_flow(&self, key: &FlowKey, flow: &Flow) -> Result<(), Refused> {
+        refused(FLOWS.insert(key, flow, BPF_ANY))
+    }
+
+    #[inline(always)]
+    fn remove_flow(&self, key: &FlowKey) {
+        let _absent = FLOWS.remove(key);
+    }
+
+    #[inline(always)]
+    fn unreplied(&self, key: &FlowKey) -> Option<Entry> {
+        FLOWS_UNREPLIED.get_ptr_mut(key).map(Entry)
+    }
+
+    #[inline(always)]
+    fn insert_unreplied(&self, key: &FlowKey, flow: &Flow, replace: bool) -> Result<(), Refused> {
+        refused(FLOWS_UNREPLIED.insert(key, flow, if replace { BPF_ANY } else { BPF_NOEXIST }))
+    }
+
+    #[inline(always)]
+    fn remove_unreplied(&self, key: &FlowKey) {
+        let _absent = FLOWS_UNREPLIED.remove(key);
+    }
+
+    #[inline(always)]
+    fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts> {
+        // SAFETY: two 16-bit words; an entry evicted meanwhile costs its datagram, as if it had been evicted before.
+        unsafe { FRAGMENTS.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn insert_fragment(&self, key: &FragmentKey, ports: &FragmentPorts) {
+        let _refused = FRAGMENTS.insert(key, ports, BPF_ANY);
+    }
+
+    #[inline(always)]
+    fn count(&self, reason: Reason) {
+        if let Some(counter) = COUNTERS.get_ptr_mut(reason as u32) {
+            // SAFETY: this CPU's own element. An interrupt between load and store loses a count at most.
+            unsafe { *counter += 1 };
+        }
+    }
+
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        // SAFETY: the helper has no arguments and no effect.
+        unsafe { bpf_get_prandom_u32() }
+    }
+
+    #[inline(always)]
+    fn now_s(&self) -> u32 {
+        now_s()
+    }
+}

@@ -1,0 +1,166 @@
+//! The kernel's side of [`Packet`], and carrying out a verdict.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{
+        __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR,
+        BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, TC_ACT_SHOT,
+        bpf_fib_lookup as FibLookup, bpf_redir_neigh as NextHop,
+    },
+    helpers::generated::{
+        bpf_fib_lookup, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer,
+        bpf_skb_change_tail, bpf_skb_pull_data, bpf_skb_store_bytes,
+    },
+    programs::TcContext,
+};
+use dataplane_abi::{Addr, HOST_VETH_MAC, Plain, Reason};
+use dataplane_ebpf::{
+    hook::Verdict,
+    packet::{ChecksumChange, Packet},
+    tables::Tables as _,
+};
+
+use crate::{SERVICE_VETH, maps::Maps};
+
+/// TCX_NEXT, and TC_ACT_UNSPEC where there is no tcx: the next program, then the stack.
+pub const NEXT: i32 = -1;
+
+/// Headers that are looked at: Ethernet, IPv4 and TCP without options.
+const HEADERS_MIN: u32 = 54;
+/// The same with the longest options.
+const HEADERS_MAX: u32 = 14 + 60 + 60;
+const AF_INET: u8 = 2;
+
+/// A socket buffer.
+pub struct Skb(*mut __sk_buff);
+
+impl Skb {
+    /// The context's buffer, its headers in the part that can be read directly.
+    #[inline(always)]
+    pub fn new(ctx: &TcContext) -> Self {
+        let skb = Self(ctx.as_ptr().cast());
+        if ctx.data() + HEADERS_MIN as usize > ctx.data_end() && ctx.len() >= HEADERS_MIN {
+            let wanted = if ctx.len() < HEADERS_MAX {
+                ctx.len()
+            } else {
+                HEADERS_MAX
+            };
+            // SAFETY: a valid context. On failure reads come back empty and the packet counts as malformed.
+            unsafe { bpf_skb_pull_data(skb.0, wanted) };
+        }
+        skb
+    }
+
+    #[inline(always)]
+    pub fn ifindex(&self) -> u32 {
+        // SAFETY: a valid context.
+        unsafe { (*self.0).ifindex }
+    }
+}
+
+impl Packet for Skb {
+    #[inline(always)]
+    fn read<T: Plain>(&self, offset: usize) -> Option<T> {
+        // SAFETY: a valid context, and the bytes lie before the end. What is read has an alignment of two at most,
+        // and the machines on which the verifier lets packets be read at odd addresses load from them.
+        unsafe {
+            let (start, end) = (
+                (*self.0).data as usize + offset,
+                (*self.0).data_end as usize,
+            );
+            if start + size_of::<T>() > end {
+                return None;
+            }
+            Some((start as *const T).read())
+        }
+    }
+
+    #[inline(always)]
+    fn write<T: Plain>(&mut self, offset: usize, value: &T) -> bool {
+        // By helper rather than directly: direct writes make the verifier put a copy check before every packet,
+        // translated or not.
+        // SAFETY: a valid context; the value is as long as said and has no padding.
+        unsafe {
+            bpf_skb_store_bytes(
+                self.0,
+                offset as u32,
+                core::ptr::from_ref(value).cast(),
+                size_of::<T>() as u32,
+                0,
+            ) == 0
+        }
+    }
+
+    #[inline(always)]
+    fn patch_checksum(&mut self, offset: usize, change: ChecksumChange) -> bool {
+        let mut flags = 0;
+        if change.pseudo_header {
+            flags |= BPF_F_PSEUDO_HDR as u64;
+        }
+        if change.optional {
+            flags |= BPF_F_MARK_MANGLED_0 as u64;
+        }
+        // SAFETY: a valid context. Size 0 in the flags means that `to` is a difference.
+        unsafe {
+            bpf_l4_csum_replace(self.0, offset as u32, 0, change.difference as u64, flags) == 0
+        }
+    }
+
+    #[inline(always)]
+    fn resize(&mut self, len: u32) -> bool {
+        // SAFETY: a valid context.
+        unsafe { bpf_skb_change_tail(self.0, len, 0) == 0 }
+    }
+}
+
+/// Carries out a verdict.
+#[inline(always)]
+pub fn act(skb: &mut Skb, verdict: Verdict) -> i32 {
+    match verdict {
+        Verdict::Pass => NEXT,
+        Verdict::Drop => TC_ACT_SHOT,
+        // SAFETY: the helper has no memory arguments. The pod's own Ethernet header is not looked at by its stack.
+        Verdict::Peer(ifindex) => unsafe { bpf_redirect_peer(ifindex, 0) as i32 },
+        Verdict::Host => to_host(skb),
+        Verdict::Route(src, dst) => route(skb, src, dst),
+    }
+}
+
+/// Into the host by the service veth pair. The packet is received there anew, so its Ethernet header must name the interface.
+#[inline(always)]
+fn to_host(skb: &mut Skb) -> i32 {
+    if !skb.write(0, &[HOST_VETH_MAC, HOST_VETH_MAC]) {
+        Maps.count(Reason::RewriteFailed);
+        return TC_ACT_SHOT;
+    }
+    // SAFETY: no memory arguments.
+    unsafe { bpf_redirect(SERVICE_VETH.load(), BPF_F_INGRESS as u64) as i32 }
+}
+
+/// Out by the host's routes. Its stack would refuse a packet that comes in with one of its own addresses as source.
+#[inline(always)]
+fn route(skb: &mut Skb, src: Addr, dst: Addr) -> i32 {
+    let (Some(src), Some(dst)) = (src.v4_be(), dst.v4_be()) else {
+        Maps.count(Reason::NoRoute);
+        return TC_ACT_SHOT;
+    };
+    // SAFETY: plain structs of integers, for which zero is valid; the helpers get their true sizes.
+    unsafe {
+        let mut fib: FibLookup = core::mem::zeroed();
+        fib.family = AF_INET;
+        fib.ifindex = skb.ifindex();
+        fib.__bindgen_anon_3.ipv4_src = src;
+        fib.__bindgen_anon_4.ipv4_dst = dst;
+        let result =
+            bpf_fib_lookup(skb.0.cast(), &mut fib, size_of::<FibLookup>() as i32, 0) as u32;
+        // Without a neighbour the route is known all the same, and the redirect resolves it.
+        if result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH {
+            Maps.count(Reason::NoRoute);
+            return TC_ACT_SHOT;
+        }
+        let mut hop: NextHop = core::mem::zeroed();
+        hop.nh_family = AF_INET as u32;
+        hop.__bindgen_anon_1.ipv4_nh = fib.__bindgen_anon_4.ipv4_dst;
+        bpf_redirect_neigh(fib.ifindex, &mut hop, size_of::<NextHop>() as i32, 0) as i32
+    }
+}

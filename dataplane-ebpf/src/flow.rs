@@ -1,0 +1,296 @@
+//! Conntrack of flows that are translated per packet.
+//!
+//! A flow has two entries, under the client's tuple and under that of the backend's answers; each names the other, and a
+//! packet leaves as the mirror of the other's key. Both lie in the unreplied table, which evicts, until the first answer
+//! moves them to the replied one, which does not: a flood of openings cannot push out flows that live.
+
+use dataplane_abi::{Flow, FlowKey, Reason, SEEN_FIN, SEEN_REPLY, SEEN_RST, SEEN_SYN, proto};
+
+use crate::{
+    balance::Picked,
+    packet::tcp_flag,
+    tables::{FlowEntry, Refused, Tables},
+};
+
+/// Source ports tried when a flow's own is taken.
+const PORT_ATTEMPTS: u32 = 8;
+/// Ports taken from, above those that servers listen on.
+const PORT_FIRST: u16 = 32768;
+
+/// The SEEN_* bits of a packet.
+#[inline(always)]
+pub const fn seen(protocol: u8, tcp_flags: u8) -> u32 {
+    if protocol != proto::TCP {
+        return 0;
+    }
+    let mut seen = 0;
+    if tcp_flags & tcp_flag::SYN != 0 {
+        seen |= SEEN_SYN;
+    }
+    if tcp_flags & tcp_flag::FIN != 0 {
+        seen |= SEEN_FIN;
+    }
+    if tcp_flags & tcp_flag::RST != 0 {
+        seen |= SEEN_RST;
+    }
+    seen
+}
+
+/// Entry of a packet in either table, the replied one first.
+#[inline(always)]
+pub fn lookup<T: Tables>(tables: &T, key: &FlowKey) -> Option<T::Entry> {
+    match tables.flow(key) {
+        Some(entry) => Some(entry),
+        None => tables.unreplied(key),
+    }
+}
+
+/// Whether the flow of which `entry` is one side is closing or closed, so that its tuple may be used anew.
+#[inline(always)]
+pub fn is_closing<T: Tables>(tables: &T, entry: &Flow) -> bool {
+    if entry.seen & (SEEN_FIN | SEEN_RST) != 0 {
+        return true;
+    }
+    match lookup(tables, &entry.other) {
+        Some(other) => other.get().seen & (SEEN_FIN | SEEN_RST) != 0,
+        None => true,
+    }
+}
+
+/// Moves a flow to the replied table, when `reply` arrived under `key` and found it unreplied.
+#[inline(always)]
+pub fn promote<T: Tables>(tables: &T, key: &FlowKey, reply: &Flow, seen: u32) {
+    let now_s = tables.now_s();
+    // The client's side is rebuilt from this one: what it had seen was an opening, else it would not be unreplied.
+    let client = Flow {
+        other: *key,
+        last_seen_s: now_s,
+        seen: SEEN_SYN | SEEN_REPLY,
+        reply: 0,
+        ..*reply
+    };
+    if tables.insert_flow(&reply.other, &client).is_err() {
+        tables.count(Reason::FlowTableFull);
+        return;
+    }
+    let answer = Flow {
+        last_seen_s: now_s,
+        seen: seen | SEEN_REPLY,
+        ..*reply
+    };
+    if tables.insert_flow(key, &answer).is_err() {
+        tables.remove_flow(&reply.other);
+        tables.count(Reason::FlowTableFull);
+        return;
+    }
+    tables.remove_unreplied(&reply.other);
+    tables.remove_unreplied(key);
+    tables.count(Reason::FlowReplied);
+}
+
+/// A flow to be opened.
+pub struct Opening<'a> {
+    /// The client's tuple as it arrived.
+    pub key: &'a FlowKey,
+    pub service: u32,
+    pub backend: &'a Picked,
+    /// Source that the backend is to see: the client's, or the hairpin address.
+    pub src: dataplane_abi::Addr,
+    pub seen: u32,
+}
+
+/// Enters a flow in the unreplied table and gives the key of its answers, whose mirror is what the packet becomes. Takes another source port when
+/// the client's already leads to the same backend through another Service.
+#[inline(always)]
+pub fn open<T: Tables>(tables: &T, opening: &Opening<'_>) -> Result<FlowKey, Reason> {
+    let Opening { key, backend, .. } = *opening;
+    let mut answers = FlowKey::new(
+        backend.addr,
+        opening.src,
+        backend.port,
+        key.sport,
+        key.proto,
+    );
+    let mut entry = Flow {
+        other: *key,
+        last_seen_s: tables.now_s(),
+        seen: 0,
+        service: opening.service,
+        generation: backend.generation,
+        slot: backend.slot,
+        reply: 1,
+    };
+    let mut attempt = 0;
+    loop {
+        if claim(tables, &answers, &entry) {
+            break;
+        }
+        attempt += 1;
+        if attempt > PORT_ATTEMPTS {
+            return Err(Reason::FlowPortsExhausted);
+        }
+        if attempt == 1 {
+            tables.count(Reason::FlowPortChanged);
+        }
+        answers.dport = (PORT_FIRST | tables.random() as u16).to_be();
+    }
+    entry.other = answers;
+    entry.seen = opening.seen;
+    entry.reply = 0;
+    match tables.insert_unreplied(key, &entry, true) {
+        Ok(()) => {
+            tables.count(Reason::FlowCreated);
+            Ok(answers)
+        }
+        Err(_) => Err(Reason::FlowRefused),
+    }
+}
+
+/// Takes the tuple of a flow's answers. False when another flow has it.
+#[inline(always)]
+fn claim<T: Tables>(tables: &T, answers: &FlowKey, entry: &Flow) -> bool {
+    if let Some(taken) = tables.flow(answers) {
+        if taken.get().other != entry.other && !is_closing(tables, taken.get()) {
+            return false;
+        }
+        tables.remove_flow(answers);
+    }
+    match tables.insert_unreplied(answers, entry, false) {
+        Ok(()) => true,
+        Err(Refused::Full) => false,
+        Err(Refused::Exists) => match tables.unreplied(answers) {
+            Some(taken) if taken.get().other != entry.other => false,
+            _ => tables.insert_unreplied(answers, entry, true).is_ok(),
+        },
+    }
+}
+
+/// Forgets a client's flow, both sides.
+#[inline(always)]
+pub fn forget<T: Tables>(tables: &T, key: &FlowKey, answers: &FlowKey) {
+    tables.remove_flow(key);
+    tables.remove_flow(answers);
+    tables.remove_unreplied(key);
+    tables.remove_unreplied(answers);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{Memory, addr};
+
+    const CLIENT: [u8; 4] = [10, 0, 0, 1];
+    const BACKEND: [u8; 4] = [10, 0, 0, 2];
+
+    fn key(vip: u8) -> FlowKey {
+        FlowKey::new(
+            addr(CLIENT),
+            addr([10, 96, 0, vip]),
+            4000u16.to_be(),
+            80u16.to_be(),
+            proto::TCP,
+        )
+    }
+
+    fn opened(tables: &Memory, vip: u8) -> Result<FlowKey, Reason> {
+        let backend = Picked {
+            addr: addr(BACKEND),
+            port: 8080u16.to_be(),
+            generation: 1,
+            slot: 0,
+        };
+        open(
+            tables,
+            &Opening {
+                key: &key(vip),
+                service: vip as u32,
+                backend: &backend,
+                src: addr(CLIENT),
+                seen: SEEN_SYN,
+            },
+        )
+    }
+
+    fn answer(tables: &Memory, answers: &FlowKey, seen: u32) {
+        let reply = *lookup(tables, answers).unwrap().get();
+        promote(tables, answers, &reply, seen);
+    }
+
+    #[test]
+    fn a_flow_is_found_from_both_sides_and_answers_lead_back() {
+        let tables = Memory::default();
+        let answers = opened(&tables, 1).unwrap();
+        assert_eq!(
+            answers,
+            FlowKey::new(
+                addr(BACKEND),
+                addr(CLIENT),
+                8080u16.to_be(),
+                4000u16.to_be(),
+                proto::TCP
+            )
+        );
+        let reply = *lookup(&tables, &answers).unwrap().get();
+        assert_eq!((reply.other, reply.reply), (key(1), 1));
+        assert_eq!(lookup(&tables, &key(1)).unwrap().get().other, answers);
+    }
+
+    #[test]
+    fn the_first_answer_moves_a_flow_where_it_cannot_be_evicted() {
+        let tables = Memory::default();
+        let answers = opened(&tables, 1).unwrap();
+        answer(&tables, &answers, SEEN_SYN);
+        assert!(tables.unreplied(&answers).is_none() && tables.unreplied(&key(1)).is_none());
+        assert!(tables.flow(&answers).is_some() && tables.flow(&key(1)).is_some());
+        assert_eq!(tables.counted(Reason::FlowReplied), 1);
+    }
+
+    #[test]
+    fn a_full_table_is_counted_and_the_flow_goes_on() {
+        let tables = Memory {
+            flows_max: 1,
+            ..Memory::default()
+        };
+        let answers = opened(&tables, 1).unwrap();
+        answer(&tables, &answers, SEEN_SYN);
+        assert_eq!(tables.counted(Reason::FlowTableFull), 1);
+        assert!(tables.flow(&key(1)).is_none() && tables.flow(&answers).is_none());
+        assert!(lookup(&tables, &answers).is_some() && lookup(&tables, &key(1)).is_some());
+    }
+
+    #[test]
+    fn two_services_with_one_backend_and_one_client_port_do_not_share_a_tuple() {
+        let tables = Memory::default();
+        let first = opened(&tables, 1).unwrap();
+        answer(&tables, &first, SEEN_SYN);
+        for (vip, replied) in [(2, true), (3, false), (4, false)] {
+            let answers = opened(&tables, vip).unwrap();
+            assert_ne!(answers, first);
+            assert!(u16::from_be(answers.dport) >= PORT_FIRST);
+            assert_eq!(lookup(&tables, &answers).unwrap().get().other, key(vip));
+            if replied {
+                answer(&tables, &answers, SEEN_SYN);
+            }
+        }
+        assert_eq!(lookup(&tables, &first).unwrap().get().other, key(1));
+        assert_eq!(tables.counted(Reason::FlowPortChanged), 3);
+    }
+
+    #[test]
+    fn a_closed_flows_tuple_is_free_for_another() {
+        let tables = Memory::default();
+        let first = opened(&tables, 1).unwrap();
+        answer(&tables, &first, SEEN_RST);
+        assert_eq!(opened(&tables, 2).unwrap(), first);
+        assert_eq!(lookup(&tables, &first).unwrap().get().other, key(2));
+    }
+
+    #[test]
+    fn opening_the_same_flow_again_keeps_its_tuple() {
+        let tables = Memory::default();
+        let first = opened(&tables, 1).unwrap();
+        assert_eq!(opened(&tables, 1).unwrap(), first);
+        answer(&tables, &first, SEEN_SYN);
+        assert_eq!(opened(&tables, 1).unwrap(), first);
+    }
+}

@@ -1,0 +1,422 @@
+//! Whole conversations through the hooks of one node: pods A and B here, C elsewhere, the host at .1.
+
+use dataplane_abi::proto;
+
+use super::*;
+use crate::{
+    memory::{Bytes, Memory, checksums_are_right, icmp, tcp, udp},
+    packet::tcp_flag::{ACK, FIN, RST, SYN},
+};
+
+const A: u32 = 11;
+const B: u32 = 12;
+const FEATURES: Features = Features {
+    packet_lb: true,
+    service_veth: true,
+};
+
+/// A node with two pods, and a Service 10.96.0.1:80 without backends yet.
+fn node(backends: &[&str]) -> Memory {
+    let tables = Memory::default();
+    tables.set_local([10, 0, 0, 11], FROM_POD, A);
+    tables.set_local([10, 0, 0, 12], FROM_POD, B);
+    tables.set_local([198, 18, 0, 1], FROM_HOST, 0);
+    tables.set_service(1, backends, &[]);
+    for protocol in [proto::TCP, proto::UDP] {
+        tables.set_frontend("10.96.0.1:80", protocol, 1);
+    }
+    tables
+}
+
+fn from_pod(tables: &Memory, ifindex: u32, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
+    let mut packet = Bytes(bytes);
+    let verdict = pod_ingress(&mut packet, tables, FEATURES, ifindex);
+    (verdict, packet.0)
+}
+
+fn from_uplink(tables: &Memory, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
+    let mut packet = Bytes(bytes);
+    let verdict = uplink_ingress(&mut packet, tables, FEATURES);
+    (verdict, packet.0)
+}
+
+fn to_service(tables: &Memory, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
+    let mut packet = Bytes(bytes);
+    let verdict = service_ingress(&mut packet, tables);
+    (verdict, packet.0)
+}
+
+#[test]
+fn a_pod_reaches_a_pod_of_its_node_through_a_service_and_hears_from_the_service() {
+    let tables = node(&["10.0.0.12:8080"]);
+    let (verdict, out) = from_pod(&tables, A, tcp("10.0.0.11:4000", "10.96.0.1:80", SYN, b""));
+    assert_eq!(
+        (verdict, &out),
+        (
+            Verdict::Peer(B),
+            &tcp("10.0.0.11:4000", "10.0.0.12:8080", SYN, b"")
+        )
+    );
+    let (verdict, back) = from_pod(
+        &tables,
+        B,
+        tcp("10.0.0.12:8080", "10.0.0.11:4000", SYN | ACK, b""),
+    );
+    assert_eq!(
+        (verdict, &back),
+        (
+            Verdict::Peer(A),
+            &tcp("10.96.0.1:80", "10.0.0.11:4000", SYN | ACK, b"")
+        )
+    );
+    let (_, data) = from_pod(
+        &tables,
+        A,
+        tcp("10.0.0.11:4000", "10.96.0.1:80", ACK, b"GET /"),
+    );
+    assert_eq!(data, tcp("10.0.0.11:4000", "10.0.0.12:8080", ACK, b"GET /"));
+    assert_eq!(tables.counted(Reason::ServiceTranslated), 2);
+    assert_eq!(tables.counted(Reason::ReplyTranslated), 1);
+}
+
+#[test]
+fn a_pod_reaches_a_pod_of_another_node_by_the_stack_and_the_uplink_translates_back() {
+    let tables = node(&["10.0.1.13:8080"]);
+    let (verdict, out) = from_pod(&tables, A, udp("10.0.0.11:4000", "10.96.0.1:80", b"hello"));
+    assert_eq!(
+        (verdict, out),
+        (
+            Verdict::Pass,
+            udp("10.0.0.11:4000", "10.0.1.13:8080", b"hello")
+        )
+    );
+    let (verdict, back) = from_uplink(&tables, udp("10.0.1.13:8080", "10.0.0.11:4000", b"you too"));
+    assert_eq!(
+        (verdict, back),
+        (
+            Verdict::Peer(A),
+            udp("10.96.0.1:80", "10.0.0.11:4000", b"you too")
+        )
+    );
+}
+
+#[test]
+fn packets_between_pods_are_delivered_unchanged() {
+    let tables = node(&[]);
+    let packet = tcp("10.0.0.11:4000", "10.0.0.12:8080", SYN, b"");
+    assert_eq!(
+        from_pod(&tables, A, packet.clone()),
+        (Verdict::Peer(B), packet)
+    );
+    let packet = udp("10.0.1.13:8080", "10.0.0.11:4000", b"x");
+    assert_eq!(
+        from_uplink(&tables, packet.clone()),
+        (Verdict::Peer(A), packet)
+    );
+    assert_eq!(tables.counted(Reason::Delivered), 2);
+}
+
+#[test]
+fn packets_to_elsewhere_are_the_stacks() {
+    let tables = node(&[]);
+    let packet = tcp("10.0.0.11:4000", "10.0.1.13:80", SYN, b"");
+    assert_eq!(
+        from_pod(&tables, A, packet.clone()),
+        (Verdict::Pass, packet)
+    );
+    let packet = udp("10.0.0.11:4000", "198.18.0.1:53", b"");
+    assert_eq!(
+        from_pod(&tables, A, packet.clone()),
+        (Verdict::Pass, packet)
+    );
+}
+
+#[test]
+fn a_pod_cannot_send_from_an_address_that_is_not_its_own() {
+    let tables = node(&[]);
+    for source in [
+        "10.0.0.12:4000",
+        "198.18.0.1:4000",
+        "10.96.0.1:80",
+        "10.0.1.13:1",
+    ] {
+        assert_eq!(
+            from_pod(&tables, A, udp(source, "10.0.0.12:80", b"")).0,
+            Verdict::Drop,
+            "{source}"
+        );
+    }
+    assert_eq!(tables.counted(Reason::SourceAddress), 4);
+}
+
+#[test]
+fn a_pod_that_is_its_own_backend_reaches_itself() {
+    let tables = node(&["10.0.0.11:8080"]);
+    let (verdict, out) = from_pod(&tables, A, tcp("10.0.0.11:4000", "10.96.0.1:80", SYN, b""));
+    assert_eq!(
+        (verdict, out),
+        (
+            Verdict::Peer(A),
+            tcp("169.254.77.77:4000", "10.0.0.11:8080", SYN, b"")
+        )
+    );
+    let (verdict, back) = from_pod(
+        &tables,
+        A,
+        tcp("10.0.0.11:8080", "169.254.77.77:4000", SYN | ACK, b""),
+    );
+    assert_eq!(
+        (verdict, back),
+        (
+            Verdict::Peer(A),
+            tcp("10.96.0.1:80", "10.0.0.11:4000", SYN | ACK, b"")
+        )
+    );
+}
+
+#[test]
+fn a_pod_reaches_the_hosts_own_backend_and_the_answer_is_translated_on_its_way_out() {
+    let tables = node(&["198.18.0.1:6443"]);
+    let (verdict, out) = from_pod(&tables, A, tcp("10.0.0.11:4000", "10.96.0.1:80", SYN, b""));
+    assert_eq!(
+        (verdict, out),
+        (
+            Verdict::Pass,
+            tcp("10.0.0.11:4000", "198.18.0.1:6443", SYN, b"")
+        )
+    );
+    let mut back = Bytes(tcp("198.18.0.1:6443", "10.0.0.11:4000", SYN | ACK, b""));
+    assert_eq!(pod_egress(&mut back, &tables, FEATURES), Verdict::Pass);
+    assert_eq!(
+        back.0,
+        tcp("10.96.0.1:80", "10.0.0.11:4000", SYN | ACK, b"")
+    );
+}
+
+#[test]
+fn the_host_reaches_a_pod_of_its_own_through_a_service() {
+    let tables = node(&["10.0.0.12:8080"]);
+    let (verdict, out) = to_service(&tables, tcp("198.18.0.1:4000", "10.96.0.1:80", SYN, b""));
+    assert_eq!(
+        (verdict, out),
+        (
+            Verdict::Peer(B),
+            tcp("198.18.0.1:4000", "10.0.0.12:8080", SYN, b"")
+        )
+    );
+    let (verdict, back) = from_pod(
+        &tables,
+        B,
+        tcp("10.0.0.12:8080", "198.18.0.1:4000", SYN | ACK, b""),
+    );
+    assert_eq!(
+        (verdict, back),
+        (
+            Verdict::Host,
+            tcp("10.96.0.1:80", "198.18.0.1:4000", SYN | ACK, b"")
+        )
+    );
+}
+
+#[test]
+fn the_host_reaches_a_pod_of_another_node_through_a_service() {
+    let tables = node(&["10.0.1.13:8080"]);
+    let (verdict, out) = to_service(&tables, udp("198.18.0.1:4000", "10.96.0.1:80", b"hello"));
+    let route = Verdict::Route(
+        crate::memory::addr([198, 18, 0, 1]),
+        crate::memory::addr([10, 0, 1, 13]),
+    );
+    assert_eq!(
+        (verdict, out),
+        (route, udp("198.18.0.1:4000", "10.0.1.13:8080", b"hello"))
+    );
+    let (verdict, back) = from_uplink(
+        &tables,
+        udp("10.0.1.13:8080", "198.18.0.1:4000", b"you too"),
+    );
+    assert_eq!(
+        (verdict, back),
+        (
+            Verdict::Host,
+            udp("10.96.0.1:80", "198.18.0.1:4000", b"you too")
+        )
+    );
+}
+
+#[test]
+fn the_host_reaches_its_own_backend_through_a_service() {
+    let tables = node(&["198.18.0.1:6443"]);
+    let (verdict, out) = to_service(&tables, tcp("198.18.0.1:4000", "10.96.0.1:80", SYN, b""));
+    assert_eq!(
+        (verdict, out),
+        (
+            Verdict::Host,
+            tcp("169.254.77.77:4000", "198.18.0.1:6443", SYN, b"")
+        )
+    );
+    let (verdict, back) = to_service(
+        &tables,
+        tcp("198.18.0.1:6443", "169.254.77.77:4000", SYN | ACK, b""),
+    );
+    assert_eq!(
+        (verdict, back),
+        (
+            Verdict::Host,
+            tcp("10.96.0.1:80", "198.18.0.1:4000", SYN | ACK, b"")
+        )
+    );
+}
+
+#[test]
+fn a_service_without_backends_and_an_unknown_port_are_rejected() {
+    let tables = node(&[]);
+    for (port, reason) in [(80, Reason::NoBackend), (81, Reason::NoSuchPort)] {
+        let (verdict, out) = from_pod(
+            &tables,
+            A,
+            tcp("10.0.0.11:4000", &format!("10.96.0.1:{port}"), SYN, b""),
+        );
+        assert_eq!((verdict, out[47]), (Verdict::Peer(A), RST | ACK));
+        let (verdict, out) = from_pod(
+            &tables,
+            A,
+            udp("10.0.0.11:4000", &format!("10.96.0.1:{port}"), b"x"),
+        );
+        assert_eq!((verdict, &out[34..36]), (Verdict::Peer(A), &[3, 3][..]));
+        assert!(checksums_are_right(&out));
+        assert_eq!(tables.counted(reason), 2);
+        assert_eq!(
+            to_service(
+                &tables,
+                udp("198.18.0.1:4000", &format!("10.96.0.1:{port}"), b"x")
+            )
+            .0,
+            Verdict::Host
+        );
+    }
+}
+
+#[test]
+fn what_is_no_service_in_the_service_range_is_dropped_with_a_reason() {
+    let tables = node(&[]);
+    assert_eq!(
+        to_service(&tables, tcp("198.18.0.1:4000", "10.96.9.9:80", SYN, b"")).0,
+        Verdict::Drop
+    );
+    assert_eq!(tables.counted(Reason::UnknownServiceAddress), 1);
+    assert_eq!(
+        from_pod(
+            &tables,
+            A,
+            icmp("10.0.0.11:0", "10.96.0.1:0", 8, 0, &[0; 8])
+        )
+        .0,
+        Verdict::Drop
+    );
+    assert_eq!(tables.counted(Reason::ServiceProtocol), 1);
+}
+
+#[test]
+fn a_connection_keeps_its_backend_and_a_new_one_gets_one_that_is_there() {
+    let tables = node(&["10.0.0.12:8080"]);
+    from_pod(&tables, A, tcp("10.0.0.11:4000", "10.96.0.1:80", SYN, b""));
+    from_pod(
+        &tables,
+        B,
+        tcp("10.0.0.12:8080", "10.0.0.11:4000", SYN | ACK, b""),
+    );
+    tables.set_service(1, &["10.0.1.13:8080"], &[]);
+    let (_, out) = from_pod(
+        &tables,
+        A,
+        tcp("10.0.0.11:4000", "10.96.0.1:80", ACK, b"more"),
+    );
+    assert_eq!(out, tcp("10.0.0.11:4000", "10.0.0.12:8080", ACK, b"more"));
+    let (_, out) = from_pod(&tables, A, tcp("10.0.0.11:4001", "10.96.0.1:80", SYN, b""));
+    assert_eq!(out, tcp("10.0.0.11:4001", "10.0.1.13:8080", SYN, b""));
+    // The same tuple opened anew is a new connection too.
+    let (_, out) = from_pod(&tables, A, tcp("10.0.0.11:4000", "10.96.0.1:80", SYN, b""));
+    assert_eq!(out, tcp("10.0.0.11:4000", "10.0.1.13:8080", SYN, b""));
+}
+
+#[test]
+fn a_tuple_used_again_after_closing_gets_a_fresh_choice() {
+    let tables = node(&["10.0.0.12:8080"]);
+    from_pod(&tables, A, tcp("10.0.0.11:4000", "10.96.0.1:80", SYN, b""));
+    from_pod(
+        &tables,
+        B,
+        tcp("10.0.0.12:8080", "10.0.0.11:4000", SYN | ACK, b""),
+    );
+    from_pod(
+        &tables,
+        A,
+        tcp("10.0.0.11:4000", "10.96.0.1:80", FIN | ACK, b""),
+    );
+    from_pod(
+        &tables,
+        B,
+        tcp("10.0.0.12:8080", "10.0.0.11:4000", FIN | ACK, b""),
+    );
+    let created = tables.counted(Reason::FlowCreated);
+    from_pod(&tables, A, tcp("10.0.0.11:4000", "10.96.0.1:80", SYN, b""));
+    assert_eq!(tables.counted(Reason::FlowCreated), created + 1);
+}
+
+#[test]
+fn datagrams_leave_a_backend_that_is_gone_and_stay_with_one_that_moved() {
+    let tables = node(&["10.0.0.12:8080"]);
+    let ask = || from_pod(&tables, A, udp("10.0.0.11:4000", "10.96.0.1:80", b"x")).1;
+    ask();
+    tables.set_service(
+        1,
+        &[
+            "10.0.1.13:1",
+            "10.0.1.14:1",
+            "10.0.1.15:1",
+            "10.0.0.12:8080",
+        ],
+        &[],
+    );
+    assert_eq!(ask(), udp("10.0.0.11:4000", "10.0.0.12:8080", b"x"));
+    tables.set_service(1, &["10.0.1.13:1"], &[]);
+    assert_eq!(ask(), udp("10.0.0.11:4000", "10.0.1.13:1", b"x"));
+    tables.set_service(1, &[], &[]);
+    assert_eq!(ask()[34..36], [3, 3]);
+}
+
+#[test]
+fn a_fragmented_datagram_is_translated_whole() {
+    let tables = node(&["10.0.0.12:8080"]);
+    let mut first = udp("10.0.0.11:4000", "10.96.0.1:80", &[7; 64]);
+    first[20] = 0x20;
+    let mut later = udp("10.0.0.11:4000", "10.96.0.1:80", &[7; 64]);
+    later[21] = 9;
+    let mut stray = later.clone();
+    stray[18] = 0xee;
+    assert_eq!(from_pod(&tables, A, first).1[30..34], [10, 0, 0, 12]);
+    let (verdict, out) = from_pod(&tables, A, later);
+    assert_eq!(
+        (verdict, &out[30..34]),
+        (Verdict::Peer(B), &[10, 0, 0, 12][..])
+    );
+    assert_eq!(from_pod(&tables, A, stray).0, Verdict::Drop);
+    assert_eq!(tables.counted(Reason::FragmentUnknown), 1);
+}
+
+#[test]
+fn with_translation_off_service_addresses_are_like_any_other() {
+    let tables = node(&["10.0.0.12:8080"]);
+    let packet = tcp("10.0.0.11:4000", "10.96.0.1:80", SYN, b"");
+    let mut out = Bytes(packet.clone());
+    let verdict = pod_ingress(
+        &mut out,
+        &tables,
+        Features {
+            packet_lb: false,
+            ..FEATURES
+        },
+        A,
+    );
+    assert_eq!((verdict, out.0), (Verdict::Pass, packet));
+}

@@ -1,0 +1,233 @@
+//! What each cgroup hook does with a socket call.
+
+use dataplane_abi::{Addr, FrontendKey, Reason, SocketPeer, SocketPeers, VIP_MARKER};
+
+use crate::{
+    balance::{self, Pick, Picked},
+    tables::Tables,
+};
+
+/// What becomes of a call that names a destination.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// The destination stays: it is no Service's, or one without backends that the packet hooks will reject.
+    Leave,
+    /// It becomes the peer's backend.
+    Translate(SocketPeer),
+    /// The call fails with ECONNREFUSED: no packet hook is there to reject what it would send.
+    Refuse,
+}
+
+/// Where a socket's destination leads. `known` is what the socket was given before: a datagram socket keeps its backend
+/// as long as it is one.
+#[inline(always)]
+pub fn destination<T: Tables>(
+    tables: &T,
+    packet_lb: bool,
+    frontend: &FrontendKey,
+    known: Option<&SocketPeers>,
+) -> Outcome {
+    let service = match tables.frontend(frontend) {
+        Some(id) if id != VIP_MARKER => id,
+        _ if !packet_lb
+            && tables
+                .frontend(&FrontendKey::marker(frontend.addr))
+                .is_some() =>
+        {
+            tables.count(Reason::NoSuchPort);
+            return Outcome::Refuse;
+        }
+        _ => return Outcome::Leave,
+    };
+    let kept = match known.and_then(|peers| given(peers, &frontend.addr, frontend.port)) {
+        Some(peer) if peer.service == service => {
+            let known = Picked {
+                addr: peer.backend,
+                port: peer.backend_port,
+                generation: peer.generation,
+                slot: peer.slot,
+            };
+            balance::find(tables, service, &known)
+        }
+        _ => None,
+    };
+    let backend = match kept {
+        Some(backend) => backend,
+        None => match balance::pick(tables, service) {
+            Pick::Backend(backend) => backend,
+            Pick::None | Pick::Torn => {
+                tables.count(Reason::SocketNoBackend);
+                return if packet_lb {
+                    Outcome::Leave
+                } else {
+                    Outcome::Refuse
+                };
+            }
+        },
+    };
+    tables.count(Reason::SocketTranslated);
+    Outcome::Translate(SocketPeer {
+        frontend: frontend.addr,
+        backend: backend.addr,
+        frontend_port: frontend.port,
+        backend_port: backend.port,
+        service,
+        generation: backend.generation,
+        slot: backend.slot,
+    })
+}
+
+/// What the socket was given for a frontend.
+#[inline(always)]
+fn given<'a>(peers: &'a SocketPeers, addr: &Addr, port: u16) -> Option<&'a SocketPeer> {
+    peers
+        .peers
+        .iter()
+        .find(|peer| peer.service != 0 && peer.frontend_port == port && same(&peer.frontend, addr))
+}
+
+/// The frontend that a socket asked for when it hears from a backend, its address and port in network order.
+#[inline(always)]
+pub fn asked(peers: &SocketPeers, addr: &Addr, port: u16) -> Option<(Addr, u16)> {
+    let peer = peers
+        .peers
+        .iter()
+        .find(|peer| peer.service != 0 && peer.backend_port == port && same(&peer.backend, addr))?;
+    Some((peer.frontend, peer.frontend_port))
+}
+
+/// Notes what a socket is given: over what it was given for the same frontend, else over the oldest.
+#[inline(always)]
+pub fn remember(peers: &mut SocketPeers, peer: &SocketPeer) {
+    let mut slot = 0;
+    while slot < SocketPeers::SLOTS {
+        let old = &mut peers.peers[slot];
+        if old.service != 0
+            && old.frontend_port == peer.frontend_port
+            && same(&old.frontend, &peer.frontend)
+        {
+            *old = *peer;
+            return;
+        }
+        slot += 1;
+    }
+    // Masked, so that the verifier sees the bound.
+    peers.peers[peers.next as usize & (SocketPeers::SLOTS - 1)] = *peer;
+    peers.next = peers.next.wrapping_add(1);
+}
+
+const _: () = assert!(SocketPeers::SLOTS.is_power_of_two());
+
+#[inline(always)]
+fn same(a: &Addr, b: &Addr) -> bool {
+    a.words[0] == b.words[0] && a.words[1] == b.words[1]
+}
+
+#[cfg(test)]
+mod tests {
+    use dataplane_abi::proto;
+
+    use super::*;
+    use crate::memory::{Memory, addr};
+
+    const VIP: [u8; 4] = [10, 96, 0, 10];
+
+    fn dns() -> FrontendKey {
+        FrontendKey::new(addr(VIP), 53u16.to_be(), proto::UDP)
+    }
+
+    fn translated(outcome: Outcome) -> SocketPeer {
+        match outcome {
+            Outcome::Translate(peer) => peer,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_service_address_becomes_a_backend_and_its_answers_seem_to_come_from_it() {
+        let tables = Memory::default();
+        tables.set_service(3, &["10.0.0.5:5353"], &[]);
+        tables.set_frontend("10.96.0.10:53", proto::UDP, 3);
+        let peer = translated(destination(&tables, true, &dns(), None));
+        assert_eq!(
+            (peer.backend, peer.backend_port),
+            (addr([10, 0, 0, 5]), 5353u16.to_be())
+        );
+        let mut peers = SocketPeers::default();
+        remember(&mut peers, &peer);
+        assert_eq!(
+            asked(&peers, &peer.backend, peer.backend_port),
+            Some((addr(VIP), 53u16.to_be()))
+        );
+        assert_eq!(asked(&peers, &peer.backend, 54u16.to_be()), None);
+    }
+
+    #[test]
+    fn other_addresses_are_left() {
+        assert_eq!(
+            destination(&Memory::default(), true, &dns(), None),
+            Outcome::Leave
+        );
+        assert_eq!(
+            destination(&Memory::default(), false, &dns(), None),
+            Outcome::Leave
+        );
+    }
+
+    #[test]
+    fn without_backends_the_packet_hooks_reject_or_the_call_is_refused() {
+        let tables = Memory::default();
+        tables.set_service(3, &[], &[]);
+        tables.set_frontend("10.96.0.10:53", proto::UDP, 3);
+        assert_eq!(destination(&tables, true, &dns(), None), Outcome::Leave);
+        assert_eq!(destination(&tables, false, &dns(), None), Outcome::Refuse);
+    }
+
+    #[test]
+    fn an_unknown_port_of_a_service_address_is_refused_when_no_packet_hook_would_reject_it() {
+        let tables = Memory::default();
+        tables.set_vip(VIP);
+        assert_eq!(destination(&tables, true, &dns(), None), Outcome::Leave);
+        assert_eq!(destination(&tables, false, &dns(), None), Outcome::Refuse);
+    }
+
+    #[test]
+    fn a_datagram_socket_keeps_its_backend_until_it_is_gone() {
+        let tables = Memory::default();
+        let backends = ["10.0.0.1:53", "10.0.0.2:53", "10.0.0.3:53", "10.0.0.4:53"];
+        tables.set_service(3, &backends, &[]);
+        tables.set_frontend("10.96.0.10:53", proto::UDP, 3);
+        let mut peers = SocketPeers::default();
+        let first = translated(destination(&tables, true, &dns(), None));
+        remember(&mut peers, &first);
+        for _ in 0..50 {
+            assert_eq!(
+                translated(destination(&tables, true, &dns(), Some(&peers))).backend,
+                first.backend
+            );
+        }
+        tables.set_service(3, &["10.0.0.9:53"], &[]);
+        assert_eq!(
+            translated(destination(&tables, true, &dns(), Some(&peers))).backend,
+            addr([10, 0, 0, 9])
+        );
+    }
+
+    #[test]
+    fn the_oldest_peer_is_forgotten_first() {
+        let mut peers = SocketPeers::default();
+        let peer = |n: u8| SocketPeer {
+            frontend: addr([10, 96, 0, n]),
+            backend: addr([10, 0, 0, n]),
+            service: 1,
+            ..SocketPeer::default()
+        };
+        for n in 0..=SocketPeers::SLOTS as u8 {
+            remember(&mut peers, &peer(n));
+        }
+        assert_eq!(asked(&peers, &addr([10, 0, 0, 0]), 0), None);
+        for n in 1..=SocketPeers::SLOTS as u8 {
+            assert!(asked(&peers, &addr([10, 0, 0, n]), 0).is_some());
+        }
+    }
+}

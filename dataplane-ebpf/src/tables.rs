@@ -1,0 +1,53 @@
+//! The maps, as packet and socket logic see them.
+
+use dataplane_abi::{
+    Addr, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey, LocalAddress, Reason,
+    ServiceRef,
+};
+
+/// Why an entry was not inserted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Refused {
+    Exists,
+    Full,
+}
+
+/// An entry of a flow table that can be kept up to date in place.
+///
+/// Fields are written one by one and read by others while they are: each is a word that is right at any time by itself.
+pub trait FlowEntry {
+    fn get(&self) -> &Flow;
+    /// Notes a packet.
+    fn touch(&self, now_s: u32, seen: u32);
+    /// Notes where the backend was last found.
+    fn locate(&self, generation: u32, slot: u32);
+}
+
+/// The maps. Lookups are by value or by reference to what the map holds; nothing allocates.
+pub trait Tables {
+    type Entry: FlowEntry;
+
+    fn frontend(&self, key: &FrontendKey) -> Option<u32>;
+    fn service(&self, id: u32) -> Option<ServiceRef>;
+    fn cell(&self, index: u32) -> Option<Cell>;
+    fn local(&self, addr: &Addr) -> Option<LocalAddress>;
+
+    /// Flows that have been answered.
+    fn flow(&self, key: &FlowKey) -> Option<Self::Entry>;
+    fn insert_flow(&self, key: &FlowKey, flow: &Flow) -> Result<(), Refused>;
+    fn remove_flow(&self, key: &FlowKey);
+
+    /// Flows that have not been; the least recently used give way, so an insert is refused only for what exists when
+    /// `replace` is false.
+    fn unreplied(&self, key: &FlowKey) -> Option<Self::Entry>;
+    fn insert_unreplied(&self, key: &FlowKey, flow: &Flow, replace: bool) -> Result<(), Refused>;
+    fn remove_unreplied(&self, key: &FlowKey);
+
+    fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts>;
+    fn insert_fragment(&self, key: &FragmentKey, ports: &FragmentPorts);
+
+    fn count(&self, reason: Reason);
+    fn random(&self) -> u32;
+    /// Seconds of the monotonic clock.
+    fn now_s(&self) -> u32;
+}
