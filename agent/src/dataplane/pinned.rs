@@ -1,0 +1,105 @@
+//! The kernel's maps behind [`MapIo`]: hashes by batches of bpf(2), arrays by mmap.
+
+use std::{
+    io,
+    os::fd::{AsFd as _, OwnedFd},
+    path::Path,
+};
+
+use dataplane_abi::{Addr, Cell, FrontendKey, LocalAddress, ServiceRef, limits, map};
+
+use super::{
+    Error,
+    sys::{self, Mapping},
+    tables::MapIo,
+};
+
+/// The pinned maps that the agent writes.
+pub struct PinnedMaps {
+    frontends: OwnedFd,
+    local: OwnedFd,
+    services: Mapping,
+    backends: Mapping,
+}
+
+impl PinnedMaps {
+    /// Opens the maps under a pin directory.
+    pub fn open(dir: &Path) -> Result<Self, Error> {
+        let open =
+            |name: &'static str| sys::open_pinned(&dir.join(name)).map_err(failed("open", name));
+        let mapped = |name: &'static str, bytes: usize| {
+            Mapping::new(open(name)?.as_fd(), bytes).map_err(failed("map", name))
+        };
+        Ok(Self {
+            frontends: open(map::FRONTENDS)?,
+            local: open(map::LOCAL)?,
+            services: mapped(map::SERVICES, limits::SERVICES as usize * size_of::<u64>())?,
+            backends: mapped(map::BACKENDS, limits::CELLS as usize * size_of::<Cell>())?,
+        })
+    }
+}
+
+fn failed(action: &'static str, map: &'static str) -> impl Fn(io::Error) -> Error {
+    move |source| Error::Map {
+        action,
+        map,
+        source,
+    }
+}
+
+/// A hash says E2BIG when it is full.
+fn written(map: &'static str, limit: u32) -> impl Fn(io::Error) -> Error {
+    move |source| match source.raw_os_error() {
+        Some(libc::E2BIG) => Error::Full { map, limit },
+        _ => Error::Map {
+            action: "write",
+            map,
+            source,
+        },
+    }
+}
+
+impl MapIo for PinnedMaps {
+    fn frontends(&self) -> Result<Vec<(FrontendKey, u32)>, Error> {
+        sys::entries(self.frontends.as_fd()).map_err(failed("read", map::FRONTENDS))
+    }
+
+    fn set_frontends(&mut self, entries: &[(FrontendKey, u32)]) -> Result<(), Error> {
+        sys::update_batch(self.frontends.as_fd(), entries)
+            .map_err(written(map::FRONTENDS, limits::FRONTENDS))
+    }
+
+    fn remove_frontends(&mut self, keys: &[FrontendKey]) -> Result<(), Error> {
+        sys::delete_batch(self.frontends.as_fd(), keys)
+            .map_err(failed("delete from", map::FRONTENDS))
+    }
+
+    fn local_addresses(&self) -> Result<Vec<(Addr, LocalAddress)>, Error> {
+        sys::entries(self.local.as_fd()).map_err(failed("read", map::LOCAL))
+    }
+
+    fn set_local_addresses(&mut self, entries: &[(Addr, LocalAddress)]) -> Result<(), Error> {
+        sys::update_batch(self.local.as_fd(), entries)
+            .map_err(written(map::LOCAL, limits::LOCAL_ADDRESSES))
+    }
+
+    fn remove_local_addresses(&mut self, keys: &[Addr]) -> Result<(), Error> {
+        sys::delete_batch(self.local.as_fd(), keys).map_err(failed("delete from", map::LOCAL))
+    }
+
+    fn service(&self, id: u32) -> ServiceRef {
+        ServiceRef::from_word(self.services.load_word(id))
+    }
+
+    fn set_service(&mut self, id: u32, reference: ServiceRef) {
+        self.services.store_word(id, reference.to_word());
+    }
+
+    fn cell(&self, index: u32) -> Cell {
+        self.backends.read_cell(index)
+    }
+
+    fn write_cells(&mut self, first: u32, cells: &[Cell]) {
+        self.backends.write_cells(first, cells);
+    }
+}

@@ -1,0 +1,479 @@
+//! The eBPF programs: loading them over pinned maps, and the pinned links that hang them on interfaces and control groups.
+
+use std::{
+    fs, io,
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    Ebpf, EbpfLoader, include_bytes_aligned,
+    maps::{MapData, PerCpuArray},
+    programs::{CgroupSockAddr, SchedClassifier},
+};
+use dataplane_abi::{
+    Addr, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey, LocalAddress, Reason,
+    SocketPeers, global, limits, map,
+};
+
+use super::{
+    Config, Error,
+    sys::{self, LinkTarget, MapShape},
+};
+
+static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/dataplane-ebpf"));
+
+/// A program at tc.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum PacketProgram {
+    PodIngress,
+    PodEgress,
+    UplinkIngress,
+    ServiceIngress,
+}
+
+impl PacketProgram {
+    pub const ALL: [Self; 4] = [
+        Self::PodIngress,
+        Self::PodEgress,
+        Self::UplinkIngress,
+        Self::ServiceIngress,
+    ];
+
+    /// Name in the object, in pins and in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::PodIngress => "pod_ingress",
+            Self::PodEgress => "pod_egress",
+            Self::UplinkIngress => "uplink_ingress",
+            Self::ServiceIngress => "service_ingress",
+        }
+    }
+
+    fn attach_type(self) -> u32 {
+        const BPF_TCX_INGRESS: u32 = 46;
+        const BPF_TCX_EGRESS: u32 = 47;
+        match self {
+            Self::PodEgress => BPF_TCX_EGRESS,
+            _ => BPF_TCX_INGRESS,
+        }
+    }
+}
+
+/// The programs at control groups, by name, with the kernel's number of their attach type.
+const SOCKET_PROGRAMS: [(&str, u32); 8] = [
+    ("connect4", 10),
+    ("connect6", 11),
+    ("sendmsg4", 14),
+    ("sendmsg6", 15),
+    ("recvmsg4", 19),
+    ("recvmsg6", 20),
+    ("getpeername4", 29),
+    ("getpeername6", 30),
+];
+
+const COLLECT: &str = "collect";
+
+/// Shapes that pinned maps must have: aya takes whatever is pinned under the name.
+fn shapes() -> [(&'static str, MapShape); 9] {
+    const HASH: u32 = 1;
+    const ARRAY: u32 = 2;
+    const PERCPU_ARRAY: u32 = 6;
+    const LRU_HASH: u32 = 9;
+    const SK_STORAGE: u32 = 24;
+    const NO_PREALLOC: u32 = 1;
+    const MMAPABLE: u32 = 1024;
+    let word = size_of::<u32>();
+    [
+        (
+            map::FRONTENDS,
+            MapShape::new(
+                HASH,
+                size_of::<FrontendKey>(),
+                word,
+                limits::FRONTENDS,
+                NO_PREALLOC,
+            ),
+        ),
+        (
+            map::SERVICES,
+            MapShape::new(ARRAY, word, size_of::<u64>(), limits::SERVICES, MMAPABLE),
+        ),
+        (
+            map::BACKENDS,
+            MapShape::new(ARRAY, word, size_of::<Cell>(), limits::CELLS, MMAPABLE),
+        ),
+        (
+            map::LOCAL,
+            MapShape::new(
+                HASH,
+                size_of::<Addr>(),
+                size_of::<LocalAddress>(),
+                limits::LOCAL_ADDRESSES,
+                NO_PREALLOC,
+            ),
+        ),
+        (
+            map::FLOWS,
+            MapShape::new(
+                HASH,
+                size_of::<FlowKey>(),
+                size_of::<Flow>(),
+                limits::FLOWS,
+                NO_PREALLOC,
+            ),
+        ),
+        (
+            map::FLOWS_UNREPLIED,
+            MapShape::new(
+                LRU_HASH,
+                size_of::<FlowKey>(),
+                size_of::<Flow>(),
+                limits::FLOWS_UNREPLIED,
+                0,
+            ),
+        ),
+        (
+            map::FRAGMENTS,
+            MapShape::new(
+                LRU_HASH,
+                size_of::<FragmentKey>(),
+                size_of::<FragmentPorts>(),
+                limits::FRAGMENTS,
+                0,
+            ),
+        ),
+        (
+            map::COUNTERS,
+            MapShape::new(PERCPU_ARRAY, word, size_of::<u64>(), Reason::COUNT, 0),
+        ),
+        (
+            map::SOCKET_PEERS,
+            MapShape::new(SK_STORAGE, word, size_of::<SocketPeers>(), 0, NO_PREALLOC),
+        ),
+    ]
+}
+
+/// The loaded programs and where their links are pinned.
+pub struct Programs {
+    ebpf: Ebpf,
+    links: PathBuf,
+}
+
+impl Programs {
+    /// Loads the programs over the maps pinned in `dir`, which are made where they are not.
+    pub fn load(dir: &Path, config: &Config) -> Result<Self, Error> {
+        for (name, wanted) in shapes() {
+            check_shape(dir, name, wanted)?;
+        }
+        let mut loader = EbpfLoader::new();
+        for (name, _) in shapes() {
+            loader.map_pin_path(name, dir.join(name));
+        }
+        let (packet_lb, socket_lb) = (u32::from(config.packet_lb), u32::from(config.socket_lb));
+        let service_veth = config.service_veth.map_or(0, |pair| pair.outer);
+        loader.override_global(global::PACKET_LB, &packet_lb, true);
+        loader.override_global(global::SOCKET_LB, &socket_lb, true);
+        loader.override_global(global::SERVICE_VETH, &service_veth, true);
+        let mut ebpf = loader
+            .load(OBJECT)
+            .map_err(|source| Error::Load(Box::new(source)))?;
+        let refused = |program: &'static str| {
+            move |source| Error::Program {
+                program,
+                source: Box::new(source),
+            }
+        };
+        for name in PacketProgram::ALL
+            .iter()
+            .map(|program| program.name())
+            .chain([COLLECT])
+        {
+            let program: &mut SchedClassifier = classifier(&mut ebpf, name)?;
+            program.load().map_err(refused(name))?;
+        }
+        for (name, _) in SOCKET_PROGRAMS {
+            let program = ebpf
+                .program_mut(name)
+                .ok_or(Error::Missing { program: name })?;
+            let program: &mut CgroupSockAddr = program.try_into().map_err(refused(name))?;
+            program.load().map_err(refused(name))?;
+        }
+        Ok(Self {
+            ebpf,
+            links: dir.join("links"),
+        })
+    }
+
+    fn fd(&self, name: &'static str) -> Result<BorrowedFd<'_>, Error> {
+        let program = self
+            .ebpf
+            .program(name)
+            .ok_or(Error::Missing { program: name })?;
+        let fd = program.fd().map_err(|source| Error::Program {
+            program: name,
+            source: Box::new(source),
+        })?;
+        Ok(fd.as_fd())
+    }
+
+    /// Gives the links that an earlier agent left these programs, in place, and forgets those whose interface or control
+    /// group is gone.
+    pub fn adopt_links(&self, socket_lb: bool) -> Result<(), Error> {
+        fs::create_dir_all(&self.links).map_err(|source| Error::Pins {
+            path: self.links.clone(),
+            source,
+        })?;
+        for path in self.pinned()? {
+            let Some(name) = program_of(&path) else {
+                continue;
+            };
+            if !socket_lb && SOCKET_PROGRAMS.iter().any(|(socket, _)| *socket == name) {
+                unlink(&path)?;
+                continue;
+            }
+            let link = sys::open_pinned(&path).map_err(|source| Error::Link {
+                link: path.clone(),
+                source,
+            })?;
+            self.renew(&path, link, name, None)?;
+        }
+        Ok(())
+    }
+
+    /// Updates a link in place when it hangs where it should; else unpins it and says no.
+    fn renew(
+        &self,
+        path: &Path,
+        link: OwnedFd,
+        name: &'static str,
+        wanted: Option<LinkTarget>,
+    ) -> Result<bool, Error> {
+        let failed = |source| Error::Link {
+            link: path.to_owned(),
+            source,
+        };
+        let target = sys::link_target(link.as_fd()).map_err(failed)?;
+        let gone = matches!(
+            target,
+            LinkTarget::Interface(0) | LinkTarget::Cgroup(0) | LinkTarget::Other
+        );
+        if gone || wanted.is_some_and(|wanted| wanted != target) {
+            unlink(path)?;
+            return Ok(false);
+        }
+        match sys::update_link(link.as_fd(), self.fd(name)?) {
+            Ok(()) => Ok(true),
+            // What it hung on went away just now.
+            Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => {
+                unlink(path)?;
+                Ok(false)
+            }
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    /// Hangs a program on a target, or gives the link that hangs there already the program.
+    fn attach(
+        &self,
+        name: &'static str,
+        attach_type: u32,
+        pin: String,
+        target: u32,
+        wanted: LinkTarget,
+    ) -> Result<(), Error> {
+        let path = self.links.join(pin);
+        match sys::open_pinned(&path) {
+            Ok(link) => {
+                if self.renew(&path, link, name, Some(wanted))? {
+                    return Ok(());
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(source) => return Err(Error::Link { link: path, source }),
+        }
+        let failed = |source| Error::Attach {
+            program: name,
+            target: wanted,
+            source,
+        };
+        let link = sys::create_link(self.fd(name)?, target, attach_type).map_err(failed)?;
+        sys::pin(link.as_fd(), &path).map_err(|source| Error::Link { link: path, source })
+    }
+
+    /// Hangs a packet program on an interface.
+    pub fn attach_packet(&self, program: PacketProgram, ifindex: u32) -> Result<(), Error> {
+        let pin = format!("{}-{ifindex}", program.name());
+        self.attach(
+            program.name(),
+            program.attach_type(),
+            pin,
+            ifindex,
+            LinkTarget::Interface(ifindex),
+        )
+    }
+
+    /// Takes a packet program off an interface. The interface may be gone.
+    pub fn detach_packet(&self, program: PacketProgram, ifindex: u32) -> Result<(), Error> {
+        unlink(&self.links.join(format!("{}-{ifindex}", program.name())))
+    }
+
+    /// Interfaces that a packet program hangs on.
+    pub fn attached(&self, program: PacketProgram) -> Result<Vec<u32>, Error> {
+        let mut found = Vec::new();
+        for path in self.pinned()? {
+            let name = path
+                .file_name()
+                .and_then(|name| name.to_str())
+                .unwrap_or_default();
+            if let Some((prefix, ifindex)) = name.split_once('-')
+                && prefix == program.name()
+                && let Ok(ifindex) = ifindex.parse()
+            {
+                found.push(ifindex);
+            }
+        }
+        found.sort_unstable();
+        Ok(found)
+    }
+
+    /// Hangs the socket programs on a control group of the v2 hierarchy.
+    pub fn attach_cgroup(&self, cgroup: &Path) -> Result<(), Error> {
+        let failed = |source| Error::Cgroup {
+            path: cgroup.to_owned(),
+            source,
+        };
+        let dir = fs::File::open(cgroup).map_err(failed)?;
+        let id = sys::cgroup_id(cgroup).map_err(failed)?;
+        for (name, attach_type) in SOCKET_PROGRAMS {
+            self.attach(
+                name,
+                attach_type,
+                name.to_owned(),
+                dir.as_raw_fd() as u32,
+                LinkTarget::Cgroup(id),
+            )?;
+        }
+        Ok(())
+    }
+
+    fn pinned(&self) -> Result<Vec<PathBuf>, Error> {
+        let failed = |source| Error::Pins {
+            path: self.links.clone(),
+            source,
+        };
+        fs::read_dir(&self.links)
+            .map_err(failed)?
+            .map(|entry| entry.map(|entry| entry.path()).map_err(failed))
+            .collect()
+    }
+
+    /// Runs a packet program on a packet.
+    pub fn run(
+        &self,
+        program: PacketProgram,
+        packet: &[u8],
+        ifindex: u32,
+        repeat: u32,
+    ) -> Result<(i32, Vec<u8>, u32), Error> {
+        let mut skb = sys::SkBuff {
+            ifindex,
+            ingress_ifindex: ifindex,
+            ..sys::SkBuff::default()
+        };
+        sys::test_run(self.fd(program.name())?, packet, &mut skb, repeat).map_err(|source| {
+            Error::Run {
+                program: program.name(),
+                source,
+            }
+        })
+    }
+
+    /// Runs the collector of flows: how many entries it removed and left.
+    pub fn collect(&self, pressure: u32) -> Result<(u32, u32), Error> {
+        let mut skb = sys::SkBuff {
+            mark: pressure,
+            ..sys::SkBuff::default()
+        };
+        sys::test_run(self.fd(COLLECT)?, &[0; 64], &mut skb, 1).map_err(|source| Error::Run {
+            program: COLLECT,
+            source,
+        })?;
+        Ok((skb.mark, skb.control[0]))
+    }
+
+    /// Packets per reason, over all CPUs.
+    pub fn counters(&self) -> Result<Vec<(Reason, u64)>, Error> {
+        let failed = |source| Error::Counters(Box::new(source));
+        let map = self.ebpf.map(map::COUNTERS).ok_or(Error::Missing {
+            program: map::COUNTERS,
+        })?;
+        let counters: PerCpuArray<&MapData, u64> = map.try_into().map_err(failed)?;
+        let sum = |reason: &Reason| {
+            Ok((
+                *reason,
+                counters
+                    .get(&(*reason as u32), 0)
+                    .map_err(failed)?
+                    .iter()
+                    .sum(),
+            ))
+        };
+        Reason::ALL.iter().map(sum).collect()
+    }
+}
+
+fn classifier<'a>(
+    ebpf: &'a mut Ebpf,
+    name: &'static str,
+) -> Result<&'a mut SchedClassifier, Error> {
+    let program = ebpf
+        .program_mut(name)
+        .ok_or(Error::Missing { program: name })?;
+    program.try_into().map_err(|source| Error::Program {
+        program: name,
+        source: Box::new(source),
+    })
+}
+
+/// The program that a pinned link belongs to, by the link's name.
+fn program_of(path: &Path) -> Option<&'static str> {
+    let name = path.file_name()?.to_str()?;
+    let name = name.split_once('-').map_or(name, |(program, _)| program);
+    let packet = PacketProgram::ALL.iter().map(|program| program.name());
+    packet
+        .chain(SOCKET_PROGRAMS.iter().map(|(socket, _)| *socket))
+        .find(|known| *known == name)
+}
+
+fn unlink(path: &Path) -> Result<(), Error> {
+    match fs::remove_file(path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Link {
+            link: path.to_owned(),
+            source,
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn check_shape(dir: &Path, name: &'static str, wanted: MapShape) -> Result<(), Error> {
+    let failed = |source| Error::Map {
+        action: "open",
+        map: name,
+        source,
+    };
+    let pinned = match sys::open_pinned(&dir.join(name)) {
+        Ok(map) => sys::map_shape(map.as_fd()).map_err(failed)?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed(error)),
+    };
+    if pinned == wanted {
+        Ok(())
+    } else {
+        Err(Error::Shape {
+            path: dir.join(name),
+            pinned,
+            wanted,
+        })
+    }
+}

@@ -1,0 +1,652 @@
+//! What the maps hold, and changing it: frontends, services with their extents, local addresses.
+//!
+//! [`MapIo`] is the seam: pinned maps of the kernel, or maps in memory for tests.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::{IpAddr, SocketAddr},
+    time::Instant,
+};
+
+use dataplane_abi::{
+    Addr, Backend, Cell, ExtentHeader, FROM_HOST, FROM_POD, FrontendKey, LocalAddress,
+    SCOPE_INTERNAL, ServiceRef, VIP_MARKER, limits,
+};
+
+use super::{
+    Error,
+    extent::{Extent, Extents},
+    op::{Frontend, LocalPod, Op, Protocol, ServiceBackends, ServiceId, State},
+};
+
+/// The maps of the data plane, as the agent reads and writes them.
+pub trait MapIo {
+    fn frontends(&self) -> Result<Vec<(FrontendKey, u32)>, Error>;
+    fn set_frontends(&mut self, entries: &[(FrontendKey, u32)]) -> Result<(), Error>;
+    fn remove_frontends(&mut self, keys: &[FrontendKey]) -> Result<(), Error>;
+
+    fn local_addresses(&self) -> Result<Vec<(Addr, LocalAddress)>, Error>;
+    fn set_local_addresses(&mut self, entries: &[(Addr, LocalAddress)]) -> Result<(), Error>;
+    fn remove_local_addresses(&mut self, keys: &[Addr]) -> Result<(), Error>;
+
+    fn service(&self, id: u32) -> ServiceRef;
+    /// Replaces a service's reference in one store, after all cells written before.
+    fn set_service(&mut self, id: u32, reference: ServiceRef);
+    fn cell(&self, index: u32) -> Cell;
+    fn write_cells(&mut self, first: u32, cells: &[Cell]);
+}
+
+/// How much of the maps is used.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Usage {
+    pub services: u32,
+    pub frontends: u32,
+    pub cells: u32,
+    pub local_addresses: u32,
+}
+
+/// What was done by [`Tables::apply`]: entries written and removed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Applied {
+    pub services: u32,
+    pub frontends: u32,
+    pub local_addresses: u32,
+}
+
+/// The maps with what the agent needs to know to change them.
+pub struct Tables<M> {
+    io: M,
+    extents: Extents,
+    /// Extent of each service that has one.
+    placed: HashMap<u32, Extent>,
+    generation: u32,
+}
+
+const CELLS_ORDER: u8 = limits::CELLS.trailing_zeros() as u8;
+const _: () = assert!(limits::CELLS.is_power_of_two());
+
+impl<M: MapIo> Tables<M> {
+    /// Takes over maps as they are. A service whose extent contradicts it (only a bug could write one) is removed.
+    pub fn adopt(mut io: M) -> Self {
+        let mut extents = Extents::new(CELLS_ORDER);
+        let (mut placed, mut generation) = (HashMap::new(), 0);
+        for id in 1..limits::SERVICES {
+            let reference = io.service(id);
+            if reference.generation == 0 {
+                continue;
+            }
+            generation = generation.max(reference.generation);
+            match extent_of(&io, id, reference) {
+                Some(extent) if extents.reserve(extent) => {
+                    placed.insert(id, extent);
+                }
+                _ => {
+                    tracing::warn!(
+                        service = id,
+                        "removed a service whose backends are not where it says"
+                    );
+                    io.set_service(id, ServiceRef::default());
+                }
+            }
+        }
+        Self {
+            io,
+            extents,
+            placed,
+            generation,
+        }
+    }
+
+    /// Everything that the maps hold.
+    pub fn state(&self) -> Result<State, Error> {
+        let mut state = State::default();
+        for id in self.placed.keys() {
+            state.services.insert(ServiceId(*id), self.backends(*id));
+        }
+        for (key, value) in self.io.frontends()? {
+            let addr = IpAddr::from(key.addr);
+            match Protocol::from_number(key.proto) {
+                _ if value == VIP_MARKER => {
+                    state.vips.insert(addr);
+                }
+                Some(protocol) if key.scope == SCOPE_INTERNAL => {
+                    state.frontends.insert(
+                        Frontend {
+                            addr,
+                            port: u16::from_be(key.port),
+                            protocol,
+                        },
+                        ServiceId(value),
+                    );
+                }
+                _ => tracing::warn!(?key, value, "a frontend of an unknown kind is left alone"),
+            }
+        }
+        for (addr, local) in self.io.local_addresses()? {
+            match local.kind {
+                FROM_POD => {
+                    state.pods.insert(
+                        addr.into(),
+                        LocalPod {
+                            ifindex: local.ifindex,
+                            mac: local.mac,
+                        },
+                    );
+                }
+                FROM_HOST => {
+                    state.host_addresses.insert(addr.into());
+                }
+                _ => tracing::warn!(
+                    ?addr,
+                    kind = local.kind,
+                    "a local address of an unknown kind is left alone"
+                ),
+            }
+        }
+        Ok(state)
+    }
+
+    fn backends(&self, id: u32) -> ServiceBackends {
+        let extent = self.io.service(id).extent;
+        let header = ExtentHeader::from(self.io.cell(extent));
+        let backend = |slot: u32| {
+            let backend = Backend::from(self.io.cell(extent + 1 + slot));
+            SocketAddr::new(backend.addr.into(), u16::from_be(backend.port))
+        };
+        ServiceBackends {
+            active: (0..header.active).map(backend).collect(),
+            terminating: (header.active..header.total).map(backend).collect(),
+        }
+    }
+
+    /// Carries out a batch. Of several changes of one thing the last counts; services come before the frontends that name
+    /// them and go after. On an error part of the batch may be done: read [`Tables::state`] before going on.
+    pub fn apply(&mut self, ops: &[Op], now: Instant) -> Result<Applied, Error> {
+        let batch = Batch::collect(ops)?;
+        for (id, backends) in &batch.services {
+            if let Some(backends) = backends {
+                self.place(*id, backends, now)?;
+            }
+        }
+        let (set, removed) = parted(&batch.locals);
+        self.io.set_local_addresses(&set)?;
+        self.io.remove_local_addresses(&removed)?;
+        let (set, removed) = parted(&batch.frontends);
+        self.io.set_frontends(&set)?;
+        self.io.remove_frontends(&removed)?;
+        for (id, backends) in &batch.services {
+            if backends.is_none()
+                && let Some(extent) = self.placed.remove(id)
+            {
+                self.io.set_service(*id, ServiceRef::default());
+                self.extents.retire(extent, now);
+            }
+        }
+        Ok(Applied {
+            services: batch.services.len() as u32,
+            frontends: batch.frontends.len() as u32,
+            local_addresses: batch.locals.len() as u32,
+        })
+    }
+
+    /// Writes a service's backends to a new extent, leads the service there, and lets the old one rest.
+    fn place(&mut self, id: u32, backends: &ServiceBackends, now: Instant) -> Result<(), Error> {
+        let total = backends.active.len() + backends.terminating.len();
+        if total > limits::BACKENDS_PER_SERVICE as usize {
+            return Err(Error::TooManyBackends {
+                service: ServiceId(id),
+                backends: total,
+            });
+        }
+        let order = Extent::order_for(total as u32);
+        let extent = self.extents.allocate(order, now).ok_or(Error::Full {
+            map: dataplane_abi::map::BACKENDS,
+            limit: limits::CELLS,
+        })?;
+        // 0 says that there is no service.
+        self.generation = self.generation.checked_add(1).unwrap_or(1);
+        let header = ExtentHeader {
+            service: id,
+            generation: self.generation,
+            active: backends.active.len() as u32,
+            total: total as u32,
+            ..ExtentHeader::default()
+        };
+        let mut cells = vec![Cell::from(header)];
+        cells.extend(
+            backends
+                .active
+                .iter()
+                .chain(&backends.terminating)
+                .map(|at| Cell::from(Backend::new(at.ip().into(), at.port().to_be()))),
+        );
+        self.io.write_cells(extent.start, &cells);
+        self.io.set_service(
+            id,
+            ServiceRef {
+                extent: extent.start,
+                generation: self.generation,
+            },
+        );
+        if let Some(old) = self.placed.insert(id, extent) {
+            self.extents.retire(old, now);
+        }
+        Ok(())
+    }
+
+    /// How full the maps are. Counts frontends and addresses by reading them.
+    pub fn usage(&self) -> Result<Usage, Error> {
+        Ok(Usage {
+            services: self.placed.len() as u32,
+            frontends: self.io.frontends()?.len() as u32,
+            cells: limits::CELLS - self.extents.available(),
+            local_addresses: self.io.local_addresses()?.len() as u32,
+        })
+    }
+}
+
+/// Where a service's header says that its extent is, when it is one.
+fn extent_of(io: &impl MapIo, id: u32, reference: ServiceRef) -> Option<Extent> {
+    if reference.extent == 0 || reference.extent >= limits::CELLS {
+        return None;
+    }
+    let header = ExtentHeader::from(io.cell(reference.extent));
+    let is_its = header.service == id && header.generation == reference.generation;
+    if !is_its || header.active > header.total || header.total > limits::BACKENDS_PER_SERVICE {
+        return None;
+    }
+    let extent = Extent {
+        start: reference.extent,
+        order: Extent::order_for(header.total),
+    };
+    extent
+        .start
+        .is_multiple_of(1 << extent.order)
+        .then_some(extent)
+}
+
+/// What a batch leaves each key with; nothing where it is to be removed.
+#[derive(Default)]
+struct Batch {
+    services: BTreeMap<u32, Option<ServiceBackends>>,
+    frontends: BTreeMap<FrontendKey, Option<u32>>,
+    locals: BTreeMap<Addr, Option<LocalAddress>>,
+}
+
+impl Batch {
+    fn collect(ops: &[Op]) -> Result<Self, Error> {
+        let mut batch = Self::default();
+        for op in ops {
+            match op {
+                Op::SetService { id, backends } => {
+                    batch.services.insert(checked(*id)?, Some(backends.clone()));
+                }
+                Op::RemoveService { id } => {
+                    batch.services.insert(checked(*id)?, None);
+                }
+                Op::SetFrontend { frontend, id } => {
+                    batch
+                        .frontends
+                        .insert(frontend_key(frontend), Some(checked(*id)?));
+                }
+                Op::RemoveFrontend { frontend } => {
+                    batch.frontends.insert(frontend_key(frontend), None);
+                }
+                Op::SetVip { addr } => {
+                    batch
+                        .frontends
+                        .insert(FrontendKey::marker((*addr).into()), Some(VIP_MARKER));
+                }
+                Op::RemoveVip { addr } => {
+                    batch
+                        .frontends
+                        .insert(FrontendKey::marker((*addr).into()), None);
+                }
+                Op::SetPod { addr, pod } => {
+                    let local = LocalAddress {
+                        kind: FROM_POD,
+                        ifindex: pod.ifindex,
+                        mac: pod.mac,
+                        pad: [0; 2],
+                    };
+                    batch.locals.insert((*addr).into(), Some(local));
+                }
+                Op::SetHostAddress { addr } => {
+                    let local = LocalAddress {
+                        kind: FROM_HOST,
+                        ifindex: 0,
+                        mac: [0; 6],
+                        pad: [0; 2],
+                    };
+                    batch.locals.insert((*addr).into(), Some(local));
+                }
+                Op::RemovePod { addr } | Op::RemoveHostAddress { addr } => {
+                    batch.locals.insert((*addr).into(), None);
+                }
+            }
+        }
+        Ok(batch)
+    }
+}
+
+fn checked(id: ServiceId) -> Result<u32, Error> {
+    if (1..limits::SERVICES).contains(&id.0) {
+        Ok(id.0)
+    } else {
+        Err(Error::Full {
+            map: dataplane_abi::map::SERVICES,
+            limit: limits::SERVICES,
+        })
+    }
+}
+
+fn frontend_key(frontend: &Frontend) -> FrontendKey {
+    FrontendKey::new(
+        frontend.addr.into(),
+        frontend.port.to_be(),
+        frontend.protocol.number(),
+    )
+}
+
+fn parted<K: Copy, V: Copy>(changes: &BTreeMap<K, Option<V>>) -> (Vec<(K, V)>, Vec<K>) {
+    let set = changes
+        .iter()
+        .filter_map(|(key, value)| value.map(|value| (*key, value)))
+        .collect();
+    let removed = changes
+        .iter()
+        .filter(|(_, value)| value.is_none())
+        .map(|(key, _)| *key)
+        .collect();
+    (set, removed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dataplane::extent::GRACE;
+
+    /// Maps in memory, which note in what order they were written.
+    #[derive(Default)]
+    struct Memory {
+        frontends: BTreeMap<FrontendKey, u32>,
+        locals: BTreeMap<Addr, LocalAddress>,
+        services: BTreeMap<u32, ServiceRef>,
+        cells: BTreeMap<u32, Cell>,
+        log: Vec<&'static str>,
+    }
+
+    impl MapIo for Memory {
+        fn frontends(&self) -> Result<Vec<(FrontendKey, u32)>, Error> {
+            Ok(self.frontends.clone().into_iter().collect())
+        }
+        fn set_frontends(&mut self, entries: &[(FrontendKey, u32)]) -> Result<(), Error> {
+            self.frontends.extend(entries.iter().copied());
+            self.log.push("set frontends");
+            Ok(())
+        }
+        fn remove_frontends(&mut self, keys: &[FrontendKey]) -> Result<(), Error> {
+            self.frontends.retain(|key, _| !keys.contains(key));
+            self.log.push("remove frontends");
+            Ok(())
+        }
+        fn local_addresses(&self) -> Result<Vec<(Addr, LocalAddress)>, Error> {
+            Ok(self.locals.clone().into_iter().collect())
+        }
+        fn set_local_addresses(&mut self, entries: &[(Addr, LocalAddress)]) -> Result<(), Error> {
+            self.locals.extend(entries.iter().copied());
+            Ok(())
+        }
+        fn remove_local_addresses(&mut self, keys: &[Addr]) -> Result<(), Error> {
+            self.locals.retain(|key, _| !keys.contains(key));
+            Ok(())
+        }
+        fn service(&self, id: u32) -> ServiceRef {
+            self.services.get(&id).copied().unwrap_or_default()
+        }
+        fn set_service(&mut self, id: u32, reference: ServiceRef) {
+            self.services.insert(id, reference);
+            self.log.push(if reference.generation == 0 {
+                "remove service"
+            } else {
+                "set service"
+            });
+        }
+        fn cell(&self, index: u32) -> Cell {
+            self.cells.get(&index).copied().unwrap_or_default()
+        }
+        fn write_cells(&mut self, first: u32, cells: &[Cell]) {
+            self.cells.extend((first..).zip(cells.iter().copied()));
+            self.log.push("write cells");
+        }
+    }
+
+    fn frontend(text: &str) -> Frontend {
+        let at: SocketAddr = text.parse().unwrap();
+        Frontend {
+            addr: at.ip(),
+            port: at.port(),
+            protocol: Protocol::Tcp,
+        }
+    }
+
+    fn backends(active: &[&str], terminating: &[&str]) -> ServiceBackends {
+        let parse = |list: &[&str]| list.iter().map(|at| at.parse().unwrap()).collect();
+        ServiceBackends {
+            active: parse(active),
+            terminating: parse(terminating),
+        }
+    }
+
+    fn everything() -> Vec<Op> {
+        vec![
+            Op::SetFrontend {
+                frontend: frontend("10.96.0.1:443"),
+                id: ServiceId(1),
+            },
+            Op::SetFrontend {
+                frontend: frontend("[fd00::1]:443"),
+                id: ServiceId(1),
+            },
+            Op::SetVip {
+                addr: "10.96.0.1".parse().unwrap(),
+            },
+            Op::SetService {
+                id: ServiceId(1),
+                backends: backends(&["10.0.0.1:6443", "[fd01::1]:6443"], &["10.0.0.2:6443"]),
+            },
+            Op::SetService {
+                id: ServiceId(2),
+                backends: ServiceBackends::default(),
+            },
+            Op::SetPod {
+                addr: "10.0.0.1".parse().unwrap(),
+                pod: LocalPod {
+                    ifindex: 7,
+                    mac: [1, 2, 3, 4, 5, 6],
+                },
+            },
+            Op::SetHostAddress {
+                addr: "198.18.0.1".parse().unwrap(),
+            },
+        ]
+    }
+
+    #[test]
+    fn what_is_written_is_read_back_also_by_the_next_agent() {
+        let mut tables = Tables::adopt(Memory::default());
+        tables.apply(&everything(), Instant::now()).unwrap();
+        let state = tables.state().unwrap();
+        assert_eq!(
+            state.services[&ServiceId(1)],
+            backends(&["10.0.0.1:6443", "[fd01::1]:6443"], &["10.0.0.2:6443"])
+        );
+        assert_eq!(state.services[&ServiceId(2)], ServiceBackends::default());
+        assert_eq!(state.frontends.len(), 2);
+        assert_eq!(state.vips, ["10.96.0.1".parse().unwrap()].into());
+        assert_eq!(
+            state.pods[&"10.0.0.1".parse::<IpAddr>().unwrap()].ifindex,
+            7
+        );
+        assert_eq!(state.host_addresses, ["198.18.0.1".parse().unwrap()].into());
+        let next = Tables::adopt(tables.io);
+        assert_eq!(next.state().unwrap(), state);
+    }
+
+    #[test]
+    fn the_next_agent_neither_reuses_a_generation_nor_overwrites_an_extent() {
+        let mut tables = Tables::adopt(Memory::default());
+        tables.apply(&everything(), Instant::now()).unwrap();
+        let before = tables.io.service(1);
+        let mut next = Tables::adopt(tables.io);
+        next.apply(
+            &[Op::SetService {
+                id: ServiceId(9),
+                backends: backends(&["10.0.0.9:1"; 3], &[]),
+            }],
+            Instant::now(),
+        )
+        .unwrap();
+        assert!(next.io.service(9).generation > before.generation);
+        assert_eq!(
+            next.backends(1),
+            backends(&["10.0.0.1:6443", "[fd01::1]:6443"], &["10.0.0.2:6443"])
+        );
+    }
+
+    #[test]
+    fn services_are_there_before_their_frontends_and_gone_after_them() {
+        let mut tables = Tables::adopt(Memory::default());
+        tables.apply(&everything(), Instant::now()).unwrap();
+        let set = tables
+            .io
+            .log
+            .iter()
+            .position(|entry| *entry == "set frontends")
+            .unwrap();
+        assert!(
+            tables.io.log[..set].contains(&"set service")
+                && !tables.io.log[set..].contains(&"set service")
+        );
+        tables.io.log.clear();
+        let ops = [
+            Op::RemoveService { id: ServiceId(1) },
+            Op::RemoveFrontend {
+                frontend: frontend("10.96.0.1:443"),
+            },
+        ];
+        tables.apply(&ops, Instant::now()).unwrap();
+        let gone = tables
+            .io
+            .log
+            .iter()
+            .position(|entry| *entry == "remove service")
+            .unwrap();
+        assert!(tables.io.log[..gone].contains(&"remove frontends"));
+        assert!(!tables.state().unwrap().services.contains_key(&ServiceId(1)));
+    }
+
+    #[test]
+    fn a_change_writes_a_new_extent_before_it_leads_there_and_leaves_the_old_one_whole_for_a_while()
+    {
+        let mut tables = Tables::adopt(Memory::default());
+        let now = Instant::now();
+        let set = |to: &str| {
+            [Op::SetService {
+                id: ServiceId(1),
+                backends: backends(&[to], &[]),
+            }]
+        };
+        tables.apply(&set("10.0.0.1:1"), now).unwrap();
+        let old = tables.io.service(1).extent;
+        let old_cells = [tables.io.cell(old), tables.io.cell(old + 1)];
+        tables.io.log.clear();
+        for step in 1..20 {
+            tables
+                .apply(
+                    &set(&format!("10.0.0.1:{}", step + 1)),
+                    now + GRACE / 20 * (step - 1),
+                )
+                .unwrap();
+            assert_ne!(tables.io.service(1).extent, old);
+            assert_eq!([tables.io.cell(old), tables.io.cell(old + 1)], old_cells);
+        }
+        assert_eq!(tables.io.log[..2], ["write cells", "set service"]);
+        tables.apply(&set("10.0.0.1:99"), now + GRACE).unwrap();
+        assert_eq!(tables.io.service(1).extent, old);
+    }
+
+    #[test]
+    fn of_several_changes_the_last_counts() {
+        let mut tables = Tables::adopt(Memory::default());
+        let id = ServiceId(1);
+        let ops = [
+            Op::SetService {
+                id,
+                backends: backends(&["10.0.0.1:1"], &[]),
+            },
+            Op::RemoveService { id },
+            Op::SetService {
+                id,
+                backends: backends(&["10.0.0.2:1"], &[]),
+            },
+        ];
+        tables.apply(&ops, Instant::now()).unwrap();
+        assert_eq!(
+            tables.state().unwrap().services[&id],
+            backends(&["10.0.0.2:1"], &[])
+        );
+        tables
+            .apply(
+                &[Op::RemoveService { id }, Op::RemoveService { id }],
+                Instant::now(),
+            )
+            .unwrap();
+        assert_eq!(tables.state().unwrap(), State::default());
+    }
+
+    #[test]
+    fn what_does_not_fit_is_an_error_that_says_which_limit() {
+        let mut tables = Tables::adopt(Memory::default());
+        for id in [0, limits::SERVICES] {
+            let error = tables
+                .apply(&[Op::RemoveService { id: ServiceId(id) }], Instant::now())
+                .unwrap_err();
+            assert!(
+                matches!(
+                    error,
+                    Error::Full {
+                        map: "SERVICES",
+                        ..
+                    }
+                ),
+                "{error}"
+            );
+        }
+        let too_many = vec!["10.0.0.1:1"; limits::BACKENDS_PER_SERVICE as usize + 1];
+        let error = tables
+            .apply(
+                &[Op::SetService {
+                    id: ServiceId(1),
+                    backends: backends(&too_many, &[]),
+                }],
+                Instant::now(),
+            )
+            .unwrap_err();
+        assert!(
+            matches!(error, Error::TooManyBackends { backends: 4096, .. }),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_service_that_leads_to_anothers_extent_is_not_adopted() {
+        let mut tables = Tables::adopt(Memory::default());
+        tables.apply(&everything(), Instant::now()).unwrap();
+        let stolen = tables.io.service(1);
+        tables.io.set_service(5, stolen);
+        let next = Tables::adopt(tables.io);
+        assert_eq!(next.io.service(5), ServiceRef::default());
+        assert!(next.placed.contains_key(&1));
+    }
+}
