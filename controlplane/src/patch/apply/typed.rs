@@ -1,0 +1,211 @@
+//! Values walked by the tables: which fields differ, how applied ones merge in, how given-up ones go.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Map, Value};
+
+use super::set::Set;
+use crate::registry::{Field, FieldType, ListType, Shape, Type};
+
+/// Kind is how server-side apply treats a value.
+#[derive(Clone, Copy)]
+pub enum Kind {
+    Struct(&'static Type),
+    Map(&'static FieldType),
+    /// A list of structs told apart by keys.
+    Keyed(&'static Type, &'static [&'static str]),
+    /// A list of scalars without order.
+    Set,
+    /// Owned and replaced as a whole.
+    Atomic,
+}
+
+impl Kind {
+    fn of_type(ty: &'static FieldType) -> Self {
+        match ty {
+            FieldType::Ref(id) if id.get().shape == Shape::Struct && !id.get().atomic => {
+                Self::Struct(id.get())
+            }
+            FieldType::Map(inner) => Self::Map(inner),
+            _ => Self::Atomic,
+        }
+    }
+
+    fn of_field(field: &'static Field) -> Self {
+        match (&field.ty, field.list_type) {
+            (FieldType::Ref(id), _) if id.get().shape == Shape::Struct => {
+                if field.atomic.unwrap_or(id.get().atomic) {
+                    Self::Atomic
+                } else {
+                    Self::Struct(id.get())
+                }
+            }
+            (FieldType::Map(inner), _) if field.atomic != Some(true) => Self::Map(inner),
+            (FieldType::List(FieldType::Ref(id)), ListType::Map) => {
+                Self::Keyed(id.get(), field.list_keys)
+            }
+            (FieldType::List(_), ListType::Set) => Self::Set,
+            _ => Self::Atomic,
+        }
+    }
+
+    fn of_child(self, name: &str) -> Self {
+        match self {
+            Self::Struct(ty) => ty.field(name).map_or(Self::Atomic, Self::of_field),
+            Self::Map(inner) => Self::of_type(inner),
+            _ => Self::Atomic,
+        }
+    }
+}
+
+/// The path element of a list's item: its keys as JSON, with the schema's defaults for those it leaves out.
+fn element(item: &Value, ty: &'static Type, keys: &[&str]) -> String {
+    let mut out = BTreeMap::new();
+    for key in keys {
+        let default = || {
+            ty.field(key)
+                .filter(|f| !f.default.is_empty())
+                .and_then(|f| serde_json::from_str(f.default).ok())
+        };
+        if let Some(value) = item.get(key).cloned().or_else(default) {
+            out.insert(*key, value);
+        }
+    }
+    format!(
+        "k:{}",
+        Value::Object(
+            out.into_iter()
+                .map(|(k, v)| (k.to_owned(), v))
+                .collect::<Map<_, _>>()
+        )
+    )
+}
+
+/// The fields of `new` that `old` does not have with the same value. With no `old`: all fields.
+pub fn changed(old: Option<&Value>, new: &Value, kind: Kind) -> Set {
+    let mut out = Set::default();
+    match (kind, new) {
+        (Kind::Struct(_) | Kind::Map(_), Value::Object(object)) if !object.is_empty() => {
+            for (name, value) in object {
+                let child = changed(old.and_then(|o| o.get(name)), value, kind.of_child(name));
+                if !child.is_empty() {
+                    out.children.insert(format!("f:{name}"), child);
+                }
+            }
+        }
+        (Kind::Keyed(ty, keys), Value::Array(items)) if !items.is_empty() => {
+            for item in items {
+                let id = element(item, ty, keys);
+                let before = find(old, &id, ty, keys);
+                let mut child = changed(before, item, Kind::Struct(ty));
+                child.member = before.is_none();
+                if !child.is_empty() {
+                    out.children.insert(id, child);
+                }
+            }
+        }
+        (Kind::Set, Value::Array(items)) if !items.is_empty() => {
+            for item in items {
+                if !old
+                    .and_then(Value::as_array)
+                    .is_some_and(|o| o.contains(item))
+                {
+                    out.children.insert(format!("v:{item}"), Set::leaf());
+                }
+            }
+        }
+        _ => out.member = old != Some(new),
+    }
+    out
+}
+
+fn find<'a>(
+    list: Option<&'a Value>,
+    id: &str,
+    ty: &'static Type,
+    keys: &[&str],
+) -> Option<&'a Value> {
+    list?
+        .as_array()?
+        .iter()
+        .find(|item| element(item, ty, keys) == id)
+}
+
+/// Merges what is applied into the live value.
+pub fn merge(live: &mut Value, applied: &Value, kind: Kind) {
+    match (kind, &mut *live, applied) {
+        (Kind::Struct(_) | Kind::Map(_), Value::Object(live), Value::Object(applied)) => {
+            for (name, value) in applied {
+                match live.get_mut(name) {
+                    Some(present) => merge(present, value, kind.of_child(name)),
+                    None => {
+                        live.insert(name.clone(), value.clone());
+                    }
+                }
+            }
+        }
+        (Kind::Keyed(ty, keys), Value::Array(live), Value::Array(applied)) => {
+            for item in applied {
+                let id = element(item, ty, keys);
+                match live
+                    .iter_mut()
+                    .find(|present| element(present, ty, keys) == id)
+                {
+                    Some(present) => merge(present, item, Kind::Struct(ty)),
+                    None => live.push(item.clone()),
+                }
+            }
+        }
+        (Kind::Set, Value::Array(live), Value::Array(applied)) => {
+            for item in applied {
+                if !live.contains(item) {
+                    live.push(item.clone());
+                }
+            }
+        }
+        _ => *live = applied.clone(),
+    }
+}
+
+/// Takes the members of `gone` out of the value. An object or list that becomes empty by it goes as well.
+pub fn remove(value: &mut Value, gone: &Set, kind: Kind) {
+    match (kind, value) {
+        (Kind::Struct(_) | Kind::Map(_), Value::Object(object)) => {
+            for (path, child) in &gone.children {
+                let Some(name) = path.strip_prefix("f:") else {
+                    continue;
+                };
+                let Some(inner) = object.get_mut(name) else {
+                    continue;
+                };
+                remove(inner, child, kind.of_child(name));
+                let emptied = !child.children.is_empty() && is_empty(inner);
+                if (child.member && child.children.is_empty()) || emptied {
+                    object.shift_remove(name);
+                }
+            }
+        }
+        (Kind::Keyed(ty, keys), Value::Array(items)) => items.retain_mut(|item| {
+            let Some(child) = gone.children.get(&element(item, ty, keys)) else {
+                return true;
+            };
+            if child.member {
+                return false;
+            }
+            remove(item, child, Kind::Struct(ty));
+            true
+        }),
+        (Kind::Set, Value::Array(items)) => {
+            items.retain(|item| !gone.children.contains_key(&format!("v:{item}")))
+        }
+        _ => {}
+    }
+}
+
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Object(object) => object.is_empty(),
+        Value::Array(items) => items.is_empty(),
+        _ => false,
+    }
+}
