@@ -1,1 +1,138 @@
-fn main() {}
+//! `keelway-controlplane`: flags become a configuration, and the parts that were asked for run until a signal.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use clap::{Parser, ValueEnum};
+use ipnetwork::Ipv4Network;
+use keelway_controlplane::store::{Embedded, EmbeddedConfig};
+use keelway_controlplane::{api, sys};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// The Kubernetes control plane of Keelway: API server with its store, controllers, scheduler.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Flags {
+    /// Where the state of the cluster is kept.
+    #[arg(long, value_name = "DIR")]
+    data_dir: PathBuf,
+    /// Where certificates and keys are: ca.crt, apiserver.crt and .key, sa.key and .pub, controllers.kubeconfig, ...
+    #[arg(long, value_name = "DIR", default_value = "/etc/keelway")]
+    pki_dir: PathBuf,
+    /// The address that the API server listens at, beside sockets passed by LISTEN_FDS.
+    #[arg(long, value_name = "ADDR", default_value = "0.0.0.0:6443")]
+    bind: SocketAddr,
+    /// The address at which the cluster reaches the API server.
+    #[arg(long, value_name = "IP")]
+    advertise_address: IpAddr,
+    /// The range of Service addresses.
+    #[arg(long, value_name = "CIDR", default_value = "10.96.0.0/16")]
+    service_cidr: Ipv4Network,
+    /// The range of pod addresses.
+    #[arg(long, value_name = "CIDR", default_value = "10.244.0.0/16")]
+    cluster_cidr: Ipv4Network,
+    /// Which parts run in this process.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "api,controllers,scheduler"
+    )]
+    components: Vec<Component>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Component {
+    Api,
+    Controllers,
+    Scheduler,
+}
+
+fn main() -> Result<()> {
+    // Before the runtime opens descriptors of its own.
+    let passed = sys::passed_listeners().context("taking over the sockets of LISTEN_FDS")?;
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()),
+        )
+        .with_writer(std::io::stderr)
+        .init();
+    let flags = Flags::parse();
+    ensure!(
+        flags.service_cidr.prefix() <= 28,
+        "--service-cidr {} is too small: at most /28",
+        flags.service_cidr
+    );
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?
+        .block_on(run(flags, passed))
+}
+
+async fn run(flags: Flags, passed: Vec<std::net::TcpListener>) -> Result<()> {
+    let stop = CancellationToken::new();
+    tokio::spawn(stop_on_signal(stop.clone())?);
+    let mut parts = tokio::task::JoinSet::new();
+    if flags.components.contains(&Component::Api) {
+        let (server, listeners) = start_api(&flags, passed, &stop).await?;
+        parts.spawn(async move { server.serve(listeners).await.context("the API server") });
+    }
+    while let Some(ended) = parts.join_next().await {
+        let outcome = ended
+            .context("a part of the control plane panicked")
+            .and_then(|outcome| outcome);
+        if !stop.is_cancelled() {
+            stop.cancel();
+            outcome?;
+            anyhow::bail!("a part of the control plane ended by itself");
+        }
+        outcome?;
+    }
+    Ok(())
+}
+
+async fn start_api(
+    flags: &Flags,
+    passed: Vec<std::net::TcpListener>,
+    stop: &CancellationToken,
+) -> Result<(Arc<api::Api>, Vec<TcpListener>)> {
+    std::fs::create_dir_all(&flags.data_dir)
+        .with_context(|| format!("creating the data directory {}", flags.data_dir.display()))?;
+    let path = flags.data_dir.join("state.redb");
+    let store =
+        tokio::task::spawn_blocking(move || Embedded::open(&EmbeddedConfig::at(path))).await??;
+    let bound = TcpListener::bind(flags.bind)
+        .await
+        .with_context(|| format!("listening at {}", flags.bind))?;
+    let config = api::Config {
+        bind: flags.bind,
+        pki_dir: flags.pki_dir.clone(),
+        advertise_address: flags.advertise_address,
+        advertise_port: bound.local_addr()?.port(),
+        service_cidr: flags.service_cidr,
+    };
+    let server = api::Api::start(config, Arc::new(store), stop.clone()).await?;
+    tracing::info!(address = %bound.local_addr()?, passed = passed.len(), "the API server listens");
+    let mut listeners = vec![bound];
+    for listener in passed {
+        listeners.push(TcpListener::from_std(listener).context("using a socket of LISTEN_FDS")?);
+    }
+    Ok((server, listeners))
+}
+
+/// Waits for SIGTERM or SIGINT, then fires the token.
+fn stop_on_signal(stop: CancellationToken) -> Result<impl Future<Output = ()>> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("stopping");
+        stop.cancel();
+    })
+}

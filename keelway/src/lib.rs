@@ -4,12 +4,20 @@
 //! answers; `down` takes all of it away, also what a killed `up` left. What belongs to a cluster is known from its state
 //! folder ([`state`]) and, when that is gone, from its control groups ([`cgroup`]).
 
+pub mod api;
 pub mod cgroup;
+pub mod checks;
+pub mod config;
 pub mod containerd;
+pub mod deploy;
+pub mod down;
 pub mod kubeconfig;
 pub mod network;
 pub mod node;
 pub mod pki;
 pub mod process;
+pub mod progress;
 pub mod state;
+pub mod status;
 mod sys;
+pub mod up;

@@ -1,11 +1,24 @@
+//! `keelway`: development clusters on one machine.
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use anyhow::{Context, bail};
+use clap::{Parser, Subcommand, ValueEnum};
+use futures::future::try_join_all;
+use keelway::cgroup::Hierarchies;
+use keelway::config::{ClusterConfig, ClusterName, UpFlags};
+use keelway::containerd::{Containerd, Snapshotter};
 use keelway::node::init::{self, InitArguments};
+use keelway::state::StateDir;
+use keelway::status::Status;
+use keelway::{checks, down, up};
 
+/// Development clusters on one machine: whole Kubernetes clusters whose network path is Keelway's.
+///
+/// Each node is a set of namespaces with its own containerd; the machine's own network, files and settings stay as they are.
 #[derive(Debug, Parser)]
-#[command(name = "keelway", version, about)]
+#[command(name = "keelway", version)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -13,6 +26,34 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Make a cluster, and select its context keelway-NAME for kubectl
+    Up(UpFlags),
+    /// Take a cluster away, with everything that belongs to it
+    Down {
+        /// Name of the cluster
+        #[arg(long, default_value = "default")]
+        name: ClusterName,
+        /// All clusters of this machine
+        #[arg(long, conflicts_with = "name")]
+        all: bool,
+    },
+    /// Tell what of a cluster runs; fails when not everything does
+    Status {
+        /// Name of the cluster [default: every cluster of this machine]
+        #[arg(long)]
+        name: Option<ClusterName>,
+        #[arg(long, short, value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
+    /// Print a kubeconfig for a cluster
+    Kubeconfig {
+        /// Name of the cluster
+        #[arg(long, default_value = "default")]
+        name: ClusterName,
+    },
+    /// Images in a cluster
+    #[command(subcommand)]
+    Image(Image),
     #[command(hide = true)]
     NodeInit {
         #[arg(long)]
@@ -29,8 +70,27 @@ enum Command {
     },
 }
 
+#[derive(Debug, Subcommand)]
+enum Image {
+    /// Import an OCI or Docker archive on every node
+    Load {
+        #[arg(value_name = "FILE", required = true)]
+        files: Vec<PathBuf>,
+        /// Name of the cluster
+        #[arg(long, default_value = "default")]
+        name: ClusterName,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    Text,
+    Json,
+}
+
 fn main() -> ExitCode {
-    let outcome: anyhow::Result<()> = match Cli::parse().command {
+    let outcome = match Cli::parse().command {
+        // A node's own processes have no runtime: PID 1 is a single thread, and the other becomes a service.
         Command::NodeInit {
             spec,
             parent,
@@ -42,6 +102,7 @@ fn main() -> ExitCode {
         })
         .map_err(Into::into),
         Command::NodeExec { argv } => Err(keelway::node::exec_with_listener(&argv).into()),
+        command => run(command),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -50,4 +111,105 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+#[tokio::main]
+async fn run(command: Command) -> anyhow::Result<()> {
+    let state = StateDir::from_environment();
+    match command {
+        Command::Up(flags) => {
+            checks::root("up")?;
+            let program = std::env::current_exe().context("cannot find this program")?;
+            let config = ClusterConfig::new(&flags, &program)?;
+            let machine = checks::machine()?;
+            up::run(&config, &machine, &state).await?;
+        }
+        Command::Down { name, all } => {
+            checks::root("down")?;
+            let hierarchies = Hierarchies::of_this_machine()?;
+            let names = if all {
+                down::clusters(&state, &hierarchies)
+            } else {
+                vec![name.to_string()]
+            };
+            if names.is_empty() {
+                println!("No cluster is up.");
+            }
+            for name in names {
+                match down::cluster(&state, &hierarchies, &name)? {
+                    down::Found::Nothing => println!("Cluster {name} is not up."),
+                    down::Found::Cluster { .. } => println!("Cluster {name} is gone."),
+                }
+            }
+        }
+        Command::Status { name, output } => return status(&state, name, output).await,
+        Command::Kubeconfig { name } => {
+            let path = state.cluster(name.as_ref()).kubeconfig();
+            print!(
+                "{}",
+                std::fs::read_to_string(&path)
+                    .with_context(|| format!("cluster {name} is not up (no {})", path.display()))?
+            );
+        }
+        Command::Image(Image::Load { files, name }) => {
+            checks::root("image load")?;
+            load(&state, &name, &files).await?;
+        }
+        Command::NodeInit { .. } | Command::NodeExec { .. } => {}
+    }
+    Ok(())
+}
+
+async fn status(state: &StateDir, name: Option<ClusterName>, output: Output) -> anyhow::Result<()> {
+    let names = name.map_or_else(|| state.names(), |name| vec![name.to_string()]);
+    let mut all = Vec::new();
+    for name in names {
+        match Status::of(&state.cluster(&name)).await {
+            Some(status) => all.push(status),
+            None => bail!("cluster {name} is not up"),
+        }
+    }
+    match output {
+        Output::Json => println!("{}", serde_json::to_string_pretty(&all)?),
+        Output::Text if all.is_empty() => println!("No cluster is up."),
+        Output::Text => all.iter().for_each(|status| print!("{status}")),
+    }
+    if let Some(status) = all.iter().find(|status| !status.healthy) {
+        bail!("cluster {} is not healthy", status.name);
+    }
+    Ok(())
+}
+
+async fn load(state: &StateDir, name: &ClusterName, files: &[PathBuf]) -> anyhow::Result<()> {
+    let dir = state.cluster(name.as_ref());
+    let known = dir
+        .read()
+        .with_context(|| format!("cluster {name} is not up"))?;
+    for file in files {
+        if !file.is_file() {
+            bail!("{} is not a file", file.display());
+        }
+    }
+    let snapshotter = Snapshotter::for_folder(&dir.path);
+    let workers = known.nodes.iter().filter(|node| !node.control_plane);
+    let imports = workers.map(|node| async move {
+        let Some(init) = node.init.filter(|init| init.is_alive()) else {
+            bail!("node {} does not run", node.name)
+        };
+        let containerd = Containerd::of_node(&node.name, init.pid, snapshotter);
+        for file in files {
+            containerd.import(file).await?;
+        }
+        Ok(())
+    });
+    try_join_all(imports).await?;
+    println!(
+        "Loaded {} on every node of cluster {name}.",
+        files
+            .iter()
+            .map(|file| file.display().to_string())
+            .collect::<Vec<_>>()
+            .join(", ")
+    );
+    Ok(())
 }

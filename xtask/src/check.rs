@@ -7,7 +7,7 @@ use anyhow::Result;
 use crate::process;
 use crate::project::Project;
 
-/// `cargo fmt --check` and clippy with every warning an error.
+/// `cargo fmt --check`, clippy with every warning an error, and `cargo deny` where it is installed.
 pub fn lint(project: &Project) -> Result<()> {
     step("formatting");
     process::run(process::cargo(&project.root).args(["fmt", "--all", "--check"]))?;
@@ -20,7 +20,21 @@ pub fn lint(project: &Project) -> Result<()> {
         "--",
         "-D",
         "warnings",
-    ]))
+    ]))?;
+    if process::run_quiet(process::cargo(&project.root).args(["deny", "--version"])).is_ok() {
+        step("licences, sources and versions of dependencies");
+        // Advisories come from the network, and change without the project: `cargo deny check advisories` asks for them.
+        process::run(process::cargo(&project.root).args([
+            "deny",
+            "--log-level",
+            "error",
+            "check",
+            "licenses",
+            "bans",
+            "sources",
+        ]))?;
+    }
+    Ok(())
 }
 
 /// Runs the tests. With arguments, they choose; without, every test runs: the packet logic on the host first, then all

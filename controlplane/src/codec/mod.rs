@@ -1,6 +1,17 @@
 //! The codec: request bodies (JSON, YAML, Kubernetes protobuf) to JSON values that fit the tables, with field validation.
 
-use serde_json::Value;
+use serde_json::{Map, Value};
+
+use crate::registry::{split_api_version, type_of};
+
+mod check;
+mod node;
+pub mod protobuf;
+pub mod quantity;
+pub mod time;
+mod wire;
+
+use node::Node;
 
 /// MediaType is the encoding of a body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,18 +85,114 @@ pub fn decode(
     kind: &str,
     validation: FieldValidation,
 ) -> Result<Decoded, DecodeError> {
-    todo!(
-        "{} {media:?} {api_version} {kind} {validation:?}",
-        body.len()
-    )
+    let node = match media {
+        MediaType::Protobuf => {
+            let decoded = protobuf::decode(body, api_version, kind);
+            let value = decoded.map_err(|e| DecodeError {
+                message: e.to_string(),
+            })?;
+            return Ok(Decoded {
+                value,
+                warnings: Vec::new(),
+            });
+        }
+        MediaType::Json => json(body)?,
+        MediaType::Yaml => yaml(body, validation)?,
+    };
+    finish(node, api_version, kind, validation)
 }
 
 /// Checks and prunes a value that did not come as a body (the outcome of a patch) in the same way.
 pub fn validate(value: Value, validation: FieldValidation) -> Result<Decoded, DecodeError> {
-    todo!("{value} {validation:?}")
+    finish(value.into(), "", "", validation)
+}
+
+/// Parses a document without checking it against a type: the body of a patch.
+pub fn parse(body: &[u8], media: MediaType) -> Result<Value, DecodeError> {
+    match media {
+        MediaType::Json => json(body).map(Node::into_value),
+        MediaType::Yaml => yaml(body, FieldValidation::Strict).map(Node::into_value),
+        MediaType::Protobuf => Err(DecodeError {
+            message: "a patch cannot be protobuf".to_owned(),
+        }),
+    }
 }
 
 /// Encodes an object whose apiVersion and kind the tables know as Kubernetes protobuf, envelope included; None when they do not.
 pub fn encode_protobuf(value: &Value) -> Option<Vec<u8>> {
-    todo!("{value}")
+    protobuf::encode(value)
 }
+
+fn json(body: &[u8]) -> Result<Node, DecodeError> {
+    serde_json::from_slice(body).map_err(|e| DecodeError {
+        message: format!("the body is not JSON: {e}"),
+    })
+}
+
+fn yaml(body: &[u8], validation: FieldValidation) -> Result<Node, DecodeError> {
+    let mut options = serde_saphyr::Options::default();
+    // What Kubernetes' YAML parser does: 0644 is octal, and duplicate keys are an error unless they are to be ignored.
+    options.legacy_octal_numbers = true;
+    options.duplicate_keys = match validation {
+        FieldValidation::Ignore => serde_saphyr::DuplicateKeyPolicy::LastWins,
+        _ => serde_saphyr::DuplicateKeyPolicy::Error,
+    };
+    serde_saphyr::from_slice_with_options(body, options).map_err(|e| DecodeError {
+        message: format!("the body is not YAML: {e}"),
+    })
+}
+
+fn finish(
+    node: Node,
+    api_version: &str,
+    kind: &str,
+    validation: FieldValidation,
+) -> Result<Decoded, DecodeError> {
+    if !matches!(node, Node::Object(_)) {
+        return Err(DecodeError {
+            message: format!("the body must be an object, not {}", node.describe()),
+        });
+    }
+    let given = |key: &str, default: &str| {
+        node.text(key)
+            .filter(|s| !s.is_empty())
+            .unwrap_or(default)
+            .to_owned()
+    };
+    let (api_version, kind) = (given("apiVersion", api_version), given("kind", kind));
+    let (group, version) = split_api_version(&api_version);
+    let cannot = |reason: String| DecodeError {
+        message: format!("{kind} in version {version:?} cannot be handled as a {kind}: {reason}"),
+    };
+    let (value, faults) = match type_of(group, version, &kind) {
+        Some(ty) => check::check(node, ty).map_err(cannot)?,
+        None => check::check_untyped(node),
+    };
+    let warnings = match validation {
+        FieldValidation::Strict if !faults.is_empty() => {
+            return Err(cannot(format!(
+                "strict decoding error: {}",
+                faults.join(", ")
+            )));
+        }
+        FieldValidation::Warn => faults,
+        _ => Vec::new(),
+    };
+    let Value::Object(rest) = value else {
+        return Err(cannot("it is not an object".to_owned()));
+    };
+    let mut out = Map::with_capacity(rest.len() + 2);
+    out.insert("apiVersion".to_owned(), api_version.clone().into());
+    out.insert("kind".to_owned(), kind.clone().into());
+    out.extend(
+        rest.into_iter()
+            .filter(|(k, _)| k != "apiVersion" && k != "kind"),
+    );
+    Ok(Decoded {
+        value: Value::Object(out),
+        warnings,
+    })
+}
+
+#[cfg(test)]
+mod tests;

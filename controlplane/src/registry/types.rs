@@ -169,6 +169,8 @@ pub struct Field {
     pub retain_keys: bool,
     /// Strategic merge patch: a struct or map that is replaced as a whole.
     pub replace: bool,
+    /// Go holds it behind a pointer: a zero is a value, not absence.
+    pub pointer: bool,
 }
 
 /// WireField is one field of the protobuf message of a type.

@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedWriteHalf;
-use tokio::sync::watch;
+use tokio::sync::{Mutex, watch};
 
 use super::{Event, NodeSpec, Order};
 use crate::process::Process;
@@ -84,14 +84,14 @@ impl Board {
 #[derive(Debug)]
 pub struct Nodes {
     board: watch::Sender<Board>,
-    orders: BTreeMap<String, OwnedWriteHalf>,
+    orders: Mutex<BTreeMap<String, OwnedWriteHalf>>,
 }
 
 impl Default for Nodes {
     fn default() -> Self {
         Nodes {
             board: watch::Sender::new(Board::default()),
-            orders: BTreeMap::new(),
+            orders: Mutex::default(),
         }
     }
 }
@@ -140,7 +140,7 @@ impl Nodes {
         drop(command);
 
         let (events, orders) = UnixStream::from_std(ours).map_err(failed)?.into_split();
-        self.orders.insert(spec.name.clone(), orders);
+        self.orders.get_mut().insert(spec.name.clone(), orders);
         let (board, node) = (self.board.clone(), spec.name.clone());
         tokio::spawn(async move {
             let mut lines = BufReader::new(events).lines();
@@ -212,7 +212,7 @@ impl Nodes {
     ///
     /// # Errors
     /// When a node is gone.
-    pub async fn tell(&mut self, happened: &str) -> Result<(), LaunchError> {
+    pub async fn tell(&self, happened: &str) -> Result<(), LaunchError> {
         self.order(&Order::Happened {
             name: happened.to_owned(),
         })
@@ -223,12 +223,12 @@ impl Nodes {
     ///
     /// # Errors
     /// When a node is gone.
-    pub async fn detach(mut self) -> Result<(), LaunchError> {
+    pub async fn detach(self) -> Result<(), LaunchError> {
         self.order(&Order::Detach).await
     }
 
-    async fn order(&mut self, order: &Order) -> Result<(), LaunchError> {
-        for (node, channel) in &mut self.orders {
+    async fn order(&self, order: &Order) -> Result<(), LaunchError> {
+        for (node, channel) in self.orders.lock().await.iter_mut() {
             let failed = |source| LaunchError::Start {
                 node: node.clone(),
                 source,

@@ -1,6 +1,6 @@
 //! Types with their JSON fields and protobuf tags, matched with each other.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -38,6 +38,17 @@ const SPECIAL: &[(&str, Shape)] = &[
         Shape::SchemaOrStringArray,
     ),
 ];
+
+/// Fields that Kubernetes' Go types hold behind a pointer, where a zero therefore differs from absence: a fact that neither
+/// the schemas nor the protobuf definitions tell. One type a line, then its fields.
+const POINTERS: &str = include_str!("pointers.txt");
+
+fn pointers() -> BTreeSet<(&'static str, &'static str)> {
+    let lines = POINTERS.lines().filter_map(|line| line.split_once(": "));
+    lines
+        .flat_map(|(ty, fields)| fields.split(' ').map(move |field| (ty, field)))
+        .collect()
+}
 
 /// Mirrors `registry::Shape`; its Debug form is what is generated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,6 +107,7 @@ pub struct FieldRow {
     merge_key: String,
     retain_keys: bool,
     replace: bool,
+    pointer: bool,
 }
 
 impl FieldRow {
@@ -111,6 +123,7 @@ impl FieldRow {
             merge_key: String::new(),
             retain_keys: false,
             replace: false,
+            pointer: false,
         }
     }
 
@@ -139,6 +152,9 @@ impl FieldRow {
         }
         if self.replace {
             out += ".replace()";
+        }
+        if self.pointer {
+            out += ".pointer()";
         }
         out
     }
@@ -198,6 +214,12 @@ pub fn collect(source: &Source) -> Result<BTreeMap<String, TypeRow>> {
         let row = message_only(source, &name).with_context(|| name.clone())?;
         wanted.extend(references(&row));
         types.insert(name, row);
+    }
+    for (ty, field) in pointers() {
+        // The list may be of a newer version than the schemas.
+        if let Some(field) = types.get_mut(ty).and_then(|row| row.fields.get_mut(field)) {
+            field.pointer = true;
+        }
     }
     Ok(types)
 }
@@ -317,6 +339,7 @@ fn field_row(schema: &Value, required: bool) -> Result<FieldRow> {
             .to_owned(),
         retain_keys: strategies.contains(&"retainKeys"),
         replace: strategies.contains(&"replace"),
+        pointer: false,
     })
 }
 

@@ -46,6 +46,7 @@ const fn f(name: &'static str, ty: FieldType) -> Field {
         merge_key: "",
         retain_keys: false,
         replace: false,
+        pointer: false,
     }
 }
 
@@ -97,6 +98,12 @@ impl Field {
     const fn replace(self) -> Self {
         Self {
             replace: true,
+            ..self
+        }
+    }
+    const fn pointer(self) -> Self {
+        Self {
+            pointer: true,
             ..self
         }
     }

@@ -1,0 +1,142 @@
+//! What every cluster has from its first moment: namespaces, priority classes, the API's own Service, roles.
+
+use serde_json::{Value, json};
+
+use super::Api;
+use super::fields::Fields;
+use super::request::{Target, WriteOptions};
+use super::status::Status;
+use super::write::Part;
+
+/// Creates what is missing and brings the API's own endpoints up to date.
+pub async fn run(api: &Api) -> Result<(), Status> {
+    for name in ["default", "kube-system", "kube-public", "kube-node-lease"] {
+        let namespace =
+            json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
+        ensure(api, "/api/v1/namespaces", namespace).await?;
+    }
+    let classes = [
+        (
+            "system-cluster-critical",
+            2_000_000_000,
+            "Used for system critical pods that must run in the cluster, but can be moved to another node if necessary.",
+        ),
+        (
+            "system-node-critical",
+            2_000_001_000,
+            "Used for system critical pods that must not be moved from their current node.",
+        ),
+    ];
+    for (name, value, description) in classes {
+        let class = json!({"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": name},
+            "value": value, "description": description});
+        ensure(api, "/apis/scheduling.k8s.io/v1/priorityclasses", class).await?;
+    }
+    roles(api).await?;
+    kubernetes_service(api).await
+}
+
+/// The roles that tools expect to be there. Nothing is decided by them yet.
+async fn roles(api: &Api) -> Result<(), Status> {
+    let labels = json!({"kubernetes.io/bootstrapping": "rbac-defaults"});
+    let everything = json!([
+        {"apiGroups": ["*"], "resources": ["*"], "verbs": ["*"]},
+        {"nonResourceURLs": ["*"], "verbs": ["*"]},
+    ]);
+    let role = json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole",
+        "metadata": {"name": "cluster-admin", "labels": labels}, "rules": everything});
+    ensure(api, "/apis/rbac.authorization.k8s.io/v1/clusterroles", role).await?;
+    let binding = json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding",
+        "metadata": {"name": "cluster-admin", "labels": labels},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin"},
+        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "Group", "name": "system:masters"}]});
+    ensure(
+        api,
+        "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings",
+        binding,
+    )
+    .await
+}
+
+/// `default/kubernetes`, leading to this server.
+async fn kubernetes_service(api: &Api) -> Result<(), Status> {
+    let port = api.config.advertise_port;
+    let address = api.config.advertise_address.to_string();
+    let service = json!({"apiVersion": "v1", "kind": "Service",
+        "metadata": {"name": "kubernetes", "labels": {"component": "apiserver", "provider": "kubernetes"}},
+        "spec": {"clusterIP": api.config.kubernetes_ip().to_string(), "type": "ClusterIP",
+            "ports": [{"name": "https", "port": 443, "protocol": "TCP", "targetPort": port}]}});
+    ensure(api, "/api/v1/namespaces/default/services", service).await?;
+
+    let endpoints = json!({"apiVersion": "v1", "kind": "Endpoints",
+        "metadata": {"name": "kubernetes", "labels": {"endpointslice.kubernetes.io/skip-mirror": "true"}},
+        "subsets": [{"addresses": [{"ip": address}], "ports": [{"name": "https", "port": port, "protocol": "TCP"}]}]});
+    hold(
+        api,
+        "/api/v1/namespaces/default/endpoints",
+        endpoints,
+        &["subsets"],
+    )
+    .await?;
+    let family = if api.config.advertise_address.is_ipv4() {
+        "IPv4"
+    } else {
+        "IPv6"
+    };
+    let slice = json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+        "metadata": {"name": "kubernetes", "labels": {"kubernetes.io/service-name": "kubernetes"}},
+        "addressType": family,
+        "endpoints": [{"addresses": [address], "conditions": {"ready": true}}],
+        "ports": [{"name": "https", "port": port, "protocol": "TCP"}]});
+    hold(
+        api,
+        "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices",
+        slice,
+        &["endpoints", "ports"],
+    )
+    .await
+}
+
+fn options() -> WriteOptions {
+    WriteOptions {
+        manager: "keelway-controlplane".to_owned(),
+        ..WriteOptions::default()
+    }
+}
+
+fn target(path: &str, object: &Value) -> Result<Target, Status> {
+    let name = object.text("/metadata/name").to_owned();
+    let target = Target::parse(path)
+        .ok_or_else(|| Status::internal(format!("{path} is not in the tables")))?;
+    Ok(Target {
+        name: Some(name),
+        ..target
+    })
+}
+
+/// Creates an object unless it is there.
+async fn ensure(api: &Api, path: &str, object: Value) -> Result<(), Status> {
+    let target = target(path, &object)?;
+    if api.store.get(&target.key()?).await?.is_some() {
+        return Ok(());
+    }
+    match api.insert(&target, object, &options()).await {
+        Err(status) if status.reason == "AlreadyExists" => Ok(()),
+        outcome => outcome.map(drop),
+    }
+}
+
+/// Creates an object, or sets the given fields of the one that is there.
+async fn hold(api: &Api, path: &str, object: Value, fields: &[&str]) -> Result<(), Status> {
+    ensure(api, path, object.clone()).await?;
+    let change = |old: &Value| {
+        let mut new = old.clone();
+        for field in fields {
+            new[*field] = object[*field].clone();
+        }
+        Ok(new)
+    };
+    api.modify(&target(path, &object)?, &options(), Part::Main, change)
+        .await
+        .map(drop)
+}

@@ -1,0 +1,37 @@
+//! What the API server is told at start.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+
+use ipnetwork::Ipv4Network;
+
+/// The issuer and the default audience of ServiceAccount tokens.
+pub const TOKEN_ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
+
+/// Node ports are given out of this range, as upstream's default.
+pub const NODE_PORTS: std::ops::RangeInclusive<u16> = 30000..=32767;
+
+/// Bodies larger than this are refused with 413, as upstream.
+pub const BODY_BYTES_MAX: usize = 3 << 20;
+
+/// The validated settings of the API server.
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub bind: SocketAddr,
+    /// Where the file names of docs/ARCHITECTURE.md are found: `ca.crt`, `apiserver.crt`, `sa.key` and so on.
+    pub pki_dir: PathBuf,
+    /// The address that `default/kubernetes` leads to.
+    pub advertise_address: IpAddr,
+    /// The port at that address.
+    pub advertise_port: u16,
+    pub service_cidr: Ipv4Network,
+}
+
+impl Config {
+    /// The ClusterIP of `default/kubernetes`: the first address of the range.
+    pub fn kubernetes_ip(&self) -> Ipv4Addr {
+        self.service_cidr
+            .nth(1)
+            .unwrap_or(self.service_cidr.network())
+    }
+}

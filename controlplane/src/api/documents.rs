@@ -1,0 +1,164 @@
+//! Documents about the API: version, discovery (aggregated and plain), OpenAPI. Made when first asked for.
+
+use std::sync::OnceLock;
+
+use bytes::Bytes;
+use http::{Method, StatusCode, header, request::Parts};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+use super::reply::Answer;
+use super::status::Status;
+use super::{Api, reply};
+use crate::registry::{discovery, openapi};
+
+/// Documents that are large enough to be kept.
+#[derive(Default)]
+pub struct Documents {
+    aggregated: [OnceLock<(Bytes, String)>; 2],
+    openapi_v2: OnceLock<Bytes>,
+    openapi_index: OnceLock<Bytes>,
+}
+
+/// The API level, as `kubectl version` shows it.
+pub fn version() -> Value {
+    json!({
+        "major": "1", "minor": "36", "gitVersion": format!("v1.36.0+keelway-{}", env!("CARGO_PKG_VERSION")),
+        "gitCommit": "", "gitTreeState": "", "buildDate": "", "goVersion": "", "compiler": "",
+        "platform": format!("{}/{}", std::env::consts::OS, match std::env::consts::ARCH {
+            "x86_64" => "amd64",
+            "aarch64" => "arm64",
+            other => other,
+        }),
+    })
+}
+
+impl Api {
+    /// The document at a path; None when the path is not one of a document.
+    pub(super) fn document(&self, path: &str, parts: &Parts) -> Option<Result<Answer, Status>> {
+        let trimmed = path.trim_end_matches('/');
+        let segments: Vec<&str> = trimmed.split('/').skip(1).collect();
+        let answer = match segments.as_slice() {
+            [] => Ok(self.root()),
+            ["api"] => self.groups(parts, true),
+            ["apis"] => self.groups(parts, false),
+            ["api", "v1"] => self.found(discovery::resource_list(&self.served, "", "v1")),
+            ["apis", group] => self.found(discovery::group(&self.served, group)),
+            ["apis", group, version] => {
+                self.found(discovery::resource_list(&self.served, group, version))
+            }
+            ["openapi", "v3"] => Ok(kept(&self.documents.openapi_index, || {
+                openapi::v3_index(&self.served)
+            })),
+            ["openapi", "v3", "api", "v1"] => self.found(openapi::v3(&self.served, "", "v1")),
+            ["openapi", "v3", "apis", group, version] => {
+                self.found(openapi::v3(&self.served, group, version))
+            }
+            ["openapi", "v2"] => Ok(kept(&self.documents.openapi_v2, || {
+                openapi::v2(&self.served)
+            })),
+            ["openid", ..] | [".well-known", ..] => return None,
+            _ => return None,
+        };
+        if !matches!(parts.method, Method::GET | Method::HEAD) {
+            return Some(Err(Status::method_not_allowed()));
+        }
+        Some(answer)
+    }
+
+    fn root(&self) -> Answer {
+        let mut paths = vec!["/api".to_owned(), "/api/v1".to_owned(), "/apis".to_owned()];
+        for resource in &self.served {
+            if !resource.group.is_empty() {
+                paths.push(format!("/apis/{}", resource.group));
+                paths.push(format!("/apis/{}/{}", resource.group, resource.version));
+            }
+        }
+        let more = [
+            "/healthz",
+            "/livez",
+            "/metrics",
+            "/openapi/v2",
+            "/openapi/v3",
+            "/readyz",
+            "/version",
+        ];
+        paths.extend(more.map(str::to_owned));
+        paths.sort();
+        paths.dedup();
+        reply::json(StatusCode::OK, &json!({ "paths": paths }))
+    }
+
+    fn found(&self, document: Option<Value>) -> Result<Answer, Status> {
+        document
+            .map(|document| reply::json(StatusCode::OK, &document))
+            .ok_or_else(Status::no_such_path)
+    }
+
+    fn groups(&self, parts: &Parts, core: bool) -> Result<Answer, Status> {
+        let accept = parts
+            .headers
+            .get(header::ACCEPT)
+            .and_then(|accept| accept.to_str().ok())
+            .unwrap_or("");
+        let aggregated = accept
+            .split(',')
+            .take_while(|offer| offer.trim() != "application/json")
+            .any(|offer| {
+                offer.contains("as=APIGroupDiscoveryList")
+                    && offer.contains("v=v2")
+                    && !offer.contains("v=v2beta1")
+            });
+        if aggregated {
+            let (body, tag) = self.documents.aggregated[usize::from(core)].get_or_init(|| {
+                let body = Bytes::from(discovery::aggregated(&self.served, core).to_string());
+                let tag = format!("\"{}\"", hex::encode_upper(Sha256::digest(&body)));
+                (body, tag)
+            });
+            let content = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList";
+            let unchanged = parts
+                .headers
+                .get(header::IF_NONE_MATCH)
+                .is_some_and(|known| known.as_bytes() == tag.as_bytes());
+            let code = if unchanged {
+                StatusCode::NOT_MODIFIED
+            } else {
+                StatusCode::OK
+            };
+            let mut answer = reply::bytes(
+                code,
+                content,
+                if unchanged {
+                    Bytes::new()
+                } else {
+                    body.clone()
+                },
+            );
+            if let Ok(tag) = tag.parse() {
+                answer.headers_mut().insert(header::ETAG, tag);
+            }
+            answer
+                .headers_mut()
+                .insert(header::VARY, header::HeaderValue::from_static("Accept"));
+            return Ok(answer);
+        }
+        let document = if core {
+            let address = format!(
+                "{}:{}",
+                self.config.advertise_address, self.config.advertise_port
+            );
+            json!({"kind": "APIVersions", "versions": ["v1"],
+                "serverAddressByClientCIDRs": [{"clientCIDR": "0.0.0.0/0", "serverAddress": address}]})
+        } else {
+            discovery::group_list(&self.served)
+        };
+        Ok(reply::json(StatusCode::OK, &document))
+    }
+}
+
+fn kept(place: &OnceLock<Bytes>, make: impl FnOnce() -> Value) -> Answer {
+    let body = place
+        .get_or_init(|| Bytes::from(make().to_string()))
+        .clone();
+    reply::bytes(StatusCode::OK, "application/json", body)
+}

@@ -1,0 +1,170 @@
+//! The HTTPS listener: TLS with optional client certificates, HTTP/1 and HTTP/2, graceful stop.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use hyper_util::server::graceful::GracefulShutdown;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{RootCertStore, ServerConfig};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+
+use super::{Api, Peer};
+
+/// A client must finish its TLS handshake within this.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// One client keeps many watches on one HTTP/2 connection.
+const HTTP2_STREAMS_MAX: u32 = 1000;
+/// What requests get to finish when the server stops.
+const STOP_GRACE: Duration = Duration::from_secs(5);
+
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    #[error("cannot read {path}: {reason}")]
+    Read { path: String, reason: String },
+    #[error("the serving certificate or the CA cannot be used: {0}")]
+    Config(String),
+}
+
+/// Reads all certificates of a PEM file.
+pub fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let failed = |reason: String| TlsError::Read {
+        path: path.display().to_string(),
+        reason,
+    };
+    let found: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path)
+        .map_err(|error| failed(error.to_string()))?
+        .collect();
+    match found {
+        Ok(certificates) if !certificates.is_empty() => Ok(certificates),
+        Ok(_) => Err(failed("it holds no certificate".to_owned())),
+        Err(error) => Err(failed(error.to_string())),
+    }
+}
+
+/// Reads the private key of a PEM file.
+pub fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
+    PrivateKeyDer::from_pem_file(path).map_err(|error| TlsError::Read {
+        path: path.display().to_string(),
+        reason: error.to_string(),
+    })
+}
+
+/// Reads the certificates that others' certificates are checked against.
+pub fn roots(path: &Path) -> Result<RootCertStore, TlsError> {
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(path)? {
+        roots
+            .add(certificate)
+            .map_err(|error| TlsError::Config(error.to_string()))?;
+    }
+    Ok(roots)
+}
+
+/// The server's side of TLS: a client certificate is asked for, checked when given, and not needed.
+pub fn server_tls(pki_dir: &Path) -> Result<ServerConfig, TlsError> {
+    let config_error = |error: &dyn std::fmt::Display| TlsError::Config(error.to_string());
+    let verifier = WebPkiClientVerifier::builder(Arc::new(roots(&pki_dir.join("ca.crt"))?))
+        .allow_unauthenticated()
+        .build()
+        .map_err(|error| config_error(&error))?;
+    let mut config = ServerConfig::builder()
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(
+            certificates(&pki_dir.join("apiserver.crt"))?,
+            private_key(&pki_dir.join("apiserver.key"))?,
+        )
+        .map_err(|error| config_error(&error))?;
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(config)
+}
+
+/// Serves the API on every listener until `stop` fires, then lets requests finish for a moment.
+pub async fn serve(
+    api: Arc<Api>,
+    tls: Arc<ServerConfig>,
+    listeners: Vec<TcpListener>,
+    stop: CancellationToken,
+) {
+    let acceptor = TlsAcceptor::from(tls);
+    let graceful = GracefulShutdown::new();
+    let (connections, mut accepted) = tokio::sync::mpsc::channel::<TcpStream>(64);
+    for listener in listeners {
+        tokio::spawn(accept(listener, connections.clone(), stop.clone()));
+    }
+    drop(connections);
+    while let Some(stream) = accepted.recv().await {
+        let (api, acceptor) = (api.clone(), acceptor.clone());
+        let watcher = graceful.watcher();
+        tokio::spawn(async move {
+            let Ok(Ok(stream)) =
+                tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await
+            else {
+                return; // Probes and clients that do not trust us end here; there is nobody to tell.
+            };
+            let certificate = stream
+                .get_ref()
+                .1
+                .peer_certificates()
+                .and_then(<[_]>::first)
+                .map(|c| c.to_vec());
+            let peer = Arc::new(Peer { certificate });
+            let service = service_fn(move |request| {
+                let (api, peer) = (api.clone(), peer.clone());
+                async move { Ok::<_, std::convert::Infallible>(api.handle(&peer, request).await) }
+            });
+            let mut server = auto::Builder::new(TokioExecutor::new());
+            server.http1().timer(TokioTimer::new());
+            server
+                .http2()
+                .timer(TokioTimer::new())
+                .max_concurrent_streams(HTTP2_STREAMS_MAX)
+                .keep_alive_interval(Duration::from_secs(30))
+                .keep_alive_timeout(Duration::from_secs(30));
+            let connection = server
+                .serve_connection_with_upgrades(TokioIo::new(stream), service)
+                .into_owned();
+            // Errors here are clients that went away.
+            let _ = watcher.watch(connection).await;
+        });
+    }
+    if tokio::time::timeout(STOP_GRACE, graceful.shutdown())
+        .await
+        .is_err()
+    {
+        tracing::warn!("stopped with requests still open");
+    }
+}
+
+async fn accept(
+    listener: TcpListener,
+    connections: tokio::sync::mpsc::Sender<TcpStream>,
+    stop: CancellationToken,
+) {
+    loop {
+        let accepted = tokio::select! {
+            () = stop.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((stream, _)) => {
+                let _ = stream.set_nodelay(true);
+                if connections.send(stream).await.is_err() {
+                    return;
+                }
+            }
+            Err(error) => {
+                // Out of descriptors, most likely: accepting again at once would spin.
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}

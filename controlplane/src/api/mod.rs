@@ -1,0 +1,301 @@
+//! The API server: one resource router over the store, driven by the registry's tables.
+//!
+//! A request goes: [`listener`] (TLS) -> [`Api::handle`] (who, what) -> [`read`], [`watch`], [`write`], [`delete`] or a
+//! [`subresource`] -> [`reply`]. What is special to a kind is in [`strategy`] and [`table`], and nowhere else.
+
+mod admission;
+mod allocation;
+mod authenticate;
+pub mod bootstrap;
+mod change;
+mod config;
+mod delete;
+mod documents;
+mod fields;
+mod kubelet;
+mod listener;
+mod metrics;
+mod object;
+mod patching;
+mod read;
+mod reply;
+mod request;
+mod review;
+mod status;
+mod strategy;
+mod subresource;
+mod table;
+mod watch;
+mod write;
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures::FutureExt;
+use http::{Method, StatusCode, request::Parts};
+use hyper::body::Incoming;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::auth::{Identity, TokenKeys};
+use crate::registry::{self, Resource};
+use crate::store::{Store, StoreError};
+
+pub use config::{Config, TOKEN_ISSUER};
+use reply::Answer;
+use request::{Form, ListOptions, Query, Target};
+use status::Status;
+
+/// The API server's state: what it needs besides the store is small and can be rebuilt from the store.
+pub struct Api {
+    store: Arc<dyn Store>,
+    config: Config,
+    tokens: TokenKeys,
+    /// The resources that are offered, of those the tables know.
+    served: Vec<&'static Resource>,
+    services: allocation::ServiceAllocator,
+    events: Arc<watch::EncodedEvents>,
+    kubelets: kubelet::Kubelets,
+    metrics: metrics::Metrics,
+    documents: documents::Documents,
+    stop: CancellationToken,
+}
+
+/// The other end of a connection.
+#[derive(Debug, Default)]
+pub struct Peer {
+    /// The verified client certificate (DER).
+    certificate: Option<Vec<u8>>,
+}
+
+/// Why the API server cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(transparent)]
+    Tls(#[from] listener::TlsError),
+    #[error("cannot read {path}: {reason}")]
+    Key { path: String, reason: String },
+    #[error("cannot prepare the cluster's first objects: {0}")]
+    Bootstrap(String),
+}
+
+/// What is served: the stable version of every resource that has meaning without webhooks, extension and conversion,
+/// which this server does not have. Accepting objects of those and doing nothing would mislead.
+fn served() -> Vec<&'static Resource> {
+    let left_out = [
+        "admissionregistration.k8s.io",
+        "apiextensions.k8s.io",
+        "apiregistration.k8s.io",
+        "flowcontrol.apiserver.k8s.io",
+        "internal.apiserver.k8s.io",
+        "storagemigration.k8s.io",
+    ];
+    registry::resources()
+        .iter()
+        .filter(|resource| !left_out.contains(&resource.group))
+        .filter(|resource| match resource.group {
+            "autoscaling" => resource.version == "v2",
+            _ => resource.version == "v1",
+        })
+        .filter(|resource| {
+            !(resource.group.is_empty()
+                && ["bindings", "componentstatuses"].contains(&resource.plural))
+        })
+        .collect()
+}
+
+impl Api {
+    /// Prepares the server: keys, allocators repaired from what is stored, the cluster's first objects.
+    pub async fn start(
+        config: Config,
+        store: Arc<dyn Store>,
+        stop: CancellationToken,
+    ) -> Result<Arc<Self>, StartError> {
+        let key = |name: &str| {
+            let path = config.pki_dir.join(name);
+            std::fs::read(&path).map_err(|error| StartError::Key {
+                path: path.display().to_string(),
+                reason: error.to_string(),
+            })
+        };
+        let tokens = TokenKeys::from_pem(&key("sa.key")?, &key("sa.pub")?, TOKEN_ISSUER).map_err(
+            |error| StartError::Key {
+                path: config.pki_dir.join("sa.key").display().to_string(),
+                reason: error.to_string(),
+            },
+        )?;
+        let served = served();
+        let api = Arc::new(Self {
+            services: allocation::ServiceAllocator::new(config.service_cidr),
+            kubelets: kubelet::Kubelets::new(&config.pki_dir)?,
+            documents: documents::Documents::default(),
+            events: Arc::default(),
+            metrics: metrics::Metrics::default(),
+            store,
+            config,
+            tokens,
+            served,
+            stop,
+        });
+        let failed = |status: Status| StartError::Bootstrap(status.message);
+        api.repair_allocations().await.map_err(failed)?;
+        bootstrap::run(&api).await.map_err(failed)?;
+        Ok(api)
+    }
+
+    /// Serves until the stop token fires.
+    pub async fn serve(self: Arc<Self>, listeners: Vec<TcpListener>) -> Result<(), StartError> {
+        let tls = Arc::new(listener::server_tls(&self.config.pki_dir)?);
+        let stop = self.stop.clone();
+        listener::serve(self, tls, listeners, stop).await;
+        Ok(())
+    }
+
+    /// Answers one request. Failures become `Status` objects; a panic becomes one too, and is logged.
+    async fn handle(&self, peer: &Peer, request: http::Request<Incoming>) -> Answer {
+        let started = Instant::now();
+        let (parts, body) = request.into_parts();
+        let seen = metrics::Seen::of(&parts);
+        let routed = AssertUnwindSafe(self.route(peer, parts, body))
+            .catch_unwind()
+            .await;
+        let answer = match routed {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(status)) => {
+                if status.code.is_server_error() {
+                    tracing::warn!(path = %seen.path, message = %status.message, "request failed");
+                }
+                status.into()
+            }
+            Err(_) => {
+                Status::internal("the request made the server panic; its log says where").into()
+            }
+        };
+        self.metrics
+            .observe(&seen, answer.status(), started.elapsed());
+        answer
+    }
+
+    async fn route(&self, peer: &Peer, mut parts: Parts, body: Incoming) -> Result<Answer, Status> {
+        let path = parts.uri.path().to_owned();
+        let path = path.as_str();
+        match path {
+            "/livez" | "/readyz" | "/healthz" => return Ok(reply::text(StatusCode::OK, "ok")),
+            "/version" | "/version/" => {
+                return Ok(reply::json(StatusCode::OK, &documents::version()));
+            }
+            _ => {}
+        }
+        let identity = self.authenticate(peer, &parts).await?;
+        if path == "/metrics" {
+            let content = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+            return Ok(reply::bytes(
+                StatusCode::OK,
+                content,
+                self.metrics.encode(self.store.revision()),
+            ));
+        }
+        if let Some(document) = self.document(path, &parts) {
+            return document;
+        }
+        let target = Target::parse(path)
+            .filter(|target| {
+                self.served
+                    .iter()
+                    .any(|served| std::ptr::eq(*served, target.resource))
+            })
+            .ok_or_else(Status::no_such_path)?;
+        let query = Query::parse(parts.uri.query().unwrap_or(""));
+        let call = Call {
+            identity,
+            target,
+            query,
+        };
+        call.check_verb(&parts.method)?;
+        if let Some(subresource) = call.target.subresource.as_deref() {
+            let connects = matches!(
+                subresource,
+                "log" | "exec" | "attach" | "portforward" | "proxy"
+            );
+            if connects {
+                let upgrade = parts.extensions.remove::<hyper::upgrade::OnUpgrade>();
+                return self.connect(call, parts, upgrade, body).await;
+            }
+            return self.subresource(call, parts, body).await;
+        }
+        if review::is_review(call.target.resource) {
+            return self.review(call, parts, body).await;
+        }
+        match (parts.method.clone(), call.target.name.is_some()) {
+            (Method::GET | Method::HEAD, true) if !call.query.flag("watch") => {
+                self.get(&call, &parts).await
+            }
+            (Method::GET | Method::HEAD, named) => {
+                let form = Form::negotiate(&parts.headers, &call.query)?;
+                let mut options = ListOptions::parse(&call.query)?;
+                if named {
+                    let name = call.target.object_name()?;
+                    options.fields =
+                        crate::selector::FieldSelector::parse(&format!("metadata.name={name}"))
+                            .map_err(|error| Status::bad_request(error.to_string()))?;
+                }
+                strategy::check_selectable(&call.target, &options.fields)?;
+                if options.watch {
+                    self.watch(&call, form, options).await
+                } else {
+                    self.list(&call, form, options).await
+                }
+            }
+            (Method::POST, false) => self.create(&call, &parts, body).await,
+            (Method::PUT, true) => self.update(&call, &parts, body).await,
+            (Method::PATCH, true) => self.patch(&call, &parts, body).await,
+            (Method::DELETE, true) => self.delete(&call, &parts, body).await,
+            (Method::DELETE, false) => self.delete_collection(&call, &parts, body).await,
+            _ => Err(Status::method_not_allowed()),
+        }
+    }
+}
+
+/// An authenticated request to a resource.
+struct Call {
+    identity: Identity,
+    target: Target,
+    query: Query,
+}
+
+impl Call {
+    /// Whether the resource (or its subresource) has the verb at all.
+    fn check_verb(&self, method: &Method) -> Result<(), Status> {
+        let verb = request::verb(method, &self.target, &self.query);
+        let verbs = match self.target.subresource.as_deref() {
+            Some(name) => {
+                self.target
+                    .resource
+                    .subresource(name)
+                    .ok_or_else(Status::no_such_path)?;
+                // The published verbs of connecting subresources differ from their methods; those check themselves.
+                return Ok(());
+            }
+            None => self.target.resource.verbs,
+        };
+        if verbs.contains(&verb) {
+            Ok(())
+        } else {
+            Err(Status::method_not_allowed())
+        }
+    }
+}
+
+impl From<StoreError> for Status {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Compacted { wanted, oldest } => {
+                Self::expired(format!("too old resource version: {wanted} ({oldest})"))
+            }
+            StoreError::Future { wanted, current } => Self::revision_ahead(wanted.0, current.0),
+            StoreError::Closed => Self::unavailable("the server is stopping"),
+            error => Self::internal(error),
+        }
+    }
+}

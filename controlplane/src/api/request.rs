@@ -1,0 +1,461 @@
+//! What a request asks for: its path, query and headers, checked once.
+
+use std::borrow::Cow;
+
+use http::{HeaderMap, Method, header};
+
+use super::status::{Status, Subject};
+use super::table::Include;
+use crate::codec::FieldValidation;
+use crate::registry::{self, Resource};
+use crate::selector::{FieldSelector, LabelSelector};
+
+/// The resource, object or part of an object that a path names.
+#[derive(Debug, Clone)]
+pub struct Target {
+    pub resource: &'static Resource,
+    pub namespace: Option<String>,
+    pub name: Option<String>,
+    /// `status`, `log`, `exec`, ...
+    pub subresource: Option<String>,
+    /// What follows the subresource (`proxy/<path>`).
+    pub rest: String,
+}
+
+impl Target {
+    /// Parses `/api/v1/...` and `/apis/<group>/<version>/...`.
+    pub fn parse(path: &str) -> Option<Self> {
+        let mut segments = path.split('/').filter(|segment| !segment.is_empty());
+        let (group, version) = match segments.next()? {
+            "api" => ("", segments.next()?),
+            "apis" => (segments.next()?, segments.next()?),
+            _ => return None,
+        };
+        let mut parts: Vec<Cow<'_, str>> = segments.map(percent_decode).collect();
+        let mut namespace = None;
+        // `/namespaces/x` is the object itself, `/namespaces/x/pods` is what is in it.
+        let inside = parts.len() > 2 && !["status", "finalize"].contains(&parts[2].as_ref());
+        if parts.first().is_some_and(|first| first == "namespaces") && (inside || !group.is_empty())
+        {
+            namespace = Some(parts.get(1)?.to_string());
+            parts.drain(..2);
+        }
+        let mut parts = parts.into_iter();
+        let resource = registry::resource(group, version, &parts.next()?)?;
+        let name = parts.next().map(Cow::into_owned);
+        let subresource = parts.next().map(Cow::into_owned);
+        let rest = parts.map(|part| format!("/{part}")).collect();
+        if namespace.is_some() != resource.namespaced && (namespace.is_some() || name.is_some()) {
+            return None;
+        }
+        Some(Self {
+            resource,
+            namespace,
+            name,
+            subresource,
+            rest,
+        })
+    }
+
+    pub fn subject(&self) -> Subject<'_> {
+        self.subject_named(self.name.as_deref().unwrap_or(""))
+    }
+
+    pub fn subject_named<'a>(&self, name: &'a str) -> Subject<'a> {
+        Subject {
+            group: self.resource.group,
+            resource: self.resource.plural,
+            name,
+        }
+    }
+
+    /// The name; a request without one does not get here.
+    pub fn object_name(&self) -> Result<&str, Status> {
+        self.name.as_deref().ok_or_else(Status::method_not_allowed)
+    }
+
+    pub fn key(&self) -> Result<String, Status> {
+        Ok(self.key_of(self.object_name()?))
+    }
+
+    pub fn key_of(&self, name: &str) -> String {
+        super::object::key(self.resource, self.namespace.as_deref(), name)
+    }
+
+    pub fn prefix(&self) -> String {
+        super::object::prefix(self.resource, self.namespace.as_deref())
+    }
+}
+
+/// The query of a request, decoded.
+#[derive(Debug, Clone, Default)]
+pub struct Query(Vec<(String, String)>);
+
+impl Query {
+    pub fn parse(query: &str) -> Self {
+        let pairs = query
+            .split('&')
+            .filter(|pair| !pair.is_empty())
+            .map(|pair| {
+                let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+                let decode = |text: &str| percent_decode(&text.replace('+', " ")).into_owned();
+                (decode(key), decode(value))
+            });
+        Self(pairs.collect())
+    }
+
+    /// The first value of a key, "" when absent.
+    pub fn get(&self, key: &str) -> &str {
+        self.0
+            .iter()
+            .find(|(name, _)| name == key)
+            .map_or("", |(_, value)| value)
+    }
+
+    pub fn all<'a>(&'a self, key: &'a str) -> impl Iterator<Item = &'a str> {
+        self.0
+            .iter()
+            .filter(move |(name, _)| name == key)
+            .map(|(_, value)| value.as_str())
+    }
+
+    pub fn flag(&self, key: &str) -> bool {
+        matches!(self.get(key), "true" | "True" | "TRUE" | "1" | "t")
+    }
+
+    pub fn number<T: std::str::FromStr>(&self, key: &str) -> Result<Option<T>, Status> {
+        match self.get(key) {
+            "" => Ok(None),
+            text => text.parse().map(Some).map_err(|_| {
+                Status::bad_request(format!(
+                    "the query parameter {key} must be a number, not {text:?}"
+                ))
+            }),
+        }
+    }
+}
+
+/// What a list or watch is asked for.
+#[derive(Debug, Clone, Default)]
+pub struct ListOptions {
+    pub labels: LabelSelector,
+    pub fields: FieldSelector,
+    pub watch: bool,
+    pub resource_version: Option<u64>,
+    /// "", `Exact` or `NotOlderThan`.
+    pub resource_version_match: String,
+    pub limit: Option<usize>,
+    pub continue_token: String,
+    pub timeout_s: Option<u64>,
+    pub bookmarks: bool,
+    pub initial_events: Option<bool>,
+}
+
+impl ListOptions {
+    pub fn parse(query: &Query) -> Result<Self, Status> {
+        let resource_version = query.number::<u64>("resourceVersion")?;
+        let version_match = query.get("resourceVersionMatch").to_owned();
+        let options = Self {
+            labels: LabelSelector::parse(query.get("labelSelector")).map_err(|error| {
+                Status::bad_request(format!("unable to parse labelSelector: {error}"))
+            })?,
+            fields: FieldSelector::parse(query.get("fieldSelector")).map_err(|error| {
+                Status::bad_request(format!("unable to parse fieldSelector: {error}"))
+            })?,
+            watch: query.flag("watch"),
+            resource_version,
+            resource_version_match: version_match,
+            limit: query.number::<usize>("limit")?.filter(|limit| *limit > 0),
+            continue_token: query.get("continue").to_owned(),
+            timeout_s: query
+                .number("timeoutSeconds")?
+                .filter(|timeout: &u64| *timeout > 0),
+            bookmarks: query.flag("allowWatchBookmarks"),
+            initial_events: Some(query.get("sendInitialEvents"))
+                .filter(|v| !v.is_empty())
+                .map(|v| v == "true"),
+        };
+        options.check()?;
+        Ok(options)
+    }
+
+    fn check(&self) -> Result<(), Status> {
+        let invalid = |field: &str, why: &str| {
+            let error = super::status::FieldError::forbidden(field, why);
+            Err(Status::invalid(
+                "meta.k8s.io",
+                "ListOptions",
+                "",
+                vec![error],
+            ))
+        };
+        match self.resource_version_match.as_str() {
+            "" | "Exact" | "NotOlderThan" => {}
+            _ => return invalid("resourceVersionMatch", "must be Exact or NotOlderThan"),
+        }
+        if self.initial_events.is_some() {
+            if !self.watch {
+                return invalid(
+                    "sendInitialEvents",
+                    "sendInitialEvents is forbidden for list",
+                );
+            }
+            if self.resource_version_match != "NotOlderThan" {
+                let why = "sendInitialEvents requires setting resourceVersionMatch to NotOlderThan";
+                return invalid("resourceVersionMatch", why);
+            }
+        } else if self.watch && !self.resource_version_match.is_empty() {
+            let why =
+                "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided";
+            return invalid("resourceVersionMatch", why);
+        }
+        if !self.watch && !self.resource_version_match.is_empty() && self.resource_version.is_none()
+        {
+            return invalid(
+                "resourceVersionMatch",
+                "resourceVersionMatch is forbidden unless resourceVersion is provided",
+            );
+        }
+        if self.resource_version_match == "Exact" && self.resource_version == Some(0) {
+            return invalid(
+                "resourceVersionMatch",
+                "resourceVersionMatch \"Exact\" is forbidden for resourceVersion \"0\"",
+            );
+        }
+        Ok(())
+    }
+
+    pub fn selects(&self, object: &serde_json::Value) -> bool {
+        self.labels.matches(object) && self.fields.matches(object)
+    }
+
+    pub fn selects_all(&self) -> bool {
+        self.labels.is_empty() && self.fields.is_empty()
+    }
+}
+
+/// What goes with every write.
+#[derive(Debug, Clone, Default)]
+pub struct WriteOptions {
+    pub dry_run: bool,
+    pub validation: FieldValidation,
+    pub manager: String,
+    pub force: bool,
+}
+
+impl WriteOptions {
+    pub fn parse(query: &Query, headers: &HeaderMap) -> Result<Self, Status> {
+        let mut dry_run = false;
+        for value in query.all("dryRun") {
+            if value != "All" {
+                return Err(Status::bad_request(format!(
+                    "Invalid value for dryRun: {value:?}: supported values: \"All\""
+                )));
+            }
+            dry_run = true;
+        }
+        let validation = FieldValidation::parse(query.get("fieldValidation")).ok_or_else(|| {
+            let given = query.get("fieldValidation");
+            Status::bad_request(format!(
+                "fieldValidation must be Ignore, Warn or Strict, not {given:?}"
+            ))
+        })?;
+        // A client that gives no manager is known by its program, as upstream.
+        let agent = headers
+            .get(header::USER_AGENT)
+            .and_then(|agent| agent.to_str().ok())
+            .unwrap_or("");
+        let manager = match query.get("fieldManager") {
+            "" => agent
+                .split('/')
+                .next()
+                .filter(|name| !name.is_empty())
+                .unwrap_or("unknown"),
+            name => name,
+        };
+        Ok(Self {
+            dry_run,
+            validation,
+            manager: manager.to_owned(),
+            force: query.flag("force"),
+        })
+    }
+}
+
+/// The form in which an answer is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    Object,
+    /// Rows for printing; the version of meta.k8s.io.
+    Table(&'static str, Include),
+    /// Metadata only; the version of meta.k8s.io.
+    Partial(&'static str),
+}
+
+impl Form {
+    /// The first acceptable form that the Accept header names.
+    pub fn negotiate(headers: &HeaderMap, query: &Query) -> Result<Self, Status> {
+        let accept = headers
+            .get(header::ACCEPT)
+            .and_then(|accept| accept.to_str().ok())
+            .unwrap_or("");
+        if accept.trim().is_empty() {
+            return Ok(Self::Object);
+        }
+        for offer in accept.split(',') {
+            let mut parameters = offer.split(';').map(str::trim);
+            if !matches!(
+                parameters.next().unwrap_or(""),
+                "application/json" | "application/*" | "*/*"
+            ) {
+                continue;
+            }
+            let mut wanted = ("", "", "");
+            for (key, value) in parameters.filter_map(|parameter| parameter.split_once('=')) {
+                match key {
+                    "as" => wanted.0 = value,
+                    "g" => wanted.1 = value,
+                    "v" => wanted.2 = value,
+                    _ => {}
+                }
+            }
+            let version = match wanted.2 {
+                "v1" => "v1",
+                "v1beta1" => "v1beta1",
+                _ => "",
+            };
+            match (wanted.0, wanted.1, version) {
+                ("", _, _) => return Ok(Self::Object),
+                ("Table", "meta.k8s.io", version) if !version.is_empty() => {
+                    let include = match query.get("includeObject") {
+                        "None" => Include::None,
+                        "Object" => Include::Object,
+                        _ => Include::Metadata,
+                    };
+                    return Ok(Self::Table(version, include));
+                }
+                ("PartialObjectMetadata" | "PartialObjectMetadataList", "meta.k8s.io", version)
+                    if !version.is_empty() =>
+                {
+                    return Ok(Self::Partial(version));
+                }
+                _ => {}
+            }
+        }
+        Err(Status::not_acceptable())
+    }
+}
+
+/// The verb of a request, as access rules name it.
+pub fn verb(method: &Method, target: &Target, query: &Query) -> &'static str {
+    match (method.as_str(), target.name.is_some()) {
+        ("GET" | "HEAD", true) => "get",
+        ("GET" | "HEAD", false) if query.flag("watch") => "watch",
+        ("GET" | "HEAD", false) => "list",
+        ("POST", _) => "create",
+        ("PUT", _) => "update",
+        ("PATCH", _) => "patch",
+        ("DELETE", true) => "delete",
+        ("DELETE", false) => "deletecollection",
+        _ => "",
+    }
+}
+
+/// Undoes percent encoding; broken sequences stay as they are.
+fn percent_decode(text: &str) -> Cow<'_, str> {
+    if !text.contains('%') {
+        return Cow::Owned(text.to_owned());
+    }
+    let bytes = text.as_bytes();
+    let mut decoded = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        let hex = bytes
+            .get(at + 1..at + 3)
+            .and_then(|hex| std::str::from_utf8(hex).ok());
+        match hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+            Some(byte) if bytes[at] == b'%' => {
+                decoded.push(byte);
+                at += 3;
+            }
+            _ => {
+                decoded.push(bytes[at]);
+                at += 1;
+            }
+        }
+    }
+    Cow::Owned(String::from_utf8_lossy(&decoded).into_owned())
+}
+
+/// Encodes a query value.
+pub fn percent_encode(text: &str) -> String {
+    text.bytes()
+        .fold(String::with_capacity(text.len()), |mut out, byte| {
+            if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+                out.push(char::from(byte));
+            } else {
+                out.push_str(&format!("%{byte:02X}"));
+            }
+            out
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percent_encoding_goes_both_ways() {
+        let text = "a b/ü=&%41";
+        assert_eq!(percent_decode(&percent_encode(text)), text);
+        assert_eq!(percent_decode("100%"), "100%");
+        assert_eq!(
+            Query::parse("labelSelector=a%3Db+c&watch=1").get("labelSelector"),
+            "a=b c"
+        );
+    }
+
+    #[test]
+    fn the_first_known_form_of_an_accept_header_wins() {
+        let negotiate = |accept: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::ACCEPT, accept.parse().expect("header"));
+            Form::negotiate(&headers, &Query::default())
+        };
+        let kubectl = "application/json;as=Table;v=v1;g=meta.k8s.io,application/json;as=Table;v=v1beta1;g=meta.k8s.io,application/json";
+        assert_eq!(
+            negotiate(kubectl).expect("table"),
+            Form::Table("v1", Include::Metadata)
+        );
+        let metadata = "application/vnd.kubernetes.protobuf;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json";
+        assert_eq!(negotiate(metadata).expect("metadata"), Form::Partial("v1"));
+        assert_eq!(
+            negotiate("application/vnd.kubernetes.protobuf,application/json").expect("json"),
+            Form::Object
+        );
+        assert_eq!(negotiate("text/html").expect_err("refused").code, 406);
+    }
+
+    #[test]
+    fn paths_name_objects_in_and_outside_namespaces() {
+        let target = Target::parse("/api/v1/namespaces/default/pods/web/log").expect("a pod's log");
+        assert_eq!(target.key().expect("key"), "/core/pods/default/web");
+        assert_eq!(target.subresource.as_deref(), Some("log"));
+        let target = Target::parse("/api/v1/namespaces/default/finalize").expect("a namespace");
+        assert_eq!(
+            (target.resource.plural, target.name.as_deref()),
+            ("namespaces", Some("default"))
+        );
+        let target = Target::parse("/apis/apps/v1/deployments").expect("all deployments");
+        assert_eq!(target.prefix(), "/apps/deployments/");
+        assert!(
+            Target::parse("/api/v1/pods/web").is_none(),
+            "a pod needs a namespace"
+        );
+        assert!(
+            Target::parse("/api/v1/namespaces/a/nodes/b").is_none(),
+            "a node has no namespace"
+        );
+        assert!(Target::parse("/apis/apps/v1/nothings").is_none());
+    }
+}

@@ -1,0 +1,265 @@
+//! ConfigMaps, Secrets, Events, Leases and PriorityClasses.
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::Value;
+
+use super::{Errors, Strategy, immutable, required};
+use crate::api::fields::{self, Fields};
+use crate::api::status::FieldError;
+
+/// The most bytes that the values of one ConfigMap or Secret may have together.
+const DATA_BYTES_MAX: usize = 1 << 20;
+
+const KEY_RULE: &str = "a valid config key must consist of alphanumeric characters, '-', '_' or '.' (e.g. 'key.name',  or 'KEY_NAME',  or 'key-name', regex used for validation is '[-._a-zA-Z0-9]+')";
+
+fn validate_data(object: &Value, maps: &[&str], errors: &mut Errors) {
+    let mut bytes = 0;
+    for map in maps {
+        for (key, value) in object.object(&format!("/{map}")).into_iter().flatten() {
+            let plain = key
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
+            if !plain || key.is_empty() || key.len() > 253 || key == "." || key.starts_with("..") {
+                errors.push(FieldError::invalid(
+                    format!("{map}[{key}]"),
+                    key.as_str(),
+                    KEY_RULE,
+                ));
+            }
+            bytes += value.as_str().map_or(0, str::len);
+        }
+    }
+    if bytes > DATA_BYTES_MAX * 4 / 3 {
+        errors.push(FieldError {
+            field: maps[0].to_owned(),
+            reason: "FieldValueTooLong",
+            message: format!("Too long: may not be more than {DATA_BYTES_MAX} bytes"),
+        });
+    }
+}
+
+/// An object that says it is immutable stays as it is, and says so for good.
+fn validate_immutable(object: &Value, old: &Value, maps: &[&str], errors: &mut Errors) {
+    if !old.flag("/immutable") {
+        return;
+    }
+    for field in maps.iter().chain(&["immutable"]) {
+        let pointer = format!("/{field}");
+        if object.pointer(&pointer) != old.pointer(&pointer) {
+            errors.push(FieldError::forbidden(
+                *field,
+                "field is immutable when `immutable` is set",
+            ));
+        }
+    }
+}
+
+pub struct ConfigMap;
+
+impl Strategy for ConfigMap {
+    fn validate(&self, map: &Value, errors: &mut Errors) {
+        validate_data(map, &["data", "binaryData"], errors);
+        let binary = map.object("/binaryData");
+        for key in map
+            .object("/data")
+            .into_iter()
+            .flatten()
+            .map(|(key, _)| key)
+        {
+            if binary.is_some_and(|binary| binary.contains_key(key)) {
+                let why = "duplicate of key present in data";
+                errors.push(FieldError::invalid(
+                    format!("data[{key}]"),
+                    key.as_str(),
+                    why,
+                ));
+            }
+        }
+    }
+
+    fn validate_update(&self, map: &Value, old: &Value, errors: &mut Errors) {
+        validate_immutable(map, old, &["data", "binaryData"], errors);
+    }
+}
+
+pub struct Secret;
+
+impl Strategy for Secret {
+    fn default(&self, secret: &mut Value) {
+        secret.default("/type", "Opaque");
+        if let Some(Value::Object(plain)) = secret.remove("/stringData") {
+            let data = secret.object_mut("/data");
+            for (key, value) in plain {
+                data.insert(key, STANDARD.encode(value.as_str().unwrap_or("")).into());
+            }
+        }
+    }
+
+    fn validate(&self, secret: &Value, errors: &mut Errors) {
+        validate_data(secret, &["data"], errors);
+        let needs: &[&str] = match secret.text("/type") {
+            "kubernetes.io/tls" => &["tls.crt", "tls.key"],
+            "kubernetes.io/dockerconfigjson" => &[".dockerconfigjson"],
+            "kubernetes.io/dockercfg" => &[".dockercfg"],
+            "kubernetes.io/ssh-auth" => &["ssh-privatekey"],
+            _ => &[],
+        };
+        for key in needs {
+            if !secret
+                .object("/data")
+                .is_some_and(|data| data.contains_key(*key))
+            {
+                errors.push(FieldError::required(format!("data[{key}]"), ""));
+            }
+        }
+    }
+
+    fn validate_update(&self, secret: &Value, old: &Value, errors: &mut Errors) {
+        validate_immutable(secret, old, &["data"], errors);
+        immutable(secret, old, "/type", errors);
+    }
+
+    fn selectable(&self) -> &'static [&'static str] {
+        &["type"]
+    }
+}
+
+pub struct Event;
+
+impl Strategy for Event {
+    fn default(&self, event: &mut Value) {
+        for field in ["source", "reportingComponent", "reportingInstance"] {
+            let empty: Value = if field == "source" {
+                Value::Object(Default::default())
+            } else {
+                "".into()
+            };
+            event.default(&format!("/{field}"), empty);
+        }
+    }
+
+    fn validate(&self, event: &Value, errors: &mut Errors) {
+        let involved = event.text("/involvedObject/namespace");
+        let namespace = fields::namespace(event);
+        if involved != namespace && !(involved.is_empty() && namespace == "default") {
+            let why = "does not match event.namespace";
+            errors.push(FieldError::invalid(
+                "involvedObject.namespace",
+                involved,
+                why,
+            ));
+        }
+    }
+
+    fn selectable(&self) -> &'static [&'static str] {
+        &[
+            "involvedObject.kind",
+            "involvedObject.namespace",
+            "involvedObject.name",
+            "involvedObject.uid",
+            "involvedObject.apiVersion",
+            "involvedObject.resourceVersion",
+            "involvedObject.fieldPath",
+            "reason",
+            "reportingComponent",
+            "source",
+            "source.component",
+            "type",
+        ]
+    }
+}
+
+pub struct Lease;
+
+impl Strategy for Lease {
+    fn default(&self, lease: &mut Value) {
+        lease.object_mut("/spec");
+    }
+
+    fn validate(&self, lease: &Value, errors: &mut Errors) {
+        for field in ["leaseDurationSeconds", "leaseTransitions"] {
+            super::not_negative(lease, &format!("/spec/{field}"), errors);
+        }
+        if lease.has("/spec/leaseDurationSeconds") && lease.int("/spec/leaseDurationSeconds") == 0 {
+            errors.push(FieldError::invalid(
+                "spec.leaseDurationSeconds",
+                0,
+                "must be greater than 0",
+            ));
+        }
+    }
+}
+
+pub struct PriorityClass;
+
+/// The largest priority a user may give; more is for the system's classes.
+const USER_PRIORITY_MAX: i64 = 1_000_000_000;
+
+impl Strategy for PriorityClass {
+    fn default(&self, class: &mut Value) {
+        class.default("/preemptionPolicy", "PreemptLowerPriority");
+        class.default("/value", 0);
+    }
+
+    fn validate(&self, class: &Value, errors: &mut Errors) {
+        let system =
+            ["system-cluster-critical", "system-node-critical"].contains(&fields::name(class));
+        if fields::name(class).starts_with("system-") && !system {
+            let why = "priority class names with 'system-' prefix are reserved for system use only";
+            errors.push(FieldError::forbidden("metadata.name", why));
+        }
+        if class.int("/value") > USER_PRIORITY_MAX && !system {
+            let why =
+                format!("maximum allowed value of a user defined priority is {USER_PRIORITY_MAX}");
+            errors.push(FieldError::forbidden("value", &why));
+        }
+        super::one_of(
+            class,
+            "/preemptionPolicy",
+            "",
+            &["PreemptLowerPriority", "Never"],
+            errors,
+        );
+        required(class, "/value", errors);
+    }
+
+    fn validate_update(&self, class: &Value, old: &Value, errors: &mut Errors) {
+        immutable(class, old, "/value", errors);
+        immutable(class, old, "/preemptionPolicy", errors);
+    }
+
+    fn counts_generations(&self) -> bool {
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn string_data_of_a_secret_becomes_data() {
+        let mut secret = json!({"stringData": {"a": "hello"}, "data": {"b": "eA=="}});
+        Secret.default(&mut secret);
+        assert_eq!(
+            secret,
+            json!({"data": {"b": "eA==", "a": "aGVsbG8="}, "type": "Opaque"})
+        );
+    }
+
+    #[test]
+    fn an_immutable_config_map_stays() {
+        let old = json!({"immutable": true, "data": {"a": "1"}});
+        let mut errors = Vec::new();
+        ConfigMap.validate_update(
+            &json!({"immutable": true, "data": {"a": "2"}}),
+            &old,
+            &mut errors,
+        );
+        assert_eq!(errors.len(), 1);
+        ConfigMap.validate_update(&json!({"data": {"a": "1"}}), &old, &mut errors);
+        assert_eq!(errors[1].field, "immutable");
+    }
+}

@@ -1,0 +1,208 @@
+//! Rules for the metadata that all kinds share: names, labels, annotations, owners.
+
+use serde_json::Value;
+
+use super::{Errors, NameRule, of};
+use crate::api::fields::{self, Fields};
+use crate::api::status::FieldError;
+use crate::registry::Resource;
+
+/// The most bytes that all annotations of an object may have together.
+const ANNOTATIONS_BYTES_MAX: usize = 256 << 10;
+
+const SUBDOMAIN_RULE: &str = "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*')";
+const LABEL_RULE: &str = "a lowercase RFC 1123 label must consist of lower case alphanumeric characters or '-', and must start and end with an alphanumeric character (e.g. 'my-name',  or '123-abc', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?')";
+const VALUE_RULE: &str = "a valid label must be an empty string or consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyValue',  or 'my_value',  or '12345', regex used for validation is '(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?')";
+const KEY_RULE: &str = "name part must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')";
+
+fn too_long(bytes_max: usize) -> String {
+    format!("must be no more than {bytes_max} bytes")
+}
+
+/// What is wrong with an RFC 1123 label.
+pub fn dns_label(text: &str) -> Option<String> {
+    if text.len() > 63 {
+        return Some(too_long(63));
+    }
+    (!is_dns_label(text)).then(|| LABEL_RULE.to_owned())
+}
+
+fn is_dns_label(text: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    !text.is_empty()
+        && text.bytes().all(|byte| plain(byte) || byte == b'-')
+        && text.bytes().next().is_some_and(plain)
+        && text.bytes().last().is_some_and(plain)
+}
+
+fn dns_subdomain(text: &str) -> Option<String> {
+    if text.len() > 253 {
+        return Some(too_long(253));
+    }
+    (!text.split('.').all(is_dns_label)).then(|| SUBDOMAIN_RULE.to_owned())
+}
+
+/// What is wrong with `[prefix/]name` as label and annotation keys have it.
+pub fn qualified_name(text: &str) -> Option<String> {
+    let name = match text.split_once('/') {
+        None => text,
+        Some((prefix, name)) => {
+            if let Some(why) = dns_subdomain(prefix) {
+                return Some(format!("prefix part {why}"));
+            }
+            name
+        }
+    };
+    if name.is_empty() {
+        return Some("name part must be non-empty".to_owned());
+    }
+    if name.len() > 63 {
+        return Some(format!("name part {}", too_long(63)));
+    }
+    (!is_label_text(name)).then(|| KEY_RULE.to_owned())
+}
+
+fn is_label_text(text: &str) -> bool {
+    text.bytes()
+        .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
+        && text
+            .bytes()
+            .next()
+            .is_some_and(|byte| byte.is_ascii_alphanumeric())
+        && text
+            .bytes()
+            .last()
+            .is_some_and(|byte| byte.is_ascii_alphanumeric())
+}
+
+fn label_value(text: &str) -> Option<String> {
+    if text.len() > 63 {
+        return Some(too_long(63));
+    }
+    (!text.is_empty() && !is_label_text(text)).then(|| VALUE_RULE.to_owned())
+}
+
+fn path_segment(text: &str) -> Option<String> {
+    match text {
+        "." | ".." => Some(format!("may not be '{text}'")),
+        _ if text.contains('/') => Some("may not contain '/'".to_owned()),
+        _ if text.contains('%') => Some("may not contain '%'".to_owned()),
+        _ => None,
+    }
+}
+
+/// Checks a map of labels.
+pub fn validate_labels(
+    labels: Option<&serde_json::Map<String, Value>>,
+    field: &str,
+    errors: &mut Errors,
+) {
+    for (key, value) in labels.into_iter().flatten() {
+        if let Some(why) = qualified_name(key) {
+            errors.push(FieldError::invalid(field, key.as_str(), why));
+        }
+        let value = value.as_str().unwrap_or("");
+        if let Some(why) = label_value(value) {
+            errors.push(FieldError::invalid(field, value, why));
+        }
+    }
+}
+
+/// Checks what the metadata of every kind must keep to.
+pub fn validate_metadata(object: &Value, resource: &Resource, errors: &mut Errors) {
+    let rule = of(resource).name_rule();
+    let check = |text: &str| match rule {
+        NameRule::Subdomain => dns_subdomain(text),
+        NameRule::Label => dns_label(text),
+        NameRule::PathSegment => path_segment(text),
+    };
+    let name = fields::name(object);
+    if name.is_empty() {
+        errors.push(FieldError::required(
+            "metadata.name",
+            "name or generateName is required",
+        ));
+    } else if let Some(why) = check(name) {
+        errors.push(FieldError::invalid("metadata.name", name, why));
+    }
+    let namespace = fields::namespace(object);
+    if let Some(why) = Some(namespace)
+        .filter(|namespace| !namespace.is_empty())
+        .and_then(dns_label)
+    {
+        errors.push(FieldError::invalid("metadata.namespace", namespace, why));
+    }
+    validate_labels(object.object("/metadata/labels"), "metadata.labels", errors);
+    let mut bytes = 0;
+    for (key, value) in object.object("/metadata/annotations").into_iter().flatten() {
+        if let Some(why) = qualified_name(&key.to_lowercase()) {
+            errors.push(FieldError::invalid(
+                "metadata.annotations",
+                key.as_str(),
+                why,
+            ));
+        }
+        bytes += key.len() + value.as_str().map_or(0, str::len);
+    }
+    if bytes > ANNOTATIONS_BYTES_MAX {
+        errors.push(FieldError {
+            field: "metadata.annotations".to_owned(),
+            reason: "FieldValueTooLong",
+            message: format!("Too long: may not be more than {ANNOTATIONS_BYTES_MAX} bytes"),
+        });
+    }
+    let owners = object.items("/metadata/ownerReferences");
+    for (at, owner) in owners.iter().enumerate() {
+        for field in ["apiVersion", "kind", "name", "uid"] {
+            if owner.text(&format!("/{field}")).is_empty() {
+                let path = format!("metadata.ownerReferences[{at}].{field}");
+                errors.push(FieldError::required(path, "must not be empty"));
+            }
+        }
+    }
+    if owners
+        .iter()
+        .filter(|owner| owner.flag("/controller"))
+        .count()
+        > 1
+    {
+        let why = "Only one reference can have Controller set to true";
+        errors.push(FieldError::invalid(
+            "metadata.ownerReferences",
+            Value::Array(owners.to_vec()),
+            why,
+        ));
+    }
+    for finalizer in object
+        .items("/metadata/finalizers")
+        .iter()
+        .filter_map(Value::as_str)
+    {
+        if let Some(why) = qualified_name(finalizer) {
+            errors.push(FieldError::invalid("metadata.finalizers", finalizer, why));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_labels_keep_to_their_alphabets() {
+        for good in ["a", "a-b", "1a", "a.b-c.d"] {
+            assert_eq!(dns_subdomain(good), None, "{good}");
+        }
+        for bad in ["", "-a", "a-", "A", "a..b", "a_b", "a.-b"] {
+            assert!(dns_subdomain(bad).is_some(), "{bad}");
+        }
+        assert!(dns_label("a.b").is_some());
+        assert!(dns_label(&"a".repeat(64)).is_some());
+        assert_eq!(qualified_name("example.com/My_Name.1"), None);
+        for bad in ["", "/a", "a/", "Ex/a", "a b", "-a"] {
+            assert!(qualified_name(bad).is_some(), "{bad}");
+        }
+        assert_eq!(label_value(""), None);
+        assert!(label_value("a b").is_some());
+    }
+}

@@ -1,0 +1,190 @@
+//! What is special to each kind: defaults, what a write may change, validation, how it is deleted. One file per family.
+
+mod access;
+mod configuration;
+mod endpoints;
+mod metadata;
+mod namespace;
+mod node;
+mod pod;
+mod pod_spec;
+mod service;
+mod workload;
+
+use serde_json::Value;
+
+use super::fields::Fields;
+use super::request::Target;
+use super::status::{FieldError, Status};
+use crate::registry::Resource;
+use crate::selector::FieldSelector;
+
+pub use metadata::{dns_label, qualified_name, validate_metadata};
+pub use service::wants_node_ports;
+
+pub type Errors = Vec<FieldError>;
+
+/// The hand-written rules of one kind. Everything has a default, which suits kinds without rules.
+pub trait Strategy: Sync {
+    /// Fills in what clients may leave out; runs on every write.
+    fn default(&self, _object: &mut Value) {}
+
+    /// Puts a new object into its first state, whatever the client sent.
+    fn prepare_create(&self, _object: &mut Value) {}
+
+    /// Puts back what clients may leave out of an update.
+    fn prepare_update(&self, _object: &mut Value, _old: &Value) {}
+
+    fn validate(&self, _object: &Value, _errors: &mut Errors) {}
+
+    fn validate_update(&self, _object: &Value, _old: &Value, _errors: &mut Errors) {}
+
+    /// Whether metadata.generation counts the changes of the spec.
+    fn counts_generations(&self) -> bool {
+        false
+    }
+
+    /// Whether a client may create the object together with its status.
+    fn keeps_status(&self) -> bool {
+        false
+    }
+
+    /// Paths that field selectors may name, besides metadata.name and metadata.namespace.
+    fn selectable(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    /// How long a deletion waits for whoever runs the object.
+    fn grace_s(&self, _object: &Value, _asked: Option<i64>) -> i64 {
+        0
+    }
+
+    /// What else changes when a deletion begins.
+    fn mark_deleted(&self, _object: &mut Value) {}
+
+    /// Refuses to delete what must stay.
+    fn check_delete(&self, _target: &Target) -> Result<(), Status> {
+        Ok(())
+    }
+
+    /// What a name looks like.
+    fn name_rule(&self) -> NameRule {
+        NameRule::Subdomain
+    }
+}
+
+/// The forms of names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NameRule {
+    /// RFC 1123 subdomain.
+    Subdomain,
+    /// RFC 1123 label.
+    Label,
+    /// Anything that fits in a path.
+    PathSegment,
+}
+
+/// Kinds without rules of their own.
+struct Plain;
+impl Strategy for Plain {}
+
+/// Kinds whose only rule is that their generation counts.
+struct Counted;
+impl Strategy for Counted {
+    fn counts_generations(&self) -> bool {
+        true
+    }
+}
+
+/// The rules of a resource's kind.
+pub fn of(resource: &Resource) -> &'static dyn Strategy {
+    match (resource.group, resource.plural) {
+        ("", "pods") => &pod::Pod,
+        ("", "services") => &service::Service,
+        ("", "endpoints") => &endpoints::Endpoints,
+        ("discovery.k8s.io", "endpointslices") => &endpoints::EndpointSlice,
+        ("", "nodes") => &node::Node,
+        ("", "namespaces") => &namespace::Namespace,
+        ("", "configmaps") => &configuration::ConfigMap,
+        ("", "secrets") => &configuration::Secret,
+        ("", "serviceaccounts") => &Plain,
+        ("" | "events.k8s.io", "events") => &configuration::Event,
+        ("coordination.k8s.io", "leases") => &configuration::Lease,
+        ("scheduling.k8s.io", "priorityclasses") => &configuration::PriorityClass,
+        ("apps", "deployments") => &workload::Deployment,
+        ("apps", "replicasets") => &workload::ReplicaSet,
+        ("apps", "daemonsets") => &workload::DaemonSet,
+        ("apps", "statefulsets") => &workload::StatefulSet,
+        ("rbac.authorization.k8s.io", "roles" | "clusterroles") => &access::Role,
+        ("rbac.authorization.k8s.io", "rolebindings" | "clusterrolebindings") => &access::Binding,
+        ("batch" | "networking.k8s.io" | "policy" | "autoscaling", _) => &Counted,
+        _ => &Plain,
+    }
+}
+
+/// Refuses field selectors on fields that the kind cannot be selected by.
+pub fn check_selectable(target: &Target, fields: &FieldSelector) -> Result<(), Status> {
+    let selectable = of(target.resource).selectable();
+    for path in fields.paths() {
+        if path != "metadata.name" && path != "metadata.namespace" && !selectable.contains(&path) {
+            return Err(Status::bad_request(format!(
+                "field label not supported: {path}"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a change of a field that is fixed once the object exists.
+fn immutable(object: &Value, old: &Value, pointer: &str, errors: &mut Errors) {
+    let (new, old) = (object.pointer(pointer), old.pointer(pointer));
+    if new != old {
+        let field = pointer.trim_start_matches('/').replace('/', ".");
+        errors.push(FieldError::invalid(
+            field,
+            new.cloned().unwrap_or_default(),
+            "field is immutable",
+        ));
+    }
+}
+
+/// Requires a field to be there and not empty.
+fn required(object: &Value, pointer: &str, errors: &mut Errors) {
+    let missing = match object.pointer(pointer) {
+        None | Some(Value::Null) => true,
+        Some(Value::String(text)) => text.is_empty(),
+        Some(Value::Array(items)) => items.is_empty(),
+        Some(_) => false,
+    };
+    if missing {
+        errors.push(FieldError::required(
+            pointer.trim_start_matches('/').replace('/', "."),
+            "",
+        ));
+    }
+}
+
+/// Requires a field, where it is there, to have one of some values.
+fn one_of(object: &Value, pointer: &str, at: &str, allowed: &[&str], errors: &mut Errors) {
+    let value = object.pointer(pointer).and_then(Value::as_str);
+    if let Some(value) = value.filter(|value| !allowed.contains(value)) {
+        let field = format!("{at}{}", pointer.replace('/', "."));
+        errors.push(FieldError::unsupported(
+            field.trim_start_matches('.'),
+            value,
+            allowed,
+        ));
+    }
+}
+
+/// Requires a number, where it is there, not to be negative.
+fn not_negative(object: &Value, pointer: &str, errors: &mut Errors) {
+    if object.int(pointer) < 0 {
+        let field = pointer.trim_start_matches('/').replace('/', ".");
+        errors.push(FieldError::invalid(
+            field,
+            object.int(pointer),
+            "must be greater than or equal to 0",
+        ));
+    }
+}

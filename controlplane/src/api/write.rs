@@ -1,0 +1,555 @@
+//! The write pipeline: decode -> prepare -> default -> admit -> validate -> store -> encode.
+//!
+//! Creates go through [`Api::insert`], every change of an object that is there through [`Api::modify`].
+
+use bytes::Bytes;
+use http::{StatusCode, header, request::Parts};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::body::Incoming;
+use rand::RngExt;
+use serde_json::Value;
+
+use super::change::{
+    carry_over, check_preconditions, equal_but_managed_fields, finished, spec_differs,
+};
+use super::fields::{self, Fields};
+use super::patching::Patch;
+use super::reply::Answer;
+use super::request::{Form, Target, WriteOptions};
+use super::status::{FieldError, Status};
+use super::{Api, Call, admission, config, object, reply, strategy};
+use crate::codec::{self, Decoded, FieldValidation, MediaType};
+use crate::patch;
+use crate::store::{Expect, Record, StoreError};
+
+/// How often a write without a resourceVersion is tried again when others write the same object.
+const CONFLICT_RETRIES: usize = 16;
+/// How often a generated name is drawn again when it is taken, as upstream.
+const NAME_RETRIES: usize = 8;
+/// What generated names end in; no vowels, so that no words come out.
+const NAME_LETTERS: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
+
+/// Which part of an object a write may change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// All but the status, where the kind has a status subresource.
+    Main,
+    Status,
+    /// What a subresource of its own rules has worked out already (binding, finalize, scale).
+    Exact(&'static str),
+}
+
+impl Part {
+    /// How managedFields name the part.
+    pub fn subresource(self) -> &'static str {
+        match self {
+            Self::Main => "",
+            Self::Status => "status",
+            Self::Exact(name) => name,
+        }
+    }
+}
+
+/// What a modification makes of an object.
+pub enum Outcome {
+    /// The object as it is now, changed or not.
+    Kept(Value),
+    /// The change removed what held back the object's deletion.
+    Deleted(Value),
+}
+
+impl Outcome {
+    pub fn into_object(self) -> Value {
+        match self {
+            Self::Kept(object) | Self::Deleted(object) => object,
+        }
+    }
+}
+
+/// Reads a body up to the limit.
+pub async fn read_body(body: Incoming) -> Result<Bytes, Status> {
+    match Limited::new(body, config::BODY_BYTES_MAX).collect().await {
+        Ok(collected) => Ok(collected.to_bytes()),
+        Err(error) if error.is::<LengthLimitError>() => Err(Status::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "RequestEntityTooLarge",
+            format!(
+                "Request entity too large: limit is {}",
+                config::BODY_BYTES_MAX
+            ),
+        )),
+        Err(error) => Err(Status::bad_request(format!(
+            "the body of the request could not be read: {error}"
+        ))),
+    }
+}
+
+pub fn content_type(parts: &Parts) -> &str {
+    parts
+        .headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or("")
+}
+
+/// Decodes a body that must be of the given kind.
+pub fn decode(
+    parts: &Parts,
+    body: &[u8],
+    api_version: &str,
+    kind: &str,
+    validation: FieldValidation,
+) -> Result<Decoded, Status> {
+    let given = content_type(parts);
+    let media = MediaType::from_content_type(given).ok_or_else(|| {
+        let supported = [
+            "application/json",
+            "application/yaml",
+            "application/vnd.kubernetes.protobuf",
+        ];
+        Status::unsupported_media_type(given, &supported)
+    })?;
+    let decoded = codec::decode(body, media, api_version, kind, validation)
+        .map_err(|error| Status::bad_request(error.message))?;
+    check_kind(&decoded.value, api_version, kind)?;
+    Ok(decoded)
+}
+
+pub fn check_kind(object: &Value, api_version: &str, kind: &str) -> Result<(), Status> {
+    let (given_version, given_kind) = (object.text("/apiVersion"), object.text("/kind"));
+    if given_kind != kind {
+        return Err(Status::bad_request(format!(
+            "the kind in the data ({given_kind}) does not match the expected kind ({kind})"
+        )));
+    }
+    if given_version != api_version {
+        return Err(Status::bad_request(format!(
+            "the API version in the data ({given_version}) does not match the expected API version ({api_version})"
+        )));
+    }
+    Ok(())
+}
+
+/// Sets the namespace that the path gives, or refuses another one.
+pub fn settle_namespace(object: &mut Value, target: &Target) -> Result<(), Status> {
+    match target.namespace.as_deref() {
+        None => {
+            object.remove("/metadata/namespace");
+        }
+        Some(namespace) => {
+            let given = fields::namespace(object);
+            if !given.is_empty() && given != namespace {
+                return Err(Status::bad_request(format!(
+                    "the namespace of the provided object does not match the namespace sent on the request ({given} != {namespace})"
+                )));
+            }
+            object.set("/metadata/namespace", namespace);
+        }
+    }
+    Ok(())
+}
+
+impl Api {
+    pub(super) async fn create(
+        &self,
+        call: &Call,
+        parts: &Parts,
+        body: Incoming,
+    ) -> Result<Answer, Status> {
+        let form = Form::negotiate(&parts.headers, &call.query)?;
+        let options = WriteOptions::parse(&call.query, &parts.headers)?;
+        let resource = call.target.resource;
+        let body = read_body(body).await?;
+        let decoded = decode(
+            parts,
+            &body,
+            &resource.api_version(),
+            resource.kind,
+            options.validation,
+        )?;
+        let object = object::to_stored(decoded.value, resource);
+        let created = self.insert(&call.target, object, &options).await?;
+        let mut answer = reply::object(StatusCode::CREATED, &call.target, form, created);
+        reply::warn(&mut answer, &decoded.warnings);
+        Ok(answer)
+    }
+
+    /// Creates an object (in stored form, decoded) and returns it as stored.
+    pub(super) async fn insert(
+        &self,
+        target: &Target,
+        mut object: Value,
+        options: &WriteOptions,
+    ) -> Result<Value, Status> {
+        let resource = target.resource;
+        if target.namespace.is_none() && resource.namespaced {
+            return Err(Status::bad_request(
+                "an empty namespace may not be set during creation",
+            ));
+        }
+        settle_namespace(&mut object, target)?;
+        if !object.text("/metadata/resourceVersion").is_empty() {
+            return Err(Status::bad_request(
+                "resourceVersion should not be set on objects to be created",
+            ));
+        }
+        for field in [
+            "uid",
+            "creationTimestamp",
+            "deletionTimestamp",
+            "deletionGracePeriodSeconds",
+            "generation",
+            "selfLink",
+        ] {
+            object.remove(&format!("/metadata/{field}"));
+        }
+        let prefix = object.text("/metadata/generateName").to_owned();
+        let generates = fields::name(&object).is_empty() && !prefix.is_empty();
+        let strategy = strategy::of(resource);
+        for attempt in 0.. {
+            let mut object = object.clone();
+            if generates {
+                object.set("/metadata/name", generated_name(&prefix));
+            }
+            if resource.subresource("status").is_some() && !strategy.keeps_status() {
+                object.remove("/status");
+            }
+            strategy.prepare_create(&mut object);
+            strategy.default(&mut object);
+            admission::create(self, target, &mut object).await?;
+            let reservation = self.services.reserve(target, &mut object, None)?;
+            self.check(target, &object, None)?;
+            object.set("/metadata/uid", uuid::Uuid::new_v4().to_string());
+            object.set("/metadata/creationTimestamp", fields::now());
+            if strategy.counts_generations() {
+                object.set("/metadata/generation", 1);
+            }
+            self.track(target, None, &mut object, options, Part::Main);
+            let name = fields::name(&object).to_owned();
+            let stored = if options.dry_run {
+                match self.store.get(&target.key_of(&name)).await? {
+                    Some(_) => Err(Status::already_exists(target.subject_named(&name))),
+                    None => Ok(object),
+                }
+            } else {
+                match self
+                    .store
+                    .put(
+                        &target.key_of(&name),
+                        object::encode(object),
+                        Expect::Absent,
+                    )
+                    .await
+                {
+                    Ok(record) => {
+                        reservation.keep();
+                        target.decode(&record)
+                    }
+                    Err(StoreError::Exists { .. }) => {
+                        Err(Status::already_exists(target.subject_named(&name)))
+                    }
+                    Err(error) => Err(error.into()),
+                }
+            };
+            match stored {
+                Err(status)
+                    if status.reason == "AlreadyExists" && generates && attempt < NAME_RETRIES => {}
+                outcome => return outcome,
+            }
+        }
+        unreachable!("the loop returns")
+    }
+
+    pub(super) async fn update(
+        &self,
+        call: &Call,
+        parts: &Parts,
+        body: Incoming,
+    ) -> Result<Answer, Status> {
+        self.update_part(call, parts, body, Part::Main).await
+    }
+
+    pub(super) async fn update_part(
+        &self,
+        call: &Call,
+        parts: &Parts,
+        body: Incoming,
+        part: Part,
+    ) -> Result<Answer, Status> {
+        let form = Form::negotiate(&parts.headers, &call.query)?;
+        let options = WriteOptions::parse(&call.query, &parts.headers)?;
+        let resource = call.target.resource;
+        let body = read_body(body).await?;
+        let decoded = decode(
+            parts,
+            &body,
+            &resource.api_version(),
+            resource.kind,
+            options.validation,
+        )?;
+        let mut wanted = object::to_stored(decoded.value, resource);
+        settle_namespace(&mut wanted, &call.target)?;
+        check_name(&mut wanted, call.target.object_name()?)?;
+        let outcome = self
+            .modify(&call.target, &options, part, |_| Ok(wanted.clone()))
+            .await?;
+        let mut answer = reply::object(StatusCode::OK, &call.target, form, outcome.into_object());
+        reply::warn(&mut answer, &decoded.warnings);
+        Ok(answer)
+    }
+
+    pub(super) async fn patch(
+        &self,
+        call: &Call,
+        parts: &Parts,
+        body: Incoming,
+    ) -> Result<Answer, Status> {
+        self.patch_part(call, parts, body, Part::Main).await
+    }
+
+    pub(super) async fn patch_part(
+        &self,
+        call: &Call,
+        parts: &Parts,
+        body: Incoming,
+        part: Part,
+    ) -> Result<Answer, Status> {
+        let form = Form::negotiate(&parts.headers, &call.query)?;
+        let options = WriteOptions::parse(&call.query, &parts.headers)?;
+        let target = &call.target;
+        let patch = Patch::parse(parts, &read_body(body).await?, target, &options)?;
+        let mut warnings = patch.warnings().to_vec();
+        let creates = matches!(patch, Patch::Apply(_)) && part == Part::Main;
+        if creates && self.store.get(&target.key()?).await?.is_none() {
+            let object = patch.onto(None, target, &options, part)?;
+            match self
+                .insert(target, object::to_stored(object, target.resource), &options)
+                .await
+            {
+                // Somebody else was faster: then it is a change of theirs.
+                Err(status) if status.reason == "AlreadyExists" => {}
+                outcome => {
+                    let mut answer = reply::object(StatusCode::CREATED, target, form, outcome?);
+                    reply::warn(&mut answer, &warnings);
+                    return Ok(answer);
+                }
+            }
+        }
+        let mut found = Vec::new();
+        let options_part = if matches!(patch, Patch::Apply(_)) {
+            Tracking::Done
+        } else {
+            Tracking::Update
+        };
+        let outcome = self
+            .modify_tracked(target, &options, part, options_part, |old| {
+                let old = object::from_stored(old.clone(), target.resource);
+                let patched = patch.onto(Some(&old), target, &options, part)?;
+                let checked = codec::validate(patched, options.validation)
+                    .map_err(|error| Status::bad_request(error.message))?;
+                found = checked.warnings;
+                let mut object = object::to_stored(checked.value, target.resource);
+                check_name(&mut object, target.object_name()?)?;
+                settle_namespace(&mut object, target)?;
+                Ok(object)
+            })
+            .await?;
+        warnings.append(&mut found);
+        let mut answer = reply::object(StatusCode::OK, target, form, outcome.into_object());
+        reply::warn(&mut answer, &warnings);
+        Ok(answer)
+    }
+
+    /// Changes the object of the target: `change` makes of the present object the wanted one, and is called again when
+    /// somebody else was faster.
+    pub(super) async fn modify(
+        &self,
+        target: &Target,
+        options: &WriteOptions,
+        part: Part,
+        change: impl FnMut(&Value) -> Result<Value, Status>,
+    ) -> Result<Outcome, Status> {
+        self.modify_tracked(target, options, part, Tracking::Update, change)
+            .await
+    }
+
+    async fn modify_tracked(
+        &self,
+        target: &Target,
+        options: &WriteOptions,
+        part: Part,
+        tracking: Tracking,
+        mut change: impl FnMut(&Value) -> Result<Value, Status>,
+    ) -> Result<Outcome, Status> {
+        for _ in 0..CONFLICT_RETRIES {
+            let record = self.record(target).await?;
+            let old = target.decode(&record)?;
+            let mut new = change(&old)?;
+            check_preconditions(target, &new, &old)?;
+            carry_over(&mut new, &old, part, target);
+            let strategy = strategy::of(target.resource);
+            if part == Part::Main {
+                strategy.prepare_update(&mut new, &old);
+            }
+            strategy.default(&mut new);
+            if part == Part::Main {
+                admission::update(self, target, &mut new, &old).await?;
+            }
+            let reservation = self.services.reserve(target, &mut new, Some(&old))?;
+            self.check(target, &new, Some(&old))?;
+            if strategy.counts_generations() && spec_differs(&new, &old) {
+                new.set("/metadata/generation", old.int("/metadata/generation") + 1);
+            }
+            let unchanged = match tracking {
+                Tracking::Update => equal_but_managed_fields(&new, &old),
+                Tracking::Done => new == old,
+            };
+            if finished(&new) {
+                return self.remove_finished(target, &record, new, options).await;
+            }
+            if unchanged {
+                return Ok(Outcome::Kept(old));
+            }
+            if tracking == Tracking::Update {
+                self.track(target, Some(&old), &mut new, options, part);
+            }
+            if options.dry_run {
+                return Ok(Outcome::Kept(new));
+            }
+            match self
+                .store
+                .put(
+                    &record.key,
+                    object::encode(new),
+                    Expect::Revision(record.revision),
+                )
+                .await
+            {
+                Ok(record) => {
+                    reservation.keep();
+                    return Ok(Outcome::Kept(target.decode(&record)?));
+                }
+                Err(StoreError::Conflict { .. }) => {}
+                Err(StoreError::NotFound { .. }) => {
+                    return Err(Status::not_found(target.subject()));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(Status::modified(target.subject()))
+    }
+
+    /// Takes away an object whose deletion nothing holds back any more.
+    async fn remove_finished(
+        &self,
+        target: &Target,
+        record: &Record,
+        new: Value,
+        options: &WriteOptions,
+    ) -> Result<Outcome, Status> {
+        if !options.dry_run {
+            match self
+                .store
+                .delete(&record.key, Expect::Revision(record.revision))
+                .await
+            {
+                Ok(_) => self.services.release(target, &new),
+                Err(StoreError::NotFound { .. }) => {}
+                Err(StoreError::Conflict { .. }) => return Err(Status::modified(target.subject())),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(Outcome::Deleted(new))
+    }
+
+    /// Everything that must hold of an object before it is stored: 422 with all that does not.
+    fn check(&self, target: &Target, object: &Value, old: Option<&Value>) -> Result<(), Status> {
+        let resource = target.resource;
+        let strategy = strategy::of(resource);
+        let mut errors: Vec<FieldError> = Vec::new();
+        strategy::validate_metadata(object, resource, &mut errors);
+        strategy.validate(object, &mut errors);
+        if let Some(old) = old {
+            strategy.validate_update(object, old, &mut errors);
+        }
+        if errors.is_empty() {
+            return Ok(());
+        }
+        Err(Status::invalid(
+            resource.group,
+            resource.kind,
+            fields::name(object),
+            errors,
+        ))
+    }
+
+    /// Notes in managedFields who wrote what. Events are written once and never applied: not worth the bytes.
+    fn track(
+        &self,
+        target: &Target,
+        old: Option<&Value>,
+        new: &mut Value,
+        options: &WriteOptions,
+        part: Part,
+    ) {
+        if target.resource.plural == "events" {
+            return;
+        }
+        let now = fields::now();
+        let manager = patch::Manager {
+            name: &options.manager,
+            subresource: part.subresource(),
+            now: &now,
+        };
+        if old.is_some() || !new.has("/metadata/managedFields") {
+            patch::track_update(old, new, target.resource.ty.get(), manager);
+        }
+    }
+}
+
+/// Whether a write still has to be noted in managedFields; server-side apply has done it already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Tracking {
+    Update,
+    Done,
+}
+
+/// Sets the name that the path gives, or refuses another one.
+pub fn check_name(object: &mut Value, name: &str) -> Result<(), Status> {
+    match fields::name(object) {
+        "" => object.set("/metadata/name", name),
+        given if given != name => {
+            return Err(Status::bad_request(format!(
+                "the name of the object ({given}) does not match the name on the URL ({name})"
+            )));
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+fn generated_name(prefix: &str) -> String {
+    /// Names have at most this many bytes before the five random ones (63 in all).
+    const PREFIX_BYTES_MAX: usize = 58;
+    let mut end = prefix.len().min(PREFIX_BYTES_MAX);
+    while !prefix.is_char_boundary(end) {
+        end -= 1;
+    }
+    let mut rng = rand::rng();
+    let suffix: String = (0..5)
+        .map(|_| char::from(NAME_LETTERS[rng.random_range(0..NAME_LETTERS.len())]))
+        .collect();
+    format!("{}{suffix}", &prefix[..end])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn generated_names_stay_within_a_label() {
+        let name = generated_name(&"x".repeat(80));
+        assert_eq!(name.len(), 63);
+        assert_ne!(generated_name("a-"), generated_name("a-"));
+    }
+}
