@@ -1,10 +1,6 @@
 //! The control plane: API server, store, controllers, scheduler.
 
 #![deny(unsafe_code)]
-#![allow(
-    clippy::todo,
-    reason = "signatures that others code against; filled in by the commits that follow"
-)]
 
 pub mod api;
 pub mod auth;
