@@ -1,0 +1,160 @@
+//! Config: what the command line says, validated once.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+
+use clap::Parser;
+
+/// Flags are the command line of `keelway-kubelet` (docs/ARCHITECTURE.md, "Commands").
+#[derive(Parser, Debug, Clone)]
+#[command(
+    name = "keelway-kubelet",
+    version,
+    about = "Runs the pods of one Kubernetes node through CRI"
+)]
+pub struct Flags {
+    /// Name of the Node object
+    #[arg(long)]
+    pub node_name: String,
+    /// Address of the node: its InternalIP, and where the server listens
+    #[arg(long)]
+    pub node_ip: IpAddr,
+    /// Credentials for the API server
+    #[arg(long)]
+    pub kubeconfig: PathBuf,
+    /// Unix socket of the CRI runtime, with or without unix://
+    #[arg(long, default_value = "/run/containerd/containerd.sock")]
+    pub runtime_endpoint: String,
+    /// cgroup under which `kubepods` is made, relative to each hierarchy
+    #[arg(long, default_value = "/")]
+    pub cgroup_root: String,
+    /// Certificate chain of the server on port 10250
+    #[arg(long)]
+    pub tls_cert: PathBuf,
+    /// Private key of the server on port 10250
+    #[arg(long)]
+    pub tls_key: PathBuf,
+    /// Authority that clients of the server must be signed by
+    #[arg(long)]
+    pub client_ca: PathBuf,
+    /// Address of the cluster DNS (may be repeated)
+    #[arg(long)]
+    pub cluster_dns: Vec<IpAddr>,
+    /// Domain of the cluster
+    #[arg(long, default_value = "cluster.local")]
+    pub cluster_domain: String,
+    /// Where volumes are kept
+    #[arg(long, default_value = "/var/lib/kubelet")]
+    pub root_dir: PathBuf,
+    /// Where container logs are kept; containers' CRI log directory
+    #[arg(long, default_value = "/var/log/pods")]
+    pub log_dir: PathBuf,
+    /// resolv.conf that pods with dnsPolicy Default inherit
+    #[arg(long, default_value = "/etc/resolv.conf")]
+    pub resolv_conf: PathBuf,
+    /// Port of the HTTPS server
+    #[arg(long, default_value_t = 10250)]
+    pub port: u16,
+    /// Address of the plain health endpoint
+    #[arg(long, default_value = "127.0.0.1:10248")]
+    pub healthz: SocketAddr,
+    /// Pods that fit on this node
+    #[arg(long, default_value_t = 110)]
+    pub max_pods: u32,
+}
+
+/// A ConfigError names the flag that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("--runtime-endpoint {0}: only Unix sockets are supported (unix:///path or /path)")]
+    Endpoint(String),
+    #[error("--{flag} {path}: {source}")]
+    Unreadable {
+        flag: &'static str,
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("--cgroup-root {0}: must be an absolute path without `..`")]
+    CgroupRoot(String),
+    #[error("--{flag} {path}: must be an absolute path")]
+    Relative { flag: &'static str, path: PathBuf },
+}
+
+/// A Config is what the rest of the kubelet reads. Nothing else reads flags or the environment.
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub node_name: String,
+    pub node_ip: IpAddr,
+    pub kubeconfig: PathBuf,
+    pub runtime_socket: PathBuf,
+    /// Absolute, without a trailing slash; empty for the root of the hierarchy.
+    pub cgroup_root: String,
+    pub tls_cert: PathBuf,
+    pub tls_key: PathBuf,
+    pub client_ca: PathBuf,
+    pub cluster_dns: Vec<IpAddr>,
+    pub cluster_domain: String,
+    pub root_dir: PathBuf,
+    pub log_dir: PathBuf,
+    pub resolv_conf: PathBuf,
+    pub port: u16,
+    pub healthz: SocketAddr,
+    pub pods_max: u32,
+}
+
+impl TryFrom<Flags> for Config {
+    type Error = ConfigError;
+
+    fn try_from(flags: Flags) -> Result<Self, ConfigError> {
+        let socket = flags
+            .runtime_endpoint
+            .strip_prefix("unix://")
+            .unwrap_or(&flags.runtime_endpoint);
+        if !socket.starts_with('/') {
+            return Err(ConfigError::Endpoint(flags.runtime_endpoint));
+        }
+        if !flags.cgroup_root.starts_with('/')
+            || flags.cgroup_root.split('/').any(|part| part == "..")
+        {
+            return Err(ConfigError::CgroupRoot(flags.cgroup_root));
+        }
+        for (flag, path) in [("root-dir", &flags.root_dir), ("log-dir", &flags.log_dir)] {
+            if !path.is_absolute() {
+                return Err(ConfigError::Relative {
+                    flag,
+                    path: path.clone(),
+                });
+            }
+        }
+        for (flag, path) in [
+            ("kubeconfig", &flags.kubeconfig),
+            ("tls-cert", &flags.tls_cert),
+            ("tls-key", &flags.tls_key),
+            ("client-ca", &flags.client_ca),
+        ] {
+            std::fs::File::open(path).map_err(|source| ConfigError::Unreadable {
+                flag,
+                path: path.clone(),
+                source,
+            })?;
+        }
+        Ok(Self {
+            runtime_socket: PathBuf::from(socket),
+            cgroup_root: flags.cgroup_root.trim_end_matches('/').to_owned(),
+            node_name: flags.node_name,
+            node_ip: flags.node_ip,
+            kubeconfig: flags.kubeconfig,
+            tls_cert: flags.tls_cert,
+            tls_key: flags.tls_key,
+            client_ca: flags.client_ca,
+            cluster_dns: flags.cluster_dns,
+            cluster_domain: flags.cluster_domain.trim_matches('.').to_owned(),
+            root_dir: flags.root_dir,
+            log_dir: flags.log_dir,
+            resolv_conf: flags.resolv_conf,
+            port: flags.port,
+            healthz: flags.healthz,
+            pods_max: flags.max_pods,
+        })
+    }
+}

@@ -1,0 +1,686 @@
+//! operations: carrying out one `Op` of a plan.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use k8s_cri::v1::Mount;
+use k8s_openapi::api::core::v1::{Container, LifecycleHandler, Pod};
+use tokio::sync::{Mutex, mpsc, watch};
+
+use super::container::{Start, container_config, termination_path};
+use super::env::{Objects, Place, environment};
+use super::plan::{Op, StopReason};
+use super::sandbox::{
+    ClusterDns, Resolv, host_aliases, hosts_file, log_directory_name, sandbox_config,
+};
+use super::status::NodeFacts;
+use super::worker::Signal;
+use super::{PodKey, all_containers, host_network};
+use crate::cgroup::{Cgroups, pod_cgroup};
+use crate::clock::Clock;
+use crate::cluster::{Cluster, EventKind, Reference, Token};
+use crate::config::Config;
+use crate::probe::{Target, run_handler};
+use crate::runtime::{ExitSource, ImageView, Runtime};
+use crate::volume::payload::{Needs, Sources, TokenKey, env_needs, payload, volume_needs};
+use crate::volume::{PodFolder, VolumeError, VolumeKind, container_mounts, place, tree};
+
+/// Least time that a container gets between its SIGTERM and its SIGKILL when a preStop hook used up the rest (upstream's).
+const AFTER_PRE_STOP_S: i64 = 2;
+
+/// A Context is what every pod of the node shares.
+pub struct Context {
+    pub config: Arc<Config>,
+    pub runtime: Arc<dyn Runtime>,
+    pub cluster: Arc<dyn Cluster>,
+    pub clock: Arc<dyn Clock>,
+    pub cgroups: Cgroups,
+    pub node: NodeFacts,
+    pub runtime_name: String,
+    pub cpu_milli: i64,
+    pub memory_bytes: i64,
+    pub network_ready: watch::Receiver<bool>,
+    pub exit_source: watch::Receiver<ExitSource>,
+}
+
+/// A Failed operation in the words of the API.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failed {
+    pub reason: &'static str,
+    pub message: String,
+    /// First wait before the next try, and the longest, in seconds.
+    pub wait_s: (u64, u64),
+}
+
+fn failed(reason: &'static str, message: impl ToString, wait_s: (u64, u64)) -> Failed {
+    Failed {
+        reason,
+        message: message.to_string(),
+        wait_s,
+    }
+}
+
+/// What an operation leaves behind for the worker.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Done {
+    /// When tokens in the volumes must be renewed; set by PrepareVolumes.
+    pub refresh_at: Option<Timestamp>,
+}
+
+/// A Job is one operation on one pod.
+pub struct Job {
+    pub context: Arc<Context>,
+    pub pod: Arc<Pod>,
+    pub pod_ips: Vec<String>,
+    pub tokens: Arc<Mutex<BTreeMap<TokenKey, Token>>>,
+    pub signals: mpsc::UnboundedSender<Signal>,
+}
+
+impl Job {
+    /// Does it.
+    pub async fn execute(&self, op: Op) -> Result<Done, Failed> {
+        let runtime = &self.context.runtime;
+        let unable =
+            |reason| move |error: crate::runtime::RuntimeError| failed(reason, error, (1, 30));
+        match op {
+            Op::PrepareVolumes => self.prepare_volumes().await,
+            Op::RunSandbox {
+                attempt,
+                stop_first,
+            } => self.run_sandbox(attempt, stop_first).await,
+            Op::StopSandbox { id } => runtime
+                .stop_sandbox(&id)
+                .await
+                .map(|()| Done::default())
+                .map_err(unable("FailedKillPod")),
+            Op::RemoveSandbox { id } => runtime
+                .remove_sandbox(&id)
+                .await
+                .map(|()| Done::default())
+                .map_err(unable("FailedKillPod")),
+            Op::RemoveContainer { id } => runtime
+                .remove_container(&id)
+                .await
+                .map(|()| Done::default())
+                .map_err(unable("FailedKillPod")),
+            Op::StartContainer {
+                name,
+                attempt,
+                sandbox_id,
+                backoff_s,
+            } => {
+                self.start_container(&name, attempt, &sandbox_id, backoff_s)
+                    .await
+            }
+            Op::StopContainer {
+                name,
+                id,
+                deadline,
+                reason,
+                ..
+            } => self.stop_container(&name, &id, deadline, reason).await,
+            Op::KillContainer { id, grace_s, .. } => runtime
+                .stop_container(&id, grace_s)
+                .await
+                .map(|()| Done::default())
+                .map_err(unable("FailedKillPod")),
+            Op::Clean => self.clean().await,
+        }
+    }
+
+    fn key(&self) -> PodKey {
+        PodKey::of(&self.pod)
+    }
+
+    fn folder(&self) -> PodFolder {
+        PodFolder::new(&self.context.config.root_dir, &self.key().uid)
+    }
+
+    fn log_directory(&self) -> PathBuf {
+        self.context
+            .config
+            .log_dir
+            .join(log_directory_name(&self.key()))
+    }
+
+    fn place(&self) -> Place {
+        let context = &self.context;
+        Place {
+            pod_ips: if host_network(&self.pod) {
+                context.node.ips.clone()
+            } else {
+                self.pod_ips.clone()
+            },
+            host_ips: context.node.ips.clone(),
+            allocatable_cpu_milli: context.cpu_milli,
+            allocatable_memory_bytes: context.memory_bytes,
+        }
+    }
+
+    fn event(
+        &self,
+        container: Option<&str>,
+        kind: EventKind,
+        reason: &'static str,
+        message: impl ToString,
+    ) {
+        self.context
+            .cluster
+            .event(&self.pod, container, kind, reason, message.to_string());
+    }
+
+    async fn objects(&self, needs: &Needs) -> Result<Objects, VolumeError> {
+        let namespace = self.key().namespace;
+        let mut objects = Objects::default();
+        for name in &needs.config_maps {
+            let found = self.context.cluster.config_map(&namespace, name).await;
+            let found = found.map_err(|e| VolumeError::Api {
+                object: format!("configmap {name}"),
+                message: e.to_string(),
+            })?;
+            objects
+                .config_maps
+                .extend(found.map(|map| (name.clone(), map)));
+        }
+        for name in &needs.secrets {
+            let found = self.context.cluster.secret(&namespace, name).await;
+            let found = found.map_err(|e| VolumeError::Api {
+                object: format!("secret {name}"),
+                message: e.to_string(),
+            })?;
+            objects
+                .secrets
+                .extend(found.map(|secret| (name.clone(), secret)));
+        }
+        Ok(objects)
+    }
+
+    async fn prepare_volumes(&self) -> Result<Done, Failed> {
+        match self.fill_volumes().await {
+            Ok(refresh_at) => Ok(Done { refresh_at }),
+            Err(error) => {
+                let message = format!("MountVolume.SetUp failed for {error}");
+                self.event(None, EventKind::Warning, "FailedMount", &message);
+                Err(failed("ContainerCreating", message, (1, 30)))
+            }
+        }
+    }
+
+    async fn fill_volumes(&self) -> Result<Option<Timestamp>, VolumeError> {
+        let Some(spec) = &self.pod.spec else {
+            return Ok(None);
+        };
+        let folder = self.folder();
+        let needs = volume_needs(spec);
+        let objects = self.objects(&needs).await?;
+        let mut refresh_at = None;
+        let mut tokens = BTreeMap::new();
+        let mut kept = self.tokens.lock().await;
+        for key in needs.tokens {
+            let now = self.context.clock.now();
+            let token = match kept.get(&key) {
+                Some(token) if token.refresh_at > now => token.clone(),
+                _ => {
+                    let token = self
+                        .context
+                        .cluster
+                        .token(&self.pod, key.0.as_deref(), key.1)
+                        .await;
+                    token.map_err(|e| VolumeError::Token {
+                        volume: String::new(),
+                        message: e.to_string(),
+                    })?
+                }
+            };
+            refresh_at =
+                Some(refresh_at.map_or(token.refresh_at, |at: Timestamp| at.min(token.refresh_at)));
+            tokens.insert(key.clone(), token.value.clone());
+            kept.insert(key, token);
+        }
+        drop(kept);
+        let place = self.place();
+        let sources = Sources {
+            pod: &self.pod,
+            objects: &objects,
+            tokens: &tokens,
+            place: &place,
+        };
+        let group = place::fs_group(&self.pod);
+        for volume in spec.volumes.iter().flatten() {
+            let path = place::prepare(&self.pod, volume, &folder)?;
+            if let Some(files) = payload(volume, &sources)? {
+                tree::write(&volume.name, &path, &files, group, self.context.clock.now())?;
+            }
+        }
+        Ok(refresh_at)
+    }
+
+    fn sandbox_config(&self, attempt: u32) -> k8s_cri::v1::PodSandboxConfig {
+        let config = &self.context.config;
+        let host = std::fs::read_to_string(&config.resolv_conf)
+            .map(|text| Resolv::parse(&text))
+            .unwrap_or_default();
+        let dns = ClusterDns {
+            servers: &config.cluster_dns,
+            domain: &config.cluster_domain,
+            host: &host,
+        };
+        let cgroup = pod_cgroup(self.context.cgroups.root(), &self.pod);
+        let logs = self.log_directory();
+        sandbox_config(
+            &self.pod,
+            attempt,
+            &cgroup,
+            &logs.to_string_lossy(),
+            &dns,
+            &config.node_name,
+        )
+    }
+
+    async fn run_sandbox(&self, attempt: u32, stop_first: Vec<String>) -> Result<Done, Failed> {
+        let unable = |message: String| {
+            self.event(
+                None,
+                EventKind::Warning,
+                "FailedCreatePodSandBox",
+                format!("Failed to create pod sandbox: {message}"),
+            );
+            failed("ContainerCreating", message, (1, 30))
+        };
+        for id in stop_first {
+            self.context
+                .runtime
+                .stop_sandbox(&id)
+                .await
+                .map_err(|e| unable(e.to_string()))?;
+        }
+        self.context
+            .cgroups
+            .make_pod(&self.pod)
+            .map_err(|e| unable(e.to_string()))?;
+        let logs = self.log_directory();
+        tokio::fs::create_dir_all(&logs)
+            .await
+            .map_err(|e| unable(format!("cannot make {}: {e}", logs.display())))?;
+        self.context
+            .runtime
+            .run_sandbox(self.sandbox_config(attempt))
+            .await
+            .map_err(|e| unable(e.to_string()))?;
+        Ok(Done::default())
+    }
+
+    async fn image(&self, container: &Container) -> Result<ImageView, Failed> {
+        let name = container.image.clone().unwrap_or_default();
+        let event = |kind, reason, message: String| {
+            self.event(Some(&container.name), kind, reason, message)
+        };
+        let inspect = |e: crate::runtime::RuntimeError| failed("ImageInspectError", e, (10, 300));
+        let policy =
+            container
+                .image_pull_policy
+                .as_deref()
+                .unwrap_or_else(|| match name.rsplit_once(':') {
+                    Some((_, tag)) if tag != "latest" && !tag.contains('/') => "IfNotPresent",
+                    _ => "Always",
+                });
+        let present = self.context.runtime.image(&name).await.map_err(inspect)?;
+        match (policy, present) {
+            ("Never", None) => {
+                let message =
+                    format!("Container image \"{name}\" is not present with pull policy of Never");
+                event(EventKind::Warning, "ErrImageNeverPull", message.clone());
+                // Only an import can help, and that is looked for often: it costs one local call.
+                return Err(failed("ErrImageNeverPull", message, (2, 10)));
+            }
+            ("Never" | "IfNotPresent", Some(image)) => {
+                event(
+                    EventKind::Normal,
+                    "Pulled",
+                    format!("Container image \"{name}\" already present on machine"),
+                );
+                return Ok(image);
+            }
+            _ => {}
+        }
+        event(
+            EventKind::Normal,
+            "Pulling",
+            format!("Pulling image \"{name}\""),
+        );
+        let started = tokio::time::Instant::now();
+        if let Err(error) = self
+            .context
+            .runtime
+            .pull(&name, None, self.sandbox_config(0))
+            .await
+        {
+            let message = format!("Failed to pull image \"{name}\": {error}");
+            event(EventKind::Warning, "Failed", message.clone());
+            return Err(failed("ErrImagePull", message, (10, 300)));
+        }
+        event(
+            EventKind::Normal,
+            "Pulled",
+            format!(
+                "Successfully pulled image \"{name}\" in {} ms",
+                started.elapsed().as_millis()
+            ),
+        );
+        let present = self.context.runtime.image(&name).await.map_err(inspect)?;
+        present.ok_or_else(|| {
+            failed(
+                "ImageInspectError",
+                format!("image \"{name}\" is not there after its pull"),
+                (10, 300),
+            )
+        })
+    }
+
+    async fn start_container(
+        &self,
+        name: &str,
+        attempt: u32,
+        sandbox_id: &str,
+        backoff_s: u64,
+    ) -> Result<Done, Failed> {
+        let spec = self.pod.spec.as_ref();
+        let container = spec
+            .into_iter()
+            .flat_map(all_containers)
+            .find(|(c, _)| c.name == name)
+            .map(|(c, _)| c);
+        let Some(container) = container else {
+            return Err(failed(
+                "CreateContainerConfigError",
+                format!("the pod has no container {name}"),
+                (10, 300),
+            ));
+        };
+        let image = self.image(container).await?;
+        let bad = |message: String| {
+            self.event(
+                Some(name),
+                EventKind::Warning,
+                "Failed",
+                format!("Error: {message}"),
+            );
+            failed("CreateContainerConfigError", message, (1, 30))
+        };
+        let mut objects = self
+            .objects(&env_needs(container))
+            .await
+            .map_err(|e| bad(e.to_string()))?;
+        objects.services = self.context.cluster.services().await;
+        let env = environment(&self.pod, container, &objects, &self.place())
+            .map_err(|e| bad(e.to_string()))?;
+        let mounts = self
+            .mounts(container, attempt, &env)
+            .map_err(|e| bad(e.to_string()))?;
+        let node_memory_bytes = self.context.memory_bytes;
+        let start = Start {
+            attempt,
+            backoff_s,
+            env: &env,
+            mounts,
+            image: &image,
+            node_memory_bytes,
+        };
+        let config =
+            container_config(&self.pod, container, start).map_err(|e| bad(e.to_string()))?;
+        let unable = |reason: &'static str, message: String| {
+            self.event(
+                Some(name),
+                EventKind::Warning,
+                "Failed",
+                format!("Error: {message}"),
+            );
+            failed(reason, message, (10, 300))
+        };
+        let runtime = &self.context.runtime;
+        let created = runtime
+            .create_container(sandbox_id, config, self.sandbox_config(0))
+            .await;
+        let id = created.map_err(|e| unable("CreateContainerError", e.to_string()))?;
+        self.event(
+            Some(name),
+            EventKind::Normal,
+            "Created",
+            format!("Created container: {name}"),
+        );
+        let hook = container
+            .lifecycle
+            .as_ref()
+            .and_then(|l| l.post_start.as_ref());
+        if hook.is_some() {
+            let _ = self.signals.send(Signal::HookBegins {
+                container_id: id.clone(),
+            });
+        }
+        runtime
+            .start_container(&id)
+            .await
+            .map_err(|e| unable("RunContainerError", e.to_string()))?;
+        self.event(
+            Some(name),
+            EventKind::Normal,
+            "Started",
+            format!("Started container {name}"),
+        );
+        if let Some(hook) = hook {
+            self.post_start(container, &id, hook).await;
+        }
+        Ok(Done::default())
+    }
+
+    async fn post_start(&self, container: &Container, id: &str, hook: &LifecycleHandler) {
+        let _ = self.signals.send(Signal::Look);
+        let pod_ip = self.place().pod_ips.first().cloned().unwrap_or_default();
+        let target = Target {
+            runtime: self.context.runtime.as_ref(),
+            container_id: id,
+            container,
+            pod_ip: &pod_ip,
+        };
+        // A hook has no time limit of its own; the pod's end bounds it, since that stops the container.
+        let answer = run_handler(&target, hook, Duration::from_secs(24 * 3600)).await;
+        if let Err(message) = answer {
+            self.event(
+                Some(&container.name),
+                EventKind::Warning,
+                "FailedPostStartHook",
+                format!("PostStartHook failed: {message}"),
+            );
+            let grace_s = super::spec_grace_s(&self.pod);
+            if let Err(error) = self.context.runtime.stop_container(id, grace_s).await {
+                tracing::warn!(pod = %self.key(), container = container.name, %error, "cannot stop a container whose postStart hook failed");
+            }
+        }
+        let _ = self.signals.send(Signal::HookEnds {
+            container_id: id.to_owned(),
+        });
+    }
+
+    fn mounts(
+        &self,
+        container: &Container,
+        attempt: u32,
+        env: &[(String, String)],
+    ) -> Result<Vec<Mount>, VolumeError> {
+        let folder = self.folder();
+        let mut mounts = container_mounts(&self.pod, container, &folder, env)?;
+        let taken = |mounts: &[Mount], path: &str| {
+            mounts
+                .iter()
+                .any(|m| m.container_path.trim_end_matches('/') == path)
+        };
+        let io = |operation: &'static str, path: &std::path::Path| {
+            let path = path.display().to_string();
+            move |error: std::io::Error| VolumeError::Io {
+                volume: "the pod's own files".to_owned(),
+                operation,
+                path,
+                message: error.to_string(),
+            }
+        };
+        if !taken(&mounts, "/etc/hosts") {
+            let path = folder.hosts_file();
+            let text = if host_network(&self.pod) {
+                std::fs::read_to_string("/etc/hosts").unwrap_or_default() + &host_aliases(&self.pod)
+            } else {
+                hosts_file(
+                    &self.pod,
+                    &self.pod_ips,
+                    &self.context.config.cluster_domain,
+                )
+            };
+            std::fs::create_dir_all(&folder.0).map_err(io("make", &folder.0))?;
+            if std::fs::read_to_string(&path).ok().as_ref() != Some(&text) {
+                std::fs::write(&path, text).map_err(io("write", &path))?;
+            }
+            mounts.push(bind("/etc/hosts", &path));
+        }
+        let path = folder.termination_log(&container.name, attempt);
+        if let Some(parent) = path.parent() {
+            std::fs::create_dir_all(parent).map_err(io("make", parent))?;
+        }
+        std::fs::write(&path, "").map_err(io("write", &path))?;
+        let anyone = std::os::unix::fs::PermissionsExt::from_mode(0o666);
+        std::fs::set_permissions(&path, anyone).map_err(io("chmod", &path))?;
+        mounts.push(bind(termination_path(container), &path));
+        Ok(mounts)
+    }
+
+    async fn stop_container(
+        &self,
+        name: &str,
+        id: &str,
+        deadline: Timestamp,
+        reason: StopReason,
+    ) -> Result<Done, Failed> {
+        let message = match reason {
+            StopReason::PodEnding => format!("Stopping container {name}"),
+            StopReason::SandboxGone => {
+                format!("Stopping container {name}: the pod's sandbox is gone")
+            }
+            StopReason::ImageChanged => {
+                format!("Container {name} definition changed, will be restarted")
+            }
+            StopReason::LivenessFailed => {
+                format!("Container {name} failed liveness probe, will be restarted")
+            }
+            StopReason::StartupFailed => {
+                format!("Container {name} failed startup probe, will be restarted")
+            }
+        };
+        self.event(Some(name), EventKind::Normal, "Killing", message);
+        let spec = self.pod.spec.as_ref();
+        let container = spec
+            .into_iter()
+            .flat_map(all_containers)
+            .find(|(c, _)| c.name == name)
+            .map(|(c, _)| c);
+        let hook = container
+            .and_then(|c| c.lifecycle.as_ref())
+            .and_then(|l| l.pre_stop.as_ref());
+        let left_ms = || {
+            deadline
+                .duration_since(self.context.clock.now())
+                .as_millis()
+                .max(0)
+        };
+        let mut grace_s = ceil_s(left_ms());
+        if let (Some(container), Some(hook), true) = (container, hook, grace_s > 0) {
+            let pod_ip = self.place().pod_ips.first().cloned().unwrap_or_default();
+            let target = Target {
+                runtime: self.context.runtime.as_ref(),
+                container_id: id,
+                container,
+                pod_ip: &pod_ip,
+            };
+            let limit = Duration::from_millis(u64::try_from(left_ms()).unwrap_or(0));
+            if let Err(message) = run_handler(&target, hook, limit).await {
+                self.event(
+                    Some(name),
+                    EventKind::Warning,
+                    "FailedPreStopHook",
+                    format!("PreStopHook failed: {message}"),
+                );
+            }
+            grace_s = ceil_s(left_ms()).max(AFTER_PRE_STOP_S);
+        }
+        let answer = self.context.runtime.stop_container(id, grace_s).await;
+        answer
+            .map(|()| Done::default())
+            .map_err(|e| failed("FailedKillPod", e, (1, 30)))
+    }
+
+    async fn clean(&self) -> Result<Done, Failed> {
+        let (folder, logs, cgroups, uid) = (
+            self.folder(),
+            self.log_directory(),
+            self.context.cgroups.clone(),
+            self.key().uid,
+        );
+        let cleaned = tokio::task::spawn_blocking(move || {
+            cgroups.remove_uid(&uid);
+            place::remove(&folder)?;
+            match std::fs::remove_dir_all(&logs) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+                _ => Ok(()),
+            }
+        });
+        match cleaned.await {
+            Ok(Ok(())) => Ok(Done::default()),
+            Ok(Err(error)) => Err(failed("FailedUnmount", error, (1, 30))),
+            Err(error) => Err(failed("FailedUnmount", error, (1, 30))),
+        }
+    }
+}
+
+fn ceil_s(milliseconds: i128) -> i64 {
+    i64::try_from((milliseconds + 999) / 1000).unwrap_or(i64::MAX)
+}
+
+fn bind(container_path: &str, host_path: &std::path::Path) -> Mount {
+    Mount {
+        container_path: container_path.to_owned(),
+        host_path: host_path.to_string_lossy().into_owned(),
+        ..Default::default()
+    }
+}
+
+/// The objects whose changes a pod's generated volumes follow.
+pub fn references(pod: &Pod) -> Vec<Reference> {
+    let Some(spec) = &pod.spec else {
+        return Vec::new();
+    };
+    let namespace = pod.metadata.namespace.clone().unwrap_or_default();
+    let needs = volume_needs(spec);
+    let maps = needs
+        .config_maps
+        .into_iter()
+        .map(|name| Reference::ConfigMap {
+            namespace: namespace.clone(),
+            name,
+        });
+    let secrets = needs.secrets.into_iter().map(|name| Reference::Secret {
+        namespace: namespace.clone(),
+        name,
+    });
+    maps.chain(secrets).collect()
+}
+
+/// Whether a pod has volumes that its own metadata is written into.
+pub fn shows_metadata(pod: &Pod) -> bool {
+    let volumes = pod.spec.iter().flat_map(|s| s.volumes.iter().flatten());
+    volumes.into_iter().any(|v| {
+        matches!(
+            VolumeKind::of(v),
+            Some(VolumeKind::DownwardApi | VolumeKind::Projected)
+        )
+    })
+}

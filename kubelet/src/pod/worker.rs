@@ -1,0 +1,602 @@
+//! worker: the loop that keeps one pod as it should be: look, plan, start operations, report, wait for news.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Pod;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{Mutex, mpsc};
+use tokio::time::Instant;
+
+use super::memory::{Memory, OpKey, Verdicts, at_ns};
+use super::operations::{Context, Done, Failed, Job, references, shows_metadata};
+use super::plan::{Op, Situation, StopReason, current_sandbox, is_started, plan};
+use super::report::Reporter;
+use super::status::{Report, known_status, status};
+use super::{PodKey, all_containers, host_network, is_sidecar};
+use crate::cluster::{EventKind, Interest, Reference};
+use crate::probe::{self, Finding, ProbeKind, Subject};
+use crate::runtime::{ContainerPhase, ContainerView, ExitSource, PodView};
+use crate::task::Scoped;
+use crate::volume::PodFolder;
+use crate::volume::payload::TokenKey;
+
+/// How often a worker looks even if nothing is announced: a safety net, as announcements may be lost.
+const LOOK_PERIOD: Duration = Duration::from_secs(10);
+/// The same while containers run under a runtime that announces nothing.
+const LOOK_PERIOD_UNANNOUNCED: Duration = Duration::from_secs(1);
+/// How soon a look is repeated after the runtime could not be reached.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
+/// A termination message is cut to this (upstream's figure).
+const TERMINATION_MESSAGE_BYTES_MAX: usize = 4096;
+
+/// A Signal is news for a worker.
+#[derive(Debug)]
+pub enum Signal {
+    /// The pod's object has changed.
+    Pod(Arc<Pod>),
+    /// The pod's object is gone.
+    Removed,
+    /// Something changed in the runtime.
+    Look,
+    /// A container or sandbox of this id, perhaps one of ours, changed in the runtime.
+    Changed(Arc<str>),
+    OpDone {
+        key: OpKey,
+        result: Result<Done, Failed>,
+    },
+    Probed(Finding),
+    HookBegins {
+        container_id: String,
+    },
+    HookEnds {
+        container_id: String,
+    },
+}
+
+/// A Handle reaches a worker from outside.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    pub signals: mpsc::UnboundedSender<Signal>,
+}
+
+/// A Worker owns one pod.
+pub struct Worker {
+    context: Arc<Context>,
+    key: PodKey,
+    pod: Arc<Pod>,
+    removed: bool,
+    view: PodView,
+    memory: Memory,
+    first_seen: Timestamp,
+    signals: mpsc::UnboundedSender<Signal>,
+    inbox: mpsc::UnboundedReceiver<Signal>,
+    probes: HashMap<(String, ProbeKind), Scoped>,
+    tokens: Arc<Mutex<BTreeMap<TokenKey, crate::cluster::Token>>>,
+    reporter: Reporter,
+    /// Keeps the pod's ConfigMaps and Secrets under watch.
+    _interest: Option<Interest>,
+    looked: Option<Instant>,
+    stale: bool,
+}
+
+impl Worker {
+    /// A worker for a pod, and the handle to it. `removed`: the pod is known from the runtime only.
+    pub fn new(context: Arc<Context>, pod: Arc<Pod>, removed: bool) -> (Self, Handle) {
+        let (signals, inbox) = mpsc::unbounded_channel();
+        let key = PodKey::of(&pod);
+        let reporter = Reporter::start(
+            context.cluster.clone(),
+            key.clone(),
+            pod.status.clone().unwrap_or_default(),
+        );
+        let worker = Self {
+            first_seen: context.clock.now(),
+            _interest: (!removed).then(|| context.cluster.follow(references(&pod))),
+            context,
+            key,
+            pod,
+            removed,
+            view: PodView::default(),
+            memory: Memory::default(),
+            signals: signals.clone(),
+            inbox,
+            probes: HashMap::new(),
+            tokens: Arc::default(),
+            reporter,
+            looked: None,
+            stale: true,
+        };
+        (worker, Handle { signals })
+    }
+
+    /// Runs until the pod is gone from the runtime and from the API.
+    pub async fn run(mut self) -> PodKey {
+        let mut network = self.context.network_ready.clone();
+        let mut changes = self.context.cluster.changes();
+        let mut first = true;
+        loop {
+            if self.stale {
+                match self.context.runtime.observe(&self.key.uid).await {
+                    Ok(view) => {
+                        self.stale = false;
+                        self.looked = Some(Instant::now());
+                        self.take_note(view);
+                        if std::mem::take(&mut first) {
+                            self.adopt();
+                        }
+                    }
+                    Err(error) => tracing::warn!(pod = %self.key, %error, "cannot look at the pod"),
+                }
+            }
+            let mut wake = Instant::now() + LOOK_AGAIN;
+            // Without one good look nothing is known, and nothing may be started.
+            if !first {
+                let now = self.context.clock.now();
+                let network_ready = *network.borrow_and_update();
+                let situation = Situation {
+                    pod: &self.pod,
+                    view: &self.view,
+                    memory: &self.memory,
+                    now,
+                    network_ready,
+                    removed: self.removed,
+                };
+                if self.memory.ending_since.is_none()
+                    && super::plan::is_ending(&self.pod, self.removed)
+                {
+                    self.memory.ending_since = Some(self.ending_since(now));
+                    continue;
+                }
+                let plan = plan(&situation);
+                for op in plan.ops {
+                    self.launch(op);
+                }
+                self.keep_probes();
+                self.report();
+                if plan.finished && self.finish().await {
+                    return self.key;
+                }
+                if !self.stale {
+                    wake = self.next_look();
+                }
+                if let Some(at) = plan.wake_at {
+                    let wait = at.duration_since(now).unsigned_abs();
+                    wake = wake.min(Instant::now() + wait + Duration::from_millis(1));
+                }
+            }
+            tokio::select! {
+                signal = self.inbox.recv() => {
+                    let Some(signal) = signal else { return self.key };
+                    self.take(signal);
+                    while let Ok(signal) = self.inbox.try_recv() {
+                        self.take(signal);
+                    }
+                }
+                _ = network.changed() => {}
+                change = changes.recv() => match change {
+                    Ok(reference) => self.object_changed(&reference),
+                    Err(RecvError::Lagged(_)) => self.memory.volumes_stale = self.memory.volumes_ready,
+                    Err(RecvError::Closed) => tokio::time::sleep_until(wake).await,
+                },
+                () = tokio::time::sleep_until(wake) => self.stale |= self.next_look() <= Instant::now(),
+            }
+        }
+    }
+
+    fn next_look(&self) -> Instant {
+        let running = self
+            .view
+            .containers
+            .iter()
+            .any(|c| c.phase == ContainerPhase::Running);
+        let unannounced = *self.context.exit_source.borrow() == ExitSource::Relist;
+        let period = if running && unannounced {
+            LOOK_PERIOD_UNANNOUNCED
+        } else {
+            LOOK_PERIOD
+        };
+        self.looked.map_or_else(Instant::now, |at| at + period)
+    }
+
+    /// When the end of the pod began. A deletion that was under way before this kubelet started is not begun anew.
+    fn ending_since(&self, now: Timestamp) -> Timestamp {
+        let meta = &self.pod.metadata;
+        let asked = match (&meta.deletion_timestamp, meta.deletion_grace_period_seconds) {
+            (Some(at), Some(grace_s)) => at.0 - jiff::SignedDuration::from_secs(grace_s),
+            _ => now,
+        };
+        // Times in the API are cut to seconds, and clocks differ a little.
+        if now.duration_since(asked) < jiff::SignedDuration::from_secs(3) {
+            now
+        } else {
+            asked
+        }
+    }
+
+    /// What the last kubelet reported holds until probes say otherwise: a restart of the kubelet takes no pod out of service.
+    fn adopt(&mut self) {
+        let Some(spec) = &self.pod.spec else { return };
+        for (container, _) in all_containers(spec) {
+            let Some(run) = self
+                .view
+                .latest(&container.name)
+                .filter(|run| run.phase == ContainerPhase::Running)
+            else {
+                continue;
+            };
+            let Some(known) = known_status(&self.pod, container) else {
+                continue;
+            };
+            if known
+                .container_id
+                .as_deref()
+                .and_then(|id| id.rsplit_once("://"))
+                .map(|(_, id)| id)
+                != Some(run.id.as_str())
+            {
+                continue;
+            }
+            let started = known.started.filter(|started| *started);
+            let verdicts = Verdicts {
+                startup: started,
+                readiness: started.map(|_| known.ready),
+                ..Default::default()
+            };
+            self.memory.verdicts.insert(run.id.clone(), verdicts);
+        }
+    }
+
+    /// Takes over a look at the runtime.
+    fn take_note(&mut self, view: PodView) {
+        for run in view.containers.iter().rev() {
+            let fresh_end = run.phase == ContainerPhase::Exited
+                && !self.memory.termination_messages.contains_key(&run.id);
+            if fresh_end {
+                let message = self.termination_message(run);
+                self.memory
+                    .termination_messages
+                    .insert(run.id.clone(), message);
+            }
+            let newer = self
+                .memory
+                .last_seen
+                .get(&run.name)
+                .is_none_or(|known| known.attempt <= run.attempt);
+            if newer {
+                self.memory.last_seen.insert(run.name.clone(), run.clone());
+            }
+        }
+        for known in self.memory.last_seen.values_mut() {
+            let gone = !view.containers.iter().any(|c| c.id == known.id);
+            if gone && known.phase != ContainerPhase::Exited {
+                // It vanished while it ran: how it ended will never be known.
+                known.phase = ContainerPhase::Exited;
+                known.exit_code = 137;
+                known.reason = "ContainerStatusUnknown".to_owned();
+                known.message =
+                    "The container could not be located when the pod was looked at".to_owned();
+                known.finished_at_ns =
+                    i64::try_from(self.context.clock.now().as_nanosecond()).unwrap_or(0);
+            }
+        }
+        let alive = |id: &str| {
+            view.containers
+                .iter()
+                .any(|c| c.id == id && c.phase != ContainerPhase::Exited)
+        };
+        self.memory.verdicts.retain(|id, _| alive(id));
+        self.memory.stop_deadlines.retain(|id, _| alive(id));
+        self.memory.post_start.retain(|id| {
+            alive(id)
+                || self
+                    .memory
+                    .in_flight
+                    .iter()
+                    .any(|key| matches!(key, OpKey::Start(_)))
+        });
+        self.view = view;
+    }
+
+    fn termination_message(&self, run: &ContainerView) -> String {
+        let path = PodFolder::new(&self.context.config.root_dir, &self.key.uid)
+            .termination_log(&run.name, run.attempt);
+        let bytes = std::fs::read(path).unwrap_or_default();
+        let bytes = &bytes[..bytes.len().min(TERMINATION_MESSAGE_BYTES_MAX)];
+        if !bytes.is_empty() {
+            return String::from_utf8_lossy(bytes).into_owned();
+        }
+        let spec = self.pod.spec.as_ref();
+        let container = spec
+            .into_iter()
+            .flat_map(all_containers)
+            .map(|(c, _)| c)
+            .find(|c| c.name == run.name);
+        let falls_back = container.and_then(|c| c.termination_message_policy.as_deref())
+            == Some("FallbackToLogsOnError");
+        if falls_back && run.exit_code != 0 {
+            return crate::logs::last_words(
+                std::path::Path::new(&run.log_path),
+                TERMINATION_MESSAGE_BYTES_MAX / 2,
+            );
+        }
+        run.message.clone()
+    }
+
+    fn take(&mut self, signal: Signal) {
+        match signal {
+            Signal::Pod(pod) => {
+                let shown = |pod: &Pod| {
+                    (
+                        pod.metadata.labels.clone(),
+                        pod.metadata.annotations.clone(),
+                    )
+                };
+                if shown(&pod) != shown(&self.pod) && shows_metadata(&pod) {
+                    self.memory.volumes_stale = self.memory.volumes_ready;
+                }
+                if pod.metadata.deletion_timestamp.is_some()
+                    && self.pod.metadata.deletion_timestamp.is_none()
+                {
+                    // Nothing that failed before may hold up the end.
+                    self.memory.failures.clear();
+                }
+                self.pod = pod;
+            }
+            Signal::Removed => {
+                self.removed = true;
+                self.memory.failures.clear();
+            }
+            Signal::Look => self.stale = true,
+            Signal::Changed(id) => {
+                let ours = self.view.containers.iter().any(|c| c.id == *id)
+                    || self.view.sandboxes.iter().any(|s| s.id == *id);
+                // A container that is being started is not in the view yet and may have ended already.
+                self.stale |= ours || !self.memory.in_flight.is_empty();
+            }
+            Signal::OpDone { key, result } => self.op_done(key, result),
+            Signal::Probed(finding) => self.probed(finding),
+            Signal::HookBegins { container_id } => {
+                self.memory.post_start.insert(container_id);
+            }
+            Signal::HookEnds { container_id } => {
+                self.memory.post_start.remove(&container_id);
+            }
+        }
+    }
+
+    fn object_changed(&mut self, reference: &Reference) {
+        if references(&self.pod).contains(reference) {
+            self.memory.volumes_stale = self.memory.volumes_ready;
+            self.memory.failures.remove(&OpKey::Volumes);
+        }
+    }
+
+    fn launch(&mut self, op: Op) {
+        let key = op.key();
+        tracing::debug!(pod = %self.key, ?op, "operation starts");
+        if let Op::StopContainer {
+            id,
+            deadline,
+            reason,
+            ..
+        } = &op
+        {
+            self.memory.stop_deadlines.insert(id.clone(), *deadline);
+            if matches!(
+                reason,
+                StopReason::LivenessFailed | StopReason::StartupFailed
+            ) {
+                self.memory.killed.insert(id.clone(), "probe");
+            }
+        }
+        if let Op::KillContainer { id, deadline, .. } = &op {
+            self.memory.stop_deadlines.insert(id.clone(), *deadline);
+        }
+        if op == Op::PrepareVolumes {
+            self.memory.volumes_stale = false;
+        }
+        self.memory.in_flight.insert(key.clone());
+        let job = Job {
+            context: self.context.clone(),
+            pod: self.pod.clone(),
+            pod_ips: current_sandbox(&self.view)
+                .map(|s| s.ips.clone())
+                .unwrap_or_default(),
+            tokens: self.tokens.clone(),
+            signals: self.signals.clone(),
+        };
+        let signals = self.signals.clone();
+        tokio::spawn(async move {
+            // A panic in an operation must not leave it "in flight" for ever.
+            let result = tokio::spawn(async move { job.execute(op).await }).await;
+            let result = result.unwrap_or_else(|panic| {
+                Err(Failed {
+                    reason: "InternalError",
+                    message: panic.to_string(),
+                    wait_s: (10, 300),
+                })
+            });
+            let _ = signals.send(Signal::OpDone { key, result });
+        });
+    }
+
+    fn op_done(&mut self, key: OpKey, result: Result<Done, Failed>) {
+        self.memory.in_flight.remove(&key);
+        self.stale = true;
+        match result {
+            Ok(done) => {
+                self.memory.failures.remove(&key);
+                match key {
+                    OpKey::Volumes => {
+                        self.memory.volumes_ready = true;
+                        self.memory.volumes_refresh_at = done.refresh_at;
+                    }
+                    OpKey::Clean => self.memory.cleaned = true,
+                    _ => {}
+                }
+            }
+            Err(Failed {
+                reason,
+                message,
+                wait_s: (first_s, max_s),
+            }) => {
+                tracing::warn!(pod = %self.key, operation = ?key, reason, message, "operation failed");
+                let again = self.memory.failures.contains_key(&key);
+                let reason = if reason == "ErrImagePull" && again {
+                    "ImagePullBackOff"
+                } else {
+                    reason
+                };
+                self.memory.fail(
+                    key,
+                    reason,
+                    message,
+                    self.context.clock.now(),
+                    first_s,
+                    max_s,
+                );
+            }
+        }
+    }
+
+    fn probed(&mut self, finding: Finding) {
+        let Finding {
+            container_id,
+            kind,
+            verdict,
+            failure,
+        } = finding;
+        let name = self
+            .view
+            .containers
+            .iter()
+            .find(|c| c.id == container_id)
+            .map(|c| c.name.clone());
+        if let (Some(name), Some(failure)) = (&name, failure) {
+            let message = format!("{} probe failed: {failure}", kind.name());
+            self.context.cluster.event(
+                &self.pod,
+                Some(name),
+                EventKind::Warning,
+                "Unhealthy",
+                message,
+            );
+        }
+        let Some(verdict) = verdict else { return };
+        let verdicts = self.memory.verdicts.entry(container_id).or_default();
+        match kind {
+            ProbeKind::Readiness => verdicts.readiness = Some(verdict),
+            ProbeKind::Startup => {
+                verdicts.startup = Some(verdict);
+                verdicts.startup_failed = !verdict;
+            }
+            ProbeKind::Liveness => verdicts.liveness_failed = !verdict,
+        }
+    }
+
+    /// Probes run for every running container: startup first, the others once it is started.
+    fn keep_probes(&mut self) {
+        let mut wanted: Vec<(Subject, ProbeKind, Option<bool>)> = Vec::new();
+        let ending = self.memory.ending_since.is_some();
+        if let (Some(spec), Some(sandbox)) = (&self.pod.spec, current_sandbox(&self.view)) {
+            let ips = if host_network(&self.pod) {
+                &self.context.node.ips
+            } else {
+                &sandbox.ips
+            };
+            for (container, init) in all_containers(spec) {
+                let run = self.view.in_sandbox(&container.name, &sandbox.id);
+                let Some(run) = run.filter(|run| run.phase == ContainerPhase::Running) else {
+                    continue;
+                };
+                if init && !is_sidecar(container) {
+                    continue;
+                }
+                let verdicts = self
+                    .memory
+                    .verdicts
+                    .get(&run.id)
+                    .copied()
+                    .unwrap_or_default();
+                let age = self
+                    .context
+                    .clock
+                    .now()
+                    .duration_since(at_ns(run.started_at_ns))
+                    .unsigned_abs();
+                let pod_ip = ips.first().cloned().unwrap_or_default();
+                let subject = Subject {
+                    container_id: run.id.clone(),
+                    container: container.clone(),
+                    pod_ip,
+                    age,
+                };
+                if is_started(container, run, &self.memory) {
+                    wanted.push((subject.clone(), ProbeKind::Readiness, verdicts.readiness));
+                    // A pod that is ending is not restarted, so whether it lives no longer matters.
+                    if !ending && !verdicts.liveness_failed {
+                        wanted.push((subject, ProbeKind::Liveness, Some(true)));
+                    }
+                } else if !ending && !verdicts.startup_failed {
+                    wanted.push((subject, ProbeKind::Startup, None));
+                }
+            }
+        }
+        self.probes.retain(|(id, kind), _| {
+            wanted
+                .iter()
+                .any(|(subject, k, _)| subject.container_id == *id && k == kind)
+        });
+        for (subject, kind, known) in wanted {
+            let key = (subject.container_id.clone(), kind);
+            if self.probes.contains_key(&key) || kind.of(&subject.container).is_none() {
+                continue;
+            }
+            let signals = self.signals.clone();
+            let report = move |finding| {
+                let _ = signals.send(Signal::Probed(finding));
+            };
+            self.probes.extend(
+                probe::spawn(self.context.runtime.clone(), subject, kind, known, report)
+                    .map(|task| (key, task)),
+            );
+        }
+    }
+
+    fn report(&self) {
+        if self.removed {
+            return;
+        }
+        let report = Report {
+            pod: &self.pod,
+            view: &self.view,
+            memory: &self.memory,
+            node: &self.context.node,
+            runtime_name: &self.context.runtime_name,
+            first_seen: self.first_seen,
+            now: self.context.clock.now(),
+            removed: self.removed,
+        };
+        self.reporter
+            .want(status(&report), self.pod.status.as_ref());
+    }
+
+    /// Takes leave of the API: the last status first, then the object. False if the API could not be reached.
+    async fn finish(&mut self) -> bool {
+        if self.removed {
+            return true;
+        }
+        self.reporter.flush().await;
+        match self.context.cluster.delete(&self.key).await {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!(pod = %self.key, %error, "cannot remove the pod's object; trying again");
+                tokio::time::sleep(LOOK_AGAIN).await;
+                false
+            }
+        }
+    }
+}

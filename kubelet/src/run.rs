@@ -1,0 +1,138 @@
+//! run: puts the parts together and keeps them running.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use k8s_openapi::api::core::v1::Node;
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Api, Client};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{broadcast, watch};
+
+use crate::backoff::Quick;
+use crate::cgroup::Cgroups;
+use crate::clock::SystemClock;
+use crate::cluster::KubeCluster;
+use crate::config::Config;
+use crate::machine::Machine;
+use crate::node::{Registration, allocatable_memory_bytes, watch_runtime};
+use crate::pod::operations::Context;
+use crate::pod::status::NodeFacts;
+use crate::pods::{Dispatcher, Registry, watch_changes};
+use crate::runtime::{CriRuntime, ExitSource, Runtime, RuntimeStatus};
+use crate::server::{self, Server};
+
+/// Announcements of the runtime that may wait for the dispatcher.
+const CHANGES_MAX: usize = 4096;
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Runs the kubelet until it is told to stop. Pods go on without it.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    let config = Arc::new(config);
+    let tls = server::server_config(&config.tls_cert, &config.tls_key, &config.client_ca)?;
+    for folder in [&config.root_dir, &config.log_dir] {
+        std::fs::create_dir_all(folder)
+            .with_context(|| format!("cannot make {}", folder.display()))?;
+    }
+    let cgroups = Cgroups::discover(&config.cgroup_root)?;
+    cgroups.make_classes()?;
+    let client = connect(&config).await?;
+
+    let https = SocketAddr::new(config.node_ip, config.port);
+    let https_listener = server::bind(https)
+        .await
+        .with_context(|| format!("cannot listen on {https}"))?;
+    let health_listener = server::bind(config.healthz)
+        .await
+        .with_context(|| format!("cannot listen on {}", config.healthz))?;
+
+    let runtime: Arc<dyn Runtime> = Arc::new(CriRuntime::new(&config.runtime_socket));
+    let runtime_version = wait_for_runtime(runtime.as_ref()).await;
+    let machine = Machine::read(&config.root_dir, &runtime_version);
+    let cluster = KubeCluster::start(client.clone(), &config.node_name);
+
+    let (runtime_status, status) = watch::channel(RuntimeStatus::default());
+    let (network, network_ready) = watch::channel(false);
+    let (exit_source, exit_sources) = watch::channel(ExitSource::Relist);
+    let (changes, changed) = broadcast::channel(CHANGES_MAX);
+    let registry = Registry::default();
+    let context = Arc::new(Context {
+        runtime: runtime.clone(),
+        cluster: Arc::new(cluster.clone()),
+        clock: Arc::new(SystemClock),
+        cgroups,
+        node: NodeFacts {
+            ips: vec![config.node_ip.to_string()],
+        },
+        runtime_name: runtime_version
+            .split_once("://")
+            .map_or("containerd".to_owned(), |(name, _)| name.to_owned()),
+        cpu_milli: machine.cpus * 1000,
+        memory_bytes: allocatable_memory_bytes(&machine),
+        network_ready,
+        exit_source: exit_sources,
+        config: config.clone(),
+    });
+    let server = Arc::new(Server {
+        runtime: runtime.clone(),
+        pods: registry.clone(),
+        log_dir: config.log_dir.clone(),
+        changes: changes.clone(),
+    });
+    let registration = Registration {
+        client: client.clone(),
+        config: config.clone(),
+        machine,
+        recorder: cluster.recorder(),
+    };
+
+    tracing::info!(node = config.node_name, %https, runtime = runtime_version, "kubelet starts");
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        () = watch_runtime(runtime.clone(), runtime_status, network) => {}
+        () = watch_changes(runtime, changes, exit_source) => {}
+        () = registration.run(status) => {}
+        () = Dispatcher::new(context, registry).run(client, changed) => {}
+        () = server::serve(server, https_listener, tls) => {}
+        () = server::serve_health(health_listener) => {}
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("kubelet stops; pods go on");
+    Ok(())
+}
+
+async fn connect(config: &Config) -> anyhow::Result<Client> {
+    let path = &config.kubeconfig;
+    let kubeconfig =
+        Kubeconfig::read_from(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let options = KubeConfigOptions::default();
+    let mut client_config = kube::Config::from_custom_kubeconfig(kubeconfig, &options)
+        .await
+        .with_context(|| format!("cannot use {}", path.display()))?;
+    client_config.connect_timeout = Some(CONNECT_TIMEOUT);
+    let client = Client::try_from(client_config)
+        .with_context(|| format!("cannot use {}", path.display()))?;
+    // Not fatal: the API server may come up later, and pods that run go on meanwhile.
+    if let Err(error) = Api::<Node>::all(client.clone())
+        .get_opt(&config.node_name)
+        .await
+    {
+        tracing::warn!(%error, "the API server does not answer yet");
+    }
+    Ok(client)
+}
+
+async fn wait_for_runtime(runtime: &dyn Runtime) -> String {
+    let mut retry = Quick::default();
+    loop {
+        match runtime.version().await {
+            Ok(version) => return version,
+            Err(error) => tracing::warn!(%error, "waiting for the container runtime"),
+        }
+        tokio::time::sleep(retry.wait()).await;
+    }
+}

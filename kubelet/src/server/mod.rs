@@ -1,0 +1,507 @@
+//! The HTTPS server on port 10250: what the API server calls for logs, exec, attach and port-forward.
+//!
+//! Every caller shows a certificate signed by the client CA; there is no anonymous access. The health endpoint, which
+//! tells nothing but "ok", is plain HTTP on the loopback.
+
+mod tls;
+mod tunnel;
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::TryStreamExt;
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::combinators::BoxBody;
+use http_body_util::{BodyExt, Full, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1::Pod;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::broadcast;
+use tokio_rustls::TlsAcceptor;
+
+pub use tls::{TlsError, server_config};
+
+use crate::logs::{Ended, Selection, stream};
+use crate::pod::sandbox::log_directory_name;
+use crate::pod::{PodKey, container::log_path};
+use crate::pods::Registry;
+use crate::runtime::{ContainerPhase, Runtime, StreamRequest};
+
+/// A TLS handshake that takes longer is given up.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often a followed container is looked at although nothing was announced.
+const LOOK_PERIOD: Duration = Duration::from_secs(2);
+
+pub type Body = BoxBody<Bytes, std::io::Error>;
+
+/// A ServeError is why a request is refused; it becomes the answer's status and text.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    #[error("{0}")]
+    NotFound(String),
+    #[error("{0}")]
+    BadRequest(String),
+    #[error("{0}")]
+    Internal(String),
+}
+
+impl ServeError {
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::NotFound(_) => StatusCode::NOT_FOUND,
+            Self::BadRequest(_) => StatusCode::BAD_REQUEST,
+            Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+}
+
+/// A Server answers requests about the pods of this node.
+pub struct Server {
+    pub runtime: Arc<dyn Runtime>,
+    pub pods: Registry,
+    pub log_dir: std::path::PathBuf,
+    /// Ids of containers that changed in the runtime.
+    pub changes: broadcast::Sender<Arc<str>>,
+}
+
+/// Serves HTTPS for ever.
+pub async fn serve(server: Arc<Server>, listener: TcpListener, tls: Arc<rustls::ServerConfig>) {
+    let acceptor = TlsAcceptor::from(tls);
+    loop {
+        let (stream, peer) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Out of file descriptors, most likely: accepting at once again would only spin.
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let (server, acceptor) = (server.clone(), acceptor.clone());
+        tokio::spawn(async move {
+            let _ = stream.set_nodelay(true);
+            match tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
+                Ok(Ok(stream)) => serve_connection(server, stream).await,
+                Ok(Err(error)) => tracing::debug!(%peer, %error, "a TLS handshake failed"),
+                Err(_) => tracing::debug!(%peer, "a TLS handshake took too long"),
+            }
+        });
+    }
+}
+
+/// Answers /healthz on the loopback for ever.
+pub async fn serve_health(listener: TcpListener) {
+    loop {
+        let Ok((stream, _)) = listener.accept().await else {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        tokio::spawn(async move {
+            let answer = service_fn(|request: Request<Incoming>| async move {
+                Ok::<_, Infallible>(match request.uri().path() {
+                    "/healthz" => text(StatusCode::OK, "ok"),
+                    _ => text(StatusCode::NOT_FOUND, "not found"),
+                })
+            });
+            let _ = hyper::server::conn::http1::Builder::new()
+                .serve_connection(TokioIo::new(stream), answer)
+                .await;
+        });
+    }
+}
+
+async fn serve_connection(
+    server: Arc<Server>,
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+) {
+    let answer = service_fn(move |request| {
+        let server = server.clone();
+        async move {
+            let described = format!("{} {}", request.method(), request.uri().path());
+            Ok::<_, Infallible>(server.answer(request).await.unwrap_or_else(|error| {
+                tracing::debug!(request = described, %error, "a request failed");
+                text(error.status(), &error.to_string())
+            }))
+        }
+    });
+    let connection = hyper::server::conn::http1::Builder::new()
+        .serve_connection(TokioIo::new(stream), answer)
+        .with_upgrades();
+    if let Err(error) = connection.await {
+        tracing::debug!(%error, "a connection broke");
+    }
+}
+
+fn text(status: StatusCode, text: &str) -> Response<Body> {
+    let mut answer = Response::new(full(text.to_owned()));
+    *answer.status_mut() = status;
+    let plain = http::HeaderValue::from_static("text/plain; charset=utf-8");
+    answer
+        .headers_mut()
+        .insert(http::header::CONTENT_TYPE, plain);
+    answer
+}
+
+pub fn full(bytes: impl Into<Bytes>) -> Body {
+    Full::new(bytes.into())
+        .map_err(|never| match never {})
+        .boxed()
+}
+
+/// Query is the query of a request, decoded, with keys that may repeat.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Query(Vec<(String, String)>);
+
+impl Query {
+    fn parse(query: &str) -> Self {
+        let pairs = query.split('&').filter(|pair| !pair.is_empty());
+        Self(
+            pairs
+                .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
+                .map(|(k, v)| (decode(k), decode(v)))
+                .collect(),
+        )
+    }
+
+    fn get(&self, key: &str) -> Option<&str> {
+        self.0
+            .iter()
+            .find(|(k, _)| k == key)
+            .map(|(_, v)| v.as_str())
+            .filter(|v| !v.is_empty())
+    }
+
+    fn all(&self, key: &str) -> Vec<String> {
+        self.0
+            .iter()
+            .filter(|(k, _)| k == key)
+            .map(|(_, v)| v.clone())
+            .collect()
+    }
+
+    fn flag(&self, keys: &[&str]) -> bool {
+        keys.iter().any(|key| {
+            matches!(
+                self.get(key),
+                Some("1" | "true" | "t" | "T" | "True" | "TRUE")
+            )
+        })
+    }
+
+    fn number(&self, key: &str) -> Result<Option<u64>, ServeError> {
+        let bad = |_| ServeError::BadRequest(format!("{key} must be a number, zero or more"));
+        self.get(key)
+            .map(|value| value.parse().map_err(bad))
+            .transpose()
+    }
+}
+
+/// Undoes percent-encoding and plus signs of a query.
+fn decode(text: &str) -> String {
+    let bytes = text.as_bytes();
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        let hex = bytes
+            .get(at + 1..at + 3)
+            .and_then(|digits| std::str::from_utf8(digits).ok());
+        match (
+            bytes[at],
+            hex.and_then(|digits| u8::from_str_radix(digits, 16).ok()),
+        ) {
+            (b'%', Some(byte)) => {
+                out.push(byte);
+                at += 2;
+            }
+            (b'+', _) => out.push(b' '),
+            (byte, _) => out.push(byte),
+        }
+        at += 1;
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+impl Server {
+    async fn answer(&self, request: Request<Incoming>) -> Result<Response<Body>, ServeError> {
+        let path = decode(request.uri().path());
+        let parts: Vec<&str> = path.trim_matches('/').split('/').collect();
+        let query = Query::parse(request.uri().query().unwrap_or_default());
+        let get = request.method() == Method::GET;
+        match (parts.as_slice(), get) {
+            (["healthz"], true) => Ok(text(StatusCode::OK, "ok")),
+            (["pods"], true) => self.pods(),
+            (["metrics"], true) => Ok(text(StatusCode::OK, &self.metrics())),
+            (["containerLogs", namespace, pod, container], true) => {
+                self.logs(namespace, pod, container, &query).await
+            }
+            (["exec", namespace, pod, container] | ["exec", namespace, pod, _, container], _) => {
+                let pod = self.find(namespace, pod)?;
+                let container_id = self.running(&pod, container).await?;
+                let command = query.all("command");
+                if command.is_empty() {
+                    return Err(ServeError::BadRequest(
+                        "you must specify at least one command for the container".to_owned(),
+                    ));
+                }
+                self.tunnel(
+                    request,
+                    StreamRequest::Exec {
+                        container_id,
+                        command,
+                        tty: query.flag(&["tty"]),
+                        stdin: query.flag(&["input", "stdin"]),
+                        stdout: query.flag(&["output", "stdout"]),
+                        stderr: query.flag(&["error", "stderr"]) && !query.flag(&["tty"]),
+                    },
+                )
+                .await
+            }
+            (
+                ["attach", namespace, pod, container] | ["attach", namespace, pod, _, container],
+                _,
+            ) => {
+                let pod = self.find(namespace, pod)?;
+                let container_id = self.running(&pod, container).await?;
+                let spec = pod
+                    .spec
+                    .iter()
+                    .flat_map(|s| &s.containers)
+                    .find(|c| c.name == *container);
+                let tty = spec.and_then(|c| c.tty).unwrap_or(false);
+                self.tunnel(
+                    request,
+                    StreamRequest::Attach {
+                        container_id,
+                        tty,
+                        stdin: query.flag(&["input", "stdin"]),
+                        stdout: query.flag(&["output", "stdout"]),
+                        stderr: query.flag(&["error", "stderr"]) && !tty,
+                    },
+                )
+                .await
+            }
+            (["portForward", namespace, pod] | ["portForward", namespace, pod, _], _) => {
+                let pod = self.find(namespace, pod)?;
+                let view = self
+                    .runtime
+                    .observe(&PodKey::of(&pod).uid)
+                    .await
+                    .map_err(|e| ServeError::Internal(e.to_string()))?;
+                let sandbox = view.sandboxes.iter().find(|s| s.ready);
+                let sandbox = sandbox.ok_or_else(|| {
+                    ServeError::NotFound(format!(
+                        "pod {namespace}/{} has no sandbox",
+                        PodKey::of(&pod).name
+                    ))
+                })?;
+                let ports = query
+                    .all("port")
+                    .iter()
+                    .chain(&query.all("ports"))
+                    .flat_map(|p| p.split(','))
+                    .filter_map(|p| p.parse().ok())
+                    .collect();
+                self.tunnel(
+                    request,
+                    StreamRequest::PortForward {
+                        sandbox_id: sandbox.id.clone(),
+                        ports,
+                    },
+                )
+                .await
+            }
+            _ => Err(ServeError::NotFound("404 page not found".to_owned())),
+        }
+    }
+
+    fn find(&self, namespace: &str, name: &str) -> Result<Arc<Pod>, ServeError> {
+        self.pods.find(namespace, name).ok_or_else(|| {
+            ServeError::NotFound(format!(
+                "pod \"{name}\" is not on this node (namespace {namespace})"
+            ))
+        })
+    }
+
+    async fn running(&self, pod: &Pod, container: &str) -> Result<String, ServeError> {
+        let view = self
+            .runtime
+            .observe(&PodKey::of(pod).uid)
+            .await
+            .map_err(|e| ServeError::Internal(e.to_string()))?;
+        match view.latest(container) {
+            Some(run) if run.phase == ContainerPhase::Running => Ok(run.id.clone()),
+            Some(_) => Err(ServeError::BadRequest(format!(
+                "container {container} is not running"
+            ))),
+            None => Err(ServeError::NotFound(format!(
+                "container not found (\"{container}\")"
+            ))),
+        }
+    }
+
+    async fn tunnel(
+        &self,
+        request: Request<Incoming>,
+        stream: StreamRequest,
+    ) -> Result<Response<Body>, ServeError> {
+        let url = self
+            .runtime
+            .stream_url(stream)
+            .await
+            .map_err(|e| ServeError::Internal(e.to_string()))?;
+        tunnel::forward(request, &url)
+            .await
+            .map_err(|e| ServeError::Internal(e.to_string()))
+    }
+
+    fn pods(&self) -> Result<Response<Body>, ServeError> {
+        let list = serde_json::json!({"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": self.pods.all()});
+        let mut answer = Response::new(full(list.to_string()));
+        let json = http::HeaderValue::from_static("application/json");
+        answer
+            .headers_mut()
+            .insert(http::header::CONTENT_TYPE, json);
+        Ok(answer)
+    }
+
+    fn metrics(&self) -> String {
+        let pods = self.pods.all();
+        let running = pods
+            .iter()
+            .filter(|p| p.status.as_ref().and_then(|s| s.phase.as_deref()) == Some("Running"))
+            .count();
+        format!(
+            "# HELP keelway_kubelet_pods Pods that are bound to this node.\n# TYPE keelway_kubelet_pods gauge\nkeelway_kubelet_pods {}\n\
+             # HELP kubelet_running_pods Pods that are in phase Running.\n# TYPE kubelet_running_pods gauge\nkubelet_running_pods {running}\n",
+            pods.len()
+        )
+    }
+
+    async fn logs(
+        &self,
+        namespace: &str,
+        name: &str,
+        container: &str,
+        query: &Query,
+    ) -> Result<Response<Body>, ServeError> {
+        let pod = self.find(namespace, name)?;
+        let key = PodKey::of(&pod);
+        let view = self
+            .runtime
+            .observe(&key.uid)
+            .await
+            .map_err(|e| ServeError::Internal(e.to_string()))?;
+        let known = pod
+            .spec
+            .iter()
+            .flat_map(crate::pod::all_containers)
+            .any(|(c, _)| c.name == container);
+        if !known {
+            return Err(ServeError::NotFound(format!(
+                "container \"{container}\" in pod \"{name}\" is not known"
+            )));
+        }
+        let mut runs = view
+            .containers
+            .iter()
+            .filter(|c| c.name == container && c.phase != ContainerPhase::Created);
+        let previous = query.flag(&["previous"]);
+        let run = if previous { runs.nth(1) } else { runs.next() };
+        let run = run.ok_or_else(|| {
+            ServeError::BadRequest(match previous {
+                true => format!(
+                    "previous terminated container \"{container}\" in pod \"{name}\" not found"
+                ),
+                false => format!("container \"{container}\" in pod \"{name}\" is waiting to start"),
+            })
+        })?;
+        let since = match (query.number("sinceSeconds")?, query.get("sinceTime")) {
+            (Some(seconds), _) => Some(
+                Timestamp::now()
+                    - SignedDuration::from_secs(i64::try_from(seconds).unwrap_or(i64::MAX / 2)),
+            ),
+            (None, Some(time)) => Some(
+                time.parse()
+                    .map_err(|e| ServeError::BadRequest(format!("sinceTime: {e}")))?,
+            ),
+            (None, None) => None,
+        };
+        let selection = Selection {
+            tail_lines: query.number("tailLines")?,
+            since,
+            timestamps: query.flag(&["timestamps"]),
+            limit_bytes: query.number("limitBytes")?,
+            follow: query.flag(&["follow"]) && run.phase == ContainerPhase::Running,
+        };
+        let path = match run.log_path.as_str() {
+            "" => self
+                .log_dir
+                .join(log_directory_name(&key))
+                .join(log_path(container, run.attempt)),
+            path => path.into(),
+        };
+        let ended = self.ended(key.uid, run.id.clone());
+        let body = StreamBody::new(stream(path, selection, ended).map_ok(Frame::data));
+        let mut answer = Response::new(BodyExt::boxed(body));
+        let plain = http::HeaderValue::from_static("text/plain");
+        answer
+            .headers_mut()
+            .insert(http::header::CONTENT_TYPE, plain);
+        Ok(answer)
+    }
+
+    fn ended(&self, pod_uid: String, container_id: String) -> Ended {
+        let (runtime, mut changes) = (self.runtime.clone(), self.changes.subscribe());
+        Box::pin(async move {
+            loop {
+                let view = runtime.observe(&pod_uid).await;
+                if view.is_ok_and(|view| {
+                    !view
+                        .containers
+                        .iter()
+                        .any(|c| c.id == container_id && c.phase == ContainerPhase::Running)
+                }) {
+                    return;
+                }
+                let ours =
+                    async { while changes.recv().await.is_ok_and(|id| *id != *container_id) {} };
+                let _ = tokio::time::timeout(LOOK_PERIOD, ours).await;
+            }
+        })
+    }
+}
+
+/// Binds a listener of the server.
+pub async fn bind(address: SocketAddr) -> Result<TcpListener, std::io::Error> {
+    TcpListener::bind(address).await
+}
+
+/// Opens a connection to a streaming address of the runtime.
+async fn connect(authority: &str) -> Result<TcpStream, std::io::Error> {
+    let stream = TcpStream::connect(authority).await?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn queries_are_decoded_and_keys_may_repeat() {
+        let query = Query::parse("command=sh&command=-c&command=echo+a%20b%2Fc&input=1&tty=0&x");
+        assert_eq!(query.all("command"), ["sh", "-c", "echo a b/c"]);
+        assert!(query.flag(&["stdin", "input"]));
+        assert!(!query.flag(&["tty"]));
+        assert_eq!(query.number("tailLines").unwrap(), None);
+        assert!(Query::parse("tailLines=-1").number("tailLines").is_err());
+        assert_eq!(decode("%zz%4"), "%zz%4");
+    }
+}

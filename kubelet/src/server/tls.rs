@@ -1,0 +1,60 @@
+//! tls: the server's certificate, and the authority that clients must be signed by.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustls::server::WebPkiClientVerifier;
+use rustls::{RootCertStore, ServerConfig};
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+
+/// A TlsError names the file that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    #[error("{path}: {message}")]
+    File { path: PathBuf, message: String },
+    #[error("certificate and key do not make a server: {0}")]
+    Config(#[from] rustls::Error),
+}
+
+/// The TLS side of the server: TLS 1.2 or 1.3, a client certificate always.
+pub fn server_config(
+    cert: &Path,
+    key: &Path,
+    client_ca: &Path,
+) -> Result<Arc<ServerConfig>, TlsError> {
+    let bad = |path: &Path, message: String| TlsError::File {
+        path: path.to_path_buf(),
+        message,
+    };
+    let certificates = |path: &Path| -> Result<Vec<CertificateDer<'static>>, TlsError> {
+        let read =
+            CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+        let read = read.map_err(|error| bad(path, error.to_string()))?;
+        if read.is_empty() {
+            Err(bad(path, "holds no certificate".to_owned()))
+        } else {
+            Ok(read)
+        }
+    };
+    let chain = certificates(cert)?;
+    let key_der = PrivateKeyDer::from_pem_file(key).map_err(|error| bad(key, error.to_string()))?;
+    let mut roots = RootCertStore::empty();
+    for root in certificates(client_ca)? {
+        roots
+            .add(root)
+            .map_err(|error| bad(client_ca, error.to_string()))?;
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let verifier =
+        WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone()).build();
+    let verifier = verifier.map_err(|error| bad(client_ca, error.to_string()))?;
+    let builder =
+        ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
+    let mut config = builder
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(chain, key_der)?;
+    // Upgrades (exec, attach, port-forward) exist in HTTP/1.1 only.
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(Arc::new(config))
+}
