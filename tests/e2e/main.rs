@@ -1,0 +1,114 @@
+//! A whole cluster, used the way people use one: by kubectl, from pods, and from nodes.
+//!
+//! One cluster serves all scenarios, since the state that one leaves is what the next one's users would find. Scenarios run in
+//! the order given, each is named in the output, and a failing one does not keep the others from running.
+//! `KEELWAY_E2E_ONLY` runs those whose name contains it.
+#![forbid(unsafe_code)]
+
+mod faults;
+mod kubectl;
+mod rollout;
+mod services;
+mod wrong_input;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Instant;
+
+use keelway_tests::cluster::Cluster;
+use keelway_tests::machine::MachineState;
+
+/// A scenario, and whether it needs to see the nodes from the machine.
+struct Scenario {
+    name: &'static str,
+    run: fn(&Cluster),
+    needs_nodes: bool,
+}
+
+macro_rules! scenarios {
+    ($($module:ident :: $name:ident $($nodes:literal)?),* $(,)?) => {
+        &[$(Scenario {
+            name: stringify!($name),
+            run: $module::$name,
+            needs_nodes: matches!(concat!($($nodes)?).len(), 1..),
+        }),*]
+    };
+}
+
+const SCENARIOS: &[Scenario] = scenarios![
+    services::hello_becomes_ready_on_more_than_one_node,
+    services::a_service_answers_by_name_from_every_replica,
+    services::a_service_answers_by_address_and_by_udp,
+    services::a_service_answers_the_nodes_own_programs "nodes",
+    services::pods_reach_each_other_and_their_node_across_nodes "nodes",
+    services::a_service_without_endpoints_refuses_at_once,
+    services::cluster_dns_answers_services_pods_and_reverse_names,
+    kubectl::get_all_lists_what_was_made,
+    kubectl::describe_tells_of_pods_services_and_nodes,
+    kubectl::logs_follow_a_running_container,
+    kubectl::exec_runs_programs_with_input_status_and_terminal,
+    kubectl::get_watch_reports_changes_as_they_happen,
+    kubectl::labels_scale_and_wait_work_together,
+    kubectl::configuration_reaches_containers_as_files_and_environment,
+    wrong_input::an_unknown_field_is_refused_by_name,
+    wrong_input::a_selector_that_misses_its_template_is_refused,
+    wrong_input::a_second_up_of_the_same_name_is_refused "nodes",
+    wrong_input::up_without_root_is_refused_and_makes_nothing "nodes",
+    wrong_input::a_broken_cni_call_gets_an_error_of_the_specification "nodes",
+    rollout::scaling_deleting_and_restarting_lose_no_request,
+    faults::a_killed_agent_is_replaced_while_traffic_goes_on "nodes",
+    faults::a_killed_control_plane_keeps_traffic_and_every_answered_write "nodes",
+    services::either_hook_alone_carries_all_traffic "nodes",
+];
+
+#[test]
+fn a_cluster_serves_its_users() {
+    let name = "e2e";
+    let before = MachineState::of(name);
+    let Some(cluster) = Cluster::obtain(name, &["--nodes", "3"]) else {
+        return;
+    };
+    let own = cluster.is_own();
+    let only = std::env::var("KEELWAY_E2E_ONLY").unwrap_or_default();
+    let mut failed = Vec::new();
+    for (index, scenario) in SCENARIOS.iter().enumerate() {
+        // The first one makes what the others look at.
+        if index > 0 && !scenario.name.contains(&only) {
+            continue;
+        }
+        if scenario.needs_nodes && !own {
+            println!(
+                "skipped  {}: the cluster's nodes are not on this machine",
+                scenario.name
+            );
+            continue;
+        }
+        let started = Instant::now();
+        // The next scenario starts from the cluster, not from what this one held in memory.
+        let outcome = catch_unwind(AssertUnwindSafe(|| (scenario.run)(&cluster)));
+        let verdict = if outcome.is_ok() {
+            "ok      "
+        } else {
+            "FAILED  "
+        };
+        println!(
+            "{verdict} {} ({:.1} s)",
+            scenario.name,
+            started.elapsed().as_secs_f64()
+        );
+        if outcome.is_err() {
+            failed.push(scenario.name);
+            println!(
+                "{}",
+                cluster
+                    .kubectl(&["get", "pods,nodes", "-A", "-o", "wide"])
+                    .stdout
+            );
+        }
+    }
+    drop(cluster);
+    if own && let Some(difference) = before.difference(&MachineState::of(name)) {
+        println!("FAILED   down_leaves_the_machine_as_it_was\n{difference}");
+        failed.push("down_leaves_the_machine_as_it_was");
+    }
+    assert!(failed.is_empty(), "failed: {failed:#?}");
+}

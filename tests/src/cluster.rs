@@ -1,0 +1,182 @@
+//! The cluster that an end-to-end suite works on: one that it starts, or the one that `KEELWAY_E2E_KUBECONFIG` names.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::process::{Finished, Running, run, run_with_input};
+
+/// A cluster given from outside; it may be any Kubernetes, and what needs its machine is skipped.
+const GIVEN: &str = "KEELWAY_E2E_KUBECONFIG";
+const UP_SECONDS_MAX: u32 = 300;
+const KUBECTL_SECONDS_MAX: u32 = 120;
+
+/// A running cluster.
+pub struct Cluster {
+    pub name: String,
+    kubeconfig: PathBuf,
+    /// Present when this suite started the cluster: where kubectl's configuration lies, and that it is ours to remove.
+    own: Option<tempfile::TempDir>,
+}
+
+impl Cluster {
+    /// The cluster of this run. None, with a word about it, when there is none to be had here.
+    pub fn obtain(name: &str, arguments: &[&str]) -> Option<Cluster> {
+        if let Some(kubeconfig) = std::env::var_os(GIVEN) {
+            return Some(Cluster {
+                name: name.to_owned(),
+                kubeconfig: kubeconfig.into(),
+                own: None,
+            });
+        }
+        if !nix::unistd::geteuid().is_root() {
+            println!("skipped: needs root");
+            return None;
+        }
+        let folder = tempfile::tempdir().expect("there is room for a temporary folder");
+        let cluster = Cluster {
+            name: name.to_owned(),
+            kubeconfig: folder.path().join("kubeconfig"),
+            own: Some(folder),
+        };
+        print!("{}", cluster.up(arguments).ok());
+        Some(cluster)
+    }
+
+    /// `keelway up` for this cluster's name, with its contexts in a file of its own.
+    pub fn up(&self, arguments: &[&str]) -> Finished {
+        let keelway = keelway().display().to_string();
+        let mut command = vec![keelway.as_str(), "up", "--name", &self.name];
+        command.extend(arguments);
+        self.run_keelway(&command, UP_SECONDS_MAX)
+    }
+
+    /// `keelway down`.
+    pub fn down(&self) -> Finished {
+        let keelway = keelway().display().to_string();
+        self.run_keelway(&[&keelway, "down", "--name", &self.name], 60)
+    }
+
+    fn run_keelway(&self, command: &[&str], seconds_max: u32) -> Finished {
+        let kubeconfig = self.kubeconfig.display().to_string();
+        run(command, &[("KUBECONFIG", &kubeconfig)], seconds_max)
+    }
+
+    /// Whether this suite started it, and so may look at its nodes from the machine.
+    pub fn is_own(&self) -> bool {
+        self.own.is_some()
+    }
+
+    pub fn kubectl(&self, arguments: &[&str]) -> Finished {
+        self.kubectl_with_input(arguments, "")
+    }
+
+    pub fn kubectl_with_input(&self, arguments: &[&str], input: &str) -> Finished {
+        let kubeconfig = self.kubeconfig.display().to_string();
+        let mut command = vec!["kubectl", "--kubeconfig", &kubeconfig];
+        command.extend(arguments);
+        run_with_input(&command, &[], KUBECTL_SECONDS_MAX, input)
+    }
+
+    /// kubectl beside the test, for what goes on until it is stopped.
+    pub fn kubectl_running(&self, arguments: &[&str]) -> Running {
+        let kubeconfig = self.kubeconfig.display().to_string();
+        let mut command = vec!["kubectl", "--kubeconfig", &kubeconfig];
+        command.extend(arguments);
+        Running::start(&command, &[])
+    }
+
+    /// The command line of kubectl for this cluster, for programs that run kubectl themselves.
+    pub fn kubectl_line(&self, arguments: &str) -> String {
+        format!(
+            "kubectl --kubeconfig {} {arguments}",
+            self.kubeconfig.display()
+        )
+    }
+
+    /// An object or list, as JSON.
+    #[track_caller]
+    pub fn get(&self, arguments: &[&str]) -> Value {
+        let mut command = vec!["get", "--output", "json"];
+        command.extend(arguments);
+        let text = self.kubectl(&command).ok();
+        serde_json::from_str(&text).expect("kubectl prints JSON")
+    }
+
+    /// Runs a shell script in the client pod.
+    pub fn in_client(&self, script: &str) -> Finished {
+        self.kubectl(&["exec", "client", "--", "sh", "-c", script])
+    }
+
+    /// What `keelway status` tells of this cluster.
+    #[track_caller]
+    pub fn status(&self) -> Value {
+        let keelway = keelway().display().to_string();
+        let command = [
+            keelway.as_str(),
+            "status",
+            "--name",
+            &self.name,
+            "--output",
+            "json",
+        ];
+        let finished = self.run_keelway(&command, 30);
+        // It fails when not everything is healthy, and still tells.
+        let all: Value = serde_json::from_str(&finished.stdout)
+            .unwrap_or_else(|_| panic!("no status: {finished}"));
+        all[0].clone()
+    }
+
+    /// Worker nodes: name and PID 1, as the machine numbers it.
+    #[track_caller]
+    pub fn workers(&self) -> Vec<(String, i64)> {
+        let status = self.status();
+        status["nodes"]
+            .as_array()
+            .expect("a status has nodes")
+            .iter()
+            .filter(|node| node["controlPlane"] == false)
+            .map(|node| {
+                let name = node["name"].as_str().expect("a node has a name");
+                (name.to_owned(), node["pid"].as_i64().expect("a node runs"))
+            })
+            .collect()
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if self.own.is_some() {
+            let finished = self.down();
+            // A test that fails already has its own message.
+            if !finished.success && !std::thread::panicking() {
+                panic!("{finished}");
+            }
+        }
+    }
+}
+
+/// The keelway binary: where `cargo xtask test` says, else where cargo has built this test.
+pub fn keelway() -> PathBuf {
+    let folder = match std::env::var_os("KEELWAY_BIN_DIR") {
+        Some(folder) => PathBuf::from(folder),
+        None => std::env::current_exe()
+            .ok()
+            .and_then(|test| Some(test.parent()?.parent()?.to_path_buf()))
+            .expect("a test lies in deps/ of its profile's folder"),
+    };
+    let program = folder.join("keelway");
+    assert!(
+        program.exists(),
+        "{} is not built; run the end-to-end suite with `make test`",
+        program.display()
+    );
+    program
+}
+
+/// The project's root folder.
+pub fn project() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("the tests lie in the project")
+}
