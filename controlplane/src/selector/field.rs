@@ -1,0 +1,166 @@
+//! Field selectors.
+
+use serde_json::Value;
+
+use super::SelectorError;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Requirement {
+    path: String,
+    equal: bool,
+    value: String,
+}
+
+/// FieldSelector is a conjunction of `path=value` and `path!=value`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FieldSelector {
+    requirements: Vec<Requirement>,
+}
+
+impl FieldSelector {
+    /// `metadata.name=a,spec.nodeName!=b`; backslashes keep `,`, `=` and `\` as they are.
+    pub fn parse(text: &str) -> Result<Self, SelectorError> {
+        let mut requirements = Vec::new();
+        for part in split(text) {
+            if part.is_empty() {
+                continue;
+            }
+            let invalid = || {
+                SelectorError(format!(
+                    "invalid selector: {text:?}; can't understand {part:?}"
+                ))
+            };
+            let at = part.find('=').ok_or_else(invalid)?;
+            let (path, value) = (&part[..at], &part[at + 1..]);
+            let (path, equal) = path
+                .strip_suffix('!')
+                .map_or((path, true), |path| (path, false));
+            let value = if equal {
+                value.strip_prefix('=').unwrap_or(value)
+            } else {
+                value
+            };
+            let value = unescape(value).ok_or_else(invalid)?;
+            requirements.push(Requirement {
+                path: path.to_owned(),
+                equal,
+                value,
+            });
+        }
+        Ok(Self { requirements })
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.requirements.is_empty()
+    }
+
+    /// The paths asked for, so that the caller can refuse those a kind does not support.
+    pub fn paths(&self) -> impl Iterator<Item = &str> {
+        self.requirements.iter().map(|r| r.path.as_str())
+    }
+
+    /// The value `path` must equal, when the selector says so (`metadata.name=x` makes a list a get).
+    pub fn exact(&self, path: &str) -> Option<&str> {
+        self.requirements
+            .iter()
+            .find(|r| r.equal && r.path == path)
+            .map(|r| r.value.as_str())
+    }
+
+    /// By the object's fields; an absent one counts as "".
+    pub fn matches(&self, object: &Value) -> bool {
+        self.requirements.iter().all(|requirement| {
+            let found = requirement
+                .path
+                .split('.')
+                .try_fold(object, |value, step| value.get(step));
+            let equal = match found {
+                None | Some(Value::Null) => requirement.value.is_empty(),
+                Some(Value::String(text)) => *text == requirement.value,
+                Some(Value::Bool(b)) => b.to_string() == requirement.value,
+                Some(Value::Number(n)) => n.to_string() == requirement.value,
+                Some(Value::Array(_) | Value::Object(_)) => false,
+            };
+            equal == requirement.equal
+        })
+    }
+}
+
+/// At commas that no backslash precedes.
+fn split(text: &str) -> Vec<&str> {
+    let (mut parts, mut start, mut escaped) = (Vec::new(), 0, false);
+    for (i, c) in text.char_indices() {
+        match c {
+            _ if escaped => escaped = false,
+            '\\' => escaped = true,
+            ',' => {
+                parts.push(&text[start..i]);
+                start = i + 1;
+            }
+            _ => {}
+        }
+    }
+    parts.push(&text[start..]);
+    parts
+}
+
+fn unescape(text: &str) -> Option<String> {
+    let mut out = String::with_capacity(text.len());
+    let mut chars = text.chars();
+    while let Some(c) = chars.next() {
+        match c {
+            '\\' => out.push(chars.next().filter(|c| "\\,=".contains(*c))?),
+            '=' => return None,
+            c => out.push(c),
+        }
+    }
+    Some(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn fields_match_by_their_text() {
+        let object = json!({"metadata": {"name": "a,b"}, "spec": {"nodeName": "n", "hostNetwork": true, "n": 3}, "type": "x"});
+        for (selector, wanted) in [
+            ("", true),
+            ("spec.nodeName=n", true),
+            ("spec.nodeName==n,type=x", true),
+            ("spec.nodeName!=n", false),
+            ("spec.nodeName!=m,spec.n=3", true),
+            ("spec.hostNetwork=true", true),
+            ("metadata.name=a\\,b", true),
+            ("status.phase=", true),
+            ("status.phase!=Running", true),
+            ("status.phase=Running", false),
+            ("spec=", false),
+        ] {
+            assert_eq!(
+                FieldSelector::parse(selector).unwrap().matches(&object),
+                wanted,
+                "{selector}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_exact_value_of_a_path_is_told() {
+        let selector = FieldSelector::parse("metadata.name=x,a!=b").unwrap();
+        assert_eq!(
+            (selector.exact("metadata.name"), selector.exact("a")),
+            (Some("x"), None)
+        );
+        assert_eq!(selector.paths().collect::<Vec<_>>(), ["metadata.name", "a"]);
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        for selector in ["a", "a=b=c", "a=\\x", "a=\\"] {
+            assert!(FieldSelector::parse(selector).is_err(), "{selector}");
+        }
+    }
+}
