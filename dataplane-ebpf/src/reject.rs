@@ -35,14 +35,11 @@ fn reset<P: Packet>(packet: &mut P, ip: &Ipv4) -> bool {
     if ip.tcp_flags & tcp_flag::RST != 0 {
         return false;
     }
-    // Sequence number, acknowledgement number, data offset.
-    let (Some(seq), Some(ack), Some(offset)) = (
-        packet.read::<[u16; 2]>(ip.l4 + 4),
-        packet.read::<[u16; 2]>(ip.l4 + 8),
-        packet.read::<u8>(ip.l4 + 12),
-    ) else {
+    let Some(segment) = packet.read::<[u16; TCP_LEN / 2]>(ip.l4) else {
         return false;
     };
+    let (seq, ack) = ([segment[2], segment[3]], [segment[4], segment[5]]);
+    let [offset, _flags] = segment[6].to_ne_bytes();
     let (new_seq, new_ack, flags) = if ip.tcp_flags & tcp_flag::ACK != 0 {
         (ack, [0, 0], tcp_flag::RST)
     } else {

@@ -4,3 +4,12 @@
 pub mod cluster;
 pub mod machine;
 pub mod process;
+pub mod sandbox;
+
+/// Builders of packets whose checksums are right.
+pub mod packets {
+    pub use dataplane_ebpf::{
+        memory::{checksums_are_right, icmp, tcp, udp},
+        packet::tcp_flag,
+    };
+}

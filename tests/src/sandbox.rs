@@ -1,0 +1,130 @@
+//! Namespaces for tests, which need no cleaning up: the kernel takes them when the last thread in them ends.
+
+use std::{
+    fs::File,
+    marker::PhantomData,
+    os::fd::AsFd as _,
+    panic::resume_unwind,
+    path::{Path, PathBuf},
+    process::Command,
+    thread,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, setns, unshare},
+};
+
+/// Says whether a test may make namespaces; else prints that it is skipped.
+pub fn is_root(test: &str) -> bool {
+    let root = nix::unistd::geteuid().is_root();
+    if !root {
+        println!("{test}: skipped: needs root");
+    }
+    root
+}
+
+/// The calling thread's own mount and network namespaces: a BPF file system at /sys/fs/bpf, the loopback up, and nothing else.
+/// Threads that it starts share them.
+pub struct Sandbox {
+    /// Namespaces belong to the thread.
+    not_send: PhantomData<*const ()>,
+}
+
+impl Sandbox {
+    pub fn enter() -> Result<Self> {
+        unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_FS)
+            .context("cannot make namespaces")?;
+        let none = None::<&str>;
+        // Without this, mounts would spread to the machine.
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
+            .context("cannot make mounts private")?;
+        mount(
+            Some("bpf"),
+            "/sys/fs/bpf",
+            Some("bpf"),
+            MsFlags::empty(),
+            none,
+        )
+        .context("cannot mount a BPF file system")?;
+        ip("link set lo up")?;
+        Ok(Self {
+            not_send: PhantomData,
+        })
+    }
+
+    /// Where the sandbox's pins lie.
+    pub fn pin_root(&self) -> PathBuf {
+        Path::new("/sys/fs/bpf").join("keelway")
+    }
+
+    /// The network namespace that the thread is in.
+    pub fn network(&self) -> Result<Network> {
+        Network::current()
+    }
+}
+
+/// A network namespace.
+pub struct Network(File);
+
+impl Network {
+    fn current() -> Result<Self> {
+        Ok(Self(
+            File::open("/proc/thread-self/ns/net").context("cannot open the network namespace")?,
+        ))
+    }
+
+    /// A new one, its loopback up.
+    pub fn new() -> Result<Self> {
+        let made = thread::spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
+            ip("link set lo up")?;
+            Self::current()
+        });
+        made.join().unwrap_or_else(|panic| resume_unwind(panic))
+    }
+
+    /// Runs on a thread inside, and waits for it.
+    pub fn run<R: Send>(&self, inside: impl FnOnce() -> R + Send) -> R {
+        thread::scope(|scope| {
+            let run = scope.spawn(|| {
+                setns(self.0.as_fd(), CloneFlags::CLONE_NEWNET)
+                    .expect("cannot enter the network namespace");
+                inside()
+            });
+            run.join().unwrap_or_else(|panic| resume_unwind(panic))
+        })
+    }
+
+    /// Moves an interface of the calling thread's namespace here.
+    pub fn take(&self, interface: &str) -> Result<()> {
+        use std::os::fd::AsRawFd as _;
+        // ip knows namespaces by name or by a process; this thread's table of files serves as the name.
+        ip(&format!(
+            "link set {interface} netns /proc/{}/fd/{}",
+            std::process::id(),
+            self.0.as_raw_fd()
+        ))
+    }
+}
+
+/// Runs `ip` with these words in the calling thread's network namespace.
+pub fn ip(words: &str) -> Result<()> {
+    let output = Command::new("ip")
+        .args(words.split_whitespace())
+        .output()
+        .context("cannot run ip")?;
+    ensure!(
+        output.status.success(),
+        "ip {words}: {}",
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(())
+}
+
+/// Index of an interface of the calling thread's network namespace.
+pub fn ifindex(interface: &str) -> Result<u32> {
+    // Not from /sys, which shows the namespace that it was mounted in.
+    nix::net::if_::if_nametoindex(interface).with_context(|| format!("no interface {interface}"))
+}
