@@ -5,8 +5,10 @@
 pub mod api;
 pub mod auth;
 pub mod codec;
+pub mod controllers;
 pub mod patch;
 pub mod registry;
+pub mod scheduler;
 pub mod selector;
 pub mod store;
 pub mod sys;

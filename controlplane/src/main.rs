@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
 use ipnetwork::Ipv4Network;
 use keelway_controlplane::store::{Embedded, EmbeddedConfig};
-use keelway_controlplane::{api, sys};
+use keelway_controlplane::{api, controllers, scheduler, sys};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -79,6 +79,37 @@ async fn run(flags: Flags, passed: Vec<std::net::TcpListener>) -> Result<()> {
     if flags.components.contains(&Component::Api) {
         let (server, listeners) = start_api(&flags, passed, &stop).await?;
         parts.spawn(async move { server.serve(listeners).await.context("the API server") });
+    }
+    // Both are clients of the API like any other: they wait until it answers, and end with the process.
+    let kubeconfig = flags.pki_dir.join("controllers.kubeconfig");
+    let identity = format!("{}:{}", flags.advertise_address, flags.bind.port());
+    if flags.components.contains(&Component::Controllers) {
+        let config = controllers::Config {
+            kubeconfig: kubeconfig.clone(),
+            ca_file: flags.pki_dir.join("ca.crt"),
+            cluster_cidr: flags.cluster_cidr,
+            identity: identity.clone(),
+        };
+        let stop = stop.clone();
+        parts.spawn(async move {
+            tokio::select! {
+                ended = controllers::run(config) => ended.map(|_| ()).context("the controllers"),
+                () = stop.cancelled() => Ok(()),
+            }
+        });
+    }
+    if flags.components.contains(&Component::Scheduler) {
+        let config = scheduler::Config {
+            kubeconfig,
+            identity,
+        };
+        let stop = stop.clone();
+        parts.spawn(async move {
+            tokio::select! {
+                ended = scheduler::run(config) => ended.map(|_| ()).context("the scheduler"),
+                () = stop.cancelled() => Ok(()),
+            }
+        });
     }
     while let Some(ended) = parts.join_next().await {
         let outcome = ended

@@ -1,0 +1,165 @@
+//! The ReplicaSets of a Deployment: which one is of its current template, and what they say about themselves.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
+
+use super::super::pods;
+use super::super::snapshot::Snapshot;
+use super::{HASH_LABEL, NOT_COPIED, REVISION};
+
+pub struct Sets {
+    /// The one whose template is the Deployment's.
+    pub current: Option<Arc<ReplicaSet>>,
+    /// All others, oldest first.
+    pub old: Vec<Arc<ReplicaSet>>,
+    /// Pods that run for each set, by the set's UID.
+    running: HashMap<String, i32>,
+}
+
+impl Sets {
+    pub fn of(
+        snapshot: &Snapshot,
+        deployment: &Deployment,
+        mut sets: Vec<Arc<ReplicaSet>>,
+    ) -> Self {
+        let running = sets.iter().map(|set| {
+            let uid = set.metadata.uid.clone().unwrap_or_default();
+            let count = snapshot
+                .pods_owned_by(&uid)
+                .filter(|pod| pods::is_active(pod))
+                .count();
+            (uid, i32::try_from(count).unwrap_or(i32::MAX))
+        });
+        let running = running.collect();
+        sets.sort_by(|a, b| {
+            let age = |set: &ReplicaSet| {
+                (
+                    set.metadata.creation_timestamp.clone(),
+                    set.metadata.name.clone(),
+                )
+            };
+            age(a).cmp(&age(b))
+        });
+        let current = deployment.spec.as_ref().and_then(|spec| {
+            let template = pods::without_label(&spec.template, HASH_LABEL);
+            let collisions = deployment
+                .status
+                .as_ref()
+                .and_then(|status| status.collision_count);
+            let equal = sets.iter().position(|set| {
+                let other = set.spec.as_ref().and_then(|spec| spec.template.as_ref());
+                other.is_some_and(|other| pods::without_label(other, HASH_LABEL) == template)
+            });
+            // A server that fills in defaults differently for the two kinds must not make us create sets for ever.
+            equal.or_else(|| {
+                let hash = pods::template_hash(&spec.template, collisions);
+                let name = format!(
+                    "{}-{hash}",
+                    deployment.metadata.name.as_deref().unwrap_or_default()
+                );
+                sets.iter().position(|set| {
+                    let labels = set.metadata.labels.as_ref();
+                    set.metadata.name.as_deref() == Some(&name)
+                        && labels.and_then(|labels| labels.get(HASH_LABEL)) == Some(&hash)
+                })
+            })
+        });
+        let current = current.map(|index| sets.remove(index));
+        Self {
+            current,
+            old: sets,
+            running,
+        }
+    }
+
+    pub fn all(&self) -> impl Iterator<Item = &Arc<ReplicaSet>> {
+        self.old.iter().chain(&self.current)
+    }
+
+    /// Sets that have or should have pods.
+    pub fn active(&self) -> impl Iterator<Item = &Arc<ReplicaSet>> {
+        self.all().filter(|set| replicas(set) > 0)
+    }
+
+    /// Revision that the current template has or gets.
+    pub fn next_revision(&self) -> i64 {
+        self.old
+            .iter()
+            .map(|set| revision_of(set))
+            .max()
+            .unwrap_or(0)
+            + 1
+    }
+
+    pub fn total(&self) -> i32 {
+        self.all().map(|set| replicas(set)).sum()
+    }
+
+    pub fn available(&self) -> i32 {
+        self.all().map(|set| available(set)).sum()
+    }
+
+    /// Places that a set takes up: pods that it should have, or still has after it was told to have fewer. Counting wishes
+    /// alone, as upstream does, would start new pods before the old ones have been told to go.
+    pub fn occupied(&self, set: &ReplicaSet) -> i32 {
+        let running = set
+            .metadata
+            .uid
+            .as_ref()
+            .and_then(|uid| self.running.get(uid))
+            .copied();
+        replicas(set).max(running.unwrap_or(0))
+    }
+
+    pub fn occupied_total(&self) -> i32 {
+        self.all().map(|set| self.occupied(set)).sum()
+    }
+}
+
+pub fn replicas(set: &ReplicaSet) -> i32 {
+    set.spec
+        .as_ref()
+        .and_then(|spec| spec.replicas)
+        .unwrap_or(1)
+}
+
+pub fn available(set: &ReplicaSet) -> i32 {
+    set.status
+        .as_ref()
+        .and_then(|status| status.available_replicas)
+        .unwrap_or(0)
+}
+
+pub fn revision_of(set: &ReplicaSet) -> i64 {
+    annotation(set, REVISION)
+        .and_then(|revision| revision.parse().ok())
+        .unwrap_or(0)
+}
+
+pub fn annotation<'a>(set: &'a ReplicaSet, name: &str) -> Option<&'a str> {
+    set.metadata
+        .annotations
+        .as_ref()?
+        .get(name)
+        .map(String::as_str)
+}
+
+/// Whether a set has no pods, should have none, and has said so about its current spec.
+pub fn is_idle(set: &ReplicaSet) -> bool {
+    let status = set.status.clone().unwrap_or_default();
+    replicas(set) == 0
+        && status.replicas == 0
+        && set.metadata.deletion_timestamp.is_none()
+        && set.metadata.generation.unwrap_or(0) <= status.observed_generation.unwrap_or(0)
+}
+
+/// The Deployment's annotations as its ReplicaSets carry them.
+pub fn copied_annotations(deployment: &Deployment) -> BTreeMap<String, String> {
+    let annotations = deployment.metadata.annotations.iter().flatten();
+    annotations
+        .filter(|(name, _)| !NOT_COPIED.contains(&name.as_str()))
+        .map(|(name, value)| (name.clone(), value.clone()))
+        .collect()
+}

@@ -1,0 +1,91 @@
+//! The controllers: each is a pure function from a snapshot of the cluster and a key to writes; one runner feeds them and
+//! does what they ask, through the public API.
+//!
+//! `plan.rs` says what a controller is, `snapshot.rs` what it sees. The files named after controllers import neither tokio
+//! nor kube; `runner.rs`, `watch.rs`, `execute.rs` and `lease.rs` do nothing but carry changes in and writes out.
+
+mod daemonset;
+mod deployment;
+mod endpoints;
+pub(crate) mod events;
+pub(crate) mod execute;
+mod garbage;
+mod graph;
+pub(crate) mod labels;
+pub(crate) mod lease;
+mod namespace;
+mod namespaced_defaults;
+mod nodeipam;
+mod nodelifecycle;
+pub(crate) mod nodes;
+pub(crate) mod object;
+pub(crate) mod plan;
+mod podgc;
+pub(crate) mod pods;
+mod replicaset;
+pub(crate) mod runner;
+pub(crate) mod snapshot;
+#[cfg(test)]
+pub(crate) mod testing;
+pub(crate) mod watch;
+
+use std::path::PathBuf;
+
+use ipnetwork::Ipv4Network;
+
+pub use runner::run;
+
+use plan::Controller;
+
+/// All controllers, in no order that matters.
+pub(crate) const ALL: &[Controller] = &[
+    deployment::CONTROLLER,
+    replicaset::CONTROLLER,
+    daemonset::CONTROLLER,
+    endpoints::CONTROLLER,
+    nodeipam::CONTROLLER,
+    nodelifecycle::CONTROLLER,
+    nodelifecycle::EVICTION,
+    namespaced_defaults::CONTROLLER,
+    namespace::CONTROLLER,
+    garbage::CONTROLLER,
+    podgc::CONTROLLER,
+];
+
+/// What the controllers are started with.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Credentials and address of the API server.
+    pub kubeconfig: PathBuf,
+    /// PEM file of the CA that pods are to trust the API server by.
+    pub ca_file: PathBuf,
+    /// Range of all pod addresses.
+    pub cluster_cidr: Ipv4Network,
+    /// Name of this control plane in leader elections: unique among them, and the same after a restart, so that a control
+    /// plane that was killed takes its lease up again at once.
+    pub identity: String,
+}
+
+/// What plans depend on beside the snapshot.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub cluster_cidr: Ipv4Network,
+    /// Prefix length of one node's range of pod addresses.
+    pub node_prefix: u8,
+    /// PEM of the CA that pods are to trust the API server by.
+    pub root_ca: String,
+}
+
+/// Why the controllers cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("controllers: cannot read the CA {path}: {source}")]
+    RootCa {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("controllers: --cluster-cidr {0} has no room for a /{1} per node")]
+    ClusterCidr(Ipv4Network, u8),
+    #[error(transparent)]
+    Client(#[from] watch::ClientError),
+}

@@ -1,0 +1,14 @@
+//! The scheduler: finds a node for every pod that has none.
+//!
+//! `decide.rs` is pure: the nodes with what is on them (`cache.rs`) and a pod in, a node or the reasons against all of them out.
+//! `queue.rs` says whose turn it is, `run.rs` carries changes in and bindings out.
+
+mod cache;
+mod decide;
+mod queue;
+mod resources;
+mod run;
+#[cfg(test)]
+mod tests;
+
+pub use run::{Config, run};

@@ -1,0 +1,359 @@
+//! The scheduler's loop: news in, decisions, bindings out. Deciding waits for nothing; bindings are on their way side by side.
+
+use std::collections::HashSet;
+use std::convert::Infallible;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::{Pod, PodCondition};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
+use serde_json::json;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinSet;
+
+use super::cache::{Cache, key_of};
+use super::decide::{Decision, decide, matters_to_pods};
+use super::queue::Queue;
+use crate::controllers::events::Recorder;
+use crate::controllers::execute::Outcome;
+use crate::controllers::lease::Candidate;
+use crate::controllers::object::{Kind, Object, Target};
+use crate::controllers::plan::{Action, Note, Write};
+use crate::controllers::pods;
+use crate::controllers::runner::{Errand, say};
+use crate::controllers::snapshot::{Change, Snapshot};
+use crate::controllers::watch::{Api, ClientError, Feed, follow};
+
+/// Upstream's name, so that an upstream scheduler waits while this one leads.
+const LEASE: &str = "kube-scheduler";
+const NAME: &str = "default-scheduler";
+const BINDINGS_MAX: usize = 64;
+const NEWS_MAX: usize = 4096;
+/// Pods decided before news is looked at again.
+const BATCH_MAX: usize = 512;
+
+/// What the scheduler is started with.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Credentials and address of the API server.
+    pub kubeconfig: PathBuf,
+    /// Name of this control plane in leader elections (see `controllers::Config`).
+    pub identity: String,
+}
+
+/// Runs the scheduler whenever this control plane leads; returns only if it cannot run at all.
+pub async fn run(config: Config) -> Result<Infallible, ClientError> {
+    let api = Api::from_kubeconfig(&config.kubeconfig).await?;
+    loop {
+        let mut candidate = Candidate::new(api.clone(), LEASE, &config.identity);
+        candidate.lead().await;
+        tokio::select! {
+            () = Scheduler::new(api.clone()).run() => {}
+            () = candidate.keep() => tracing::warn!("the scheduler's lease is lost; it stops until it is taken again"),
+        }
+    }
+}
+
+/// A binding or a status that was written.
+struct Done {
+    pod: Target,
+    bound: bool,
+    outcome: Outcome,
+}
+
+struct Scheduler {
+    errand: Errand,
+    snapshot: Snapshot,
+    cache: Cache,
+    queue: Queue,
+    tasks: JoinSet<()>,
+    feed: mpsc::Sender<Feed>,
+    news: mpsc::Receiver<Feed>,
+    done: mpsc::UnboundedSender<Done>,
+    finished: mpsc::UnboundedReceiver<Done>,
+    awaited: HashSet<Kind>,
+}
+
+impl Scheduler {
+    fn new(api: Api) -> Self {
+        let (feed, news) = mpsc::channel(NEWS_MAX);
+        let (done, finished) = mpsc::unbounded_channel();
+        let mut tasks = JoinSet::new();
+        let (recorder, write_events) = Recorder::new(api.clone());
+        tasks.spawn(write_events);
+        let errand = Errand {
+            api,
+            permits: Arc::new(Semaphore::new(BINDINGS_MAX)),
+            resources: Arc::default(),
+            recorder,
+        };
+        Self {
+            errand,
+            snapshot: Snapshot::default(),
+            cache: Cache::default(),
+            queue: Queue::default(),
+            tasks,
+            feed,
+            news,
+            done,
+            finished,
+            awaited: [Kind::Pod, Kind::Node].into(),
+        }
+    }
+
+    async fn run(mut self) {
+        for kind in self.awaited.clone() {
+            self.tasks.spawn(follow(
+                self.errand.api.clone(),
+                kind.resource().clone(),
+                self.feed.clone(),
+            ));
+        }
+        let mut more = false;
+        loop {
+            let due = self
+                .queue
+                .next_tick()
+                .map(|at| at.duration_since(Timestamp::now()));
+            let wake = async {
+                match due {
+                    _ if more => {}
+                    Some(wait) => {
+                        tokio::time::sleep(Duration::try_from(wait).unwrap_or(Duration::ZERO)).await
+                    }
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                Some(feed) = self.news.recv() => self.take_in(feed),
+                Some(done) = self.finished.recv() => self.finish(done),
+                () = wake => {}
+            }
+            for _ in 0..NEWS_MAX {
+                if let Ok(done) = self.finished.try_recv() {
+                    self.finish(done);
+                } else if let Ok(feed) = self.news.try_recv() {
+                    self.take_in(feed);
+                } else {
+                    break;
+                }
+            }
+            self.queue.tick(Timestamp::now());
+            more = self.awaited.is_empty() && self.decide_batch();
+        }
+    }
+
+    fn take_in(&mut self, feed: Feed) {
+        match feed {
+            Feed::Listed {
+                resource,
+                objects,
+                revision,
+            } => {
+                let listed: HashSet<String> = objects
+                    .iter()
+                    .map(|object| object.uid().to_string())
+                    .collect();
+                for object in self.snapshot.missing(&resource, &listed, revision) {
+                    self.remove(&object);
+                }
+                for object in objects {
+                    self.apply(object);
+                }
+                if let Some(kind) = Kind::of(&resource)
+                    && self.awaited.remove(&kind)
+                    && self.awaited.is_empty()
+                {
+                    tracing::info!(nodes = self.cache.nodes.len(), "scheduler is in sync");
+                }
+            }
+            Feed::Changed(object) => self.apply(object),
+            Feed::Gone(object) => self.remove(&object),
+            Feed::Resources(_) | Feed::Unserved(_) => {}
+        }
+    }
+
+    fn apply(&mut self, object: Object) {
+        if let Some(change) = self.snapshot.apply(object, Timestamp::now()) {
+            self.touch(change);
+        }
+    }
+
+    fn remove(&mut self, object: &Object) {
+        if let Some(change) = self.snapshot.remove(object) {
+            self.touch(change);
+        }
+    }
+
+    fn touch(&mut self, change: Change) {
+        match (change.old, change.new) {
+            (old, Some(Object::Node(new))) => {
+                let matters = match &old {
+                    Some(Object::Node(old)) => matters_to_pods(old, &new),
+                    _ => true,
+                };
+                self.cache.put_node(new);
+                if matters {
+                    self.queue.wake(Timestamp::now());
+                }
+            }
+            (Some(Object::Node(old)), None) => {
+                self.cache
+                    .remove_node(old.metadata.name.as_deref().unwrap_or_default());
+            }
+            (old, Some(Object::Pod(new))) => {
+                // A pod of the same name was there before: it goes with its place.
+                if let Some(Object::Pod(old)) = &old
+                    && old.metadata.uid != new.metadata.uid
+                {
+                    self.leave(old);
+                }
+                let old = old.and_then(|old| match old {
+                    Object::Pod(old) => Some(old),
+                    _ => None,
+                });
+                self.put_pod(old.as_deref(), &new);
+            }
+            (Some(Object::Pod(old)), None) => self.leave(&old),
+            _ => {}
+        }
+    }
+
+    fn leave(&mut self, pod: &Pod) {
+        self.queue.remove(&key_of(pod));
+        self.cache
+            .remove_pod(pod.metadata.uid.as_deref().unwrap_or_default());
+        if pods::node_name(pod).is_some() {
+            self.queue.wake(Timestamp::now());
+        }
+    }
+
+    fn put_pod(&mut self, old: Option<&Pod>, pod: &Arc<Pod>) {
+        let key = key_of(pod);
+        let uid = pod.metadata.uid.as_deref().unwrap_or_default();
+        let was_placed = self.cache.is_placed(uid);
+        self.cache.put_pod(pod);
+        if pods::is_terminal(pod) && was_placed {
+            self.queue.wake(Timestamp::now());
+        }
+        if !is_ours(pod) || self.cache.is_placed(uid) {
+            self.queue.remove(&key);
+            return;
+        }
+        // Our own status patches come back too; only a change of what decides is worth another try.
+        let changed = old
+            .is_none_or(|old| old.spec != pod.spec || old.metadata.labels != pod.metadata.labels);
+        if changed || !self.queue.contains(&key) {
+            self.queue.add(&key, pods::spec(pod).priority.unwrap_or(0));
+        }
+    }
+
+    /// Decides for a batch of pods; true when more are waiting for their turn.
+    fn decide_batch(&mut self) -> bool {
+        for _ in 0..BATCH_MAX {
+            let Some(key) = self.queue.next() else {
+                return false;
+            };
+            let Some(pod) = self.snapshot.pods.get(&key).cloned() else {
+                self.queue.remove(&key);
+                continue;
+            };
+            match decide(&self.cache, &pod) {
+                Decision::Node(node) => {
+                    self.cache.assume(&pod, &node);
+                    let target = Target::of(&*pod);
+                    let message = format!("Successfully assigned {key} to {node}");
+                    let write = Write {
+                        action: Action::Bind {
+                            pod: target.clone(),
+                            node,
+                        },
+                        note: Some(Note::normal(&target, NAME, "Scheduled", message)),
+                    };
+                    self.perform(target, write, true);
+                }
+                Decision::Nowhere(message) => {
+                    self.queue.unschedulable(&key, Timestamp::now());
+                    self.report(&pod, &message);
+                }
+            }
+        }
+        true
+    }
+
+    fn perform(&mut self, pod: Target, write: Write, bound: bool) {
+        let (errand, done) = (self.errand.clone(), self.done.clone());
+        self.tasks.spawn(async move {
+            let outcome = errand.perform(write).await;
+            // Nobody waits for it any more when the lease is lost.
+            let _ = done.send(Done {
+                pod,
+                bound,
+                outcome,
+            });
+        });
+    }
+
+    fn finish(&mut self, done: Done) {
+        while self.tasks.try_join_next().is_some() {}
+        for object in done.outcome.seen {
+            self.apply(object);
+        }
+        let Some(failure) = done.outcome.failure.filter(|_| done.bound) else {
+            return;
+        };
+        if !failure.stale {
+            tracing::warn!(pod = %done.pod.key, "binding failed: {}", failure.message);
+        }
+        self.cache.forget(&done.pod.uid);
+        // The pod may be gone, or bound by someone else: then the queue no longer knows it.
+        self.queue.failed(&done.pod.key, Timestamp::now());
+    }
+
+    /// Says on the pod and by an event why it waits, unless that has been said.
+    fn report(&mut self, pod: &Arc<Pod>, message: &str) {
+        let target = Target::of(&**pod);
+        say(
+            &self.errand.recorder,
+            Note::warning(&target, NAME, "FailedScheduling", message),
+            None,
+            None,
+        );
+        let known = pods::condition(pod, "PodScheduled");
+        if known.is_some_and(|known| {
+            known.status == "False" && known.message.as_deref() == Some(message)
+        }) {
+            return;
+        }
+        let since = known
+            .filter(|known| known.status == "False")
+            .and_then(|known| known.last_transition_time.clone());
+        let mut conditions = pod
+            .status
+            .as_ref()
+            .and_then(|status| status.conditions.clone())
+            .unwrap_or_default();
+        conditions.retain(|condition| condition.type_ != "PodScheduled");
+        conditions.push(PodCondition {
+            type_: "PodScheduled".into(),
+            status: "False".into(),
+            reason: Some("Unschedulable".into()),
+            message: Some(message.into()),
+            last_transition_time: since.or(Some(Time(Timestamp::now()))),
+            ..Default::default()
+        });
+        let action = pods::guarded_status_patch(&**pod, json!({"conditions": conditions}));
+        self.perform(target, Write { action, note: None }, false);
+    }
+}
+
+/// Whether this scheduler is to find a node for the pod.
+fn is_ours(pod: &Pod) -> bool {
+    let spec = pods::spec(pod);
+    pods::node_name(pod).is_none()
+        && pods::is_active(pod)
+        && spec.scheduling_gates.as_ref().is_none_or(Vec::is_empty)
+        && matches!(spec.scheduler_name.as_deref(), None | Some("" | NAME))
+}
