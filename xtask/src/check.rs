@@ -16,6 +16,7 @@ pub fn lint(project: &Project) -> Result<()> {
         "clippy",
         "--locked",
         "--quiet",
+        "--workspace",
         "--all-targets",
         "--",
         "-D",
@@ -37,30 +38,23 @@ pub fn lint(project: &Project) -> Result<()> {
     Ok(())
 }
 
-/// Runs the tests. With arguments, they choose; without, every test runs: the packet logic on the host first, then all
-/// others. The test runner speaks last.
+/// Runs the tests. With arguments, they choose; without, every test of every crate runs. The test runner speaks last.
 pub fn test(project: &Project, profile: &str, args: &[String]) -> Result<()> {
-    let nextest = has_nextest(project);
+    step("tests");
+    let mut runner = runner(project, profile);
     if args.is_empty() {
-        step("tests of the packet logic");
-        // The package's binary builds for the BPF target only, so its lib is named.
-        process::run(runner(project, nextest, profile).args([
-            "--package",
-            "dataplane-ebpf",
-            "--lib",
-        ]))?;
-        step("tests");
+        runner.arg("--workspace");
     }
-    process::become_command(runner(project, nextest, profile).args(args))
+    process::become_command(runner.args(args))
 }
 
 fn has_nextest(project: &Project) -> bool {
     process::run_quiet(process::cargo(&project.root).args(["nextest", "--version"])).is_ok()
 }
 
-fn runner(project: &Project, nextest: bool, profile: &str) -> Command {
+fn runner(project: &Project, profile: &str) -> Command {
     let mut cargo = process::cargo(&project.root);
-    if nextest {
+    if has_nextest(project) {
         cargo.args([
             "nextest",
             "run",
