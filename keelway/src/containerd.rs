@@ -82,11 +82,12 @@ pub fn config(pause_image: &str, snapshotter: Snapshotter) -> String {
 root = "/var/lib/containerd"
 state = "/run/containerd"
 oom_score = 0
+# Without it no pod runs; better no containerd than half a one.
+required_plugins = ["io.containerd.grpc.v1.cri"]
 disabled_plugins = [
   "io.containerd.internal.v1.opt",
   "io.containerd.internal.v1.tracing",
   "io.containerd.tracing.processor.v1.otlp",
-  "io.containerd.runtime.v1.linux",
   "io.containerd.snapshotter.v1.aufs",
   "io.containerd.snapshotter.v1.blockfile",
   "io.containerd.snapshotter.v1.btrfs",
