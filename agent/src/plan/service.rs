@@ -134,7 +134,7 @@ pub enum Violation {
     #[error("{0}: {1} backends are more than a service port can have")]
     TooManyBackends(PortKey, usize),
     #[error("frontend {0} belongs to {1} and to {2}")]
-    FrontendTwice(Frontend, PortKey, PortKey),
+    FrontendTwice(Frontend, Box<PortKey>, Box<PortKey>),
 }
 
 /// Checks what must hold of a plan, whatever the cluster looks like.
@@ -148,8 +148,8 @@ pub fn check(plan: &ServicePlan) -> Result<(), Violation> {
             if let Some(other) = owners.insert(*frontend, key) {
                 return Err(Violation::FrontendTwice(
                     *frontend,
-                    other.clone(),
-                    key.clone(),
+                    Box::new(other.clone()),
+                    Box::new(key.clone()),
                 ));
             }
         }

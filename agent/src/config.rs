@@ -1,0 +1,159 @@
+//! How the agent was told to run: flags, validated once.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use cluster_model::watch::ApiOptions;
+use ipnetwork::Ipv4Network;
+use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
+
+/// Flags of `keelway-agent run`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct RunFlags {
+    /// Name of this node's Node object.
+    #[arg(long, env = "NODE_NAME")]
+    node_name: String,
+    /// URL of the API server, in place of the one in the kubeconfig or the environment. Must not be a Service's.
+    #[arg(long, env = "KEELWAY_API_SERVER")]
+    api_server: Option<String>,
+    /// Kubeconfig file; without one, the pod's ServiceAccount is used.
+    #[arg(long)]
+    kubeconfig: Option<PathBuf>,
+    /// Read Services, EndpointSlices and Nodes from this JSON file, and again when it changes, instead of an API server.
+    #[arg(long, conflicts_with_all = ["api_server", "kubeconfig"])]
+    snapshot: Option<PathBuf>,
+    /// Control group (v2) whose sockets are translated; by default the root of the hierarchy.
+    #[arg(long, env = "KEELWAY_CGROUP")]
+    cgroup: Option<PathBuf>,
+    /// Translate Service addresses at the socket.
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    socket_lb: Switch,
+    /// Translate Service addresses per packet, for what the socket did not.
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    packet_lb: Switch,
+    /// Range of Service addresses; may be given more than once.
+    #[arg(long, default_value = "10.96.0.0/16")]
+    service_cidr: Vec<Ipv4Network>,
+    /// Address for /metrics, /healthz and /readyz.
+    #[arg(long)]
+    metrics: Option<SocketAddr>,
+    /// Unix socket for the CNI plugin and `status`.
+    #[arg(long, default_value = keelway_cni::AGENT_SOCKET)]
+    socket: PathBuf,
+    /// Directory for what must survive a reboot.
+    #[arg(long, default_value = "/var/lib/keelway/agent")]
+    state_dir: PathBuf,
+    /// Directory on a bpffs for what must survive the agent.
+    #[arg(long, default_value = "/sys/fs/bpf/keelway")]
+    pin_root: PathBuf,
+    /// Directory that the CNI configuration is written to once pods can be served.
+    #[arg(long, default_value = "/etc/cni/net.d")]
+    cni_conf_dir: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Switch {
+    On,
+    Off,
+}
+
+/// Where the agent learns about the cluster.
+#[derive(Clone, Debug)]
+pub enum Source {
+    Api(ApiOptions),
+    /// A file as `kubectl get services,endpointslices,nodes -A -o json` writes it.
+    File(PathBuf),
+}
+
+/// A validated configuration.
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub node_name: String,
+    pub source: Source,
+    pub cgroup: PathBuf,
+    pub socket_lb: bool,
+    pub packet_lb: bool,
+    pub service_ranges: Vec<Ipv4Network>,
+    pub metrics: Option<SocketAddr>,
+    pub socket: PathBuf,
+    pub state_dir: PathBuf,
+    /// Deletions that the CNI plugin wrote down while no agent answered.
+    pub spool: PathBuf,
+    pub pin_root: PathBuf,
+    pub cni_conf_dir: PathBuf,
+}
+
+/// Why the flags make no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("--node-name is empty")]
+    NodeName,
+    #[error("--cgroup {}: not a folder of a cgroup v2 hierarchy", .0.display())]
+    Cgroup(PathBuf),
+    #[error("no cgroup v2 hierarchy at /sys/fs/cgroup or /sys/fs/cgroup/unified: mount one, or use --socket-lb off")]
+    NoCgroup,
+    #[error("--socket-lb off and --packet-lb off: nothing would translate Service addresses")]
+    NothingOn,
+    #[error("--service-cidr {0}: has bits set after its prefix")]
+    ServiceRange(Ipv4Network),
+    #[error("{flag} {}: not an absolute path", path.display())]
+    Relative { flag: &'static str, path: PathBuf },
+}
+
+impl RunFlags {
+    /// Checks the flags against each other and the machine.
+    pub fn validate(self) -> Result<Config, ConfigError> {
+        if self.node_name.is_empty() {
+            return Err(ConfigError::NodeName);
+        }
+        let (socket_lb, packet_lb) = (self.socket_lb == Switch::On, self.packet_lb == Switch::On);
+        if !socket_lb && !packet_lb {
+            return Err(ConfigError::NothingOn);
+        }
+        if let Some(range) = self.service_cidr.iter().find(|range| range.ip() != range.network()) {
+            return Err(ConfigError::ServiceRange(*range));
+        }
+        for (flag, path) in [
+            ("--socket", &self.socket),
+            ("--state-dir", &self.state_dir),
+            ("--pin-root", &self.pin_root),
+            ("--cni-conf-dir", &self.cni_conf_dir),
+        ] {
+            if !path.is_absolute() {
+                return Err(ConfigError::Relative { flag, path: path.clone() });
+            }
+        }
+        let source = match self.snapshot {
+            Some(file) => Source::File(file),
+            None => Source::Api(ApiOptions { kubeconfig: self.kubeconfig, api_server: self.api_server }),
+        };
+        Ok(Config {
+            node_name: self.node_name,
+            source,
+            cgroup: if socket_lb { cgroup(self.cgroup)? } else { self.cgroup.unwrap_or_default() },
+            socket_lb,
+            packet_lb,
+            service_ranges: self.service_cidr,
+            metrics: self.metrics,
+            socket: self.socket,
+            spool: self.state_dir.join("deleted"),
+            state_dir: self.state_dir,
+            pin_root: self.pin_root,
+            cni_conf_dir: self.cni_conf_dir,
+        })
+    }
+}
+
+/// The folder that was named, or the root of the v2 hierarchy: alone, or beside v1 hierarchies.
+fn cgroup(named: Option<PathBuf>) -> Result<PathBuf, ConfigError> {
+    let is_v2 = |path: &Path| statfs(path).is_ok_and(|stat| stat.filesystem_type() == CGROUP2_SUPER_MAGIC);
+    match named {
+        Some(path) if is_v2(&path) => Ok(path),
+        Some(path) => Err(ConfigError::Cgroup(path)),
+        None => ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
+            .into_iter()
+            .map(PathBuf::from)
+            .find(|path| is_v2(path))
+            .ok_or(ConfigError::NoCgroup),
+    }
+}

@@ -1,0 +1,31 @@
+//! Everything that can happen to the agent.
+
+use std::os::fd::OwnedFd;
+use std::sync::mpsc::SyncSender;
+
+use cluster_model::watch::Report as WatchReport;
+use keelway_cni::Attachment;
+use keelway_cni::protocol::{Request, Response};
+
+use crate::net::{Link, NetlinkError};
+use crate::report::Report;
+
+/// Where the answer to a request goes. Whoever waits has given up when sending fails, and is not missed.
+pub type Reply<T> = SyncSender<T>;
+
+/// One thing that happened. The loop in [`crate::worker`] takes them in order, many at a time.
+#[derive(Debug)]
+pub enum Event {
+    /// The cluster changed, or could not be watched.
+    Cluster(WatchReport),
+    /// A request came by the agent's socket, with the network namespace for an ADD or a CHECK.
+    Request { request: Request, netns: Option<OwnedFd>, reply: Reply<Response> },
+    /// A pod's network has been made, or could not be.
+    Wired { attachment: Attachment, made: Result<Link, NetlinkError> },
+    /// A pod's network has been removed, or could not be.
+    Unwired { host_interface: String, removed: Result<bool, NetlinkError> },
+    /// Somebody asks how the agent is.
+    Report { reply: Reply<Box<Report>> },
+    /// The process shall end. What flows goes on flowing.
+    Stop,
+}

@@ -1,0 +1,87 @@
+//! What the agent knows of itself: for `status`, for metrics, for whoever debugs.
+
+use std::collections::BTreeMap;
+use std::fmt::{self, Write};
+
+use serde::{Deserialize, Serialize};
+
+use crate::addresses::Allocation;
+
+/// The state of one agent.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Report {
+    pub version: String,
+    pub node: String,
+    /// Pods can be served.
+    pub ready: bool,
+    /// What is missing or has failed, in words.
+    pub problems: Vec<String>,
+    /// Kinds of which a complete list has arrived.
+    pub synced: Vec<String>,
+    pub socket_lb: bool,
+    pub packet_lb: bool,
+    pub services: usize,
+    pub endpoint_slices: usize,
+    pub nodes: usize,
+    /// Objects of the API that were refused as malformed.
+    pub rejected_objects: u64,
+    pub service_ports: usize,
+    pub frontends: usize,
+    pub backends: usize,
+    /// Frontends that more than one Service wants, and the like.
+    pub refusals: u64,
+    pub batches: u64,
+    pub batches_failed: u64,
+    pub last_batch_operations: usize,
+    pub last_batch_us: u64,
+    pub routes: usize,
+    pub addresses_capacity: u64,
+    pub allocations: Vec<Allocation>,
+    /// Requests of the CNI plugin, by command and outcome.
+    pub cni_requests: BTreeMap<String, u64>,
+    pub cni_add_last_us: u64,
+    /// Counters of the data plane, by the name of their reason.
+    pub counters: Vec<Counter>,
+}
+
+/// One counter of the data plane.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Counter {
+    pub reason: String,
+    /// `event`, `drop` or `reject`.
+    pub class: String,
+    pub packets: u64,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let on = |on| if on { "on" } else { "off" };
+        writeln!(f, "Keelway agent {} on {}: {}", self.version, self.node, if self.ready { "ready" } else { "not ready" })?;
+        for problem in &self.problems {
+            writeln!(f, "  problem: {problem}")?;
+        }
+        writeln!(f, "Synced:    {}", if self.synced.is_empty() { "nothing".into() } else { self.synced.join(", ") })?;
+        writeln!(f, "Hooks:     socket {}, packet {}", on(self.socket_lb), on(self.packet_lb))?;
+        writeln!(
+            f,
+            "Services:  {} ({} ports, {} frontends, {} backends), {} slices",
+            self.services, self.service_ports, self.frontends, self.backends, self.endpoint_slices
+        )?;
+        writeln!(f, "Nodes:     {} ({} routes)", self.nodes, self.routes)?;
+        writeln!(
+            f,
+            "Batches:   {} ({} failed), the last one {} operations in {} us",
+            self.batches, self.batches_failed, self.last_batch_operations, self.last_batch_us
+        )?;
+        writeln!(f, "Addresses: {} of {} in use", self.allocations.len(), self.addresses_capacity)?;
+        for one in &self.allocations {
+            writeln!(f, "  {:<15} {} {}", one.address, one.host_interface, one.pod.as_deref().unwrap_or("-"))?;
+        }
+        writeln!(f, "Packets:")?;
+        for counter in self.counters.iter().filter(|counter| counter.packets > 0) {
+            writeln!(f, "  {:<26} {:<7} {}", counter.reason, counter.class, counter.packets)?;
+        }
+        f.write_char('\n')
+    }
+}

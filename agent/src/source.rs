@@ -1,0 +1,100 @@
+//! Where the agent learns about the cluster: an API server, or a file.
+
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::Sender;
+use std::time::Duration;
+
+use cluster_model::watch::{self, Report};
+use cluster_model::{Change, Kind, Object, read_manifest};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use tokio::sync::mpsc;
+
+use crate::config::Source;
+use crate::event::Event;
+
+/// The kinds that the agent needs.
+pub const KINDS: [Kind; 3] = [Kind::Service, Kind::EndpointSlice, Kind::Node];
+
+/// Longest pause before credentials that could not be read are read again.
+const RETRY_MAX: Duration = Duration::from_secs(5);
+
+/// Feeds the event loop until it is gone.
+pub async fn feed(source: Source, events: Sender<Event>) {
+    match source {
+        Source::Api(options) => {
+            let mut pause = Duration::from_millis(100);
+            let client = loop {
+                match watch::client(&options).await {
+                    Ok(client) => break client,
+                    Err(error) => {
+                        let report = Report::Failed { kind: Kind::Node, error: error.to_string() };
+                        if events.send(Event::Cluster(report)).is_err() {
+                            return;
+                        }
+                    }
+                }
+                // Credentials of a pod may be mounted a moment later.
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(RETRY_MAX);
+            };
+            let (tell, mut told) = mpsc::channel(1024);
+            let watching = tokio::spawn(async move { watch::watch(client, &KINDS, tell).await });
+            while let Some(report) = told.recv().await {
+                if events.send(Event::Cluster(report)).is_err() {
+                    break;
+                }
+            }
+            watching.abort();
+        }
+        Source::File(path) => {
+            let following = tokio::task::spawn_blocking(move || follow(&path, &events));
+            if let Ok(Err(error)) = following.await {
+                tracing::error!(%error, "the snapshot file is not followed any more");
+            }
+        }
+    }
+}
+
+/// Reads the file now and whenever it changes. A file that cannot be read changes nothing.
+fn follow(path: &Path, events: &Sender<Event>) -> Result<(), FollowError> {
+    let failed = |what, errno: nix::errno::Errno| FollowError { path: path.into(), what, source: errno.into() };
+    let inotify = Inotify::init(InitFlags::IN_CLOEXEC).map_err(|errno| failed("inotify", errno))?;
+    // The folder, not the file: editors and careful writers replace it by a rename.
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let interest = AddWatchFlags::IN_CLOSE_WRITE | AddWatchFlags::IN_MOVED_TO;
+    inotify.add_watch(folder, interest).map_err(|errno| failed("watch the folder of", errno))?;
+    loop {
+        let reports = match read(path) {
+            Ok(changes) => changes.into_iter().map(Report::Change).collect(),
+            Err(error) => vec![Report::Failed { kind: Kind::Node, error }],
+        };
+        for report in reports {
+            if events.send(Event::Cluster(report)).is_err() {
+                return Ok(());
+            }
+        }
+        loop {
+            let changed = inotify.read_events().map_err(|errno| failed("wait for", errno))?;
+            if changed.iter().any(|change| change.name.as_deref() == path.file_name()) {
+                break;
+            }
+        }
+    }
+}
+
+/// Why the file can no longer be followed.
+#[derive(Debug, thiserror::Error)]
+#[error("{what} {}: {source}", path.display())]
+struct FollowError {
+    path: PathBuf,
+    what: &'static str,
+    source: std::io::Error,
+}
+
+/// The file as one complete list per kind.
+fn read(path: &Path) -> Result<Vec<Change>, String> {
+    let json = std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let objects = read_manifest(&json).map_err(|error| format!("{}: {error}", path.display()))?;
+    let of = |kind: Kind| -> Vec<Object> { objects.iter().filter(|object| object.kind() == kind).cloned().collect() };
+    Ok(KINDS.into_iter().map(|kind| Change::Replace(kind, of(kind))).collect())
+}

@@ -1,0 +1,103 @@
+//! The process that a DaemonSet sees: it keeps a worker running.
+//!
+//! It holds the agent's listening socket, so that requests wait while a worker is replaced instead of failing, and does
+//! nothing else that could fail.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::unistd::Pid;
+
+use crate::socket;
+
+/// Exit code of a worker whose configuration is wrong (sysexits' EX_CONFIG): another one would fare no better.
+pub const EXIT_CONFIG: u8 = 78;
+/// A worker that died sooner than this is not begun again at once.
+const SHORT_LIFE: Duration = Duration::from_secs(1);
+/// The pause before it: a crash loop costs little, and no worker is missing for longer.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// What ended the supervisor.
+#[derive(Debug, thiserror::Error)]
+pub enum SupervisorError {
+    #[error("{}: {source}", path.display())]
+    Path { path: PathBuf, source: io::Error },
+    #[error("{operation}: {source}")]
+    System { operation: &'static str, source: io::Error },
+}
+
+/// Runs workers until a signal asks to stop. `arguments` are those of this process after its subcommand.
+pub fn run(socket_path: &Path, arguments: &[OsString]) -> Result<ExitCode, SupervisorError> {
+    let system = |operation| move |source| SupervisorError::System { operation, source };
+    let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGCHLD]);
+    signals.thread_block().map_err(|errno| system("block signals")(errno.into()))?;
+
+    let _lock = lock(socket_path)?;
+    let listener = socket::listen(socket_path)
+        .map_err(|source| SupervisorError::Path { path: socket_path.into(), source })?;
+    let mut stopping = false;
+    loop {
+        let began = Instant::now();
+        let mut worker = spawn(&listener, arguments).map_err(system("start the worker"))?;
+        let status = loop {
+            match signals.wait().map_err(|errno| system("wait for a signal")(errno.into()))? {
+                Signal::SIGCHLD => {
+                    if let Some(status) = worker.try_wait().map_err(system("wait for the worker"))? {
+                        break status;
+                    }
+                }
+                signal => {
+                    stopping = true;
+                    stop(&worker, signal);
+                }
+            }
+        };
+        if stopping {
+            return Ok(ExitCode::SUCCESS);
+        }
+        if status.code() == Some(EXIT_CONFIG.into()) {
+            return Ok(ExitCode::from(EXIT_CONFIG));
+        }
+        tracing::warn!(%status, "the worker ended; another one begins");
+        if began.elapsed() < SHORT_LIFE {
+            std::thread::sleep(PAUSE);
+        }
+    }
+}
+
+/// Takes the right to be this node's agent, and waits for whoever has it.
+pub fn lock(socket_path: &Path) -> Result<File, SupervisorError> {
+    let path = socket_path.with_extension("lock");
+    let take = || -> io::Result<File> {
+        if let Some(dir) = path.parent() {
+            std::fs::create_dir_all(dir)?;
+        }
+        let file = File::create(&path)?;
+        if file.try_lock().is_err() {
+            tracing::info!(path = %path.display(), "another agent of this node is still there; waiting for its end");
+            file.lock()?;
+        }
+        Ok(file)
+    };
+    take().map_err(|source| SupervisorError::Path { path: path.clone(), source })
+}
+
+fn spawn(listener: &UnixListener, arguments: &[OsString]) -> io::Result<Child> {
+    // The socket travels as standard input: a descriptor whose number needs no agreement.
+    let socket = OwnedFd::from(listener.try_clone()?);
+    Command::new("/proc/self/exe").arg("worker").args(arguments).stdin(Stdio::from(socket)).spawn()
+}
+
+fn stop(worker: &Child, signal: Signal) {
+    let Ok(pid) = i32::try_from(worker.id()) else { return };
+    if let Err(errno) = kill(Pid::from_raw(pid), signal) {
+        tracing::warn!(%errno, "the worker could not be told to stop");
+    }
+}
