@@ -90,7 +90,9 @@ pub enum ConfigError {
     NodeName,
     #[error("--cgroup {}: not a folder of a cgroup v2 hierarchy", .0.display())]
     Cgroup(PathBuf),
-    #[error("no cgroup v2 hierarchy at /sys/fs/cgroup or /sys/fs/cgroup/unified: mount one, or use --socket-lb off")]
+    #[error(
+        "no cgroup v2 hierarchy at /sys/fs/cgroup or /sys/fs/cgroup/unified: mount one, or use --socket-lb off"
+    )]
     NoCgroup,
     #[error("--socket-lb off and --packet-lb off: nothing would translate Service addresses")]
     NothingOn,
@@ -110,7 +112,11 @@ impl RunFlags {
         if !socket_lb && !packet_lb {
             return Err(ConfigError::NothingOn);
         }
-        if let Some(range) = self.service_cidr.iter().find(|range| range.ip() != range.network()) {
+        if let Some(range) = self
+            .service_cidr
+            .iter()
+            .find(|range| range.ip() != range.network())
+        {
             return Err(ConfigError::ServiceRange(*range));
         }
         for (flag, path) in [
@@ -120,17 +126,27 @@ impl RunFlags {
             ("--cni-conf-dir", &self.cni_conf_dir),
         ] {
             if !path.is_absolute() {
-                return Err(ConfigError::Relative { flag, path: path.clone() });
+                return Err(ConfigError::Relative {
+                    flag,
+                    path: path.clone(),
+                });
             }
         }
         let source = match self.snapshot {
             Some(file) => Source::File(file),
-            None => Source::Api(ApiOptions { kubeconfig: self.kubeconfig, api_server: self.api_server }),
+            None => Source::Api(ApiOptions {
+                kubeconfig: self.kubeconfig,
+                api_server: self.api_server,
+            }),
         };
         Ok(Config {
             node_name: self.node_name,
             source,
-            cgroup: if socket_lb { cgroup(self.cgroup)? } else { self.cgroup.unwrap_or_default() },
+            cgroup: if socket_lb {
+                cgroup(self.cgroup)?
+            } else {
+                self.cgroup.unwrap_or_default()
+            },
             socket_lb,
             packet_lb,
             service_ranges: self.service_cidr,
@@ -146,7 +162,8 @@ impl RunFlags {
 
 /// The folder that was named, or the root of the v2 hierarchy: alone, or beside v1 hierarchies.
 fn cgroup(named: Option<PathBuf>) -> Result<PathBuf, ConfigError> {
-    let is_v2 = |path: &Path| statfs(path).is_ok_and(|stat| stat.filesystem_type() == CGROUP2_SUPER_MAGIC);
+    let is_v2 =
+        |path: &Path| statfs(path).is_ok_and(|stat| stat.filesystem_type() == CGROUP2_SUPER_MAGIC);
     match named {
         Some(path) if is_v2(&path) => Ok(path),
         Some(path) => Err(ConfigError::Cgroup(path)),

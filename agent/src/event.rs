@@ -19,11 +19,21 @@ pub enum Event {
     /// The cluster changed, or could not be watched.
     Cluster(WatchReport),
     /// A request came by the agent's socket, with the network namespace for an ADD or a CHECK.
-    Request { request: Request, netns: Option<OwnedFd>, reply: Reply<Response> },
+    Request {
+        request: Request,
+        netns: Option<OwnedFd>,
+        reply: Reply<Response>,
+    },
     /// A pod's network has been made, or could not be.
-    Wired { attachment: Attachment, made: Result<Link, NetlinkError> },
+    Wired {
+        attachment: Attachment,
+        made: Result<Link, NetlinkError>,
+    },
     /// A pod's network has been removed, or could not be.
-    Unwired { host_interface: String, removed: Result<bool, NetlinkError> },
+    Unwired {
+        host_interface: String,
+        removed: Result<bool, NetlinkError>,
+    },
     /// Somebody asks how the agent is.
     Report { reply: Reply<Box<Report>> },
     /// The process shall end. What flows goes on flowing.

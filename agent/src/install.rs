@@ -24,9 +24,15 @@ pub struct InstallError {
 
 /// Copies the plugin that lies beside this program into `dir`.
 pub fn install_plugin(dir: &Path) -> Result<PathBuf, InstallError> {
-    let own = std::env::current_exe().map_err(|source| InstallError { path: "/proc/self/exe".into(), source })?;
+    let own = std::env::current_exe().map_err(|source| InstallError {
+        path: "/proc/self/exe".into(),
+        source,
+    })?;
     let plugin = own.with_file_name(PLUGIN);
-    let bytes = fs::read(&plugin).map_err(|source| InstallError { path: plugin, source })?;
+    let bytes = fs::read(&plugin).map_err(|source| InstallError {
+        path: plugin,
+        source,
+    })?;
     let target = dir.join(PLUGIN);
     // Runtimes may be executing the old one, which cannot be written to, only replaced.
     replace(&target, &bytes, 0o755)?;
@@ -66,5 +72,8 @@ fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<(), InstallError> {
         drop(file);
         fs::rename(&partial, path)
     };
-    write().map_err(|source| InstallError { path: path.into(), source })
+    write().map_err(|source| InstallError {
+        path: path.into(),
+        source,
+    })
 }

@@ -1,1 +1,183 @@
-fn main() {}
+//! `keelway-agent`: the per-node daemon and what belongs to it.
+
+use std::ffi::OsString;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::{Parser, Subcommand, ValueEnum};
+use keelway_agent::config::{Config, RunFlags};
+use keelway_agent::event::Event;
+use keelway_agent::report::Report;
+use keelway_agent::worker::Worker;
+use keelway_agent::{install, metrics, socket, source, supervisor};
+use keelway_cni::protocol::{self, Request, Response};
+use nix::sys::signal::Signal;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Keelway's agent: Services, pod networks and routes of one node.
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run on this node: a supervisor that keeps a worker alive.
+    Run(RunFlags),
+    /// Run one worker, without a supervisor when called by hand.
+    #[command(hide = true)]
+    Worker(RunFlags),
+    /// Say how the agent of this node is.
+    Status {
+        #[arg(long, default_value = keelway_cni::AGENT_SOCKET)]
+        socket: PathBuf,
+        #[arg(long, short, value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
+    /// Copy the CNI plugin to where container runtimes look for it.
+    Install {
+        #[arg(long, default_value = "/opt/cni/bin")]
+        bin_dir: PathBuf,
+    },
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Output {
+    Text,
+    Json,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_default_env()
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
+        )
+        .init();
+    let outcome = match cli.command {
+        Command::Run(flags) => run(flags),
+        Command::Worker(flags) => work(flags),
+        Command::Status { socket, output } => status(&socket, output),
+        Command::Install { bin_dir } => install::install_plugin(&bin_dir)
+            .map(|path| {
+                println!("{}", path.display());
+                ExitCode::SUCCESS
+            })
+            .map_err(Into::into),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("keelway-agent: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn run(flags: RunFlags) -> anyhow::Result<ExitCode> {
+    // Wrong flags end here, before anything is begun; the worker validates its own copy again.
+    let Ok(config) = validated(flags) else {
+        return Ok(ExitCode::from(supervisor::EXIT_CONFIG));
+    };
+    let arguments: Vec<OsString> = std::env::args_os().skip(2).collect();
+    Ok(supervisor::run(&config.socket, &arguments)?)
+}
+
+fn validated(flags: RunFlags) -> Result<Config, ()> {
+    flags
+        .validate()
+        .map_err(|error| eprintln!("keelway-agent: {error}"))
+}
+
+fn work(flags: RunFlags) -> anyhow::Result<ExitCode> {
+    let Ok(config) = validated(flags) else {
+        return Ok(ExitCode::from(supervisor::EXIT_CONFIG));
+    };
+    // A supervisor hands its listening socket over as standard input; by hand there is a terminal, or nothing.
+    let inherited =
+        nix::sys::socket::getsockopt(&std::io::stdin(), nix::sys::socket::sockopt::AcceptConn);
+    let (listener, _lock) = if inherited.is_ok_and(|listening| listening) {
+        // Nobody may outlive the supervisor: two agents would undo each other's work.
+        nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)
+            .context("tie the worker to its supervisor")?;
+        if nix::unistd::getppid().as_raw() == 1 && std::process::id() != 1 && !supervised_by_init()
+        {
+            bail!("the supervisor is gone");
+        }
+        (
+            UnixListener::from(std::io::stdin().as_fd().try_clone_to_owned()?),
+            None,
+        )
+    } else {
+        let lock = supervisor::lock(&config.socket)?;
+        let listener =
+            socket::listen(&config.socket).with_context(|| config.socket.display().to_string())?;
+        (listener, Some(lock))
+    };
+
+    let (events, inbox) = mpsc::channel();
+    let worker = Worker::new(config.clone(), events.clone())?;
+    socket::serve(listener, events.clone()).context("serve the agent's socket")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
+    runtime.block_on(async {
+        if let Some(address) = config.metrics {
+            let listener = metrics::bind(address)
+                .await
+                .with_context(|| format!("--metrics {address}"))?;
+            tokio::spawn(metrics::serve(listener, events.clone()));
+        }
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let stop = events.clone();
+        tokio::spawn(async move {
+            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+            // The loop has ended already when this fails.
+            let _ = stop.send(Event::Stop);
+        });
+        tokio::spawn(source::feed(config.source.clone(), events));
+        anyhow::Ok(())
+    })?;
+    let ended = worker.run(&inbox);
+    // Watches and sockets end with the process; what flows does not depend on them.
+    runtime.shutdown_background();
+    ended?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Whether the parent with id 1 is a supervisor of ours, as in a container without an init of its own.
+fn supervised_by_init() -> bool {
+    let same = |a: &str, b: &str| {
+        std::fs::read_link(a)
+            .ok()
+            .is_some_and(|a| std::fs::read_link(b).ok() == Some(a))
+    };
+    same("/proc/1/exe", "/proc/self/exe")
+}
+
+fn status(socket: &std::path::Path, output: Output) -> anyhow::Result<ExitCode> {
+    let value = match protocol::ask(socket, &Request::Report, None, Duration::from_secs(10))? {
+        Response::Report(value) => value,
+        Response::Error(error) => bail!("{error}"),
+        other => bail!("the agent gave an answer that does not belong to the question: {other:?}"),
+    };
+    let report: Report =
+        serde_json::from_value(value.clone()).context("the agent's report cannot be read")?;
+    match output {
+        Output::Text => print!("{report}"),
+        Output::Json => println!("{value:#}"),
+    }
+    Ok(if report.ready {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}

@@ -39,7 +39,8 @@ pub async fn serve(listener: TcpListener, events: Sender<Event>) {
         let events = events.clone();
         tokio::spawn(async move {
             let service = service_fn(|request| answer(request, events.clone()));
-            let connection = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+            let connection = hyper::server::conn::http1::Builder::new()
+                .serve_connection(TokioIo::new(stream), service);
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "metrics: connection");
             }
@@ -52,25 +53,38 @@ pub async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
     TcpListener::bind(address).await
 }
 
-async fn answer(request: Request<Incoming>, events: Sender<Event>) -> Result<Response<Full<Bytes>>, Infallible> {
+async fn answer(
+    request: Request<Incoming>,
+    events: Sender<Event>,
+) -> Result<Response<Full<Bytes>>, Infallible> {
     let path = request.uri().path();
     if !matches!(path, "/metrics" | "/healthz" | "/livez" | "/readyz") {
-        return Ok(plain(StatusCode::NOT_FOUND, "there are /metrics, /healthz and /readyz\n".into()));
+        return Ok(plain(
+            StatusCode::NOT_FOUND,
+            "there are /metrics, /healthz and /readyz\n".into(),
+        ));
     }
     let Some(report) = ask(events).await else {
-        return Ok(plain(StatusCode::SERVICE_UNAVAILABLE, "the event loop does not answer\n".into()));
+        return Ok(plain(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "the event loop does not answer\n".into(),
+        ));
     };
     Ok(match path {
         "/metrics" => match render(&report) {
             Ok(text) => Response::builder()
-                .header("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")
+                .header(
+                    "content-type",
+                    "application/openmetrics-text; version=1.0.0; charset=utf-8",
+                )
                 .body(Full::from(text))
                 .unwrap_or_default(),
             Err(error) => plain(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
         },
-        "/readyz" if !report.ready => {
-            plain(StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", report.problems.join("\n")))
-        }
+        "/readyz" if !report.ready => plain(
+            StatusCode::SERVICE_UNAVAILABLE,
+            format!("{}\n", report.problems.join("\n")),
+        ),
         _ => plain(StatusCode::OK, "ok\n".into()),
     })
 }
@@ -106,16 +120,44 @@ struct RequestLabels {
 fn render(report: &Report) -> Result<String, std::fmt::Error> {
     let mut registry = Registry::with_prefix("keelway");
     let gauges: [(&str, &str, i64); 10] = [
-        ("ready", "Whether pods can be served", i64::from(report.ready)),
+        (
+            "ready",
+            "Whether pods can be served",
+            i64::from(report.ready),
+        ),
         ("services", "Services known", signed(report.services)),
-        ("endpoint_slices", "EndpointSlices known", signed(report.endpoint_slices)),
+        (
+            "endpoint_slices",
+            "EndpointSlices known",
+            signed(report.endpoint_slices),
+        ),
         ("nodes", "Nodes known", signed(report.nodes)),
-        ("service_ports", "Service ports in the maps", signed(report.service_ports)),
-        ("frontends", "Frontends in the maps", signed(report.frontends)),
+        (
+            "service_ports",
+            "Service ports in the maps",
+            signed(report.service_ports),
+        ),
+        (
+            "frontends",
+            "Frontends in the maps",
+            signed(report.frontends),
+        ),
         ("backends", "Backends in the maps", signed(report.backends)),
-        ("routes", "Routes to other nodes' pods", signed(report.routes)),
-        ("addresses_allocated", "Pod addresses in use", signed(report.allocations.len())),
-        ("addresses_capacity", "Pod addresses of this node", i64::try_from(report.addresses_capacity).unwrap_or(i64::MAX)),
+        (
+            "routes",
+            "Routes to other nodes' pods",
+            signed(report.routes),
+        ),
+        (
+            "addresses_allocated",
+            "Pod addresses in use",
+            signed(report.allocations.len()),
+        ),
+        (
+            "addresses_capacity",
+            "Pod addresses of this node",
+            i64::try_from(report.addresses_capacity).unwrap_or(i64::MAX),
+        ),
     ];
     for (name, help, value) in gauges {
         let gauge: Gauge = Gauge::default();
@@ -123,24 +165,50 @@ fn render(report: &Report) -> Result<String, std::fmt::Error> {
         registry.register(name, help, gauge);
     }
     let counters = [
-        ("batches", "Batches of changes applied to the maps", report.batches),
-        ("batches_failed", "Batches that failed, to be tried again", report.batches_failed),
-        ("objects_rejected", "Objects of the API that were malformed", report.rejected_objects),
-        ("refusals", "Wishes that could not be met, such as a frontend of two Services", report.refusals),
+        (
+            "batches",
+            "Batches of changes applied to the maps",
+            report.batches,
+        ),
+        (
+            "batches_failed",
+            "Batches that failed, to be tried again",
+            report.batches_failed,
+        ),
+        (
+            "objects_rejected",
+            "Objects of the API that were malformed",
+            report.rejected_objects,
+        ),
+        (
+            "refusals",
+            "Wishes that could not be met, such as a frontend of two Services",
+            report.refusals,
+        ),
     ];
     for (name, help, value) in counters {
         registry.register(name, help, counted(value));
     }
     let packets = Family::<PacketLabels, Counter>::default();
     for counter in &report.counters {
-        let labels = PacketLabels { reason: counter.reason.clone(), class: counter.class.clone() };
+        let labels = PacketLabels {
+            reason: counter.reason.clone(),
+            class: counter.class.clone(),
+        };
         packets.get_or_create(&labels).inc_by(counter.packets);
     }
-    registry.register("dataplane", "What became of packets and socket calls, by reason", packets);
+    registry.register(
+        "dataplane",
+        "What became of packets and socket calls, by reason",
+        packets,
+    );
     let requests = Family::<RequestLabels, Counter>::default();
     for (name, count) in &report.cni_requests {
         let (command, outcome) = name.split_once(' ').unwrap_or((name, ""));
-        let labels = RequestLabels { command: command.into(), outcome: outcome.into() };
+        let labels = RequestLabels {
+            command: command.into(),
+            outcome: outcome.into(),
+        };
         requests.get_or_create(&labels).inc_by(*count);
     }
     registry.register("cni_requests", "Requests of the CNI plugin", requests);

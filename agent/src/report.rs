@@ -57,12 +57,31 @@ pub struct Counter {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let on = |on| if on { "on" } else { "off" };
-        writeln!(f, "Keelway agent {} on {}: {}", self.version, self.node, if self.ready { "ready" } else { "not ready" })?;
+        writeln!(
+            f,
+            "Keelway agent {} on {}: {}",
+            self.version,
+            self.node,
+            if self.ready { "ready" } else { "not ready" }
+        )?;
         for problem in &self.problems {
             writeln!(f, "  problem: {problem}")?;
         }
-        writeln!(f, "Synced:    {}", if self.synced.is_empty() { "nothing".into() } else { self.synced.join(", ") })?;
-        writeln!(f, "Hooks:     socket {}, packet {}", on(self.socket_lb), on(self.packet_lb))?;
+        writeln!(
+            f,
+            "Synced:    {}",
+            if self.synced.is_empty() {
+                "nothing".into()
+            } else {
+                self.synced.join(", ")
+            }
+        )?;
+        writeln!(
+            f,
+            "Hooks:     socket {}, packet {}",
+            on(self.socket_lb),
+            on(self.packet_lb)
+        )?;
         writeln!(
             f,
             "Services:  {} ({} ports, {} frontends, {} backends), {} slices",
@@ -74,13 +93,28 @@ impl fmt::Display for Report {
             "Batches:   {} ({} failed), the last one {} operations in {} us",
             self.batches, self.batches_failed, self.last_batch_operations, self.last_batch_us
         )?;
-        writeln!(f, "Addresses: {} of {} in use", self.allocations.len(), self.addresses_capacity)?;
+        writeln!(
+            f,
+            "Addresses: {} of {} in use",
+            self.allocations.len(),
+            self.addresses_capacity
+        )?;
         for one in &self.allocations {
-            writeln!(f, "  {:<15} {} {}", one.address, one.host_interface, one.pod.as_deref().unwrap_or("-"))?;
+            writeln!(
+                f,
+                "  {:<15} {} {}",
+                one.address,
+                one.host_interface,
+                one.pod.as_deref().unwrap_or("-")
+            )?;
         }
         writeln!(f, "Packets:")?;
         for counter in self.counters.iter().filter(|counter| counter.packets > 0) {
-            writeln!(f, "  {:<26} {:<7} {}", counter.reason, counter.class, counter.packets)?;
+            writeln!(
+                f,
+                "  {:<26} {:<7} {}",
+                counter.reason, counter.class, counter.packets
+            )?;
         }
         f.write_char('\n')
     }

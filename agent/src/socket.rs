@@ -35,23 +35,27 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
 
 /// Serves requests, each on a thread of its own: they are few, and mostly wait.
 pub fn serve(listener: UnixListener, events: Sender<Event>) -> io::Result<()> {
-    thread::Builder::new().name("socket".into()).spawn(move || {
-        for stream in listener.incoming() {
-            match stream {
-                Ok(stream) => {
-                    let events = events.clone();
-                    let serving = thread::Builder::new().name("request".into()).spawn(move || one(stream, &events));
-                    if let Err(error) = serving {
-                        tracing::error!(%error, "socket: no thread for a request");
+    thread::Builder::new()
+        .name("socket".into())
+        .spawn(move || {
+            for stream in listener.incoming() {
+                match stream {
+                    Ok(stream) => {
+                        let events = events.clone();
+                        let serving = thread::Builder::new()
+                            .name("request".into())
+                            .spawn(move || one(stream, &events));
+                        if let Err(error) = serving {
+                            tracing::error!(%error, "socket: no thread for a request");
+                        }
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "socket: accept");
+                        thread::sleep(Duration::from_millis(100));
                     }
                 }
-                Err(error) => {
-                    tracing::warn!(%error, "socket: accept");
-                    thread::sleep(Duration::from_millis(100));
-                }
             }
-        }
-    })?;
+        })?;
     Ok(())
 }
 
@@ -63,16 +67,22 @@ fn one(mut stream: UnixStream, events: &Sender<Event>) {
 }
 
 fn exchange(stream: &mut UnixStream, events: &Sender<Event>) -> Result<Response, CniError> {
-    let refuse = |code, what: &str, error: &dyn std::fmt::Display| CniError::new(code, what).with_details(error);
+    let refuse = |code, what: &str, error: &dyn std::fmt::Display| {
+        CniError::new(code, what).with_details(error)
+    };
     stream
         .set_read_timeout(Some(RECEIVE_TIMEOUT))
         .and_then(|()| stream.set_write_timeout(Some(RECEIVE_TIMEOUT)))
         .map_err(|error| refuse(Code::Io, "the agent's socket", &error))?;
-    let (request, netns) =
-        receive(stream).map_err(|error| refuse(Code::Decode, "the agent cannot read the request", &error))?;
+    let (request, netns) = receive(stream)
+        .map_err(|error| refuse(Code::Decode, "the agent cannot read the request", &error))?;
     let (reply, answer) = sync_channel(1);
     events
-        .send(Event::Request { request, netns, reply })
+        .send(Event::Request {
+            request,
+            netns,
+            reply,
+        })
         .map_err(|_| CniError::new(Code::TryAgain, "the agent is stopping"))?;
     answer
         .recv_timeout(ANSWER_TIMEOUT)

@@ -27,7 +27,10 @@ pub async fn feed(source: Source, events: Sender<Event>) {
                 match watch::client(&options).await {
                     Ok(client) => break client,
                     Err(error) => {
-                        let report = Report::Failed { kind: Kind::Node, error: error.to_string() };
+                        let report = Report::Failed {
+                            kind: Kind::Node,
+                            error: error.to_string(),
+                        };
                         if events.send(Event::Cluster(report)).is_err() {
                             return;
                         }
@@ -57,16 +60,28 @@ pub async fn feed(source: Source, events: Sender<Event>) {
 
 /// Reads the file now and whenever it changes. A file that cannot be read changes nothing.
 fn follow(path: &Path, events: &Sender<Event>) -> Result<(), FollowError> {
-    let failed = |what, errno: nix::errno::Errno| FollowError { path: path.into(), what, source: errno.into() };
+    let failed = |what, errno: nix::errno::Errno| FollowError {
+        path: path.into(),
+        what,
+        source: errno.into(),
+    };
     let inotify = Inotify::init(InitFlags::IN_CLOEXEC).map_err(|errno| failed("inotify", errno))?;
     // The folder, not the file: editors and careful writers replace it by a rename.
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
     let interest = AddWatchFlags::IN_CLOSE_WRITE | AddWatchFlags::IN_MOVED_TO;
-    inotify.add_watch(folder, interest).map_err(|errno| failed("watch the folder of", errno))?;
+    inotify
+        .add_watch(folder, interest)
+        .map_err(|errno| failed("watch the folder of", errno))?;
     loop {
         let reports = match read(path) {
             Ok(changes) => changes.into_iter().map(Report::Change).collect(),
-            Err(error) => vec![Report::Failed { kind: Kind::Node, error }],
+            Err(error) => vec![Report::Failed {
+                kind: Kind::Node,
+                error,
+            }],
         };
         for report in reports {
             if events.send(Event::Cluster(report)).is_err() {
@@ -74,8 +89,13 @@ fn follow(path: &Path, events: &Sender<Event>) -> Result<(), FollowError> {
             }
         }
         loop {
-            let changed = inotify.read_events().map_err(|errno| failed("wait for", errno))?;
-            if changed.iter().any(|change| change.name.as_deref() == path.file_name()) {
+            let changed = inotify
+                .read_events()
+                .map_err(|errno| failed("wait for", errno))?;
+            if changed
+                .iter()
+                .any(|change| change.name.as_deref() == path.file_name())
+            {
                 break;
             }
         }
@@ -95,6 +115,15 @@ struct FollowError {
 fn read(path: &Path) -> Result<Vec<Change>, String> {
     let json = std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()))?;
     let objects = read_manifest(&json).map_err(|error| format!("{}: {error}", path.display()))?;
-    let of = |kind: Kind| -> Vec<Object> { objects.iter().filter(|object| object.kind() == kind).cloned().collect() };
-    Ok(KINDS.into_iter().map(|kind| Change::Replace(kind, of(kind))).collect())
+    let of = |kind: Kind| -> Vec<Object> {
+        objects
+            .iter()
+            .filter(|object| object.kind() == kind)
+            .cloned()
+            .collect()
+    };
+    Ok(KINDS
+        .into_iter()
+        .map(|kind| Change::Replace(kind, of(kind)))
+        .collect())
 }

@@ -30,26 +30,38 @@ pub enum SupervisorError {
     #[error("{}: {source}", path.display())]
     Path { path: PathBuf, source: io::Error },
     #[error("{operation}: {source}")]
-    System { operation: &'static str, source: io::Error },
+    System {
+        operation: &'static str,
+        source: io::Error,
+    },
 }
 
 /// Runs workers until a signal asks to stop. `arguments` are those of this process after its subcommand.
 pub fn run(socket_path: &Path, arguments: &[OsString]) -> Result<ExitCode, SupervisorError> {
     let system = |operation| move |source| SupervisorError::System { operation, source };
     let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGCHLD]);
-    signals.thread_block().map_err(|errno| system("block signals")(errno.into()))?;
+    signals
+        .thread_block()
+        .map_err(|errno| system("block signals")(errno.into()))?;
 
     let _lock = lock(socket_path)?;
-    let listener = socket::listen(socket_path)
-        .map_err(|source| SupervisorError::Path { path: socket_path.into(), source })?;
+    let listener = socket::listen(socket_path).map_err(|source| SupervisorError::Path {
+        path: socket_path.into(),
+        source,
+    })?;
     let mut stopping = false;
     loop {
         let began = Instant::now();
         let mut worker = spawn(&listener, arguments).map_err(system("start the worker"))?;
         let status = loop {
-            match signals.wait().map_err(|errno| system("wait for a signal")(errno.into()))? {
+            match signals
+                .wait()
+                .map_err(|errno| system("wait for a signal")(errno.into()))?
+            {
                 Signal::SIGCHLD => {
-                    if let Some(status) = worker.try_wait().map_err(system("wait for the worker"))? {
+                    if let Some(status) =
+                        worker.try_wait().map_err(system("wait for the worker"))?
+                    {
                         break status;
                     }
                 }
@@ -86,17 +98,26 @@ pub fn lock(socket_path: &Path) -> Result<File, SupervisorError> {
         }
         Ok(file)
     };
-    take().map_err(|source| SupervisorError::Path { path: path.clone(), source })
+    take().map_err(|source| SupervisorError::Path {
+        path: path.clone(),
+        source,
+    })
 }
 
 fn spawn(listener: &UnixListener, arguments: &[OsString]) -> io::Result<Child> {
     // The socket travels as standard input: a descriptor whose number needs no agreement.
     let socket = OwnedFd::from(listener.try_clone()?);
-    Command::new("/proc/self/exe").arg("worker").args(arguments).stdin(Stdio::from(socket)).spawn()
+    Command::new("/proc/self/exe")
+        .arg("worker")
+        .args(arguments)
+        .stdin(Stdio::from(socket))
+        .spawn()
 }
 
 fn stop(worker: &Child, signal: Signal) {
-    let Ok(pid) = i32::try_from(worker.id()) else { return };
+    let Ok(pid) = i32::try_from(worker.id()) else {
+        return;
+    };
     if let Err(errno) = kill(Pid::from_raw(pid), signal) {
         tracing::warn!(%errno, "the worker could not be told to stop");
     }

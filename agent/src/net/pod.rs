@@ -12,7 +12,8 @@ use super::{Kernel, Link, Netlink, NetlinkError};
 /// The gateway of every pod: link-local, the same everywhere, and answered by nobody, since its neighbour entry is permanent.
 pub const POD_GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
 
-const EVERYTHING: Ipv4Network = Ipv4Network::new_checked(Ipv4Addr::UNSPECIFIED, 0).unwrap();
+/// Every IPv4 address.
+pub const EVERYTHING: Ipv4Network = Ipv4Network::new_checked(Ipv4Addr::UNSPECIFIED, 0).unwrap();
 
 /// What a pod's network shall be.
 #[derive(Clone, Debug, PartialEq, Eq)]

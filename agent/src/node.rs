@@ -1,0 +1,231 @@
+//! This node: who it is, and its data plane once that is known.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::{Path, PathBuf};
+
+use cluster_model as model;
+use ipnetwork::{IpNetwork, Ipv4Network};
+use serde::{Deserialize, Serialize};
+
+use crate::config::Config;
+use crate::dataplane::{self, Dataplane, Op, State};
+use crate::net::{self, Kernel, NetlinkError, Uplink};
+use crate::plan::Ledger;
+
+/// What a node must know of itself before pods can have a network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    pub address: Ipv4Addr,
+    pub ranges: Vec<Ipv4Network>,
+}
+
+impl Identity {
+    /// Reads it from the Node object; says what is missing.
+    pub fn of(node: &model::Node) -> Result<Self, String> {
+        let address = node.internal_ips.iter().find_map(|ip| match ip {
+            IpAddr::V4(v4) => Some(*v4),
+            IpAddr::V6(_) => None,
+        });
+        let Some(address) = address else {
+            return Err(format!(
+                "Node {:?} has no IPv4 address of type InternalIP",
+                node.name
+            ));
+        };
+        let v4 = |range: &IpNetwork| match range {
+            IpNetwork::V4(v4) => Some(*v4),
+            IpNetwork::V6(_) => None,
+        };
+        let ranges: Vec<Ipv4Network> = node.pod_cidrs.iter().filter_map(v4).collect();
+        if ranges.is_empty() {
+            return Err(format!(
+                "Node {:?} has no IPv4 range in spec.podCIDRs yet",
+                node.name
+            ));
+        }
+        Ok(Self { address, ranges })
+    }
+}
+
+/// Where the identity is kept, so that an agent that restarts serves pods before the API server answers.
+pub struct IdentityFile {
+    path: PathBuf,
+}
+
+#[derive(Serialize, Deserialize)]
+struct IdentityContent {
+    node: String,
+    identity: Identity,
+}
+
+impl IdentityFile {
+    pub fn new(state_dir: &Path) -> Self {
+        Self {
+            path: state_dir.join("node.json"),
+        }
+    }
+
+    /// The identity that the node of this name had, if it is known. A file that cannot be read is no identity.
+    pub fn load(&self, node: &str) -> Option<Identity> {
+        let content: IdentityContent = serde_json::from_slice(&fs::read(&self.path).ok()?).ok()?;
+        (content.node == node).then_some(content.identity)
+    }
+
+    pub fn save(&self, node: &str, identity: &Identity) -> io::Result<()> {
+        if let Some(dir) = self.path.parent() {
+            fs::create_dir_all(dir)?;
+        }
+        let content = IdentityContent {
+            node: node.into(),
+            identity: identity.clone(),
+        };
+        let partial = self.path.with_extension("json.new");
+        fs::write(&partial, serde_json::to_vec_pretty(&content)?)?;
+        fs::rename(&partial, &self.path)
+    }
+}
+
+/// Why the node could not be set up, or kept.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    #[error("no interface of this machine has the node's address {0}")]
+    NoUplink(Ipv4Addr),
+    #[error("cannot switch {} on", path.display())]
+    Sysctl { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+    #[error(transparent)]
+    Dataplane(Box<dataplane::Error>),
+}
+
+impl From<dataplane::Error> for NodeError {
+    fn from(error: dataplane::Error) -> Self {
+        Self::Dataplane(Box::new(error))
+    }
+}
+
+/// A node whose data plane is up.
+pub struct Node {
+    pub dataplane: Dataplane,
+    pub ledger: Ledger,
+    pub uplink: Uplink,
+    /// What the maps held of pods when the node was set up; taken by whoever knows the pods.
+    pub found: State,
+    host_addresses: BTreeSet<IpAddr>,
+}
+
+impl Node {
+    /// Brings the data plane up over what an earlier agent left.
+    pub fn set_up(
+        config: &Config,
+        identity: &Identity,
+        kernel: &mut Kernel,
+    ) -> Result<Self, NodeError> {
+        let uplink = kernel
+            .uplink(identity.address)?
+            .ok_or(NodeError::NoUplink(identity.address))?;
+        switch_on(Path::new("/proc/sys/net/ipv4/ip_forward"))?;
+        let pair = net::make_service_veth(
+            kernel,
+            &config.service_ranges,
+            identity.address,
+            uplink.link.mtu,
+        )?;
+        let mut dataplane = Dataplane::open(&dataplane::Config {
+            pin_root: config.pin_root.clone(),
+            socket_lb: config.socket_lb,
+            packet_lb: config.packet_lb,
+            service_veth: Some(pair),
+        })?;
+        let found = dataplane.state()?;
+        if config.socket_lb {
+            dataplane.attach_cgroup(&config.cgroup)?;
+        }
+        dataplane.attach_service_veth()?;
+        dataplane.attach_uplink(uplink.link.index)?;
+        let ledger = Ledger::adopt(found.clone());
+        let host_addresses = found.host_addresses.clone();
+        let mut node = Self {
+            dataplane,
+            ledger,
+            uplink,
+            found,
+            host_addresses,
+        };
+        node.settle_host_addresses(kernel)?;
+        Ok(node)
+    }
+
+    /// Applies a batch. A full map must not keep changes from the maps that are behind it in the batch: what can be
+    /// done is done, and the first thing that could not is the error.
+    pub fn apply(&mut self, ops: &[Op]) -> Result<(), NodeError> {
+        if ops.is_empty() {
+            return Ok(());
+        }
+        match self.dataplane.apply(ops) {
+            Ok(_) => Ok(()),
+            Err(
+                error @ (dataplane::Error::Full { .. } | dataplane::Error::TooManyBackends { .. }),
+            ) => {
+                for op in ops {
+                    match self.dataplane.apply(std::slice::from_ref(op)) {
+                        Ok(_)
+                        | Err(
+                            dataplane::Error::Full { .. }
+                            | dataplane::Error::TooManyBackends { .. },
+                        ) => {}
+                        Err(other) => return Err(other.into()),
+                    }
+                }
+                Err(error.into())
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Collects flows whose time is up, and follows the machine's own addresses.
+    pub fn upkeep(&mut self, kernel: &mut Kernel) -> Result<(), NodeError> {
+        let collected = self.dataplane.collect_flows()?;
+        tracing::debug!(?collected, "flows");
+        self.settle_host_addresses(kernel)
+    }
+
+    /// The node's own addresses: backends at them are processes of the host.
+    fn settle_host_addresses(&mut self, kernel: &mut Kernel) -> Result<(), NodeError> {
+        let own = |ip: &IpAddr| match ip {
+            IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
+            IpAddr::V6(_) => false,
+        };
+        let now: BTreeSet<IpAddr> = kernel
+            .addresses()?
+            .into_iter()
+            .map(|(_, ip, _)| ip)
+            .filter(own)
+            .collect();
+        let set = now
+            .difference(&self.host_addresses)
+            .map(|addr| Op::SetHostAddress { addr: *addr });
+        let gone = self
+            .host_addresses
+            .difference(&now)
+            .map(|addr| Op::RemoveHostAddress { addr: *addr });
+        let ops: Vec<Op> = set.chain(gone).collect();
+        self.apply(&ops)?;
+        self.host_addresses = now;
+        Ok(())
+    }
+}
+
+/// Sets a sysctl of this network namespace to 1, unless it is: it may be read-only and right.
+fn switch_on(path: &Path) -> Result<(), NodeError> {
+    if fs::read_to_string(path).is_ok_and(|value| value.trim() == "1") {
+        return Ok(());
+    }
+    fs::write(path, "1").map_err(|source| NodeError::Sysctl {
+        path: path.into(),
+        source,
+    })
+}

@@ -1,0 +1,473 @@
+//! The event loop that owns the agent's state.
+//!
+//! Events come in one at a time and are taken many at a time; a turn of the loop plans what became dirty, once, and applies it
+//! as one batch. So a burst of ten thousand changes is one batch, and the loop works at its own pace.
+
+use std::collections::BTreeMap;
+use std::error::Error as StdError;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::time::{Duration, Instant};
+
+use cluster_model::watch::Report as WatchReport;
+use cluster_model::{Dirty, Kind, Snapshot};
+use dataplane_abi::Class;
+use keelway_cni::protocol::{Request, Response};
+use keelway_cni::{CniError, Code};
+
+use crate::config::Config;
+use crate::event::Event;
+use crate::install;
+use crate::net::{Kernel, Netlink, NetlinkError};
+use crate::node::{Identity, IdentityFile, Node};
+use crate::plan::{Here, check, diff_routes, plan, plan_routes};
+use crate::pods::Pods;
+use crate::report::{Counter, Report};
+use crate::source::KINDS;
+
+/// Events taken in one turn at most, so that requests do not wait behind an endless stream of changes.
+const TURN_EVENTS_MAX: usize = 20_000;
+/// The pause between rounds of upkeep: collecting flows, looking for pods that went without a word, trying again.
+const UPKEEP_INTERVAL: Duration = Duration::from_secs(10);
+/// The pause between attempts to set the node up.
+const SETUP_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Why the worker ends: another one may fare better.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+    #[error("this node's address changed from {0} to {1}: starting over")]
+    AddressChanged(std::net::Ipv4Addr, std::net::Ipv4Addr),
+}
+
+/// The state of the agent.
+pub struct Worker {
+    config: Config,
+    kernel: Kernel,
+    snapshot: Snapshot,
+    dirty: Dirty,
+    here: Here,
+    identity_file: IdentityFile,
+    identity: Option<Identity>,
+    /// There once the data plane is up.
+    node: Option<Node>,
+    pods: Pods,
+    /// Services have been planned and applied at least once since this process began.
+    services_applied: bool,
+    /// The last batch failed: what the maps lack is tried again with the next upkeep.
+    retry: bool,
+    /// What is wrong now, by the part that is concerned.
+    problems: BTreeMap<&'static str, String>,
+    report: Report,
+}
+
+impl Worker {
+    /// A worker that has touched nothing yet. `events` is where its own helpers send what they did.
+    pub fn new(config: Config, events: Sender<Event>) -> Result<Self, WorkerError> {
+        let identity_file = IdentityFile::new(&config.state_dir);
+        let identity = identity_file.load(&config.node_name);
+        let mut pods = Pods::load(&config, events);
+        if let Some(identity) = &identity {
+            pods.set_ranges(identity.ranges.clone());
+        }
+        Ok(Self {
+            kernel: Kernel::new(Netlink::open()?),
+            snapshot: Snapshot::default(),
+            dirty: Dirty::default(),
+            here: Here {
+                node: config.node_name.as_str().into(),
+                zone: None,
+            },
+            identity_file,
+            identity,
+            node: None,
+            pods,
+            services_applied: false,
+            retry: false,
+            problems: BTreeMap::new(),
+            report: Report {
+                version: env!("CARGO_PKG_VERSION").into(),
+                node: config.node_name.clone(),
+                socket_lb: config.socket_lb,
+                packet_lb: config.packet_lb,
+                ..Report::default()
+            },
+            config,
+        })
+    }
+
+    /// Runs until it is told to stop.
+    pub fn run(mut self, events: &Receiver<Event>) -> Result<(), WorkerError> {
+        let mut upkeep_due = Instant::now();
+        loop {
+            let first =
+                match events.recv_timeout(upkeep_due.saturating_duration_since(Instant::now())) {
+                    Ok(event) => Some(event),
+                    Err(RecvTimeoutError::Timeout) => None,
+                    Err(RecvTimeoutError::Disconnected) => return Ok(()),
+                };
+            for event in first
+                .into_iter()
+                .chain(events.try_iter())
+                .take(TURN_EVENTS_MAX)
+            {
+                if matches!(event, Event::Stop) {
+                    return Ok(());
+                }
+                self.take(event);
+            }
+            self.settle_node()?;
+            self.settle_services();
+            self.pods.start_wiring(self.node.as_ref());
+            if Instant::now() >= upkeep_due {
+                self.upkeep();
+                let pause = if self.node.is_some() {
+                    UPKEEP_INTERVAL
+                } else {
+                    SETUP_INTERVAL
+                };
+                upkeep_due = Instant::now() + pause;
+            }
+        }
+    }
+
+    fn take(&mut self, event: Event) {
+        match event {
+            Event::Cluster(WatchReport::Change(change)) => {
+                self.problems.remove("watch");
+                self.snapshot.apply(change, &mut self.dirty);
+            }
+            Event::Cluster(WatchReport::Rejected(rejected)) => {
+                tracing::warn!(%rejected, "an object counts as absent");
+                self.report.rejected_objects += 1;
+            }
+            Event::Cluster(WatchReport::Failed { kind, error }) => {
+                self.problem("watch", format!("{kind}s cannot be watched: {error}"));
+            }
+            Event::Request {
+                request,
+                netns,
+                reply,
+            } => match request {
+                Request::Report => {
+                    let report = serde_json::to_value(self.current_report());
+                    let response = report.map(Response::Report).unwrap_or_else(|error| {
+                        Response::Error(CniError::new(Code::Failed, "report").with_details(error))
+                    });
+                    // Nobody waits any more when this fails.
+                    let _ = reply.send(response);
+                }
+                Request::Status => {
+                    let _ = reply.send(match self.not_ready() {
+                        None => Response::Done,
+                        Some(why) => Response::Error(
+                            CniError::new(Code::NotAvailable, "the Keelway agent is not ready")
+                                .with_details(why),
+                        ),
+                    });
+                }
+                other => {
+                    self.pods
+                        .request(other, netns, reply, &mut self.kernel, self.node.as_mut())
+                }
+            },
+            Event::Wired { attachment, made } => {
+                self.pods
+                    .wired(&attachment, made, &mut self.kernel, self.node.as_mut());
+            }
+            Event::Unwired {
+                host_interface,
+                removed,
+            } => self.pods.unwired(&host_interface, removed),
+            Event::Report { reply } => {
+                let _ = reply.send(Box::new(self.current_report()));
+            }
+            Event::Stop => {}
+        }
+    }
+
+    /// Learns who this node is, sets it up once that is known, and keeps its routes.
+    fn settle_node(&mut self) -> Result<(), WorkerError> {
+        let dirty: Vec<Arc<str>> = std::mem::take(&mut self.dirty.nodes).into_iter().collect();
+        if dirty.contains(&self.here.node)
+            && let Some(object) = self.snapshot.node(&self.here.node).cloned()
+        {
+            if self.here.zone != object.zone {
+                self.here.zone = object.zone.clone();
+                self.dirty
+                    .services
+                    .extend(self.snapshot.services().map(|service| service.key.clone()));
+            }
+            match Identity::of(&object) {
+                Ok(identity) => self.take_identity(identity)?,
+                Err(why) => self.problem("node", why),
+            }
+        } else if self.snapshot.synced(Kind::Node) && self.snapshot.node(&self.here.node).is_none()
+        {
+            self.problem(
+                "node",
+                format!("there is no Node {:?} in the cluster", self.here.node),
+            );
+        }
+        if self.node.is_none() && self.identity.is_some() && !self.problems.contains_key("setup") {
+            self.set_up();
+        }
+        if !dirty.is_empty() || self.problems.contains_key("routes") {
+            self.settle_routes();
+        }
+        Ok(())
+    }
+
+    fn take_identity(&mut self, identity: Identity) -> Result<(), WorkerError> {
+        self.problems.remove("node");
+        if self.identity.as_ref() == Some(&identity) {
+            return Ok(());
+        }
+        self.pods.set_ranges(identity.ranges.clone());
+        if let Err(error) = self.identity_file.save(&self.config.node_name, &identity) {
+            self.problem("identity", error.to_string());
+        }
+        let old = self.identity.replace(identity.clone());
+        match (old, &self.node) {
+            (Some(old), Some(_)) if old.address != identity.address => {
+                Err(WorkerError::AddressChanged(old.address, identity.address))
+            }
+            _ => {
+                self.problems.remove("setup");
+                Ok(())
+            }
+        }
+    }
+
+    fn set_up(&mut self) {
+        let Some(identity) = &self.identity else {
+            return;
+        };
+        let began = Instant::now();
+        let set_up = Node::set_up(&self.config, identity, &mut self.kernel)
+            .and_then(|mut node| self.pods.adopt(&mut self.kernel, &mut node).map(|()| node));
+        match set_up {
+            Ok(node) => {
+                tracing::info!(address = %identity.address, took_ms = began.elapsed().as_millis(), "the data plane is up");
+                self.problems.remove("setup");
+                self.node = Some(node);
+                // Routes were left alone until now.
+                self.settle_routes();
+            }
+            Err(error) => self.problem("setup", reason(&error)),
+        }
+    }
+
+    fn settle_routes(&mut self) {
+        if self.node.is_none() || !self.snapshot.synced(Kind::Node) {
+            return;
+        }
+        let wished = plan_routes(&self.snapshot, &self.here.node);
+        let held = match self.kernel.node_routes() {
+            Ok(held) => held,
+            Err(error) => return self.problem("routes", reason(&error)),
+        };
+        let mut failed = None;
+        for change in diff_routes(&held, &wished) {
+            match self.kernel.apply_route(change) {
+                Ok(()) => tracing::info!(?change, "route"),
+                Err(error) => failed = Some(reason(&error)),
+            }
+        }
+        self.report.routes = wished.len();
+        match failed {
+            None => drop(self.problems.remove("routes")),
+            Some(why) => self.problem("routes", why),
+        }
+    }
+
+    /// Plans the Services that became dirty and brings the maps to it.
+    fn settle_services(&mut self) {
+        let synced =
+            self.snapshot.synced(Kind::Service) && self.snapshot.synced(Kind::EndpointSlice);
+        let Some(node) = self.node.as_mut().filter(|_| synced) else {
+            return;
+        };
+        // What an earlier agent left is compared, and pruned, only now that everything is known.
+        let first = !self.services_applied;
+        if self.dirty.services.is_empty() && !first && !self.retry {
+            return;
+        }
+        let began = Instant::now();
+        for key in std::mem::take(&mut self.dirty.services) {
+            let wish = plan(&self.snapshot, &key, &self.here);
+            match check(&wish) {
+                Ok(()) => node.ledger.set(&key, wish),
+                Err(violation) => {
+                    tracing::error!(%key, %violation, "a plan is unsound and is not applied")
+                }
+            }
+        }
+        let batch = node.ledger.diff();
+        for refusal in &batch.refusals {
+            tracing::warn!(%refusal, "a Service cannot have what it wants");
+        }
+        self.report.refusals += batch.refusals.len() as u64;
+        self.report.batches += 1;
+        self.retry = false;
+        match node.apply(&batch.ops) {
+            Ok(()) => {
+                node.ledger.applied(&batch);
+                self.problems.remove("services");
+                self.services_applied = true;
+            }
+            Err(error) => {
+                let why = reason(&error);
+                self.retry = true;
+                self.report.batches_failed += 1;
+                match node.dataplane.state() {
+                    Ok(held) => node.ledger.hold(held),
+                    Err(error) => {
+                        tracing::error!(error = reason(&error), "the maps cannot be read back")
+                    }
+                }
+                self.problem("services", why);
+            }
+        }
+        self.report.last_batch_operations = batch.ops.len();
+        self.report.last_batch_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        if first && self.services_applied {
+            tracing::info!(
+                operations = batch.ops.len(),
+                took_us = self.report.last_batch_us,
+                "all Services are in the maps"
+            );
+            match install::write_conf_list(&self.config) {
+                Ok(()) => drop(self.problems.remove("cni configuration")),
+                Err(error) => self.problem("cni configuration", error.to_string()),
+            }
+        }
+    }
+
+    fn upkeep(&mut self) {
+        if self.node.is_none() {
+            self.problems.remove("setup");
+            self.set_up_again();
+        }
+        if let Some(node) = &mut self.node {
+            match node.upkeep(&mut self.kernel) {
+                Ok(()) => drop(self.problems.remove("upkeep")),
+                Err(error) => {
+                    let why = reason(&error);
+                    self.problem("upkeep", why);
+                }
+            }
+        }
+        self.pods.upkeep(&mut self.kernel, self.node.as_mut());
+        if self.problems.contains_key("routes") {
+            self.settle_routes();
+        }
+        self.settle_services();
+    }
+
+    fn set_up_again(&mut self) {
+        if self.identity.is_some() {
+            self.set_up();
+        }
+    }
+
+    /// Why pods cannot be served, if so.
+    fn not_ready(&self) -> Option<String> {
+        if let (Some(_), true) = (&self.node, self.services_applied) {
+            return None;
+        }
+        let waiting = || {
+            let missing = KINDS
+                .into_iter()
+                .filter(|kind| !self.snapshot.synced(*kind))
+                .map(Kind::name);
+            let missing: Vec<&str> = missing.collect();
+            if missing.is_empty() {
+                "setting up".into()
+            } else {
+                format!("waiting for {}", missing.join(", "))
+            }
+        };
+        let problems: Vec<&str> = self.problems.values().map(String::as_str).collect();
+        Some(if problems.is_empty() {
+            waiting()
+        } else {
+            problems.join("; ")
+        })
+    }
+
+    fn problem(&mut self, part: &'static str, why: String) {
+        if self.problems.get(part) != Some(&why) {
+            tracing::warn!(part, why, "problem");
+            self.problems.insert(part, why);
+        }
+    }
+
+    fn current_report(&self) -> Report {
+        let mut report = self.report.clone();
+        let not_ready = self.not_ready();
+        report.ready = not_ready.is_none();
+        report.problems = self
+            .problems
+            .iter()
+            .map(|(part, why)| format!("{part}: {why}"))
+            .collect();
+        if report.problems.is_empty() {
+            report.problems.extend(not_ready);
+        }
+        report.synced = KINDS
+            .into_iter()
+            .filter(|kind| self.snapshot.synced(*kind))
+            .map(|kind| kind.to_string())
+            .collect();
+        report.services = self.snapshot.count(Kind::Service);
+        report.endpoint_slices = self.snapshot.count(Kind::EndpointSlice);
+        report.nodes = self.snapshot.count(Kind::Node);
+        if let Some(node) = &self.node {
+            let held = node.ledger.held();
+            report.service_ports = held.services.len();
+            report.frontends = held.frontends.len();
+            report.backends = held
+                .services
+                .values()
+                .map(|one| one.active.len() + one.terminating.len())
+                .sum();
+            match node.dataplane.counters() {
+                Ok(counters) => report.counters = counters.into_iter().map(counter).collect(),
+                Err(error) => report
+                    .problems
+                    .push(format!("counters: {}", reason(&error))),
+            }
+        }
+        self.pods.fill(&mut report);
+        report
+    }
+}
+
+fn counter((named, packets): (dataplane_abi::Reason, u64)) -> Counter {
+    let class = match named.class() {
+        Class::Event => "event",
+        Class::Drop => "drop",
+        Class::Reject => "reject",
+    };
+    Counter {
+        reason: named.name().into(),
+        class: class.into(),
+        packets,
+    }
+}
+
+/// An error with everything that caused it, on one line.
+pub(crate) fn reason(error: &dyn StdError) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        next = cause.source();
+    }
+    text
+}
