@@ -303,6 +303,87 @@ pub async fn a_watch_of_everything_sees_all_buckets_in_order(store: impl Store) 
     );
 }
 
+/// Op is one step of a random history.
+#[derive(Clone, Debug)]
+pub enum Op {
+    Put(u8, u8),
+    Delete(u8),
+}
+
+pub fn ops() -> impl proptest::strategy::Strategy<Value = Vec<Op>> {
+    use proptest::prelude::*;
+    let op = prop_oneof![3 => (0..6u8, any::<u8>()).prop_map(|(k, v)| Op::Put(k, v)), 1 => (0..6u8).prop_map(Op::Delete)];
+    proptest::collection::vec(op, 1..40)
+}
+
+/// After any history: a list at each revision is what the state was, and a watch from there leads to the newest state.
+pub async fn lists_and_watches_agree_with_a_model(store: impl Store, ops: Vec<Op>) {
+    use std::collections::BTreeMap;
+    let mut model: BTreeMap<String, Vec<u8>> = BTreeMap::new();
+    let mut states = vec![(store.revision(), model.clone())];
+    for op in ops {
+        let key = |k: u8| format!("{PREFIX}ns-{}/{k}", k % 2);
+        let written = match op {
+            Op::Put(k, v) => {
+                model.insert(key(k), vec![v]);
+                store.put(&key(k), Bytes::from(vec![v]), Expect::Any).await
+            }
+            Op::Delete(k) => {
+                let existed = model.remove(&key(k)).is_some();
+                let deleted = store.delete(&key(k), Expect::Any).await;
+                assert_eq!(existed, deleted.is_ok());
+                deleted
+            }
+        };
+        if let Ok(record) = written {
+            states.push((record.revision, model.clone()));
+        }
+    }
+    for (revision, state) in &states {
+        for namespace in ["", "ns-0/", "ns-1/"] {
+            let prefix = format!("{PREFIX}{namespace}");
+            let within = |m: &BTreeMap<String, Vec<u8>>| -> BTreeMap<String, Vec<u8>> {
+                m.iter()
+                    .filter(|(k, _)| k.starts_with(&prefix))
+                    .map(|(k, v)| (k.clone(), v.clone()))
+                    .collect()
+            };
+            let page = store
+                .list(Range {
+                    at: Some(*revision),
+                    ..Range::all(&prefix)
+                })
+                .await
+                .expect("history is kept");
+            let mut replica: BTreeMap<String, Vec<u8>> = page
+                .records
+                .iter()
+                .map(|r| (r.key.to_string(), r.value.to_vec()))
+                .collect();
+            assert_eq!(replica, within(state), "at {revision}");
+            let mut watch = store
+                .watch(&prefix, *revision)
+                .await
+                .expect("history is kept");
+            while watch.progress() < store.revision() {
+                for event in next(&mut watch).await {
+                    let before = match event.change {
+                        Change::Put => replica
+                            .insert(event.record.key.to_string(), event.record.value.to_vec()),
+                        Change::Delete => replica.remove(&*event.record.key),
+                    };
+                    assert_eq!(
+                        before,
+                        event.previous.map(|p| p.value.to_vec()),
+                        "each event names what it replaces"
+                    );
+                }
+            }
+            assert_eq!(replica, within(&model), "from {revision}");
+        }
+    }
+}
+
 /// Makes one test per behaviour; `$make` returns a fresh store and whatever must outlive it.
 macro_rules! contract_tests {
     ($make:expr) => {
@@ -320,6 +401,16 @@ macro_rules! contract_tests {
             let (store, _keep) = $make;
             $crate::store::contract::$name(store).await;
         })*
+
+        proptest::proptest! {
+            #![proptest_config(proptest::prelude::ProptestConfig::with_cases(24))]
+            #[test]
+            fn lists_and_watches_agree_with_a_model(ops in $crate::store::contract::ops()) {
+                let (store, _keep) = $make;
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+                runtime.block_on($crate::store::contract::lists_and_watches_agree_with_a_model(store, ops));
+            }
+        }
     };
 }
 pub(crate) use contract_tests;
