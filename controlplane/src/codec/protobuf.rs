@@ -365,6 +365,18 @@ pub fn encode(object: &Value) -> Option<Vec<u8>> {
     Some(out.out)
 }
 
+/// One event of a watch: four bytes of length (big endian), then a `WatchEvent` {1: type, 2: RawExtension {1: object}}
+/// without an envelope of its own. None as for `encode`.
+pub fn watch_frame(event_type: &str, object: &Value) -> Option<Vec<u8>> {
+    let object = encode(object)?;
+    let mut event = Writer { out: vec![0; 4] };
+    event.bytes(1, event_type.as_bytes());
+    event.message(2, |extension| extension.bytes(1, &object));
+    let length = u32::try_from(event.out.len() - 4).ok()?;
+    event.out[..4].copy_from_slice(&length.to_be_bytes());
+    Some(event.out)
+}
+
 fn write_message(object: &Map<String, Value>, ty: &'static Type, out: &mut Writer) -> Option<()> {
     for wire in ty.wire {
         match wire.to {

@@ -201,6 +201,29 @@ fn what_is_not_a_known_message_is_refused_with_the_reason() {
     );
 }
 
+#[test]
+fn a_watch_frame_holds_the_event_and_its_object() {
+    let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}});
+    let frame = watch_frame("ADDED", &pod).unwrap();
+    let (length, event) = frame.split_at(4);
+    assert_eq!(
+        u32::from_be_bytes(length.try_into().unwrap()) as usize,
+        event.len()
+    );
+    let mut reader = Reader::new(event);
+    assert_eq!(reader.next().unwrap().unwrap().1.text(), Ok("ADDED"));
+    let extension = reader.next().unwrap().unwrap().1.bytes().unwrap();
+    let object = Reader::new(extension)
+        .next()
+        .unwrap()
+        .unwrap()
+        .1
+        .bytes()
+        .unwrap();
+    assert_eq!(decode(object, "", "").unwrap(), pod);
+    assert!(watch_frame("ADDED", &json!({"kind": "Nonsense", "apiVersion": "v1"})).is_none());
+}
+
 /// An arbitrary value of a type, without nulls and with canonical specials.
 fn arbitrary(ty: &'static Type, depth: u32) -> BoxedStrategy<Value> {
     match ty.shape {
