@@ -347,8 +347,7 @@ impl Worker {
 
     fn upkeep(&mut self) {
         if self.node.is_none() {
-            self.problems.remove("setup");
-            self.set_up_again();
+            self.set_up();
         }
         if let Some(node) = &mut self.node {
             match node.upkeep(&mut self.kernel) {
@@ -364,12 +363,6 @@ impl Worker {
             self.settle_routes();
         }
         self.settle_services();
-    }
-
-    fn set_up_again(&mut self) {
-        if self.identity.is_some() {
-            self.set_up();
-        }
     }
 
     /// Why pods cannot be served, if so.

@@ -83,7 +83,8 @@ impl Kernel {
         }
     }
 
-    /// Makes a veth pair with both ends up. Fails when one of the names is taken.
+    /// Makes a veth pair with end `a` up. End `b` must be set up after: the kernel makes it first, and refuses to open an end
+    /// that has no other yet. Fails when one of the names is taken.
     pub(super) fn make_veth(
         &mut self,
         a: &VethEnd<'_>,
@@ -92,8 +93,6 @@ impl Kernel {
     ) -> Result<(), NetlinkError> {
         let end = |end: &VethEnd<'_>| {
             let mut message = LinkMessage::default();
-            message.header.flags = LinkFlags::Up;
-            message.header.change_mask = LinkFlags::Up;
             message
                 .attributes
                 .push(LinkAttribute::IfName(end.name.into()));
@@ -109,6 +108,8 @@ impl Kernel {
             message
         };
         let mut message = end(a);
+        message.header.flags = LinkFlags::Up;
+        message.header.change_mask = LinkFlags::Up;
         message.attributes.push(LinkAttribute::LinkInfo(vec![
             LinkInfo::Kind(InfoKind::Veth),
             LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(end(b)))),

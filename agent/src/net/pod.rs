@@ -73,6 +73,7 @@ fn wire_both_ends(
     let inside = pod
         .link(&wire.interface)?
         .ok_or_else(|| missing(&wire.interface))?;
+    pod.set_up(inside.index)?;
     pod.add_address(inside.index, wire.address, 32)?;
     pod.set_neighbour(inside.index, POD_GATEWAY, HOST_VETH_MAC)?;
     pod.route_on_link(EVERYTHING, POD_GATEWAY, inside.index, None)?;
