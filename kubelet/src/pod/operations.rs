@@ -270,14 +270,7 @@ impl Job {
         };
         let cgroup = pod_cgroup(self.context.cgroups.root(), &self.pod);
         let logs = self.log_directory();
-        sandbox_config(
-            &self.pod,
-            attempt,
-            &cgroup,
-            &logs.to_string_lossy(),
-            &dns,
-            &config.node_name,
-        )
+        sandbox_config(&self.pod, attempt, &cgroup, &logs.to_string_lossy(), &dns)
     }
 
     async fn run_sandbox(&self, attempt: u32, stop_first: Vec<String>) -> Result<Done, Failed> {

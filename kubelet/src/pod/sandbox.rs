@@ -140,7 +140,6 @@ pub fn sandbox_config(
     cgroup_parent: &str,
     log_directory: &str,
     dns: &ClusterDns<'_>,
-    node_name: &str,
 ) -> PodSandboxConfig {
     let key = PodKey::of(pod);
     let empty = PodSpec::default();
@@ -171,8 +170,9 @@ pub fn sandbox_config(
             namespace: key.namespace,
             attempt,
         }),
+        // The host's network brings the host's name with it, and no UTS namespace to set another in.
         hostname: if host_network(pod) {
-            node_name.to_owned()
+            String::new()
         } else {
             hostname(pod)
         },

@@ -229,17 +229,7 @@ fn container_status(
     let state = match run {
         None => match failure {
             Some(failure) => waiting(failure.reason, Some(failure.message.clone())),
-            None if !init && !init_done => waiting("PodInitializing", None),
-            None if init
-                && spec
-                    .init_containers
-                    .iter()
-                    .flatten()
-                    .next()
-                    .is_some_and(|c| c.name != container.name) =>
-            {
-                waiting("PodInitializing", None)
-            }
+            None if init || !init_done => waiting("PodInitializing", None),
             None => waiting("ContainerCreating", None),
         },
         Some(run) => match run.phase {

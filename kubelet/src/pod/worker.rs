@@ -29,6 +29,9 @@ const LOOK_PERIOD: Duration = Duration::from_secs(10);
 const LOOK_PERIOD_UNANNOUNCED: Duration = Duration::from_secs(1);
 /// How soon a look is repeated after the runtime could not be reached.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
+/// containerd announces an exit before its own state shows it. Looks are repeated so soon, doubling, and so often.
+const SETTLE_FIRST: Duration = Duration::from_millis(4);
+const SETTLE_LOOKS_MAX: u32 = 10;
 /// A termination message is cut to this (upstream's figure).
 const TERMINATION_MESSAGE_BYTES_MAX: usize = 4096;
 
@@ -80,6 +83,8 @@ pub struct Worker {
     _interest: Option<Interest>,
     looked: Option<Instant>,
     stale: bool,
+    /// Containers whose exit was announced, and how often that has been looked for in vain.
+    announced: HashMap<Arc<str>, u32>,
 }
 
 impl Worker {
@@ -108,6 +113,7 @@ impl Worker {
             reporter,
             looked: None,
             stale: true,
+            announced: HashMap::new(),
         };
         (worker, Handle { signals })
     }
@@ -162,6 +168,9 @@ impl Worker {
                 if !self.stale {
                     wake = self.next_look();
                 }
+                if let Some(looks) = self.announced.values().min() {
+                    wake = wake.min(Instant::now() + SETTLE_FIRST * (1 << looks));
+                }
                 if let Some(at) = plan.wake_at {
                     let wait = at.duration_since(now).unsigned_abs();
                     wake = wake.min(Instant::now() + wait + Duration::from_millis(1));
@@ -181,7 +190,9 @@ impl Worker {
                     Err(RecvError::Lagged(_)) => self.memory.volumes_stale = self.memory.volumes_ready,
                     Err(RecvError::Closed) => tokio::time::sleep_until(wake).await,
                 },
-                () = tokio::time::sleep_until(wake) => self.stale |= self.next_look() <= Instant::now(),
+                () = tokio::time::sleep_until(wake) => {
+                    self.stale |= !self.announced.is_empty() || self.next_look() <= Instant::now();
+                }
             }
         }
     }
@@ -298,6 +309,15 @@ impl Worker {
                     .any(|key| matches!(key, OpKey::Start(_)))
         });
         self.view = view;
+        let view = &self.view;
+        let starting = !self.memory.in_flight.is_empty();
+        self.announced.retain(|id, looks| {
+            *looks += 1;
+            let known = view.containers.iter().find(|c| c.id == **id);
+            let unsettled = known.map_or(starting, |c| c.phase == ContainerPhase::Running)
+                || view.sandboxes.iter().any(|s| s.id == **id && s.ready);
+            unsettled && *looks < SETTLE_LOOKS_MAX
+        });
     }
 
     fn termination_message(&self, run: &ContainerView) -> String {
@@ -354,7 +374,10 @@ impl Worker {
                 let ours = self.view.containers.iter().any(|c| c.id == *id)
                     || self.view.sandboxes.iter().any(|s| s.id == *id);
                 // A container that is being started is not in the view yet and may have ended already.
-                self.stale |= ours || !self.memory.in_flight.is_empty();
+                if ours || !self.memory.in_flight.is_empty() {
+                    self.stale = true;
+                    self.announced.insert(id, 0);
+                }
             }
             Signal::OpDone { key, result } => self.op_done(key, result),
             Signal::Probed(finding) => self.probed(finding),

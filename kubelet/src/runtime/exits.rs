@@ -4,15 +4,17 @@
 //! containerd publish task events on the same socket, so that is the second choice: a few messages of its API suffice.
 //! A runtime with neither is looked at periodically by the workers.
 
+use std::time::Duration;
+
+use futures::StreamExt;
 use futures::stream::{self, BoxStream};
-use futures::{Stream, StreamExt};
 use http::uri::PathAndQuery;
-use k8s_cri::v1::GetEventsRequest;
 use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
+use k8s_cri::v1::{ContainerEventType, GetEventsRequest};
 use prost::Message;
 use tonic::client::Grpc;
 use tonic::transport::Channel;
-use tonic::{Code, Request, Status};
+use tonic::{Code, Request, Response, Status, Streaming};
 use tonic_prost::ProstCodec;
 
 use super::ExitSource;
@@ -62,20 +64,37 @@ struct TaskDelete {
     id: String,
 }
 
+/// A server that streams answers a call only with its first event, but refuses one at once: what has not been refused
+/// in this time is taken for established.
+const REFUSAL_TIME: Duration = Duration::from_millis(300);
+
 pub async fn subscribe(
     mut runtime: RuntimeServiceClient<Channel>,
     channel: Channel,
 ) -> Result<(ExitSource, BoxStream<'static, String>), Status> {
-    match runtime.get_container_events(GetEventsRequest {}).await {
-        Ok(answer) => {
-            let ids = until_failure(answer.into_inner()).map(|event| event.container_id);
+    let events = open(async move { runtime.get_container_events(GetEventsRequest {}).await }).await;
+    match events {
+        Ok(events) => {
+            const OVER: [ContainerEventType; 2] = [
+                ContainerEventType::ContainerStoppedEvent,
+                ContainerEventType::ContainerDeletedEvent,
+            ];
+            let ids = events.filter_map(|event| {
+                let over = OVER
+                    .map(|kind| kind as i32)
+                    .contains(&event.container_event_type);
+                std::future::ready(over.then_some(event.container_id))
+            });
             return Ok((ExitSource::CriEvents, ids.boxed()));
         }
         Err(status) if status.code() == Code::Unimplemented => {}
         Err(status) => return Err(status),
     }
-    match containerd(channel).await {
-        Ok(ids) => Ok((ExitSource::ContainerdEvents, ids)),
+    match open(containerd(channel)).await {
+        Ok(events) => {
+            let ids = events.filter_map(|envelope| std::future::ready(ended(&envelope)));
+            Ok((ExitSource::ContainerdEvents, ids.boxed()))
+        }
         Err(status) if status.code() == Code::Unimplemented => {
             Ok((ExitSource::Relist, stream::pending().boxed()))
         }
@@ -83,30 +102,38 @@ pub async fn subscribe(
     }
 }
 
-async fn containerd(channel: Channel) -> Result<BoxStream<'static, String>, Status> {
+/// Opens a stream of events. One that breaks is over: the caller subscribes again and looks at everything once.
+async fn open<T: Send + 'static>(
+    call: impl Future<Output = Result<Response<Streaming<T>>, Status>> + Send + 'static,
+) -> Result<BoxStream<'static, T>, Status> {
+    let mut call = Box::pin(call);
+    let events = match tokio::time::timeout(REFUSAL_TIME, &mut call).await {
+        Ok(answer) => answer?.into_inner().boxed(),
+        Err(_) => stream::once(call)
+            .flat_map(|answer| match answer {
+                Ok(answer) => answer.into_inner().boxed(),
+                Err(status) => stream::iter([Err(status)]).boxed(),
+            })
+            .boxed(),
+    };
+    let sound = events.take_while(|event| std::future::ready(event.is_ok()));
+    Ok(sound
+        .filter_map(|event| std::future::ready(event.ok()))
+        .boxed())
+}
+
+async fn containerd(channel: Channel) -> Result<Response<Streaming<Envelope>>, Status> {
     let mut grpc = Grpc::new(channel);
     grpc.ready()
         .await
         .map_err(|error| Status::unavailable(error.to_string()))?;
-    // TaskDelete follows TaskExit when CRI has taken note of the exit: looking then finds the exit code.
     let filters = ["/tasks/exit", "/tasks/delete"]
         .map(|topic| format!(r#"namespace=="k8s.io",topic=="{topic}""#))
         .to_vec();
     let path = PathAndQuery::from_static("/containerd.services.events.v1.Events/Subscribe");
     let codec: ProstCodec<SubscribeRequest, Envelope> = ProstCodec::default();
-    let answer = grpc
-        .server_streaming(Request::new(SubscribeRequest { filters }), path, codec)
-        .await?;
-    let ids = until_failure(answer.into_inner())
-        .filter_map(|envelope| std::future::ready(ended(&envelope)));
-    Ok(ids.boxed())
-}
-
-/// A stream that breaks is over: the caller subscribes again and looks at everything once.
-fn until_failure<T>(events: impl Stream<Item = Result<T, Status>>) -> impl Stream<Item = T> {
-    events
-        .take_while(|event| std::future::ready(event.is_ok()))
-        .filter_map(|event| std::future::ready(event.ok()))
+    grpc.server_streaming(Request::new(SubscribeRequest { filters }), path, codec)
+        .await
 }
 
 fn ended(envelope: &Envelope) -> Option<String> {
