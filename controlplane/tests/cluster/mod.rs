@@ -1,0 +1,289 @@
+//! A control plane as a process of its own, with credentials made for it, and nodes whose kubelet does no more than say that
+//! pods run.
+
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use futures::TryStreamExt;
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1::{Node, Pod};
+use kube::api::{Api, DeleteParams, ObjectMeta, Patch, PatchParams, PostParams};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::runtime::{WatchStreamExt, watcher};
+use kube::{Client, Config};
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, SanType,
+};
+use serde_json::json;
+use tempfile::TempDir;
+use tokio::task::JoinSet;
+
+/// How long anything may take before a test gives up on it.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+pub struct Cluster {
+    pub client: Client,
+    folder: TempDir,
+    port: u16,
+    process: Option<Child>,
+    nodes: JoinSet<()>,
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+impl Cluster {
+    /// A control plane that answers, with nothing in it but what it makes itself.
+    pub async fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        // Free a moment ago; the server takes it at once.
+        let port = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
+        let kubeconfig = credentials(folder.path(), port);
+        let kubeconfig = Kubeconfig::from_yaml(&kubeconfig).unwrap();
+        let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
+            .await
+            .unwrap();
+        let client = Client::try_from(config).unwrap();
+        let mut cluster = Self {
+            client,
+            folder,
+            port,
+            process: None,
+            nodes: JoinSet::new(),
+        };
+        cluster.launch().await;
+        cluster
+    }
+
+    /// Starts the process and waits until it answers.
+    pub async fn launch(&mut self) {
+        let log = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.log())
+            .unwrap();
+        let process = Command::new(env!("CARGO_BIN_EXE_keelway-controlplane"))
+            .arg("--data-dir")
+            .arg(self.folder.path().join("data"))
+            .arg("--pki-dir")
+            .arg(self.folder.path())
+            .args([
+                "--bind",
+                &format!("127.0.0.1:{}", self.port),
+                "--advertise-address",
+                "127.0.0.1",
+            ])
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        self.process = Some(process);
+        let client = self.client.clone();
+        self.eventually("the API server answers", async || {
+            client.apiserver_version().await.is_ok()
+        })
+        .await;
+    }
+
+    fn log(&self) -> PathBuf {
+        self.folder.path().join("log")
+    }
+
+    /// kill -9.
+    pub fn kill(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+
+    /// Waits until something holds; fails with the control plane's log if it never does.
+    pub async fn eventually(&self, what: &str, mut holds: impl AsyncFnMut() -> bool) {
+        let start = Instant::now();
+        while !holds().await {
+            if start.elapsed() > PATIENCE {
+                let log = std::fs::read_to_string(self.log()).unwrap_or_default();
+                panic!("not within {} s: {what}\n{log}", PATIENCE.as_secs());
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Registers nodes with room for 500 pods each, and runs their pods.
+    pub async fn add_nodes(&mut self, count: usize) {
+        for index in 0..count {
+            let name = format!("node-{index}");
+            register(&self.client, &name).await;
+            self.nodes.spawn(renew(self.client.clone(), name));
+        }
+        self.nodes.spawn(run_pods(self.client.clone()));
+    }
+
+    pub fn api<K>(&self, namespace: &str) -> Api<K>
+    where
+        K: kube::Resource<Scope = k8s_openapi::NamespaceResourceScope>,
+        K::DynamicType: Default,
+    {
+        Api::namespaced(self.client.clone(), namespace)
+    }
+}
+
+async fn register(client: &Client, name: &str) {
+    let nodes: Api<Node> = Api::all(client.clone());
+    let node: Node = serde_json::from_value(json!({
+        "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}},
+    }))
+    .unwrap();
+    nodes.create(&PostParams::default(), &node).await.unwrap();
+    let room = json!({"cpu": "64", "memory": "64Gi", "pods": "500"});
+    let status = json!({"status": {
+        "capacity": room, "allocatable": room,
+        "conditions": [{"type": "Ready", "status": "True", "reason": "KubeletReady"}],
+    }});
+    nodes
+        .patch_status(name, &PatchParams::default(), &Patch::Merge(status))
+        .await
+        .unwrap();
+}
+
+async fn renew(client: Client, name: String) {
+    let leases: Api<Lease> = Api::namespaced(client, "kube-node-lease");
+    let lease = Lease {
+        metadata: ObjectMeta {
+            name: Some(name.clone()),
+            ..Default::default()
+        },
+        spec: None,
+    };
+    let _ = leases.create(&PostParams::default(), &lease).await;
+    loop {
+        let now = k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime(jiff::Timestamp::now());
+        let spec = json!({"spec": {"holderIdentity": name, "renewTime": now}});
+        let _ = leases
+            .patch(&name, &PatchParams::default(), &Patch::Merge(spec))
+            .await;
+        tokio::time::sleep(Duration::from_secs(5)).await;
+    }
+}
+
+/// Every bound pod runs and is ready at once; every pod that is to go, goes.
+async fn run_pods(client: Client) {
+    let pods: Api<Pod> = Api::all(client.clone());
+    let stream = watcher(pods, watcher::Config::default())
+        .default_backoff()
+        .applied_objects();
+    let mut stream = std::pin::pin!(stream);
+    let mut serial = 0u32;
+    loop {
+        let Ok(Some(pod)) = stream.try_next().await else {
+            continue;
+        };
+        let spec = pod.spec.as_ref().unwrap();
+        let phase = pod
+            .status
+            .as_ref()
+            .and_then(|status| status.phase.as_deref())
+            .unwrap_or("Pending");
+        if spec.node_name.is_none() {
+            continue;
+        }
+        let name = pod.metadata.name.clone().unwrap();
+        let own: Api<Pod> =
+            Api::namespaced(client.clone(), pod.metadata.namespace.as_deref().unwrap());
+        if pod.metadata.deletion_timestamp.is_some() {
+            tokio::spawn(async move {
+                own.delete(&name, &DeleteParams::default().grace_period(0))
+                    .await
+            });
+        } else if phase == "Pending" {
+            serial += 1;
+            let address = format!("10.244.{}.{}", serial / 250, serial % 250 + 1);
+            let now = k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(jiff::Timestamp::now());
+            let status = json!({"status": {
+                "phase": "Running", "podIP": address, "podIPs": [{"ip": address}],
+                "conditions": [{"type": "Ready", "status": "True", "lastTransitionTime": now}],
+            }});
+            tokio::spawn(async move {
+                own.patch_status(&name, &PatchParams::default(), &Patch::Merge(status))
+                    .await
+            });
+        }
+    }
+}
+
+/// Writes what the control plane needs into the folder; gives an administrator's kubeconfig.
+fn credentials(folder: &Path, port: u16) -> String {
+    let write = |name: &str, text: &str| std::fs::write(folder.join(name), text).unwrap();
+    let ca_key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::default();
+    params
+        .distinguished_name
+        .push(DnType::CommonName, "test-ca");
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    let ca = params.self_signed(&ca_key).unwrap().pem();
+    write("ca.crt", &ca);
+    write("ca.key", &ca_key.serialize_pem());
+    let issuer = Issuer::new(params, ca_key);
+    let sign = |subject: &str, usage: ExtendedKeyUsagePurpose| -> (String, String) {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        params
+            .distinguished_name
+            .push(DnType::OrganizationName, "system:masters");
+        params.distinguished_name.push(DnType::CommonName, subject);
+        params.subject_alt_names = vec![SanType::IpAddress("127.0.0.1".parse().unwrap())];
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![usage];
+        (
+            params.signed_by(&key, &issuer).unwrap().pem(),
+            key.serialize_pem(),
+        )
+    };
+    for (name, usage) in [
+        ("apiserver", ExtendedKeyUsagePurpose::ServerAuth),
+        (
+            "apiserver-kubelet-client",
+            ExtendedKeyUsagePurpose::ClientAuth,
+        ),
+    ] {
+        let (certificate, key) = sign(name, usage);
+        write(&format!("{name}.crt"), &certificate);
+        write(&format!("{name}.key"), &key);
+    }
+    let accounts = KeyPair::generate().unwrap();
+    write("sa.key", &accounts.serialize_pem());
+    write("sa.pub", &accounts.public_key_pem());
+    let kubeconfig = |subject: &str| -> String {
+        use base64::Engine;
+        let encode = |text: &str| base64::engine::general_purpose::STANDARD.encode(text);
+        let (certificate, key) = sign(subject, ExtendedKeyUsagePurpose::ClientAuth);
+        json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "test",
+            "clusters": [{"name": "test", "cluster": {
+                "server": format!("https://127.0.0.1:{port}"), "certificate-authority-data": encode(&ca),
+            }}],
+            "users": [{"name": "test", "user": {
+                "client-certificate-data": encode(&certificate), "client-key-data": encode(&key),
+            }}],
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+        })
+        .to_string()
+    };
+    write(
+        "controllers.kubeconfig",
+        &kubeconfig("system:kube-controller-manager"),
+    );
+    kubeconfig("admin")
+}
