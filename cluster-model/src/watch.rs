@@ -88,6 +88,9 @@ fn in_pod(url: http::Uri) -> Result<Config, ApiError> {
     }
     let mut config = Config::new(url);
     config.root_cert_file = Some(Path::new(SERVICE_ACCOUNT).join("ca.crt"));
+    // Without a list kube asks the system for its authorities first, and our images have none. An empty one trusts
+    // nobody; the verifier that reads the file takes its place.
+    config.root_cert = Some(Vec::new());
     config.auth_info = AuthInfo {
         token_file: Some(token.to_string_lossy().into_owned()),
         ..AuthInfo::default()
