@@ -3,6 +3,7 @@
 
 pub mod cluster;
 pub mod machine;
+pub mod nodes;
 pub mod process;
 pub mod sandbox;
 

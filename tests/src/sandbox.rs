@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     marker::PhantomData,
-    os::fd::AsFd as _,
+    os::fd::{AsFd as _, BorrowedFd},
     panic::resume_unwind,
     path::{Path, PathBuf},
     process::Command,
@@ -95,6 +95,11 @@ impl Network {
             });
             run.join().unwrap_or_else(|panic| resume_unwind(panic))
         })
+    }
+
+    /// For calls that want the namespace as a descriptor.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 
     /// Moves an interface of the calling thread's namespace here.

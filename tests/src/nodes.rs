@@ -1,0 +1,361 @@
+//! Two nodes of network namespaces, wired as the agent wires them, with echo servers in their pods and on their hosts.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, UdpSocket},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::atomic::{AtomicU32, Ordering},
+    thread,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use keelway_agent::{
+    dataplane::{
+        Config, Dataplane, Frontend, LocalPod, Op, Protocol, ServiceBackends, ServiceId,
+        ServiceVeth,
+    },
+    net::{Kernel, Netlink, PodWire, make_service_veth, pod_mac, wire_pod},
+};
+
+use crate::sandbox::{Network, Sandbox, ifindex, ip};
+
+/// Port of every echo server, TCP and UDP.
+pub const ECHO_PORT: u16 = 8080;
+
+/// A node: its host's network, its pods', and its data plane.
+pub struct Node {
+    pub host: Network,
+    pub address: Ipv4Addr,
+    pub pods: BTreeMap<&'static str, Pod>,
+    pub config: Config,
+    pub dataplane: Option<Dataplane>,
+}
+
+/// A pod: a network, with an echo server that answers with the pod's name.
+pub struct Pod {
+    pub network: Network,
+    pub address: Ipv4Addr,
+    pub ifindex: u32,
+}
+
+/// What of the data plane is on.
+#[derive(Clone, Copy, Debug)]
+pub struct Hooks {
+    pub socket_lb: bool,
+    pub packet_lb: bool,
+}
+
+/// Node 1 at 198.18.0.1 with pods a and b, node 2 at 198.18.0.2 with pod c; each pod knows the way to every other.
+pub struct Nodes {
+    pub nodes: [Node; 2],
+}
+
+impl Nodes {
+    pub fn start(sandbox: &Sandbox, hooks: Hooks) -> Result<Self> {
+        let addresses = [Ipv4Addr::new(198, 18, 0, 1), Ipv4Addr::new(198, 18, 0, 2)];
+        let networks = [Network::new()?, Network::new()?];
+        ip("link add kw-u1 type veth peer name kw-u2")?;
+        networks[0].take("kw-u1")?;
+        networks[1].take("kw-u2")?;
+        let mut nodes = Vec::new();
+        for (index, host) in networks.into_iter().enumerate() {
+            let pods: &[&'static str] = if index == 0 { &["a", "b"] } else { &["c"] };
+            let pin_root = sandbox.pin_root().join(format!("node-{}", index + 1));
+            nodes.push(Node::start(
+                host,
+                index as u8 + 1,
+                addresses[index],
+                addresses[1 - index],
+                pods,
+                hooks,
+                pin_root,
+            )?);
+        }
+        let nodes = nodes
+            .try_into()
+            .map_err(|_count| anyhow::anyhow!("two nodes"))?;
+        Ok(Self { nodes })
+    }
+
+    /// Leads a Service address and port, TCP and UDP, to these backends, on both nodes.
+    pub fn serve(&mut self, id: u32, at: &str, backends: &[&str]) -> Result<()> {
+        let at: SocketAddr = at.parse()?;
+        let active = backends
+            .iter()
+            .map(|name| self.backend(name))
+            .collect::<Result<Vec<_>>>()?;
+        let mut ops = vec![
+            Op::SetVip { addr: at.ip() },
+            Op::SetService {
+                id: ServiceId(id),
+                backends: ServiceBackends {
+                    active,
+                    terminating: Vec::new(),
+                },
+            },
+        ];
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            ops.push(Op::SetFrontend {
+                frontend: Frontend {
+                    addr: at.ip(),
+                    port: at.port(),
+                    protocol,
+                },
+                id: ServiceId(id),
+            });
+        }
+        for node in &mut self.nodes {
+            node.dataplane().apply(&ops)?;
+        }
+        Ok(())
+    }
+
+    /// The echo server of a pod, or of a host (`node-1`, `node-2`).
+    fn backend(&self, name: &str) -> Result<SocketAddr> {
+        let found =
+            self.nodes
+                .iter()
+                .enumerate()
+                .find_map(|(index, node)| match node.pods.get(name) {
+                    Some(pod) => Some(pod.address),
+                    None => (name == format!("node-{}", index + 1)).then_some(node.address),
+                });
+        Ok(SocketAddr::new(
+            IpAddr::V4(found.with_context(|| format!("no backend {name}"))?),
+            ECHO_PORT,
+        ))
+    }
+}
+
+impl Node {
+    fn start(
+        host: Network,
+        number: u8,
+        address: Ipv4Addr,
+        peer: Ipv4Addr,
+        pods: &[&'static str],
+        hooks: Hooks,
+        pin_root: PathBuf,
+    ) -> Result<Self> {
+        let peer_pods = format!("10.244.{}.0/24", 3 - number);
+        let service_veth = host.run(|| -> Result<ServiceVeth> {
+            // The strictest that hosts have; forwarding as on every node.
+            for (key, value) in [
+                ("conf/all/rp_filter", "1"),
+                ("conf/default/rp_filter", "1"),
+                ("ip_forward", "1"),
+            ] {
+                fs::write(format!("/proc/sys/net/ipv4/{key}"), value)
+                    .with_context(|| format!("cannot set {key}"))?;
+            }
+            ip(&format!("link set kw-u{number} name eth0"))?;
+            ip(&format!("addr add {address}/24 dev eth0"))?;
+            ip("link set eth0 up")?;
+            let mut kernel = Kernel::new(Netlink::open()?);
+            Ok(make_service_veth(
+                &mut kernel,
+                &["10.96.0.0/16".parse()?],
+                address,
+                1500,
+            )?)
+        })?;
+        let config = Config {
+            pin_root,
+            socket_lb: hooks.socket_lb,
+            packet_lb: hooks.packet_lb,
+            service_veth: Some(service_veth),
+        };
+        let mut node = Self {
+            host,
+            address,
+            pods: BTreeMap::new(),
+            config,
+            dataplane: None,
+        };
+        node.open()?;
+        let mut ops = vec![Op::SetHostAddress {
+            addr: address.into(),
+        }];
+        for (index, name) in pods.iter().enumerate() {
+            let address = Ipv4Addr::new(10, 244, number, 11 + index as u8);
+            let pod = node.add_pod(name, address)?;
+            ops.push(Op::SetPod {
+                addr: address.into(),
+                pod: LocalPod {
+                    ifindex: pod.ifindex,
+                    mac: pod_mac(address),
+                },
+            });
+            echo(&pod.network, name)?;
+            node.pods.insert(name, pod);
+        }
+        node.dataplane().apply(&ops)?;
+        // By name, for the answers of servers that run on the host.
+        echo(&node.host, &format!("node-{number}"))?;
+        node.host.run(|| -> Result<()> {
+            // The peer may not be up yet, which this does not need.
+            ip(&format!(
+                "route add {peer_pods} via {peer} dev eth0 onlink src {address}"
+            ))
+        })?;
+        Ok(node)
+    }
+
+    fn add_pod(&mut self, name: &str, address: Ipv4Addr) -> Result<Pod> {
+        let network = Network::new()?;
+        let wire = PodWire {
+            host_interface: format!("kw-{name}"),
+            interface: "eth0".to_owned(),
+            address,
+            mtu: 1500,
+            node_address: Some(self.address),
+        };
+        let dataplane = self.dataplane.as_mut().context("the data plane is open")?;
+        let ifindex = self.host.run(|| -> Result<u32> {
+            let mut kernel = Kernel::new(Netlink::open()?);
+            let link = wire_pod(&mut kernel, network.fd(), &wire)?;
+            dataplane.attach_pod(link.index)?;
+            Ok(link.index)
+        })?;
+        Ok(Pod {
+            network,
+            address,
+            ifindex,
+        })
+    }
+
+    /// Opens the data plane, as an agent that starts, and attaches it.
+    pub fn open(&mut self) -> Result<()> {
+        let config = &self.config;
+        let dataplane = self.host.run(|| -> Result<Dataplane> {
+            let mut dataplane = Dataplane::open(config)?;
+            dataplane.attach_uplink(ifindex("eth0")?)?;
+            dataplane.attach_service_veth()?;
+            Ok(dataplane)
+        })?;
+        self.dataplane = Some(dataplane);
+        Ok(())
+    }
+
+    /// Ends the agent, so to speak: what it pinned stays.
+    pub fn close(&mut self) {
+        self.dataplane = None;
+    }
+
+    pub fn dataplane(&mut self) -> &mut Dataplane {
+        self.dataplane.as_mut().expect("the data plane is open")
+    }
+}
+
+/// Starts an echo server, TCP and UDP, that answers with its name and the client's address. It ends with the process.
+fn echo(network: &Network, name: &str) -> Result<()> {
+    let at = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, ECHO_PORT);
+    let (listener, socket) = network.run(|| (TcpListener::bind(at), UdpSocket::bind(at)));
+    let (listener, socket) = (listener?, socket?);
+    let tcp_name = name.to_owned();
+    thread::spawn(move || {
+        while let Ok((mut stream, client)) = listener.accept() {
+            let answer = format!("{tcp_name} {}", client.ip());
+            thread::spawn(move || {
+                let mut buffer = [0; 4096];
+                while let Ok(1..) = stream.read(&mut buffer) {
+                    if stream.write_all(answer.as_bytes()).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    let udp_name = name.to_owned();
+    thread::spawn(move || {
+        let mut buffer = [0; 65536];
+        while let Ok((_len, client)) = socket.recv_from(&mut buffer) {
+            // A client that is gone is none of the server's business.
+            let _unsent = socket.send_to(format!("{udp_name} {}", client.ip()).as_bytes(), client);
+        }
+    });
+    Ok(())
+}
+
+/// A control group of the v2 hierarchy of its own, removed in the end.
+pub struct Cgroup(PathBuf);
+
+impl Cgroup {
+    pub fn new() -> Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let root = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(Path::new);
+        let root = root.iter().find(|root| {
+            root.join("cgroup.procs").exists() && root.join("cgroup.controllers").exists()
+        });
+        let name = format!(
+            "kw-dataplane-{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        );
+        let path = root
+            .context("no cgroup v2 hierarchy is mounted")?
+            .join(name);
+        fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        Ok(Self(path))
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir(&self.0) {
+            eprintln!("cannot remove {}: {error}", self.0.display());
+        }
+    }
+}
+
+const CLIENT: &str = "KEELWAY_TEST_CLIENT";
+const CLIENT_CGROUP: &str = "KEELWAY_TEST_CLIENT_CGROUP";
+
+/// Runs a client in a process of its own, which a control group needs: this test program again, told to run the test `client`
+/// alone, which is to call [`client`]. Gives what it printed.
+pub fn ask(network: &Network, cgroup: Option<&Cgroup>, request: &str) -> Result<String> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command
+        .args(["--exact", "client", "--nocapture", "--quiet"])
+        .env(CLIENT, request);
+    if let Some(cgroup) = cgroup {
+        command.env(CLIENT_CGROUP, cgroup.path());
+    }
+    let output = network.run(|| command.output())?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let answer = text.lines().find_map(|line| {
+        line.split_once("ANSWER ")
+            .map(|(_, answer)| answer.to_owned())
+    });
+    ensure!(
+        answer.is_some(),
+        "the client did not answer: {text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    answer.context("an answer")
+}
+
+/// What such a process does: carries out the request and prints what came of it. Returns at once in any other process.
+pub fn client(carry_out: impl FnOnce(&str) -> std::io::Result<String>) {
+    let Ok(request) = std::env::var(CLIENT) else {
+        return;
+    };
+    if let Ok(cgroup) = std::env::var(CLIENT_CGROUP) {
+        fs::write(
+            Path::new(&cgroup).join("cgroup.procs"),
+            std::process::id().to_string(),
+        )
+        .expect("enter the control group");
+    }
+    match carry_out(&request) {
+        Ok(answer) => println!("ANSWER {answer}"),
+        Err(error) => println!("ANSWER error: {}", error.kind()),
+    }
+}
