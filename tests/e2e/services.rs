@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use keelway_tests::cluster::{Cluster, project};
-use keelway_tests::process::{eventually, run};
+use keelway_tests::cluster::{Cluster, program, project};
+use keelway_tests::process::{Finished, eventually, run};
 
 pub fn hello_becomes_ready_on_more_than_one_node(cluster: &Cluster) {
     let example = project().join("examples/hello.yaml").display().to_string();
@@ -94,7 +94,7 @@ fn address(cluster: &Cluster, service: &str) -> String {
 }
 
 const DATAGRAMS: &str =
-    "for i in $(seq 30); do (echo hi | nc -u -w 1 TARGET 80 || echo failed) & done; wait";
+    "for i in $(seq 30); do (echo hi | nc -u -w 5 -W 1 TARGET 80 || echo failed) & done; wait";
 
 pub fn a_service_answers_by_address_and_by_udp(cluster: &Cluster) {
     let address = address(cluster, "hello");
@@ -114,7 +114,7 @@ pub fn a_service_answers_the_nodes_own_programs(cluster: &Cluster) {
     let address = address(cluster, "hello");
     for (node, pid) in cluster.workers() {
         let script = format!(
-            "for i in $(seq 30); do busybox wget -T 5 -qO- http://{address}/ || echo failed on {node}; done"
+            "for i in $(seq 30); do WGET -T 5 -qO- http://{address}/ || echo failed on {node}; done"
         );
         // In the node's own network and control group, as its kubelet is; and in its network only.
         let groups = control_groups(&cluster.name, &node);
@@ -132,7 +132,7 @@ pub fn a_service_answers_the_nodes_own_programs(cluster: &Cluster) {
                 &format!(
                     "{enter}{}",
                     DATAGRAMS
-                        .replace("nc", "busybox nc")
+                        .replace("nc -u", "NC -u")
                         .replace("TARGET", &address)
                 ),
             )
@@ -154,10 +154,14 @@ fn control_groups(cluster: &str, node: &str) -> String {
     format!("mkdir -p {leaf} && echo $$ > {leaf}/cgroup.procs && ")
 }
 
-/// Runs a script in a node's network namespace.
-fn on_node(pid: i64, script: &str) -> keelway_tests::process::Finished {
+/// Runs a script in a node's network namespace. WGET and NC in it are the programs of our client image.
+fn on_node(pid: i64, script: &str) -> Finished {
+    let path = |name| program(name).display().to_string();
+    let script = script
+        .replace("WGET", &path("wget"))
+        .replace("NC -u", &format!("{} -u", path("nc")));
     let namespace = format!("--net=/proc/{pid}/ns/net");
-    run(&["nsenter", &namespace, "sh", "-c", script], &[], 120)
+    run(&["nsenter", &namespace, "sh", "-c", &script], &[], 120)
 }
 
 pub fn pods_reach_each_other_and_their_node_across_nodes(cluster: &Cluster) {
@@ -175,7 +179,7 @@ pub fn pods_reach_each_other_and_their_node_across_nodes(cluster: &Cluster) {
             .ok();
         answers(&output, 1);
         for (_, pid) in cluster.workers() {
-            let output = on_node(pid, &format!("busybox wget -T 5 -qO- http://{address}/")).ok();
+            let output = on_node(pid, &format!("WGET -T 5 -qO- http://{address}/")).ok();
             answers(&output, 1);
         }
     }
@@ -265,7 +269,7 @@ fn a_service_answers_the_nodes_own_programs_in_their_group(cluster: &Cluster, of
     for (node, pid) in cluster.workers() {
         let groups = control_groups(&cluster.name, &node);
         let script = format!(
-            "{groups} for i in $(seq 10); do busybox wget -T 5 -qO- http://{address}/ || echo failed on {node} with {off}; done"
+            "{groups} for i in $(seq 10); do WGET -T 5 -qO- http://{address}/ || echo failed on {node} with {off}; done"
         );
         answers(&on_node(pid, &script).ok(), 10);
     }

@@ -156,8 +156,13 @@ impl Drop for Cluster {
     }
 }
 
-/// The keelway binary: where `cargo xtask test` says, else where cargo has built this test.
+/// The keelway binary.
 pub fn keelway() -> PathBuf {
+    program("keelway")
+}
+
+/// A binary of this build: where `cargo xtask test` says, else where cargo has built this test.
+pub fn program(name: &str) -> PathBuf {
     let folder = match std::env::var_os("KEELWAY_BIN_DIR") {
         Some(folder) => PathBuf::from(folder),
         None => std::env::current_exe()
@@ -165,7 +170,7 @@ pub fn keelway() -> PathBuf {
             .and_then(|test| Some(test.parent()?.parent()?.to_path_buf()))
             .expect("a test lies in deps/ of its profile's folder"),
     };
-    let program = folder.join("keelway");
+    let program = folder.join(name);
     assert!(
         program.exists(),
         "{} is not built; run the end-to-end suite with `make test`",

@@ -229,6 +229,9 @@ fn echo(_: &Project, bin_dir: &Path) -> Result<Contents> {
     })
 }
 
+/// Ours in the client image, which go before busybox's of the same name.
+const CLIENT_PROGRAMS: &[&str] = &["dig", "nc", "wget"];
+
 /// A shell, busybox's programs and ours. The shell is dash, because busybox's own prefers its applets to what is in PATH.
 /// Debian has no static dash, so the C library that it names comes along.
 fn client(_: &Project, bin_dir: &Path) -> Result<Contents> {
@@ -263,17 +266,19 @@ fn client(_: &Project, bin_dir: &Path) -> Result<Contents> {
             mode: 0o755,
             source: "/bin/dash".into(),
         },
-        Entry::File {
-            path: "bin/dig".into(),
-            mode: 0o755,
-            source: bin_dir.join("dig"),
-        },
     ];
+    for name in CLIENT_PROGRAMS {
+        entries.push(Entry::File {
+            path: format!("bin/{name}"),
+            mode: 0o755,
+            source: bin_dir.join(name),
+        });
+    }
     let applets = process::stdout_of(Command::new(busybox).arg("--list"))
         .context("the client image is made from Debian's busybox-static")?;
     for applet in applets
         .lines()
-        .filter(|applet| !["sh", "busybox", "dig"].contains(applet))
+        .filter(|applet| !["sh", "busybox"].contains(applet) && !CLIENT_PROGRAMS.contains(applet))
     {
         entries.push(Entry::Link {
             path: format!("bin/{applet}"),

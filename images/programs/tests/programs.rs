@@ -204,6 +204,75 @@ fn echo_lets_a_request_in_flight_finish_after_the_drain() {
     assert!(echo.process.ended_within(Duration::from_secs(2)).is_some());
 }
 
+fn output(program: &str, arguments: &str, input: &str) -> (bool, String, String) {
+    let mut child = Command::new(program)
+        .args(arguments.split(' '))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(input.as_bytes())
+        .unwrap();
+    let output = child.wait_with_output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (
+        output.status.success(),
+        text(output.stdout),
+        text(output.stderr),
+    )
+}
+
+#[test]
+fn wget_prints_the_document_and_tells_why_it_could_not() {
+    let echo = Echo::start(0);
+    let wget = |arguments: String| output(env!("CARGO_BIN_EXE_wget"), &arguments, "");
+    let (success, document, _) = wget(format!("-T 5 -qO- http://localhost:{}/", echo.http));
+    assert!(
+        success && document.starts_with("pod=hello-1 "),
+        "{document}"
+    );
+    let (success, document, _) = wget(format!(
+        "-qO- --post-data a=b http://127.0.0.1:{}/",
+        echo.http
+    ));
+    assert!(
+        success && document.starts_with("pod=hello-1 "),
+        "{document}"
+    );
+
+    drop(echo.process);
+    let (success, _, error) = wget(format!("-T 5 -qO- http://127.0.0.1:{}/", echo.http));
+    assert!(
+        !success && error.contains("can't connect to remote host (127.0.0.1)"),
+        "{error}"
+    );
+    assert!(error.contains("refused"), "{error}");
+}
+
+#[test]
+fn nc_carries_standard_input_and_output_over_tcp_and_udp() {
+    let echo = Echo::start(0);
+    let nc = |arguments: String, input| output(env!("CARGO_BIN_EXE_nc"), &arguments, input);
+    let request = "GET / HTTP/1.1\r\nHost: hello\r\nConnection: close\r\n\r\n";
+    let (success, answer, _) = nc(format!("127.0.0.1 {}", echo.http), request);
+    assert!(success && answer.contains("pod=hello-1"), "{answer}");
+    let (success, answer, _) = nc(format!("-u -W1 127.0.0.1 {}", echo.udp), "hi");
+    assert!(success && answer.starts_with("pod=hello-1"), "{answer}");
+    assert!(nc(format!("-z 127.0.0.1 {}", echo.http), "").0);
+
+    drop(echo.process);
+    let (success, _, error) = nc(format!("-u -w1 127.0.0.1 {}", echo.udp), "hi");
+    assert!(
+        !success && error.contains("no answer from 127.0.0.1"),
+        "{error}"
+    );
+}
+
 #[test]
 fn pause_waits_and_ends_on_sigterm() {
     let mut pause = Running(Command::new(env!("CARGO_BIN_EXE_pause")).spawn().unwrap());

@@ -142,6 +142,8 @@ async fn serve_http(
         });
         let connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
+            // A client may close its side once it has asked, as nc does.
+            .half_close(true)
             .header_read_timeout(Duration::from_secs(60))
             .serve_connection(TokioIo::new(stream), service);
         let connection = connections.watch(connection);
