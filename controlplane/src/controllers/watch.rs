@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use futures::{AsyncBufReadExt, StreamExt};
 use http::{Method, Request};
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::APIResourceList;
-use kube::client::Body;
+use kube::client::{Body, ConfigExt};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use tokio::sync::mpsc;
 
@@ -15,6 +17,9 @@ use super::object::{Key, Listed, Object, ResourceType, WatchLine};
 
 /// How long one request may take. Watches are not bounded by it.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a connection is tested, and how long the answer may take.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// How long the server may keep a watch open, in seconds. Ending it now and then spreads watches over servers.
 const WATCH_SECONDS: u32 = 290;
 /// A watch that has been silent for longer than its own time limit hangs on a dead connection.
@@ -83,7 +88,7 @@ impl Api {
             path: path.into(),
             source,
         })?;
-        let client = kube::Client::try_from(config).map_err(|source| ClientError::Client {
+        let client = connect(config).map_err(|source| ClientError::Client {
             path: path.into(),
             source,
         })?;
@@ -182,6 +187,31 @@ impl Api {
             message: format!("the answer is not a list of {}: {error}", resource.kind),
         })
     }
+}
+
+/// A client whose requests and watches share one HTTP/2 connection: kube's own speaks HTTP/1 only, which takes a connection
+/// and a TLS handshake for each of some thirty watches, and leaves Nagle's algorithm on.
+fn connect(config: kube::Config) -> Result<kube::Client, kube::Error> {
+    let mut tcp = HttpConnector::new();
+    tcp.enforce_http(false);
+    tcp.set_nodelay(true);
+    tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
+    let tls = hyper_rustls::HttpsConnectorBuilder::new()
+        .with_tls_config(config.rustls_client_config()?)
+        .https_only()
+        .enable_all_versions()
+        .wrap_connector(tcp);
+    let http = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .http2_keep_alive_timeout(KEEP_ALIVE)
+        .build(tls);
+    let service = tower::ServiceBuilder::new()
+        .layer(config.base_uri_layer())
+        .option_layer(config.auth_layer()?)
+        .map_err(tower::BoxError::from)
+        .service(http);
+    Ok(kube::Client::new(service, config.default_namespace))
 }
 
 pub fn decode(resource: &Arc<ResourceType>, path: &str, text: &str) -> Result<Object, CallError> {
