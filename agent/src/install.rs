@@ -22,7 +22,7 @@ pub struct InstallError {
     source: io::Error,
 }
 
-/// Copies the plugin that lies beside this program into `dir`.
+/// Copies the plugin that lies beside this program into `dir`, and again as `loopback` when there is none.
 pub fn install_plugin(dir: &Path) -> Result<PathBuf, InstallError> {
     let own = std::env::current_exe().map_err(|source| InstallError {
         path: "/proc/self/exe".into(),
@@ -36,6 +36,11 @@ pub fn install_plugin(dir: &Path) -> Result<PathBuf, InstallError> {
     let target = dir.join(PLUGIN);
     // Runtimes may be executing the old one, which cannot be written to, only replaced.
     replace(&target, &bytes, 0o755)?;
+    // containerd calls a plugin of this name for every pod; one that the machine has stays.
+    let loopback = dir.join(keelway_cni::loopback::NAME);
+    if !loopback.exists() {
+        replace(&loopback, &bytes, 0o755)?;
+    }
     Ok(target)
 }
 

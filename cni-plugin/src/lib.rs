@@ -12,6 +12,7 @@ mod plugin;
 mod result;
 mod sys;
 
+pub mod loopback;
 pub mod protocol;
 pub mod spool;
 

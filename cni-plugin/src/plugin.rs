@@ -22,13 +22,7 @@ const TIMEOUT: Duration = Duration::from_secs(20);
 /// Does what the environment and the configuration ask for, and returns what goes to standard output, if anything.
 pub fn run(env: &Environment, stdin: impl Read) -> Result<Option<Value>, CniError> {
     let command = command(env)?;
-    let mut config = Vec::new();
-    stdin
-        .take(CONFIG_LEN_MAX)
-        .read_to_end(&mut config)
-        .map_err(|error| {
-            CniError::new(Code::Io, "standard input cannot be read").with_details(error)
-        })?;
+    let config = read_config(stdin)?;
     if command == Command::Version {
         return version(&config).map(Some);
     }
@@ -52,6 +46,17 @@ pub fn run(env: &Environment, stdin: impl Read) -> Result<Option<Value>, CniErro
         )
         .map(|()| None),
     }
+}
+
+pub(crate) fn read_config(stdin: impl Read) -> Result<Vec<u8>, CniError> {
+    let mut config = Vec::new();
+    stdin
+        .take(CONFIG_LEN_MAX)
+        .read_to_end(&mut config)
+        .map_err(|error| {
+            CniError::new(Code::Io, "standard input cannot be read").with_details(error)
+        })?;
+    Ok(config)
 }
 
 fn version(config: &[u8]) -> Result<Value, CniError> {
@@ -141,7 +146,7 @@ fn wish(call: &Invocation) -> Result<(Wish, File), CniError> {
     ))
 }
 
-fn open_netns(path: &Path) -> Result<File, CniError> {
+pub(crate) fn open_netns(path: &Path) -> Result<File, CniError> {
     let refuse = |why: &str| {
         CniError::new(
             Code::InvalidEnvironment,

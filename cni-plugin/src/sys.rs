@@ -1,4 +1,4 @@
-//! System calls that the standard library lacks: file descriptors over Unix sockets.
+//! System calls that the standard library lacks: file descriptors over Unix sockets, and an interface's flags.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -59,4 +59,31 @@ pub(crate) fn receive_with_fd(
         ));
     }
     Ok((message.bytes, descriptors.pop()))
+}
+
+nix::ioctl_write_ptr_bad!(
+    /// SIOCSIFFLAGS of netdevice(7).
+    set_interface_flags,
+    nix::libc::SIOCSIFFLAGS,
+    nix::libc::ifreq
+);
+
+/// Brings up `lo` in the network namespace of the calling thread.
+pub(crate) fn loopback_up() -> nix::Result<()> {
+    use nix::libc::{IFF_RUNNING, IFF_UP, ifreq};
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+    let socket = socket(
+        AddressFamily::Inet,
+        SockType::Datagram,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    // SAFETY: all-zero bytes are a valid ifreq: a name and a union of plain numbers.
+    let mut request: ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+        *to = *from as nix::libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = (IFF_UP | IFF_RUNNING) as i16;
+    // SAFETY: the request is a whole ifreq that outlives the call, and the descriptor is a socket.
+    unsafe { set_interface_flags(socket.as_raw_fd(), &request) }.map(drop)
 }
