@@ -101,28 +101,24 @@ impl Patch {
                     .map(|merged| object = merged)
             }
         };
-        patched.map_err(|error| patch_failed(error, target))?;
+        patched.map_err(|error| patch_failed(error))?;
         Ok(object)
     }
 }
 
-fn patch_failed(error: patch::PatchError, target: &Target) -> Status {
+fn patch_failed(error: patch::PatchError) -> Status {
     let message = error.to_string();
     match error {
         patch::PatchError::Invalid(_) => Status::bad_request(message),
         patch::PatchError::Unprocessable(_) => {
-            let mut status = Status::new(StatusCode::UNPROCESSABLE_ENTITY, "Invalid", message);
-            status.details.insert(
-                "name".into(),
-                target.name.clone().unwrap_or_default().into(),
-            );
-            status
+            // Without a name in the details, kubectl shows the message.
+            Status::new(StatusCode::UNPROCESSABLE_ENTITY, "Invalid", message)
         }
         patch::PatchError::Conflict(conflicts) => {
             let mut status = Status::new(StatusCode::CONFLICT, "Conflict", message);
             let causes = conflicts.into_iter().map(|conflict| {
                 serde_json::json!({"reason": "FieldManagerConflict", "field": conflict.field,
-                    "message": format!("conflict with {:?}", conflict.manager)})
+                    "message": format!("conflict with {}", conflict.manager)})
             });
             status.details.insert("causes".into(), causes.collect());
             status
