@@ -303,6 +303,54 @@ pub async fn a_watch_of_everything_sees_all_buckets_in_order(store: impl Store) 
     );
 }
 
+pub async fn a_lifetime_ends_with_a_deletion_that_watches_see(store: impl Store) {
+    let short = Duration::from_millis(60);
+    let mut watch = store.watch(PREFIX, store.revision()).await.unwrap();
+    let value = || Bytes::from_static(b"x");
+    store
+        .put_for(&key("brief"), value(), Expect::Absent, short)
+        .await
+        .unwrap();
+    store
+        .put_for(&key("kept"), value(), Expect::Absent, short)
+        .await
+        .unwrap();
+    put(&store, "kept", "for good").await;
+    let renewed = store
+        .put_for(&key("renewed"), value(), Expect::Absent, short)
+        .await
+        .unwrap();
+    store
+        .put_for(
+            &key("renewed"),
+            value(),
+            Expect::Revision(renewed.revision),
+            Duration::from_secs(600),
+        )
+        .await
+        .unwrap();
+    let deleted = loop {
+        let events = next(&mut watch).await;
+        if let Some(event) = events.into_iter().find(|e| e.change == Change::Delete) {
+            break event.record;
+        }
+    };
+    assert_eq!(&*deleted.key, key("brief"));
+    assert_eq!(store.get(&key("brief")).await.unwrap(), None);
+    // Its neighbours' first lifetimes are over within the same time; a later one shows that they were passed over.
+    store
+        .put_for(&key("later"), value(), Expect::Absent, short)
+        .await
+        .unwrap();
+    while !next(&mut watch)
+        .await
+        .iter()
+        .any(|e| e.change == Change::Delete && *e.record.key == key("later"))
+    {}
+    assert!(store.get(&key("kept")).await.unwrap().is_some());
+    assert!(store.get(&key("renewed")).await.unwrap().is_some());
+}
+
 /// Op is one step of a random history.
 #[derive(Clone, Debug)]
 pub enum Op {
@@ -393,7 +441,8 @@ macro_rules! contract_tests {
             a_list_continues_at_its_revision_while_others_write,
             a_watch_sees_every_later_write_in_order_with_what_it_replaced,
             a_watch_from_the_past_replays_and_then_follows, a_quiet_watch_progresses_with_the_rest_of_the_store,
-            a_watch_of_everything_sees_all_buckets_in_order);
+            a_watch_of_everything_sees_all_buckets_in_order,
+            a_lifetime_ends_with_a_deletion_that_watches_see);
     };
     (@ $make:expr; $($name:ident),*) => {
         $(#[tokio::test]

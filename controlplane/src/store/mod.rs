@@ -5,6 +5,7 @@
 //! *bucket*, the unit in which watchers are woken. Values are opaque bytes.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -140,6 +141,16 @@ pub trait Store: Send + Sync + 'static {
         key: &'a str,
         value: Bytes,
         expect: Expect,
+    ) -> BoxFuture<'a, Result<Record, StoreError>>;
+
+    /// As `put`, and the store deletes the key by itself a `lifetime` after its last write with one (up to 1/64 later). A
+    /// plain `put` makes it stay for good.
+    fn put_for<'a>(
+        &'a self,
+        key: &'a str,
+        value: Bytes,
+        expect: Expect,
+        lifetime: Duration,
     ) -> BoxFuture<'a, Result<Record, StoreError>>;
 
     /// Deletes a key and returns its last value with the deletion's revision. `Expect::Absent` makes no sense here and fails.

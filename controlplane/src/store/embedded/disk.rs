@@ -6,16 +6,26 @@ use std::sync::Arc;
 use bytes::Bytes;
 use redb::{Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, TableDefinition};
 
-use super::{Change, Event, Record, Revision, StoreError};
+use super::{Change, Event, Instant, Record, Revision, StoreError};
 
 /// Key -> 16 bytes (revision and created revision, little endian), then the value.
 const RECORDS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("records");
+/// Key -> milliseconds since the epoch, for records that are to be deleted then.
+const EXPIRIES: TableDefinition<'_, &str, u64> = TableDefinition::new("expiries");
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const HEADER_BYTES: usize = 16;
 /// Values are served from memory, so redb's cache only helps the writer find its pages.
 const CACHE_BYTES: usize = 8 << 20;
 /// The revision of an empty store: 0 means "any" to clients.
 const FIRST_REVISION: Revision = Revision(1);
+
+/// Loaded is what the file held.
+pub(super) struct Loaded {
+    /// In key order.
+    pub records: Vec<Record>,
+    pub expiries: Vec<(Arc<str>, Instant)>,
+    pub revision: Revision,
+}
 
 pub(super) struct Disk {
     database: Database,
@@ -70,22 +80,25 @@ impl Disk {
         }
     }
 
-    /// Every record, in key order, and the newest revision.
-    pub fn load(&self) -> Result<(Vec<Record>, Revision), StoreError> {
+    pub fn load(&self) -> Result<Loaded, StoreError> {
         self.try_load().map_err(|e| self.error("read", e))
     }
 
-    fn try_load(&self) -> Result<(Vec<Record>, Revision), redb::Error> {
+    fn try_load(&self) -> Result<Loaded, redb::Error> {
+        let mut loaded = Loaded {
+            records: Vec::new(),
+            expiries: Vec::new(),
+            revision: FIRST_REVISION,
+        };
         let read = self.database.begin_read()?;
         let meta = match read.open_table(META) {
             Ok(meta) => meta,
-            Err(redb::TableError::TableDoesNotExist(_)) => return Ok((Vec::new(), FIRST_REVISION)),
+            Err(redb::TableError::TableDoesNotExist(_)) => return Ok(loaded),
             Err(e) => return Err(e.into()),
         };
-        let revision = meta
-            .get("revision")?
-            .map_or(FIRST_REVISION, |r| Revision(r.value()));
-        let mut records = Vec::new();
+        if let Some(revision) = meta.get("revision")? {
+            loaded.revision = Revision(revision.value());
+        }
         for entry in read.open_table(RECORDS)?.iter()? {
             let (key, stored) = entry?;
             let (header, value) = stored
@@ -99,23 +112,39 @@ impl Disk {
                         .expect("eight of sixteen bytes"),
                 )
             };
-            records.push(Record {
+            loaded.records.push(Record {
                 key: key.value().into(),
                 value: Bytes::copy_from_slice(value),
                 revision: Revision(number(0)),
                 created: Revision(number(8)),
             });
         }
-        Ok((records, revision))
+        for entry in read.open_table(EXPIRIES)?.iter()? {
+            let (key, expires) = entry?;
+            loaded
+                .expiries
+                .push((key.value().into(), Instant(expires.value())));
+        }
+        Ok(loaded)
     }
 
     /// Writes a group and returns once it is on disk.
-    pub fn commit(&self, events: &[Arc<Event>], revision: Revision) -> Result<(), StoreError> {
-        self.try_commit(events, revision)
+    pub fn commit(
+        &self,
+        events: &[Arc<Event>],
+        expiries: &[(Arc<str>, Option<Instant>)],
+        revision: Revision,
+    ) -> Result<(), StoreError> {
+        self.try_commit(events, expiries, revision)
             .map_err(|e| self.error("write to", e))
     }
 
-    fn try_commit(&self, events: &[Arc<Event>], revision: Revision) -> Result<(), redb::Error> {
+    fn try_commit(
+        &self,
+        events: &[Arc<Event>],
+        expiries: &[(Arc<str>, Option<Instant>)],
+        revision: Revision,
+    ) -> Result<(), redb::Error> {
         let mut write = self.database.begin_write()?;
         write.set_durability(Durability::Immediate)?;
         {
@@ -135,6 +164,13 @@ impl Disk {
                         records.remove(&*record.key)?;
                     }
                 }
+            }
+            let mut table = write.open_table(EXPIRIES)?;
+            for (key, expires) in expiries {
+                match expires {
+                    Some(at) => table.insert(&**key, at.0)?,
+                    None => table.remove(&**key)?,
+                };
             }
             write.open_table(META)?.insert("revision", revision.0)?;
         }

@@ -7,6 +7,7 @@
 //! the history has moved past it, it gets `StoreError::Compacted`.
 
 mod disk;
+mod expiry;
 mod history;
 mod writer;
 
@@ -14,6 +15,7 @@ use std::ops::Bound;
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -24,6 +26,7 @@ use super::{
     Change, Expect, Page, Range, Record, Revision, Store, StoreError, WatchEvent, WatchStream,
 };
 use disk::Disk;
+use expiry::{Expiries, Instant};
 use history::{Event, History};
 use writer::{Request, Write};
 
@@ -76,9 +79,14 @@ impl Embedded {
     }
 
     fn start(disk: Disk, config: &EmbeddedConfig) -> Result<Self, StoreError> {
-        let (records, revision) = disk.load()?;
-        let records: OrdMap<Arc<str>, Record> =
-            records.into_iter().map(|r| (r.key.clone(), r)).collect();
+        let loaded = disk.load()?;
+        let revision = loaded.revision;
+        let expiries = Expiries::new(loaded.expiries);
+        let records: OrdMap<Arc<str>, Record> = loaded
+            .records
+            .into_iter()
+            .map(|r| (r.key.clone(), r))
+            .collect();
         let history = History::new(
             revision,
             config.history_events_max,
@@ -93,7 +101,7 @@ impl Embedded {
         let (shared, path) = (state.clone(), config.path.display().to_string());
         let writer = std::thread::Builder::new()
             .name("store-writer".to_owned())
-            .spawn(move || writer::run(&disk, &shared, requests))
+            .spawn(move || writer::run(&disk, &shared, requests, expiries))
             .map_err(|e| StoreError::Disk {
                 operation: "start the writer of",
                 path,
@@ -184,6 +192,23 @@ impl Store for Embedded {
             key: key.into(),
             value: Some(value),
             expect,
+            expires: None,
+        }))
+    }
+
+    fn put_for<'a>(
+        &'a self,
+        key: &'a str,
+        value: Bytes,
+        expect: Expect,
+        lifetime: Duration,
+    ) -> BoxFuture<'a, Result<Record, StoreError>> {
+        let expires = Some(Instant::after(lifetime));
+        Box::pin(self.write(Write {
+            key: key.into(),
+            value: Some(value),
+            expect,
+            expires,
         }))
     }
 
@@ -196,6 +221,7 @@ impl Store for Embedded {
             key: key.into(),
             value: None,
             expect,
+            expires: None,
         }))
     }
 

@@ -58,6 +58,39 @@ async fn state_and_revision_survive_a_restart() {
 }
 
 #[tokio::test]
+async fn lifetimes_survive_a_restart() {
+    let (store, folder) = fresh();
+    let lifetime = Duration::from_millis(150);
+    store
+        .put_for("/core/events/default/e", value(0), Expect::Absent, lifetime)
+        .await
+        .unwrap();
+    store
+        .put("/core/events/default/f", value(0), Expect::Absent)
+        .await
+        .unwrap();
+    drop(store);
+    let store = Embedded::open(&EmbeddedConfig::at(folder.path().join("state.redb"))).unwrap();
+    // It may have ended before the watch began.
+    let mut watch = store
+        .watch("/core/events/", store.revision())
+        .await
+        .unwrap();
+    if store.get("/core/events/default/e").await.unwrap().is_some() {
+        assert_eq!(watch.next().await.unwrap()[0].change, Change::Delete);
+    }
+    let left = store
+        .list(Range::all("/core/events/"))
+        .await
+        .unwrap()
+        .records;
+    assert_eq!(
+        left.iter().map(|r| &*r.key).collect::<Vec<_>>(),
+        ["/core/events/default/f"]
+    );
+}
+
+#[tokio::test]
 async fn a_second_process_on_the_same_file_is_refused_with_the_reason() {
     let (_store, folder) = fresh();
     let second = Embedded::open(&EmbeddedConfig::at(folder.path().join("state.redb")));

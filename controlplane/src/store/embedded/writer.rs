@@ -1,22 +1,29 @@
 //! The writer thread: group commit.
 
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Change, Disk, Event, Expect, Record, Revision, SharedState, StoreError};
+use super::{
+    Change, Disk, Event, Expect, Expiries, Instant, Record, Revision, SharedState, StoreError,
+};
 
 /// Writes that one transaction may hold: bounds the latency of the first of them.
 const GROUP_WRITES_MAX: usize = 1024;
 /// Bytes of values that one transaction may hold, beyond the write that reaches the bound.
 const GROUP_BYTES_MAX: usize = 8 << 20;
 
+/// How long expired keys wait when the disk refuses their deletion.
+const EXPIRY_RETRY: Duration = Duration::from_secs(5);
+
 /// Write is a wish: a value to put, or None to delete.
 pub(super) struct Write {
     pub key: Arc<str>,
     pub value: Option<Bytes>,
     pub expect: Expect,
+    pub expires: Option<Instant>,
 }
 
 pub(super) struct Request {
@@ -25,20 +32,63 @@ pub(super) struct Request {
 }
 
 /// Runs until every sender is gone.
-pub(super) fn run(disk: &Disk, state: &SharedState, mut requests: mpsc::Receiver<Request>) {
-    while let Some(first) = requests.blocking_recv() {
-        let mut bytes = first.write.value.as_ref().map_or(0, Bytes::len);
-        let mut group = vec![first];
-        while group.len() < GROUP_WRITES_MAX && bytes < GROUP_BYTES_MAX {
-            let Ok(next) = requests.try_recv() else { break };
-            bytes += next.write.value.as_ref().map_or(0, Bytes::len);
-            group.push(next);
+pub(super) fn run(
+    disk: &Disk,
+    state: &SharedState,
+    mut requests: mpsc::Receiver<Request>,
+    mut expiries: Expiries,
+) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build();
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        // Its queue closes, and every write says so.
+        Err(error) => return tracing::error!(%error, "the store's writer has no timer"),
+    };
+    runtime.block_on(async {
+        let mut not_before = Instant::default();
+        loop {
+            let wake = expiries.next().map(|at| at.max(not_before));
+            if wake.is_some_and(|at| at <= Instant::now()) {
+                let gone = expiries.due(Instant::now(), GROUP_WRITES_MAX);
+                let delete = |key| Write {
+                    key,
+                    value: None,
+                    expect: Expect::Any,
+                    expires: None,
+                };
+                let group = gone.into_iter().map(|key| Request {
+                    write: delete(key),
+                    answer: oneshot::channel().0,
+                });
+                if !commit(disk, state, &mut expiries, group.collect()) {
+                    not_before = Instant::after(EXPIRY_RETRY);
+                }
+                continue;
+            }
+            let first = match wake {
+                None => requests.recv().await,
+                Some(at) => tokio::select! {
+                    first = requests.recv() => first,
+                    () = tokio::time::sleep(at.left()) => continue,
+                },
+            };
+            let Some(first) = first else { return };
+            let mut bytes = first.write.value.as_ref().map_or(0, Bytes::len);
+            let mut group = vec![first];
+            while group.len() < GROUP_WRITES_MAX && bytes < GROUP_BYTES_MAX {
+                let Ok(next) = requests.try_recv() else { break };
+                bytes += next.write.value.as_ref().map_or(0, Bytes::len);
+                group.push(next);
+            }
+            commit(disk, state, &mut expiries, group);
         }
-        commit(disk, state, group);
-    }
+    });
 }
 
-fn commit(disk: &Disk, state: &SharedState, group: Vec<Request>) {
+/// Whether the disk took the group.
+fn commit(disk: &Disk, state: &SharedState, expiries: &mut Expiries, group: Vec<Request>) -> bool {
     // Only this thread writes, so what is read here cannot change before it is replaced below.
     let (mut records, mut revision) = {
         let state = super::read(state);
@@ -46,7 +96,9 @@ fn commit(disk: &Disk, state: &SharedState, group: Vec<Request>) {
     };
     let mut events: Vec<Arc<Event>> = Vec::with_capacity(group.len());
     let mut answers = Vec::with_capacity(group.len());
+    let mut changes: Vec<(Arc<str>, Option<Instant>)> = Vec::new();
     for Request { write, answer } in group {
+        let expires = write.expires;
         let outcome =
             decide(records.get(&*write.key), write, Revision(revision.0 + 1)).map(|event| {
                 revision = event.record.revision;
@@ -55,19 +107,28 @@ fn commit(disk: &Disk, state: &SharedState, group: Vec<Request>) {
                     Change::Delete => records.remove(&*event.record.key),
                 };
                 let record = event.record.clone();
+                if expires.is_some()
+                    || expiries.has(&record.key)
+                    || changes.iter().any(|(k, _)| *k == record.key)
+                {
+                    changes.push((record.key.clone(), expires));
+                }
                 events.push(Arc::new(event));
                 record
             });
         answers.push((answer, outcome));
     }
     if !events.is_empty() {
-        if let Err(error) = disk.commit(&events, revision) {
+        if let Err(error) = disk.commit(&events, &changes, revision) {
             // Nothing of the group happened, so its refusals may be wrong as well: all get the disk's error.
             tracing::error!(%error, writes = events.len(), "the store cannot commit");
             for (answer, _) in answers {
                 let _ = answer.send(Err(error.clone()));
             }
-            return;
+            return false;
+        }
+        for (key, expires) in changes {
+            expiries.set(key, expires);
         }
         let mut state = state.write().unwrap_or_else(PoisonError::into_inner);
         state.records = records;
@@ -81,11 +142,14 @@ fn commit(disk: &Disk, state: &SharedState, group: Vec<Request>) {
         // A caller that has gone away does not undo its write.
         let _ = answer.send(outcome);
     }
+    true
 }
 
 /// Decides a write against the record that is there.
 fn decide(current: Option<&Record>, write: Write, revision: Revision) -> Result<Event, StoreError> {
-    let Write { key, value, expect } = write;
+    let Write {
+        key, value, expect, ..
+    } = write;
     match (expect, current) {
         (Expect::Absent, Some(current)) => {
             return Err(StoreError::Exists {

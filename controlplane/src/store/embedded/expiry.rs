@@ -1,0 +1,81 @@
+//! Which keys are to be deleted when.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Instant is a time of the machine's clock, in milliseconds since the epoch: lifetimes go on while the process is down.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Instant(pub u64);
+
+impl Instant {
+    pub fn now() -> Self {
+        let since = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
+        Self(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+    }
+
+    /// When a lifetime that begins now is over, rounded up so that neighbours share a commit.
+    pub fn after(lifetime: Duration) -> Self {
+        let lifetime = u64::try_from(lifetime.as_millis()).unwrap_or(u64::MAX);
+        let step = (lifetime / 64).max(1);
+        Self(
+            Self::now()
+                .0
+                .saturating_add(lifetime)
+                .div_ceil(step)
+                .saturating_mul(step),
+        )
+    }
+
+    /// How long it is until then.
+    pub fn left(self) -> Duration {
+        Duration::from_millis(self.0.saturating_sub(Self::now().0))
+    }
+}
+
+/// Expiries is kept by the writer alone, for the keys that have one.
+pub(super) struct Expiries {
+    at: HashMap<Arc<str>, Instant>,
+    order: BTreeSet<(Instant, Arc<str>)>,
+}
+
+impl Expiries {
+    pub fn new(loaded: Vec<(Arc<str>, Instant)>) -> Self {
+        let order = loaded.iter().map(|(key, at)| (*at, key.clone())).collect();
+        Self {
+            at: loaded.into_iter().collect(),
+            order,
+        }
+    }
+
+    pub fn has(&self, key: &str) -> bool {
+        self.at.contains_key(key)
+    }
+
+    /// The first one.
+    pub fn next(&self) -> Option<Instant> {
+        self.order.first().map(|(at, _)| *at)
+    }
+
+    /// The first `max` keys whose time has come.
+    pub fn due(&self, now: Instant, max: usize) -> Vec<Arc<str>> {
+        self.order
+            .iter()
+            .take_while(|(at, _)| *at <= now)
+            .take(max)
+            .map(|(_, key)| key.clone())
+            .collect()
+    }
+
+    pub fn set(&mut self, key: Arc<str>, expires: Option<Instant>) {
+        if let Some(before) = self.at.remove(&key) {
+            self.order.remove(&(before, key.clone()));
+        }
+        if let Some(at) = expires {
+            self.order.insert((at, key.clone()));
+            self.at.insert(key, at);
+        }
+    }
+}
