@@ -2,6 +2,8 @@
 //!
 //! Creates go through [`Api::insert`], every change of an object that is there through [`Api::modify`].
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use http::{StatusCode, header, request::Parts};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
@@ -26,6 +28,8 @@ use crate::store::{Expect, Record, StoreError};
 const CONFLICT_RETRIES: usize = 16;
 /// How often a generated name is drawn again when it is taken, as upstream.
 const NAME_RETRIES: usize = 8;
+/// How long an Event is kept after its last write, as upstream's default.
+const EVENT_LIFETIME: Duration = Duration::from_secs(3600);
 /// What generated names end in; no vowels, so that no words come out.
 const NAME_LETTERS: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
 
@@ -150,6 +154,21 @@ pub fn settle_namespace(object: &mut Value, target: &Target) -> Result<(), Statu
 }
 
 impl Api {
+    /// Writes an object; Events get a lifetime, which begins anew with each write.
+    async fn put(
+        &self,
+        target: &Target,
+        key: &str,
+        value: Bytes,
+        expect: Expect,
+    ) -> Result<Record, StoreError> {
+        if target.resource.kind == "Event" {
+            self.store.put_for(key, value, expect, EVENT_LIFETIME).await
+        } else {
+            self.store.put(key, value, expect).await
+        }
+    }
+
     pub(super) async fn create(
         &self,
         call: &Call,
@@ -232,13 +251,9 @@ impl Api {
                     None => Ok(object),
                 }
             } else {
+                let key = target.key_of(&name);
                 match self
-                    .store
-                    .put(
-                        &target.key_of(&name),
-                        object::encode(object),
-                        Expect::Absent,
-                    )
+                    .put(target, &key, object::encode(object), Expect::Absent)
                     .await
                 {
                     Ok(record) => {
@@ -416,13 +431,9 @@ impl Api {
             if options.dry_run {
                 return Ok(Outcome::Kept(new));
             }
+            let expect = Expect::Revision(record.revision);
             match self
-                .store
-                .put(
-                    &record.key,
-                    object::encode(new),
-                    Expect::Revision(record.revision),
-                )
+                .put(target, &record.key, object::encode(new), expect)
                 .await
             {
                 Ok(record) => {
