@@ -85,6 +85,16 @@ impl Network {
         made.join().unwrap_or_else(|panic| resume_unwind(panic))
     }
 
+    /// A path that leads here, for programs that this process starts.
+    pub fn path(&self) -> PathBuf {
+        use std::os::fd::AsRawFd as _;
+        PathBuf::from(format!(
+            "/proc/{}/fd/{}",
+            std::process::id(),
+            self.0.as_raw_fd()
+        ))
+    }
+
     /// Runs on a thread inside, and waits for it.
     pub fn run<R: Send>(&self, inside: impl FnOnce() -> R + Send) -> R {
         thread::scope(|scope| {
@@ -104,12 +114,10 @@ impl Network {
 
     /// Moves an interface of the calling thread's namespace here.
     pub fn take(&self, interface: &str) -> Result<()> {
-        use std::os::fd::AsRawFd as _;
-        // ip knows namespaces by name or by a process; this thread's table of files serves as the name.
+        // ip knows namespaces by name or by a process; this process's table of files serves as the name.
         ip(&format!(
-            "link set {interface} netns /proc/{}/fd/{}",
-            std::process::id(),
-            self.0.as_raw_fd()
+            "link set {interface} netns {}",
+            self.path().display()
         ))
     }
 }

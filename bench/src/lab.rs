@@ -1,0 +1,345 @@
+//! What is measured: two nodes as network namespaces, each with a real agent, and pods that the real CNI plugin wired.
+//!
+//! Whether the socket hooks see a client is decided by the control group it is in, so that both ways through a Service are
+//! measured on one set-up, round by round.
+
+use std::fs;
+use std::io::Write as _;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use keelway_agent::report::Report;
+use keelway_tests::sandbox::{Network, Sandbox, ip};
+use serde_json::{Value, json};
+
+use crate::load::Metric;
+
+/// Longest wait for an agent to have done what it was given.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Service addresses: the one that is measured on the client's node, the one across, then those that only take up room.
+const FIRST_SERVICE: u32 = u32::from_be_bytes([10, 96, 0, 100]);
+
+/// Two nodes, ready to be measured on. Takes everything it made with it.
+pub struct Lab {
+    nodes: Vec<Node>,
+    pub client: Pod,
+    /// A server beside the client, and one on the other node.
+    pub servers: [Pod; 2],
+    groups: ControlGroups,
+    bin_dir: PathBuf,
+    _folder: tempfile::TempDir,
+    _sandbox: Sandbox,
+}
+
+struct Node {
+    name: String,
+    /// Lives as long as the node does.
+    _network: Network,
+    agent: Child,
+    socket: PathBuf,
+}
+
+/// A pod without containers: a namespace with an address.
+pub struct Pod {
+    pub network: Network,
+    pub address: Ipv4Addr,
+}
+
+/// Inside and outside of what the socket hooks are attached to.
+struct ControlGroups {
+    root: PathBuf,
+}
+
+impl ControlGroups {
+    fn make() -> Result<Self> {
+        let hierarchy = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"]
+            .into_iter()
+            .map(Path::new)
+            .find(|path| path.join("cgroup.controllers").exists())
+            .context("no cgroup v2 hierarchy at /sys/fs/cgroup or /sys/fs/cgroup/unified")?;
+        let groups = Self {
+            root: hierarchy.join(format!("keelway-bench-{}", std::process::id())),
+        };
+        for group in [groups.hooked(), groups.plain()] {
+            fs::create_dir_all(&group).with_context(|| format!("making {}", group.display()))?;
+        }
+        Ok(groups)
+    }
+
+    fn hooked(&self) -> PathBuf {
+        self.root.join("hooked")
+    }
+
+    fn plain(&self) -> PathBuf {
+        self.root.join("plain")
+    }
+}
+
+impl Drop for ControlGroups {
+    fn drop(&mut self) {
+        for group in [self.hooked(), self.plain(), self.root.clone()] {
+            let _ = fs::remove_dir(group);
+        }
+    }
+}
+
+impl Lab {
+    /// Builds the lab with this many Services, of which two lead to the servers.
+    pub fn build(bin_dir: &Path, services: usize) -> Result<Self> {
+        let sandbox = Sandbox::enter()?;
+        let groups = ControlGroups::make()?;
+        let folder = tempfile::tempdir().context("making a folder for the agents' files")?;
+        let mut nodes = Vec::new();
+        ip("link add up1 type veth peer name up2")?;
+        for number in [1_u8, 2] {
+            let network = Network::new()?;
+            network.take(&format!("up{number}"))?;
+            network.run(|| {
+                ip(&format!("link set up{number} name eth0"))?;
+                ip(&format!("addr add {}/24 dev eth0", node_address(number)))?;
+                ip("link set eth0 up")
+            })?;
+            nodes.push((number, network));
+        }
+        let snapshot = folder.path().join("snapshot.json");
+        write_snapshot(&snapshot, &[])?;
+        let nodes = nodes
+            .into_iter()
+            .map(|(number, network)| {
+                Node::start(
+                    number,
+                    network,
+                    bin_dir,
+                    folder.path(),
+                    &snapshot,
+                    &groups.hooked(),
+                    &sandbox.pin_root(),
+                )
+            })
+            .collect::<Result<Vec<_>>>()?;
+        for node in &nodes {
+            node.wait(bin_dir, "to be ready", |report| report.ready)?;
+        }
+        let client = nodes[0].add_pod(bin_dir, "client")?;
+        let servers = [
+            nodes[0].add_pod(bin_dir, "near")?,
+            nodes[1].add_pod(bin_dir, "far")?,
+        ];
+        let lab = Self {
+            nodes,
+            client,
+            servers,
+            groups,
+            bin_dir: bin_dir.into(),
+            _folder: folder,
+            _sandbox: sandbox,
+        };
+        lab.load_services(&snapshot, services)?;
+        Ok(lab)
+    }
+
+    fn load_services(&self, snapshot: &Path, services: usize) -> Result<()> {
+        let addresses: Vec<Ipv4Addr> = self.servers.iter().map(|server| server.address).collect();
+        let objects: Vec<Value> = (0..services)
+            .flat_map(|index| {
+                service(
+                    index,
+                    addresses[index % addresses.len()],
+                    index % addresses.len(),
+                )
+            })
+            .collect();
+        write_snapshot(snapshot, &objects)?;
+        for node in &self.nodes {
+            node.wait(&self.bin_dir, "to have every Service", |report| {
+                report.services == services && report.service_ports == services * Metric::ALL.len()
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The Service address that leads to `servers[index]`.
+    pub fn service_address(&self, index: usize) -> Ipv4Addr {
+        service_address(index)
+    }
+
+    /// Control group for a client whose sockets are translated (or not).
+    pub fn group(&self, hooked: bool) -> PathBuf {
+        if hooked {
+            self.groups.hooked()
+        } else {
+            self.groups.plain()
+        }
+    }
+}
+
+impl Node {
+    fn start(
+        number: u8,
+        network: Network,
+        bin_dir: &Path,
+        folder: &Path,
+        snapshot: &Path,
+        cgroup: &Path,
+        pin_root: &Path,
+    ) -> Result<Self> {
+        let name = format!("node-{number}");
+        let own = folder.join(&name);
+        fs::create_dir_all(&own)?;
+        let socket = own.join("agent.sock");
+        let log = fs::File::create(own.join("agent.log"))?;
+        let mut command = Command::new(bin_dir.join("keelway-agent"));
+        command
+            .arg("run")
+            .args(["--node-name", &name])
+            .arg("--snapshot")
+            .arg(snapshot)
+            .arg("--cgroup")
+            .arg(cgroup)
+            .arg("--socket")
+            .arg(&socket)
+            .arg("--state-dir")
+            .arg(own.join("state"))
+            .arg("--pin-root")
+            .arg(pin_root.with_file_name(&name))
+            .arg("--cni-conf-dir")
+            .arg(own.join("net.d"))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        // A child is born into the namespaces of the thread that starts it.
+        let agent = network
+            .run(|| command.spawn())
+            .with_context(|| format!("starting {}", bin_dir.join("keelway-agent").display()))?;
+        Ok(Self {
+            name,
+            _network: network,
+            agent,
+            socket,
+        })
+    }
+
+    /// Waits until the agent's own report satisfies `done`.
+    fn wait(&self, bin_dir: &Path, what: &str, done: impl Fn(&Report) -> bool) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut last = String::new();
+        while Instant::now() < deadline {
+            // Each question is a process of its own, which paces them.
+            let output = Command::new(bin_dir.join("keelway-agent"))
+                .arg("status")
+                .arg("--socket")
+                .arg(&self.socket)
+                .args(["--output", "json"])
+                .output()
+                .context("running keelway-agent status")?;
+            if let Ok(report) = serde_json::from_slice::<Report>(&output.stdout) {
+                if done(&report) {
+                    return Ok(());
+                }
+                last = report.to_string();
+            } else {
+                last = String::from_utf8_lossy(&output.stderr).into_owned();
+            }
+        }
+        let log = fs::read_to_string(self.socket.with_file_name("agent.log")).unwrap_or_default();
+        let tail = log.lines().rev().take(5).collect::<Vec<_>>().join("\n");
+        bail!(
+            "{}: the agent did not come {what} within {PATIENCE:?}:\n{last}{tail}",
+            self.name
+        )
+    }
+
+    fn add_pod(&self, bin_dir: &Path, id: &str) -> Result<Pod> {
+        let pod = Network::new()?;
+        let conf = json!({"cniVersion": "1.0.0", "name": "keelway", "type": "keelway-cni", "socket": self.socket});
+        let mut plugin = Command::new(bin_dir.join("keelway-cni"));
+        plugin
+            .env("CNI_COMMAND", "ADD")
+            .env("CNI_CONTAINERID", id)
+            .env("CNI_NETNS", pod.path())
+            .env("CNI_IFNAME", "eth0")
+            .env("CNI_PATH", bin_dir)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
+        let mut child = plugin.spawn().context("starting keelway-cni")?;
+        let mut input = child
+            .stdin
+            .take()
+            .context("keelway-cni has no standard input")?;
+        input.write_all(conf.to_string().as_bytes())?;
+        drop(input);
+        let output = child.wait_with_output()?;
+        let said = String::from_utf8_lossy(&output.stdout);
+        ensure!(
+            output.status.success(),
+            "keelway-cni ADD {id} on {}: {said}",
+            self.name
+        );
+        let result: Value = serde_json::from_str(&said).context("the result of keelway-cni")?;
+        let address = result["ips"][0]["address"]
+            .as_str()
+            .and_then(|cidr| cidr.split('/').next());
+        let address = address.and_then(|text| text.parse().ok());
+        let address =
+            address.with_context(|| format!("keelway-cni gave no IPv4 address: {said}"))?;
+        Ok(Pod {
+            network: pod,
+            address,
+        })
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        // The worker goes with its supervisor.
+        let _ = self.agent.kill();
+        let _ = self.agent.wait();
+    }
+}
+
+fn node_address(number: u8) -> Ipv4Addr {
+    Ipv4Addr::new(198, 18, 0, 10 + number)
+}
+
+fn service_address(index: usize) -> Ipv4Addr {
+    Ipv4Addr::from_bits(FIRST_SERVICE + index as u32)
+}
+
+fn write_snapshot(path: &Path, objects: &[Value]) -> Result<()> {
+    let nodes = [1_u8, 2].map(|number| {
+        json!({
+            "apiVersion": "v1", "kind": "Node", "metadata": {"name": format!("node-{number}")},
+            "spec": {"podCIDRs": [format!("10.244.{number}.0/24")]},
+            "status": {"addresses": [{"type": "InternalIP", "address": node_address(number)}]},
+        })
+    });
+    let items: Vec<&Value> = nodes.iter().chain(objects).collect();
+    let list = json!({"apiVersion": "v1", "kind": "List", "items": items});
+    // Replaced whole, so that an agent never reads half of it.
+    let partial = path.with_extension("partial");
+    fs::write(&partial, list.to_string())?;
+    fs::rename(&partial, path).with_context(|| format!("writing {}", path.display()))
+}
+
+/// A Service with a port per metric, and the slice that leads it to a server.
+fn service(index: usize, server: Ipv4Addr, node: usize) -> [Value; 2] {
+    let name = format!("bench-{index}");
+    let port = |metric: Metric| json!({"name": format!("p{}", metric.port()), "port": metric.port(), "protocol": "TCP"});
+    let ports: Vec<Value> = Metric::ALL.into_iter().map(port).collect();
+    let address = service_address(index);
+    [
+        json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "bench"},
+            "spec": {"type": "ClusterIP", "clusterIP": address, "clusterIPs": [address], "ports": ports},
+        }),
+        json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"name": format!("{name}-1"), "namespace": "bench", "labels": {"kubernetes.io/service-name": name}},
+            "ports": ports,
+            "endpoints": [{"addresses": [server], "conditions": {"ready": true}, "nodeName": format!("node-{}", node + 1)}],
+        }),
+    ]
+}
