@@ -101,7 +101,7 @@ impl Patch {
                     .map(|merged| object = merged)
             }
         };
-        patched.map_err(|error| patch_failed(error))?;
+        patched.map_err(patch_failed)?;
         Ok(object)
     }
 }
