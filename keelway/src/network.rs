@@ -10,8 +10,11 @@ use std::os::fd::AsRawFd;
 
 use futures::TryStreamExt;
 use netlink_packet_route::link::{InfoData, InfoKind, InfoVeth};
+use netlink_packet_route::route::RouteScope;
 use nix::sched::{CloneFlags, setns};
-use rtnetlink::{Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth};
+use rtnetlink::{
+    Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
+};
 
 /// The bridge in the control plane's node; it also holds that node's address.
 const BRIDGE: &str = "underlay";
@@ -80,6 +83,8 @@ pub fn loopback_up() -> Result<(), NetworkError> {
 /// The nodes to connect: each by the number of its PID 1, and its address.
 #[derive(Debug, Clone)]
 pub struct Underlay {
+    /// The range of pod addresses. The control plane reaches pods (its own clients among them) over the underlay.
+    pub pods: (Ipv4Addr, u8),
     pub control_plane: (u32, Ipv4Addr),
     pub workers: Vec<(u32, Ipv4Addr)>,
 }
@@ -97,8 +102,8 @@ pub fn connect(underlay: &Underlay) -> Result<(), NetworkError> {
     std::thread::scope(|scope| {
         let bridge = scope.spawn(|| {
             enter(&bridge_namespace)?;
-            let (address, workers) = (underlay.control_plane.1, &workers);
-            block_on(|handle| async move { make_bridge(&handle, address, workers).await })
+            let workers = &workers;
+            block_on(|handle| async move { make_bridge(&handle, underlay, workers).await })
         });
         bridge.join().unwrap_or_else(|_| {
             Err(system("make the bridge")(io::Error::other(
@@ -113,6 +118,7 @@ pub fn connect(underlay: &Underlay) -> Result<(), NetworkError> {
                     block_on(|handle| async move {
                         let uplink = index(&handle, UPLINK).await?;
                         add_address(&handle, uplink, *address).await?;
+                        answer_for_pods()?;
                         up(&handle, uplink, UPLINK).await
                     })
                 })
@@ -131,7 +137,7 @@ pub fn connect(underlay: &Underlay) -> Result<(), NetworkError> {
 
 async fn make_bridge(
     handle: &Handle,
-    address: Ipv4Addr,
+    underlay: &Underlay,
     workers: &[(String, File, Ipv4Addr)],
 ) -> Result<(), NetworkError> {
     let made = handle
@@ -141,7 +147,16 @@ async fn make_bridge(
         .await;
     made.map_err(netlink(format!("make bridge {BRIDGE}")))?;
     let bridge = index(handle, BRIDGE).await?;
-    add_address(handle, bridge, address).await?;
+    add_address(handle, bridge, underlay.control_plane.1).await?;
+    // Which node has which pods is not known here, and changes; each worker answers for its own (see `answer_for_pods`).
+    let (range, prefix) = underlay.pods;
+    let route = RouteMessageBuilder::<Ipv4Addr>::new()
+        .destination_prefix(range, prefix)
+        .output_interface(bridge)
+        .scope(RouteScope::Link)
+        .build();
+    let added = handle.route().add(route).execute().await;
+    added.map_err(netlink(format!("add a route to {range}/{prefix}")))?;
     for (port, namespace, _) in workers {
         // The far end is made in the worker's namespace at once, so its name cannot meet another one here.
         let peer = LinkMessageBuilder::<LinkUnspec>::new()
@@ -160,6 +175,20 @@ async fn make_bridge(
             .execute()
             .await
             .map_err(netlink(format!("make the veth pair of {port}")))?;
+    }
+    Ok(())
+}
+
+/// Lets the worker whose network namespace the calling thread is in answer on its uplink when the control plane asks who
+/// has a pod's address. It does so for addresses that it would forward to another interface: its own pods'.
+fn answer_for_pods() -> Result<(), NetworkError> {
+    for (path, value) in [
+        ("conf/eth0/proxy_arp", "1"),
+        ("neigh/eth0/proxy_delay", "0"),
+    ] {
+        // /proc/sys/net shows the network namespace of the thread that opens a file in it.
+        let path = format!("/proc/sys/net/ipv4/{path}");
+        std::fs::write(&path, value).map_err(system(format!("set {path} of a node")))?;
     }
     Ok(())
 }

@@ -31,7 +31,7 @@ pub const CONTROL_PLANE: &str = "control-plane";
 const API_PORT: u16 = 6443;
 const SERVICE_CIDR: &str = "10.96.0.0/16";
 const API_SERVICE: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
-const CLUSTER_CIDR: &str = "10.244.0.0/16";
+const CLUSTER_CIDR: (Ipv4Addr, u8) = (Ipv4Addr::new(10, 244, 0, 0), 16);
 const CLUSTER_DNS: &str = "10.96.0.10";
 const CLUSTER_DOMAIN: &str = "cluster.local";
 /// Archives that the cluster itself needs to come up; those of the user follow.
@@ -322,6 +322,7 @@ impl Plan<'_> {
             return Ok(());
         };
         let underlay = Underlay {
+            pods: CLUSTER_CIDR,
             control_plane,
             workers: ends.collect(),
         };
@@ -502,7 +503,10 @@ impl Plan<'_> {
                 ("--bind", &format!("0.0.0.0:{API_PORT}")),
                 ("--advertise-address", &node.address.to_string()),
                 ("--service-cidr", SERVICE_CIDR),
-                ("--cluster-cidr", CLUSTER_CIDR),
+                (
+                    "--cluster-cidr",
+                    &format!("{}/{}", CLUSTER_CIDR.0, CLUSTER_CIDR.1),
+                ),
             ],
         );
         // It binds to every address, so it need not wait for the network.

@@ -334,6 +334,7 @@ async fn nodes_reach_each_other_over_the_underlay() {
         .await
         .expect("all have a PID 1");
     let underlay = Underlay {
+        pods: (Ipv4Addr::new(10, 244, 0, 0), 16),
         control_plane: (inits[0], subnet.control_plane()),
         workers: vec![(inits[1], subnet.worker(1)), (inits[2], subnet.worker(2))],
     };
