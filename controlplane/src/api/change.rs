@@ -75,6 +75,28 @@ pub fn carry_over(new: &mut Value, old: &Value, part: Part, target: &Target) {
     }
 }
 
+/// Takes out what is empty and means nothing: clients compare objects, and upstream never shows these.
+pub fn drop_empty(object: &mut Value) {
+    for field in [
+        "labels",
+        "annotations",
+        "finalizers",
+        "ownerReferences",
+        "managedFields",
+    ] {
+        let pointer = format!("/metadata/{field}");
+        let empty = match object.pointer(&pointer) {
+            Some(Value::Object(fields)) => fields.is_empty(),
+            Some(Value::Array(items)) => items.is_empty(),
+            Some(Value::Null) => true,
+            _ => false,
+        };
+        if empty {
+            object.remove(&pointer);
+        }
+    }
+}
+
 /// Whether anything differs that a generation stands for.
 pub fn spec_differs(new: &Value, old: &Value) -> bool {
     let counted = |object: &Value| {

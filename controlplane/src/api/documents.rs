@@ -54,10 +54,14 @@ impl Api {
             ["openapi", "v3", "apis", group, version] => {
                 self.found(openapi::v3(&self.served, group, version))
             }
+            ["openapi", "v2"] if asks_for_protobuf(parts) => Ok(reply::bytes(
+                StatusCode::OK,
+                OPENAPI_V2_PROTOBUF,
+                openapi_v2_protobuf(),
+            )),
             ["openapi", "v2"] => Ok(kept(&self.documents.openapi_v2, || {
                 openapi::v2(&self.served)
             })),
-            ["openid", ..] | [".well-known", ..] => return None,
             _ => return None,
         };
         if !matches!(parts.method, Method::GET | Method::HEAD) {
@@ -154,6 +158,30 @@ impl Api {
         };
         Ok(reply::json(StatusCode::OK, &document))
     }
+}
+
+/// The media type of OpenAPI v2 in protobuf. Clients ask for it with an `@` before the version, which no media type may
+/// have in an answer.
+const OPENAPI_V2_PROTOBUF: &str = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf";
+
+fn asks_for_protobuf(parts: &Parts) -> bool {
+    let accept = parts
+        .headers
+        .get(header::ACCEPT)
+        .and_then(|accept| accept.to_str().ok())
+        .unwrap_or("");
+    accept.starts_with("application/com.github.proto-openapi.spec.v2@v1.0+protobuf")
+}
+
+/// OpenAPI v2 in protobuf: a document without definitions. kubectl asks for it when v3 does not know a kind, and only has
+/// to learn that there is no such kind; every other use is served by v3.
+fn openapi_v2_protobuf() -> Vec<u8> {
+    let field = |tag: u8, bytes: &[u8]| {
+        [&[tag, u8::try_from(bytes.len()).unwrap_or(u8::MAX)], bytes].concat()
+    };
+    let title = field(0x0a, b"Kubernetes");
+    let version = field(0x12, b"v1.36.0");
+    [field(0x0a, b"2.0"), field(0x12, &[title, version].concat())].concat()
 }
 
 fn kept(place: &OnceLock<Bytes>, make: impl FnOnce() -> Value) -> Answer {

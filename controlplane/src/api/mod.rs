@@ -11,6 +11,7 @@ mod change;
 mod config;
 mod delete;
 mod documents;
+mod expiry;
 mod fields;
 mod kubelet;
 mod listener;
@@ -148,6 +149,7 @@ impl Api {
     pub async fn serve(self: Arc<Self>, listeners: Vec<TcpListener>) -> Result<(), StartError> {
         let tls = Arc::new(listener::server_tls(&self.config.pki_dir)?);
         let stop = self.stop.clone();
+        tokio::spawn(expiry::run(self.clone()));
         listener::serve(self, tls, listeners, stop).await;
         Ok(())
     }

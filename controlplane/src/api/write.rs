@@ -12,7 +12,7 @@ use rand::RngExt;
 use serde_json::Value;
 
 use super::change::{
-    carry_over, check_preconditions, equal_but_managed_fields, finished, spec_differs,
+    carry_over, check_preconditions, drop_empty, equal_but_managed_fields, finished, spec_differs,
 };
 use super::fields::{self, Fields};
 use super::patching::Patch;
@@ -222,6 +222,7 @@ impl Api {
         ] {
             object.remove(&format!("/metadata/{field}"));
         }
+        drop_empty(&mut object);
         let prefix = object.text("/metadata/generateName").to_owned();
         let generates = fields::name(&object).is_empty() && !prefix.is_empty();
         let strategy = strategy::of(resource);
@@ -402,6 +403,7 @@ impl Api {
             let mut new = change(&old)?;
             check_preconditions(target, &new, &old)?;
             carry_over(&mut new, &old, part, target);
+            drop_empty(&mut new);
             let strategy = strategy::of(target.resource);
             if part == Part::Main {
                 strategy.prepare_update(&mut new, &old);

@@ -1,0 +1,8 @@
+//! The API server as clients see it: the real binary, driven by the real kubectl and by kube-rs.
+
+mod durability;
+mod kubectl;
+mod kubelet;
+mod server;
+mod watching;
+mod wrong_input;

@@ -1,0 +1,305 @@
+//! A control plane of its own per test: the real binary on loopback, with credentials made for it and a state directory
+//! that goes away with it.
+
+use std::io::{BufRead, BufReader};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
+    Issuer, KeyPair, KeyUsagePurpose, SanType,
+};
+use serde_json::Value;
+
+/// How long the server may take to be ready, and a kubectl command to end.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A running server with the means to talk to it.
+pub struct Server {
+    dir: tempfile::TempDir,
+    port: u16,
+    components: &'static str,
+    process: Mutex<Option<Child>>,
+}
+
+impl Server {
+    /// Starts the API server alone.
+    pub fn start() -> Self {
+        Self::start_with("api")
+    }
+
+    pub fn start_with(components: &'static str) -> Self {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        // Bound and freed again: the server takes it a moment later.
+        let port = TcpListener::bind("127.0.0.1:0")
+            .and_then(|l| l.local_addr())
+            .expect("a free port")
+            .port();
+        write_credentials(dir.path(), port);
+        let server = Self {
+            dir,
+            port,
+            components,
+            process: Mutex::new(None),
+        };
+        server.launch();
+        server
+    }
+
+    /// Starts the process and waits until it says that it listens.
+    pub fn launch(&self) {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_keelway-controlplane"))
+            .args([
+                "--advertise-address",
+                "127.0.0.1",
+                "--components",
+                self.components,
+            ])
+            .arg("--bind")
+            .arg(format!("127.0.0.1:{}", self.port))
+            .arg("--data-dir")
+            .arg(self.path("data"))
+            .arg("--pki-dir")
+            .arg(self.dir.path())
+            .env_remove("LISTEN_FDS")
+            .env("RUST_LOG", "info")
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the control plane starts");
+        let stderr = child.stderr.take().expect("its log");
+        let (said, heard) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                eprintln!("server: {line}");
+                if line.contains("the API server listens") {
+                    let _ = said.send(());
+                }
+            }
+        });
+        *self.process.lock().expect("process") = Some(child);
+        heard
+            .recv_timeout(PATIENCE)
+            .expect("the API server listens");
+    }
+
+    /// Ends the process the hard way.
+    pub fn kill(&self) {
+        if let Some(mut child) = self.process.lock().expect("process").take() {
+            child.kill().expect("kill -9");
+            child.wait().expect("it is gone");
+        }
+    }
+
+    /// Asks the process to stop, and returns whether it ended well and how long it took.
+    pub fn terminate(&self) -> (bool, Duration) {
+        let mut child = self
+            .process
+            .lock()
+            .expect("process")
+            .take()
+            .expect("a running server");
+        let asked = Instant::now();
+        let pid = child.id().to_string();
+        assert!(
+            Command::new("kill")
+                .args(["-TERM", &pid])
+                .status()
+                .expect("kill")
+                .success()
+        );
+        let status = child.wait().expect("it ends");
+        (status.success(), asked.elapsed())
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn url(&self) -> String {
+        format!("https://127.0.0.1:{}", self.port)
+    }
+
+    /// Runs kubectl (or what `KUBECTL` names) as the administrator, with some text as its input.
+    pub fn kubectl_with(&self, arguments: &[&str], input: &str) -> Output {
+        use std::io::Write;
+        let program = std::env::var("KUBECTL").unwrap_or("kubectl".to_owned());
+        let mut child = Command::new("timeout")
+            .arg(PATIENCE.as_secs().to_string())
+            .arg(&program)
+            .arg("--kubeconfig")
+            .arg(self.path("admin.kubeconfig"))
+            .args(arguments)
+            .env("HOME", self.dir.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| panic!("{program} starts: {error}"));
+        // A command that reads nothing may be gone by now.
+        let _ = child
+            .stdin
+            .take()
+            .expect("its input")
+            .write_all(input.as_bytes());
+        child.wait_with_output().expect("kubectl ends")
+    }
+
+    /// The output of a kubectl command that must succeed.
+    pub fn kubectl(&self, arguments: &str) -> String {
+        self.kubectl_in(arguments, "")
+    }
+
+    pub fn kubectl_in(&self, arguments: &str, input: &str) -> String {
+        let words: Vec<&str> = arguments.split_whitespace().collect();
+        let output = self.kubectl_with(&words, input);
+        let (out, err) = (text(&output.stdout), text(&output.stderr));
+        assert!(
+            output.status.success(),
+            "kubectl {arguments} failed:\n{out}{err}"
+        );
+        out
+    }
+
+    /// The complaint of a kubectl command that must fail.
+    pub fn kubectl_fails(&self, arguments: &str, input: &str) -> String {
+        let words: Vec<&str> = arguments.split_whitespace().collect();
+        let output = self.kubectl_with(&words, input);
+        let (out, err) = (text(&output.stdout), text(&output.stderr));
+        assert!(
+            !output.status.success(),
+            "kubectl {arguments} should have failed, but said:\n{out}"
+        );
+        err
+    }
+
+    /// An object as JSON.
+    pub fn object(&self, arguments: &str) -> Value {
+        let text = self.kubectl(&format!("get {arguments} -o json --show-managed-fields"));
+        serde_json::from_str(&text).expect("kubectl prints JSON")
+    }
+
+    /// The status code and body of a GET, without a client that tries again.
+    pub fn raw(&self, path: &str) -> (u16, Value) {
+        let file = |name: &str| self.path(name).display().to_string();
+        let output = Command::new("curl")
+            .args(["--silent", "--show-error", "--write-out", "\n%{http_code}"])
+            .args([
+                "--cacert",
+                &file("ca.crt"),
+                "--cert",
+                &file("admin.crt"),
+                "--key",
+                &file("admin.key"),
+            ])
+            .arg(format!("{}{path}", self.url()))
+            .output()
+            .expect("curl");
+        let said = text(&output.stdout);
+        let (body, code) = said.rsplit_once('\n').expect("a body and a code");
+        (
+            code.parse().expect("a code"),
+            serde_json::from_str(body).expect("JSON"),
+        )
+    }
+
+    /// A kube-rs client of the administrator.
+    pub async fn client(&self) -> kube::Client {
+        let kubeconfig = kube::config::Kubeconfig::read_from(self.path("admin.kubeconfig"))
+            .expect("a kubeconfig");
+        let options = kube::config::KubeConfigOptions::default();
+        let config = kube::Config::from_custom_kubeconfig(kubeconfig, &options)
+            .await
+            .expect("a client's configuration");
+        kube::Client::try_from(config).expect("a client")
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+pub fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// What `keelway up` makes for a real cluster, as far as the API server needs it.
+fn write_credentials(dir: &Path, port: u16) {
+    let write = |name: &str, text: String| {
+        std::fs::write(dir.join(name), text).expect("a file in a temporary directory")
+    };
+    let named = |name: &str, organization: Option<&str>| {
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, name);
+        if let Some(organization) = organization {
+            params
+                .distinguished_name
+                .push(DnType::OrganizationName, organization);
+        }
+        params
+    };
+    let ca_key = KeyPair::generate().expect("a key");
+    let mut ca = named("test-ca", None);
+    ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    ca.key_usages = vec![
+        KeyUsagePurpose::KeyCertSign,
+        KeyUsagePurpose::DigitalSignature,
+    ];
+    write("ca.crt", ca.self_signed(&ca_key).expect("a CA").pem());
+    let issuer = Issuer::new(ca, ca_key);
+    let leaf = |file: &str, mut params: CertificateParams, usage: ExtendedKeyUsagePurpose| {
+        let key = KeyPair::generate().expect("a key");
+        params.extended_key_usages = vec![usage];
+        params
+            .subject_alt_names
+            .push(SanType::IpAddress(std::net::Ipv4Addr::LOCALHOST.into()));
+        write(
+            &format!("{file}.crt"),
+            params
+                .signed_by(&key, &issuer)
+                .expect("a certificate")
+                .pem(),
+        );
+        write(&format!("{file}.key"), key.serialize_pem());
+    };
+    leaf(
+        "apiserver",
+        named("kube-apiserver", None),
+        ExtendedKeyUsagePurpose::ServerAuth,
+    );
+    leaf(
+        "kubelet",
+        named("kubelet", None),
+        ExtendedKeyUsagePurpose::ServerAuth,
+    );
+    let masters = Some("system:masters");
+    leaf(
+        "apiserver-kubelet-client",
+        named("kubelet-client", masters),
+        ExtendedKeyUsagePurpose::ClientAuth,
+    );
+    leaf(
+        "admin",
+        named("admin", masters),
+        ExtendedKeyUsagePurpose::ClientAuth,
+    );
+    let tokens = KeyPair::generate().expect("a key");
+    write("sa.key", tokens.serialize_pem());
+    write("sa.pub", tokens.public_key_pem());
+    for user in ["admin", "controllers"] {
+        let path = |name: &str| dir.join(name).display().to_string();
+        let kubeconfig = serde_json::json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "test",
+            "clusters": [{"name": "test", "cluster": {"server": format!("https://127.0.0.1:{port}"),
+                "certificate-authority": path("ca.crt")}}],
+            "users": [{"name": "test", "user": {"client-certificate": path("admin.crt"), "client-key": path("admin.key")}}],
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+        });
+        write(&format!("{user}.kubeconfig"), kubeconfig.to_string());
+    }
+}
