@@ -26,7 +26,7 @@ pub fn get_all_lists_what_was_made(cluster: &Cluster) {
             "replicaset.apps/hello-",
         ],
     );
-    if cluster.is_own() {
+    if cluster.is_here() {
         contains_all(
             &all,
             &[

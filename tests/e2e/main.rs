@@ -2,6 +2,7 @@
 //!
 //! One cluster serves all scenarios, since the state that one leaves is what the next one's users would find. Scenarios run in
 //! the order given, each is named in the output, and a failing one does not keep the others from running.
+//! `KEELWAY_E2E_CLUSTER` names a running cluster of this machine to use, `KEELWAY_E2E_KUBECONFIG` any Kubernetes, and
 //! `KEELWAY_E2E_ONLY` runs those whose name contains it.
 #![forbid(unsafe_code)]
 
@@ -75,7 +76,7 @@ fn a_cluster_serves_its_users() {
         if index > 0 && !scenario.name.contains(&only) {
             continue;
         }
-        if scenario.needs_nodes && !own {
+        if scenario.needs_nodes && !cluster.is_here() {
             println!(
                 "skipped  {}: the cluster's nodes are not on this machine",
                 scenario.name

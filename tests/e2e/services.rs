@@ -205,7 +205,7 @@ pub fn pods_reach_each_other_and_their_node_across_nodes(cluster: &Cluster) {
 }
 
 pub fn a_service_without_endpoints_refuses_at_once(cluster: &Cluster) {
-    let manifest = "{apiVersion: v1, kind: Service, metadata: {name: nobody}, spec: {selector: {app: nobody}, ports: [{port: 80}]}}";
+    let manifest = "---\n{apiVersion: v1, kind: Service, metadata: {name: nobody}, spec: {selector: {app: nobody}, ports: [{port: 80}]}}";
     cluster
         .kubectl_with_input(&["apply", "-f", "-"], manifest)
         .ok();

@@ -7,7 +7,7 @@ use keelway_tests::process::{run, run_with_input};
 use serde_json::Value;
 
 pub fn an_unknown_field_is_refused_by_name(cluster: &Cluster) {
-    let manifest = "{apiVersion: v1, kind: Service, metadata: {name: wrong}, spec: {selectr: {app: hello}, ports: [{port: 80}]}}";
+    let manifest = "---\n{apiVersion: v1, kind: Service, metadata: {name: wrong}, spec: {selectr: {app: hello}, ports: [{port: 80}]}}";
     let refused = cluster
         .kubectl_with_input(&["apply", "-f", "-"], manifest)
         .refused();
@@ -24,7 +24,7 @@ pub fn an_unknown_field_is_refused_by_name(cluster: &Cluster) {
 }
 
 pub fn a_selector_that_misses_its_template_is_refused(cluster: &Cluster) {
-    let manifest = "{apiVersion: apps/v1, kind: Deployment, metadata: {name: wrong}, spec: {selector: {matchLabels: {app: a}}, \
+    let manifest = "---\n{apiVersion: apps/v1, kind: Deployment, metadata: {name: wrong}, spec: {selector: {matchLabels: {app: a}}, \
                     template: {metadata: {labels: {app: b}}, spec: {containers: [{name: c, image: i}]}}}}";
     let refused = cluster
         .kubectl_with_input(&["apply", "-f", "-"], manifest)

@@ -1,4 +1,5 @@
-//! The cluster that an end-to-end suite works on: one that it starts, or the one that `KEELWAY_E2E_KUBECONFIG` names.
+//! The cluster that an end-to-end suite works on: one that it starts, the running one that `KEELWAY_E2E_CLUSTER` names, or
+//! any Kubernetes by `KEELWAY_E2E_KUBECONFIG`.
 
 use std::path::{Path, PathBuf};
 
@@ -6,27 +7,42 @@ use serde_json::Value;
 
 use crate::process::{Finished, Running, run, run_with_input};
 
-/// A cluster given from outside; it may be any Kubernetes, and what needs its machine is skipped.
-const GIVEN: &str = "KEELWAY_E2E_KUBECONFIG";
+/// Any cluster; what needs the machine below it is skipped.
+const KUBECONFIG: &str = "KEELWAY_E2E_KUBECONFIG";
+/// A cluster of `keelway up` on this machine, by name; it is left running.
+const RUNNING: &str = "KEELWAY_E2E_CLUSTER";
 const UP_SECONDS_MAX: u32 = 300;
 const KUBECTL_SECONDS_MAX: u32 = 120;
+
+/// Whose a cluster is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Origin {
+    /// This suite started it and takes it away.
+    Own,
+    /// It was up on this machine before.
+    Found,
+    /// It may be anywhere.
+    Given,
+}
 
 /// A running cluster.
 pub struct Cluster {
     pub name: String,
     kubeconfig: PathBuf,
-    /// Present when this suite started the cluster: where kubectl's configuration lies, and that it is ours to remove.
-    own: Option<tempfile::TempDir>,
+    origin: Origin,
+    /// Holds the kubeconfig, unless that was given.
+    _folder: Option<tempfile::TempDir>,
 }
 
 impl Cluster {
     /// The cluster of this run. None, with a word about it, when there is none to be had here.
     pub fn obtain(name: &str, arguments: &[&str]) -> Option<Cluster> {
-        if let Some(kubeconfig) = std::env::var_os(GIVEN) {
+        if let Some(kubeconfig) = std::env::var_os(KUBECONFIG) {
             return Some(Cluster {
                 name: name.to_owned(),
                 kubeconfig: kubeconfig.into(),
-                own: None,
+                origin: Origin::Given,
+                _folder: None,
             });
         }
         if !nix::unistd::geteuid().is_root() {
@@ -34,12 +50,26 @@ impl Cluster {
             return None;
         }
         let folder = tempfile::tempdir().expect("there is room for a temporary folder");
+        let running = std::env::var(RUNNING).ok();
         let cluster = Cluster {
-            name: name.to_owned(),
+            name: running.clone().unwrap_or_else(|| name.to_owned()),
             kubeconfig: folder.path().join("kubeconfig"),
-            own: Some(folder),
+            origin: if running.is_some() {
+                Origin::Found
+            } else {
+                Origin::Own
+            },
+            _folder: Some(folder),
         };
-        print!("{}", cluster.up(arguments).ok());
+        match cluster.origin {
+            Origin::Own => print!("{}", cluster.up(arguments).ok()),
+            _ => {
+                let keelway = keelway().display().to_string();
+                let text = run(&[&keelway, "kubeconfig", "--name", &cluster.name], &[], 30).ok();
+                std::fs::write(&cluster.kubeconfig, text)
+                    .expect("a temporary folder can be written to");
+            }
+        }
         Some(cluster)
     }
 
@@ -62,9 +92,14 @@ impl Cluster {
         run(command, &[("KUBECONFIG", &kubeconfig)], seconds_max)
     }
 
-    /// Whether this suite started it, and so may look at its nodes from the machine.
+    /// Whether its nodes are on this machine, and so can be looked at.
+    pub fn is_here(&self) -> bool {
+        self.origin != Origin::Given
+    }
+
+    /// Whether this suite started it.
     pub fn is_own(&self) -> bool {
-        self.own.is_some()
+        self.origin == Origin::Own
     }
 
     pub fn kubectl(&self, arguments: &[&str]) -> Finished {
@@ -146,7 +181,7 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        if self.own.is_some() {
+        if self.is_own() {
             let finished = self.down();
             // A test that fails already has its own message.
             if !finished.success && !std::thread::panicking() {
