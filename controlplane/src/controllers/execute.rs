@@ -284,8 +284,11 @@ async fn collect(
             ""
         };
         if resource.namespaced && namespace.is_empty() {
-            // A cluster-scoped object cannot be owned from within a namespace: no such owner can exist.
-            continue;
+            // Whose it is cannot be known: upstream leaves such an object alone too.
+            return Outcome::stale(format!(
+                "{} is cluster-scoped and names an owner in a namespace",
+                target.key
+            ));
         }
         match api.get(resource, &Key::new(namespace, &owner.name)).await {
             Ok(Some(found)) if found.uid() == owner.uid => {

@@ -24,6 +24,10 @@ pub fn condition<'a>(node: &'a Node, type_: &str) -> Option<&'a NodeCondition> {
         .find(|condition| condition.type_ == type_)
 }
 
+pub fn label<'a>(node: &'a Node, name: &str) -> Option<&'a String> {
+    node.metadata.labels.as_ref()?.get(name)
+}
+
 pub fn ready_condition(node: &Node) -> Option<&NodeCondition> {
     condition(node, "Ready")
 }

@@ -1,11 +1,13 @@
 //! The nodes with what is placed on them, pods that were assigned a moment ago included.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{Node, Pod};
 
+use super::affinity::required_apart;
 use super::resources::{Amounts, likely_use, needs};
+use crate::controllers::labels::Labels;
 use crate::controllers::object::Key;
 use crate::controllers::pods::{self, controller_of};
 
@@ -143,6 +145,10 @@ pub struct Cache {
     pub nodes: BTreeMap<String, NodeState>,
     /// Pods on nodes that are not known (any more): they count once the node is.
     homeless: HashMap<String, (String, Arc<Placed>)>,
+    /// Labels of the namespaces: affinity terms may select by them.
+    pub namespaces: HashMap<String, Labels>,
+    /// Pods on nodes that keep others away, by UID: few, as a rule, and asked for with every pod.
+    apart: BTreeSet<String>,
     /// Node of each pod by UID, and whether the API server has confirmed it.
     places: HashMap<String, (String, bool)>,
 }
@@ -211,7 +217,16 @@ impl Cache {
         self.places.contains_key(uid)
     }
 
+    /// Placed pods with required anti-affinity, with their nodes.
+    pub fn keeping_apart(&self) -> impl Iterator<Item = (&NodeState, &Arc<Placed>)> {
+        self.apart.iter().filter_map(|uid| {
+            let state = self.nodes.get(&self.places.get(uid)?.0)?;
+            Some((state, state.pods.get(uid)?))
+        })
+    }
+
     pub fn remove_pod(&mut self, uid: &str) {
+        self.apart.remove(uid);
         if let Some((node, _)) = self.places.remove(uid) {
             match self.nodes.get_mut(&node) {
                 Some(state) => state.unplace(uid),
@@ -224,6 +239,9 @@ impl Cache {
 
     fn place(&mut self, uid: &str, node: String, placed: Placed, confirmed: bool) {
         self.remove_pod(uid);
+        if !required_apart(&placed.pod).is_empty() {
+            self.apart.insert(uid.into());
+        }
         let placed = Arc::new(placed);
         match self.nodes.get_mut(&node) {
             Some(state) => state.place(uid, placed),

@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::{Node, Pod, Taint, TopologySpreadConstraint};
+use k8s_openapi::api::core::v1::{Node, Pod, Taint};
 
+use super::affinity::Affinity;
 use super::cache::{Cache, NodeState, Placed};
 use super::resources::{CPU, MEMORY, PODS};
-use crate::controllers::labels::selector_matches;
+use super::spread::Constraint;
 use crate::controllers::{nodes, pods};
 
 /// How a pod came out.
@@ -24,6 +25,7 @@ const SPREAD: i64 = 300;
 const SPREAD_ZONES: i64 = 150;
 const CONSTRAINTS: i64 = 300;
 const PREFERENCE: i64 = 200;
+const COMPANY: i64 = 200;
 const TAINTS: i64 = 300;
 const FREE: i64 = 100;
 const BALANCE: i64 = 50;
@@ -37,10 +39,11 @@ pub fn decide(cache: &Cache, pod: &Arc<Pod>) -> Decision {
     }
     let placed = Placed::of(pod);
     let constraints = Constraint::all(cache, pod);
+    let affinity = Affinity::of(cache, pod);
     let mut refusals: BTreeMap<String, usize> = BTreeMap::new();
     let mut fitting: Vec<&NodeState> = Vec::new();
     for state in cache.nodes.values() {
-        match refusal(state, &placed, &constraints) {
+        match refusal(state, &placed, &constraints, &affinity) {
             reasons if reasons.is_empty() => fitting.push(state),
             reasons => {
                 for reason in reasons {
@@ -49,7 +52,7 @@ pub fn decide(cache: &Cache, pod: &Arc<Pod>) -> Decision {
             }
         }
     }
-    match best(cache, &fitting, &placed, &constraints) {
+    match best(cache, &fitting, &placed, &constraints, &affinity) {
         Some(state) => Decision::Node(state.name().into()),
         None => {
             let reasons: Vec<String> = refusals
@@ -66,7 +69,12 @@ pub fn decide(cache: &Cache, pod: &Arc<Pod>) -> Decision {
 }
 
 /// Why the node cannot take the pod: the first thing that stands against it, or all resources that it lacks.
-fn refusal(state: &NodeState, placed: &Placed, constraints: &[Constraint]) -> Vec<String> {
+fn refusal(
+    state: &NodeState,
+    placed: &Placed,
+    constraints: &[Constraint],
+    affinity: &Affinity,
+) -> Vec<String> {
     let node = &state.node;
     let spec = pods::spec(&placed.pod);
     let one = |reason: &str| vec![reason.to_string()];
@@ -139,102 +147,7 @@ fn refusal(state: &NodeState, placed: &Placed, constraints: &[Constraint]) -> Ve
             Some(_) => {}
         }
     }
-    Vec::new()
-}
-
-/// A topology spread constraint with the matching pods counted per domain.
-struct Constraint {
-    topology_key: String,
-    required: bool,
-    max_skew: i64,
-    self_match: i64,
-    counts: BTreeMap<String, i64>,
-    /// Fewest matching pods in any domain that the pod may use.
-    minimum: i64,
-}
-
-impl Constraint {
-    fn all(cache: &Cache, pod: &Pod) -> Vec<Constraint> {
-        let constraints = pods::spec(pod).topology_spread_constraints.iter().flatten();
-        constraints
-            .map(|constraint| Constraint::of(cache, pod, constraint))
-            .collect()
-    }
-
-    fn of(cache: &Cache, pod: &Pod, constraint: &TopologySpreadConstraint) -> Constraint {
-        let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
-        let mut selector = constraint.label_selector.clone();
-        for key in constraint.match_label_keys.iter().flatten() {
-            if let (Some(selector), Some(value)) = (
-                &mut selector,
-                pod.metadata
-                    .labels
-                    .as_ref()
-                    .and_then(|labels| labels.get(key)),
-            ) {
-                selector
-                    .match_labels
-                    .get_or_insert_default()
-                    .insert(key.clone(), value.clone());
-            }
-        }
-        // Without a selector nothing matches.
-        let matches = |other: &Pod| {
-            selector
-                .as_ref()
-                .is_some_and(|selector| selector_matches(selector, other.metadata.labels.as_ref()))
-        };
-        let mut counts: BTreeMap<String, i64> = BTreeMap::new();
-        for state in cache.nodes.values() {
-            let Some(domain) = label(&state.node, &constraint.topology_key) else {
-                continue;
-            };
-            if constraint.node_affinity_policy.as_deref() != Some("Ignore")
-                && !nodes::selected(pods::spec(pod), &state.node)
-            {
-                continue;
-            }
-            let matching = Cache::pods_in(state, namespace)
-                .filter(|placed| !pods::is_terminating(&placed.pod) && matches(&placed.pod))
-                .count();
-            *counts.entry(domain.clone()).or_default() +=
-                i64::try_from(matching).unwrap_or(i64::MAX);
-        }
-        let enough_domains = constraint
-            .min_domains
-            .is_none_or(|min| i64::from(min) <= i64::try_from(counts.len()).unwrap_or(0));
-        let minimum = if enough_domains {
-            counts.values().copied().min().unwrap_or(0)
-        } else {
-            0
-        };
-        Constraint {
-            topology_key: constraint.topology_key.clone(),
-            required: constraint.when_unsatisfiable == "DoNotSchedule",
-            max_skew: constraint.max_skew.into(),
-            self_match: matches(pod).into(),
-            counts,
-            minimum,
-        }
-    }
-
-    fn count(&self, node: &Node) -> Option<i64> {
-        Some(
-            self.counts
-                .get(label(node, &self.topology_key)?)
-                .copied()
-                .unwrap_or(0),
-        )
-    }
-
-    /// By how much the node's domain would exceed the allowed skew; None when the node is in no domain.
-    fn excess(&self, node: &Node) -> Option<i64> {
-        Some(self.count(node)? + self.self_match - self.minimum - self.max_skew)
-    }
-}
-
-fn label<'a>(node: &'a Node, name: &str) -> Option<&'a String> {
-    node.metadata.labels.as_ref()?.get(name)
+    affinity.refusal(node).map(one).unwrap_or_default()
 }
 
 fn best<'a>(
@@ -242,6 +155,7 @@ fn best<'a>(
     fitting: &[&'a NodeState],
     placed: &Placed,
     constraints: &[Constraint],
+    affinity: &Affinity,
 ) -> Option<&'a NodeState> {
     if fitting.len() <= 1 {
         return fitting.first().copied();
@@ -258,11 +172,12 @@ fn best<'a>(
     };
     let mut in_zone: BTreeMap<&String, i64> = BTreeMap::new();
     for state in cache.nodes.values() {
-        if let Some(zone) = label(&state.node, ZONE) {
+        if let Some(zone) = nodes::label(&state.node, ZONE) {
             *in_zone.entry(zone).or_default() += on_node(state);
         }
     }
-    let zone_count = |state: &&NodeState| label(&state.node, ZONE).map_or(0, |zone| in_zone[zone]);
+    let zone_count =
+        |state: &&NodeState| nodes::label(&state.node, ZONE).map_or(0, |zone| in_zone[zone]);
     let prefer_not = |state: &&NodeState| -> i64 {
         let tolerations = nodes::tolerations(&placed.pod);
         let unwanted = nodes::taints(&state.node).iter().filter(|taint| {
@@ -282,6 +197,11 @@ fn best<'a>(
         .map(|state| nodes::preference(spec, &state.node))
         .collect();
     add_more(&mut scores, &preferences, PREFERENCE);
+    let company: Vec<i64> = fitting
+        .iter()
+        .map(|state| affinity.preference(&state.node))
+        .collect();
+    add_more(&mut scores, &company, COMPANY);
     for constraint in constraints.iter().filter(|constraint| !constraint.required) {
         let worst = constraint.counts.values().copied().max().unwrap_or(0) + 1;
         add_fewer(&mut scores, fitting, CONSTRAINTS, |state| {
@@ -318,11 +238,13 @@ fn add_fewer(
     }
 }
 
-fn add_more(scores: &mut [i64], counts: &[i64], weight: i64) {
-    let most = counts.iter().copied().max().unwrap_or(0);
-    if most > 0 {
-        for (score, count) in scores.iter_mut().zip(counts) {
-            *score += weight * count / most;
+/// Adds up to `weight`, more for larger values, which may be negative.
+fn add_more(scores: &mut [i64], values: &[i64], weight: i64) {
+    let most = values.iter().copied().max().unwrap_or(0);
+    let least = values.iter().copied().min().unwrap_or(0);
+    if most > least {
+        for (score, value) in scores.iter_mut().zip(values) {
+            *score += weight * (value - least) / (most - least);
         }
     }
 }

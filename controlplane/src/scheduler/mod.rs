@@ -3,11 +3,13 @@
 //! `decide.rs` is pure: the nodes with what is on them (`cache.rs`) and a pod in, a node or the reasons against all of them out.
 //! `queue.rs` says whose turn it is, `run.rs` carries changes in and bindings out.
 
+mod affinity;
 mod cache;
 mod decide;
 mod queue;
 mod resources;
 mod run;
+mod spread;
 #[cfg(test)]
 mod tests;
 

@@ -99,7 +99,7 @@ impl Scheduler {
             news,
             done,
             finished,
-            awaited: [Kind::Pod, Kind::Node].into(),
+            awaited: [Kind::Pod, Kind::Node, Kind::Namespace].into(),
         }
     }
 
@@ -199,6 +199,16 @@ impl Scheduler {
                     self.queue.wake(Timestamp::now());
                 }
             }
+            (_, Some(Object::Namespace(namespace))) => {
+                let name = namespace.metadata.name.clone().unwrap_or_default();
+                let labels = namespace.metadata.labels.clone().unwrap_or_default();
+                self.cache.namespaces.insert(name, labels);
+            }
+            (Some(Object::Namespace(namespace)), None) => {
+                self.cache
+                    .namespaces
+                    .remove(namespace.metadata.name.as_deref().unwrap_or_default());
+            }
             (Some(Object::Node(old)), None) => {
                 self.cache
                     .remove_node(old.metadata.name.as_deref().unwrap_or_default());
@@ -235,7 +245,10 @@ impl Scheduler {
         let uid = pod.metadata.uid.as_deref().unwrap_or_default();
         let was_placed = self.cache.is_placed(uid);
         self.cache.put_pod(pod);
-        if pods::is_terminal(pod) && was_placed {
+        // Room was made, or a pod turned up that another one wants to be with.
+        let came =
+            pods::node_name(pod).is_some() && old.is_none_or(|old| pods::node_name(old).is_none());
+        if came || (pods::is_terminal(pod) && was_placed) {
             self.queue.wake(Timestamp::now());
         }
         if !is_ours(pod) || self.cache.is_placed(uid) {

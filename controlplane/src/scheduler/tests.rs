@@ -249,6 +249,137 @@ fn a_required_spread_constraint_holds_pods_back_rather_than_crowding_them() {
     );
 }
 
+fn affinity(kind: &str, required: bool, selector: Value) -> Value {
+    let term = json!({"topologyKey": "kubernetes.io/hostname", "labelSelector": selector});
+    let terms = if required {
+        json!({"requiredDuringSchedulingIgnoredDuringExecution": [term]})
+    } else {
+        json!({"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "podAffinityTerm": term}]})
+    };
+    json!({"spec": {"affinity": {kind: terms}}})
+}
+
+#[test]
+fn pods_that_keep_apart_get_a_node_each_and_then_wait() {
+    let mut cache = cache(vec![node("a", json!({})), node("b", json!({}))]);
+    let apart = affinity(
+        "podAntiAffinity",
+        true,
+        json!({"matchLabels": {"app": "web"}}),
+    );
+    let decisions = place(
+        &mut cache,
+        (0..3).map(|index| pod(&format!("p{index}"), apart.clone())),
+    );
+    assert_eq!(
+        per_node(&decisions),
+        BTreeMap::from([("a".into(), 1), ("b".into(), 1)])
+    );
+    assert_eq!(
+        decisions[2],
+        Decision::Nowhere(
+            "0/2 nodes are available: 2 node(s) didn't match pod anti-affinity rules.".into()
+        )
+    );
+    // It holds the other way round as well: a pod that says nothing is kept away by those that do.
+    assert_eq!(
+        decide(&cache, &pod("plain", json!({}))),
+        Decision::Nowhere(
+            "0/2 nodes are available: 2 node(s) didn't satisfy existing pods anti-affinity rules."
+                .into()
+        )
+    );
+    let elsewhere = pod("other", json!({"metadata": {"namespace": "elsewhere"}}));
+    assert!(
+        matches!(decide(&cache, &elsewhere), Decision::Node(_)),
+        "terms mean the own namespace only"
+    );
+    cache.remove_pod("uid-p0");
+    assert!(matches!(
+        decide(&cache, &pod("again", apart)),
+        Decision::Node(_)
+    ));
+}
+
+#[test]
+fn pods_that_belong_together_follow_the_first_of_them() {
+    let mut cache = cache(
+        (0..4)
+            .map(|index| node(&format!("n{index}"), json!({})))
+            .collect(),
+    );
+    let together = affinity("podAffinity", true, json!({"matchLabels": {"app": "web"}}));
+    let mut owned = together.clone();
+    merge(&mut owned, owned_by("web"));
+    let decisions = place(
+        &mut cache,
+        (0..4).map(|index| pod(&format!("p{index}"), owned.clone())),
+    );
+    assert_eq!(per_node(&decisions).into_values().collect::<Vec<_>>(), [4]);
+    let stranger = affinity(
+        "podAffinity",
+        true,
+        json!({"matchLabels": {"app": "nobody"}}),
+    );
+    assert_eq!(
+        decide(&cache, &pod("stranger", stranger)),
+        Decision::Nowhere(
+            "0/4 nodes are available: 4 node(s) didn't match pod affinity rules.".into()
+        )
+    );
+}
+
+#[test]
+fn liked_company_is_sought_and_disliked_company_avoided_where_possible() {
+    let mut cache = cache(vec![node("a", json!({})), node("b", json!({}))]);
+    cache.assume(&pod("there", asks("1")), "a");
+    let selector = json!({"matchLabels": {"app": "web"}});
+    assert_eq!(
+        decide(
+            &cache,
+            &pod("p", affinity("podAffinity", false, selector.clone()))
+        ),
+        Decision::Node("a".into())
+    );
+    assert_eq!(
+        decide(
+            &cache,
+            &pod("q", affinity("podAntiAffinity", false, selector.clone()))
+        ),
+        Decision::Node("b".into())
+    );
+    let mut large = affinity("podAntiAffinity", false, selector);
+    cache.assume(&pod("large", asks("1500m")), "b");
+    merge(&mut large, asks("1"));
+    assert_eq!(
+        decide(&cache, &pod("r", large)),
+        Decision::Node("a".into()),
+        "a wish gives way to room"
+    );
+}
+
+#[test]
+fn a_term_selects_namespaces_by_their_labels() {
+    let mut cache = cache(vec![node("a", json!({})), node("b", json!({}))]);
+    cache.namespaces.insert(
+        "prod".into(),
+        [("tier".to_string(), "prod".to_string())].into(),
+    );
+    cache.assume(
+        &pod("there", json!({"metadata": {"namespace": "prod"}})),
+        "a",
+    );
+    let mut apart = affinity(
+        "podAntiAffinity",
+        true,
+        json!({"matchLabels": {"app": "web"}}),
+    );
+    let term = &mut apart["spec"]["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+        [0];
+    term["namespaceSelector"] = json!({"matchLabels": {"tier": "prod"}});
+    assert_eq!(decide(&cache, &pod("p", apart)), Decision::Node("b".into()));
+}
+
 #[test]
 fn an_assumed_pod_counts_until_its_binding_fails() {
     let mut cache = cache(vec![node("a", json!({}))]);
