@@ -494,3 +494,6 @@ fn end(s: &Situation<'_>, spec: &PodSpec, plan: &mut Plan) {
         plan.finished = true;
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -17,6 +17,7 @@ use super::report::Reporter;
 use super::status::{Report, known_status, status};
 use super::{PodKey, all_containers, host_network, is_sidecar};
 use crate::cluster::{EventKind, Interest, Reference};
+use crate::logs;
 use crate::probe::{self, Finding, ProbeKind, Subject};
 use crate::runtime::{ContainerPhase, ContainerView, ExitSource, PodView};
 use crate::task::Scoped;
@@ -130,6 +131,7 @@ impl Worker {
                         self.stale = false;
                         self.looked = Some(Instant::now());
                         self.take_note(view);
+                        self.rotate_logs().await;
                         if std::mem::take(&mut first) {
                             self.adopt();
                         }
@@ -193,6 +195,25 @@ impl Worker {
                 () = tokio::time::sleep_until(wake) => {
                     self.stale |= !self.announced.is_empty() || self.next_look() <= Instant::now();
                 }
+            }
+        }
+    }
+
+    /// Moves logs aside that have grown too large.
+    async fn rotate_logs(&self) {
+        for run in self
+            .view
+            .containers
+            .iter()
+            .filter(|c| c.phase == ContainerPhase::Running)
+        {
+            let path = std::path::Path::new(&run.log_path);
+            // A container may have no log yet, or write none.
+            let moved = logs::rotate(path, self.context.clock.now());
+            if moved.is_ok_and(|moved| moved)
+                && let Err(error) = self.context.runtime.reopen_log(&run.id).await
+            {
+                tracing::warn!(pod = %self.key, container = run.name, %error, "cannot rotate a log");
             }
         }
     }
@@ -337,7 +358,7 @@ impl Worker {
         let falls_back = container.and_then(|c| c.termination_message_policy.as_deref())
             == Some("FallbackToLogsOnError");
         if falls_back && run.exit_code != 0 {
-            return crate::logs::last_words(
+            return logs::last_words(
                 std::path::Path::new(&run.log_path),
                 TERMINATION_MESSAGE_BYTES_MAX / 2,
             );

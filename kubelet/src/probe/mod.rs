@@ -141,7 +141,8 @@ pub fn spawn(
         );
         tokio::time::sleep(delay.saturating_sub(subject.age)).await;
         let mut counter = Counter::new(&probe, known);
-        let mut eager = EAGER_FIRST;
+        let mut eager =
+            (kind == ProbeKind::Readiness && known != Some(true)).then_some(EAGER_FIRST);
         loop {
             let started = tokio::time::Instant::now();
             let target = Target {
@@ -153,8 +154,7 @@ pub fn spawn(
             let answer = ask::check(&target, &probe, timeout).await;
             let verdict = counter.record(answer.is_ok());
             // Being not ready yet, while starting, is not news; having failed is.
-            let quiet = kind == ProbeKind::Readiness && counter.verdict.is_none();
-            let failure = answer.err().filter(|_| !quiet);
+            let failure = answer.err().filter(|_| eager.is_none());
             if verdict.is_some() || failure.is_some() {
                 report(Finding {
                     container_id: subject.container_id.clone(),
@@ -166,18 +166,14 @@ pub fn spawn(
             if kind == ProbeKind::Startup && counter.verdict == Some(true) {
                 return;
             }
-            let wait = match (kind, counter.verdict) {
-                (ProbeKind::Readiness, None | Some(false)) if eager < period => {
-                    let wait = eager;
-                    eager *= 2;
-                    wait
-                }
-                (ProbeKind::Readiness, Some(true)) => {
-                    eager = EAGER_FIRST;
-                    period
-                }
-                _ => period,
-            };
+            let ready = counter.verdict == Some(true);
+            let wait = eager
+                .filter(|wait| !ready && *wait < period)
+                .unwrap_or(period);
+            // Once ready, or after as long as a period, the probe runs as its spec says.
+            eager = eager
+                .map(|wait| wait * 2)
+                .filter(|wait| !ready && *wait < period);
             tokio::time::sleep_until(started + wait).await;
         }
     }))

@@ -140,6 +140,10 @@ pub fn resolve_below(root: &Path, sub_path: &str, volume: &str) -> Result<PathBu
         let next = at.join(part);
         if fs::symlink_metadata(&next).is_err() {
             fs::create_dir(&next).map_err(io_error(volume, "make", &next))?;
+            // As open as the volume itself: whoever may write there may write here.
+            let open = fs::metadata(&real_root).map_err(io_error(volume, "look at", &real_root))?;
+            fs::set_permissions(&next, open.permissions())
+                .map_err(io_error(volume, "chmod", &next))?;
         }
         at = fs::canonicalize(&next).map_err(io_error(volume, "resolve", &next))?;
         if !at.starts_with(&real_root) {
