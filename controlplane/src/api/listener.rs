@@ -22,6 +22,9 @@ use super::{Api, Peer};
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// One client keeps many watches on one HTTP/2 connection.
 const HTTP2_STREAMS_MAX: u32 = 1000;
+/// How long an idle HTTP/1 connection is kept. Longer than clients keep theirs (90 s), so that it is they who close it: a
+/// server that closes first loses the request that is just being sent.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(180);
 /// What requests get to finish when the server stops.
 const STOP_GRACE: Duration = Duration::from_secs(5);
 
@@ -121,7 +124,10 @@ pub async fn serve(
                 async move { Ok::<_, std::convert::Infallible>(api.handle(&peer, request).await) }
             });
             let mut server = auto::Builder::new(TokioExecutor::new());
-            server.http1().timer(TokioTimer::new());
+            server
+                .http1()
+                .timer(TokioTimer::new())
+                .header_read_timeout(IDLE_TIMEOUT);
             server
                 .http2()
                 .timer(TokioTimer::new())

@@ -11,7 +11,6 @@ mod change;
 mod config;
 mod delete;
 mod documents;
-mod expiry;
 mod fields;
 mod kubelet;
 mod listener;
@@ -149,7 +148,6 @@ impl Api {
     pub async fn serve(self: Arc<Self>, listeners: Vec<TcpListener>) -> Result<(), StartError> {
         let tls = Arc::new(listener::server_tls(&self.config.pki_dir)?);
         let stop = self.stop.clone();
-        tokio::spawn(expiry::run(self.clone()));
         listener::serve(self, tls, listeners, stop).await;
         Ok(())
     }
@@ -183,6 +181,9 @@ impl Api {
         let path = parts.uri.path().to_owned();
         let path = path.as_str();
         match path {
+            "/readyz" if self.stop.is_cancelled() => {
+                return Err(Status::unavailable("the server is stopping"));
+            }
             "/livez" | "/readyz" | "/healthz" => return Ok(reply::text(StatusCode::OK, "ok")),
             "/version" | "/version/" => {
                 return Ok(reply::json(StatusCode::OK, &documents::version()));

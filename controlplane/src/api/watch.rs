@@ -24,7 +24,7 @@ const BOOKMARK_PERIOD: Duration = Duration::from_secs(60);
 /// How many initial events go in one chunk of the body.
 const INITIAL_EVENTS_PER_CHUNK: usize = 200;
 /// How many recent events are kept encoded for the other watchers of the same change.
-const ENCODED_EVENTS: usize = 1024;
+const ENCODED_EVENTS: usize = 256;
 /// What marks the bookmark that ends the initial events (KEP-3157).
 const INITIAL_EVENTS_END: &str = "k8s.io/initial-events-end";
 

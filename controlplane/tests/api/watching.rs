@@ -402,3 +402,124 @@ async fn status_and_spec_are_written_apart() {
         Some("n1")
     );
 }
+
+/// What an informer holds: names and revisions.
+type Seen = std::collections::BTreeMap<String, String>;
+
+/// Follows a path from its initial events on, into a map.
+async fn follow(client: kube::Client, path: String, seen: std::sync::Arc<std::sync::Mutex<Seen>>) {
+    let request = Request::get(path).body(Vec::new()).expect("a request");
+    let mut stream = client
+        .request_events::<ConfigMap>(request)
+        .await
+        .expect("a watch")
+        .boxed();
+    while let Some(event) = stream.try_next().await.expect("an event") {
+        let mut seen = seen.lock().expect("seen");
+        let facts = |map: &ConfigMap| {
+            let metadata = map.metadata.clone();
+            (
+                metadata.name.unwrap_or_default(),
+                metadata.resource_version.unwrap_or_default(),
+            )
+        };
+        match event {
+            WatchEvent::Added(map) => {
+                let (name, revision) = facts(&map);
+                assert_eq!(seen.insert(name, revision), None, "added twice");
+            }
+            WatchEvent::Modified(map) => {
+                let (name, revision) = facts(&map);
+                let before = seen
+                    .insert(name, revision.clone())
+                    .expect("modified before it was added");
+                assert!(
+                    before.parse::<u64>().ok() < revision.parse().ok(),
+                    "{before} then {revision}"
+                );
+            }
+            WatchEvent::Deleted(map) => {
+                assert!(
+                    seen.remove(&facts(&map).0).is_some(),
+                    "deleted before it was added"
+                );
+            }
+            WatchEvent::Bookmark(_) | WatchEvent::Error(_) => panic!("not asked for, not expected"),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_watcher_ends_up_with_what_a_list_shows() {
+    let server = Server::start();
+    let client = server.client().await;
+    let maps: Api<ConfigMap> = Api::default_namespaced(client.clone());
+    let selectors = ["", "set=even", "set!=even"];
+    let watchers: Vec<_> = selectors
+        .iter()
+        .flat_map(|selector| [*selector, *selector])
+        .map(|selector| {
+            let seen = std::sync::Arc::default();
+            let query = selector.replace('=', "%3D").replace('!', "%21");
+            let path =
+                format!("/api/v1/namespaces/default/configmaps?watch=true&labelSelector={query}");
+            let task = tokio::spawn(follow(client.clone(), path, std::sync::Arc::clone(&seen)));
+            (selector, seen, task)
+        })
+        .collect();
+    let writers = (0..6).map(|writer| {
+        let maps = maps.clone();
+        async move {
+            for step in 0..30 {
+                let name = format!("w{writer}-{}", step % 7);
+                let label = if (step / 7) % 2 == 0 { "even" } else { "odd" };
+                let patch = Patch::Merge(json!({"metadata": {"labels": {"set": label}}}));
+                match step % 5 {
+                    4 => drop(maps.delete(&name, &DeleteParams::default()).await),
+                    _ if maps.get_opt(&name).await.expect("a look").is_some() => {
+                        maps.patch(&name, &PatchParams::default(), &patch)
+                            .await
+                            .expect("patched");
+                    }
+                    _ => drop(
+                        maps.create(&PostParams::default(), &config_map(&name, label))
+                            .await
+                            .expect("created"),
+                    ),
+                }
+            }
+        }
+    });
+    futures::future::join_all(writers).await;
+    for (selector, seen, task) in watchers {
+        let list = maps
+            .list(&ListParams::default().labels(selector))
+            .await
+            .expect("a list");
+        let shown: Seen = list
+            .items
+            .into_iter()
+            .map(|map| {
+                (
+                    map.metadata.name.unwrap_or_default(),
+                    map.metadata.resource_version.unwrap_or_default(),
+                )
+            })
+            .collect();
+        assert!(
+            selector.is_empty() || shown.len() < 40,
+            "the selector selects"
+        );
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while *seen.lock().expect("seen") != shown {
+            assert!(!task.is_finished(), "the watch ended");
+            assert!(
+                std::time::Instant::now() < deadline,
+                "watching {selector:?}: {:?} is not {shown:?}",
+                seen.lock()
+            );
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        task.abort();
+    }
+}
