@@ -1,0 +1,337 @@
+//! Two nodes of network namespaces with real agents, and pods that the real CNI plugin wires.
+//!
+//! The cluster is a file: the agents follow it as they would follow an API server.
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::net::Ipv4Addr;
+use std::os::fd::AsRawFd as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+use crate::nodes::{Cgroup, ECHO_PORT, echo};
+use crate::sandbox::{Network, Sandbox, ip};
+
+/// How long anything may take that an agent does by itself. Debug builds load their programs slowly.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A Service of the file.
+#[derive(Clone, Debug)]
+pub struct Service {
+    pub name: &'static str,
+    pub address: Ipv4Addr,
+    /// Addresses of its endpoints, with the node that each is on.
+    pub endpoints: Vec<(Ipv4Addr, &'static str)>,
+    /// More fields of its spec.
+    pub spec: Value,
+}
+
+/// The file that both agents follow.
+pub struct ClusterFile {
+    pub path: PathBuf,
+}
+
+/// A node: its host's network and its agent.
+pub struct AgentNode {
+    pub name: &'static str,
+    pub host: Network,
+    pub address: Ipv4Addr,
+    pub cgroup: Cgroup,
+    dir: PathBuf,
+    pins: PathBuf,
+    cluster: PathBuf,
+    flags: Vec<String>,
+    agent: Option<Child>,
+}
+
+/// A pod that the plugin has wired.
+pub struct Pod {
+    pub network: Network,
+    pub container: String,
+    pub address: Ipv4Addr,
+}
+
+impl ClusterFile {
+    /// Writes the cluster: both nodes, and these Services. TCP and UDP port 80 of each lead to the echo servers.
+    pub fn write(&self, services: &[Service]) -> Result<()> {
+        let mut items = vec![node_object("node-1", 1), node_object("node-2", 2)];
+        for service in services {
+            let mut spec = json!({
+                "clusterIP": service.address, "clusterIPs": [service.address],
+                "ports": [
+                    {"name": "tcp", "port": 80, "protocol": "TCP"}, {"name": "udp", "port": 80, "protocol": "UDP"},
+                ],
+            });
+            if let (Value::Object(spec), Value::Object(more)) = (&mut spec, service.spec.clone()) {
+                spec.extend(more);
+            }
+            let endpoints: Vec<Value> = service
+                .endpoints
+                .iter()
+                .map(|(address, node)| json!({"addresses": [address], "nodeName": node, "conditions": {"ready": true}}))
+                .collect();
+            items.push(json!({
+                "apiVersion": "v1", "kind": "Service", "metadata": {"namespace": "default", "name": service.name}, "spec": spec,
+            }));
+            items.push(json!({
+                "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+                "metadata": {
+                    "namespace": "default", "name": format!("{}-1", service.name),
+                    "labels": {"kubernetes.io/service-name": service.name},
+                },
+                "ports": [
+                    {"name": "tcp", "port": ECHO_PORT, "protocol": "TCP"}, {"name": "udp", "port": ECHO_PORT, "protocol": "UDP"},
+                ],
+                "endpoints": endpoints,
+            }));
+        }
+        let partial = self.path.with_extension("new");
+        fs::write(&partial, json!({"kind": "List", "apiVersion": "v1", "items": items}).to_string())?;
+        Ok(fs::rename(&partial, &self.path)?)
+    }
+}
+
+fn node_object(name: &str, number: u8) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Node", "metadata": {"name": name},
+        "spec": {"podCIDRs": [format!("10.244.{number}.0/24")]},
+        "status": {"addresses": [{"type": "InternalIP", "address": format!("198.18.0.{number}")}]},
+    })
+}
+
+/// Two nodes on one link, with nothing running on them but an echo server each. `flags` are more flags for the agents.
+pub fn two_nodes(sandbox: &Sandbox, dir: &Path, flags: &[&str]) -> Result<(ClusterFile, [AgentNode; 2])> {
+    let cluster = ClusterFile { path: dir.join("cluster.json") };
+    let hosts = [Network::new()?, Network::new()?];
+    ip("link add kw-u1 type veth peer name kw-u2")?;
+    let mut nodes = Vec::new();
+    for (index, host) in hosts.into_iter().enumerate() {
+        let number = index as u8 + 1;
+        host.take(&format!("kw-u{number}"))?;
+        let address = Ipv4Addr::new(198, 18, 0, number);
+        host.run(|| -> Result<()> {
+            ip(&format!("link set kw-u{number} name eth0"))?;
+            ip(&format!("addr add {address}/24 dev eth0"))?;
+            ip("link set eth0 up")
+        })?;
+        let name = ["node-1", "node-2"][index];
+        echo(&host, name)?;
+        nodes.push(AgentNode {
+            name,
+            host,
+            address,
+            cgroup: Cgroup::new()?,
+            dir: dir.join(name),
+            pins: sandbox.pin_root().join(name),
+            cluster: cluster.path.clone(),
+            flags: flags.iter().map(|flag| (*flag).to_owned()).collect(),
+            agent: None,
+        });
+    }
+    let nodes = nodes.try_into().map_err(|_count| anyhow::anyhow!("two nodes"))?;
+    Ok((cluster, nodes))
+}
+
+impl AgentNode {
+    /// Starts the agent, and waits until it is ready unless `wait` is false.
+    pub fn start(&mut self, wait: bool) -> Result<()> {
+        fs::create_dir_all(&self.dir)?;
+        let log = File::options().create(true).append(true).open(self.log())?;
+        let mut command = Command::new(program("keelway-agent")?);
+        command.arg("run").arg("--node-name").arg(self.name);
+        for (flag, path) in [
+            ("--snapshot", &self.cluster),
+            ("--cgroup", &self.cgroup.path().to_owned()),
+            ("--socket", &self.socket()),
+            ("--state-dir", &self.state_dir()),
+            ("--pin-root", &self.pins),
+            ("--cni-conf-dir", &self.dir.join("net.d")),
+        ] {
+            command.arg(flag).arg(path);
+        }
+        command.args(&self.flags).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        self.agent = Some(self.host.run(|| command.spawn()).context("start the agent")?);
+        if wait { self.wait("ready", |report| report["ready"] == true).map(drop) } else { Ok(()) }
+    }
+
+    /// Asks the agent to stop, and waits for its end.
+    pub fn stop(&mut self) -> Result<()> {
+        let Some(mut agent) = self.agent.take() else { return Ok(()) };
+        kill(Pid::from_raw(agent.id() as i32), Signal::SIGTERM)?;
+        ensure!(agent.wait()?.success(), "the agent did not end well: {}", self.read_log());
+        Ok(())
+    }
+
+    /// The process id of the worker.
+    pub fn worker(&self) -> Result<i32> {
+        let supervisor = self.agent.as_ref().context("the agent runs")?.id();
+        let children = fs::read_to_string(format!("/proc/{supervisor}/task/{supervisor}/children"))?;
+        children.split_whitespace().next().context("no worker")?.parse().context("a process id")
+    }
+
+    /// Kills the worker, and says after how long there is another one.
+    pub fn kill_worker(&self) -> Result<Duration> {
+        let old = self.worker()?;
+        let began = Instant::now();
+        kill(Pid::from_raw(old), Signal::SIGKILL)?;
+        until("another worker", || Ok(self.worker().ok().filter(|now| *now != old))).map(|_| began.elapsed())
+    }
+
+    /// What the agent says of itself.
+    pub fn report(&self) -> Result<Value> {
+        let output = Command::new(program("keelway-agent")?)
+            .args(["status", "--output", "json", "--socket"])
+            .arg(self.socket())
+            .output()?;
+        serde_json::from_slice(&output.stdout)
+            .with_context(|| format!("status: {}", String::from_utf8_lossy(&output.stderr)))
+    }
+
+    /// Waits until the agent's report is as wished.
+    pub fn wait(&self, what: &str, wished: impl Fn(&Value) -> bool) -> Result<Value> {
+        until(what, || Ok(self.report().ok().filter(|report| wished(report))))
+            .with_context(|| format!("{}: {}", self.name, self.read_log()))
+    }
+
+    /// Makes a pod with an echo server that answers with its name.
+    pub fn add_pod(&self, name: &str) -> Result<Pod> {
+        let network = Network::new()?;
+        let container = format!("container-{name}");
+        let output = self.cni("ADD", &container, Some(&network), json!({}))?;
+        let result = cni_result(&output)?;
+        let text = result["ips"][0]["address"].as_str().context("an address")?;
+        let address = text.strip_suffix("/32").context("a /32")?.parse()?;
+        echo(&network, name)?;
+        Ok(Pod { network, container, address })
+    }
+
+    /// Calls the plugin as a runtime does.
+    pub fn cni(&self, command: &str, container: &str, netns: Option<&Network>, more: Value) -> Result<Output> {
+        let mut conf = json!({
+            "cniVersion": "1.0.0", "name": "keelway", "type": "keelway-cni",
+            "socket": self.socket(), "spool": self.state_dir().join("deleted"),
+        });
+        if let (Value::Object(conf), Value::Object(more)) = (&mut conf, more) {
+            conf.extend(more);
+        }
+        let mut plugin = Command::new(program("keelway-cni")?);
+        plugin
+            .env_clear()
+            .env("CNI_COMMAND", command)
+            .env("CNI_CONTAINERID", container)
+            .env("CNI_IFNAME", "eth0")
+            .env("CNI_PATH", "/opt/cni/bin")
+            .env("CNI_ARGS", format!("K8S_POD_NAMESPACE=default;K8S_POD_NAME={container}"));
+        if let Some(netns) = netns {
+            plugin.env("CNI_NETNS", format!("/proc/{}/fd/{}", std::process::id(), netns.fd().as_raw_fd()));
+        }
+        let mut plugin =
+            plugin.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().context("the plugin")?;
+        plugin.stdin.take().context("stdin")?.write_all(conf.to_string().as_bytes())?;
+        Ok(plugin.wait_with_output()?)
+    }
+
+    /// Names of the host's interfaces that belong to pods.
+    pub fn pod_interfaces(&self) -> Result<Vec<String>> {
+        let output = self.host.run(|| Command::new("ip").args(["-brief", "link"]).output())?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let names = text.lines().filter_map(|line| line.split(['@', ' ']).next());
+        Ok(names.filter(|name| keelway_agent::addresses::is_host_interface(name)).map(str::to_owned).collect())
+    }
+
+    /// Pins of hooks on pods' interfaces.
+    pub fn pod_pins(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        let mut folders = vec![self.pins.clone()];
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+                if entry.path().is_dir() {
+                    folders.push(entry.path());
+                } else {
+                    found.push(entry.file_name().to_string_lossy().into_owned());
+                }
+            }
+        }
+        found.retain(|name| name.contains("pod_"));
+        found.sort();
+        found
+    }
+
+    pub fn state_dir(&self) -> PathBuf {
+        self.dir.join("state")
+    }
+
+    pub fn conf_list(&self) -> PathBuf {
+        self.dir.join("net.d/05-keelway.conflist")
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("agent.sock")
+    }
+
+    fn log(&self) -> PathBuf {
+        self.dir.join("log")
+    }
+
+    /// What the agent has logged.
+    pub fn read_log(&self) -> String {
+        fs::read_to_string(self.log()).unwrap_or_default()
+    }
+}
+
+impl Drop for AgentNode {
+    fn drop(&mut self) {
+        if let Some(agent) = &mut self.agent {
+            // The worker goes with its supervisor.
+            let _ = agent.kill();
+            let _ = agent.wait();
+        }
+        if std::thread::panicking() {
+            eprintln!("--- log of {}\n{}", self.name, self.read_log());
+        }
+    }
+}
+
+/// The result of an ADD that must have succeeded.
+pub fn cni_result(output: &Output) -> Result<Value> {
+    ensure!(
+        output.status.success(),
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+/// Waits for something that another process does, and gives it.
+pub fn until<T>(what: &str, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = look()? {
+            return Ok(found);
+        }
+        if Instant::now() > deadline {
+            bail!("not in {PATIENCE:?}: {what}");
+        }
+        // Nothing tells of it; what is waited for lasts.
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A program of this build.
+fn program(name: &str) -> Result<PathBuf> {
+    let folder = match std::env::var_os("KEELWAY_BIN_DIR") {
+        Some(folder) => PathBuf::from(folder),
+        // target/<triple>/<profile>/deps/<this test>
+        None => std::env::current_exe()?.ancestors().nth(2).context("the folder of programs")?.to_owned(),
+    };
+    let path = folder.join(name);
+    ensure!(path.exists(), "{} is missing: build it first (cargo build -p {name})", path.display());
+    Ok(path)
+}
