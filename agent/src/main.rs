@@ -17,7 +17,7 @@ use keelway_agent::report::Report;
 use keelway_agent::worker::Worker;
 use keelway_agent::{install, metrics, socket, source, supervisor};
 use keelway_cni::protocol::{self, Request, Response};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SigSet, Signal};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Keelway's agent: Services, pod networks and routes of one node.
@@ -101,6 +101,10 @@ fn work(flags: RunFlags) -> anyhow::Result<ExitCode> {
     let Ok(config) = validated(flags) else {
         return Ok(ExitCode::from(supervisor::EXIT_CONFIG));
     };
+    // The supervisor waits for these with the mask that a child inherits.
+    SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGCHLD])
+        .thread_unblock()
+        .context("unblock signals")?;
     // A supervisor hands its listening socket over as standard input; by hand there is a terminal, or nothing.
     let inherited =
         nix::sys::socket::getsockopt(&std::io::stdin(), nix::sys::socket::sockopt::AcceptConn);

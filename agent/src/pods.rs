@@ -150,12 +150,7 @@ impl Pods {
         }
         let gone = node.found.pods.keys().filter(|addr| !wanted.contains(addr));
         ops.extend(gone.map(|addr| Op::RemovePod { addr: *addr }));
-        let indexes: HashSet<u32> = links.values().map(|link| link.index).collect();
-        for index in node.dataplane.attached_pods()? {
-            if !indexes.contains(&index) {
-                node.dataplane.detach_pod(index)?;
-            }
-        }
+        let_go(&[], &links, node)?;
         node.apply(&ops)
     }
 
@@ -543,23 +538,14 @@ impl Pods {
             Err(error) => self.problem = Some(format!("{}: {error}", self.spool.display())),
         }
         let Some(node) = node else { return };
-        let gone = match pod_links(kernel) {
-            Ok(links) => self.forget_gone(&links),
-            Err(error) => {
-                self.problem = Some(error.to_string());
-                return;
+        match pod_links(kernel) {
+            Ok(links) => {
+                let gone = self.forget_gone(&links);
+                if let Err(error) = let_go(&gone, &links, node) {
+                    self.problem = Some(reason(&error));
+                }
             }
-        };
-        if !gone.is_empty() {
-            let ops: Vec<Op> = gone
-                .iter()
-                .map(|addr| Op::RemovePod {
-                    addr: (*addr).into(),
-                })
-                .collect();
-            if let Err(error) = node.apply(&ops) {
-                self.problem = Some(reason(&error));
-            }
+            Err(error) => self.problem = Some(error.to_string()),
         }
         let _ = self.save();
     }
@@ -647,6 +633,28 @@ fn pod_links(kernel: &mut Kernel) -> Result<HashMap<String, Link>, NetlinkError>
         .into_iter()
         .filter(|link| is_host_interface(&link.name));
     Ok(links.map(|link| (link.name.clone(), link)).collect())
+}
+
+/// Takes pods that are gone out of the maps, and lets go of hooks on interfaces that are.
+fn let_go(
+    gone: &[Ipv4Addr],
+    links: &HashMap<String, Link>,
+    node: &mut Node,
+) -> Result<(), NodeError> {
+    let ops: Vec<Op> = gone
+        .iter()
+        .map(|addr| Op::RemovePod {
+            addr: (*addr).into(),
+        })
+        .collect();
+    node.apply(&ops)?;
+    let there: HashSet<u32> = links.values().map(|link| link.index).collect();
+    for index in node.dataplane.attached_pods()? {
+        if !there.contains(&index) {
+            node.dataplane.detach_pod(index)?;
+        }
+    }
+    Ok(())
 }
 
 fn result_of(wish: &Wish, wire: &PodWire, host: &Link) -> AddResult {

@@ -19,9 +19,11 @@ use crate::socket;
 
 /// Exit code of a worker whose configuration is wrong (sysexits' EX_CONFIG): another one would fare no better.
 pub const EXIT_CONFIG: u8 = 78;
-/// A worker that died sooner than this is not begun again at once.
+/// A worker that lived no longer than this died of itself, perhaps.
 const SHORT_LIFE: Duration = Duration::from_secs(1);
-/// The pause before it: a crash loop costs little, and no worker is missing for longer.
+/// So many of them in a row make a crash loop,
+const SHORT_LIVES: u32 = 3;
+/// which pauses this long between workers: it costs little, and the next one is there in time.
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// What ended the supervisor.
@@ -49,10 +51,13 @@ pub fn run(socket_path: &Path, arguments: &[OsString]) -> Result<ExitCode, Super
         path: socket_path.into(),
         source,
     })?;
+    let program = program();
     let mut stopping = false;
+    let mut short_lives = 0;
     loop {
         let began = Instant::now();
-        let mut worker = spawn(&listener, arguments).map_err(system("start the worker"))?;
+        let mut worker =
+            spawn(&program, &listener, arguments).map_err(system("start the worker"))?;
         let status = loop {
             match signals
                 .wait()
@@ -78,7 +83,12 @@ pub fn run(socket_path: &Path, arguments: &[OsString]) -> Result<ExitCode, Super
             return Ok(ExitCode::from(EXIT_CONFIG));
         }
         tracing::warn!(%status, "the worker ended; another one begins");
-        if began.elapsed() < SHORT_LIFE {
+        short_lives = if began.elapsed() < SHORT_LIFE {
+            short_lives + 1
+        } else {
+            0
+        };
+        if short_lives >= SHORT_LIVES {
             std::thread::sleep(PAUSE);
         }
     }
@@ -104,10 +114,18 @@ pub fn lock(socket_path: &Path) -> Result<File, SupervisorError> {
     })
 }
 
-fn spawn(listener: &UnixListener, arguments: &[OsString]) -> io::Result<Child> {
+/// This program, by its path, so that a worker is seen under its name; by its open file, when the path is gone.
+fn program() -> PathBuf {
+    std::env::current_exe()
+        .ok()
+        .filter(|path| path.exists())
+        .unwrap_or_else(|| "/proc/self/exe".into())
+}
+
+fn spawn(program: &Path, listener: &UnixListener, arguments: &[OsString]) -> io::Result<Child> {
     // The socket travels as standard input: a descriptor whose number needs no agreement.
     let socket = OwnedFd::from(listener.try_clone()?);
-    Command::new("/proc/self/exe")
+    Command::new(program)
         .arg("worker")
         .args(arguments)
         .stdin(Stdio::from(socket))

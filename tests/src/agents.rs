@@ -92,7 +92,10 @@ impl ClusterFile {
             }));
         }
         let partial = self.path.with_extension("new");
-        fs::write(&partial, json!({"kind": "List", "apiVersion": "v1", "items": items}).to_string())?;
+        fs::write(
+            &partial,
+            json!({"kind": "List", "apiVersion": "v1", "items": items}).to_string(),
+        )?;
         Ok(fs::rename(&partial, &self.path)?)
     }
 }
@@ -106,8 +109,14 @@ fn node_object(name: &str, number: u8) -> Value {
 }
 
 /// Two nodes on one link, with nothing running on them but an echo server each. `flags` are more flags for the agents.
-pub fn two_nodes(sandbox: &Sandbox, dir: &Path, flags: &[&str]) -> Result<(ClusterFile, [AgentNode; 2])> {
-    let cluster = ClusterFile { path: dir.join("cluster.json") };
+pub fn two_nodes(
+    sandbox: &Sandbox,
+    dir: &Path,
+    flags: &[&str],
+) -> Result<(ClusterFile, [AgentNode; 2])> {
+    let cluster = ClusterFile {
+        path: dir.join("cluster.json"),
+    };
     let hosts = [Network::new()?, Network::new()?];
     ip("link add kw-u1 type veth peer name kw-u2")?;
     let mut nodes = Vec::new();
@@ -134,13 +143,28 @@ pub fn two_nodes(sandbox: &Sandbox, dir: &Path, flags: &[&str]) -> Result<(Clust
             agent: None,
         });
     }
-    let nodes = nodes.try_into().map_err(|_count| anyhow::anyhow!("two nodes"))?;
+    let nodes = nodes
+        .try_into()
+        .map_err(|_count| anyhow::anyhow!("two nodes"))?;
     Ok((cluster, nodes))
 }
 
 impl AgentNode {
-    /// Starts the agent, and waits until it is ready unless `wait` is false.
-    pub fn start(&mut self, wait: bool) -> Result<()> {
+    /// Starts the agent, and waits until it is ready.
+    pub fn start(&mut self) -> Result<()> {
+        let agent = self.spawn()?;
+        self.adopt(agent);
+        self.wait("ready", |report| report["ready"] == true)
+            .map(drop)
+    }
+
+    /// Takes an agent as this node's.
+    pub fn adopt(&mut self, agent: Child) {
+        self.agent = Some(agent);
+    }
+
+    /// Begins an agent of this node.
+    pub fn spawn(&self) -> Result<Child> {
         fs::create_dir_all(&self.dir)?;
         let log = File::options().create(true).append(true).open(self.log())?;
         let mut command = Command::new(program("keelway-agent")?);
@@ -155,24 +179,39 @@ impl AgentNode {
         ] {
             command.arg(flag).arg(path);
         }
-        command.args(&self.flags).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-        self.agent = Some(self.host.run(|| command.spawn()).context("start the agent")?);
-        if wait { self.wait("ready", |report| report["ready"] == true).map(drop) } else { Ok(()) }
+        command
+            .args(&self.flags)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
+        self.host.run(|| command.spawn()).context("start the agent")
     }
 
     /// Asks the agent to stop, and waits for its end.
     pub fn stop(&mut self) -> Result<()> {
-        let Some(mut agent) = self.agent.take() else { return Ok(()) };
+        let Some(mut agent) = self.agent.take() else {
+            return Ok(());
+        };
         kill(Pid::from_raw(agent.id() as i32), Signal::SIGTERM)?;
-        ensure!(agent.wait()?.success(), "the agent did not end well: {}", self.read_log());
+        ensure!(
+            agent.wait()?.success(),
+            "the agent did not end well: {}",
+            self.read_log()
+        );
         Ok(())
     }
 
     /// The process id of the worker.
     pub fn worker(&self) -> Result<i32> {
         let supervisor = self.agent.as_ref().context("the agent runs")?.id();
-        let children = fs::read_to_string(format!("/proc/{supervisor}/task/{supervisor}/children"))?;
-        children.split_whitespace().next().context("no worker")?.parse().context("a process id")
+        let children =
+            fs::read_to_string(format!("/proc/{supervisor}/task/{supervisor}/children"))?;
+        children
+            .split_whitespace()
+            .next()
+            .context("no worker")?
+            .parse()
+            .context("a process id")
     }
 
     /// Kills the worker, and says after how long there is another one.
@@ -180,7 +219,10 @@ impl AgentNode {
         let old = self.worker()?;
         let began = Instant::now();
         kill(Pid::from_raw(old), Signal::SIGKILL)?;
-        until("another worker", || Ok(self.worker().ok().filter(|now| *now != old))).map(|_| began.elapsed())
+        until("another worker", || {
+            Ok(self.worker().ok().filter(|now| *now != old))
+        })
+        .map(|_| began.elapsed())
     }
 
     /// What the agent says of itself.
@@ -195,24 +237,42 @@ impl AgentNode {
 
     /// Waits until the agent's report is as wished.
     pub fn wait(&self, what: &str, wished: impl Fn(&Value) -> bool) -> Result<Value> {
-        until(what, || Ok(self.report().ok().filter(|report| wished(report))))
-            .with_context(|| format!("{}: {}", self.name, self.read_log()))
+        until(what, || {
+            Ok(self.report().ok().filter(|report| wished(report)))
+        })
+        .with_context(|| format!("{}: {}", self.name, self.read_log()))
     }
 
     /// Makes a pod with an echo server that answers with its name.
     pub fn add_pod(&self, name: &str) -> Result<Pod> {
+        let pod = self.wire(name)?;
+        echo(&pod.network, name)?;
+        Ok(pod)
+    }
+
+    /// Makes a pod in which nothing runs: its network goes with the value.
+    pub fn wire(&self, name: &str) -> Result<Pod> {
         let network = Network::new()?;
         let container = format!("container-{name}");
         let output = self.cni("ADD", &container, Some(&network), json!({}))?;
         let result = cni_result(&output)?;
         let text = result["ips"][0]["address"].as_str().context("an address")?;
         let address = text.strip_suffix("/32").context("a /32")?.parse()?;
-        echo(&network, name)?;
-        Ok(Pod { network, container, address })
+        Ok(Pod {
+            network,
+            container,
+            address,
+        })
     }
 
     /// Calls the plugin as a runtime does.
-    pub fn cni(&self, command: &str, container: &str, netns: Option<&Network>, more: Value) -> Result<Output> {
+    pub fn cni(
+        &self,
+        command: &str,
+        container: &str,
+        netns: Option<&Network>,
+        more: Value,
+    ) -> Result<Output> {
         let mut conf = json!({
             "cniVersion": "1.0.0", "name": "keelway", "type": "keelway-cni",
             "socket": self.socket(), "spool": self.state_dir().join("deleted"),
@@ -227,22 +287,43 @@ impl AgentNode {
             .env("CNI_CONTAINERID", container)
             .env("CNI_IFNAME", "eth0")
             .env("CNI_PATH", "/opt/cni/bin")
-            .env("CNI_ARGS", format!("K8S_POD_NAMESPACE=default;K8S_POD_NAME={container}"));
+            .env(
+                "CNI_ARGS",
+                format!("K8S_POD_NAMESPACE=default;K8S_POD_NAME={container}"),
+            );
         if let Some(netns) = netns {
-            plugin.env("CNI_NETNS", format!("/proc/{}/fd/{}", std::process::id(), netns.fd().as_raw_fd()));
+            plugin.env(
+                "CNI_NETNS",
+                format!("/proc/{}/fd/{}", std::process::id(), netns.fd().as_raw_fd()),
+            );
         }
-        let mut plugin =
-            plugin.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().context("the plugin")?;
-        plugin.stdin.take().context("stdin")?.write_all(conf.to_string().as_bytes())?;
+        let mut plugin = plugin
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("the plugin")?;
+        plugin
+            .stdin
+            .take()
+            .context("stdin")?
+            .write_all(conf.to_string().as_bytes())?;
         Ok(plugin.wait_with_output()?)
     }
 
     /// Names of the host's interfaces that belong to pods.
     pub fn pod_interfaces(&self) -> Result<Vec<String>> {
-        let output = self.host.run(|| Command::new("ip").args(["-brief", "link"]).output())?;
+        let output = self
+            .host
+            .run(|| Command::new("ip").args(["-brief", "link"]).output())?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        let names = text.lines().filter_map(|line| line.split(['@', ' ']).next());
-        Ok(names.filter(|name| keelway_agent::addresses::is_host_interface(name)).map(str::to_owned).collect())
+        let names = text
+            .lines()
+            .filter_map(|line| line.split(['@', ' ']).next());
+        Ok(names
+            .filter(|name| keelway_agent::addresses::is_host_interface(name))
+            .map(str::to_owned)
+            .collect())
     }
 
     /// Pins of hooks on pods' interfaces.
@@ -298,6 +379,14 @@ impl Drop for AgentNode {
     }
 }
 
+/// Runs an agent that ends by itself, since its flags are wrong.
+pub fn agent_run(flags: &[&str]) -> Result<Output> {
+    Ok(Command::new(program("keelway-agent")?)
+        .args(["run", "--node-name", "node-1"])
+        .args(flags)
+        .output()?)
+}
+
 /// The result of an ADD that must have succeeded.
 pub fn cni_result(output: &Output) -> Result<Value> {
     ensure!(
@@ -329,9 +418,17 @@ fn program(name: &str) -> Result<PathBuf> {
     let folder = match std::env::var_os("KEELWAY_BIN_DIR") {
         Some(folder) => PathBuf::from(folder),
         // target/<triple>/<profile>/deps/<this test>
-        None => std::env::current_exe()?.ancestors().nth(2).context("the folder of programs")?.to_owned(),
+        None => std::env::current_exe()?
+            .ancestors()
+            .nth(2)
+            .context("the folder of programs")?
+            .to_owned(),
     };
     let path = folder.join(name);
-    ensure!(path.exists(), "{} is missing: build it first (cargo build -p {name})", path.display());
+    ensure!(
+        path.exists(),
+        "{} is missing: build it first (cargo build -p {name})",
+        path.display()
+    );
     Ok(path)
 }

@@ -1,6 +1,7 @@
 //! Test support and end-to-end suites.
 #![forbid(unsafe_code)]
 
+pub mod agents;
 pub mod cluster;
 pub mod machine;
 pub mod nodes;

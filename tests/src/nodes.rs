@@ -251,7 +251,7 @@ impl Node {
 }
 
 /// Starts an echo server, TCP and UDP, that answers with its name and the client's address. It ends with the process.
-fn echo(network: &Network, name: &str) -> Result<()> {
+pub fn echo(network: &Network, name: &str) -> Result<()> {
     let at = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, ECHO_PORT);
     let (listener, socket) = network.run(|| (TcpListener::bind(at), UdpSocket::bind(at)));
     let (listener, socket) = (listener?, socket?);
