@@ -63,9 +63,10 @@ const SCENARIOS: &[Scenario] = scenarios![
 
 #[test]
 fn a_cluster_serves_its_users() {
-    let name = "e2e";
-    let before = MachineState::of(name);
-    let Some(cluster) = Cluster::obtain(name, &["--nodes", "3"]) else {
+    // Others may run the suite on this machine too.
+    let name = format!("e2e-{}", std::process::id());
+    let before = MachineState::of(&name);
+    let Some(cluster) = Cluster::obtain(&name, &["--nodes", "3"]) else {
         return;
     };
     let own = cluster.is_own();
@@ -107,7 +108,7 @@ fn a_cluster_serves_its_users() {
         }
     }
     drop(cluster);
-    if own && let Some(difference) = before.difference(&MachineState::of(name)) {
+    if own && let Some(difference) = before.difference(&MachineState::of(&name)) {
         println!("FAILED   down_leaves_the_machine_as_it_was\n{difference}");
         failed.push("down_leaves_the_machine_as_it_was");
     }

@@ -51,24 +51,21 @@ impl Cluster {
         }
         let folder = tempfile::tempdir().expect("there is room for a temporary folder");
         let running = std::env::var(RUNNING).ok();
-        let cluster = Cluster {
+        let mut cluster = Cluster {
             name: running.clone().unwrap_or_else(|| name.to_owned()),
             kubeconfig: folder.path().join("kubeconfig"),
-            origin: if running.is_some() {
-                Origin::Found
-            } else {
-                Origin::Own
-            },
+            origin: Origin::Found,
             _folder: Some(folder),
         };
-        match cluster.origin {
-            Origin::Own => print!("{}", cluster.up(arguments).ok()),
-            _ => {
-                let keelway = keelway().display().to_string();
-                let text = run(&[&keelway, "kubeconfig", "--name", &cluster.name], &[], 30).ok();
-                std::fs::write(&cluster.kubeconfig, text)
-                    .expect("a temporary folder can be written to");
-            }
+        if running.is_some() {
+            let keelway = keelway().display().to_string();
+            let text = run(&[&keelway, "kubeconfig", "--name", &cluster.name], &[], 30).ok();
+            std::fs::write(&cluster.kubeconfig, text)
+                .expect("a temporary folder can be written to");
+        } else {
+            // When it fails, what it made it has removed; a cluster of this name that it did not make is not ours to.
+            print!("{}", cluster.up(arguments).ok());
+            cluster.origin = Origin::Own;
         }
         Some(cluster)
     }
