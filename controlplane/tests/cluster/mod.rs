@@ -28,6 +28,7 @@ pub struct Cluster {
     pub client: Client,
     folder: TempDir,
     port: u16,
+    components: &'static str,
     process: Option<Child>,
     nodes: JoinSet<()>,
 }
@@ -41,6 +42,11 @@ impl Drop for Cluster {
 impl Cluster {
     /// A control plane that answers, with nothing in it but what it makes itself.
     pub async fn start() -> Self {
+        Self::start_with("api,controllers,scheduler").await
+    }
+
+    /// The same with some of the components only; the API server is one of them.
+    pub async fn start_with(components: &'static str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         // Free a moment ago; the server takes it at once.
         let port = TcpListener::bind("127.0.0.1:0")
@@ -58,6 +64,7 @@ impl Cluster {
             client,
             folder,
             port,
+            components,
             process: None,
             nodes: JoinSet::new(),
         };
@@ -67,32 +74,37 @@ impl Cluster {
 
     /// Starts the process and waits until it answers.
     pub async fn launch(&mut self) {
-        let log = std::fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(self.log())
-            .unwrap();
-        let process = Command::new(env!("CARGO_BIN_EXE_keelway-controlplane"))
-            .arg("--data-dir")
-            .arg(self.folder.path().join("data"))
-            .arg("--pki-dir")
-            .arg(self.folder.path())
-            .args([
-                "--bind",
-                &format!("127.0.0.1:{}", self.port),
-                "--advertise-address",
-                "127.0.0.1",
-            ])
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .unwrap();
-        self.process = Some(process);
+        self.process = Some(self.launch_more(self.components, "127.0.0.1"));
         let client = self.client.clone();
         self.eventually("the API server answers", async || {
             client.apiserver_version().await.is_ok()
         })
         .await;
+    }
+
+    /// One more process of the control plane; the caller ends it.
+    pub fn launch_more(&self, components: &str, advertised: &str) -> Child {
+        let log = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.log())
+            .unwrap();
+        Command::new(env!("CARGO_BIN_EXE_keelway-controlplane"))
+            .arg("--data-dir")
+            .arg(self.folder.path().join("data"))
+            .arg("--pki-dir")
+            .arg(self.folder.path())
+            .args(["--bind", &format!("127.0.0.1:{}", self.port)])
+            .args([
+                "--advertise-address",
+                advertised,
+                "--components",
+                components,
+            ])
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap()
     }
 
     fn log(&self) -> PathBuf {
@@ -209,12 +221,13 @@ async fn run_pods(client: Client) {
             serial += 1;
             let address = format!("10.244.{}.{}", serial / 250, serial % 250 + 1);
             let now = k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(jiff::Timestamp::now());
+            // Strategic: conditions of others stay.
             let status = json!({"status": {
                 "phase": "Running", "podIP": address, "podIPs": [{"ip": address}],
                 "conditions": [{"type": "Ready", "status": "True", "lastTransitionTime": now}],
             }});
             tokio::spawn(async move {
-                own.patch_status(&name, &PatchParams::default(), &Patch::Merge(status))
+                own.patch_status(&name, &PatchParams::default(), &Patch::Strategic(status))
                     .await
             });
         }
