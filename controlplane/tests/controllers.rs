@@ -276,11 +276,11 @@ async fn another_control_plane_takes_over_when_the_leading_one_dies() {
         holder("kube-scheduler").await.starts_with(address)
             && holder("kube-controller-manager").await.starts_with(address)
     };
-    let mut first = cluster.launch_more("controllers,scheduler", "127.0.0.2");
+    let first = cluster.launch_more("controllers,scheduler", "127.0.0.2");
     cluster
         .eventually("the first leads", async || both_led_by("127.0.0.2:").await)
         .await;
-    let mut second = cluster.launch_more("controllers,scheduler", "127.0.0.3");
+    let _second = cluster.launch_more("controllers,scheduler", "127.0.0.3");
     let deployments: Api<Deployment> = cluster.api("default");
     deployments
         .create(
@@ -295,8 +295,7 @@ async fn another_control_plane_takes_over_when_the_leading_one_dies() {
         })
         .await;
     assert!(both_led_by("127.0.0.2:").await, "the second waits");
-    first.kill().unwrap();
-    first.wait().unwrap();
+    drop(first);
     deployments
         .create(
             &PostParams::default(),
@@ -312,8 +311,6 @@ async fn another_control_plane_takes_over_when_the_leading_one_dies() {
             rolled_out(&deployments, "two").await
         })
         .await;
-    second.kill().unwrap();
-    second.wait().unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -29,13 +29,17 @@ pub struct Cluster {
     folder: TempDir,
     port: u16,
     components: &'static str,
-    process: Option<Child>,
+    process: Option<Process>,
     nodes: JoinSet<()>,
 }
 
-impl Drop for Cluster {
+/// A process that does not outlive its test: dropping it is kill -9.
+pub struct Process(Child);
+
+impl Drop for Process {
     fn drop(&mut self) {
-        self.kill();
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 
@@ -82,14 +86,14 @@ impl Cluster {
         .await;
     }
 
-    /// One more process of the control plane; the caller ends it.
-    pub fn launch_more(&self, components: &str, advertised: &str) -> Child {
+    /// One more process of the control plane.
+    pub fn launch_more(&self, components: &str, advertised: &str) -> Process {
         let log = std::fs::OpenOptions::new()
             .create(true)
             .append(true)
             .open(self.log())
             .unwrap();
-        Command::new(env!("CARGO_BIN_EXE_keelway-controlplane"))
+        let process = Command::new(env!("CARGO_BIN_EXE_keelway-controlplane"))
             .arg("--data-dir")
             .arg(self.folder.path().join("data"))
             .arg("--pki-dir")
@@ -104,7 +108,8 @@ impl Cluster {
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()
-            .unwrap()
+            .unwrap();
+        Process(process)
     }
 
     fn log(&self) -> PathBuf {
@@ -113,10 +118,7 @@ impl Cluster {
 
     /// kill -9.
     pub fn kill(&mut self) {
-        if let Some(mut process) = self.process.take() {
-            let _ = process.kill();
-            let _ = process.wait();
-        }
+        self.process = None;
     }
 
     /// Waits until something holds; fails with the control plane's log if it never does.

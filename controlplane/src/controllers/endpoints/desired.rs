@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use k8s_openapi::api::core::v1::{Pod, Service, ServicePort};
-use k8s_openapi::api::discovery::v1::{Endpoint, EndpointConditions, EndpointPort};
+use k8s_openapi::api::discovery::v1::{
+    Endpoint, EndpointConditions, EndpointHints, EndpointPort, ForNode, ForZone,
+};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use super::super::labels::Labels;
@@ -215,17 +217,48 @@ fn endpoint(
         .and_then(|name| snapshot.nodes.get(&Key::cluster(name)));
     let mut target = Target::of(pod).reference();
     target.api_version = None;
+    let zone = node.and_then(|node| zone(node).cloned());
+    let ready = publish || (serving && !terminating);
     Endpoint {
         addresses: vec![address.into()],
         conditions: Some(EndpointConditions {
-            ready: Some(publish || (serving && !terminating)),
+            ready: Some(ready),
             serving: Some(serving),
             terminating: Some(terminating),
         }),
         hostname,
-        zone: node.and_then(|node| zone(node).cloned()),
+        hints: hints(service, ready, node_name.as_deref(), zone.as_deref()),
+        zone,
         node_name,
         target_ref: Some(target),
         ..Default::default()
     }
+}
+
+/// For whom a ready endpoint is meant first, as the Service's `trafficDistribution` says (KEP-3015): proxies go by this, not by
+/// the Service.
+fn hints(
+    service: &Service,
+    ready: bool,
+    node: Option<&str>,
+    zone: Option<&str>,
+) -> Option<EndpointHints> {
+    let distribution = service.spec.as_ref()?.traffic_distribution.as_deref()?;
+    if !ready {
+        return None;
+    }
+    let for_zones = zone.map(|zone| vec![ForZone { name: zone.into() }]);
+    let for_nodes = node.map(|node| vec![ForNode { name: node.into() }]);
+    let hints = match distribution {
+        "PreferClose" | "PreferSameZone" => EndpointHints {
+            for_zones,
+            for_nodes: None,
+        },
+        "PreferSameNode" => EndpointHints {
+            for_zones,
+            for_nodes,
+        },
+        _ => return None,
+    };
+    (hints.for_zones.is_some() || hints.for_nodes.is_some()).then_some(hints)
 }

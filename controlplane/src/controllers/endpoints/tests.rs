@@ -140,6 +140,55 @@ fn an_endpoint_says_where_its_pod_is_and_how_it_does() {
 }
 
 #[test]
+fn ready_endpoints_say_for_which_node_and_zone_they_are_when_the_service_asks_for_it() {
+    for (distribution, zones, nodes) in [
+        ("PreferSameNode", true, true),
+        ("PreferClose", true, false),
+        ("PreferSameZone", true, false),
+    ] {
+        let mut cluster = cluster(json!({"trafficDistribution": distribution}));
+        let mut zoned = node("n0");
+        zoned
+            .metadata
+            .labels
+            .as_mut()
+            .unwrap()
+            .insert("topology.kubernetes.io/zone".into(), "z1".into());
+        cluster.add(zoned);
+        let key = add_pod(&mut cluster, "a", 8080);
+        cluster.set_ready(&key, false);
+        cluster.settle();
+        assert!(
+            endpoints(&cluster)[0].hints.is_none(),
+            "{distribution}: nobody is sent to what is not ready"
+        );
+        cluster.set_ready(&key, true);
+        cluster.settle();
+        let hints = endpoints(&cluster)[0].hints.clone().unwrap();
+        let names = hints
+            .for_zones
+            .unwrap_or_default()
+            .into_iter()
+            .map(|zone| zone.name)
+            .collect::<Vec<_>>();
+        assert_eq!(names == ["z1"], zones, "{distribution}");
+        let names = hints
+            .for_nodes
+            .unwrap_or_default()
+            .into_iter()
+            .map(|node| node.name)
+            .collect::<Vec<_>>();
+        assert_eq!(names == ["n0"], nodes, "{distribution}");
+        // Taking the wish back takes the hints away.
+        cluster.edit::<Service>(&Key::new("default", "web"), |web| {
+            web.spec.as_mut().unwrap().traffic_distribution = None
+        });
+        cluster.settle();
+        assert!(endpoints(&cluster)[0].hints.is_none());
+    }
+}
+
+#[test]
 fn an_ended_pod_and_a_pod_that_stops_matching_leave() {
     let mut cluster = cluster(json!({}));
     for name in ["a", "b", "c"] {
