@@ -41,6 +41,8 @@ reasons! {
     ServiceTranslated = "service_translated", Event;
     /// A packet from a backend was translated back.
     ReplyTranslated = "reply_translated", Event;
+    /// An ICMP error about a translated packet was translated with what it quotes.
+    IcmpTranslated = "icmp_translated", Event;
     /// A packet went to a local pod's namespace without the host's stack.
     Delivered = "delivered", Event;
     /// A packet was left to the host's stack.

@@ -106,18 +106,22 @@ pub struct Backend {
     pub addr: Addr,
     /// Network order.
     pub port: u16,
-    pub pad: [u16; 3],
+    pub pad: u16,
+    /// Its place among its service's backends, from 0. To the verifier, a number that is read is any number, while one
+    /// that counts a loop is a state of its own for every turn.
+    pub slot: u32,
     /// Zero; kept for weight and node.
     pub reserved: u64,
 }
-plain!(Backend, 32, { addr: 0, port: 16, pad: 18, reserved: 24 });
+plain!(Backend, 32, { addr: 0, port: 16, pad: 18, slot: 20, reserved: 24 });
 
 impl Backend {
-    pub const fn new(addr: Addr, port_be: u16) -> Self {
+    pub const fn new(addr: Addr, port_be: u16, slot: u32) -> Self {
         Self {
             addr,
             port: port_be,
-            pad: [0; 3],
+            pad: 0,
+            slot,
             reserved: 0,
         }
     }

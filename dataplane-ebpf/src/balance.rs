@@ -24,8 +24,9 @@ pub enum Pick {
     Torn,
 }
 
-/// How far [`find`] looks: beyond, a backend that moved counts as gone.
-const FIND_MAX: u32 = 64;
+/// How many places [`find`] looks at, around where the backend was: one that moved further counts as gone. Backends are
+/// sorted, so that each one added or removed moves others by one place.
+const FIND_MAX: u32 = 24;
 
 /// Reads where a service's backends are. The reference and the header must agree: an extent is reused only after a grace
 /// period, so they disagree only when this CPU was held up for that long between two loads.
@@ -81,7 +82,7 @@ pub fn pick<T: Tables>(tables: &T, service: u32) -> Pick {
             addr: backend.addr,
             port: backend.port,
             generation: reference.generation,
-            slot,
+            slot: backend.slot,
         });
     }
     Pick::Torn
@@ -96,34 +97,33 @@ pub fn find<T: Tables>(tables: &T, service: u32, known: &Picked) -> Option<Picke
     if reference.generation == known.generation {
         return Some(*known);
     }
-    let is_at = |slot: u32| {
-        let Some(cell) = tables.cell(reference.extent.wrapping_add(1).wrapping_add(slot)) else {
-            return false;
-        };
+    let at = |slot: u32| {
+        let cell = tables.cell(reference.extent.wrapping_add(1).wrapping_add(slot))?;
         let backend = Backend::from(cell);
-        backend.port == known.port
+        let same = backend.port == known.port
             && backend.addr.words[0] == known.addr.words[0]
-            && backend.addr.words[1] == known.addr.words[1]
-    };
-    let found = |slot| {
-        Some(Picked {
+            && backend.addr.words[1] == known.addr.words[1];
+        same.then_some(Picked {
             generation: reference.generation,
-            slot,
+            slot: backend.slot,
             ..*known
         })
     };
-    if known.slot < header.total && is_at(known.slot) {
-        return found(known.slot);
-    }
-    let mut slot = 0;
-    while slot < FIND_MAX {
+    let first = if header.total <= FIND_MAX {
+        0
+    } else {
+        known.slot.saturating_sub(FIND_MAX / 2)
+    };
+    let mut turn = 0;
+    while turn < FIND_MAX {
+        let slot = first.wrapping_add(turn);
         if slot >= header.total {
             return None;
         }
-        if is_at(slot) {
-            return found(slot);
+        if let Some(found) = at(slot) {
+            return Some(found);
         }
-        slot += 1;
+        turn += 1;
     }
     None
 }
@@ -208,5 +208,30 @@ mod tests {
         assert_eq!(find(&tables, 7, &known).map(|p| p.slot), Some(1));
         tables.set_service(7, &["10.0.0.2:81"], &[]);
         assert!(find(&tables, 7, &known).is_none());
+    }
+
+    #[test]
+    fn a_backend_of_a_large_service_is_found_after_others_left_before_it() {
+        let tables = Memory::default();
+        let all: Vec<String> = (0..200).map(|n| format!("10.0.1.{n}:80")).collect();
+        let set = |list: &[String]| {
+            let list: Vec<&str> = list.iter().map(String::as_str).collect();
+            tables.set_service(7, &list, &[]);
+        };
+        set(&all);
+        let generation = tables.service(7).unwrap().generation;
+        for slot in [0, 5, 60, 199] {
+            let known = Picked {
+                addr: addr([10, 0, 1, slot as u8]),
+                port: 80u16.to_be(),
+                generation,
+                slot,
+            };
+            set(&all);
+            assert_eq!(find(&tables, 7, &known).map(|p| p.slot), Some(slot));
+            let gone = slot.min(10);
+            set(&all[gone as usize..]);
+            assert_eq!(find(&tables, 7, &known).map(|p| p.slot), Some(slot - gone));
+        }
     }
 }

@@ -7,7 +7,7 @@ use dataplane_abi::{
 
 use crate::{
     balance::{self, Pick, Picked},
-    flow,
+    flow, icmp,
     packet::{Fragment, Ipv4, Packet, Parsed, parse},
     reject::reject,
     tables::{FlowEntry, Tables},
@@ -57,16 +57,19 @@ pub fn pod_ingress<P: Packet, T: Tables>(
         }) if owner == ifindex => {}
         _ => return drop(tables, Reason::SourceAddress),
     }
-    if !features.packet_lb {
-        return deliver(tables, &ip.key.dst);
+    let pod = pod_at(tables, &ip.key.dst);
+    if features.packet_lb {
+        // What is sent to a pod may be an answer, but asks no Service.
+        let side = if pod != 0 { Side::Answers } else { Side::Pod };
+        match follow(packet, tables, &mut ip, side) {
+            Followed::Untouched => {}
+            Followed::ToBackend(to) => return deliver(tables, pod_at(tables, &to.dst)),
+            Followed::ToClient(to) => return answer(tables, &to.dst, features),
+            Followed::Rejected => return Verdict::Peer(ifindex),
+            Followed::Dropped => return Verdict::Drop,
+        }
     }
-    match follow(packet, tables, &mut ip, Side::Pod) {
-        Followed::Untouched => deliver(tables, &ip.key.dst),
-        Followed::ToBackend(to) => deliver(tables, &to.dst),
-        Followed::ToClient(to) => answer(tables, &to.dst, features),
-        Followed::Rejected => Verdict::Peer(ifindex),
-        Followed::Dropped => Verdict::Drop,
-    }
+    deliver(tables, pod)
 }
 
 /// Packets that the host sends to a pod: egress of the host's side of its veth. Answers of the host's own backends are
@@ -97,14 +100,14 @@ pub fn uplink_ingress<P: Packet, T: Tables>(
         // The stack judges what is not ours.
         Parsed::Other | Parsed::Malformed => return pass(tables),
     };
-    if !features.packet_lb {
-        return deliver(tables, &ip.key.dst);
+    if features.packet_lb {
+        match follow(packet, tables, &mut ip, Side::Answers) {
+            Followed::ToClient(to) => return answer(tables, &to.dst, features),
+            Followed::Dropped => return Verdict::Drop,
+            _ => {}
+        }
     }
-    match follow(packet, tables, &mut ip, Side::Answers) {
-        Followed::ToClient(to) => answer(tables, &to.dst, features),
-        Followed::Dropped => Verdict::Drop,
-        _ => deliver(tables, &ip.key.dst),
-    }
+    deliver(tables, pod_at(tables, &ip.key.dst))
 }
 
 /// Packets that the host routed to a Service address: ingress of the inner end of the service veth pair.
@@ -165,7 +168,7 @@ enum Followed {
 #[inline(always)]
 fn follow<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &mut Ipv4, side: Side) -> Followed {
     if !ip.has_ports() {
-        return portless(tables, ip, side);
+        return portless(packet, tables, ip, side);
     }
     match ip.fragment {
         Fragment::Whole => {}
@@ -320,9 +323,31 @@ fn rewrite<P: Packet, T: Tables>(
     done
 }
 
-/// Protocols without ports: not spoken by Services.
+/// Protocols without ports are not spoken by Services, but ICMP errors may be about what Services translated.
 #[inline(always)]
-fn portless<T: Tables>(tables: &T, ip: &Ipv4, side: Side) -> Followed {
+fn portless<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Ipv4, side: Side) -> Followed {
+    if let Some(quoted) = icmp::quoted(packet, ip)
+        && let Some(entry) = flow::lookup(tables, &quoted.key.mirrored())
+    {
+        let (about, reply) = (entry.get().other, entry.get().reply);
+        // The outer addresses follow the inner ones that they equal; a router's own stays.
+        let follows = |outer: &Addr, inner: &Addr, becomes: &Addr| {
+            let same = outer.words[0] == inner.words[0] && outer.words[1] == inner.words[1];
+            if same { *becomes } else { *outer }
+        };
+        let src = follows(&ip.key.src, &quoted.key.dst, &about.dst);
+        let dst = follows(&ip.key.dst, &quoted.key.src, &about.src);
+        let to = FlowKey::new(src, dst, 0, 0, ip.key.proto);
+        if !icmp::translate(packet, ip, &quoted, &to, &about) {
+            return dropped(tables, Reason::RewriteFailed);
+        }
+        tables.count(Reason::IcmpTranslated);
+        return if reply == 1 {
+            Followed::ToClient(to)
+        } else {
+            Followed::ToBackend(to)
+        };
+    }
     if side != Side::Answers && is_vip(tables, &ip.key.dst) {
         return dropped(tables, Reason::ServiceProtocol);
     }
@@ -354,20 +379,24 @@ fn dropped<T: Tables>(tables: &T, reason: Reason) -> Followed {
     Followed::Dropped
 }
 
+/// The host's side of the veth of the local pod that has the address; 0 when none has. Not an Option: where it is None, the
+/// compiler copies whatever register would hold the value, and the verifier refuses to read one that was never written.
+#[inline(always)]
+fn pod_at<T: Tables>(tables: &T, addr: &Addr) -> u32 {
+    match tables.local(addr) {
+        Some(local) if local.kind == FROM_POD => local.ifindex,
+        _ => 0,
+    }
+}
+
 /// To a local pod directly, else by the stack.
 #[inline(always)]
-fn deliver<T: Tables>(tables: &T, dst: &Addr) -> Verdict {
-    match tables.local(dst) {
-        Some(LocalAddress {
-            kind: FROM_POD,
-            ifindex,
-            ..
-        }) => {
-            tables.count(Reason::Delivered);
-            Verdict::Peer(ifindex)
-        }
-        _ => pass(tables),
+fn deliver<T: Tables>(tables: &T, pod: u32) -> Verdict {
+    if pod == 0 {
+        return pass(tables);
     }
+    tables.count(Reason::Delivered);
+    Verdict::Peer(pod)
 }
 
 /// As [`deliver`], for a packet that now comes from a Service address: the host takes it from the interface that its

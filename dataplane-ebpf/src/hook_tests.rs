@@ -420,3 +420,67 @@ fn with_translation_off_service_addresses_are_like_any_other() {
     );
     assert_eq!((verdict, out.0), (Verdict::Pass, packet));
 }
+
+/// An ICMP error from a socket address' host about a packet.
+fn error(from: &str, about: &[u8]) -> Vec<u8> {
+    let sender = format!("{}.{}.{}.{}:0", about[26], about[27], about[28], about[29]);
+    let mut body = vec![0; 4];
+    body.extend(&about[14..42]);
+    icmp(from, &sender, 3, 3, &body)
+}
+
+/// The same, but for the quoted transport checksum, which is left as it was.
+fn without_quoted_checksum(mut packet: Vec<u8>) -> Vec<u8> {
+    packet[68..70].fill(0);
+    packet[36..38].fill(0);
+    packet
+}
+
+#[test]
+fn an_icmp_error_about_a_translated_packet_quotes_what_its_sender_sent() {
+    let tables = node(&["10.0.1.13:8080"]);
+    let sent = udp("10.0.0.11:4000", "10.96.0.1:80", b"hello");
+    let (_, out) = from_pod(&tables, A, sent.clone());
+    for (from, seen_from) in [
+        ("10.0.1.13:0", "10.96.0.1:0"),
+        ("198.18.0.9:0", "198.18.0.9:0"),
+    ] {
+        let (verdict, back) = from_uplink(&tables, error(from, &out));
+        assert_eq!(verdict, Verdict::Peer(A), "from {from}");
+        assert!(checksums_are_right(&back), "from {from}");
+        assert_eq!(
+            without_quoted_checksum(back),
+            without_quoted_checksum(error(seen_from, &sent))
+        );
+    }
+    assert_eq!(tables.counted(Reason::IcmpTranslated), 2);
+}
+
+#[test]
+fn an_icmp_error_about_an_answer_reaches_the_backend_that_sent_it() {
+    let tables = node(&["10.0.0.12:8080"]);
+    from_pod(&tables, A, udp("10.0.0.11:4000", "10.96.0.1:80", b"hello"));
+    let answer = udp("10.0.0.12:8080", "10.0.0.11:4000", b"hello");
+    let (_, seen) = from_pod(&tables, B, answer.clone());
+    let (verdict, out) = from_pod(&tables, A, error("10.0.0.11:0", &seen));
+    assert_eq!(verdict, Verdict::Peer(B));
+    assert!(checksums_are_right(&out));
+    assert_eq!(
+        without_quoted_checksum(out),
+        without_quoted_checksum(error("10.0.0.11:0", &answer))
+    );
+}
+
+#[test]
+fn icmp_that_is_about_no_flow_is_left_as_it_is() {
+    let tables = node(&["10.0.1.13:8080"]);
+    let stray = error("10.0.1.13:0", &udp("10.0.0.11:1", "10.0.1.13:2", b"hello"));
+    assert_eq!(
+        from_uplink(&tables, stray.clone()),
+        (Verdict::Peer(A), stray)
+    );
+    let echo = icmp("10.0.0.11:0", "10.0.0.12:0", 8, 0, &[0; 40]);
+    assert_eq!(from_pod(&tables, A, echo.clone()), (Verdict::Peer(B), echo));
+    let cut = icmp("10.0.1.13:0", "10.0.0.11:0", 3, 3, &[0x45; 10]);
+    assert_eq!(from_uplink(&tables, cut.clone()), (Verdict::Peer(A), cut));
+}

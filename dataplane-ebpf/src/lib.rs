@@ -4,7 +4,8 @@
 //! packets, and for the host, where its tests give it vectors.
 //!
 //! - [`packet`]: reading headers; [`checksum`]: what changing them does to sums
-//! - [`translate`]: rewriting a packet's addresses and ports; [`reject`]: turning it into a reset or an ICMP error
+//! - [`translate`]: rewriting a packet's addresses and ports; [`icmp`]: the same for an ICMP error and what it quotes;
+//!   [`reject`]: turning a packet into a reset or an ICMP error
 //! - [`tables`]: the maps, as a trait; [`balance`]: choosing a backend; [`flow`]: conntrack
 //! - [`hook`]: what each tc hook does with a packet; [`socket`]: what each cgroup hook does with a call
 
@@ -12,6 +13,7 @@ pub mod balance;
 pub mod checksum;
 pub mod flow;
 pub mod hook;
+pub mod icmp;
 pub mod packet;
 pub mod reject;
 pub mod socket;

@@ -153,9 +153,9 @@ impl Memory {
             }
             .into(),
         );
-        for backend in active.iter().chain(terminating) {
+        for (slot, backend) in (0..).zip(active.iter().chain(terminating)) {
             let at = socket(backend);
-            cells.push(Backend::new((*at.ip()).into(), at.port().to_be()).into());
+            cells.push(Backend::new((*at.ip()).into(), at.port().to_be(), slot).into());
         }
         services.insert(id, ServiceRef { extent, generation });
     }

@@ -155,7 +155,7 @@ fn parse_ipv4<P: Packet>(packet: &P) -> Option<Ipv4> {
 
 /// Two 16-bit words of memory as one of 32 bits of memory.
 #[inline(always)]
-const fn word(first: u16, second: u16) -> u32 {
+pub(crate) const fn word(first: u16, second: u16) -> u32 {
     let (a, b) = (first.to_ne_bytes(), second.to_ne_bytes());
     u32::from_ne_bytes([a[0], a[1], b[0], b[1]])
 }

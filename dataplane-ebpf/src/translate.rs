@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// Offset of the checksum in an IPv4 header; source and destination follow.
-const IPV4_CHECKSUM: usize = 10;
+pub(crate) const IPV4_CHECKSUM: usize = 10;
 
 /// Gives a packet the addresses and ports of `to`, checksums included. False when it cannot be written, in which case
 /// it may be half rewritten and must be dropped.
@@ -71,7 +71,7 @@ pub fn translate<P: Packet>(packet: &mut P, ip: &Ipv4, to: &FlowKey) -> bool {
 }
 
 #[inline(always)]
-const fn ports(key: &FlowKey) -> u32 {
+pub(crate) const fn ports(key: &FlowKey) -> u32 {
     let (s, d) = (key.sport.to_ne_bytes(), key.dport.to_ne_bytes());
     u32::from_ne_bytes([s[0], s[1], d[0], d[1]])
 }

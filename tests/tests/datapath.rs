@@ -472,7 +472,7 @@ fn idle_flows_are_collected_and_live_ones_are_not() {
         .run(|| TcpStream::connect("10.96.0.2:80").unwrap());
     let mut buffer = [0; 256];
     stream.write_all(b"x").unwrap();
-    stream.read(&mut buffer).unwrap();
+    assert!(stream.read(&mut buffer).unwrap() > 0);
     assert_eq!(
         ask(&pod.network, None, "tcp 10.96.0.3:80").unwrap(),
         "c 10.244.1.11 from 10.96.0.3:80"

@@ -213,12 +213,11 @@ impl<M: MapIo> Tables<M> {
             ..ExtentHeader::default()
         };
         let mut cells = vec![Cell::from(header)];
+        let all = backends.active.iter().chain(&backends.terminating);
         cells.extend(
-            backends
-                .active
-                .iter()
-                .chain(&backends.terminating)
-                .map(|at| Cell::from(Backend::new(at.ip().into(), at.port().to_be()))),
+            (0..).zip(all).map(|(slot, at)| {
+                Cell::from(Backend::new(at.ip().into(), at.port().to_be(), slot))
+            }),
         );
         self.io.write_cells(extent.start, &cells);
         self.io.set_service(
