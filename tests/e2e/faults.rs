@@ -20,10 +20,12 @@ const LONG_TRANSFER: &str = "(printf 'POST / HTTP/1.1\\r\\nHost: hello\\r\\nConn
 fn workers(cluster: &Cluster) -> BTreeMap<String, Process> {
     let mut found = BTreeMap::new();
     for (node, _) in cluster.workers() {
-        let agents = processes(&format!("{}/{node}", cluster.name), "keelway-agent");
-        let worker = agents
-            .iter()
-            .find(|one| agents.iter().any(|other| other.pid == one.parent));
+        let all = processes(&format!("{}/{node}", cluster.name), "");
+        let is_agent = |pid| {
+            all.iter()
+                .any(|one| one.pid == pid && one.name == "keelway-agent")
+        };
+        let worker = all.iter().find(|one| is_agent(one.parent));
         found.extend(worker.map(|worker| (node, worker.clone())));
     }
     found

@@ -2,6 +2,7 @@
 
 pub mod oci;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -232,6 +233,9 @@ fn echo(_: &Project, bin_dir: &Path) -> Result<Contents> {
 /// Ours in the client image, which go before busybox's of the same name.
 const CLIENT_PROGRAMS: &[&str] = &["dig", "nc", "wget"];
 
+/// Debian's own programs that start others: busybox's would start its applets, whatever PATH says.
+const WRAPPERS: &[&str] = &["env", "nice", "nohup", "timeout", "xargs"];
+
 /// A shell, busybox's programs and ours. The shell is dash, because busybox's own prefers its applets to what is in PATH.
 /// Debian has no static dash, so the C library that it names comes along.
 fn client(_: &Project, bin_dir: &Path) -> Result<Contents> {
@@ -276,22 +280,33 @@ fn client(_: &Project, bin_dir: &Path) -> Result<Contents> {
     }
     let applets = process::stdout_of(Command::new(busybox).arg("--list"))
         .context("the client image is made from Debian's busybox-static")?;
-    for applet in applets
-        .lines()
-        .filter(|applet| !["sh", "busybox"].contains(applet) && !CLIENT_PROGRAMS.contains(applet))
-    {
+    let has_better = |applet: &&str| {
+        ["sh", "busybox"].contains(applet)
+            || CLIENT_PROGRAMS.contains(applet)
+            || WRAPPERS.contains(applet)
+    };
+    for applet in applets.lines().filter(|applet| !has_better(applet)) {
         entries.push(Entry::Link {
             path: format!("bin/{applet}"),
             target: "busybox".into(),
         });
     }
-    for (path, source) in shared_libraries(Path::new("/bin/dash"))? {
+    let mut libraries = BTreeMap::new();
+    for name in WRAPPERS {
+        let source = Path::new("/usr/bin").join(name);
+        libraries.extend(shared_libraries(&source)?);
         entries.push(Entry::File {
-            path,
+            path: format!("bin/{name}"),
             mode: 0o755,
             source,
         });
     }
+    libraries.extend(shared_libraries(Path::new("/bin/dash"))?);
+    entries.extend(libraries.into_iter().map(|(path, source)| Entry::File {
+        path,
+        mode: 0o755,
+        source,
+    }));
     Ok(Contents {
         entries,
         entrypoint: &[],
