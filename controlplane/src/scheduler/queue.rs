@@ -36,6 +36,8 @@ pub struct Queue {
     entries: HashMap<Key, Entry>,
     turn: BTreeSet<(Reverse<i32>, u64, Key)>,
     timed: BTreeSet<(Timestamp, Key)>,
+    /// Those that wait for an event: every binding is one, so they must not be searched for.
+    parked: BTreeSet<Key>,
     serial: u64,
 }
 
@@ -82,6 +84,7 @@ impl Queue {
                 self.timed.remove(&(at, key.clone()));
             }
             Waits::ForEvent { since } => {
+                self.parked.remove(key);
                 self.timed.remove(&(forgotten(since), key.clone()));
             }
         }
@@ -97,6 +100,7 @@ impl Queue {
                 self.timed.insert((at, key.clone()));
             }
             Waits::ForEvent { since } => {
+                self.parked.insert(key.clone());
                 self.timed.insert((forgotten(since), key.clone()));
             }
         }
@@ -131,13 +135,7 @@ impl Queue {
 
     /// Something changed that may let waiting pods in: each is tried as soon as its back-off is over.
     pub fn wake(&mut self, now: Timestamp) {
-        let waiting: Vec<Key> = self
-            .entries
-            .iter()
-            .filter(|(_, entry)| matches!(entry.waits, Waits::ForEvent { .. }))
-            .map(|(key, _)| key.clone())
-            .collect();
-        for key in waiting {
+        for key in std::mem::take(&mut self.parked) {
             let Some(mut entry) = self.entries.get(&key).cloned() else {
                 continue;
             };
@@ -158,6 +156,7 @@ impl Queue {
             let Some((_, key)) = self.timed.pop_first() else {
                 return;
             };
+            self.parked.remove(&key);
             if let Some(mut entry) = self.entries.remove(&key) {
                 entry.waits = Waits::ForTurn;
                 self.insert(&key, entry);
