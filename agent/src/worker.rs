@@ -29,6 +29,8 @@ use crate::source::KINDS;
 const TURN_EVENTS_MAX: usize = 20_000;
 /// The pause between rounds of upkeep: collecting flows, looking for pods that went without a word, trying again.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(10);
+/// How long after its last failure a watch counts as well again: longer than its pauses, and than a server takes to refuse.
+const WATCH_DOUBT: Duration = Duration::from_secs(30);
 /// The pause between attempts to set the node up.
 const SETUP_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -57,6 +59,8 @@ pub struct Worker {
     services_applied: bool,
     /// The last batch failed: what the maps lack is tried again with the next upkeep.
     retry: bool,
+    /// When the cluster could last not be watched.
+    watch_failed: Option<Instant>,
     /// What is wrong now, by the part that is concerned.
     problems: BTreeMap<&'static str, String>,
     report: Report,
@@ -85,6 +89,7 @@ impl Worker {
             pods,
             services_applied: false,
             retry: false,
+            watch_failed: None,
             problems: BTreeMap::new(),
             report: Report {
                 version: env!("CARGO_PKG_VERSION").into(),
@@ -143,6 +148,7 @@ impl Worker {
                 self.report.rejected_objects += 1;
             }
             Event::Cluster(WatchReport::Failed { kind, error }) => {
+                self.watch_failed = Some(Instant::now());
                 self.problem("watch", format!("{kind}s cannot be watched: {error}"));
             }
             Event::Request {
@@ -346,6 +352,14 @@ impl Worker {
     }
 
     fn upkeep(&mut self) {
+        // A watch that goes on where it broke off does not say so while nothing happens; one that fails says so again.
+        if self
+            .watch_failed
+            .is_some_and(|when| when.elapsed() > WATCH_DOUBT)
+        {
+            self.watch_failed = None;
+            self.problems.remove("watch");
+        }
         if self.node.is_none() {
             self.set_up();
         }

@@ -1,12 +1,15 @@
 //! Changes from a Kubernetes API: lists and watches, begun again for as long as the process lives.
 
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::{Stream, StreamExt};
 use k8s_openapi::api::core::v1 as core;
 use k8s_openapi::api::discovery::v1 as discovery;
 use kube::config::{AuthInfo, KubeConfigOptions, Kubeconfig};
+use kube::runtime::utils::Backoff;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client, Config};
 use tokio::sync::mpsc;
@@ -130,6 +133,34 @@ pub async fn watch(client: Client, kinds: &[Kind], reports: mpsc::Sender<Report>
     }
 }
 
+/// Pauses between attempts: soon at first, for a server that restarts; at most five seconds, so that a node is not long without
+/// news when the server is back; never quite the same, so that many nodes do not come at once.
+#[derive(Default)]
+struct Pauses {
+    attempts: u32,
+}
+
+const PAUSE_MIN_MS: u64 = 100;
+const PAUSE_MAX_MS: u64 = 5_000;
+
+impl Iterator for Pauses {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        let doubled = PAUSE_MIN_MS << self.attempts.min(10);
+        self.attempts += 1;
+        let random = RandomState::new().build_hasher().finish();
+        let pause = doubled.min(PAUSE_MAX_MS);
+        Some(Duration::from_millis(pause / 2 + random % (pause / 2 + 1)))
+    }
+}
+
+impl Backoff for Pauses {
+    fn reset(&mut self) {
+        self.attempts = 0;
+    }
+}
+
 type Reports = std::pin::Pin<Box<dyn Stream<Item = Report> + Send>>;
 
 fn stream<K, T>(client: &Client, kind: Kind, wrap: fn(Arc<T>) -> Object) -> Reports
@@ -142,8 +173,8 @@ where
         + 'static,
     T: TryFrom<K, Error = Rejected> + Send + Sync + 'static,
 {
-    let events =
-        watcher(Api::<K>::all(client.clone()), watcher::Config::default()).default_backoff();
+    let events = watcher(Api::<K>::all(client.clone()), watcher::Config::default())
+        .backoff(Pauses::default());
     let mut list: Vec<Object> = Vec::new();
     let reports = events.flat_map(move |event| {
         let mut out = Vec::with_capacity(1);
@@ -189,4 +220,22 @@ where
         futures::stream::iter(out)
     });
     Box::pin(reports)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_to_five_seconds_and_begin_again_after_success() {
+        let mut pauses = Pauses::default();
+        let first = pauses.next().unwrap();
+        assert!(first >= Duration::from_millis(50) && first <= Duration::from_millis(100));
+        for _ in 0..100 {
+            assert!(pauses.next().unwrap() <= Duration::from_secs(5));
+        }
+        assert!(pauses.next().unwrap() >= Duration::from_millis(2500));
+        pauses.reset();
+        assert!(pauses.next().unwrap() <= Duration::from_millis(100));
+    }
 }
