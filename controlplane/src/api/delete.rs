@@ -9,7 +9,7 @@ use super::fields::{self, Fields};
 use super::reply::Answer;
 use super::request::{Form, ListOptions, Query, Target, WriteOptions};
 use super::status::{FieldError, Status};
-use super::{Api, Call, object, reply, strategy, write};
+use super::{Api, Call, body, object, reply, strategy};
 use crate::store::{Expect, StoreError};
 
 /// How often a deletion is tried again when others write the object meanwhile.
@@ -32,12 +32,9 @@ impl DeleteOptions {
             [] => Value::Null,
             body => {
                 // Clients send the options in their own group's version or in v1's; the fields are the same.
-                let media = crate::codec::MediaType::from_content_type(write::content_type(parts));
+                let media = crate::codec::MediaType::from_content_type(body::content_type(parts));
                 let media = media.ok_or_else(|| {
-                    Status::unsupported_media_type(
-                        write::content_type(parts),
-                        &["application/json"],
-                    )
+                    Status::unsupported_media_type(body::content_type(parts), &["application/json"])
                 })?;
                 let decoded = crate::codec::decode(body, media, "v1", "DeleteOptions", validation);
                 decoded
@@ -95,8 +92,8 @@ impl Api {
         body: Incoming,
     ) -> Result<Answer, Status> {
         let form = Form::negotiate(&parts.headers, &call.query)?;
-        let body = write::read_body(body).await?;
-        let options = DeleteOptions::parse(parts, &body, &call.query)?;
+        let bytes = body::read_body(body).await?;
+        let options = DeleteOptions::parse(parts, &bytes, &call.query)?;
         match self.delete_object(&call.target, &options).await? {
             Deleted::Waiting(object) => {
                 Ok(reply::object(StatusCode::OK, &call.target, form, object))
@@ -119,9 +116,9 @@ impl Api {
         parts: &Parts,
         body: Incoming,
     ) -> Result<Answer, Status> {
-        let body = write::read_body(body).await?;
-        let options = DeleteOptions::parse(parts, &body, &call.query)?;
-        let selected = ListOptions::parse(&call.query)?;
+        let bytes = body::read_body(body).await?;
+        let options = DeleteOptions::parse(parts, &bytes, &call.query)?;
+        let selected = ListOptions::parse(&call.query, call.target.resource)?;
         strategy::check_selectable(&call.target, &selected.fields)?;
         let listing = self.select(&call.target, &selected).await?;
         let resource = call.target.resource;

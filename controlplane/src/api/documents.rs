@@ -1,6 +1,7 @@
 //! Documents about the API: version, discovery (aggregated and plain), OpenAPI. Made when first asked for.
 
-use std::sync::OnceLock;
+use std::collections::HashMap;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use bytes::Bytes;
 use http::{Method, StatusCode, header, request::Parts};
@@ -18,6 +19,8 @@ pub struct Documents {
     aggregated: [OnceLock<(Bytes, String)>; 2],
     openapi_v2: OnceLock<Bytes>,
     openapi_index: OnceLock<Bytes>,
+    /// By group and version.
+    openapi_v3: Mutex<HashMap<(String, String), Bytes>>,
 }
 
 /// The API level, as `kubectl version` shows it.
@@ -50,10 +53,8 @@ impl Api {
             ["openapi", "v3"] => Ok(kept(&self.documents.openapi_index, || {
                 openapi::v3_index(&self.served)
             })),
-            ["openapi", "v3", "api", "v1"] => self.found(openapi::v3(&self.served, "", "v1")),
-            ["openapi", "v3", "apis", group, version] => {
-                self.found(openapi::v3(&self.served, group, version))
-            }
+            ["openapi", "v3", "api", "v1"] => self.openapi("", "v1", parts),
+            ["openapi", "v3", "apis", group, version] => self.openapi(group, version, parts),
             ["openapi", "v2"] if asks_for_protobuf(parts) => Ok(reply::bytes(
                 StatusCode::OK,
                 OPENAPI_V2_PROTOBUF,
@@ -97,6 +98,42 @@ impl Api {
         document
             .map(|document| reply::json(StatusCode::OK, &document))
             .ok_or_else(Status::no_such_path)
+    }
+
+    /// The OpenAPI v3 document of a group and version. Clients that name its hash, as the index does, may keep it.
+    fn openapi(&self, group: &str, version: &str, parts: &Parts) -> Result<Answer, Status> {
+        let key = (group.to_owned(), version.to_owned());
+        let known = self
+            .documents
+            .openapi_v3
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(&key)
+            .cloned();
+        let body = match known {
+            Some(body) => body,
+            None => {
+                let document =
+                    openapi::v3(&self.served, group, version).ok_or_else(Status::no_such_path)?;
+                let body = Bytes::from(document.to_string());
+                let mut all = self
+                    .documents
+                    .openapi_v3
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner);
+                all.entry(key).or_insert(body).clone()
+            }
+        };
+        let mut answer = reply::bytes(StatusCode::OK, "application/json", body);
+        if parts
+            .uri
+            .query()
+            .is_some_and(|query| query.contains("hash="))
+        {
+            let forever = header::HeaderValue::from_static("public, immutable, max-age=31536000");
+            answer.headers_mut().insert(header::CACHE_CONTROL, forever);
+        }
+        Ok(answer)
     }
 
     fn groups(&self, parts: &Parts, core: bool) -> Result<Answer, Status> {

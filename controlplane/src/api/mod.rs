@@ -6,6 +6,7 @@
 mod admission;
 mod allocation;
 mod authenticate;
+mod body;
 pub mod bootstrap;
 mod change;
 mod config;
@@ -91,6 +92,13 @@ fn served() -> Vec<&'static Resource> {
         "internal.apiserver.k8s.io",
         "storagemigration.k8s.io",
     ];
+    // Quotas and limits are promises that admission keeps, and this one does not.
+    let not_core = [
+        "bindings",
+        "componentstatuses",
+        "limitranges",
+        "resourcequotas",
+    ];
     registry::resources()
         .iter()
         .filter(|resource| !left_out.contains(&resource.group))
@@ -98,10 +106,7 @@ fn served() -> Vec<&'static Resource> {
             "autoscaling" => resource.version == "v2",
             _ => resource.version == "v1",
         })
-        .filter(|resource| {
-            !(resource.group.is_empty()
-                && ["bindings", "componentstatuses"].contains(&resource.plural))
-        })
+        .filter(|resource| !(resource.group.is_empty() && not_core.contains(&resource.plural)))
         .collect()
 }
 
@@ -236,7 +241,7 @@ impl Api {
             }
             (Method::GET | Method::HEAD, named) => {
                 let form = Form::negotiate(&parts.headers, &call.query)?;
-                let mut options = ListOptions::parse(&call.query)?;
+                let mut options = ListOptions::parse(&call.query, call.target.resource)?;
                 if named {
                     let name = call.target.object_name()?;
                     options.fields =

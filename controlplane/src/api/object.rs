@@ -146,6 +146,24 @@ pub fn from_stored(object: Value, resource: &Resource) -> Value {
     rename(object, "events.k8s.io/v1", EVENT_FIELDS)
 }
 
+/// A field selector of a request, with the names that the stored form has for its fields.
+pub fn stored_selector<'a>(selector: &'a str, resource: &Resource) -> std::borrow::Cow<'a, str> {
+    if !converts(resource) {
+        return selector.into();
+    }
+    let renamed = selector.split(',').map(|part| {
+        let known = EVENT_FIELDS.iter().find(|(_, newer)| {
+            part.strip_prefix(newer)
+                .is_some_and(|rest| rest.starts_with(['.', '=', '!']))
+        });
+        match known {
+            Some((core, newer)) => format!("{core}{}", &part[newer.len()..]),
+            None => part.to_owned(),
+        }
+    });
+    renamed.collect::<Vec<_>>().join(",").into()
+}
+
 fn rename(object: Value, api_version: &str, names: [(&str, &str); 7]) -> Value {
     let Value::Object(fields) = object else {
         return object;
@@ -209,6 +227,10 @@ mod tests {
         assert_eq!(stored["involvedObject"]["kind"], "Pod");
         assert_eq!(stored["message"], "hello");
         assert_eq!(from_stored(stored, newer), event);
+        assert_eq!(
+            stored_selector("regarding.name=a,type!=Normal,reportingController=x", newer),
+            "involvedObject.name=a,type!=Normal,reportingComponent=x"
+        );
         assert_eq!(key(newer, Some("ns"), "e"), "/core/events/ns/e");
     }
 }

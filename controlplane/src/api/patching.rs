@@ -3,10 +3,11 @@
 use http::{StatusCode, request::Parts};
 use serde_json::Value;
 
+use super::body::{check_kind, check_name, content_type, settle_namespace};
 use super::fields::{self, Fields};
 use super::request::{Target, WriteOptions};
 use super::status::Status;
-use super::write::{Part, check_kind, check_name, content_type, settle_namespace};
+use super::write::Part;
 use crate::codec::{self, Decoded, MediaType};
 use crate::patch;
 

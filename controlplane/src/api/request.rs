@@ -152,14 +152,15 @@ pub struct ListOptions {
 }
 
 impl ListOptions {
-    pub fn parse(query: &Query) -> Result<Self, Status> {
+    pub fn parse(query: &Query, resource: &Resource) -> Result<Self, Status> {
+        let fields = super::object::stored_selector(query.get("fieldSelector"), resource);
         let resource_version = query.number::<u64>("resourceVersion")?;
         let version_match = query.get("resourceVersionMatch").to_owned();
         let options = Self {
             labels: LabelSelector::parse(query.get("labelSelector")).map_err(|error| {
                 Status::bad_request(format!("unable to parse labelSelector: {error}"))
             })?,
-            fields: FieldSelector::parse(query.get("fieldSelector")).map_err(|error| {
+            fields: FieldSelector::parse(&fields).map_err(|error| {
                 Status::bad_request(format!("unable to parse fieldSelector: {error}"))
             })?,
             watch: query.flag("watch"),

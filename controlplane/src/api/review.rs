@@ -7,12 +7,12 @@ use http::{StatusCode, request::Parts};
 use hyper::body::Incoming;
 use serde_json::{Value, json};
 
+use super::body::{decode, read_body};
 use super::config::TOKEN_ISSUER;
 use super::fields::Fields;
 use super::reply::Answer;
 use super::request::WriteOptions;
 use super::status::{FieldError, Status};
-use super::write::{decode, read_body};
 use super::{Api, Call, reply};
 use crate::registry::Resource;
 

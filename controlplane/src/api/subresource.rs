@@ -4,11 +4,12 @@ use http::{Method, StatusCode, request::Parts};
 use hyper::body::Incoming;
 use serde_json::{Value, json};
 
+use super::body::{decode, read_body};
 use super::fields::{self, Fields};
 use super::reply::Answer;
 use super::request::{Form, Target, WriteOptions};
 use super::status::{FieldError, Status};
-use super::write::{Part, decode, read_body};
+use super::write::Part;
 use super::{Api, Call, object, reply};
 use crate::auth::AuthError;
 use crate::codec::FieldValidation;
@@ -54,7 +55,7 @@ impl Api {
             let decoded = decode(parts, &body, "autoscaling/v1", "Scale", options.validation)?;
             Box::new(move |_| Ok(decoded.value.clone()))
         } else {
-            let given = super::write::content_type(parts)
+            let given = super::body::content_type(parts)
                 .split(';')
                 .next()
                 .unwrap_or("")

@@ -5,12 +5,12 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{StatusCode, header, request::Parts};
-use http_body_util::{BodyExt, LengthLimitError, Limited};
+use http::{StatusCode, request::Parts};
 use hyper::body::Incoming;
 use rand::RngExt;
 use serde_json::Value;
 
+use super::body::{check_name, decode, read_body, settle_namespace};
 use super::change::{
     carry_over, check_preconditions, drop_empty, equal_but_managed_fields, finished, spec_differs,
 };
@@ -19,8 +19,8 @@ use super::patching::Patch;
 use super::reply::Answer;
 use super::request::{Form, Target, WriteOptions};
 use super::status::{FieldError, Status};
-use super::{Api, Call, admission, config, object, reply, strategy};
-use crate::codec::{self, Decoded, FieldValidation, MediaType};
+use super::{Api, Call, admission, object, reply, strategy};
+use crate::codec;
 use crate::patch;
 use crate::store::{Expect, Record, StoreError};
 
@@ -68,89 +68,6 @@ impl Outcome {
             Self::Kept(object) | Self::Deleted(object) => object,
         }
     }
-}
-
-/// Reads a body up to the limit.
-pub async fn read_body(body: Incoming) -> Result<Bytes, Status> {
-    match Limited::new(body, config::BODY_BYTES_MAX).collect().await {
-        Ok(collected) => Ok(collected.to_bytes()),
-        Err(error) if error.is::<LengthLimitError>() => Err(Status::new(
-            StatusCode::PAYLOAD_TOO_LARGE,
-            "RequestEntityTooLarge",
-            format!(
-                "Request entity too large: limit is {}",
-                config::BODY_BYTES_MAX
-            ),
-        )),
-        Err(error) => Err(Status::bad_request(format!(
-            "the body of the request could not be read: {error}"
-        ))),
-    }
-}
-
-pub fn content_type(parts: &Parts) -> &str {
-    parts
-        .headers
-        .get(header::CONTENT_TYPE)
-        .and_then(|value| value.to_str().ok())
-        .unwrap_or("")
-}
-
-/// Decodes a body that must be of the given kind.
-pub fn decode(
-    parts: &Parts,
-    body: &[u8],
-    api_version: &str,
-    kind: &str,
-    validation: FieldValidation,
-) -> Result<Decoded, Status> {
-    let given = content_type(parts);
-    let media = MediaType::from_content_type(given).ok_or_else(|| {
-        let supported = [
-            "application/json",
-            "application/yaml",
-            "application/vnd.kubernetes.protobuf",
-        ];
-        Status::unsupported_media_type(given, &supported)
-    })?;
-    let decoded = codec::decode(body, media, api_version, kind, validation)
-        .map_err(|error| Status::bad_request(error.message))?;
-    check_kind(&decoded.value, api_version, kind)?;
-    Ok(decoded)
-}
-
-pub fn check_kind(object: &Value, api_version: &str, kind: &str) -> Result<(), Status> {
-    let (given_version, given_kind) = (object.text("/apiVersion"), object.text("/kind"));
-    if given_kind != kind {
-        return Err(Status::bad_request(format!(
-            "the kind in the data ({given_kind}) does not match the expected kind ({kind})"
-        )));
-    }
-    if given_version != api_version {
-        return Err(Status::bad_request(format!(
-            "the API version in the data ({given_version}) does not match the expected API version ({api_version})"
-        )));
-    }
-    Ok(())
-}
-
-/// Sets the namespace that the path gives, or refuses another one.
-pub fn settle_namespace(object: &mut Value, target: &Target) -> Result<(), Status> {
-    match target.namespace.as_deref() {
-        None => {
-            object.remove("/metadata/namespace");
-        }
-        Some(namespace) => {
-            let given = fields::namespace(object);
-            if !given.is_empty() && given != namespace {
-                return Err(Status::bad_request(format!(
-                    "the namespace of the provided object does not match the namespace sent on the request ({given} != {namespace})"
-                )));
-            }
-            object.set("/metadata/namespace", namespace);
-        }
-    }
-    Ok(())
 }
 
 impl Api {
@@ -525,20 +442,6 @@ impl Api {
 enum Tracking {
     Update,
     Done,
-}
-
-/// Sets the name that the path gives, or refuses another one.
-pub fn check_name(object: &mut Value, name: &str) -> Result<(), Status> {
-    match fields::name(object) {
-        "" => object.set("/metadata/name", name),
-        given if given != name => {
-            return Err(Status::bad_request(format!(
-                "the name of the object ({given}) does not match the name on the URL ({name})"
-            )));
-        }
-        _ => {}
-    }
-    Ok(())
 }
 
 fn generated_name(prefix: &str) -> String {

@@ -1,0 +1,110 @@
+//! Bodies of requests: read up to a limit, decoded, and held to what the path says.
+
+use bytes::Bytes;
+use http::{StatusCode, header, request::Parts};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::body::Incoming;
+use serde_json::Value;
+
+use super::config;
+use super::fields::{self, Fields};
+use super::request::Target;
+use super::status::Status;
+use crate::codec::{self, Decoded, FieldValidation, MediaType};
+
+/// Reads a body up to the limit.
+pub async fn read_body(body: Incoming) -> Result<Bytes, Status> {
+    match Limited::new(body, config::BODY_BYTES_MAX).collect().await {
+        Ok(collected) => Ok(collected.to_bytes()),
+        Err(error) if error.is::<LengthLimitError>() => Err(Status::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "RequestEntityTooLarge",
+            format!(
+                "Request entity too large: limit is {}",
+                config::BODY_BYTES_MAX
+            ),
+        )),
+        Err(error) => Err(Status::bad_request(format!(
+            "the body of the request could not be read: {error}"
+        ))),
+    }
+}
+
+pub fn content_type(parts: &Parts) -> &str {
+    parts
+        .headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or("")
+}
+
+/// Decodes a body that must be of the given kind.
+pub fn decode(
+    parts: &Parts,
+    body: &[u8],
+    api_version: &str,
+    kind: &str,
+    validation: FieldValidation,
+) -> Result<Decoded, Status> {
+    let given = content_type(parts);
+    let media = MediaType::from_content_type(given).ok_or_else(|| {
+        let supported = [
+            "application/json",
+            "application/yaml",
+            "application/vnd.kubernetes.protobuf",
+        ];
+        Status::unsupported_media_type(given, &supported)
+    })?;
+    let decoded = codec::decode(body, media, api_version, kind, validation)
+        .map_err(|error| Status::bad_request(error.message))?;
+    check_kind(&decoded.value, api_version, kind)?;
+    Ok(decoded)
+}
+
+pub fn check_kind(object: &Value, api_version: &str, kind: &str) -> Result<(), Status> {
+    let (given_version, given_kind) = (object.text("/apiVersion"), object.text("/kind"));
+    if given_kind != kind {
+        return Err(Status::bad_request(format!(
+            "the kind in the data ({given_kind}) does not match the expected kind ({kind})"
+        )));
+    }
+    if given_version != api_version {
+        return Err(Status::bad_request(format!(
+            "the API version in the data ({given_version}) does not match the expected API version ({api_version})"
+        )));
+    }
+    Ok(())
+}
+
+/// Sets the namespace that the path gives, or refuses another one.
+pub fn settle_namespace(object: &mut Value, target: &Target) -> Result<(), Status> {
+    match target.namespace.as_deref() {
+        None => {
+            object.remove("/metadata/namespace");
+        }
+        Some(namespace) => {
+            let given = fields::namespace(object);
+            if !given.is_empty() && given != namespace {
+                return Err(Status::bad_request(format!(
+                    "the namespace of the provided object does not match the namespace sent on the request ({given} != {namespace})"
+                )));
+            }
+            object.set("/metadata/namespace", namespace);
+        }
+    }
+    Ok(())
+}
+
+/// Sets the name that the path gives, or refuses another one.
+pub fn check_name(object: &mut Value, name: &str) -> Result<(), Status> {
+    match fields::name(object) {
+        "" => object.set("/metadata/name", name),
+        given if given != name => {
+            return Err(Status::bad_request(format!(
+                "the name of the object ({given}) does not match the name on the URL ({name})"
+            )));
+        }
+        _ => {}
+    }
+    Ok(())
+}
