@@ -11,7 +11,7 @@ use keelway_agent::dataplane::{
 };
 use keelway_tests::{
     packets::{
-        tcp,
+        icmp, tcp,
         tcp_flag::{ACK, FIN, RST, SYN},
         udp,
     },
@@ -324,6 +324,73 @@ fn rows() -> Vec<Row> {
             counters: &[(FlowCreated, 2), (FlowPortChanged, 1)],
         },
         Row {
+            name: "an ICMP error about a translated packet quotes what its sender sent",
+            backends: to(&["10.0.1.13:8080"]),
+            steps: vec![
+                Step(
+                    PodIngress,
+                    udp("10.0.0.11:4000", "10.96.0.1:80", b"hello"),
+                    PASS,
+                    None,
+                ),
+                Step(
+                    UplinkIngress,
+                    error(
+                        "10.0.1.13:0",
+                        &udp("10.0.0.11:4000", "10.0.1.13:8080", b"hello"),
+                    ),
+                    REDIRECT,
+                    // The quoted transport checksum stays as it was.
+                    Some(error(
+                        "10.96.0.1:0",
+                        &with_byte(
+                            with_byte(
+                                udp("10.0.0.11:4000", "10.96.0.1:80", b"hello"),
+                                40,
+                                udp("10.0.0.11:4000", "10.0.1.13:8080", b"hello")[40],
+                            ),
+                            41,
+                            udp("10.0.0.11:4000", "10.0.1.13:8080", b"hello")[41],
+                        ),
+                    )),
+                ),
+                Step(
+                    UplinkIngress,
+                    error(
+                        "10.0.1.13:0",
+                        &udp("10.0.0.11:4001", "10.0.1.13:8080", b"other"),
+                    ),
+                    REDIRECT,
+                    Some(error(
+                        "10.0.1.13:0",
+                        &udp("10.0.0.11:4001", "10.0.1.13:8080", b"other"),
+                    )),
+                ),
+            ],
+            counters: &[(IcmpTranslated, 1), (Delivered, 2)],
+        },
+        Row {
+            name: "a fragmented datagram is translated whole, and a stray fragment to a Service dropped",
+            backends: to(&["10.0.0.12:8080"]),
+            steps: vec![
+                Step(PodIngress, fragment(20, 0x20), REDIRECT, None),
+                Step(PodIngress, fragment(21, 9), REDIRECT, None),
+                Step(PodIngress, with_byte(fragment(21, 9), 18, 0xee), DROP, None),
+            ],
+            counters: &[(ServiceTranslated, 2), (FragmentUnknown, 1)],
+        },
+        Row {
+            name: "what is not TCP or UDP to a Service is dropped with a reason",
+            backends: to(&["10.0.0.12:8080"]),
+            steps: vec![Step(
+                PodIngress,
+                icmp("10.0.0.11:0", "10.96.0.1:0", 8, 0, &[0; 12]),
+                DROP,
+                None,
+            )],
+            counters: &[(ServiceProtocol, 1)],
+        },
+        Row {
             name: "headers that lie are dropped where a pod sends them and left to the stack elsewhere",
             backends: to(&[]),
             steps: vec![
@@ -349,6 +416,24 @@ fn rows() -> Vec<Row> {
             counters: &[(Malformed, 1)],
         },
     ]
+}
+
+/// An ICMP port unreachable from an address about a packet, to its sender.
+fn error(from: &str, about: &[u8]) -> Vec<u8> {
+    let sender = format!("{}.{}.{}.{}:0", about[26], about[27], about[28], about[29]);
+    let body: Vec<u8> = [0; 4]
+        .into_iter()
+        .chain(about[14..42].iter().copied())
+        .collect();
+    icmp(from, &sender, 3, 3, &body)
+}
+
+/// A datagram to the Service, a byte of whose fragmentation field is set.
+fn fragment(offset: usize, value: u8) -> Vec<u8> {
+    let datagram = udp("10.0.0.11:4000", "10.96.0.1:80", &[7; 64]);
+    let mut packet = with_byte(datagram, offset, value);
+    fix_sum(&mut packet);
+    packet
 }
 
 fn with_byte(mut packet: Vec<u8>, offset: usize, value: u8) -> Vec<u8> {
@@ -389,7 +474,7 @@ fn unreachable(datagram: &[u8]) -> Vec<u8> {
             datagram[at + 3]
         )
     };
-    let mut packet = keelway_tests::packets::icmp(&text(30), &text(26), 3, 3, &body);
+    let mut packet = icmp(&text(30), &text(26), 3, 3, &body);
     fix_ip_header(&mut packet);
     packet
 }
@@ -397,6 +482,10 @@ fn unreachable(datagram: &[u8]) -> Vec<u8> {
 /// What the programs write where the builders write otherwise: no identification, "don't fragment"; Ethernet as it came.
 fn fix_ip_header(packet: &mut [u8]) {
     packet[18..22].copy_from_slice(&[0, 0, 0x40, 0]);
+    fix_sum(packet);
+}
+
+fn fix_sum(packet: &mut [u8]) {
     packet[24..26].fill(0);
     let sum = sum(&packet[14..34], 0);
     packet[24..26].copy_from_slice(&sum.to_be_bytes());

@@ -1,0 +1,287 @@
+//! Changing maps, with maps in memory.
+
+use super::*;
+use crate::dataplane::extent::GRACE;
+
+/// Maps in memory, which note in what order they were written.
+#[derive(Default)]
+struct Memory {
+    frontends: BTreeMap<FrontendKey, u32>,
+    locals: BTreeMap<Addr, LocalAddress>,
+    services: BTreeMap<u32, ServiceRef>,
+    cells: BTreeMap<u32, Cell>,
+    log: Vec<&'static str>,
+}
+
+impl MapIo for Memory {
+    fn frontends(&self) -> Result<Vec<(FrontendKey, u32)>, Error> {
+        Ok(self.frontends.clone().into_iter().collect())
+    }
+    fn set_frontends(&mut self, entries: &[(FrontendKey, u32)]) -> Result<(), Error> {
+        self.frontends.extend(entries.iter().copied());
+        self.log.push("set frontends");
+        Ok(())
+    }
+    fn remove_frontends(&mut self, keys: &[FrontendKey]) -> Result<(), Error> {
+        self.frontends.retain(|key, _| !keys.contains(key));
+        self.log.push("remove frontends");
+        Ok(())
+    }
+    fn local_addresses(&self) -> Result<Vec<(Addr, LocalAddress)>, Error> {
+        Ok(self.locals.clone().into_iter().collect())
+    }
+    fn set_local_addresses(&mut self, entries: &[(Addr, LocalAddress)]) -> Result<(), Error> {
+        self.locals.extend(entries.iter().copied());
+        Ok(())
+    }
+    fn remove_local_addresses(&mut self, keys: &[Addr]) -> Result<(), Error> {
+        self.locals.retain(|key, _| !keys.contains(key));
+        Ok(())
+    }
+    fn service(&self, id: u32) -> ServiceRef {
+        self.services.get(&id).copied().unwrap_or_default()
+    }
+    fn set_service(&mut self, id: u32, reference: ServiceRef) {
+        self.services.insert(id, reference);
+        self.log.push(if reference.generation == 0 {
+            "remove service"
+        } else {
+            "set service"
+        });
+    }
+    fn cell(&self, index: u32) -> Cell {
+        self.cells.get(&index).copied().unwrap_or_default()
+    }
+    fn write_cells(&mut self, first: u32, cells: &[Cell]) {
+        self.cells.extend((first..).zip(cells.iter().copied()));
+        self.log.push("write cells");
+    }
+}
+
+fn frontend(text: &str) -> Frontend {
+    let at: SocketAddr = text.parse().unwrap();
+    Frontend {
+        addr: at.ip(),
+        port: at.port(),
+        protocol: Protocol::Tcp,
+    }
+}
+
+fn backends(active: &[&str], terminating: &[&str]) -> ServiceBackends {
+    let parse = |list: &[&str]| list.iter().map(|at| at.parse().unwrap()).collect();
+    ServiceBackends {
+        active: parse(active),
+        terminating: parse(terminating),
+    }
+}
+
+fn everything() -> Vec<Op> {
+    vec![
+        Op::SetFrontend {
+            frontend: frontend("10.96.0.1:443"),
+            id: ServiceId(1),
+        },
+        Op::SetFrontend {
+            frontend: frontend("[fd00::1]:443"),
+            id: ServiceId(1),
+        },
+        Op::SetVip {
+            addr: "10.96.0.1".parse().unwrap(),
+        },
+        Op::SetService {
+            id: ServiceId(1),
+            backends: backends(&["10.0.0.1:6443", "[fd01::1]:6443"], &["10.0.0.2:6443"]),
+        },
+        Op::SetService {
+            id: ServiceId(2),
+            backends: ServiceBackends::default(),
+        },
+        Op::SetPod {
+            addr: "10.0.0.1".parse().unwrap(),
+            pod: LocalPod {
+                ifindex: 7,
+                mac: [1, 2, 3, 4, 5, 6],
+            },
+        },
+        Op::SetHostAddress {
+            addr: "198.18.0.1".parse().unwrap(),
+        },
+    ]
+}
+
+#[test]
+fn what_is_written_is_read_back_also_by_the_next_agent() {
+    let mut tables = Tables::adopt(Memory::default());
+    tables.apply(&everything(), Instant::now()).unwrap();
+    let state = tables.state().unwrap();
+    assert_eq!(
+        state.services[&ServiceId(1)],
+        backends(&["10.0.0.1:6443", "[fd01::1]:6443"], &["10.0.0.2:6443"])
+    );
+    assert_eq!(state.services[&ServiceId(2)], ServiceBackends::default());
+    assert_eq!(state.frontends.len(), 2);
+    assert_eq!(state.vips, ["10.96.0.1".parse().unwrap()].into());
+    assert_eq!(
+        state.pods[&"10.0.0.1".parse::<IpAddr>().unwrap()].ifindex,
+        7
+    );
+    assert_eq!(state.host_addresses, ["198.18.0.1".parse().unwrap()].into());
+    let next = Tables::adopt(tables.io);
+    assert_eq!(next.state().unwrap(), state);
+}
+
+#[test]
+fn the_next_agent_neither_reuses_a_generation_nor_overwrites_an_extent() {
+    let mut tables = Tables::adopt(Memory::default());
+    tables.apply(&everything(), Instant::now()).unwrap();
+    let before = tables.io.service(1);
+    let mut next = Tables::adopt(tables.io);
+    next.apply(
+        &[Op::SetService {
+            id: ServiceId(9),
+            backends: backends(&["10.0.0.9:1"; 3], &[]),
+        }],
+        Instant::now(),
+    )
+    .unwrap();
+    assert!(next.io.service(9).generation > before.generation);
+    assert_eq!(
+        next.backends(1),
+        backends(&["10.0.0.1:6443", "[fd01::1]:6443"], &["10.0.0.2:6443"])
+    );
+}
+
+#[test]
+fn services_are_there_before_their_frontends_and_gone_after_them() {
+    let mut tables = Tables::adopt(Memory::default());
+    tables.apply(&everything(), Instant::now()).unwrap();
+    let set = tables
+        .io
+        .log
+        .iter()
+        .position(|entry| *entry == "set frontends")
+        .unwrap();
+    assert!(
+        tables.io.log[..set].contains(&"set service")
+            && !tables.io.log[set..].contains(&"set service")
+    );
+    tables.io.log.clear();
+    let ops = [
+        Op::RemoveService { id: ServiceId(1) },
+        Op::RemoveFrontend {
+            frontend: frontend("10.96.0.1:443"),
+        },
+    ];
+    tables.apply(&ops, Instant::now()).unwrap();
+    let gone = tables
+        .io
+        .log
+        .iter()
+        .position(|entry| *entry == "remove service")
+        .unwrap();
+    assert!(tables.io.log[..gone].contains(&"remove frontends"));
+    assert!(!tables.state().unwrap().services.contains_key(&ServiceId(1)));
+}
+
+#[test]
+fn a_change_writes_a_new_extent_before_it_leads_there_and_leaves_the_old_one_whole_for_a_while() {
+    let mut tables = Tables::adopt(Memory::default());
+    let now = Instant::now();
+    let set = |to: &str| {
+        [Op::SetService {
+            id: ServiceId(1),
+            backends: backends(&[to], &[]),
+        }]
+    };
+    tables.apply(&set("10.0.0.1:1"), now).unwrap();
+    let old = tables.io.service(1).extent;
+    let old_cells = [tables.io.cell(old), tables.io.cell(old + 1)];
+    tables.io.log.clear();
+    for step in 1..20 {
+        tables
+            .apply(
+                &set(&format!("10.0.0.1:{}", step + 1)),
+                now + GRACE / 20 * (step - 1),
+            )
+            .unwrap();
+        assert_ne!(tables.io.service(1).extent, old);
+        assert_eq!([tables.io.cell(old), tables.io.cell(old + 1)], old_cells);
+    }
+    assert_eq!(tables.io.log[..2], ["write cells", "set service"]);
+    tables.apply(&set("10.0.0.1:99"), now + GRACE).unwrap();
+    assert_eq!(tables.io.service(1).extent, old);
+}
+
+#[test]
+fn of_several_changes_the_last_counts() {
+    let mut tables = Tables::adopt(Memory::default());
+    let id = ServiceId(1);
+    let ops = [
+        Op::SetService {
+            id,
+            backends: backends(&["10.0.0.1:1"], &[]),
+        },
+        Op::RemoveService { id },
+        Op::SetService {
+            id,
+            backends: backends(&["10.0.0.2:1"], &[]),
+        },
+    ];
+    tables.apply(&ops, Instant::now()).unwrap();
+    assert_eq!(
+        tables.state().unwrap().services[&id],
+        backends(&["10.0.0.2:1"], &[])
+    );
+    tables
+        .apply(
+            &[Op::RemoveService { id }, Op::RemoveService { id }],
+            Instant::now(),
+        )
+        .unwrap();
+    assert_eq!(tables.state().unwrap(), State::default());
+}
+
+#[test]
+fn what_does_not_fit_is_an_error_that_says_which_limit() {
+    let mut tables = Tables::adopt(Memory::default());
+    for id in [0, limits::SERVICES] {
+        let error = tables
+            .apply(&[Op::RemoveService { id: ServiceId(id) }], Instant::now())
+            .unwrap_err();
+        assert!(
+            matches!(
+                error,
+                Error::Full {
+                    map: "SERVICES",
+                    ..
+                }
+            ),
+            "{error}"
+        );
+    }
+    let too_many = vec!["10.0.0.1:1"; limits::BACKENDS_PER_SERVICE as usize + 1];
+    let error = tables
+        .apply(
+            &[Op::SetService {
+                id: ServiceId(1),
+                backends: backends(&too_many, &[]),
+            }],
+            Instant::now(),
+        )
+        .unwrap_err();
+    assert!(
+        matches!(error, Error::TooManyBackends { backends: 4096, .. }),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_service_that_leads_to_anothers_extent_is_not_adopted() {
+    let mut tables = Tables::adopt(Memory::default());
+    tables.apply(&everything(), Instant::now()).unwrap();
+    let stolen = tables.io.service(1);
+    tables.io.set_service(5, stolen);
+    let next = Tables::adopt(tables.io);
+    assert_eq!(next.io.service(5), ServiceRef::default());
+    assert!(next.placed.contains_key(&1));
+}
