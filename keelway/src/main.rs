@@ -65,6 +65,8 @@ enum Command {
     },
     #[command(hide = true)]
     NodeExec {
+        #[arg(long)]
+        listener: bool,
         #[arg(last = true, required = true)]
         argv: Vec<String>,
     },
@@ -101,7 +103,9 @@ fn main() -> ExitCode {
             listener,
         })
         .map_err(Into::into),
-        Command::NodeExec { argv } => Err(keelway::node::exec_with_listener(&argv).into()),
+        Command::NodeExec { argv, listener } => {
+            Err(keelway::node::exec_service(&argv, listener).into())
+        }
         command => run(command),
     };
     match outcome {

@@ -14,7 +14,7 @@ pub mod launch;
 pub mod mounts;
 mod services;
 
-pub use services::exec_with_listener;
+pub use services::exec_service;
 
 /// Where our own binaries are in a node.
 pub const BIN_DIR: &str = "/opt/keelway/bin";

@@ -1,6 +1,6 @@
 //! The services of a node: when each starts, how long a dead one rests, what each writes.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -8,6 +8,8 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+
+use nix::sys::signal::SigSet;
 
 use super::{BIN_DIR, Event, ServiceSpec, ServiceStatus};
 
@@ -174,27 +176,21 @@ impl Service {
 
 fn start(spec: &ServiceSpec, path: &str, listener: Option<&OwnedFd>) -> io::Result<u32> {
     let log = open_log(&spec.name)?;
-    let (program, arguments) = spec
-        .argv
-        .split_first()
-        .ok_or_else(|| io::Error::other("no program is given"))?;
-    let mut command = match listener.filter(|_| spec.listens) {
-        // LISTEN_PID is known only after the fork, so the service is started through a step that sets it.
+    // A child inherits the signals that PID 1 has blocked, and with them every container; and LISTEN_PID is known only
+    // after the fork. So a service is started through a step that sets both right.
+    let mut command = Command::new(Path::new(BIN_DIR).join("keelway"));
+    command.arg("node-exec");
+    match listener.filter(|_| spec.listens) {
         Some(listener) => {
-            let mut command = Command::new(Path::new(BIN_DIR).join("keelway"));
             command
-                .arg("node-exec")
-                .arg("--")
-                .args(&spec.argv)
+                .arg("--listener")
                 .stdin(Stdio::from(listener.try_clone()?));
-            command
         }
         None => {
-            let mut command = Command::new(program);
-            command.args(arguments).stdin(Stdio::null());
-            command
+            command.stdin(Stdio::null());
         }
-    };
+    }
+    command.arg("--").args(&spec.argv);
     command
         .env_clear()
         .env("PATH", path)
@@ -220,33 +216,34 @@ fn open_log(service: &str) -> io::Result<File> {
     OpenOptions::new().append(true).create(true).open(path)
 }
 
-/// `keelway node-exec`: turns standard input, a listening socket, into descriptor 3, says so in LISTEN_FDS and LISTEN_PID
-/// (sd_listen_fds(3)), and becomes the given program. Returns only when that fails.
-pub fn exec_with_listener(argv: &[String]) -> io::Error {
+/// `keelway node-exec`: unblocks all signals and becomes the given program. With `listener`, standard input is a listening
+/// socket, which becomes descriptor 3, told of by LISTEN_FDS and LISTEN_PID (sd_listen_fds(3)). Returns only when that fails.
+pub fn exec_service(argv: &[String], listener: bool) -> io::Error {
     let Some((program, arguments)) = argv.split_first() else {
         return io::Error::other("no program is given");
     };
-    match nix::fcntl::fcntl(io::stdin(), nix::fcntl::FcntlArg::F_DUPFD(3)) {
-        Ok(3) => {}
-        Ok(other) => {
-            return io::Error::other(format!("descriptor 3 is taken already (got {other})"));
+    let mut command = Command::new(program);
+    if listener {
+        match nix::fcntl::fcntl(io::stdin(), nix::fcntl::FcntlArg::F_DUPFD(3)) {
+            Ok(3) => {}
+            Ok(other) => {
+                return io::Error::other(format!("descriptor 3 is taken already (got {other})"));
+            }
+            Err(error) => return error.into(),
         }
-        Err(error) => return error.into(),
+        command.env("LISTEN_FDS", "1").env("LISTEN_FDNAMES", "api");
+        command.env("LISTEN_PID", std::process::id().to_string());
     }
-    let environment = BTreeMap::from([
-        ("LISTEN_FDS", "1".to_owned()),
-        ("LISTEN_FDNAMES", "api".to_owned()),
-        ("LISTEN_PID", std::process::id().to_string()),
-    ]);
-    Command::new(program)
-        .args(arguments)
-        .envs(environment)
-        .stdin(Stdio::null())
-        .exec()
+    if let Err(error) = SigSet::empty().thread_set_mask() {
+        return error.into();
+    }
+    command.args(arguments).stdin(Stdio::null()).exec()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
 
     fn spec(name: &str, after: &[&str]) -> ServiceSpec {
