@@ -172,7 +172,7 @@ impl Registration {
         api.patch_status(
             name,
             &PatchParams::default(),
-            &Patch::Merge(serde_json::json!({"status": status})),
+            &Patch::Strategic(serde_json::json!({"status": status})),
         )
         .await
     }
@@ -222,11 +222,6 @@ impl Registration {
             address,
         };
         let before = old.conditions.clone().unwrap_or_default();
-        let computed = conditions(runtime, &before, now);
-        let others = before
-            .into_iter()
-            .filter(|c| !computed.iter().any(|own| own.type_ == c.type_));
-        let conditions: Vec<NodeCondition> = others.chain(computed.iter().cloned()).collect();
         NodeStatus {
             capacity: quantities(self.machine.memory_bytes),
             allocatable: quantities(allocatable_memory_bytes(&self.machine)),
@@ -234,7 +229,7 @@ impl Registration {
                 address("InternalIP", self.config.node_ip.to_string()),
                 address("Hostname", self.config.node_name.clone()),
             ]),
-            conditions: Some(conditions),
+            conditions: Some(conditions(runtime, &before, now)),
             daemon_endpoints: Some(NodeDaemonEndpoints {
                 kubelet_endpoint: Some(DaemonEndpoint {
                     port: self.config.port.into(),

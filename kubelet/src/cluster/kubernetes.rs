@@ -22,6 +22,7 @@ use super::events::{Note, Recorder};
 use super::{Cluster, ClusterError, EventKind, Interest, Reference, Token};
 use crate::backoff::Quick;
 use crate::pod::PodKey;
+use crate::pod::status::is_own_condition;
 use crate::task::Scoped;
 
 /// Announcements that a slow worker may fall behind; it looks at everything when it has.
@@ -165,22 +166,28 @@ async fn watch_services(client: Client, send: watch::Sender<Option<Arc<ServiceMa
     }
 }
 
-/// The merge patch from one status to another. `null` removes what is no longer there.
+/// The strategic merge patch from one status to another. `null` removes what is no longer there. Conditions merge by
+/// their type, and only our own are sent: others belong to those who set them, who may have changed them meanwhile.
 fn status_patch(key: &PodKey, old: &PodStatus, new: &PodStatus) -> Value {
     let object = |status: &PodStatus| match serde_json::to_value(status) {
         Ok(Value::Object(fields)) => fields,
         _ => Map::new(),
     };
-    let (old, new) = (object(old), object(new));
-    let gone = old
-        .keys()
-        .filter(|field| !new.contains_key(*field))
-        .map(|field| (field.clone(), Value::Null));
-    let changed: Map<String, Value> = new
-        .iter()
-        .map(|(field, value)| (field.clone(), value.clone()))
-        .chain(gone)
-        .collect();
+    let mut own = new.clone();
+    if let Some(conditions) = &mut own.conditions {
+        let known = |kind: &str| old.conditions.iter().flatten().any(|c| c.type_ == kind);
+        conditions.retain(|c| is_own_condition(&c.type_) || !known(&c.type_));
+    }
+    let (old, mut changed) = (object(old), object(&own));
+    for list in ["podIPs", "hostIPs"] {
+        // These would merge by address, and an address that is gone would stay.
+        if let Some(Value::Array(items)) = changed.get_mut(list) {
+            items.insert(0, json!({"$patch": "replace"}));
+        }
+    }
+    for field in old.keys() {
+        changed.entry(field.clone()).or_insert(Value::Null);
+    }
     // The uid makes the server refuse a report about an earlier pod of the same name.
     json!({"metadata": {"uid": key.uid}, "status": changed})
 }
@@ -266,7 +273,7 @@ impl Cluster for KubeCluster {
         new: &PodStatus,
     ) -> Result<(), ClusterError> {
         let api: Api<Pod> = Api::namespaced(self.client.clone(), &key.namespace);
-        let patch = Patch::Merge(status_patch(key, old, new));
+        let patch = Patch::Strategic(status_patch(key, old, new));
         match api
             .patch_status(&key.name, &PatchParams::default(), &patch)
             .await
@@ -375,25 +382,32 @@ impl Cluster for KubeCluster {
 mod tests {
     use super::*;
 
+    fn status(fields: Value) -> PodStatus {
+        serde_json::from_value(fields).unwrap()
+    }
+
     #[test]
-    fn a_status_patch_removes_what_is_gone_and_names_the_uid() {
+    fn a_status_patch_removes_what_is_gone_names_the_uid_and_leaves_others_conditions_alone() {
         let key = PodKey {
             namespace: "ns".to_owned(),
             name: "p".to_owned(),
             uid: "u".to_owned(),
         };
-        let old = PodStatus {
-            reason: Some("x".to_owned()),
-            phase: Some("Pending".to_owned()),
-            ..Default::default()
-        };
-        let new = PodStatus {
-            phase: Some("Running".to_owned()),
-            ..Default::default()
-        };
-        assert_eq!(
-            status_patch(&key, &old, &new),
-            json!({"metadata": {"uid": "u"}, "status": {"phase": "Running", "reason": null}})
+        let condition = |kind: &str| json!({"type": kind, "status": "True"});
+        let old = status(
+            json!({"phase": "Pending", "reason": "x", "conditions": [condition("example.com/gate")]}),
         );
+        let new = status(json!({
+            "phase": "Running",
+            "podIPs": [{"ip": "10.0.0.1"}],
+            "conditions": [condition("Ready"), condition("example.com/gate"), condition("PodScheduled")],
+        }));
+        let expected = json!({"metadata": {"uid": "u"}, "status": {
+            "phase": "Running",
+            "reason": null,
+            "podIPs": [{"$patch": "replace"}, {"ip": "10.0.0.1"}],
+            "conditions": [condition("Ready"), condition("PodScheduled")],
+        }});
+        assert_eq!(status_patch(&key, &old, &new), expected);
     }
 }

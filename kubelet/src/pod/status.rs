@@ -445,12 +445,12 @@ fn conditions(
             observed_generation: report.pod.metadata.generation,
         });
     }
-    let ours = |c: &&PodCondition| !computed_kinds().contains(&c.type_.as_str());
+    let foreign = |c: &&PodCondition| !is_own_condition(&c.type_);
     let others: Vec<_> = old
         .conditions
         .iter()
         .flatten()
-        .filter(ours)
+        .filter(foreign)
         .cloned()
         .collect();
     if !others.iter().any(|c| c.type_ == "PodScheduled") {
@@ -465,11 +465,13 @@ fn conditions(
     conditions
 }
 
-fn computed_kinds() -> [&'static str; 4] {
+/// Whether a condition of a pod is the kubelet's to set.
+pub fn is_own_condition(kind: &str) -> bool {
     [
         "PodReadyToStartContainers",
         "Initialized",
         "Ready",
         "ContainersReady",
     ]
+    .contains(&kind)
 }

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Mutex;
 
 use async_trait::async_trait;
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, PodStatus, Secret, Service};
 use keelway_kubelet::cluster::{Cluster, ClusterError, EventKind, Interest, Reference, Token};
 use keelway_kubelet::pod::PodKey;
@@ -13,6 +14,7 @@ use tokio::sync::broadcast;
 struct State {
     statuses: HashMap<String, PodStatus>,
     reports: HashMap<String, usize>,
+    reported_at: HashMap<String, Timestamp>,
     deleted: Vec<String>,
     config_maps: HashMap<String, ConfigMap>,
     events: Vec<(String, &'static str)>,
@@ -68,6 +70,11 @@ impl FakeCluster {
             .get(pod)
             .copied()
             .unwrap_or(0)
+    }
+
+    /// When the last report came, by the machine's clock.
+    pub fn reported_at(&self, pod: &str) -> Option<Timestamp> {
+        self.state.lock().unwrap().reported_at.get(pod).copied()
     }
 
     pub fn is_deleted(&self, pod: &str) -> bool {
@@ -135,6 +142,7 @@ impl Cluster for FakeCluster {
     ) -> Result<(), ClusterError> {
         let mut state = self.state.lock().unwrap();
         state.statuses.insert(key.name.clone(), new.clone());
+        state.reported_at.insert(key.name.clone(), Timestamp::now());
         *state.reports.entry(key.name.clone()).or_default() += 1;
         Ok(())
     }

@@ -1,5 +1,7 @@
 //! A runtime and a cluster in memory, and a stage that workers play on.
 
+#![allow(dead_code, reason = "each test file uses a part of it")]
+
 mod cluster;
 mod runtime;
 
