@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 use super::reply::Answer;
 use super::status::Status;
 use super::{Api, reply};
+use crate::codec;
 use crate::registry::{discovery, openapi};
 
 /// Documents that are large enough to be kept.
@@ -18,6 +19,7 @@ use crate::registry::{discovery, openapi};
 pub struct Documents {
     aggregated: [OnceLock<(Bytes, String)>; 2],
     openapi_v2: OnceLock<Bytes>,
+    openapi_v2_protobuf: OnceLock<Bytes>,
     openapi_index: OnceLock<Bytes>,
     /// By group and version.
     openapi_v3: Mutex<HashMap<(String, String), Bytes>>,
@@ -55,11 +57,13 @@ impl Api {
             })),
             ["openapi", "v3", "api", "v1"] => self.openapi("", "v1", parts),
             ["openapi", "v3", "apis", group, version] => self.openapi(group, version, parts),
-            ["openapi", "v2"] if asks_for_protobuf(parts) => Ok(reply::bytes(
-                StatusCode::OK,
-                OPENAPI_V2_PROTOBUF,
-                openapi_v2_protobuf(),
-            )),
+            ["openapi", "v2"] if asks_for_protobuf(parts) => {
+                let encode =
+                    || codec::openapi::encode_openapi_v2(&openapi::v2(&self.served)).into();
+                let body = self.documents.openapi_v2_protobuf.get_or_init(encode);
+                let content_type = codec::openapi::CONTENT_TYPE;
+                Ok(reply::bytes(StatusCode::OK, content_type, body.clone()))
+            }
             ["openapi", "v2"] => Ok(kept(&self.documents.openapi_v2, || {
                 openapi::v2(&self.served)
             })),
@@ -197,28 +201,15 @@ impl Api {
     }
 }
 
-/// The media type of OpenAPI v2 in protobuf. Clients ask for it with an `@` before the version, which no media type may
-/// have in an answer.
-const OPENAPI_V2_PROTOBUF: &str = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf";
-
+/// Whether OpenAPI v2 is asked for as protobuf. Clients write `@` before the version, which no media type may have in an
+/// answer.
 fn asks_for_protobuf(parts: &Parts) -> bool {
     let accept = parts
         .headers
         .get(header::ACCEPT)
         .and_then(|accept| accept.to_str().ok())
         .unwrap_or("");
-    accept.starts_with("application/com.github.proto-openapi.spec.v2@v1.0+protobuf")
-}
-
-/// OpenAPI v2 in protobuf: a document without definitions. kubectl asks for it when v3 does not know a kind, and only has
-/// to learn that there is no such kind; every other use is served by v3.
-fn openapi_v2_protobuf() -> Vec<u8> {
-    let field = |tag: u8, bytes: &[u8]| {
-        [&[tag, u8::try_from(bytes.len()).unwrap_or(u8::MAX)], bytes].concat()
-    };
-    let title = field(0x0a, b"Kubernetes");
-    let version = field(0x12, b"v1.36.0");
-    [field(0x0a, b"2.0"), field(0x12, &[title, version].concat())].concat()
+    accept.starts_with(codec::openapi::MEDIA_TYPE)
 }
 
 fn kept(place: &OnceLock<Bytes>, make: impl FnOnce() -> Value) -> Answer {

@@ -6,6 +6,7 @@ use crate::registry::{split_api_version, type_of};
 
 mod check;
 mod node;
+pub mod openapi;
 pub mod protobuf;
 pub mod quantity;
 pub mod time;
