@@ -4,8 +4,10 @@
 //! on threads that report back by an event. While one works on an attachment, that attachment is busy.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::Sender;
 use std::thread;
 use std::time::Instant;
@@ -195,7 +197,8 @@ impl Pods {
             CniError::new(Code::InvalidEnvironment, "no network namespace was passed")
         })?;
         let host_interface = host_interface(&wish.attachment);
-        if self.busy.contains_key(&host_interface) {
+        let waits = |one: &ToWire| one.host_interface == host_interface;
+        if self.busy.contains_key(&host_interface) || self.to_wire.iter().any(waits) {
             return Err(CniError::new(
                 Code::TryAgain,
                 format!("{} is being worked on", wish.attachment),
@@ -261,11 +264,13 @@ impl Pods {
                     began: one.began,
                 },
             );
-            in_background("wire", move || {
-                let made = Netlink::open()
-                    .and_then(|netlink| wire_pod(&mut Kernel::new(netlink), netns.as_fd(), &wish));
-                // The loop has ended when this fails, and the next agent finds what was made.
-                let _ = events.send(Event::Wired { attachment, made });
+            let work = move || {
+                let mut kernel = Kernel::new(Netlink::open()?);
+                wire_pod(&mut kernel, netns.as_fd(), &wish)
+            };
+            in_background("wire", &events, work, |made| Event::Wired {
+                attachment,
+                made,
             });
         }
     }
@@ -363,7 +368,7 @@ impl Pods {
                         node_address: Some(node.uplink.address),
                     };
                     self.count("CHECK", "served");
-                    in_background("check", move || {
+                    let checking = thread::Builder::new().name("check".into()).spawn(move || {
                         let found = Netlink::open().and_then(|netlink| {
                             check_pod(&mut Kernel::new(netlink), netns.as_fd(), &wire)
                         });
@@ -379,6 +384,10 @@ impl Pods {
                             Err(error) => failed(error.to_string()),
                         });
                     });
+                    if let Err(error) = checking {
+                        // Nothing is held up by it but the requester, who is told in time.
+                        tracing::error!(%error, "no thread for a CHECK");
+                    }
                     return;
                 }
             }
@@ -441,13 +450,11 @@ impl Pods {
             },
         );
         let events = self.events.clone();
-        in_background("unwire", move || {
-            let removed = Netlink::open()
-                .and_then(|netlink| Kernel::new(netlink).delete_link(&host_interface));
-            let _ = events.send(Event::Unwired {
-                host_interface,
-                removed,
-            });
+        let name = host_interface.clone();
+        let work = move || Kernel::new(Netlink::open()?).delete_link(&name);
+        in_background("unwire", &events, work, |removed| Event::Unwired {
+            host_interface,
+            removed,
         });
     }
 
@@ -686,9 +693,26 @@ fn result_of(wish: &Wish, wire: &PodWire, host: &Link) -> AddResult {
     }
 }
 
-fn in_background(name: &str, work: impl FnOnce() + Send + 'static) {
-    if let Err(error) = thread::Builder::new().name(name.into()).spawn(work) {
-        // The requester times out and deletes; nothing has been made.
-        tracing::error!(%error, name, "no thread for netlink");
+/// Does netlink on a thread of its own, and sends what came of it. Something is sent whatever happens: the attachment would
+/// stay busy else.
+fn in_background<T: 'static>(
+    name: &str,
+    events: &Sender<Event>,
+    work: impl FnOnce() -> Result<T, NetlinkError> + Send + 'static,
+    event: impl FnOnce(Result<T, NetlinkError>) -> Event + Clone + Send + 'static,
+) {
+    let (tell, of) = (events.clone(), event.clone());
+    let working = thread::Builder::new().name(name.into()).spawn(move || {
+        let outcome = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
+            Err(NetlinkError::new(
+                "work on an interface",
+                io::Error::other("the thread panicked"),
+            ))
+        });
+        // The loop has ended when this fails, and the next agent finds what was made.
+        let _ = tell.send(of(outcome));
+    });
+    if let Err(error) = working {
+        let _ = events.send(event(Err(NetlinkError::new("start a thread", error))));
     }
 }

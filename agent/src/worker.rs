@@ -123,7 +123,7 @@ impl Worker {
                 self.take(event);
             }
             self.settle_node()?;
-            self.settle_services();
+            self.settle_services(false);
             self.pods.start_wiring(self.node.as_ref());
             if Instant::now() >= upkeep_due {
                 self.upkeep();
@@ -288,8 +288,9 @@ impl Worker {
         }
     }
 
-    /// Plans the Services that became dirty and brings the maps to it.
-    fn settle_services(&mut self) {
+    /// Plans the Services that became dirty and brings the maps to it. `again` is for what failed: a full map is not tried with every
+    /// event.
+    fn settle_services(&mut self, again: bool) {
         let synced =
             self.snapshot.synced(Kind::Service) && self.snapshot.synced(Kind::EndpointSlice);
         let Some(node) = self.node.as_mut().filter(|_| synced) else {
@@ -297,7 +298,7 @@ impl Worker {
         };
         // What an earlier agent left is compared, and pruned, only now that everything is known.
         let first = !self.services_applied;
-        if self.dirty.services.is_empty() && !first && !self.retry {
+        if self.dirty.services.is_empty() && !first && !again {
             return;
         }
         let began = Instant::now();
@@ -376,7 +377,7 @@ impl Worker {
         if self.problems.contains_key("routes") {
             self.settle_routes();
         }
-        self.settle_services();
+        self.settle_services(self.retry);
     }
 
     /// Why pods cannot be served, if so.

@@ -23,7 +23,7 @@ pub struct NetlinkError {
 }
 
 impl NetlinkError {
-    pub(super) fn new(operation: impl Into<String>, source: io::Error) -> Self {
+    pub(crate) fn new(operation: impl Into<String>, source: io::Error) -> Self {
         Self {
             operation: operation.into(),
             source,
