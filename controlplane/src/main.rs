@@ -1,6 +1,7 @@
 //! `keelway-controlplane`: flags become a configuration, and the parts that were asked for run until a signal.
 
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -131,7 +132,11 @@ async fn start_api(
     passed: Vec<std::net::TcpListener>,
     stop: &CancellationToken,
 ) -> Result<(Arc<api::Api>, Vec<TcpListener>)> {
-    std::fs::create_dir_all(&flags.data_dir)
+    // It holds Secrets: nobody else's to read.
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&flags.data_dir)
         .with_context(|| format!("creating the data directory {}", flags.data_dir.display()))?;
     let path = flags.data_dir.join("state.redb");
     let store =

@@ -15,6 +15,12 @@ fn state_survives_a_kill_and_addresses_are_not_given_out_twice() {
         server.object("service web"),
         server.object("configmap kept"),
     );
+    let mode = std::os::unix::fs::PermissionsExt::mode(
+        &std::fs::metadata(server.path("data"))
+            .expect("the data directory")
+            .permissions(),
+    );
+    assert_eq!(mode & 0o077, 0, "Secrets are in there");
     server.kill();
     server.launch();
     let after = (
