@@ -1,5 +1,5 @@
 //! One pod: what should happen next (`plan`), what to report (`status`), what to tell the runtime
-//! (`sandbox`, `container`, `env`), and the worker that does it (`worker`, `operations`).
+//! (`sandbox`, `container`, `env`), and the worker that does it (`worker`, `operations`, `start`).
 
 pub mod container;
 pub mod env;
@@ -8,6 +8,7 @@ pub mod operations;
 pub mod plan;
 pub mod report;
 pub mod sandbox;
+mod start;
 pub mod status;
 pub mod worker;
 

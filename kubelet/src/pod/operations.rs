@@ -6,16 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use k8s_cri::v1::Mount;
-use k8s_openapi::api::core::v1::{Container, LifecycleHandler, Pod};
+use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::{Mutex, mpsc, watch};
 
-use super::container::{Start, container_config, termination_path};
-use super::env::{Objects, Place, environment};
+use super::env::{Objects, Place};
 use super::plan::{Op, StopReason};
-use super::sandbox::{
-    ClusterDns, Resolv, host_aliases, hosts_file, log_directory_name, sandbox_config,
-};
+use super::sandbox::{ClusterDns, Resolv, log_directory_name, sandbox_config};
 use super::status::NodeFacts;
 use super::worker::Signal;
 use super::{PodKey, all_containers, host_network};
@@ -24,9 +20,9 @@ use crate::clock::Clock;
 use crate::cluster::{Cluster, EventKind, Reference, Token};
 use crate::config::Config;
 use crate::probe::{Target, run_handler};
-use crate::runtime::{ExitSource, ImageView, Runtime};
-use crate::volume::payload::{Needs, Sources, TokenKey, env_needs, payload, volume_needs};
-use crate::volume::{PodFolder, VolumeError, VolumeKind, container_mounts, place, tree};
+use crate::runtime::{ExitSource, Runtime};
+use crate::volume::payload::{Needs, Sources, TokenKey, payload, volume_needs};
+use crate::volume::{PodFolder, VolumeError, VolumeKind, place, tree};
 
 /// Least time that a container gets between its SIGTERM and its SIGKILL when a preStop hook used up the rest (upstream's).
 const AFTER_PRE_STOP_S: i64 = 2;
@@ -55,7 +51,7 @@ pub struct Failed {
     pub wait_s: (u64, u64),
 }
 
-fn failed(reason: &'static str, message: impl ToString, wait_s: (u64, u64)) -> Failed {
+pub(super) fn failed(reason: &'static str, message: impl ToString, wait_s: (u64, u64)) -> Failed {
     Failed {
         reason,
         message: message.to_string(),
@@ -131,11 +127,11 @@ impl Job {
         }
     }
 
-    fn key(&self) -> PodKey {
+    pub(super) fn key(&self) -> PodKey {
         PodKey::of(&self.pod)
     }
 
-    fn folder(&self) -> PodFolder {
+    pub(super) fn folder(&self) -> PodFolder {
         PodFolder::new(&self.context.config.root_dir, &self.key().uid)
     }
 
@@ -146,7 +142,7 @@ impl Job {
             .join(log_directory_name(&self.key()))
     }
 
-    fn place(&self) -> Place {
+    pub(super) fn place(&self) -> Place {
         let context = &self.context;
         Place {
             pod_ips: if host_network(&self.pod) {
@@ -160,7 +156,7 @@ impl Job {
         }
     }
 
-    fn event(
+    pub(super) fn event(
         &self,
         container: Option<&str>,
         kind: EventKind,
@@ -172,7 +168,7 @@ impl Job {
             .event(&self.pod, container, kind, reason, message.to_string());
     }
 
-    async fn objects(&self, needs: &Needs) -> Result<Objects, VolumeError> {
+    pub(super) async fn objects(&self, needs: &Needs) -> Result<Objects, VolumeError> {
         let namespace = self.key().namespace;
         let mut objects = Objects::default();
         for name in &needs.config_maps {
@@ -258,7 +254,7 @@ impl Job {
         Ok(refresh_at)
     }
 
-    fn sandbox_config(&self, attempt: u32) -> k8s_cri::v1::PodSandboxConfig {
+    pub(super) fn sandbox_config(&self, attempt: u32) -> k8s_cri::v1::PodSandboxConfig {
         let config = &self.context.config;
         let host = std::fs::read_to_string(&config.resolv_conf)
             .map(|text| Resolv::parse(&text))
@@ -304,247 +300,6 @@ impl Job {
             .await
             .map_err(|e| unable(e.to_string()))?;
         Ok(Done::default())
-    }
-
-    async fn image(&self, container: &Container) -> Result<ImageView, Failed> {
-        let name = container.image.clone().unwrap_or_default();
-        let event = |kind, reason, message: String| {
-            self.event(Some(&container.name), kind, reason, message)
-        };
-        let inspect = |e: crate::runtime::RuntimeError| failed("ImageInspectError", e, (10, 300));
-        let policy =
-            container
-                .image_pull_policy
-                .as_deref()
-                .unwrap_or_else(|| match name.rsplit_once(':') {
-                    Some((_, tag)) if tag != "latest" && !tag.contains('/') => "IfNotPresent",
-                    _ => "Always",
-                });
-        let present = self.context.runtime.image(&name).await.map_err(inspect)?;
-        match (policy, present) {
-            ("Never", None) => {
-                let message =
-                    format!("Container image \"{name}\" is not present with pull policy of Never");
-                event(EventKind::Warning, "ErrImageNeverPull", message.clone());
-                // Only an import can help, and that is looked for often: it costs one local call.
-                return Err(failed("ErrImageNeverPull", message, (2, 10)));
-            }
-            ("Never" | "IfNotPresent", Some(image)) => {
-                event(
-                    EventKind::Normal,
-                    "Pulled",
-                    format!("Container image \"{name}\" already present on machine"),
-                );
-                return Ok(image);
-            }
-            _ => {}
-        }
-        event(
-            EventKind::Normal,
-            "Pulling",
-            format!("Pulling image \"{name}\""),
-        );
-        let started = tokio::time::Instant::now();
-        if let Err(error) = self
-            .context
-            .runtime
-            .pull(&name, None, self.sandbox_config(0))
-            .await
-        {
-            let message = format!("Failed to pull image \"{name}\": {error}");
-            event(EventKind::Warning, "Failed", message.clone());
-            return Err(failed("ErrImagePull", message, (10, 300)));
-        }
-        event(
-            EventKind::Normal,
-            "Pulled",
-            format!(
-                "Successfully pulled image \"{name}\" in {} ms",
-                started.elapsed().as_millis()
-            ),
-        );
-        let present = self.context.runtime.image(&name).await.map_err(inspect)?;
-        present.ok_or_else(|| {
-            failed(
-                "ImageInspectError",
-                format!("image \"{name}\" is not there after its pull"),
-                (10, 300),
-            )
-        })
-    }
-
-    async fn start_container(
-        &self,
-        name: &str,
-        attempt: u32,
-        sandbox_id: &str,
-        backoff_s: u64,
-    ) -> Result<Done, Failed> {
-        let spec = self.pod.spec.as_ref();
-        let container = spec
-            .into_iter()
-            .flat_map(all_containers)
-            .find(|(c, _)| c.name == name)
-            .map(|(c, _)| c);
-        let Some(container) = container else {
-            return Err(failed(
-                "CreateContainerConfigError",
-                format!("the pod has no container {name}"),
-                (10, 300),
-            ));
-        };
-        let image = self.image(container).await?;
-        let bad = |message: String| {
-            self.event(
-                Some(name),
-                EventKind::Warning,
-                "Failed",
-                format!("Error: {message}"),
-            );
-            failed("CreateContainerConfigError", message, (1, 30))
-        };
-        let mut objects = self
-            .objects(&env_needs(container))
-            .await
-            .map_err(|e| bad(e.to_string()))?;
-        objects.services = self.context.cluster.services().await;
-        let env = environment(&self.pod, container, &objects, &self.place())
-            .map_err(|e| bad(e.to_string()))?;
-        let mounts = self
-            .mounts(container, attempt, &env)
-            .map_err(|e| bad(e.to_string()))?;
-        let node_memory_bytes = self.context.memory_bytes;
-        let start = Start {
-            attempt,
-            backoff_s,
-            env: &env,
-            mounts,
-            image: &image,
-            node_memory_bytes,
-        };
-        let config =
-            container_config(&self.pod, container, start).map_err(|e| bad(e.to_string()))?;
-        let unable = |reason: &'static str, message: String| {
-            self.event(
-                Some(name),
-                EventKind::Warning,
-                "Failed",
-                format!("Error: {message}"),
-            );
-            failed(reason, message, (10, 300))
-        };
-        let runtime = &self.context.runtime;
-        let created = runtime
-            .create_container(sandbox_id, config, self.sandbox_config(0))
-            .await;
-        let id = created.map_err(|e| unable("CreateContainerError", e.to_string()))?;
-        self.event(
-            Some(name),
-            EventKind::Normal,
-            "Created",
-            format!("Created container: {name}"),
-        );
-        let hook = container
-            .lifecycle
-            .as_ref()
-            .and_then(|l| l.post_start.as_ref());
-        if hook.is_some() {
-            let _ = self.signals.send(Signal::HookBegins {
-                container_id: id.clone(),
-            });
-        }
-        runtime
-            .start_container(&id)
-            .await
-            .map_err(|e| unable("RunContainerError", e.to_string()))?;
-        self.event(
-            Some(name),
-            EventKind::Normal,
-            "Started",
-            format!("Started container {name}"),
-        );
-        if let Some(hook) = hook {
-            self.post_start(container, &id, hook).await;
-        }
-        Ok(Done::default())
-    }
-
-    async fn post_start(&self, container: &Container, id: &str, hook: &LifecycleHandler) {
-        let _ = self.signals.send(Signal::Look);
-        let pod_ip = self.place().pod_ips.first().cloned().unwrap_or_default();
-        let target = Target {
-            runtime: self.context.runtime.as_ref(),
-            container_id: id,
-            container,
-            pod_ip: &pod_ip,
-        };
-        // A hook has no time limit of its own; the pod's end bounds it, since that stops the container.
-        let answer = run_handler(&target, hook, Duration::from_secs(24 * 3600)).await;
-        if let Err(message) = answer {
-            self.event(
-                Some(&container.name),
-                EventKind::Warning,
-                "FailedPostStartHook",
-                format!("PostStartHook failed: {message}"),
-            );
-            let grace_s = super::spec_grace_s(&self.pod);
-            if let Err(error) = self.context.runtime.stop_container(id, grace_s).await {
-                tracing::warn!(pod = %self.key(), container = container.name, %error, "cannot stop a container whose postStart hook failed");
-            }
-        }
-        let _ = self.signals.send(Signal::HookEnds {
-            container_id: id.to_owned(),
-        });
-    }
-
-    fn mounts(
-        &self,
-        container: &Container,
-        attempt: u32,
-        env: &[(String, String)],
-    ) -> Result<Vec<Mount>, VolumeError> {
-        let folder = self.folder();
-        let mut mounts = container_mounts(&self.pod, container, &folder, env)?;
-        let taken = |mounts: &[Mount], path: &str| {
-            mounts
-                .iter()
-                .any(|m| m.container_path.trim_end_matches('/') == path)
-        };
-        let io = |operation: &'static str, path: &std::path::Path| {
-            let path = path.display().to_string();
-            move |error: std::io::Error| VolumeError::Io {
-                volume: "the pod's own files".to_owned(),
-                operation,
-                path,
-                message: error.to_string(),
-            }
-        };
-        if !taken(&mounts, "/etc/hosts") {
-            let path = folder.hosts_file();
-            let text = if host_network(&self.pod) {
-                std::fs::read_to_string("/etc/hosts").unwrap_or_default() + &host_aliases(&self.pod)
-            } else {
-                hosts_file(
-                    &self.pod,
-                    &self.pod_ips,
-                    &self.context.config.cluster_domain,
-                )
-            };
-            std::fs::create_dir_all(&folder.0).map_err(io("make", &folder.0))?;
-            if std::fs::read_to_string(&path).ok().as_ref() != Some(&text) {
-                std::fs::write(&path, text).map_err(io("write", &path))?;
-            }
-            mounts.push(bind("/etc/hosts", &path));
-        }
-        let path = folder.termination_log(&container.name, attempt);
-        if let Some(parent) = path.parent() {
-            std::fs::create_dir_all(parent).map_err(io("make", parent))?;
-        }
-        std::fs::write(&path, "").map_err(io("write", &path))?;
-        let anyone = std::os::unix::fs::PermissionsExt::from_mode(0o666);
-        std::fs::set_permissions(&path, anyone).map_err(io("chmod", &path))?;
-        mounts.push(bind(termination_path(container), &path));
-        Ok(mounts)
     }
 
     async fn stop_container(
@@ -636,14 +391,6 @@ impl Job {
 
 fn ceil_s(milliseconds: i128) -> i64 {
     i64::try_from((milliseconds + 999) / 1000).unwrap_or(i64::MAX)
-}
-
-fn bind(container_path: &str, host_path: &std::path::Path) -> Mount {
-    Mount {
-        container_path: container_path.to_owned(),
-        host_path: host_path.to_string_lossy().into_owned(),
-        ..Default::default()
-    }
 }
 
 /// The objects whose changes a pod's generated volumes follow.
