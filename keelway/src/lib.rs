@@ -17,6 +17,7 @@ pub mod node;
 pub mod pki;
 pub mod process;
 pub mod progress;
+pub mod seed;
 pub mod state;
 pub mod status;
 mod sys;

@@ -1,11 +1,14 @@
-//! System calls that nix does not wrap: pidfds.
+//! System calls that nix does not wrap: pidfds, and extended attributes.
 #![expect(
     unsafe_code,
     reason = "the one module of this crate that calls libc directly"
 )]
 
+use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 /// A file descriptor of process `pid`, which keeps naming that process when its number is used again. It becomes
 /// readable when the process ends.
@@ -38,6 +41,41 @@ pub fn pidfd_kill(fd: &OwnedFd) -> io::Result<()> {
             0,
         )
     };
+    if done < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// Gives `to` the extended attribute of this name that `from` has. None is copied when `from` has none, or when its file
+/// system knows no attributes.
+///
+/// # Errors
+/// When the attribute cannot be read or set; one of more than 64 bytes cannot be read.
+pub fn copy_attribute(from: &Path, to: &Path, name: &CStr) -> io::Result<()> {
+    let (from, to) = (
+        CString::new(from.as_os_str().as_bytes())?,
+        CString::new(to.as_os_str().as_bytes())?,
+    );
+    let mut value = [0_u8; 64];
+    // SAFETY: path and name end with a zero byte, and the kernel writes no more than the given length into the buffer.
+    let length = unsafe {
+        libc::lgetxattr(
+            from.as_ptr(),
+            name.as_ptr(),
+            value.as_mut_ptr().cast(),
+            value.len(),
+        )
+    };
+    let Ok(length) = usize::try_from(length) else {
+        let error = io::Error::last_os_error();
+        let none = matches!(error.raw_os_error(), Some(libc::ENODATA | libc::EOPNOTSUPP));
+        return if none { Ok(()) } else { Err(error) };
+    };
+    // SAFETY: as above; the kernel reads `length` bytes, which is how many it has just written.
+    let done =
+        unsafe { libc::lsetxattr(to.as_ptr(), name.as_ptr(), value.as_ptr().cast(), length, 0) };
     if done < 0 {
         Err(io::Error::last_os_error())
     } else {

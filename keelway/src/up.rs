@@ -1,7 +1,7 @@
 //! `keelway up`: makes a cluster, step by step, and takes it down again when a step fails.
 //!
-//! What does not depend on each other happens at once: while the API server starts, so do the nodes' containerds, and images
-//! go into each as soon as it listens. Steps wait for events (readiness messages of PID 1, watches), not for time.
+//! What does not depend on each other happens at once: while the API server starts, so do the nodes' containerds, with
+//! their images. Steps wait for events (readiness messages of PID 1, watches), not for time.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,7 +15,7 @@ use crate::api::{ApiError, ClusterApi};
 use crate::cgroup::CgroupError;
 use crate::checks::{CheckError, Machine};
 use crate::config::{ClusterConfig, ConfigError};
-use crate::containerd::{self, Containerd, ImageError, Snapshotter};
+use crate::containerd::{self, Snapshotter};
 use crate::deploy::{self, DeployError};
 use crate::down::{self, DownError};
 use crate::kubeconfig::{self, KubeconfigError};
@@ -24,8 +24,8 @@ use crate::node::launch::{LaunchError, Nodes};
 use crate::node::{BIN_DIR, Bind, NodeSpec, ServiceSpec, ServiceStatus};
 use crate::pki::{ClusterPki, Credential, PkiError, Subjects};
 use crate::progress::Progress;
+use crate::seed::{self, Seed, SeedError};
 use crate::state::{ClusterDir, ClusterState, NodeState, StateDir, StateError};
-use futures::future::try_join_all;
 
 pub const CONTROL_PLANE: &str = "control-plane";
 const API_PORT: u16 = 6443;
@@ -34,11 +34,10 @@ const API_SERVICE: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
 const CLUSTER_CIDR: (Ipv4Addr, u8) = (Ipv4Addr::new(10, 244, 0, 0), 16);
 const CLUSTER_DNS: &str = "10.96.0.10";
 const CLUSTER_DOMAIN: &str = "cluster.local";
-/// Archives that the cluster itself needs to come up; those of the user follow.
-const SYSTEM_ARCHIVES: [&str; 3] = ["pause.tar", "agent.tar", "dns.tar"];
 /// What services wait for, told by [`Nodes::tell`].
 const NETWORK: &str = "network";
 const API: &str = "api";
+const IMAGES: &str = "images";
 /// Lines of a failed service's log that are shown.
 const LOG_LINES: usize = 15;
 
@@ -59,7 +58,7 @@ pub enum UpError {
     #[error(transparent)]
     Network(#[from] NetworkError),
     #[error(transparent)]
-    Image(#[from] ImageError),
+    Seed(#[from] SeedError),
     #[error(transparent)]
     Api(#[from] ApiError),
     #[error(transparent)]
@@ -342,12 +341,6 @@ impl Plan<'_> {
             .filter(|node| !node.control_plane)
             .collect();
         let names: Vec<String> = workers.iter().map(|node| node.name.clone()).collect();
-        let (system, others): (Vec<&PathBuf>, Vec<&PathBuf>) = self
-            .config
-            .archives
-            .iter()
-            .partition(|archive| is_system(archive));
-
         let server = async {
             let step = self.progress.step("API server");
             api.ready().await;
@@ -356,6 +349,8 @@ impl Plan<'_> {
             Ok::<_, UpError>(())
         };
         let runtimes = async {
+            self.plant_images(&workers).await?;
+            nodes.tell(IMAGES).await?;
             let step = self.progress.step("containerd on every node");
             nodes
                 .wait(|board| {
@@ -368,76 +363,67 @@ impl Plan<'_> {
             step.done();
             Ok::<_, UpError>(())
         };
-        let images = async {
-            let step = self.progress.step("system images on every node");
-            self.import(nodes, &workers, &system).await?;
-            step.done();
-            Ok::<_, UpError>(())
-        };
-        // Pods are asked for when their images are there: a kubelet that misses one waits before it looks again.
-        tokio::try_join!(server, runtimes, images)?;
+        tokio::try_join!(server, runtimes)?;
 
-        let converged = async {
-            let step = self.progress.step("agent and DNS deployed");
-            for object in deploy::objects(&self.settings())? {
-                api.create(&object).await?;
-            }
-            step.done();
-            let ready = self.progress.step("nodes Ready");
-            let agent = self.progress.step("agent ready on every node");
-            let dns = self.progress.step("cluster DNS ready on every node");
-            let nodes_ready = async {
-                api.nodes_ready(&names).await?;
-                ready.done();
-                Ok::<_, UpError>(())
-            };
-            let agent_ready = async {
-                api.daemon_set_ready("keelway-agent", self.config.nodes)
-                    .await;
-                agent.done();
-                Ok(())
-            };
-            let dns_ready = async {
-                api.daemon_set_ready("keelway-dns", self.config.nodes).await;
-                dns.done();
-                Ok(())
-            };
-            tokio::try_join!(nodes_ready, agent_ready, dns_ready)?;
+        let step = self.progress.step("agent and DNS deployed");
+        for object in deploy::objects(&self.settings())? {
+            api.create(&object).await?;
+        }
+        step.done();
+        let ready = self.progress.step("nodes Ready");
+        let agent = self.progress.step("agent ready on every node");
+        let dns = self.progress.step("cluster DNS ready on every node");
+        let nodes_ready = async {
+            api.nodes_ready(&names).await?;
+            ready.done();
             Ok::<_, UpError>(())
         };
-        let rest = async {
-            if others.is_empty() {
-                return Ok(());
-            }
-            let step = self.progress.step("other images on every node");
-            self.import(nodes, &workers, &others).await?;
-            step.done();
-            Ok::<_, UpError>(())
+        let agent_ready = async {
+            api.daemon_set_ready("keelway-agent", self.config.nodes)
+                .await;
+            agent.done();
+            Ok(())
         };
-        tokio::try_join!(converged, rest)?;
+        let dns_ready = async {
+            api.daemon_set_ready("keelway-dns", self.config.nodes).await;
+            dns.done();
+            Ok(())
+        };
+        tokio::try_join!(nodes_ready, agent_ready, dns_ready)?;
         Ok(())
     }
 
-    /// Puts archives into every worker, each as soon as its containerd listens.
-    async fn import(
-        &self,
-        nodes: &Nodes,
-        workers: &[&NodeState],
-        archives: &[&PathBuf],
-    ) -> Result<(), UpError> {
-        try_join_all(workers.iter().map(|node| async move {
-            nodes
-                .wait(|board| board.is_ready(&node.name, "containerd").then_some(()))
-                .await?;
-            let Some(init) = node.init else { return Ok(()) };
-            let containerd = Containerd::of_node(&node.name, init.pid, self.snapshotter);
-            for archive in archives {
-                containerd.import(archive).await?;
+    /// Gives every worker's containerd, before it starts, all images.
+    async fn plant_images(&self, workers: &[&NodeState]) -> Result<(), UpError> {
+        let config = self.containerd_config();
+        let source = seed::Source {
+            archives: &self.config.archives,
+            keelway: &self.config.binaries.keelway,
+            machine: self.machine,
+            cluster: &self.dir,
+            snapshotter: self.snapshotter,
+            containerd_config: &config,
+        };
+        let seed = match Seed::find(&source) {
+            Some(seed) => seed,
+            None => {
+                let step = self.progress.step("images imported, once for this build");
+                let seed = Seed::make(&source).await?;
+                step.done();
+                seed
             }
-            Ok::<_, UpError>(())
-        }))
-        .await?;
+        };
+        let step = self.progress.step("images on every node");
+        for node in workers {
+            seed.plant(&self.dir.node(&node.name).join("var/lib/containerd"))?;
+        }
+        step.done();
         Ok(())
+    }
+
+    fn containerd_config(&self) -> String {
+        let pause = format!("localhost/keelway/pause:{}", env!("CARGO_PKG_VERSION"));
+        containerd::config(&pause, self.snapshotter)
     }
 
     fn settings(&self) -> deploy::Settings {
@@ -543,16 +529,9 @@ impl Plan<'_> {
                 ("kubelet.key", key),
             ],
         )?;
-        let pause = format!("localhost/keelway/pause:{}", env!("CARGO_PKG_VERSION"));
-        let containerd_config = containerd::config(&pause, self.snapshotter);
-        let containerd = service(
-            "containerd",
-            Path::new("containerd"),
-            &[("--config", containerd::CONFIG)],
-        );
         let containerd = ServiceSpec {
-            notifies: true,
-            ..containerd
+            after: vec![IMAGES.to_owned()],
+            ..seed::containerd_service()
         };
         let program = Path::new(BIN_DIR).join("keelway-kubelet");
         let kubelet = service(
@@ -580,7 +559,7 @@ impl Plan<'_> {
             ..kubelet
         };
         let binaries = [(self.config.binaries.kubelet.clone(), program)];
-        let files = vec![(PathBuf::from(containerd::CONFIG), containerd_config)];
+        let files = vec![(PathBuf::from(containerd::CONFIG), self.containerd_config())];
         Ok(self.spec(
             node,
             credentials,
@@ -667,12 +646,6 @@ fn service(name: &str, program: &Path, flags: &[(&str, &str)]) -> ServiceSpec {
         notifies: false,
         listens: false,
     }
-}
-
-fn is_system(archive: &Path) -> bool {
-    SYSTEM_ARCHIVES
-        .iter()
-        .any(|name| archive.file_name().is_some_and(|file| file == *name))
 }
 
 fn write_private(path: &Path, contents: &str) -> Result<(), UpError> {

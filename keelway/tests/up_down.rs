@@ -4,7 +4,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
@@ -37,7 +37,7 @@ impl Scene {
             fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("executable");
         }
         fs::create_dir(dir.path().join("images")).expect("a folder");
-        fs::write(dir.path().join("images/other.tar"), "").expect("an archive");
+        empty_image(&dir.path().join("images"));
         Some(Scene {
             name: format!("ud-{test}-{}", std::process::id()),
             dir,
@@ -79,6 +79,10 @@ impl Scene {
 
     /// Starts `up` and waits until its nodes run.
     fn half_up(&self) -> (Child, ClusterState) {
+        #[expect(
+            clippy::zombie_processes,
+            reason = "the tests that call this wait for it"
+        )]
         let up = self
             .up(&[])
             .stderr(Stdio::null())
@@ -120,6 +124,19 @@ impl Scene {
     }
 }
 
+/// Writes an archive with an image of no layers.
+fn empty_image(folder: &Path) {
+    let config = r#"{"architecture":"amd64","os":"linux","config":{},"rootfs":{"type":"layers","diff_ids":[]}}"#;
+    let manifest = r#"[{"Config":"config.json","RepoTags":["localhost/empty:1"],"Layers":[]}]"#;
+    fs::write(folder.join("config.json"), config).expect("written");
+    fs::write(folder.join("manifest.json"), manifest).expect("written");
+    let tar = Command::new("tar")
+        .args(["-cf", "empty.tar", "manifest.json", "config.json"])
+        .current_dir(folder)
+        .status();
+    assert!(tar.expect("tar runs").success());
+}
+
 fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
@@ -139,6 +156,22 @@ fn an_up_that_fails_takes_down_what_it_made_and_shows_why() {
     assert!(
         stderr.contains("I cannot start today"),
         "the service's own words are shown: {stderr}"
+    );
+    scene.nothing_is_left();
+}
+
+#[test]
+fn an_archive_that_is_none_fails_the_up_and_is_named() {
+    let Some(scene) = Scene::new("archive", "exec sleep 1000") else {
+        return;
+    };
+    fs::write(scene.path("images/broken.tar"), "no archive").expect("written");
+    let output = scene.up(&[]).output().expect("up runs");
+    assert!(!output.status.success());
+    assert!(
+        stderr(&output).contains("broken.tar"),
+        "{}",
+        stderr(&output)
     );
     scene.nothing_is_left();
 }

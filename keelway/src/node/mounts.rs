@@ -36,8 +36,7 @@ const ETC: [&str; 14] = [
     "ethertypes",
 ];
 /// Folders of a node's /var, which is kept on disk.
-const VAR: [&str; 8] = [
-    "lib/containerd",
+const VAR: [&str; 7] = [
     "lib/kubelet",
     "lib/keelway",
     "lib/cni",
