@@ -79,7 +79,7 @@ fn every_replica_answers(cluster: &Cluster, output: &str, expected: usize) {
 
 pub fn a_service_answers_by_name_from_every_replica(cluster: &Cluster) {
     let output = cluster
-        .in_client("for i in $(seq 100); do wget -T 5 -qO- http://hello/ || echo failed; done")
+        .in_client("for i in $(seq 100); do wget -T 5 -qO- http://hello/ 2>&1 || echo failed; done")
         .ok();
     every_replica_answers(cluster, &output, 100);
 }
@@ -100,7 +100,7 @@ pub fn a_service_answers_by_address_and_by_udp(cluster: &Cluster) {
     let address = address(cluster, "hello");
     let output = cluster
         .in_client(&format!(
-            "for i in $(seq 100); do wget -T 5 -qO- http://{address}/ || echo failed; done"
+            "for i in $(seq 100); do wget -T 5 -qO- http://{address}/ 2>&1 || echo failed; done"
         ))
         .ok();
     every_replica_answers(cluster, &output, 100);
