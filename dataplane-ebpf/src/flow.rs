@@ -58,6 +58,19 @@ pub fn is_closing<T: Tables>(tables: &T, entry: &Flow) -> bool {
     }
 }
 
+/// Whether either side of the flow of which `entry` is one has been seen to end it.
+#[inline(always)]
+pub fn has_ended<T: Tables>(tables: &T, entry: &Flow) -> bool {
+    const ENDED: u32 = SEEN_FIN | SEEN_RST;
+    if entry.seen & ENDED != 0 {
+        return true;
+    }
+    match lookup(tables, &entry.other) {
+        Some(other) => other.get().seen & ENDED != 0,
+        None => false,
+    }
+}
+
 /// Moves a flow to the replied table, when `reply` arrived under `key` and found it unreplied.
 #[inline(always)]
 pub fn promote<T: Tables>(tables: &T, key: &FlowKey, reply: &Flow, seen: u32) {

@@ -2,7 +2,7 @@
 
 use dataplane_abi::{
     Addr, FROM_HOST, FROM_POD, FlowKey, FragmentPorts, FrontendKey, HAIRPIN_V4, LocalAddress,
-    Reason, SEEN_REPLY, VIP_MARKER,
+    Reason, SEEN_REPLY, SEEN_SYN, VIP_MARKER,
 };
 
 use crate::{
@@ -191,6 +191,13 @@ fn follow<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &mut Ipv4, side:
     if let Some(entry) = flow::lookup(tables, &ip.key) {
         let flow = entry.get();
         if flow.reply == 1 {
+            // An opening's answer on a flow that has ended belongs to a connection that came to the backend directly, by the
+            // socket hook say, and from a port that the flow had: translated, it would be nobody's.
+            if seen & SEEN_SYN != 0 && flow::has_ended(tables, flow) {
+                let client = flow.other;
+                flow::forget(tables, &client, &ip.key);
+                return Followed::Untouched;
+            }
             let to = flow.other.mirrored();
             if flow.seen & SEEN_REPLY == 0 {
                 flow::promote(tables, &ip.key, flow, seen);

@@ -484,3 +484,25 @@ fn icmp_that_is_about_no_flow_is_left_as_it_is() {
     let cut = icmp("10.0.1.13:0", "10.0.0.11:0", 3, 3, &[0x45; 10]);
     assert_eq!(from_uplink(&tables, cut.clone()), (Verdict::Peer(A), cut));
 }
+
+#[test]
+fn a_direct_connection_may_use_the_port_of_a_flow_that_has_ended() {
+    let tables = node(&["10.0.1.13:8080"]);
+    let (client, backend) = ("10.0.0.11:4000", "10.0.1.13:8080");
+    for flags in [SYN, ACK, FIN | ACK] {
+        from_pod(&tables, A, tcp(client, "10.96.0.1:80", flags, b""));
+        from_uplink(&tables, tcp(backend, client, flags | ACK, b""));
+    }
+    let opening = tcp(client, backend, SYN, b"");
+    assert_eq!(
+        from_pod(&tables, A, opening.clone()),
+        (Verdict::Pass, opening)
+    );
+    for flags in [SYN | ACK, ACK] {
+        let answer = tcp(backend, client, flags, b"");
+        assert_eq!(
+            from_uplink(&tables, answer.clone()),
+            (Verdict::Peer(A), answer)
+        );
+    }
+}

@@ -126,6 +126,44 @@ fn rows() -> Vec<Row> {
             ],
         },
         Row {
+            name: "a direct connection may use the port of a flow that has ended",
+            backends: to(&["10.0.1.13:8080"]),
+            steps: vec![
+                Step(
+                    PodIngress,
+                    tcp("10.0.0.11:4000", "10.96.0.1:80", SYN, b""),
+                    PASS,
+                    None,
+                ),
+                Step(
+                    UplinkIngress,
+                    tcp("10.0.1.13:8080", "10.0.0.11:4000", SYN | ACK, b""),
+                    REDIRECT,
+                    Some(tcp("10.96.0.1:80", "10.0.0.11:4000", SYN | ACK, b"")),
+                ),
+                Step(
+                    UplinkIngress,
+                    tcp("10.0.1.13:8080", "10.0.0.11:4000", FIN | ACK, b""),
+                    REDIRECT,
+                    Some(tcp("10.96.0.1:80", "10.0.0.11:4000", FIN | ACK, b"")),
+                ),
+                Step(
+                    UplinkIngress,
+                    tcp("10.0.1.13:8080", "10.0.0.11:4000", SYN | ACK, b""),
+                    REDIRECT,
+                    Some(tcp("10.0.1.13:8080", "10.0.0.11:4000", SYN | ACK, b"")),
+                ),
+            ],
+            counters: &[
+                (ServiceTranslated, 1),
+                (ReplyTranslated, 2),
+                (FlowCreated, 1),
+                (FlowReplied, 1),
+                (Passed, 1),
+                (Delivered, 3),
+            ],
+        },
+        Row {
             name: "datagrams to another node go by the stack and come back by the uplink",
             backends: to(&["10.0.1.13:5353"]),
             steps: vec![
