@@ -22,7 +22,7 @@ use tempfile::TempDir;
 use tokio::task::JoinSet;
 
 /// How long anything may take before a test gives up on it.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(180);
 
 pub struct Cluster {
     pub client: Client,
