@@ -145,10 +145,14 @@ pub fn processes(within: &str, name: &str) -> Vec<Process> {
             continue;
         }
         let (comm, stat) = (read("comm"), read("stat"));
-        let parent = stat
+        let mut rest = stat
             .rsplit_once(')')
-            .and_then(|(_, rest)| rest.split_whitespace().nth(1)?.parse().ok());
-        if comm.trim().starts_with(name) {
+            .map_or("", |(_, rest)| rest)
+            .split_whitespace();
+        // A zombie has ended; its parent has only not looked yet.
+        let ended = matches!(rest.next(), None | Some("Z" | "X"));
+        let parent = rest.next().and_then(|pid| pid.parse().ok());
+        if !ended && comm.trim().starts_with(name) {
             found.push(Process {
                 pid,
                 parent: parent.unwrap_or(0),
