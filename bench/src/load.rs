@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use hdrhistogram::Histogram;
+use nix::sys::socket::{setsockopt, sockopt::Linger};
 use serde::{Deserialize, Serialize};
 
 /// What one run measures.
@@ -81,8 +82,17 @@ fn answer_once(mut stream: TcpStream) -> io::Result<()> {
     let mut byte = [0];
     stream.read_exact(&mut byte)?;
     stream.write_all(&byte)?;
-    // The server closes first, so that TIME_WAIT does not use up the client's ports.
     stream.shutdown(Shutdown::Both)
+}
+
+/// Lets a socket end by RST. Neither end keeps TIME_WAIT then, whose port may come by another path next: a server compares the
+/// clocks of both connections, which a client's kernel keeps per destination, and would turn the later one away.
+fn end_by_reset(stream: &TcpStream) -> io::Result<()> {
+    let linger = libc::linger {
+        l_onoff: 1,
+        l_linger: 0,
+    };
+    Ok(setsockopt(stream, Linger, &linger)?)
 }
 
 fn echo(mut stream: TcpStream) -> io::Result<()> {
@@ -134,6 +144,7 @@ fn connections(target: SocketAddr, duration: Duration) -> io::Result<Sample> {
     timed(duration, || {
         // Plain connect: connect_timeout's extra poll and fcntl calls would be in the figure.
         let mut stream = TcpStream::connect(target)?;
+        end_by_reset(&stream)?;
         stream.write_all(&byte)?;
         stream.read_exact(&mut byte)
     })
