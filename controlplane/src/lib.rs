@@ -11,4 +11,5 @@ pub mod registry;
 pub mod scheduler;
 pub mod selector;
 pub mod store;
+pub mod streams;
 pub mod sys;

@@ -10,14 +10,17 @@ mod body;
 pub mod bootstrap;
 mod change;
 mod config;
+mod connect;
 mod delete;
 mod documents;
 mod fields;
+mod forward;
 mod kubelet;
 mod listener;
 mod metrics;
 mod object;
 mod patching;
+mod proxy;
 mod read;
 mod reply;
 mod request;
@@ -93,12 +96,7 @@ fn served() -> Vec<&'static Resource> {
         "storagemigration.k8s.io",
     ];
     // Quotas and limits are promises that admission keeps, and this one does not.
-    let not_core = [
-        "bindings",
-        "componentstatuses",
-        "limitranges",
-        "resourcequotas",
-    ];
+    let not_core = ["componentstatuses", "limitranges", "resourcequotas"];
     registry::resources()
         .iter()
         .filter(|resource| !left_out.contains(&resource.group))
@@ -234,6 +232,9 @@ impl Api {
         }
         if review::is_review(call.target.resource) {
             return self.review(call, parts, body).await;
+        }
+        if call.target.resource.kind == "Binding" {
+            return self.bind(&call, &parts, body).await;
         }
         match (parts.method.clone(), call.target.name.is_some()) {
             (Method::GET | Method::HEAD, true) if !call.query.flag("watch") => {

@@ -18,34 +18,40 @@ pub struct Target {
     pub name: Option<String>,
     /// `status`, `log`, `exec`, ...
     pub subresource: Option<String>,
-    /// What follows the subresource (`proxy/<path>`).
+    /// What follows the subresource (`proxy/<path>`), with its first slash, as the client encoded it.
     pub rest: String,
 }
 
 impl Target {
     /// Parses `/api/v1/...` and `/apis/<group>/<version>/...`.
     pub fn parse(path: &str) -> Option<Self> {
-        let mut segments = path.split('/').filter(|segment| !segment.is_empty());
+        let mut segments = Segments(path);
         let (group, version) = match segments.next()? {
             "api" => ("", segments.next()?),
             "apis" => (segments.next()?, segments.next()?),
             _ => return None,
         };
-        let mut parts: Vec<Cow<'_, str>> = segments.map(percent_decode).collect();
+        let mut first = segments.next()?;
         let mut namespace = None;
-        // `/namespaces/x` is the object itself, `/namespaces/x/pods` is what is in it.
-        let inside = parts.len() > 2 && !["status", "finalize"].contains(&parts[2].as_ref());
-        if parts.first().is_some_and(|first| first == "namespaces") && (inside || !group.is_empty())
-        {
-            namespace = Some(parts.get(1)?.to_string());
-            parts.drain(..2);
+        if first == "namespaces" {
+            // `/namespaces/x` is the object itself, `/namespaces/x/pods` is what is in it.
+            let mut inside = Segments(segments.0);
+            if let (Some(name), Some(plural)) = (inside.next(), inside.next())
+                && !(group.is_empty() && ["status", "finalize"].contains(&plural))
+            {
+                namespace = Some(percent_decode(name).into_owned());
+                first = plural;
+                segments = inside;
+            }
         }
-        let mut parts = parts.into_iter();
-        let resource = registry::resource(group, version, &parts.next()?)?;
-        let name = parts.next().map(Cow::into_owned);
-        let subresource = parts.next().map(Cow::into_owned);
-        let rest = parts.map(|part| format!("/{part}")).collect();
+        let resource = registry::resource(group, version, &percent_decode(first))?;
+        let mut decoded = || Some(percent_decode(segments.next()?).into_owned());
+        let (name, subresource) = (decoded(), decoded());
+        let rest = segments.0;
         if namespace.is_some() != resource.namespaced && (namespace.is_some() || name.is_some()) {
+            return None;
+        }
+        if subresource.as_deref() != Some("proxy") && !rest.trim_matches('/').is_empty() {
             return None;
         }
         Some(Self {
@@ -53,7 +59,7 @@ impl Target {
             namespace,
             name,
             subresource,
-            rest,
+            rest: rest.to_owned(),
         })
     }
 
@@ -84,6 +90,20 @@ impl Target {
 
     pub fn prefix(&self) -> String {
         super::object::prefix(self.resource, self.namespace.as_deref())
+    }
+}
+
+/// The segments of a path that are not empty; what is left of it stays as it is.
+struct Segments<'a>(&'a str);
+
+impl<'a> Iterator for Segments<'a> {
+    type Item = &'a str;
+
+    fn next(&mut self) -> Option<&'a str> {
+        let path = self.0.trim_start_matches('/');
+        let (segment, rest) = path.split_at(path.find('/').unwrap_or(path.len()));
+        self.0 = rest;
+        Some(segment).filter(|segment| !segment.is_empty())
     }
 }
 
@@ -458,5 +478,33 @@ mod tests {
             "a node has no namespace"
         );
         assert!(Target::parse("/apis/apps/v1/nothings").is_none());
+        assert!(
+            Target::parse("/api/v1/namespaces/a/pods/b/status/more").is_none(),
+            "nothing is below a status"
+        );
+    }
+
+    #[test]
+    fn what_follows_a_proxy_stays_as_the_client_wrote_it() {
+        for (path, name, rest) in [
+            ("/api/v1/namespaces/a/services/web/proxy", "web", ""),
+            (
+                "/api/v1/namespaces/a/services/http:web:80/proxy/",
+                "http:web:80",
+                "/",
+            ),
+            (
+                "/api/v1/namespaces/a/services/https%3Aweb%3A/proxy/x//y%2Fz/",
+                "https:web:",
+                "/x//y%2Fz/",
+            ),
+        ] {
+            let target = Target::parse(path).expect("a proxy");
+            assert_eq!(
+                (target.name.as_deref(), target.rest.as_str()),
+                (Some(name), rest),
+                "{path}"
+            );
+        }
     }
 }

@@ -1,19 +1,25 @@
-//! Requests that go through to a kubelet; here to one that only knows a few answers.
+//! Requests that go through to a kubelet; here to one that only knows a few answers, and one command: say everything back,
+//! louder, and fail when told "fail".
 
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
+use futures::{SinkExt, StreamExt};
 use http::{Request, Response, StatusCode, header};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::AttachParams;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
+use tokio_tungstenite::tungstenite::client::IntoClientRequest;
+use tokio_tungstenite::tungstenite::{Error as WebSocketError, Message};
 
 use crate::server::Server;
 
@@ -106,15 +112,24 @@ async fn answer(
         ));
     }
     let protocol = request.headers().get(header::UPGRADE).cloned();
-    if path.starts_with("/exec")
-        && protocol
-            .as_ref()
-            .is_some_and(|protocol| protocol == "SPDY/3.1")
+    let spdy = protocol.is_some_and(|protocol| protocol == "SPDY/3.1");
+    if spdy
+        && ["/exec", "/portForward"]
+            .iter()
+            .any(|known| path.starts_with(known))
     {
         let upgrade = hyper::upgrade::on(&mut request);
+        let inner = request.headers().get("x-stream-protocol-version").cloned();
+        let streams = inner
+            .as_ref()
+            .is_some_and(|inner| inner == "v4.channel.k8s.io");
         tokio::spawn(async move {
-            // Says everything back, louder.
             let mut stream = TokioIo::new(upgrade.await.expect("an upgraded connection"));
+            if streams {
+                // Whoever is asked breaks off when the API server does.
+                let _ = run_command(&mut stream).await;
+                return;
+            }
             let mut buffer = [0; 64];
             while let Ok(read @ 1..) = stream.read(&mut buffer).await {
                 buffer[..read].make_ascii_uppercase();
@@ -122,6 +137,11 @@ async fn answer(
             }
         });
         let mut response = reply(StatusCode::SWITCHING_PROTOCOLS, "");
+        if let Some(inner) = inner {
+            response
+                .headers_mut()
+                .insert("x-stream-protocol-version", inner);
+        }
         response
             .headers_mut()
             .insert(header::CONNECTION, "Upgrade".parse().expect("a value"));
@@ -131,6 +151,65 @@ async fn answer(
         return Ok(response);
     }
     Ok(reply(StatusCode::FORBIDDEN, "no such protocol"))
+}
+
+/// The runtime's end of a command's SPDY connection, which takes streams as they come.
+async fn run_command<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S) -> std::io::Result<()> {
+    let mut opened: Vec<(u32, String)> = Vec::new();
+    let mut said = Vec::new();
+    let id = |opened: &[(u32, String)], name: &str| {
+        opened
+            .iter()
+            .find(|(_, known)| known == name)
+            .map(|(id, _)| *id)
+    };
+    loop {
+        let (first, second) = (stream.read_u32().await?, stream.read_u32().await?);
+        let mut body = vec![0; (second & 0x00ff_ffff) as usize];
+        stream.read_exact(&mut body).await?;
+        if first == 0x8003_0001 {
+            let number = u32::from_be_bytes(body[..4].try_into().expect("an id"));
+            let text = String::from_utf8_lossy(&body).into_owned();
+            let known = ["error", "stdin", "stdout", "stderr", "resize"];
+            let name = known
+                .iter()
+                .find(|name| text.contains(**name))
+                .expect("a kind of stream");
+            opened.push((number, (*name).to_owned()));
+            // SYN_REPLY, of which nobody reads the headers.
+            for word in [0x8003_0002, 4, number] {
+                stream.write_u32(word).await?;
+            }
+        } else if first == id(&opened, "stdin").expect("only standard input gets data") {
+            said.extend_from_slice(&body);
+            if second >> 24 == 1 {
+                break;
+            }
+        }
+    }
+    let fails = said == b"fail";
+    said.make_ascii_uppercase();
+    let status = if fails {
+        r#"{"metadata":{},"status":"Failure","reason":"NonZeroExitCode","message":"command terminated with non-zero exit code",
+            "details":{"causes":[{"reason":"ExitCode","message":"7"}]}}"#
+    } else {
+        r#"{"metadata":{},"status":"Success"}"#
+    };
+    for (name, data) in [
+        ("error", status.as_bytes()),
+        ("stdout", &said),
+        ("stderr", &[]),
+    ] {
+        let Some(id) = id(&opened, name) else {
+            continue;
+        };
+        stream.write_u32(id).await?;
+        stream.write_u32(1 << 24 | data.len() as u32).await?;
+        stream.write_all(data).await?;
+    }
+    // Reads on until the API server has closed.
+    while stream.read_u8().await.is_ok() {}
+    Ok(())
 }
 
 fn place_pod(server: &Server, port: u16) {
@@ -168,11 +247,8 @@ async fn logs_come_from_the_kubelet_and_so_do_its_complaints() {
     );
 }
 
-/// Asks the API server to upgrade an exec, and returns the connection and the first line of the answer.
-async fn upgrade(
-    server: &Server,
-    protocol: &str,
-) -> (tokio_rustls::client::TlsStream<TcpStream>, String) {
+/// A connection of the administrator to the API server, and its address.
+async fn connected(server: &Server) -> (tokio_rustls::client::TlsStream<TcpStream>, String) {
     let (certificates, key) = pem(server, "admin");
     let config = rustls::ClientConfig::builder()
         .with_root_certificates(roots(server))
@@ -181,10 +257,19 @@ async fn upgrade(
     let address = server.url().trim_start_matches("https://").to_owned();
     let stream = TcpStream::connect(&address).await.expect("connected");
     let name = ServerName::try_from("127.0.0.1").expect("a name");
-    let mut stream = TlsConnector::from(Arc::new(config))
+    let stream = TlsConnector::from(Arc::new(config))
         .connect(name, stream)
         .await
         .expect("TLS");
+    (stream, address)
+}
+
+/// Asks the API server to upgrade an exec, and returns the connection and the first line of the answer.
+async fn upgrade(
+    server: &Server,
+    protocol: &str,
+) -> (tokio_rustls::client::TlsStream<TcpStream>, String) {
+    let (mut stream, address) = connected(server).await;
     let path = "/api/v1/namespaces/default/pods/talker/exec?container=c&command=sh&command=-c&command=a%20b&stdin=true&stdout=true";
     let request = format!(
         "POST {path} HTTP/1.1\r\nHost: {address}\r\nConnection: Upgrade\r\nUpgrade: {protocol}\r\nContent-Length: 0\r\n\r\n"
@@ -221,4 +306,138 @@ async fn an_upgraded_connection_is_passed_on_byte_for_byte_and_a_refusal_is_pass
         first, "HTTP/1.1 403 Forbidden",
         "kubectl tries its next protocol then"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_websocket_runs_a_command_of_which_the_input_can_end() {
+    let server = Server::start();
+    let asked = Asked::default();
+    let port = start_kubelet(&server, asked.clone()).await;
+    place_pod(&server, port);
+    let pods: kube::Api<Pod> = kube::Api::default_namespaced(server.client().await);
+    for (input, output, succeeds) in [("hello", "HELLO", true), ("fail", "FAIL", false)] {
+        let parameters = AttachParams::default()
+            .container("c")
+            .stdin(true)
+            .stderr(false);
+        let mut process = pods
+            .exec("talker", ["shout"], &parameters)
+            .await
+            .expect("a process");
+        let mut stdin = process.stdin().expect("its input");
+        stdin.write_all(input.as_bytes()).await.expect("written");
+        stdin.shutdown().await.expect("the end of the input");
+        drop(stdin);
+        let mut said = String::new();
+        let mut stdout = process.stdout().expect("its output");
+        stdout.read_to_string(&mut said).await.expect("read");
+        assert_eq!(said, output);
+        let status = process
+            .take_status()
+            .expect("one waiter")
+            .await
+            .expect("a status");
+        assert_eq!(
+            status.status.as_deref() == Some("Success"),
+            succeeds,
+            "{status:?}"
+        );
+    }
+    let first = asked.lock().expect("asked")[0].0.clone();
+    assert_eq!(
+        first,
+        "POST /exec/default/talker/c?command=shout&input=1&output=1"
+    );
+    // kubectl tells the exit code of the command by its own.
+    let words = ["exec", "-i", "talker", "-c", "c", "--", "shout"];
+    let failed = server.kubectl_with(&words, "fail");
+    assert_eq!(failed.status.code(), Some(7), "{failed:?}");
+    assert_eq!(
+        crate::server::text(&server.kubectl_with(&words, "hello").stdout),
+        "HELLO"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_websocket_carries_port_forwards_and_is_refused_with_a_status() {
+    let server = Server::start();
+    let port = start_kubelet(&server, Asked::default()).await;
+    place_pod(&server, port);
+    let open = async |path: &str, protocol: &str| {
+        let (stream, address) = connected(&server).await;
+        let url = format!("wss://{address}/api/v1/namespaces/default/pods/talker/{path}");
+        let mut request = url.into_client_request().expect("a request");
+        let protocol = protocol.parse().expect("a value");
+        request
+            .headers_mut()
+            .insert(header::SEC_WEBSOCKET_PROTOCOL, protocol);
+        tokio_tungstenite::client_async(request, stream).await
+    };
+    let (mut socket, answer) = open("portforward", "SPDY/3.1+portforward.k8s.io")
+        .await
+        .expect("a WebSocket");
+    assert_eq!(
+        answer.headers()[header::SEC_WEBSOCKET_PROTOCOL],
+        "SPDY/3.1+portforward.k8s.io"
+    );
+    socket
+        .send(Message::Binary(Bytes::from_static(b"bytes")))
+        .await
+        .expect("sent");
+    let heard = socket.next().await.expect("a message").expect("a good one");
+    assert_eq!(heard, Message::Binary(Bytes::from_static(b"BYTES")));
+    for (path, code, message) in [
+        ("attach?container=c&stdout=true", 403, "no such protocol"),
+        (
+            "attach?container=c",
+            400,
+            "at least 1 of stdin, stdout, stderr",
+        ),
+        ("exec?container=c&stdout=true", 400, "at least 1 command"),
+        (
+            "exec?container=x&stdout=true&command=sh",
+            400,
+            "container x is not valid for pod talker",
+        ),
+    ] {
+        match open(path, "v5.channel.k8s.io").await {
+            Err(WebSocketError::Http(answer)) => {
+                let body = answer.body().clone().unwrap_or_default();
+                let status: serde_json::Value = serde_json::from_slice(&body).expect("a Status");
+                let said = status["message"].as_str().expect("a message");
+                assert_eq!(answer.status(), code, "{path}: {said}");
+                assert!(said.contains(message), "{path}: {said}");
+            }
+            other => panic!("{path}: {:?}", other.map(|(_, answer)| answer)),
+        }
+    }
+}
+
+#[test]
+fn options_of_logs_that_make_no_sense_are_refused() {
+    let server = Server::start();
+    place_pod(&server, 1);
+    for (query, message) in [
+        (
+            "tailLines=-1",
+            "tailLines: Invalid value: -1: must be greater than or equal to 0",
+        ),
+        (
+            "limitBytes=0",
+            "limitBytes: Invalid value: 0: must be greater than or equal to 1",
+        ),
+        (
+            "sinceSeconds=5&sinceTime=2026-01-01T00:00:00Z",
+            "at most one of `sinceTime` or `sinceSeconds`",
+        ),
+        ("stream=Stdin", r#"stream: Unsupported value: "Stdin""#),
+        ("stream=Stdout&tailLines=1", "mutually exclusive"),
+    ] {
+        let (code, status) = server.raw(&format!(
+            "/api/v1/namespaces/default/pods/talker/log?container=c&{query}"
+        ));
+        let said = status["message"].as_str().expect("a message");
+        assert_eq!(code, 422, "{said}");
+        assert!(said.contains(message), "{said}");
+    }
 }

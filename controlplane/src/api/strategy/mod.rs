@@ -20,6 +20,7 @@ use crate::registry::Resource;
 use crate::selector::FieldSelector;
 
 pub use metadata::{dns_label, qualified_name, validate_metadata};
+pub use pod::qos_class;
 pub use service::wants_node_ports;
 
 pub type Errors = Vec<FieldError>;

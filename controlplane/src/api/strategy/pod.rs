@@ -54,7 +54,6 @@ impl Strategy for Pod {
                 "activeDeadlineSeconds",
                 "tolerations",
                 "terminationGracePeriodSeconds",
-                "ephemeralContainers",
                 "schedulingGates",
             ] {
                 spec.remove(&format!("/{field}"));
@@ -116,7 +115,7 @@ impl Strategy for Pod {
 }
 
 /// The quality of service that the resources of all containers make.
-fn qos_class(pod: &Value) -> &'static str {
+pub fn qos_class(pod: &Value) -> &'static str {
     let counted = ["cpu", "memory"];
     let mut guaranteed = true;
     let mut any = false;

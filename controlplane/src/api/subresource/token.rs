@@ -1,0 +1,83 @@
+//! `token` of a ServiceAccount.
+
+use http::{StatusCode, request::Parts};
+use hyper::body::Incoming;
+
+use crate::api::body::{decode, read_body};
+use crate::api::fields::Fields;
+use crate::api::reply::{self, Answer};
+use crate::api::request::WriteOptions;
+use crate::api::status::{FieldError, Status, Subject};
+use crate::api::{Api, Call};
+use crate::auth::AuthError;
+
+impl Api {
+    /// Issues a token for a ServiceAccount.
+    pub(super) async fn token(
+        &self,
+        call: &Call,
+        parts: &Parts,
+        body: Incoming,
+    ) -> Result<Answer, Status> {
+        let options = WriteOptions::parse(&call.query, &parts.headers)?;
+        let body = read_body(body).await?;
+        let request = decode(
+            parts,
+            &body,
+            "authentication.k8s.io/v1",
+            "TokenRequest",
+            options.validation,
+        )?
+        .value;
+        let account = call.target.decode(&self.record(&call.target).await?)?;
+        let (kind, name) = (
+            request.text("/spec/boundObjectRef/kind"),
+            request.text("/spec/boundObjectRef/name"),
+        );
+        let namespace = call.target.namespace.as_deref();
+        let bound = match kind {
+            "" => None,
+            "Pod" | "Secret" | "Node" => {
+                let plural = format!("{}s", kind.to_lowercase());
+                let found = self
+                    .lookup("", &plural, namespace.filter(|_| kind != "Node"), name)
+                    .await?;
+                let subject = Subject {
+                    group: "",
+                    resource: &plural,
+                    name,
+                };
+                Some(found.ok_or_else(|| Status::not_found(subject))?)
+            }
+            _ => {
+                let error = FieldError::unsupported(
+                    "spec.boundObjectRef.kind",
+                    kind,
+                    &["Node", "Pod", "Secret"],
+                );
+                return Err(Status::invalid(
+                    "authentication.k8s.io",
+                    "TokenRequest",
+                    name,
+                    vec![error],
+                ));
+            }
+        };
+        let now = jiff::Timestamp::now().as_second();
+        let granted = self
+            .tokens
+            .grant(&request, &account, bound.as_ref(), now)
+            .map_err(|error| match error {
+                AuthError::Request { field, reason } => {
+                    let given = request
+                        .pointer(&format!("/{}", field.replace('.', "/")))
+                        .cloned()
+                        .unwrap_or_default();
+                    let error = FieldError::invalid(field, given, reason);
+                    Status::invalid("authentication.k8s.io", "TokenRequest", name, vec![error])
+                }
+                error => Status::internal(error),
+            })?;
+        Ok(reply::json(StatusCode::CREATED, &granted))
+    }
+}
