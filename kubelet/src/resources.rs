@@ -84,6 +84,17 @@ pub struct Limits {
     pub memory_bytes: Option<i64>,
 }
 
+impl std::fmt::Display for Limits {
+    /// As an annotation of a container keeps them.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (quota, memory) = (
+            self.cpu_quota_us.unwrap_or(0),
+            self.memory_bytes.unwrap_or(0),
+        );
+        write!(f, "{}/{quota}/{memory}", self.cpu_shares)
+    }
+}
+
 fn shares(cpu_milli: i64) -> i64 {
     (cpu_milli * 1024 / 1000).clamp(CPU_SHARES_MIN, 262_144)
 }

@@ -18,10 +18,18 @@ const ROTATE_BYTES: u64 = 10 << 20;
 const PIECES_KEPT: usize = 4;
 const CHUNK_BYTES: u64 = 64 << 10;
 
+/// Output is which of a container's two outputs a line was written to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Output {
+    Stdout,
+    Stderr,
+}
+
 /// A Line of a log file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Line<'a> {
     pub time: &'a [u8],
+    pub output: Output,
     pub whole: bool,
     pub text: &'a [u8],
 }
@@ -31,13 +39,16 @@ impl<'a> Line<'a> {
     pub fn parse(line: &'a [u8]) -> Option<Self> {
         let mut parts = line.splitn(4, |byte| *byte == b' ');
         let (time, stream, tags) = (parts.next()?, parts.next()?, parts.next()?);
-        if stream != b"stdout" && stream != b"stderr" {
-            return None;
-        }
+        let output = match stream {
+            b"stdout" => Output::Stdout,
+            b"stderr" => Output::Stderr,
+            _ => return None,
+        };
         // Further tags may follow the first, separated by colons.
         let whole = tags.first() != Some(&b'P');
         Some(Self {
             time,
+            output,
             whole,
             text: parts.next().unwrap_or_default(),
         })
@@ -55,6 +66,8 @@ pub struct Selection {
     pub since: Option<Timestamp>,
     pub timestamps: bool,
     pub limit_bytes: Option<u64>,
+    /// None for both, in the order they were written.
+    pub output: Option<Output>,
     pub follow: bool,
 }
 
@@ -64,6 +77,7 @@ pub struct Printer {
     since: Option<Timestamp>,
     timestamps: bool,
     left_bytes: Option<u64>,
+    output: Option<Output>,
     /// Whether the last piece ended its line: a time is shown only at the start of one.
     at_start: bool,
 }
@@ -74,6 +88,7 @@ impl Printer {
             since: selection.since,
             timestamps: selection.timestamps,
             left_bytes: selection.limit_bytes,
+            output: selection.output,
             at_start: true,
         }
     }
@@ -83,6 +98,9 @@ impl Printer {
         let Some(parsed) = Line::parse(line) else {
             return true;
         };
+        if self.output.is_some_and(|output| output != parsed.output) {
+            return true;
+        }
         if let Some(since) = self.since
             && parsed.timestamp().is_some_and(|at| at < since)
         {
@@ -238,9 +256,19 @@ mod tests {
         );
         let limited = Selection {
             limit_bytes: Some(6),
-            ..all
+            ..all.clone()
         };
         assert_eq!(printed(&limited), "one\ntw");
+        for (output, expected) in [
+            (Output::Stdout, "one\nthree with blanks\n"),
+            (Output::Stderr, "two\n"),
+        ] {
+            let only = Selection {
+                output: Some(output),
+                ..all.clone()
+            };
+            assert_eq!(printed(&only), expected);
+        }
     }
 
     #[test]

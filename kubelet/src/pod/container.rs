@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use k8s_cri::v1::{
     Capability, ContainerConfig, ContainerMetadata, ImageSpec, Int64Value, KeyValue,
     LinuxContainerConfig, LinuxContainerResources, LinuxContainerSecurityContext, Mount,
+    NamespaceMode, NamespaceOption,
 };
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 
@@ -13,8 +14,8 @@ use super::env::expand;
 use super::sandbox::{namespaces, seccomp, supplemental_groups};
 use crate::resources::{CPU_PERIOD_US, container_limits, oom_score_adj};
 use crate::runtime::{
-    ANNOTATION_BACKOFF, ANNOTATION_IMAGE, ANNOTATION_TERMINATION_PATH, ImageView,
-    LABEL_CONTAINER_NAME, LABEL_POD_NAME, LABEL_POD_NAMESPACE, LABEL_POD_UID,
+    ANNOTATION_BACKOFF, ANNOTATION_IMAGE, ANNOTATION_LIMITS, ANNOTATION_TERMINATION_PATH,
+    ImageView, LABEL_CONTAINER_NAME, LABEL_POD_NAME, LABEL_POD_NAMESPACE, LABEL_POD_UID,
 };
 
 /// Paths of /proc and /sys that show or change the host, hidden from unprivileged containers (upstream's list).
@@ -59,6 +60,8 @@ pub struct Start<'a> {
     pub mounts: Vec<Mount>,
     pub image: &'a ImageView,
     pub node_memory_bytes: i64,
+    /// The container of whose process namespace this one becomes part.
+    pub target_id: Option<String>,
 }
 
 /// The log of a container, relative to its pod's log directory.
@@ -82,7 +85,6 @@ pub fn container_config(
             .collect()
     };
     let spec_image = container.image.clone().unwrap_or_default();
-    let limits = container_limits(container.resources.as_ref());
     let labels = [
         (LABEL_POD_NAME, key.name),
         (LABEL_POD_NAMESPACE, key.namespace),
@@ -96,7 +98,12 @@ pub fn container_config(
             ANNOTATION_TERMINATION_PATH,
             termination_path(container).to_owned(),
         ),
+        (
+            ANNOTATION_LIMITS,
+            container_limits(container.resources.as_ref()).to_string(),
+        ),
     ];
+    let security = security(spec, container, &start)?;
     Ok(ContainerConfig {
         metadata: Some(ContainerMetadata {
             name: container.name.clone(),
@@ -126,18 +133,28 @@ pub fn container_config(
         stdin_once: container.stdin_once.unwrap_or(false),
         tty: container.tty.unwrap_or(false),
         linux: Some(LinuxContainerConfig {
-            resources: Some(LinuxContainerResources {
-                cpu_period: CPU_PERIOD_US,
-                cpu_quota: limits.cpu_quota_us.unwrap_or(0),
-                cpu_shares: limits.cpu_shares,
-                memory_limit_in_bytes: limits.memory_bytes.unwrap_or(0),
-                oom_score_adj: oom_score_adj(pod, container, start.node_memory_bytes),
-                ..Default::default()
-            }),
-            security_context: Some(security(spec, container, start.image)?),
+            resources: Some(linux_resources(pod, container, start.node_memory_bytes)),
+            security_context: Some(security),
         }),
         ..Default::default()
     })
+}
+
+/// What a container may use, for CRI: when it is made, and when it is resized.
+pub fn linux_resources(
+    pod: &Pod,
+    container: &Container,
+    node_memory_bytes: i64,
+) -> LinuxContainerResources {
+    let limits = container_limits(container.resources.as_ref());
+    LinuxContainerResources {
+        cpu_period: CPU_PERIOD_US,
+        cpu_quota: limits.cpu_quota_us.unwrap_or(0),
+        cpu_shares: limits.cpu_shares,
+        memory_limit_in_bytes: limits.memory_bytes.unwrap_or(0),
+        oom_score_adj: oom_score_adj(pod, container, node_memory_bytes),
+        ..Default::default()
+    }
 }
 
 /// The path in the container where it may leave a last word.
@@ -159,8 +176,9 @@ fn owned<const N: usize>(pairs: [(&str, String); N]) -> HashMap<String, String> 
 fn security(
     spec: &PodSpec,
     container: &Container,
-    image: &ImageView,
+    start: &Start<'_>,
 ) -> Result<LinuxContainerSecurityContext, ContainerError> {
+    let image = start.image;
     let of_pod = spec.security_context.as_ref();
     let own = container.security_context.as_ref();
     let user = own
@@ -205,7 +223,14 @@ fn security(
             add_ambient_capabilities: Vec::new(),
         }),
         privileged,
-        namespace_options: Some(namespaces(spec)),
+        namespace_options: Some(match &start.target_id {
+            Some(target) => NamespaceOption {
+                pid: NamespaceMode::Target as i32,
+                target_id: target.clone(),
+                ..namespaces(spec)
+            },
+            None => namespaces(spec),
+        }),
         run_as_user: user
             .or(implied.then_some(by_image))
             .or(image.uid)
@@ -253,6 +278,7 @@ mod tests {
             mounts: Vec::new(),
             image: &image,
             node_memory_bytes: 1 << 30,
+            target_id: None,
         };
         container_config(&pod, &pod.spec.as_ref().unwrap().containers[0], start)
     }

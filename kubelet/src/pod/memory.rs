@@ -22,6 +22,7 @@ pub enum OpKey {
     Stop(String),
     Kill(String),
     Remove(String),
+    Resize(String),
     Clean,
 }
 
@@ -62,6 +63,8 @@ pub struct Memory {
     pub post_start: BTreeSet<String>,
     /// By container id: why it was stopped by us, if it was.
     pub killed: BTreeMap<String, &'static str>,
+    /// By container id: the limits that it was resized to, as `Limits` prints them.
+    pub limits: BTreeMap<String, String>,
     /// Since when the pod is being ended.
     pub ending_since: Option<Timestamp>,
     /// The last view of each container, kept when the runtime forgets it.

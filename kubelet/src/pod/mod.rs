@@ -94,6 +94,30 @@ pub fn all_containers(spec: &PodSpec) -> impl Iterator<Item = (&Container, bool)
     init.chain(spec.containers.iter().map(|c| (c, false)))
 }
 
+/// The ephemeral containers as containers: they have the same fields but for the container they look into.
+pub fn ephemeral_containers(spec: &PodSpec) -> impl Iterator<Item = (Container, Option<&str>)> {
+    let ephemeral = spec.ephemeral_containers.iter().flatten();
+    ephemeral.filter_map(|c| {
+        let fields = serde_json::to_value(c).ok()?;
+        let container = serde_json::from_value(fields).ok()?;
+        Some((container, c.target_container_name.as_deref()))
+    })
+}
+
+/// The container of this name, of whatever kind.
+pub fn find_container(pod: &Pod, name: &str) -> Option<Container> {
+    let spec = pod.spec.as_ref()?;
+    let known = all_containers(spec)
+        .map(|(c, _)| c)
+        .find(|c| c.name == name);
+    let ephemeral = || {
+        ephemeral_containers(spec)
+            .map(|(c, _)| c)
+            .find(|c| c.name == name)
+    };
+    known.cloned().or_else(ephemeral)
+}
+
 /// Whether the pod has ended for good, as its status in the API says.
 pub fn ended(pod: &Pod) -> bool {
     matches!(

@@ -9,12 +9,13 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::{Mutex, mpsc, watch};
 
+use super::container::linux_resources;
 use super::env::{Objects, Place};
 use super::plan::{Op, StopReason};
 use super::sandbox::{ClusterDns, Resolv, log_directory_name, sandbox_config};
 use super::status::NodeFacts;
 use super::worker::Signal;
-use super::{PodKey, all_containers, host_network};
+use super::{PodKey, find_container, host_network};
 use crate::cgroup::{Cgroups, pod_cgroup};
 use crate::clock::Clock;
 use crate::cluster::{Cluster, EventKind, Reference, Token};
@@ -107,8 +108,9 @@ impl Job {
                 attempt,
                 sandbox_id,
                 backoff_s,
+                target_id,
             } => {
-                self.start_container(&name, attempt, &sandbox_id, backoff_s)
+                self.start_container(&name, attempt, &sandbox_id, backoff_s, target_id)
                     .await
             }
             Op::StopContainer {
@@ -123,6 +125,7 @@ impl Job {
                 .await
                 .map(|()| Done::default())
                 .map_err(unable("FailedKillPod")),
+            Op::ResizeContainer { name, id, .. } => self.resize_container(&name, &id).await,
             Op::Clean => self.clean().await,
         }
     }
@@ -317,6 +320,9 @@ impl Job {
             StopReason::ImageChanged => {
                 format!("Container {name} definition changed, will be restarted")
             }
+            StopReason::Resized => {
+                format!("Container {name} resize requires restart")
+            }
             StopReason::LivenessFailed => {
                 format!("Container {name} failed liveness probe, will be restarted")
             }
@@ -325,12 +331,8 @@ impl Job {
             }
         };
         self.event(Some(name), EventKind::Normal, "Killing", message);
-        let spec = self.pod.spec.as_ref();
-        let container = spec
-            .into_iter()
-            .flat_map(all_containers)
-            .find(|(c, _)| c.name == name)
-            .map(|(c, _)| c);
+        let container = find_container(&self.pod, name);
+        let container = container.as_ref();
         let hook = container
             .and_then(|c| c.lifecycle.as_ref())
             .and_then(|l| l.pre_stop.as_ref());
@@ -364,6 +366,31 @@ impl Job {
         answer
             .map(|()| Done::default())
             .map_err(|e| failed("FailedKillPod", e, (1, 30)))
+    }
+
+    /// Gives a running container what its spec names now, within the pod's cgroup, which changes with it.
+    async fn resize_container(&self, name: &str, id: &str) -> Result<Done, Failed> {
+        let unable = |message: String| {
+            self.event(
+                Some(name),
+                EventKind::Warning,
+                "FailedResize",
+                format!("Error: {message}"),
+            );
+            failed("ResizeError", message, (10, 300))
+        };
+        let container = find_container(&self.pod, name)
+            .ok_or_else(|| unable(format!("the pod has no container {name}")))?;
+        let resources = linux_resources(&self.pod, &container, self.context.memory_bytes);
+        let cgroups = &self.context.cgroups;
+        // No child may have more CPU than its parent (cgroup v1): one that grows follows it, one that shrinks goes first.
+        let made = cgroups.make_pod(&self.pod);
+        made.map_err(|error| unable(error.to_string()))?;
+        let resized = self.context.runtime.resize_container(id, resources).await;
+        resized.map_err(|error| unable(error.to_string()))?;
+        let made = cgroups.make_pod(&self.pod);
+        made.map_err(|error| unable(error.to_string()))?;
+        Ok(Done::default())
     }
 
     async fn clean(&self) -> Result<Done, Failed> {

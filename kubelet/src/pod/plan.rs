@@ -6,7 +6,8 @@ use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec, Probe};
 
 use super::memory::{Memory, OpKey, next_backoff_s, restart_at};
-use super::{RestartPolicy, ended, host_network, is_sidecar, spec_grace_s};
+use super::{RestartPolicy, ended, ephemeral_containers, host_network, is_sidecar, spec_grace_s};
+use crate::resources::container_limits;
 use crate::runtime::{ContainerPhase, ContainerView, PodView, SandboxView};
 
 /// What a pod that is already gone from the API gets to end, in seconds (upstream's least grace period).
@@ -33,6 +34,7 @@ pub enum StopReason {
     PodEnding,
     SandboxGone,
     ImageChanged,
+    Resized,
     LivenessFailed,
     StartupFailed,
 }
@@ -56,6 +58,8 @@ pub enum Op {
         attempt: u32,
         sandbox_id: String,
         backoff_s: u64,
+        /// The running container of whose process namespace it becomes part.
+        target_id: Option<String>,
     },
     StopContainer {
         name: String,
@@ -74,6 +78,11 @@ pub enum Op {
     RemoveContainer {
         id: String,
     },
+    ResizeContainer {
+        name: String,
+        id: String,
+        limits: String,
+    },
     Clean,
 }
 
@@ -88,6 +97,7 @@ impl Op {
             Self::StopContainer { id, .. } => OpKey::Stop(id.clone()),
             Self::KillContainer { id, .. } => OpKey::Kill(id.clone()),
             Self::RemoveContainer { id } => OpKey::Remove(id.clone()),
+            Self::ResizeContainer { id, .. } => OpKey::Resize(id.clone()),
             Self::Clean => OpKey::Clean,
         }
     }
@@ -265,6 +275,10 @@ fn run(s: &Situation<'_>, spec: &PodSpec, plan: &mut Plan) {
     if !s.memory.volumes_ready {
         return;
     }
+    // Ephemeral containers may help to find out why the others do not start.
+    for (container, target) in ephemeral_containers(spec) {
+        start_once(s, &container, target, sandbox, plan);
+    }
     if initialise(s, spec, sandbox, plan) {
         for container in &spec.containers {
             keep_running(s, container, RestartPolicy::of(spec), sandbox, plan);
@@ -337,6 +351,7 @@ fn keep_running(
         attempt: latest.map_or(0, |c| c.attempt + 1),
         sandbox_id: sandbox.id.clone(),
         backoff_s,
+        target_id: None,
     };
     let Some(run) = s.view.in_sandbox(&container.name, &sandbox.id) else {
         // A new sandbox does not punish its containers: nothing says that they failed.
@@ -358,8 +373,10 @@ fn keep_running(
             let verdicts = s.memory.verdicts.get(&run.id).copied().unwrap_or_default();
             let image_changed =
                 !run.spec_image.is_empty() && Some(&run.spec_image) != container.image.as_ref();
+            let resized = resize(container, run, s.memory);
             let (reason, probe) = match verdicts {
                 _ if image_changed => (StopReason::ImageChanged, None),
+                _ if resized == Some(Resize::Restart) => (StopReason::Resized, None),
                 v if v.startup_failed => {
                     (StopReason::StartupFailed, container.startup_probe.as_ref())
                 }
@@ -367,7 +384,16 @@ fn keep_running(
                     StopReason::LivenessFailed,
                     container.liveness_probe.as_ref(),
                 ),
-                _ => return,
+                _ => {
+                    if resized == Some(Resize::InPlace) {
+                        plan.ops.push(Op::ResizeContainer {
+                            name: run.name.clone(),
+                            id: run.id.clone(),
+                            limits: container_limits(container.resources.as_ref()).to_string(),
+                        });
+                    }
+                    return;
+                }
             };
             let grace = |p: &Probe| p.termination_grace_period_seconds;
             let grace_s = probe.and_then(grace).unwrap_or_else(|| spec_grace_s(s.pod));
@@ -384,6 +410,78 @@ fn keep_running(
         },
         ContainerPhase::Exited => {}
     }
+}
+
+/// Starts an ephemeral container, which nothing ever restarts. One that looks into another waits until that runs.
+fn start_once(
+    s: &Situation<'_>,
+    container: &Container,
+    target: Option<&str>,
+    sandbox: &SandboxView,
+    plan: &mut Plan,
+) {
+    if seen(s.view, s.memory, &container.name).is_some() {
+        return;
+    }
+    let running = |name: &str| {
+        let run = s.view.in_sandbox(name, &sandbox.id);
+        run.filter(|run| run.phase == ContainerPhase::Running)
+            .map(|run| run.id.clone())
+    };
+    let target_id = match target.filter(|name| !name.is_empty()) {
+        Some(name) => match running(name) {
+            Some(id) => Some(id),
+            None => return,
+        },
+        None => None,
+    };
+    plan.ops.push(Op::StartContainer {
+        name: container.name.clone(),
+        attempt: 0,
+        sandbox_id: sandbox.id.clone(),
+        backoff_s: 0,
+        target_id,
+    });
+}
+
+/// How a running container comes to the resources that its spec names now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Resize {
+    InPlace,
+    Restart,
+}
+
+/// What a container runs with, as `Limits` prints them; None when nothing is known of it.
+pub fn limits_of<'a>(run: &'a ContainerView, memory: &'a Memory) -> Option<&'a str> {
+    let made_with = Some(run.limits.as_str()).filter(|limits| !limits.is_empty());
+    memory.limits.get(&run.id).map(String::as_str).or(made_with)
+}
+
+fn resize(container: &Container, run: &ContainerView, memory: &Memory) -> Option<Resize> {
+    let present = limits_of(run, memory)?;
+    let wanted = container_limits(container.resources.as_ref()).to_string();
+    if present == wanted {
+        return None;
+    }
+    // Shares and quota are the CPU's, the rest is memory.
+    let parts = |limits: &str| {
+        limits
+            .rsplit_once('/')
+            .map(|(cpu, memory)| [cpu.to_owned(), memory.to_owned()])
+            .unwrap_or_default()
+    };
+    let (present, wanted) = (parts(present), parts(&wanted));
+    let restarts = |resource: &str| {
+        let mut policies = container.resize_policy.iter().flatten();
+        policies.any(|p| p.resource_name == resource && p.restart_policy == "RestartContainer")
+    };
+    let restart = (present[0] != wanted[0] && restarts("cpu"))
+        || (present[1] != wanted[1] && restarts("memory"));
+    Some(if restart {
+        Resize::Restart
+    } else {
+        Resize::InPlace
+    })
 }
 
 fn stop(s: &Situation<'_>, run: &ContainerView, deadline: Timestamp, reason: StopReason) -> Op {

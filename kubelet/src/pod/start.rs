@@ -11,7 +11,7 @@ use super::env::environment;
 use super::operations::{Done, Failed, Job, failed};
 use super::sandbox::{host_aliases, hosts_file};
 use super::worker::Signal;
-use super::{all_containers, host_network};
+use super::{find_container, host_network};
 use crate::cluster::EventKind;
 use crate::probe::{Target, run_handler};
 use crate::runtime::ImageView;
@@ -92,20 +92,16 @@ impl Job {
         attempt: u32,
         sandbox_id: &str,
         backoff_s: u64,
+        target_id: Option<String>,
     ) -> Result<Done, Failed> {
-        let spec = self.pod.spec.as_ref();
-        let container = spec
-            .into_iter()
-            .flat_map(all_containers)
-            .find(|(c, _)| c.name == name)
-            .map(|(c, _)| c);
-        let Some(container) = container else {
-            return Err(failed(
+        let container = find_container(&self.pod, name).ok_or_else(|| {
+            failed(
                 "CreateContainerConfigError",
                 format!("the pod has no container {name}"),
                 (10, 300),
-            ));
-        };
+            )
+        })?;
+        let container = &container;
         let image = self.image(container).await?;
         let bad = |message: String| {
             self.event(
@@ -134,6 +130,7 @@ impl Job {
             mounts,
             image: &image,
             node_memory_bytes,
+            target_id,
         };
         let config =
             container_config(&self.pod, container, start).map_err(|e| bad(e.to_string()))?;

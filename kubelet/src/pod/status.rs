@@ -8,9 +8,9 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::memory::{Memory, OpKey, at_ns, restart_at};
-use super::plan::{Outcome, current_sandbox, is_ending, is_started, outcome, seen};
-use super::{RestartPolicy, host_network, is_sidecar};
-use crate::resources::qos_class;
+use super::plan::{Outcome, current_sandbox, is_ending, is_started, limits_of, outcome, seen};
+use super::{RestartPolicy, ephemeral_containers, host_network, is_sidecar};
+use crate::resources::{container_limits, qos_class};
 use crate::runtime::{ContainerPhase, ContainerView, PodView};
 
 /// Node facts that appear in a pod's status.
@@ -49,12 +49,15 @@ pub fn status(report: &Report<'_>) -> PodStatus {
         .init_containers
         .iter()
         .flatten()
-        .map(|c| container_status(report, spec, c, true, true))
+        .map(|c| container_status(report, spec, c, Role::Init, true))
         .collect();
     let main: Vec<_> = spec
         .containers
         .iter()
-        .map(|c| container_status(report, spec, c, false, init_done))
+        .map(|c| container_status(report, spec, c, Role::Main, init_done))
+        .collect();
+    let ephemeral: Vec<_> = ephemeral_containers(spec)
+        .map(|(c, _)| container_status(report, spec, &c, Role::Ephemeral, true))
         .collect();
     let phase = phase(report, spec, &old, over, init_done, &main);
     let ips = pod_ips(report, &old);
@@ -86,6 +89,7 @@ pub fn status(report: &Report<'_>) -> PodStatus {
         qos_class: Some(qos_class(report.pod).as_str().to_owned()),
         init_container_statuses: (!init.is_empty()).then_some(init),
         container_statuses: Some(main),
+        ephemeral_container_statuses: (!ephemeral.is_empty()).then_some(ephemeral),
         phase: Some(phase.to_owned()),
         reason,
         message,
@@ -196,13 +200,22 @@ fn phase(
     }
 }
 
+/// What a container is to its pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Init,
+    Main,
+    Ephemeral,
+}
+
 fn container_status(
     report: &Report<'_>,
     spec: &PodSpec,
     container: &Container,
-    init: bool,
+    role: Role,
     init_done: bool,
 ) -> ContainerStatus {
+    let init = role == Role::Init;
     let run = seen(report.view, report.memory, &container.name);
     let previous = run.and_then(|run| {
         report.view.containers.iter().find(|c| {
@@ -241,9 +254,10 @@ fn container_status(
                 ..Default::default()
             },
             ContainerPhase::Exited => {
-                let policy = match (is_sidecar(container), init, RestartPolicy::of(spec)) {
+                let policy = match (is_sidecar(container), role, RestartPolicy::of(spec)) {
+                    (_, Role::Ephemeral, _) => RestartPolicy::Never,
                     (true, ..) => RestartPolicy::Always,
-                    (false, true, RestartPolicy::Always) => RestartPolicy::OnFailure,
+                    (false, Role::Init, RestartPolicy::Always) => RestartPolicy::OnFailure,
                     (_, _, policy) => policy,
                 };
                 let again =
@@ -271,10 +285,25 @@ fn container_status(
         },
     };
     let started = run.is_some_and(|run| is_started(container, run, report.memory));
+    // What is on its way is not there yet: the last that was reported holds until then.
+    let applied = run.is_none_or(|run| {
+        let wanted = container_limits(container.resources.as_ref()).to_string();
+        limits_of(run, report.memory).is_none_or(|present| present == wanted)
+    });
+    let resources = match applied {
+        true => container.resources.clone(),
+        false => known.and_then(|s| s.resources.clone()),
+    };
     ContainerStatus {
         name: container.name.clone(),
+        allocated_resources: container
+            .resources
+            .as_ref()
+            .and_then(|r| r.requests.clone()),
+        resources,
         ready: match (run, init && !is_sidecar(container)) {
             (Some(run), true) => run.phase == ContainerPhase::Exited && run.exit_code == 0,
+            (Some(_), false) if role == Role::Ephemeral => false,
             (Some(run), false) => is_ready(container, run, report.memory),
             (None, _) => false,
         },
@@ -312,6 +341,7 @@ pub fn known_status<'a>(pod: &'a Pod, container: &Container) -> Option<&'a Conta
         .init_container_statuses
         .iter()
         .chain(&status.container_statuses)
+        .chain(&status.ephemeral_container_statuses)
         .flatten();
     all.into_iter().find(|s| s.name == container.name)
 }

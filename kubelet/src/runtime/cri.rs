@@ -15,10 +15,10 @@ use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Request, Status};
 
 use super::{
-    ANNOTATION_BACKOFF, ANNOTATION_IMAGE, ContainerPhase, ContainerView, ExecOutput, ExitSource,
-    FailureKind, ImageView, KnownPod, LABEL_CONTAINER_NAME, LABEL_POD_NAME, LABEL_POD_NAMESPACE,
-    LABEL_POD_UID, PodView, Runtime, RuntimeError, RuntimeStatus, SandboxView, StreamRequest,
-    exits,
+    ANNOTATION_BACKOFF, ANNOTATION_IMAGE, ANNOTATION_LIMITS, ContainerPhase, ContainerView,
+    ExecOutput, ExitSource, FailureKind, ImageView, KnownPod, LABEL_CONTAINER_NAME, LABEL_POD_NAME,
+    LABEL_POD_NAMESPACE, LABEL_POD_UID, PodView, Runtime, RuntimeError, RuntimeStatus, SandboxView,
+    StreamRequest, exits,
 };
 
 /// Upstream's CRI timeout; sandbox creation gets twice that because a CNI plugin is part of it.
@@ -205,6 +205,11 @@ impl CriRuntime {
                 .get(ANNOTATION_BACKOFF)
                 .and_then(|s| s.parse().ok())
                 .unwrap_or(0),
+            limits: status
+                .annotations
+                .get(ANNOTATION_LIMITS)
+                .cloned()
+                .unwrap_or_default(),
             log_path: status.log_path,
         }))
     }
@@ -494,6 +499,25 @@ impl Runtime for CriRuntime {
         );
         gone_is_fine(self.runtime.clone().remove_container(request).await)
             .map_err(self.failed("RemoveContainer"))
+    }
+
+    async fn resize_container(
+        &self,
+        id: &str,
+        resources: LinuxContainerResources,
+    ) -> Result<(), RuntimeError> {
+        let request = UpdateContainerResourcesRequest {
+            container_id: id.to_owned(),
+            linux: Some(resources),
+            ..Default::default()
+        };
+        let request = timed(request, CALL_TIMEOUT);
+        self.runtime
+            .clone()
+            .update_container_resources(request)
+            .await
+            .map(drop)
+            .map_err(self.failed("UpdateContainerResources"))
     }
 
     async fn exec(

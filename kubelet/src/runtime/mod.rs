@@ -5,7 +5,7 @@ mod exits;
 
 use async_trait::async_trait;
 use futures::stream::BoxStream;
-use k8s_cri::v1::{AuthConfig, ContainerConfig, PodSandboxConfig};
+use k8s_cri::v1::{AuthConfig, ContainerConfig, LinuxContainerResources, PodSandboxConfig};
 
 pub use cri::CriRuntime;
 
@@ -16,6 +16,8 @@ pub const LABEL_POD_UID: &str = "io.kubernetes.pod.uid";
 pub const LABEL_CONTAINER_NAME: &str = "io.kubernetes.container.name";
 /// What a container must wait before its next start, in seconds. Kept on the container so that back-off survives the kubelet.
 pub const ANNOTATION_BACKOFF: &str = "keelway.io/backoff-seconds";
+/// The limits that a container was made with, as `Limits` prints them.
+pub const ANNOTATION_LIMITS: &str = "keelway.io/limits";
 /// The image as the pod's spec names it; a change means that the container must be replaced.
 pub const ANNOTATION_IMAGE: &str = "keelway.io/image";
 pub const ANNOTATION_TERMINATION_PATH: &str = "io.kubernetes.container.terminationMessagePath";
@@ -98,6 +100,8 @@ pub struct ContainerView {
     pub image_id: String,
     pub spec_image: String,
     pub backoff_s: u64,
+    /// What it was made with; empty when that is not known.
+    pub limits: String,
     pub log_path: String,
 }
 
@@ -205,6 +209,12 @@ pub trait Runtime: Send + Sync {
     async fn start_container(&self, id: &str) -> Result<(), RuntimeError>;
     async fn stop_container(&self, id: &str, grace_s: i64) -> Result<(), RuntimeError>;
     async fn remove_container(&self, id: &str) -> Result<(), RuntimeError>;
+    /// Changes what a running container may use.
+    async fn resize_container(
+        &self,
+        id: &str,
+        resources: LinuxContainerResources,
+    ) -> Result<(), RuntimeError>;
     async fn exec(
         &self,
         id: &str,

@@ -28,9 +28,9 @@ use tokio_rustls::TlsAcceptor;
 
 pub use tls::{TlsError, server_config};
 
-use crate::logs::{Ended, Selection, stream};
+use crate::logs::{Ended, Output, Selection, stream};
 use crate::pod::sandbox::log_directory_name;
-use crate::pod::{PodKey, container::log_path};
+use crate::pod::{PodKey, container::log_path, find_container};
 use crate::pods::Registry;
 use crate::runtime::{ContainerPhase, Runtime, StreamRequest};
 
@@ -269,11 +269,7 @@ impl Server {
             ) => {
                 let pod = self.find(namespace, pod)?;
                 let container_id = self.running(&pod, container).await?;
-                let spec = pod
-                    .spec
-                    .iter()
-                    .flat_map(|s| &s.containers)
-                    .find(|c| c.name == *container);
+                let spec = find_container(&pod, container);
                 let tty = spec.and_then(|c| c.tty).unwrap_or(false);
                 self.tunnel(
                     request,
@@ -438,6 +434,15 @@ impl Server {
             since,
             timestamps: query.flag(&["timestamps"]),
             limit_bytes: query.number("limitBytes")?,
+            output: match query.get("stream") {
+                None | Some("All") => None,
+                Some("Stdout") => Some(Output::Stdout),
+                Some("Stderr") => Some(Output::Stderr),
+                Some(other) => {
+                    let why = format!("stream must be All, Stdout or Stderr, not {other:?}");
+                    return Err(ServeError::BadRequest(why));
+                }
+            },
             follow: query.flag(&["follow"]) && run.phase == ContainerPhase::Running,
         };
         let path = match run.log_path.as_str() {

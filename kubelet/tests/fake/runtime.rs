@@ -5,12 +5,12 @@ use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use futures::stream::BoxStream;
-use k8s_cri::v1::{AuthConfig, ContainerConfig, PodSandboxConfig};
+use k8s_cri::v1::{AuthConfig, ContainerConfig, LinuxContainerResources, PodSandboxConfig};
 use keelway_kubelet::clock::Clock;
 use keelway_kubelet::runtime::{
-    ANNOTATION_BACKOFF, ANNOTATION_IMAGE, ContainerPhase, ContainerView, ExecOutput, ExitSource,
-    FailureKind, ImageView, KnownPod, PodView, Runtime, RuntimeError, RuntimeStatus, SandboxView,
-    StreamRequest,
+    ANNOTATION_BACKOFF, ANNOTATION_IMAGE, ANNOTATION_LIMITS, ContainerPhase, ContainerView,
+    ExecOutput, ExitSource, FailureKind, ImageView, KnownPod, PodView, Runtime, RuntimeError,
+    RuntimeStatus, SandboxView, StreamRequest,
 };
 
 type Announce = Box<dyn Fn(&str) + Send + Sync>;
@@ -278,6 +278,7 @@ impl Runtime for FakeRuntime {
             image_id: config.image.unwrap().image,
             spec_image: config.annotations[ANNOTATION_IMAGE].clone(),
             backoff_s: config.annotations[ANNOTATION_BACKOFF].parse().unwrap(),
+            limits: config.annotations[ANNOTATION_LIMITS].clone(),
             log_path: String::new(),
         };
         let mut state = self.state.lock().unwrap();
@@ -321,6 +322,16 @@ impl Runtime for FakeRuntime {
             .unwrap()
             .containers
             .retain(|(_, c)| c.id != id);
+        Ok(())
+    }
+
+    async fn resize_container(
+        &self,
+        id: &str,
+        resources: LinuxContainerResources,
+    ) -> Result<(), RuntimeError> {
+        let (quota, memory) = (resources.cpu_quota, resources.memory_limit_in_bytes);
+        self.call(format!("resize {} {quota} {memory}", self.name_of(id)));
         Ok(())
     }
 

@@ -56,6 +56,7 @@ fn run_of(text: &str, attempt: u32) -> ContainerView {
         image_id: "sha256:1".to_owned(),
         spec_image: "img".to_owned(),
         backoff_s: 0,
+        limits: String::new(),
         log_path: String::new(),
     }
 }
@@ -142,6 +143,7 @@ fn brief(op: &Op) -> String {
         Op::StopContainer { name, grace_s, .. } => format!("stop {name} in {grace_s}"),
         Op::KillContainer { name, grace_s, .. } => format!("kill {name} in {grace_s}"),
         Op::RemoveContainer { id } => format!("remove {id}"),
+        Op::ResizeContainer { name, limits, .. } => format!("resize {name} to {limits}"),
         Op::Clean => "clean".to_owned(),
     }
 }
@@ -469,4 +471,74 @@ fn the_active_deadline_ends_a_pod() {
     );
     case.pod.status = Some(started(60));
     assert_eq!(case.next(), ["stop a in 30"]);
+}
+
+#[test]
+fn an_ephemeral_container_is_started_once_when_its_target_runs() {
+    let mut debugged = pod(&["i"], &["a"], "Always");
+    let ephemeral = json!([{"name": "d", "image": "img"}, {"name": "e", "image": "img", "targetContainerName": "a"}]);
+    debugged.spec.as_mut().unwrap().ephemeral_containers =
+        serde_json::from_value(ephemeral).unwrap();
+    for (runs, expected) in [
+        // Also while an init container hangs.
+        (vec!["i"], vec!["start d 0 backoff 0"]),
+        (
+            vec!["a"],
+            vec!["start d 0 backoff 0", "start e 0 backoff 0"],
+        ),
+        (vec!["a", "d", "e"], vec![]),
+        (vec!["a", "d=1", "e=0"], vec![]),
+    ] {
+        assert_eq!(
+            case(debugged.clone(), view(&runs)).next(),
+            expected,
+            "{runs:?}"
+        );
+    }
+    let plan = case(debugged, view(&["a", "d"])).plan();
+    assert!(
+        matches!(&plan.ops[..], [Op::StartContainer { target_id: Some(id), .. }] if id == "a-0")
+    );
+}
+
+#[test]
+fn a_container_is_resized_in_place_unless_its_policy_asks_for_a_restart() {
+    let sized = |policy: Value| {
+        let mut pod = pod(&[], &["a"], "Always");
+        let container = &mut pod.spec.as_mut().unwrap().containers[0];
+        container.resources =
+            serde_json::from_value(json!({"limits": {"cpu": "500m", "memory": "64Mi"}})).unwrap();
+        container.resize_policy = serde_json::from_value(policy).unwrap();
+        pod
+    };
+    let restart =
+        |resource: &str| json!([{"resourceName": resource, "restartPolicy": "RestartContainer"}]);
+    let (wanted, less_cpu) = ("512/50000/67108864", "102/10000/67108864");
+    for (policy, made_with, expected) in [
+        (json!(null), wanted, vec![]),
+        (
+            json!(null),
+            less_cpu,
+            vec!["resize a to 512/50000/67108864"],
+        ),
+        (restart("cpu"), less_cpu, vec!["stop a in 30"]),
+        (
+            restart("memory"),
+            less_cpu,
+            vec!["resize a to 512/50000/67108864"],
+        ),
+        (restart("memory"), "512/50000/0", vec!["stop a in 30"]),
+        // Made by something that did not say.
+        (json!(null), "", vec![]),
+    ] {
+        let mut view = view(&["a"]);
+        view.containers[0].limits = made_with.to_owned();
+        let mut case = case(sized(policy.clone()), view);
+        assert_eq!(case.next(), expected, "{policy} {made_with}");
+        // What it was resized to counts, not what it was made with.
+        case.memory
+            .limits
+            .insert("a-0".to_owned(), wanted.to_owned());
+        assert!(case.next().is_empty(), "{policy} {made_with}");
+    }
 }

@@ -1,5 +1,8 @@
 //! worker: the loop that keeps one pod as it should be: look, plan, start operations, report, wait for news.
 
+mod notes;
+mod probes;
+
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,18 +13,17 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{Mutex, mpsc};
 use tokio::time::Instant;
 
-use super::memory::{Memory, OpKey, Verdicts, at_ns};
+use super::PodKey;
+use super::memory::{Memory, OpKey};
 use super::operations::{Context, Done, Failed, Job, references, shows_metadata};
-use super::plan::{Op, Situation, StopReason, current_sandbox, is_started, plan};
+use super::plan::{Op, Situation, StopReason, current_sandbox, plan};
 use super::report::Reporter;
-use super::status::{Report, known_status, status};
-use super::{PodKey, all_containers, host_network, is_sidecar};
-use crate::cluster::{EventKind, Interest, Reference};
+use super::status::{Report, status};
+use crate::cluster::{Interest, Reference};
 use crate::logs;
-use crate::probe::{self, Finding, ProbeKind, Subject};
-use crate::runtime::{ContainerPhase, ContainerView, ExitSource, PodView};
+use crate::probe::{Finding, ProbeKind};
+use crate::runtime::{ContainerPhase, ExitSource, PodView};
 use crate::task::Scoped;
-use crate::volume::PodFolder;
 use crate::volume::payload::TokenKey;
 
 /// How often a worker looks even if nothing is announced: a safety net, as announcements may be lost.
@@ -33,8 +35,6 @@ const LOOK_AGAIN: Duration = Duration::from_millis(500);
 /// containerd announces an exit before its own state shows it. Looks are repeated so soon, doubling, and so often.
 const SETTLE_FIRST: Duration = Duration::from_millis(4);
 const SETTLE_LOOKS_MAX: u32 = 10;
-/// A termination message is cut to this (upstream's figure).
-const TERMINATION_MESSAGE_BYTES_MAX: usize = 4096;
 
 /// A Signal is news for a worker.
 #[derive(Debug)]
@@ -84,6 +84,8 @@ pub struct Worker {
     _interest: Option<Interest>,
     looked: Option<Instant>,
     stale: bool,
+    /// By container id: what a resize that is under way leads to.
+    resizing: HashMap<String, String>,
     /// Containers whose exit was announced, and how often that has been looked for in vain.
     announced: HashMap<Arc<str>, u32>,
 }
@@ -114,6 +116,7 @@ impl Worker {
             reporter,
             looked: None,
             stale: true,
+            resizing: HashMap::new(),
             announced: HashMap::new(),
         };
         (worker, Handle { signals })
@@ -248,124 +251,6 @@ impl Worker {
         }
     }
 
-    /// What the last kubelet reported holds until probes say otherwise: a restart of the kubelet takes no pod out of service.
-    fn adopt(&mut self) {
-        let Some(spec) = &self.pod.spec else { return };
-        for (container, _) in all_containers(spec) {
-            let Some(run) = self
-                .view
-                .latest(&container.name)
-                .filter(|run| run.phase == ContainerPhase::Running)
-            else {
-                continue;
-            };
-            let Some(known) = known_status(&self.pod, container) else {
-                continue;
-            };
-            if known
-                .container_id
-                .as_deref()
-                .and_then(|id| id.rsplit_once("://"))
-                .map(|(_, id)| id)
-                != Some(run.id.as_str())
-            {
-                continue;
-            }
-            let started = known.started.filter(|started| *started);
-            let verdicts = Verdicts {
-                startup: started,
-                readiness: started.map(|_| known.ready),
-                ..Default::default()
-            };
-            self.memory.verdicts.insert(run.id.clone(), verdicts);
-        }
-    }
-
-    /// Takes over a look at the runtime.
-    fn take_note(&mut self, view: PodView) {
-        for run in view.containers.iter().rev() {
-            let fresh_end = run.phase == ContainerPhase::Exited
-                && !self.memory.termination_messages.contains_key(&run.id);
-            if fresh_end {
-                let message = self.termination_message(run);
-                self.memory
-                    .termination_messages
-                    .insert(run.id.clone(), message);
-            }
-            let newer = self
-                .memory
-                .last_seen
-                .get(&run.name)
-                .is_none_or(|known| known.attempt <= run.attempt);
-            if newer {
-                self.memory.last_seen.insert(run.name.clone(), run.clone());
-            }
-        }
-        for known in self.memory.last_seen.values_mut() {
-            let gone = !view.containers.iter().any(|c| c.id == known.id);
-            if gone && known.phase != ContainerPhase::Exited {
-                // It vanished while it ran: how it ended will never be known.
-                known.phase = ContainerPhase::Exited;
-                known.exit_code = 137;
-                known.reason = "ContainerStatusUnknown".to_owned();
-                known.message =
-                    "The container could not be located when the pod was looked at".to_owned();
-                known.finished_at_ns =
-                    i64::try_from(self.context.clock.now().as_nanosecond()).unwrap_or(0);
-            }
-        }
-        let alive = |id: &str| {
-            view.containers
-                .iter()
-                .any(|c| c.id == id && c.phase != ContainerPhase::Exited)
-        };
-        self.memory.verdicts.retain(|id, _| alive(id));
-        self.memory.stop_deadlines.retain(|id, _| alive(id));
-        self.memory.post_start.retain(|id| {
-            alive(id)
-                || self
-                    .memory
-                    .in_flight
-                    .iter()
-                    .any(|key| matches!(key, OpKey::Start(_)))
-        });
-        self.view = view;
-        let view = &self.view;
-        let starting = !self.memory.in_flight.is_empty();
-        self.announced.retain(|id, looks| {
-            *looks += 1;
-            let known = view.containers.iter().find(|c| c.id == **id);
-            let unsettled = known.map_or(starting, |c| c.phase == ContainerPhase::Running)
-                || view.sandboxes.iter().any(|s| s.id == **id && s.ready);
-            unsettled && *looks < SETTLE_LOOKS_MAX
-        });
-    }
-
-    fn termination_message(&self, run: &ContainerView) -> String {
-        let path = PodFolder::new(&self.context.config.root_dir, &self.key.uid)
-            .termination_log(&run.name, run.attempt);
-        let bytes = std::fs::read(path).unwrap_or_default();
-        let bytes = &bytes[..bytes.len().min(TERMINATION_MESSAGE_BYTES_MAX)];
-        if !bytes.is_empty() {
-            return String::from_utf8_lossy(bytes).into_owned();
-        }
-        let spec = self.pod.spec.as_ref();
-        let container = spec
-            .into_iter()
-            .flat_map(all_containers)
-            .map(|(c, _)| c)
-            .find(|c| c.name == run.name);
-        let falls_back = container.and_then(|c| c.termination_message_policy.as_deref())
-            == Some("FallbackToLogsOnError");
-        if falls_back && run.exit_code != 0 {
-            return logs::last_words(
-                std::path::Path::new(&run.log_path),
-                TERMINATION_MESSAGE_BYTES_MAX / 2,
-            );
-        }
-        run.message.clone()
-    }
-
     fn take(&mut self, signal: Signal) {
         match signal {
             Signal::Pod(pod) => {
@@ -439,6 +324,9 @@ impl Worker {
         if let Op::KillContainer { id, deadline, .. } = &op {
             self.memory.stop_deadlines.insert(id.clone(), *deadline);
         }
+        if let Op::ResizeContainer { id, limits, .. } = &op {
+            self.resizing.insert(id.clone(), limits.clone());
+        }
         if op == Op::PrepareVolumes {
             self.memory.volumes_stale = false;
         }
@@ -479,6 +367,10 @@ impl Worker {
                         self.memory.volumes_refresh_at = done.refresh_at;
                     }
                     OpKey::Clean => self.memory.cleaned = true,
+                    OpKey::Resize(id) => {
+                        let limits = self.resizing.remove(&id);
+                        self.memory.limits.extend(limits.map(|limits| (id, limits)));
+                    }
                     _ => {}
                 }
             }
@@ -503,110 +395,6 @@ impl Worker {
                     max_s,
                 );
             }
-        }
-    }
-
-    fn probed(&mut self, finding: Finding) {
-        let Finding {
-            container_id,
-            kind,
-            verdict,
-            failure,
-        } = finding;
-        let name = self
-            .view
-            .containers
-            .iter()
-            .find(|c| c.id == container_id)
-            .map(|c| c.name.clone());
-        if let (Some(name), Some(failure)) = (&name, failure) {
-            let message = format!("{} probe failed: {failure}", kind.name());
-            self.context.cluster.event(
-                &self.pod,
-                Some(name),
-                EventKind::Warning,
-                "Unhealthy",
-                message,
-            );
-        }
-        let Some(verdict) = verdict else { return };
-        let verdicts = self.memory.verdicts.entry(container_id).or_default();
-        match kind {
-            ProbeKind::Readiness => verdicts.readiness = Some(verdict),
-            ProbeKind::Startup => {
-                verdicts.startup = Some(verdict);
-                verdicts.startup_failed = !verdict;
-            }
-            ProbeKind::Liveness => verdicts.liveness_failed = !verdict,
-        }
-    }
-
-    /// Probes run for every running container: startup first, the others once it is started.
-    fn keep_probes(&mut self) {
-        let mut wanted: Vec<(Subject, ProbeKind, Option<bool>)> = Vec::new();
-        let ending = self.memory.ending_since.is_some();
-        if let (Some(spec), Some(sandbox)) = (&self.pod.spec, current_sandbox(&self.view)) {
-            let ips = if host_network(&self.pod) {
-                &self.context.node.ips
-            } else {
-                &sandbox.ips
-            };
-            for (container, init) in all_containers(spec) {
-                let run = self.view.in_sandbox(&container.name, &sandbox.id);
-                let Some(run) = run.filter(|run| run.phase == ContainerPhase::Running) else {
-                    continue;
-                };
-                if init && !is_sidecar(container) {
-                    continue;
-                }
-                let verdicts = self
-                    .memory
-                    .verdicts
-                    .get(&run.id)
-                    .copied()
-                    .unwrap_or_default();
-                let age = self
-                    .context
-                    .clock
-                    .now()
-                    .duration_since(at_ns(run.started_at_ns))
-                    .unsigned_abs();
-                let pod_ip = ips.first().cloned().unwrap_or_default();
-                let subject = Subject {
-                    container_id: run.id.clone(),
-                    container: container.clone(),
-                    pod_ip,
-                    age,
-                };
-                if is_started(container, run, &self.memory) {
-                    wanted.push((subject.clone(), ProbeKind::Readiness, verdicts.readiness));
-                    // A pod that is ending is not restarted, so whether it lives no longer matters.
-                    if !ending && !verdicts.liveness_failed {
-                        wanted.push((subject, ProbeKind::Liveness, Some(true)));
-                    }
-                } else if !ending && !verdicts.startup_failed {
-                    wanted.push((subject, ProbeKind::Startup, None));
-                }
-            }
-        }
-        self.probes.retain(|(id, kind), _| {
-            wanted
-                .iter()
-                .any(|(subject, k, _)| subject.container_id == *id && k == kind)
-        });
-        for (subject, kind, known) in wanted {
-            let key = (subject.container_id.clone(), kind);
-            if self.probes.contains_key(&key) || kind.of(&subject.container).is_none() {
-                continue;
-            }
-            let signals = self.signals.clone();
-            let report = move |finding| {
-                let _ = signals.send(Signal::Probed(finding));
-            };
-            self.probes.extend(
-                probe::spawn(self.context.runtime.clone(), subject, kind, known, report)
-                    .map(|task| (key, task)),
-            );
         }
     }
 
