@@ -105,7 +105,7 @@ fn plan(view: &View<'_>, key: &Key) -> Plan {
     }
     let deleting = deployment.metadata.deletion_timestamp.is_some();
     let owned = owned_sets(view.snapshot, deployment, deleting, &mut plan);
-    let sets = Sets::of(view.snapshot, deployment, owned);
+    let sets = Sets::of(view, deployment, owned);
     if deleting {
         status::report(view, deployment, &sets, None, &mut plan);
         return plan;

@@ -9,7 +9,7 @@ use serde_json::json;
 use super::super::object::Target;
 use super::super::plan::{Action, Note, Plan};
 use super::super::pods::scaled;
-use super::sets::{Sets, annotation, available, replicas};
+use super::sets::{Sets, annotation, replicas};
 use super::{DESIRED_REPLICAS, MAX_REPLICAS, REPORTER, wished};
 
 /// maxSurge and maxUnavailable as numbers. Both zero would stand still, so one may then be unavailable.
@@ -135,7 +135,7 @@ pub fn scale_proportionally(deployment: &Deployment, sets: &Sets, plan: &mut Pla
     if let Some(current) = sets
         .current
         .as_ref()
-        .filter(|set| is_saturated(deployment, set))
+        .filter(|set| is_saturated(deployment, sets, set))
     {
         for set in active.into_iter().filter(|set| !Arc::ptr_eq(set, current)) {
             scale(deployment, set, 0, plan);
@@ -179,10 +179,10 @@ pub fn scale_proportionally(deployment: &Deployment, sets: &Sets, plan: &mut Pla
     }
 }
 
-fn is_saturated(deployment: &Deployment, set: &ReplicaSet) -> bool {
+fn is_saturated(deployment: &Deployment, sets: &Sets, set: &ReplicaSet) -> bool {
     let desired = annotation(set, DESIRED_REPLICAS).and_then(|found| found.parse::<i32>().ok());
     let wished = wished(deployment);
-    replicas(set) == wished && desired == Some(wished) && available(set) == wished
+    replicas(set) == wished && desired == Some(wished) && sets.serving(set) == wished
 }
 
 /// A set's part of the replicas that are to be added (or, negative, taken away), never past what is left.
@@ -237,7 +237,7 @@ pub fn scale_old_down(deployment: &Deployment, sets: &Sets, plan: &mut Plan) -> 
     }
     let (_, unavailable_max) = limits(deployment);
     let available_min = wished(deployment) - unavailable_max;
-    let current_unavailable = (replicas(current) - available(current)).max(0);
+    let current_unavailable = replicas(current) - sets.serving(current);
     let mut room = sets.total() - available_min - current_unavailable;
     if room <= 0 {
         return false;
@@ -245,11 +245,11 @@ pub fn scale_old_down(deployment: &Deployment, sets: &Sets, plan: &mut Plan) -> 
     let mut targets: Vec<i32> = sets.old.iter().map(|set| replicas(set)).collect();
     // Pods that serve nobody can go without lowering what is available.
     for (set, target) in sets.old.iter().zip(&mut targets) {
-        let gone = (*target - available(set)).clamp(0, room.max(0));
+        let gone = (*target - sets.serving(set)).clamp(0, room.max(0));
         *target -= gone;
         room -= gone;
     }
-    let mut spare = (sets.available() - available_min).min(room);
+    let mut spare = (sets.serving_total() - available_min).min(room);
     for (set, target) in sets.old.iter().zip(&mut targets) {
         if spare <= 0 {
             break;

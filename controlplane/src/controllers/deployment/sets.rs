@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 
-use super::super::pods;
-use super::super::snapshot::Snapshot;
+use super::super::plan::View;
+use super::super::pods::{self, Availability};
 use super::{HASH_LABEL, NOT_COPIED, REVISION};
 
 pub struct Sets {
@@ -14,25 +14,36 @@ pub struct Sets {
     pub current: Option<Arc<ReplicaSet>>,
     /// All others, oldest first.
     pub old: Vec<Arc<ReplicaSet>>,
-    /// Pods that run for each set, by the set's UID.
-    running: HashMap<String, i32>,
+    /// Pods of each set, by the set's UID.
+    pods: HashMap<String, Pods>,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Pods {
+    running: i32,
+    available: i32,
 }
 
 impl Sets {
-    pub fn of(
-        snapshot: &Snapshot,
-        deployment: &Deployment,
-        mut sets: Vec<Arc<ReplicaSet>>,
-    ) -> Self {
-        let running = sets.iter().map(|set| {
+    pub fn of(view: &View<'_>, deployment: &Deployment, mut sets: Vec<Arc<ReplicaSet>>) -> Self {
+        let seconds = deployment
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.min_ready_seconds)
+            .unwrap_or(0);
+        let pods = sets.iter().map(|set| {
             let uid = set.metadata.uid.clone().unwrap_or_default();
-            let count = snapshot
-                .pods_owned_by(&uid)
-                .filter(|pod| pods::is_active(pod))
-                .count();
-            (uid, i32::try_from(count).unwrap_or(i32::MAX))
+            let mut count = Pods::default();
+            for pod in view.snapshot.pods_owned_by(&uid) {
+                if pods::is_active(pod) {
+                    count.running += 1;
+                    let now = pods::availability(pod, seconds, view.now) == Availability::Now;
+                    count.available += i32::from(now);
+                }
+            }
+            (uid, count)
         });
-        let running = running.collect();
+        let pods = pods.collect();
         sets.sort_by(|a, b| {
             let age = |set: &ReplicaSet| {
                 (
@@ -70,7 +81,7 @@ impl Sets {
         Self {
             current,
             old: sets,
-            running,
+            pods,
         }
     }
 
@@ -104,13 +115,22 @@ impl Sets {
     /// Places that a set takes up: pods that it should have, or still has after it was told to have fewer. Counting wishes
     /// alone, as upstream does, would start new pods before the old ones have been told to go.
     pub fn occupied(&self, set: &ReplicaSet) -> i32 {
-        let running = set
-            .metadata
-            .uid
-            .as_ref()
-            .and_then(|uid| self.running.get(uid))
-            .copied();
-        replicas(set).max(running.unwrap_or(0))
+        replicas(set).max(self.pods_of(set).running)
+    }
+
+    /// Pods of a set that serve, and will when the set has done as it was told: it gives up those first that do not serve.
+    /// The set's own status may be older than the last change of its replicas, and would count pods that are about to go.
+    pub fn serving(&self, set: &ReplicaSet) -> i32 {
+        replicas(set).min(self.pods_of(set).available)
+    }
+
+    pub fn serving_total(&self) -> i32 {
+        self.all().map(|set| self.serving(set)).sum()
+    }
+
+    fn pods_of(&self, set: &ReplicaSet) -> Pods {
+        let found = set.metadata.uid.as_ref().and_then(|uid| self.pods.get(uid));
+        found.copied().unwrap_or_default()
     }
 
     pub fn occupied_total(&self) -> i32 {
