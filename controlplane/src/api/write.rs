@@ -151,12 +151,13 @@ impl Api {
             if resource.subresource("status").is_some() && !strategy.keeps_status() {
                 object.remove("/status");
             }
+            // Before the strategy: a Job's selector names its UID.
+            object.set("/metadata/uid", uuid::Uuid::new_v4().to_string());
             strategy.prepare_create(&mut object);
             strategy.default(&mut object);
             admission::create(self, target, &mut object).await?;
             let reservation = self.services.reserve(target, &mut object, None)?;
             self.check(target, &object, None)?;
-            object.set("/metadata/uid", uuid::Uuid::new_v4().to_string());
             object.set("/metadata/creationTimestamp", fields::now());
             if strategy.counts_generations() {
                 object.set("/metadata/generation", 1);

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use base64::Engine;
 use futures::StreamExt;
 use http::Method;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
@@ -12,12 +13,16 @@ use super::namespace::FINALIZER;
 use super::object::{Key, Object, ResourceType, Target};
 use super::plan::{Action, Propagation};
 use super::pods::{NAME_ALPHABET, controller_of};
+use super::tokens;
 use super::watch::{Api, CallError, decode};
 
 /// Attempts of a create whose answers get lost.
 const CREATE_ATTEMPTS: u32 = 4;
 /// Requests at a time to see whether a namespace is empty.
 const PARALLEL_LISTS: usize = 16;
+
+/// How long a token in a Secret lasts: as long as the API grants, 136 years.
+const TOKEN_SECONDS: u64 = 1 << 32;
 
 /// What a write has brought to light.
 #[derive(Debug, Default)]
@@ -90,6 +95,12 @@ pub async fn execute(api: &Api, resources: &[Arc<ResourceType>], action: Action)
             propagation,
         } => collect(api, resources, &target, revision, &owners, propagation).await,
         Action::Bind { pod, node } => bind(api, &pod, &node).await,
+        Action::FillToken {
+            secret,
+            account,
+            has_token,
+            root_ca,
+        } => fill_token(api, &secret, &account, has_token, &root_ca).await,
         Action::FinalizeNamespace(target) => finalize(api, resources, &target).await,
     }
 }
@@ -319,6 +330,48 @@ async fn bind(api: &Api, pod: &Target, node: &str) -> Outcome {
         },
         Err(error) => Outcome::failed(&error),
     }
+}
+
+/// Asks for a token that lasts until its Secret or account goes, and writes it into the Secret.
+async fn fill_token(
+    api: &Api,
+    secret: &Target,
+    account: &Target,
+    has_token: bool,
+    root_ca: &str,
+) -> Outcome {
+    let encode = |text: &str| base64::engine::general_purpose::STANDARD.encode(text);
+    let mut data = json!({
+        tokens::CA: encode(root_ca),
+        tokens::NAMESPACE: encode(&secret.key.namespace),
+    });
+    if !has_token {
+        let path = format!("{}/token", account.resource.object_path(&account.key));
+        let request = json!({
+            "apiVersion": "authentication.k8s.io/v1",
+            "kind": "TokenRequest",
+            "spec": {
+                "audiences": [],
+                "expirationSeconds": TOKEN_SECONDS,
+                "boundObjectRef": {
+                    "apiVersion": "v1", "kind": "Secret", "name": &*secret.key.name, "uid": &*secret.uid,
+                },
+            },
+        });
+        let granted = match api.call(Method::POST, &path, Some(&request)).await {
+            Ok(text) => serde_json::from_str::<Value>(&text).unwrap_or_default(),
+            Err(error) => return Outcome::failed(&error),
+        };
+        let Some(token) = granted["status"]["token"].as_str() else {
+            return Outcome::stale(format!("no token was granted for {}", account.key));
+        };
+        data[tokens::TOKEN] = json!(encode(token));
+    }
+    let body = json!({
+        "metadata": {"uid": &*secret.uid, "annotations": {tokens::ACCOUNT_UID: &*account.uid}},
+        "data": data,
+    });
+    patch(api, secret, None, &body).await
 }
 
 /// Lets a namespace go if nothing is left in it; deletes what is.

@@ -4,13 +4,17 @@
 //! `plan.rs` says what a controller is, `snapshot.rs` what it sees. The files named after controllers import neither tokio
 //! nor kube; `runner.rs`, `watch.rs`, `execute.rs` and `lease.rs` do nothing but carry changes in and writes out.
 
+mod cronjob;
 mod daemonset;
 mod deployment;
+mod disruption;
 mod endpoints;
 pub(crate) mod events;
 pub(crate) mod execute;
 mod garbage;
 mod graph;
+mod job;
+mod job_ttl;
 pub(crate) mod labels;
 pub(crate) mod lease;
 mod namespace;
@@ -19,20 +23,25 @@ mod nodeipam;
 mod nodelifecycle;
 pub(crate) mod nodes;
 pub(crate) mod object;
+pub(crate) mod patch;
 pub(crate) mod plan;
 mod podgc;
 pub(crate) mod pods;
-mod replicaset;
+mod replicas;
+mod revisions;
 pub(crate) mod runner;
 pub(crate) mod snapshot;
+mod statefulset;
 #[cfg(test)]
 pub(crate) mod testing;
+mod tokens;
 pub(crate) mod watch;
 
 use std::path::PathBuf;
 
 use ipnetwork::Ipv4Network;
 
+pub use cronjob::{Schedule, ScheduleError};
 pub use runner::run;
 
 use plan::Controller;
@@ -40,9 +49,18 @@ use plan::Controller;
 /// All controllers, in no order that matters.
 pub(crate) const ALL: &[Controller] = &[
     deployment::CONTROLLER,
-    replicaset::CONTROLLER,
+    replicas::REPLICA_SETS,
+    replicas::REPLICATION_CONTROLLERS,
     daemonset::CONTROLLER,
+    statefulset::CONTROLLER,
+    job::CONTROLLER,
+    job_ttl::CONTROLLER,
+    cronjob::CONTROLLER,
+    disruption::CONTROLLER,
+    tokens::CONTROLLER,
     endpoints::CONTROLLER,
+    endpoints::SUBSETS,
+    endpoints::MIRRORING,
     nodeipam::CONTROLLER,
     nodelifecycle::CONTROLLER,
     nodelifecycle::EVICTION,

@@ -3,12 +3,19 @@
 use std::fmt;
 use std::sync::{Arc, LazyLock};
 
-use k8s_openapi::api::apps::v1::{ControllerRevision, DaemonSet, Deployment, ReplicaSet};
+use k8s_openapi::api::apps::v1::{
+    ControllerRevision, DaemonSet, Deployment, ReplicaSet, StatefulSet,
+};
+use k8s_openapi::api::batch::v1::{CronJob, Job};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{
-    ConfigMap, Namespace, Node, ObjectReference, Pod, Service, ServiceAccount,
+    ConfigMap, Endpoints, Namespace, Node, ObjectReference, PersistentVolume,
+    PersistentVolumeClaim, Pod, ReplicationController, ResourceQuota, Secret, Service,
+    ServiceAccount,
 };
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::api::storage::v1::StorageClass;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ListMeta, ObjectMeta};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -222,6 +229,17 @@ kinds! {
     ServiceAccount in service_accounts, true;
     ConfigMap in config_maps, true;
     Lease in leases, true;
+    Job in jobs, true;
+    CronJob in cron_jobs, true;
+    StatefulSet in stateful_sets, true;
+    PersistentVolumeClaim in claims, true;
+    Endpoints in endpoints, true;
+    ReplicationController in replication_controllers, true;
+    PodDisruptionBudget in disruption_budgets, true;
+    Secret in secrets, true;
+    PersistentVolume in volumes, false;
+    StorageClass in storage_classes, false;
+    ResourceQuota in quotas, true;
 }
 
 /// The part of any object's JSON that every object has.
@@ -257,7 +275,17 @@ decoded!(
     DaemonSet,
     ControllerRevision,
     ServiceAccount,
-    Lease
+    Lease,
+    Job,
+    CronJob,
+    StatefulSet,
+    PersistentVolumeClaim,
+    Endpoints,
+    ReplicationController,
+    PodDisruptionBudget,
+    PersistentVolume,
+    StorageClass,
+    ResourceQuota
 );
 
 impl Decoded for ConfigMap {
@@ -269,6 +297,25 @@ impl Decoded for ConfigMap {
         if self.metadata.name.as_deref() != Some(super::namespaced_defaults::ROOT_CA) {
             self.data = None;
             self.binary_data = None;
+        }
+    }
+}
+
+impl Decoded for Secret {
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.metadata
+    }
+
+    /// Nothing secret is kept: of a token, only that it is there.
+    fn slim(&mut self) {
+        if !super::tokens::is_token(self) {
+            self.data = None;
+            return;
+        }
+        for (name, value) in self.data.iter_mut().flatten() {
+            if name != super::tokens::CA {
+                value.0.truncate(1);
+            }
         }
     }
 }

@@ -97,6 +97,13 @@ pub enum Action {
     },
     /// POST of a Binding.
     Bind { pod: Target, node: String },
+    /// Fills a token Secret: with a token of the account that is bound to the Secret, unless it has one.
+    FillToken {
+        secret: Target,
+        account: Target,
+        has_token: bool,
+        root_ca: String,
+    },
     /// Removes the finalizer `kubernetes` of a namespace once every resource has been listed and found empty there.
     FinalizeNamespace(Target),
 }

@@ -185,7 +185,7 @@ pub fn from_template<K: Typed>(template: &PodTemplateSpec, owner: &K) -> Pod {
 }
 
 /// `generateName` of the pods of an owner, short enough that a name of 63 characters (a host name) results.
-fn name_prefix(owner: &str) -> String {
+pub fn name_prefix(owner: &str) -> String {
     let mut prefix: String = owner.chars().take(57).collect();
     prefix.push('-');
     prefix

@@ -6,6 +6,7 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 use k8s_openapi::api::apps::v1::{ControllerRevision, ReplicaSet};
+use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -147,6 +148,7 @@ pub struct Snapshot {
     pods_by_label: Index,
     replica_sets_by_owner: Index,
     revisions_by_owner: Index,
+    jobs_by_owner: Index,
     services_by_label: Index,
     slices_by_service: Index,
     heartbeats: im::HashMap<Arc<str>, Timestamp>,
@@ -334,6 +336,23 @@ impl Snapshot {
         keys.into_iter().filter_map(|key| self.revisions.get(key))
     }
 
+    /// Revisions of a namespace that no controller owns.
+    pub fn orphan_revisions<'a>(
+        &'a self,
+        namespace: &str,
+    ) -> impl Iterator<Item = &'a Arc<ControllerRevision>> + use<'a> {
+        let keys: Vec<&Key> = self
+            .revisions_by_owner
+            .get(&orphans_of(namespace))
+            .collect();
+        keys.into_iter().filter_map(|key| self.revisions.get(key))
+    }
+
+    pub fn jobs_owned_by<'a>(&'a self, uid: &str) -> impl Iterator<Item = &'a Arc<Job>> + use<'a> {
+        let keys: Vec<&Key> = self.jobs_by_owner.get(uid).collect();
+        keys.into_iter().filter_map(|key| self.jobs.get(key))
+    }
+
     pub fn slices_of_service<'a>(
         &'a self,
         service: &Key,
@@ -444,6 +463,7 @@ impl Snapshot {
                 &mut self.revisions_by_owner,
                 &owner_property(&found.metadata),
             ),
+            Object::Job(job) => visit(&mut self.jobs_by_owner, &owner_property(&job.metadata)),
             Object::Service(service) => {
                 // One pair finds the Service; the rest of its selector is compared then.
                 if let Some((name, value)) =

@@ -256,6 +256,15 @@ impl Cluster {
             Action::Bind { pod, node } => {
                 self.patch(&pod, None, json!({"spec": {"nodeName": node}}))?;
             }
+            Action::FillToken {
+                secret, account, ..
+            } => {
+                let data =
+                    json!({"token": "dA==", "namespace": "bg==", "ca.crt": "dGhlIHJvb3QgY2E="});
+                let annotations = json!({super::tokens::ACCOUNT_UID: &*account.uid});
+                let body = json!({"metadata": {"annotations": annotations}, "data": data});
+                self.patch(&secret, None, body)?;
+            }
             Action::FinalizeNamespace(target) => {
                 let Some(object) = self.snapshot.object(&target.resource, &target.key) else {
                     return Ok(());
@@ -307,10 +316,14 @@ impl Cluster {
             value.as_object_mut().unwrap().remove("status");
         }
         let object = Object::decode(&target.resource, &value.to_string()).unwrap();
-        let done = object.meta().deletion_timestamp.is_some()
-            && object.meta().finalizers.as_ref().is_none_or(Vec::is_empty);
+        let meta = object.meta();
+        let ended =
+            !matches!(object, Object::Pod(_)) || meta.deletion_grace_period_seconds == Some(0);
+        let done = meta.deletion_timestamp.is_some()
+            && meta.finalizers.as_ref().is_none_or(Vec::is_empty)
+            && ended;
         self.take_in(object.clone());
-        if done && !matches!(object, Object::Pod(_)) {
+        if done {
             self.drop_object(&object);
         }
         Ok(())
@@ -365,7 +378,7 @@ impl Cluster {
             .get("finalizers")
             .and_then(Value::as_array)
             .is_some_and(|held| !held.is_empty());
-        let graceful = matches!(object, Object::Pod(_)) && self.hold_pods && !at_once;
+        let graceful = matches!(&object, Object::Pod(pod) if self.hold_pods && !at_once && !pods::is_terminal(pod));
         if !held && !graceful && !matches!(object, Object::Namespace(_)) {
             self.drop_object(&object);
             return;
@@ -376,6 +389,9 @@ impl Cluster {
         self.serial += 1;
         value["metadata"]["resourceVersion"] = json!(self.serial.to_string());
         value["metadata"]["deletionTimestamp"] = json!(Time(self.now));
+        if !graceful {
+            value["metadata"]["deletionGracePeriodSeconds"] = json!(0);
+        }
         self.take_in(Object::decode(&target.resource, &value.to_string()).unwrap());
     }
 
@@ -389,7 +405,18 @@ impl Cluster {
             .cloned()
             .collect();
         for pod in going {
-            self.drop_object(&Object::Pod(pod));
+            let held = pod.metadata.finalizers.as_ref();
+            if held.is_none_or(Vec::is_empty) {
+                self.drop_object(&Object::Pod(pod));
+                continue;
+            }
+            // The kubelet is done with it; whoever holds it lets it go.
+            let mut pod = (*pod).clone();
+            pod.metadata.deletion_grace_period_seconds = Some(0);
+            if !pods::is_terminal(&pod) {
+                pod.status.get_or_insert_default().phase = Some("Failed".into());
+            }
+            self.update(pod);
         }
     }
 

@@ -190,7 +190,7 @@ async fn renew(client: Client, name: String) {
     }
 }
 
-/// Every bound pod runs and is ready at once; every pod that is to go, goes.
+/// Every bound pod runs and is ready at once, or ends at once if its command says so; every pod that is to go, goes.
 async fn run_pods(client: Client) {
     let pods: Api<Pod> = Api::all(client.clone());
     let stream = watcher(pods, watcher::Config::default())
@@ -219,6 +219,19 @@ async fn run_pods(client: Client) {
                 own.delete(&name, &DeleteParams::default().grace_period(0))
                     .await
             });
+        } else if let ("Pending", Some(code)) = (phase, exit_code(&pod)) {
+            let now = k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(jiff::Timestamp::now());
+            let status = json!({"status": {
+                "phase": if code == 0 { "Succeeded" } else { "Failed" },
+                "containerStatuses": [{
+                    "name": "main", "image": "image", "imageID": "", "ready": false, "restartCount": 0,
+                    "state": {"terminated": {"exitCode": code, "finishedAt": now}},
+                }],
+            }});
+            tokio::spawn(async move {
+                own.patch_status(&name, &PatchParams::default(), &Patch::Strategic(status))
+                    .await
+            });
         } else if phase == "Pending" {
             serial += 1;
             let address = format!("10.244.{}.{}", serial / 250, serial % 250 + 1);
@@ -233,6 +246,15 @@ async fn run_pods(client: Client) {
                     .await
             });
         }
+    }
+}
+
+/// What the pod's container ends with at once: its command is `exit N`.
+fn exit_code(pod: &Pod) -> Option<i32> {
+    let command = pod.spec.as_ref()?.containers.first()?.command.as_ref()?;
+    match command.as_slice() {
+        [exit, code] if exit == "exit" => code.parse().ok(),
+        _ => None,
     }
 }
 

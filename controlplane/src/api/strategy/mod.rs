@@ -3,6 +3,7 @@
 mod access;
 mod configuration;
 mod endpoints;
+mod job;
 mod metadata;
 mod namespace;
 mod node;
@@ -116,9 +117,12 @@ pub fn of(resource: &Resource) -> &'static dyn Strategy {
         ("apps", "replicasets") => &workload::ReplicaSet,
         ("apps", "daemonsets") => &workload::DaemonSet,
         ("apps", "statefulsets") => &workload::StatefulSet,
+        ("", "replicationcontrollers") => &workload::ReplicationController,
+        ("batch", "jobs") => &job::Job,
+        ("batch", "cronjobs") => &job::CronJob,
         ("rbac.authorization.k8s.io", "roles" | "clusterroles") => &access::Role,
         ("rbac.authorization.k8s.io", "rolebindings" | "clusterrolebindings") => &access::Binding,
-        ("batch" | "networking.k8s.io" | "policy" | "autoscaling", _) => &Counted,
+        ("networking.k8s.io" | "policy" | "autoscaling", _) => &Counted,
         _ => &Plain,
     }
 }

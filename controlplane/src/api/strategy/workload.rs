@@ -1,6 +1,6 @@
 //! Deployments, ReplicaSets, DaemonSets, StatefulSets: defaults, and selectors that must fit their templates.
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::{Errors, Strategy, immutable, not_negative, one_of, pod_spec};
 use crate::api::fields::Fields;
@@ -190,6 +190,71 @@ impl Strategy for ReplicaSet {
 
     fn validate_update(&self, set: &Value, old: &Value, errors: &mut Errors) {
         immutable(set, old, "/spec/selector", errors);
+    }
+
+    fn counts_generations(&self) -> bool {
+        true
+    }
+
+    fn selectable(&self) -> &'static [&'static str] {
+        &["status.replicas"]
+    }
+}
+
+/// Selector and labels follow from the template where they are left out.
+pub struct ReplicationController;
+
+impl Strategy for ReplicationController {
+    fn default(&self, controller: &mut Value) {
+        controller.default("/spec/replicas", 1);
+        let labels = controller
+            .pointer("/spec/template/metadata/labels")
+            .cloned();
+        if let Some(labels) = labels.filter(|labels| !labels.is_null()) {
+            if controller
+                .object("/spec/selector")
+                .is_none_or(Map::is_empty)
+            {
+                controller.set("/spec/selector", labels.clone());
+            }
+            if controller
+                .object("/metadata/labels")
+                .is_none_or(Map::is_empty)
+            {
+                controller.set("/metadata/labels", labels);
+            }
+        }
+        default_template(controller);
+    }
+
+    fn validate(&self, controller: &Value, errors: &mut Errors) {
+        not_negative(controller, "/spec/replicas", errors);
+        not_negative(controller, "/spec/minReadySeconds", errors);
+        let template = controller.pointer("/spec/template").unwrap_or(&Value::Null);
+        let Some(selector) = controller
+            .object("/spec/selector")
+            .filter(|selector| !selector.is_empty())
+        else {
+            errors.push(FieldError::required("spec.selector", ""));
+            return;
+        };
+        let labels = template.object("/metadata/labels");
+        let selected = selector
+            .iter()
+            .all(|(name, value)| labels.and_then(|labels| labels.get(name)) == Some(value));
+        if !selected {
+            let given = template
+                .pointer("/metadata/labels")
+                .cloned()
+                .unwrap_or(json!({}));
+            let why = "`selector` does not match template `labels`";
+            errors.push(FieldError::invalid(
+                "spec.template.metadata.labels",
+                given,
+                why,
+            ));
+        }
+        pod_spec::validate_template(template, "spec.template", errors);
     }
 
     fn counts_generations(&self) -> bool {

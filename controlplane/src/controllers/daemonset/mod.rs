@@ -1,22 +1,22 @@
 //! DaemonSet: one pod of a template on every node that may run it.
 
 mod placement;
-mod revision;
 mod status;
 #[cfg(test)]
 mod tests;
 mod update;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::{Node, Pod};
 
 use self::placement::Placement;
-use super::labels;
+use super::labels::{self, Labels};
 use super::object::{Key, Object, Target};
 use super::plan::{Action, Controller, Keys, Note, Plan, View};
 use super::pods;
+use super::revisions::Versioned;
 use super::snapshot::{Change, Snapshot};
 
 const REPORTER: &str = "daemonset-controller";
@@ -45,16 +45,23 @@ fn affected(snapshot: &Snapshot, change: &Change, keys: &mut Keys) {
                 keys.insert(Key::of(&set.metadata));
             }
             Object::Node(_) => keys.extend(snapshot.daemon_sets.iter().map(|(key, _)| key.clone())),
-            Object::ControllerRevision(found) => {
-                keys.extend(pods::controller_key(&found.metadata, "DaemonSet"))
-            }
+            Object::ControllerRevision(found) => match pods::controller_of(&found.metadata) {
+                Some(_) => keys.extend(pods::controller_key(&found.metadata, "DaemonSet")),
+                None => keys.extend(
+                    snapshot
+                        .daemon_sets
+                        .namespace(found.metadata.namespace.as_deref().unwrap_or_default())
+                        .filter(|(_, set)| selects(set, found.metadata.labels.as_ref()))
+                        .map(|(key, _)| key.clone()),
+                ),
+            },
             Object::Pod(pod) => match pods::controller_of(&pod.metadata) {
                 Some(_) => keys.extend(pods::controller_key(&pod.metadata, "DaemonSet")),
                 None => keys.extend(
                     snapshot
                         .daemon_sets
                         .namespace(pod.metadata.namespace.as_deref().unwrap_or_default())
-                        .filter(|(_, set)| selects(set, pod))
+                        .filter(|(_, set)| selects(set, pod.metadata.labels.as_ref()))
                         .map(|(key, _)| key.clone()),
                 ),
             },
@@ -71,10 +78,9 @@ fn same_for_placement(old: &Node, new: &Node) -> bool {
         && old.metadata.uid == new.metadata.uid
 }
 
-fn selects(set: &DaemonSet, pod: &Pod) -> bool {
+fn selects(set: &DaemonSet, found: Option<&Labels>) -> bool {
     set.spec.as_ref().is_some_and(|spec| {
-        !labels::is_empty(&spec.selector)
-            && labels::selector_matches(&spec.selector, pod.metadata.labels.as_ref())
+        !labels::is_empty(&spec.selector) && labels::selector_matches(&spec.selector, found)
     })
 }
 
@@ -102,7 +108,19 @@ fn plan(view: &View<'_>, key: &Key) -> Plan {
     if set.metadata.deletion_timestamp.is_some() {
         return plan;
     }
-    let Some(hash) = revision::current(view.snapshot, set, &mut plan) else {
+    let versioned = Versioned {
+        owner: &**set,
+        selector: &spec.selector,
+        template: &spec.template,
+        collisions: set
+            .status
+            .as_ref()
+            .and_then(|status| status.collision_count),
+        limit: spec.revision_history_limit,
+        hash_label: HASH_LABEL,
+    };
+    let current = versioned.current(view.snapshot, &mut plan);
+    let Some(hash) = current.and_then(|revision| versioned.hash_of(revision)) else {
         // The revision that this plan creates names the pods of the next one.
         return plan;
     };
@@ -117,7 +135,19 @@ fn plan(view: &View<'_>, key: &Key) -> Plan {
         place(view, set, &places, &owned, &hash, &mut plan);
     }
     status::report(view, set, &places, &owned, &hash, &mut plan);
-    revision::clear_history(view.snapshot, set, &hash, &owned, &mut plan);
+    let live: BTreeSet<&str> = owned
+        .values()
+        .flatten()
+        .filter_map(|pod| pod.metadata.labels.as_ref()?.get(HASH_LABEL))
+        .map(String::as_str)
+        .chain([hash.as_str()])
+        .collect();
+    let in_use = |revision: &_| {
+        versioned
+            .hash_of(revision)
+            .is_some_and(|hash| live.contains(hash.as_str()))
+    };
+    versioned.clear_history(view.snapshot, in_use, &mut plan);
     plan
 }
 
@@ -135,14 +165,14 @@ fn owned_pods<'a>(
         }
     };
     for pod in snapshot.pods_owned_by(uid) {
-        if selects(set, pod) {
+        if selects(set, pod.metadata.labels.as_ref()) {
             add(pod);
         } else if !pods::is_terminating(pod) {
             plan.push(pods::release(&**pod, uid));
         }
     }
     for pod in snapshot.orphan_pods(&key.namespace) {
-        if selects(set, pod) && pods::is_active(pod) {
+        if selects(set, pod.metadata.labels.as_ref()) && pods::is_active(pod) {
             plan.push(pods::adopt(&**pod, set));
             add(pod);
         }

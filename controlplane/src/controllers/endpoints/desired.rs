@@ -143,7 +143,7 @@ pub fn groups(
     groups
 }
 
-fn is_of(address: &str, family: &str) -> bool {
+pub fn is_of(address: &str, family: &str) -> bool {
     match address.parse::<IpAddr>() {
         Ok(IpAddr::V4(_)) => family == "IPv4",
         Ok(IpAddr::V6(_)) => family == "IPv6",
@@ -152,7 +152,7 @@ fn is_of(address: &str, family: &str) -> bool {
 }
 
 /// The Service's ports as numbers in one pod; a named target port that the pod does not have is left out.
-fn ports_in(service: &Service, pod: &Pod) -> Vec<EndpointPort> {
+pub fn ports_in(service: &Service, pod: &Pod) -> Vec<EndpointPort> {
     let ports = service
         .spec
         .as_ref()

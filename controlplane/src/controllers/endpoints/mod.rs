@@ -1,15 +1,26 @@
-//! EndpointSlice: for every Service with a selector, slices that say where its pods are and which of them may be used.
+//! Where the pods of Services are and which of them may be used: EndpointSlices and, for older clients, Endpoints; and slices
+//! that mirror Endpoints which users keep themselves.
 
 mod desired;
+mod mirror;
 mod reconcile;
+mod subsets;
 #[cfg(test)]
 mod tests;
 
-use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::api::core::v1::{Node, Pod, Service};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::Timestamp;
 
+use self::reconcile::Origin;
+use super::labels::Labels;
 use super::object::{Key, Object};
 use super::plan::{Controller, Keys, Plan, View};
-use super::snapshot::{Change, Snapshot, service_of_slice, service_selector};
+use super::pods::controller_reference;
+use super::snapshot::{Change, SERVICE_NAME_LABEL, Snapshot, service_of_slice, service_selector};
+
+pub use self::mirror::CONTROLLER as MIRRORING;
+pub use self::subsets::CONTROLLER as SUBSETS;
 
 /// Endpoints in one slice: upstream's default. A change rewrites one slice, so smaller slices make changes cheaper, and
 /// more of them make lists longer.
@@ -17,6 +28,9 @@ pub const SLICE_ENDPOINTS_MAX: usize = 100;
 const MANAGED_BY_LABEL: &str = "endpointslice.kubernetes.io/managed-by";
 const MANAGER: &str = "endpointslice-controller.k8s.io";
 const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
+/// When the newest of the changes that a write of endpoints takes in came about: what network programming latency is
+/// measured from.
+const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 
 pub const CONTROLLER: Controller = Controller {
     name: "endpointslice",
@@ -25,6 +39,18 @@ pub const CONTROLLER: Controller = Controller {
 };
 
 fn affected(snapshot: &Snapshot, change: &Change, keys: &mut Keys) {
+    if let Object::EndpointSlice(_) = change.object() {
+        for state in change.states() {
+            if let Object::EndpointSlice(slice) = state {
+                keys.extend(service_of_slice(slice));
+            }
+        }
+    }
+    services_affected(snapshot, change, keys);
+}
+
+/// The Services whose endpoints the change may touch.
+fn services_affected(snapshot: &Snapshot, change: &Change, keys: &mut Keys) {
     if let (Some(Object::Pod(old)), Some(Object::Pod(new))) = (&change.old, &change.new)
         && same_for_endpoints(old, new)
     {
@@ -41,7 +67,6 @@ fn affected(snapshot: &Snapshot, change: &Change, keys: &mut Keys) {
                 keys.insert(Key::of(&service.metadata));
             }
             Object::Pod(pod) => keys.extend(snapshot.services_selecting(&pod.metadata).cloned()),
-            Object::EndpointSlice(slice) => keys.extend(service_of_slice(slice)),
             Object::Node(node) => {
                 let pods = snapshot.pods_on_node(node.metadata.name.as_deref().unwrap_or_default());
                 keys.extend(
@@ -99,6 +124,49 @@ fn plan(view: &View<'_>, key: &Key) -> Plan {
         return plan;
     }
     let groups = desired::groups(view.snapshot, service, selector);
-    reconcile::plan(view.snapshot, service, groups, &mut plan);
+    let mut annotations = Labels::new();
+    if let Some(time) = trigger_time(view.snapshot, service, selector) {
+        annotations.insert(TRIGGER_TIME.into(), time.to_string());
+    }
+    let origin = Origin {
+        service: key.clone(),
+        manager: MANAGER,
+        owner: controller_reference(&**service),
+        labels: slice_labels(service),
+        annotations,
+    };
+    reconcile::plan(view.snapshot, &origin, groups, &mut plan);
     plan
+}
+
+fn is_headless(service: &Service) -> bool {
+    let spec = service.spec.as_ref();
+    spec.and_then(|spec| spec.cluster_ip.as_deref()) == Some("None")
+}
+
+/// The Service's own labels and those that say whose the slice is.
+fn slice_labels(service: &Service) -> Labels {
+    let mut labels = service.metadata.labels.clone().unwrap_or_default();
+    let name = service.metadata.name.clone().unwrap_or_default();
+    labels.insert(SERVICE_NAME_LABEL.into(), name);
+    labels.insert(MANAGED_BY_LABEL.into(), MANAGER.into());
+    if is_headless(service) {
+        labels.insert(HEADLESS_LABEL.into(), String::new());
+    } else {
+        labels.remove(HEADLESS_LABEL);
+    }
+    labels
+}
+
+/// The newest change of the Service's pods, or its own making.
+fn trigger_time(snapshot: &Snapshot, service: &Service, selector: &Labels) -> Option<Timestamp> {
+    let namespace = service.metadata.namespace.as_deref().unwrap_or_default();
+    let pods = snapshot.pods_with_labels(namespace, selector);
+    let changes = pods.filter_map(|pod| {
+        super::pods::condition(pod, "Ready")?
+            .last_transition_time
+            .clone()
+    });
+    let times = changes.chain(service.metadata.creation_timestamp.clone());
+    times.map(|Time(at)| at).max()
 }

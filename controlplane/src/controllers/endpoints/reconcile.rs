@@ -3,34 +3,43 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::Service;
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 use serde_json::json;
 
 use super::super::labels::Labels;
 use super::super::object::{Key, Object, Target};
 use super::super::plan::{Action, Plan};
-use super::super::pods::controller_reference;
-use super::super::snapshot::{SERVICE_NAME_LABEL, Snapshot};
+use super::super::snapshot::Snapshot;
 use super::desired::{Shape, address_type};
-use super::{HEADLESS_LABEL, MANAGED_BY_LABEL, MANAGER, SLICE_ENDPOINTS_MAX};
+use super::{MANAGED_BY_LABEL, SLICE_ENDPOINTS_MAX};
+
+/// What slices are made from, and what they carry of it.
+pub struct Origin {
+    /// The Service.
+    pub service: Key,
+    /// Value of the label that says who keeps the slices: others' slices of the Service are left alone.
+    pub manager: &'static str,
+    pub owner: OwnerReference,
+    pub labels: Labels,
+    pub annotations: Labels,
+}
 
 pub fn plan(
     snapshot: &Snapshot,
-    service: &Service,
+    origin: &Origin,
     groups: BTreeMap<Shape, Vec<Endpoint>>,
     plan: &mut Plan,
 ) {
     let mut present: BTreeMap<Shape, Vec<Arc<EndpointSlice>>> = BTreeMap::new();
     let mut useless = Vec::new();
-    for slice in snapshot.slices_of_service(&Key::of(&service.metadata)) {
+    for slice in snapshot.slices_of_service(&origin.service) {
         let manager = slice
             .metadata
             .labels
             .as_ref()
             .and_then(|labels| labels.get(MANAGED_BY_LABEL));
-        if manager.map(String::as_str) != Some(MANAGER)
+        if manager.map(String::as_str) != Some(origin.manager)
             || slice.metadata.deletion_timestamp.is_some()
         {
             continue;
@@ -45,7 +54,7 @@ pub fn plan(
     }
     for (shape, endpoints) in groups {
         let slices = present.remove(&shape).unwrap_or_default();
-        group(service, &shape, endpoints, slices, plan);
+        group(origin, &shape, endpoints, slices, plan);
     }
     useless.extend(present.into_values().flatten());
     for slice in useless {
@@ -68,7 +77,7 @@ fn identity(endpoint: &Endpoint) -> (String, String) {
 }
 
 fn group(
-    service: &Service,
+    origin: &Origin,
     shape: &Shape,
     wanted: Vec<Endpoint>,
     slices: Vec<Arc<EndpointSlice>>,
@@ -86,7 +95,7 @@ fn group(
             .iter()
             .filter_map(|endpoint| wanted.remove(&identity(endpoint)))
             .collect();
-        let changed = new != old || !labels_match(service, &slice);
+        let changed = new != old || !labels_match(origin, &slice);
         kept.push((slice, new, changed));
     }
     let mut rest: Vec<Endpoint> = wanted.into_values().collect();
@@ -111,7 +120,7 @@ fn group(
     }
     while !rest.is_empty() {
         let part = rest.split_off(rest.len().saturating_sub(SLICE_ENDPOINTS_MAX));
-        plan.push(Action::Create(Object::of(new_slice(service, shape, part))));
+        plan.push(Action::Create(Object::of(new_slice(origin, shape, part))));
     }
     // Empty slices go, but for one if nothing else says that the Service has no endpoints.
     let mut any = plan
@@ -137,7 +146,8 @@ fn group(
                     "metadata": {
                         "uid": slice.metadata.uid,
                         "resourceVersion": slice.metadata.resource_version,
-                        "labels": labels_of(service),
+                        "labels": origin.labels,
+                        "annotations": origin.annotations,
                     },
                     "endpoints": endpoints,
                 }),
@@ -146,49 +156,31 @@ fn group(
     }
     if !any {
         plan.push(Action::Create(Object::of(new_slice(
-            service,
+            origin,
             shape,
             Vec::new(),
         ))));
     }
 }
 
-fn labels_match(service: &Service, slice: &EndpointSlice) -> bool {
+fn labels_match(origin: &Origin, slice: &EndpointSlice) -> bool {
     let labels = slice.metadata.labels.as_ref();
-    labels_of(service)
+    origin
+        .labels
         .iter()
         .all(|(name, value)| labels.and_then(|labels| labels.get(name)) == Some(value))
 }
 
-/// The Service's own labels and those that say whose the slice is.
-fn labels_of(service: &Service) -> Labels {
-    let mut labels = service.metadata.labels.clone().unwrap_or_default();
-    labels.insert(
-        SERVICE_NAME_LABEL.into(),
-        service.metadata.name.clone().unwrap_or_default(),
-    );
-    labels.insert(MANAGED_BY_LABEL.into(), MANAGER.into());
-    if service
-        .spec
-        .as_ref()
-        .and_then(|spec| spec.cluster_ip.as_deref())
-        == Some("None")
-    {
-        labels.insert(HEADLESS_LABEL.into(), String::new());
-    } else {
-        labels.remove(HEADLESS_LABEL);
-    }
-    labels
-}
-
-fn new_slice(service: &Service, shape: &Shape, endpoints: Vec<Endpoint>) -> EndpointSlice {
-    let name = service.metadata.name.as_deref().unwrap_or_default();
+fn new_slice(origin: &Origin, shape: &Shape, endpoints: Vec<Endpoint>) -> EndpointSlice {
+    let prefix: String = origin.service.name.chars().take(57).collect();
+    let annotations = origin.annotations.clone();
     EndpointSlice {
         metadata: ObjectMeta {
-            generate_name: Some(format!("{}-", name.chars().take(57).collect::<String>())),
-            namespace: service.metadata.namespace.clone(),
-            labels: Some(labels_of(service)),
-            owner_references: Some(vec![controller_reference(service)]),
+            generate_name: Some(format!("{prefix}-")),
+            namespace: Some(origin.service.namespace.to_string()),
+            labels: Some(origin.labels.clone()),
+            annotations: (!annotations.is_empty()).then_some(annotations),
+            owner_references: Some(vec![origin.owner.clone()]),
             ..Default::default()
         },
         address_type: shape.address_type.into(),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use k8s_openapi::api::core::v1::{Pod, Service};
+use k8s_openapi::api::core::v1::{Endpoints, Pod, Service};
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -351,4 +351,145 @@ proptest! {
         prop_assert!(sizes.iter().all(|size| *size <= SLICE_ENDPOINTS_MAX));
         prop_assert!(sizes.len() == 1 || sizes.iter().all(|size| *size > 0), "{:?}", sizes);
     }
+}
+
+const ALL: &[Controller] = &[super::CONTROLLER, super::SUBSETS, super::MIRRORING];
+
+fn subsets(cluster: &Cluster, name: &str) -> Value {
+    let found = cluster.snapshot.endpoints.get(&Key::new("default", name));
+    json!(found.map(|endpoints| endpoints.subsets.clone().unwrap_or_default()))
+}
+
+#[test]
+fn endpoints_say_the_same_as_slices_and_go_with_the_service() {
+    let mut cluster = Cluster::new(ALL);
+    cluster.add(namespace("default"));
+    cluster.add(service(json!({})));
+    cluster.settle();
+    assert_eq!(subsets(&cluster, "web"), json!([]), "there from the start");
+    let keys = [
+        add_pod(&mut cluster, "a", 8080),
+        add_pod(&mut cluster, "b", 8080),
+    ];
+    cluster.set_ready(&keys[0], true);
+    cluster.set_ready(&keys[1], false);
+    cluster.settle();
+    let found = subsets(&cluster, "web");
+    assert_eq!(found[0]["addresses"][0]["targetRef"]["name"], "a");
+    assert_eq!(found[0]["addresses"][0]["nodeName"], "n0");
+    assert_eq!(found[0]["notReadyAddresses"][0]["targetRef"]["name"], "b");
+    assert_eq!(
+        found[0]["ports"],
+        json!([{"name": "http", "port": 8080, "protocol": "TCP"}])
+    );
+    let endpoints = cluster.snapshot.endpoints.values().next().unwrap().clone();
+    assert_eq!(endpoints.metadata.labels.as_ref().unwrap()["team"], "a");
+    assert!(
+        endpoints
+            .metadata
+            .annotations
+            .as_ref()
+            .unwrap()
+            .contains_key(super::TRIGGER_TIME)
+    );
+    assert!(slices(&cluster).iter().all(|slice| {
+        slice.metadata.labels.as_ref().unwrap()[super::MANAGED_BY_LABEL] == super::MANAGER
+    }));
+    cluster.delete_now("web");
+    cluster.settle();
+    assert_eq!(subsets(&cluster, "web"), json!(null));
+}
+
+#[test]
+fn endpoints_are_bounded_and_prefer_what_is_ready() {
+    let mut cluster = Cluster::new(&[super::SUBSETS]);
+    cluster.add(namespace("default"));
+    cluster.add(service(json!({})));
+    for index in 0..1003 {
+        let key = add_pod(&mut cluster, &format!("p{index:04}"), 8080);
+        cluster.set_ready(&key, index >= 3);
+    }
+    cluster.settle();
+    let found = subsets(&cluster, "web");
+    assert_eq!(found[0]["addresses"].as_array().unwrap().len(), 1000);
+    assert_eq!(found[0]["notReadyAddresses"], json!(null));
+    let endpoints = cluster.snapshot.endpoints.values().next().unwrap();
+    assert_eq!(
+        endpoints.metadata.annotations.as_ref().unwrap()[super::subsets::OVER_CAPACITY],
+        "truncated"
+    );
+}
+
+fn custom(name: &str, subsets: Value) -> Endpoints {
+    serde_json::from_value(json!({
+        "metadata": {"namespace": "default", "name": name, "labels": {"kept": "by-hand"}}, "subsets": subsets,
+    }))
+    .unwrap()
+}
+
+#[test]
+fn endpoints_kept_by_hand_are_mirrored() {
+    let mut cluster = Cluster::new(ALL);
+    cluster.add(namespace("default"));
+    cluster.add(service(json!({"selector": null})));
+    let subset = json!([{
+        "addresses": [{"ip": "10.1.2.3"}, {"ip": "fd00::3"}], "notReadyAddresses": [{"ip": "10.1.2.4"}],
+        "ports": [{"name": "http", "port": 9000, "protocol": "TCP"}],
+    }]);
+    cluster.add(custom("web", subset));
+    cluster.settle();
+    let mut families: Vec<_> = slices(&cluster)
+        .iter()
+        .map(|slice| {
+            (
+                slice.address_type.clone(),
+                slice.endpoints.as_ref().unwrap().len(),
+            )
+        })
+        .collect();
+    families.sort();
+    assert_eq!(families, [("IPv4".to_string(), 2), ("IPv6".to_string(), 1)]);
+    let labels = slices(&cluster)[0].metadata.labels.clone().unwrap();
+    assert_eq!(
+        labels[super::MANAGED_BY_LABEL],
+        "endpointslicemirroring-controller.k8s.io"
+    );
+    assert_eq!(
+        (&*labels["kept"], &*labels["kubernetes.io/service-name"]),
+        ("by-hand", "web")
+    );
+    cluster.edit::<Endpoints>(&Key::new("default", "web"), |endpoints| {
+        endpoints.subsets = custom("web", json!([{"addresses": [{"ip": "10.9.9.9"}]}])).subsets;
+    });
+    cluster.settle();
+    let found: Vec<_> = endpoints(&cluster)
+        .iter()
+        .map(|one| one.addresses.clone())
+        .collect();
+    assert_eq!(found, [["10.9.9.9"]]);
+    cluster.edit::<Endpoints>(&Key::new("default", "web"), |endpoints| {
+        let labels = endpoints.metadata.labels.as_mut().unwrap();
+        labels.insert(
+            "endpointslice.kubernetes.io/skip-mirror".into(),
+            "true".into(),
+        );
+    });
+    cluster.settle();
+    assert!(slices(&cluster).is_empty());
+}
+
+#[test]
+fn endpoints_without_a_service_stay_and_are_not_mirrored() {
+    let mut cluster = Cluster::new(ALL);
+    cluster.add(namespace("default"));
+    cluster.add(custom(
+        "early",
+        json!([{"addresses": [{"ip": "10.1.2.3"}]}]),
+    ));
+    cluster.settle();
+    assert!(slices(&cluster).is_empty());
+    assert_eq!(
+        subsets(&cluster, "early")[0]["addresses"][0]["ip"],
+        "10.1.2.3"
+    );
 }

@@ -1,72 +1,173 @@
-//! ReplicaSet: keeps as many pods of a template as are wished for.
+//! ReplicaSet and ReplicationController: keep as many pods of a template as are wished for.
 
 use std::collections::HashMap;
 
 use k8s_openapi::api::apps::v1::{ReplicaSet, ReplicaSetCondition, ReplicaSetStatus};
-use k8s_openapi::api::core::v1::Pod;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::api::core::v1::{Pod, PodTemplateSpec, ReplicationController};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, Time};
 use k8s_openapi::jiff::Timestamp;
 use serde_json::json;
 
 use super::labels;
-use super::object::{Key, Object, Target};
+use super::object::{Key, Object, Target, Typed};
 use super::plan::{Action, Controller, Keys, Note, Plan, View};
 use super::pods::{self, Availability};
-use super::snapshot::{Change, Snapshot};
+use super::snapshot::{Change, Snapshot, Table};
 
-const REPORTER: &str = "replicaset-controller";
 /// Pods created or deleted in one plan: upstream's burst.
 const BURST_MAX: usize = 500;
 
-pub const CONTROLLER: Controller = Controller {
+pub const REPLICA_SETS: Controller = Controller {
     name: "replicaset",
-    affected,
-    plan,
+    affected: affected::<ReplicaSet>,
+    plan: plan::<ReplicaSet>,
 };
 
-fn affected(snapshot: &Snapshot, change: &Change, keys: &mut Keys) {
-    for state in change.states() {
-        match state {
-            Object::ReplicaSet(set) => {
-                keys.insert(Key::of(&set.metadata));
-            }
-            Object::Pod(pod) => match pods::controller_of(&pod.metadata) {
-                Some(_) => keys.extend(pods::controller_key(&pod.metadata, "ReplicaSet")),
-                // Anyone who selects an orphan may want to adopt it.
-                None => keys.extend(
-                    snapshot
-                        .replica_sets
-                        .namespace(pod.metadata.namespace.as_deref().unwrap_or_default())
-                        .filter(|(_, set)| selects(set, pod))
-                        .map(|(key, _)| key.clone()),
-                ),
+pub const REPLICATION_CONTROLLERS: Controller = Controller {
+    name: "replicationcontroller",
+    affected: affected::<ReplicationController>,
+    plan: plan::<ReplicationController>,
+};
+
+/// What the owner of a number of equal pods wishes for.
+struct Wish<'a> {
+    replicas: i32,
+    min_ready_seconds: i32,
+    selector: LabelSelector,
+    template: Option<&'a PodTemplateSpec>,
+}
+
+/// The two kinds, which differ in how they are written down.
+trait Replicated: Typed {
+    const REPORTER: &'static str;
+    fn of(object: &Object) -> Option<&Self>;
+    fn table(snapshot: &Snapshot) -> &Table<Self>;
+    fn wish(&self) -> Option<Wish<'_>>;
+    fn status(&self) -> ReplicaSetStatus;
+}
+
+impl Replicated for ReplicaSet {
+    const REPORTER: &'static str = "replicaset-controller";
+
+    fn of(object: &Object) -> Option<&Self> {
+        match object {
+            Object::ReplicaSet(set) => Some(set),
+            _ => None,
+        }
+    }
+
+    fn table(snapshot: &Snapshot) -> &Table<Self> {
+        &snapshot.replica_sets
+    }
+
+    fn wish(&self) -> Option<Wish<'_>> {
+        let spec = self.spec.as_ref()?;
+        Some(Wish {
+            replicas: spec.replicas.unwrap_or(1),
+            min_ready_seconds: spec.min_ready_seconds.unwrap_or(0),
+            selector: spec.selector.clone(),
+            template: spec.template.as_ref(),
+        })
+    }
+
+    fn status(&self) -> ReplicaSetStatus {
+        self.status.clone().unwrap_or_default()
+    }
+}
+
+impl Replicated for ReplicationController {
+    const REPORTER: &'static str = "replication-controller";
+
+    fn of(object: &Object) -> Option<&Self> {
+        match object {
+            Object::ReplicationController(controller) => Some(controller),
+            _ => None,
+        }
+    }
+
+    fn table(snapshot: &Snapshot) -> &Table<Self> {
+        &snapshot.replication_controllers
+    }
+
+    fn wish(&self) -> Option<Wish<'_>> {
+        let spec = self.spec.as_ref()?;
+        Some(Wish {
+            replicas: spec.replicas.unwrap_or(1),
+            min_ready_seconds: spec.min_ready_seconds.unwrap_or(0),
+            selector: LabelSelector {
+                match_labels: spec.selector.clone(),
+                match_expressions: None,
             },
-            _ => {}
+            template: spec.template.as_ref(),
+        })
+    }
+
+    fn status(&self) -> ReplicaSetStatus {
+        let status = self.status.clone().unwrap_or_default();
+        let conditions = status.conditions.map(|conditions| {
+            let same = |condition: k8s_openapi::api::core::v1::ReplicationControllerCondition| {
+                ReplicaSetCondition {
+                    type_: condition.type_,
+                    status: condition.status,
+                    reason: condition.reason,
+                    message: condition.message,
+                    last_transition_time: condition.last_transition_time,
+                }
+            };
+            conditions.into_iter().map(same).collect()
+        });
+        ReplicaSetStatus {
+            replicas: status.replicas,
+            fully_labeled_replicas: status.fully_labeled_replicas,
+            ready_replicas: status.ready_replicas,
+            available_replicas: status.available_replicas,
+            observed_generation: status.observed_generation,
+            terminating_replicas: None,
+            conditions,
         }
     }
 }
 
-fn selects(set: &ReplicaSet, pod: &Pod) -> bool {
-    set.spec.as_ref().is_some_and(|spec| {
-        !labels::is_empty(&spec.selector)
-            && labels::selector_matches(&spec.selector, pod.metadata.labels.as_ref())
-    })
+fn affected<K: Replicated>(snapshot: &Snapshot, change: &Change, keys: &mut Keys) {
+    for state in change.states() {
+        if let Some(owner) = K::of(state) {
+            keys.insert(Key::of(owner.metadata()));
+        }
+        let Object::Pod(pod) = state else { continue };
+        match pods::controller_of(&pod.metadata) {
+            Some(_) => keys.extend(pods::controller_key(&pod.metadata, K::KIND)),
+            // Anyone who selects an orphan may want to adopt it.
+            None => keys.extend(
+                K::table(snapshot)
+                    .namespace(pod.metadata.namespace.as_deref().unwrap_or_default())
+                    .filter(|(_, owner)| owner.wish().is_some_and(|wish| wish.selects(pod)))
+                    .map(|(key, _)| key.clone()),
+            ),
+        }
+    }
 }
 
-fn plan(view: &View<'_>, key: &Key) -> Plan {
-    let Some(set) = view.snapshot.replica_sets.get(key) else {
+impl Wish<'_> {
+    fn selects(&self, pod: &Pod) -> bool {
+        !labels::is_empty(&self.selector)
+            && labels::selector_matches(&self.selector, pod.metadata.labels.as_ref())
+    }
+}
+
+fn plan<K: Replicated>(view: &View<'_>, key: &Key) -> Plan {
+    let Some(set) = K::table(view.snapshot).get(key) else {
         return Plan::nothing();
     };
-    let Some(spec) = set.spec.as_ref() else {
+    let Some(wish) = set.wish() else {
         return Plan::nothing();
     };
     let mut plan = Plan::nothing();
-    let uid = set.metadata.uid.as_deref().unwrap_or_default();
-    let deleting = set.metadata.deletion_timestamp.is_some();
+    let uid = set.metadata().uid.as_deref().unwrap_or_default();
+    let deleting = set.metadata().deletion_timestamp.is_some();
 
     let mut owned: Vec<&Pod> = Vec::new();
     for pod in view.snapshot.pods_owned_by(uid) {
-        if selects(set, pod) {
+        if wish.selects(pod) {
             owned.push(pod);
         } else if !deleting && !pods::is_terminating(pod) {
             plan.push(pods::release(&**pod, uid));
@@ -74,7 +175,7 @@ fn plan(view: &View<'_>, key: &Key) -> Plan {
     }
     if !deleting {
         for pod in view.snapshot.orphan_pods(&key.namespace) {
-            if selects(set, pod) && pods::is_active(pod) {
+            if wish.selects(pod) && pods::is_active(pod) {
                 plan.push(pods::adopt(&**pod, &**set));
                 // Counted at once: it must not be created a second time while it is being adopted.
                 owned.push(pod);
@@ -86,19 +187,20 @@ fn plan(view: &View<'_>, key: &Key) -> Plan {
         .copied()
         .filter(|pod| pods::is_active(pod))
         .collect();
-    let desired = usize::try_from(spec.replicas.unwrap_or(1)).unwrap_or(0);
+    let desired = usize::try_from(wish.replicas).unwrap_or(0);
     if !deleting && !view.snapshot.namespace_is_terminating(&key.namespace) {
         if active.len() < desired {
-            create(set, (desired - active.len()).min(BURST_MAX), &mut plan);
+            let missing = (desired - active.len()).min(BURST_MAX);
+            create(&**set, &wish, missing, &mut plan);
         } else if active.len() > desired {
             let surplus = (active.len() - desired).min(BURST_MAX);
-            for pod in first_to_go(view.snapshot, set, active.clone(), view.now)
+            for pod in first_to_go(view.snapshot, &**set, active.clone(), view.now)
                 .into_iter()
                 .take(surplus)
             {
                 let note = Note::normal(
                     &Target::of(&**set),
-                    REPORTER,
+                    K::REPORTER,
                     "SuccessfulDelete",
                     "Deleted pod: {name}",
                 )
@@ -115,18 +217,18 @@ fn plan(view: &View<'_>, key: &Key) -> Plan {
     let failure = (active.len() != desired)
         .then_some(view.last_failure)
         .flatten();
-    report_status(view, set, &owned, &active, failure, &mut plan);
+    report_status(view, &**set, &wish, &owned, &active, failure, &mut plan);
     plan
 }
 
-fn create(set: &ReplicaSet, count: usize, plan: &mut Plan) {
-    let Some(template) = set.spec.as_ref().and_then(|spec| spec.template.as_ref()) else {
+fn create<K: Replicated>(set: &K, wish: &Wish<'_>, count: usize, plan: &mut Plan) {
+    let Some(template) = wish.template else {
         return;
     };
     let pod = Object::of(pods::from_template(template, set));
     let note = Note::normal(
         &Target::of(set),
-        REPORTER,
+        K::REPORTER,
         "SuccessfulCreate",
         "Created pod: {name}",
     )
@@ -138,9 +240,9 @@ fn create(set: &ReplicaSet, count: usize, plan: &mut Plan) {
 
 /// The pods in the order in which a smaller ReplicaSet gives them up (upstream: ActivePodsWithRanks): unassigned,
 /// pending, not ready, cheap to delete, doubled up on a node, ready for a short time, restarted often, young.
-fn first_to_go<'a>(
+fn first_to_go<'a, K: Replicated>(
     snapshot: &Snapshot,
-    set: &ReplicaSet,
+    set: &K,
     mut active: Vec<&'a Pod>,
     now: Timestamp,
 ) -> Vec<&'a Pod> {
@@ -187,7 +289,7 @@ fn first_to_go<'a>(
 }
 
 /// Active pods per node of all ReplicaSets with the same owner: scaling down then evens out over nodes.
-fn doubled_up(snapshot: &Snapshot, set: &ReplicaSet) -> HashMap<String, usize> {
+fn doubled_up<K: Replicated>(snapshot: &Snapshot, set: &K) -> HashMap<String, usize> {
     let mut on_node = HashMap::new();
     let mut count = |uid: &str| {
         for pod in snapshot
@@ -199,31 +301,28 @@ fn doubled_up(snapshot: &Snapshot, set: &ReplicaSet) -> HashMap<String, usize> {
             }
         }
     };
-    match pods::controller_of(&set.metadata) {
+    match pods::controller_of(set.metadata()) {
         Some(owner) => {
             for sibling in snapshot.replica_sets_owned_by(&owner.uid) {
                 count(sibling.metadata.uid.as_deref().unwrap_or_default());
             }
         }
-        None => count(set.metadata.uid.as_deref().unwrap_or_default()),
+        None => count(set.metadata().uid.as_deref().unwrap_or_default()),
     }
     on_node
 }
 
-fn report_status(
+fn report_status<K: Replicated>(
     view: &View<'_>,
-    set: &ReplicaSet,
+    set: &K,
+    wish: &Wish<'_>,
     owned: &[&Pod],
     active: &[&Pod],
     failure: Option<&str>,
     plan: &mut Plan,
 ) {
-    let Some(spec) = set.spec.as_ref() else {
-        return;
-    };
-    let template_labels = spec
+    let template_labels = wish
         .template
-        .as_ref()
         .and_then(|template| template.metadata.as_ref()?.labels.clone());
     let count = |predicate: &dyn Fn(&Pod) -> bool| -> i32 {
         active
@@ -233,13 +332,13 @@ fn report_status(
             .try_into()
             .unwrap_or(i32::MAX)
     };
-    let min_ready_seconds = spec.min_ready_seconds.unwrap_or(0);
+    let min_ready_seconds = wish.min_ready_seconds;
     for pod in active {
         if let Availability::At(at) = pods::availability(pod, min_ready_seconds, view.now) {
             plan.look_again(at);
         }
     }
-    let old = set.status.clone().unwrap_or_default();
+    let old = set.status();
     let terminating = owned
         .iter()
         .filter(|pod| pods::is_terminating(pod) && !pods::is_terminal(pod))
@@ -255,8 +354,9 @@ fn report_status(
         available_replicas: Some(count(&|pod| {
             pods::availability(pod, min_ready_seconds, view.now) == Availability::Now
         })),
-        terminating_replicas: Some(terminating.try_into().unwrap_or(i32::MAX)),
-        observed_generation: set.metadata.generation,
+        terminating_replicas: (K::TABLE == super::object::Kind::ReplicaSet)
+            .then(|| terminating.try_into().unwrap_or(i32::MAX)),
+        observed_generation: set.metadata().generation,
         conditions: Some(failure_condition(
             old.conditions.as_deref().unwrap_or_default(),
             failure,
