@@ -1,10 +1,8 @@
 //! Workloads that run to an end, in an order or on a schedule, against the API server, as a user sees them.
 
-mod cluster;
-
 use std::collections::BTreeSet;
 
-use cluster::Cluster;
+use crate::cluster::Cluster;
 use k8s_openapi::api::apps::v1::{ControllerRevision, StatefulSet};
 use k8s_openapi::api::batch::v1::{CronJob, Job};
 use k8s_openapi::api::core::v1::{

@@ -1,13 +1,11 @@
-//! Controllers and scheduler against the API server, as a user sees them: objects in, pods and endpoints out.
-
-mod cluster;
+//! Deployments, DaemonSets, Services and nodes, and control planes that die.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use cluster::Cluster;
+use crate::cluster::Cluster;
 use futures::TryStreamExt;
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, ReplicaSet};
 use k8s_openapi::api::coordination::v1::Lease;

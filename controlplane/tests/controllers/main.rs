@@ -1,0 +1,5 @@
+//! Controllers and scheduler against the API server, as a user sees them: objects in, pods and endpoints out.
+
+mod cluster;
+mod serving;
+mod workloads;
