@@ -139,6 +139,9 @@ impl Node {
             socket_lb: config.socket_lb,
             packet_lb: config.packet_lb,
             service_veth: Some(pair),
+            node_v4: Some(identity.address),
+            node_v6: None,
+            masquerade: false,
         })?;
         let found = dataplane.state()?;
         if config.socket_lb {

@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use cluster_model::*;
-use keelway_agent::dataplane::{self, Op, ServiceBackends, ServiceId, State};
+use keelway_agent::dataplane::{self, Lead, Op, ServiceBackends, ServiceId, Sources, State, Vip};
 use keelway_agent::plan::{
-    Batch, Here, Ledger, NodeRoute, Refusal, RouteChange, check, diff_routes, plan, plan_routes,
+    Batch, Here, Ledger, NodeRoute, PortKey, Refusal, Route, RouteChange, check, diff_routes, plan,
+    plan_routes,
 };
 use proptest::prelude::*;
 
@@ -219,6 +220,199 @@ fn internal_traffic_policy_local_never_leaves_the_node() {
     assert_eq!(chosen(web, draining), (vec![], vec![1]));
 }
 
+/// Where each frontend of the Service `web` leads, clients here and clients elsewhere: the last bytes of the active backends.
+fn leads(service: Service, endpoints: Vec<Endpoint>) -> BTreeMap<String, (Vec<u8>, Vec<u8>)> {
+    let key = service.key.clone();
+    let cluster = snapshot(vec![service], vec![slice("web-1", "web", endpoints)]);
+    let plan = plan(&cluster, &key, &here());
+    check(&plan).expect("a sound plan");
+    let last = |port: &PortKey| {
+        let backends = &plan.ports[port].backends;
+        let last = |at: &std::net::SocketAddr| match at.ip() {
+            std::net::IpAddr::V4(v4) => v4.octets()[3],
+            std::net::IpAddr::V6(_) => 0,
+        };
+        backends.active.iter().map(last).collect::<Vec<u8>>()
+    };
+    let one = |(frontend, route): (&dataplane::Frontend, &Route)| {
+        let guard = if route.guarded { " guarded" } else { "" };
+        let ends = (last(&route.internal), last(&route.external));
+        (format!("{frontend}{guard}"), ends)
+    };
+    plan.frontends.iter().map(one).collect()
+}
+
+fn balanced() -> Service {
+    Service {
+        service_type: ServiceType::LoadBalancer,
+        external_ips: vec![[192, 0, 2, 1].into()],
+        load_balancer_ips: vec![[192, 0, 2, 2].into()],
+        load_balancer_source_ranges: vec!["203.0.113.0/24".parse().unwrap()],
+        ports: vec![ServicePort {
+            node_port: Some(30080),
+            ..service_port("http", Protocol::Tcp, 80)
+        }],
+        ..service("web", 1)
+    }
+}
+
+fn near_and_far() -> Vec<Endpoint> {
+    vec![
+        endpoint(1, "node-1", "a", READY),
+        endpoint(2, "node-2", "a", READY),
+    ]
+}
+
+#[test]
+fn traffic_policies_choose_for_clients_here_and_elsewhere_each_for_itself() {
+    let names = [
+        "0.0.0.0:30080 TCP",
+        "10.96.0.1:80 TCP",
+        "192.0.2.1:80 TCP",
+        "192.0.2.2:80 TCP guarded",
+    ];
+    let (all, near) = (vec![1u8, 2], vec![1u8]);
+    for (internal, external) in [(false, false), (true, false), (false, true), (true, true)] {
+        let policy = |local| match local {
+            true => TrafficPolicy::Local,
+            false => TrafficPolicy::Cluster,
+        };
+        let web = Service {
+            internal_traffic_policy: policy(internal),
+            external_traffic_policy: policy(external),
+            ..balanced()
+        };
+        let of = |local| if local { near.clone() } else { all.clone() };
+        let found = leads(web, near_and_far());
+        assert_eq!(found.keys().collect::<Vec<_>>(), names);
+        for (name, ends) in &found {
+            // Clients on this node reach external addresses as if the policy were Cluster.
+            let wanted = match name.starts_with("10.96") {
+                true => (of(internal), of(internal)),
+                false => (all.clone(), of(external)),
+            };
+            assert_eq!(
+                *ends, wanted,
+                "{name}, internal {internal}, external {external}"
+            );
+        }
+    }
+}
+
+#[test]
+fn the_type_of_a_service_says_which_addresses_it_has() {
+    let count = |service_type, cluster_ips: &[&str]| {
+        let cluster_ips = cluster_ips.iter().map(|ip| ip.parse().unwrap()).collect();
+        let web = Service {
+            service_type,
+            cluster_ips,
+            ..balanced()
+        };
+        leads(web, near_and_far()).len()
+    };
+    assert_eq!(count(ServiceType::ClusterIp, &["10.96.0.1"]), 2);
+    assert_eq!(count(ServiceType::NodePort, &["10.96.0.1"]), 3);
+    assert_eq!(count(ServiceType::LoadBalancer, &["10.96.0.1"]), 4);
+    // A NodePort in each family that the Service has; addresses of others are left out.
+    assert_eq!(count(ServiceType::NodePort, &["10.96.0.1", "fd00::1"]), 5);
+    assert_eq!(count(ServiceType::LoadBalancer, &["fd00::1"]), 2);
+}
+
+#[test]
+fn a_load_balancers_address_is_a_services_unless_it_is_a_nodes() {
+    let web = balanced();
+    let key = web.key.clone();
+    let mut cluster = snapshot(vec![web], vec![]);
+    let vips = |cluster: &Snapshot| plan(cluster, &key, &here()).vips;
+    let (own, given) = ([10, 96, 0, 1].into(), [192, 0, 2, 2].into());
+    assert_eq!(
+        vips(&cluster),
+        BTreeMap::from([(own, Vip::Cluster), (given, Vip::External)])
+    );
+    let node = Object::Node(Arc::new(Node {
+        name: "node-7".into(),
+        internal_ips: vec![given],
+        pod_cidrs: vec![],
+        zone: None,
+    }));
+    cluster.apply(Change::Upsert(node), &mut Dirty::default());
+    assert_eq!(vips(&cluster), BTreeMap::from([(own, Vip::Cluster)]));
+}
+
+#[test]
+fn without_an_endpoint_here_policy_local_is_silent_and_without_any_it_rejects() {
+    let web = Service {
+        internal_traffic_policy: TrafficPolicy::Local,
+        ..service("web", 1)
+    };
+    let key = web.key.clone();
+    for (endpoints, silent) in [
+        (vec![], false),
+        (vec![endpoint(2, "node-2", "a", NOT_READY)], false),
+        (vec![endpoint(2, "node-2", "a", READY)], true),
+        (vec![endpoint(2, "node-2", "a", TERMINATING)], true),
+        (vec![endpoint(2, "node-1", "a", TERMINATING)], false),
+    ] {
+        let cluster = snapshot(vec![web.clone()], vec![slice("web-1", "web", endpoints)]);
+        let plan = plan(&cluster, &key, &here());
+        assert_eq!(plan.ports.values().next().unwrap().backends.silent, silent);
+    }
+}
+
+#[test]
+fn endpoints_that_would_lead_a_node_to_itself_are_left_out() {
+    let web = service("web", 1);
+    let key = web.key.clone();
+    let strange = [
+        "127.0.0.1",
+        "0.0.0.0",
+        "224.0.0.1",
+        "169.254.1.1",
+        "255.255.255.255",
+    ];
+    let mut endpoints = vec![endpoint(1, "node-1", "a", READY)];
+    for address in strange {
+        endpoints.push(Endpoint {
+            address: address.parse().unwrap(),
+            ..endpoint(0, "node-1", "a", READY)
+        });
+    }
+    let cluster = snapshot(vec![web], vec![slice("web-1", "web", endpoints)]);
+    let plan = plan(&cluster, &key, &here());
+    let port = plan.ports.values().next().unwrap();
+    assert_eq!((port.backends.active.len(), port.left_out), (1, 5));
+}
+
+#[test]
+fn a_service_that_changes_its_type_keeps_the_ids_of_what_stays() {
+    let mut ledger = Ledger::adopt(State::default());
+    let mut state = State::default();
+    let mut turn = |service: Service| {
+        let key = service.key.clone();
+        let cluster = snapshot(vec![service], vec![slice("web-1", "web", near_and_far())]);
+        ledger.set(&key, plan(&cluster, &key, &here()));
+        let batch = ledger.diff();
+        apply(&mut state, &batch);
+        ledger.applied(&batch);
+        state.clone()
+    };
+    let local = Service {
+        external_traffic_policy: TrafficPolicy::Local,
+        ..balanced()
+    };
+    let first = turn(service("web", 1));
+    let second = turn(local.clone());
+    let third = turn(Service {
+        service_type: ServiceType::NodePort,
+        ..local
+    });
+    let last = turn(service("web", 1));
+    assert_eq!((second.services.len(), second.frontends.len()), (2, 4));
+    assert_eq!((third.services.len(), third.sources.len()), (2, 0));
+    assert!(second.services.keys().eq(third.services.keys()));
+    assert_eq!(first, last);
+}
+
 #[test]
 fn an_endpoint_in_two_slices_is_one_backend() {
     let web = service("web", 1);
@@ -287,36 +481,52 @@ fn apply(state: &mut State, batch: &Batch) {
             Op::RemoveService { id } => {
                 state.services.remove(id).expect("was there");
             }
-            Op::SetFrontend { frontend, id } => {
-                state.frontends.insert(*frontend, *id);
+            Op::SetSources { id, sources } if sources.is_empty() => {
+                state.sources.remove(id).expect("was there");
+            }
+            Op::SetSources { id, sources } => {
+                state.sources.insert(*id, sources.clone());
+            }
+            Op::SetFrontend { frontend, lead } => {
+                state.frontends.insert(*frontend, *lead);
             }
             Op::RemoveFrontend { frontend } => {
                 state.frontends.remove(frontend).expect("was there");
             }
-            Op::SetVip { addr } => assert!(state.vips.insert(*addr)),
-            Op::RemoveVip { addr } => assert!(state.vips.remove(addr)),
+            Op::SetVip { addr, kind } => {
+                assert_ne!(state.vips.insert(*addr, *kind), Some(*kind));
+            }
+            Op::RemoveVip { addr } => {
+                state.vips.remove(addr).expect("was there");
+            }
             other => panic!("{other:?} is not about Services"),
         }
-        for (frontend, id) in &state.frontends {
-            assert!(
-                state.services.contains_key(id),
-                "{frontend} leads nowhere after {op:?}"
-            );
+        for (frontend, lead) in &state.frontends {
+            for id in [lead.internal, lead.external] {
+                assert!(
+                    state.services.contains_key(&id),
+                    "{frontend} leads nowhere after {op:?}"
+                );
+                assert!(
+                    !lead.guarded || state.sources.contains_key(&id),
+                    "{frontend} lets nobody in after {op:?}"
+                );
+            }
         }
     }
 }
 
 /// What a packet sees: ids do not show.
-fn visible(
-    state: &State,
-) -> (
-    BTreeMap<dataplane::Frontend, ServiceBackends>,
-    BTreeSet<std::net::IpAddr>,
-) {
-    let seen = state
-        .frontends
-        .iter()
-        .map(|(frontend, id)| (*frontend, state.services[id].clone()));
+type Seen = (ServiceBackends, Option<Sources>);
+/// By frontend, for clients here and elsewhere, and whether it is guarded.
+type Visible = BTreeMap<dataplane::Frontend, (Seen, Seen, bool)>;
+
+fn visible(state: &State) -> (Visible, BTreeMap<std::net::IpAddr, Vip>) {
+    let one = |id: &ServiceId| (state.services[id].clone(), state.sources.get(id).cloned());
+    let seen = state.frontends.iter().map(|(frontend, lead)| {
+        let ends = (one(&lead.internal), one(&lead.external), lead.guarded);
+        (*frontend, ends)
+    });
     (seen.collect(), state.vips.clone())
 }
 
@@ -388,11 +598,13 @@ fn a_frontend_that_two_services_want_belongs_to_the_first_by_name() {
     apply(&mut state, &batch);
     ledger.applied(&batch);
     let id_of = |ledger: &Ledger, key| ledger.service(key).unwrap().1[0].1;
-    assert_eq!(state.frontends.values().next(), Some(&id_of(&ledger, &a)));
+    let lead_to = |id| Some(Lead::to(id));
+    let held = |state: &State| state.frontends.values().next().copied();
+    assert_eq!(held(&state), lead_to(id_of(&ledger, &a)));
     assert!(matches!(batch.refusals[..], [Refusal::Contested { .. }]));
     ledger.set(&a, Default::default());
     apply(&mut state, &ledger.diff());
-    assert_eq!(state.frontends.values().next(), Some(&id_of(&ledger, &b)));
+    assert_eq!(held(&state), lead_to(id_of(&ledger, &b)));
 }
 
 #[test]
@@ -432,6 +644,18 @@ fn any_service() -> impl Strategy<Value = Object> {
         ports.dedup_by_key(|port| (port.protocol, port.port));
         ports
     });
+    let exposed = (
+        prop::sample::select(vec![
+            ServiceType::ClusterIp,
+            ServiceType::NodePort,
+            ServiceType::LoadBalancer,
+        ]),
+        prop::sample::select(vec![TrafficPolicy::Cluster, TrafficPolicy::Local]),
+        prop::sample::select(vec![TrafficPolicy::Cluster, TrafficPolicy::Local]),
+        prop::sample::subsequence(vec![1u8, 2], 0..2),
+        prop::sample::subsequence(vec!["203.0.113.0/24", "10.0.0.0/8"], 0..2),
+        prop::option::of(1u32..3),
+    );
     let distribution = prop::sample::select(vec![
         TrafficDistribution::Any,
         TrafficDistribution::SameNode,
@@ -443,22 +667,43 @@ fn any_service() -> impl Strategy<Value = Object> {
         ports,
         distribution,
         any::<bool>(),
+        exposed,
     )
-        .prop_map(|(name, ip, ports, traffic_distribution, headless)| {
-            let base = service(name, ip);
-            let cluster_ips = if headless {
-                vec![]
-            } else {
-                base.cluster_ips.clone()
-            };
-            Object::Service(Arc::new(Service {
-                ports,
-                traffic_distribution,
-                headless,
-                cluster_ips,
-                ..base
-            }))
-        })
+        .prop_map(
+            |(name, ip, mut ports, traffic_distribution, headless, exposed)| {
+                let (service_type, internal, external, addresses, ranges, affinity_timeout_s) =
+                    exposed;
+                let address = |last: &u8| [192, 0, 2, *last].into();
+                for port in &mut ports {
+                    port.node_port = Some(30_000 + port.port);
+                }
+                let base = Service {
+                    service_type,
+                    internal_traffic_policy: internal,
+                    external_traffic_policy: external,
+                    external_ips: addresses.iter().map(address).collect(),
+                    load_balancer_ips: addresses.iter().rev().take(1).map(address).collect(),
+                    load_balancer_source_ranges: ranges
+                        .iter()
+                        .map(|range| range.parse().unwrap())
+                        .collect(),
+                    affinity_timeout_s,
+                    ..service(name, ip)
+                };
+                let cluster_ips = if headless {
+                    vec![]
+                } else {
+                    base.cluster_ips.clone()
+                };
+                Object::Service(Arc::new(Service {
+                    ports,
+                    traffic_distribution,
+                    headless,
+                    cluster_ips,
+                    ..base
+                }))
+            },
+        )
 }
 
 fn any_slice() -> impl Strategy<Value = Object> {
@@ -519,8 +764,12 @@ proptest! {
             prop_assert_eq!(ledger.diff().ops, vec![]);
         }
         prop_assert_eq!(visible(&state), visible(&full(&snapshot, State::default())));
-        let ids: BTreeSet<ServiceId> = state.frontends.values().copied().collect();
-        prop_assert!(ids.iter().all(|id| id.0 != 0));
+        let leads = state.frontends.values();
+        prop_assert!(leads.clone().all(|lead| lead.internal.0 != 0 && lead.external.0 != 0));
+        // Nothing is left of what no frontend leads to.
+        let used: BTreeSet<ServiceId> = leads.flat_map(|lead| [lead.internal, lead.external]).collect();
+        prop_assert_eq!(used, state.services.keys().copied().collect::<BTreeSet<_>>());
+        prop_assert!(state.sources.keys().all(|id| state.services.contains_key(id)));
     }
 }
 

@@ -2,8 +2,8 @@
 
 use anyhow::{Context as _, Result};
 use keelway_agent::dataplane::{
-    Config, Dataplane, Frontend, LocalPod, Op, PacketProgram, Protocol, ServiceBackends, ServiceId,
-    ServiceVeth,
+    Config, Dataplane, Frontend, Lead, LocalPod, Op, PacketProgram, Protocol, ServiceBackends,
+    ServiceId, ServiceVeth, Vip,
 };
 use keelway_tests::packets::{tcp, tcp_flag::ACK};
 use keelway_tests::sandbox::Sandbox;
@@ -39,13 +39,12 @@ pub fn measure() -> Result<Vec<ProgramCost>> {
         let measured = scope.spawn(|| {
             let sandbox = Sandbox::enter()?;
             let mut dataplane = Dataplane::open(&Config {
-                pin_root: sandbox.pin_root(),
-                socket_lb: true,
-                packet_lb: true,
                 service_veth: Some(ServiceVeth {
                     outer: LOOPBACK,
                     inner: LOOPBACK,
                 }),
+                node_v4: Some([198, 18, 0, 1].into()),
+                ..Config::new(sandbox.pin_root())
             })?;
             dataplane.apply(&state()?)?;
             rows().iter().map(|row| cost(&dataplane, row)).collect()
@@ -72,7 +71,7 @@ fn state() -> Result<Vec<Op>> {
     };
     let backends = ServiceBackends {
         active: vec![OTHER_POD.parse()?],
-        terminating: Vec::new(),
+        ..ServiceBackends::default()
     };
     Ok(vec![
         pod(11, LOOPBACK),
@@ -82,6 +81,7 @@ fn state() -> Result<Vec<Op>> {
         },
         Op::SetVip {
             addr: frontend.addr,
+            kind: Vip::Cluster,
         },
         Op::SetService {
             id: ServiceId(1),
@@ -89,7 +89,7 @@ fn state() -> Result<Vec<Op>> {
         },
         Op::SetFrontend {
             frontend,
-            id: ServiceId(1),
+            lead: Lead::to(ServiceId(1)),
         },
     ])
 }

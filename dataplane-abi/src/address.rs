@@ -47,6 +47,24 @@ impl Addr {
         }
     }
 
+    /// The unspecified address of the same family.
+    #[inline(always)]
+    pub const fn unspecified(self) -> Self {
+        match self.v4_be() {
+            Some(_) => Self::from_v4_be(0),
+            None => Self { words: [0, 0] },
+        }
+    }
+
+    /// Whether a host that connects to the address means itself: loopback, and the unspecified address, which means the same.
+    #[inline(always)]
+    pub const fn is_loopback(self) -> bool {
+        match self.v4_be() {
+            Some(be) => be == 0 || be.to_ne_bytes()[0] == 127,
+            None => self.words[0] == 0 && (self.words[1] == 0 || self.words[1] == 1u64.to_be()),
+        }
+    }
+
     /// The address of these 16 bytes in network order.
     #[inline(always)]
     pub const fn from_octets(octets: [u8; 16]) -> Self {
@@ -125,6 +143,25 @@ mod tests {
         assert_eq!(addr.octets(), v4.to_ipv6_mapped().octets());
         assert_eq!(addr.v4_be(), Some(u32::from_ne_bytes([10, 96, 0, 10])));
         assert_eq!(IpAddr::from(addr), IpAddr::V4(v4));
+    }
+
+    #[test]
+    fn loopback_is_known_in_both_families() {
+        for (text, loopback) in [
+            ("127.0.0.1", true),
+            ("127.9.9.9", true),
+            ("0.0.0.0", true),
+            ("::1", true),
+            ("::", true),
+            ("10.0.0.127", false),
+            ("fe80::1", false),
+            ("::2", false),
+        ] {
+            let ip: IpAddr = text.parse().unwrap();
+            assert_eq!(Addr::from(ip).is_loopback(), loopback, "{text}");
+            let unspecified = IpAddr::from(Addr::from(ip).unspecified());
+            assert!(unspecified.is_unspecified() && unspecified.is_ipv4() == ip.is_ipv4());
+        }
     }
 
     #[test]

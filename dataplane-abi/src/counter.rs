@@ -55,6 +55,10 @@ reasons! {
     FlowTableFull = "flow_table_full", Event;
     /// A flow got another source port, its own being taken by a flow to the same backend.
     FlowPortChanged = "flow_port_changed", Event;
+    /// A packet was given the node's address as source, for its answer to come back here.
+    SourceNat = "source_nat", Event;
+    /// A client was led to the backend that it had before, as its Service asks.
+    AffinityKept = "affinity_kept", Event;
     /// A terminating backend was used, none being active.
     TerminatingUsed = "terminating_used", Event;
     /// Headers are cut short or contradict themselves.
@@ -73,8 +77,14 @@ reasons! {
     UnknownServiceAddress = "unknown_service_address", Drop;
     /// A protocol that Services do not speak was sent to a Service address.
     ServiceProtocol = "service_protocol", Drop;
+    /// A client outside the ranges that the Service lets in.
+    SourceRange = "source_range", Drop;
+    /// The Service has backends, none of them on this node, and its traffic policy is Local: as kube-proxy, no answer.
+    NoLocalBackend = "no_local_backend", Drop;
     /// The host has no route or neighbour to the backend.
     NoRoute = "no_route", Drop;
+    /// The node has no address of the family that a packet needs as its source.
+    NoNodeAddress = "no_node_address", Drop;
     /// A packet could not be rewritten.
     RewriteFailed = "rewrite_failed", Drop;
     /// The service port has no backend.

@@ -18,12 +18,13 @@ pub use flow::{
 };
 pub use layout::Plain;
 pub use service::{
-    Backend, Cell, ExtentHeader, FrontendKey, SCOPE_INTERNAL, ServiceRef, SocketPeer, SocketPeers,
-    VIP_MARKER, VIP_PORT, VIP_PROTO,
+    Affinity, AffinityKey, Backend, Cell, ExtentHeader, FrontendKey, LEAD_GUARDED, Lead,
+    MARKER_EXTERNAL, RangeKey, SERVICE_SILENT, ServiceRef, SocketPeer, SocketPeers, VIP_PORT,
+    VIP_PROTO,
 };
 
 /// Version of everything in this crate; part of the pin directory's name.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// Sizes of maps and what relates them.
 pub mod limits {
@@ -41,6 +42,10 @@ pub mod limits {
     pub const FLOWS: u32 = 1 << 19;
     /// Entries (two per flow) of flows that have not, evicted least recently used first.
     pub const FLOWS_UNREPLIED: u32 = 1 << 16;
+    /// Clients of services with affinity whose backend is remembered, forgotten least recently used first.
+    pub const AFFINITY: u32 = 1 << 16;
+    /// Ranges of sources of all services, and of destinations without masquerade.
+    pub const RANGES: u32 = 1 << 16;
     /// Fragmented datagrams whose ports are remembered.
     pub const FRAGMENTS: u32 = 1 << 12;
 
@@ -54,7 +59,7 @@ pub mod limits {
 
 /// Names of maps, as the object declares and the agent pins them.
 pub mod map {
-    /// [`crate::FrontendKey`] to service id or [`crate::VIP_MARKER`]; hash.
+    /// [`crate::FrontendKey`] to [`crate::Lead`]; hash.
     pub const FRONTENDS: &str = "FRONTENDS";
     /// Service id to [`crate::ServiceRef`]; mmapable array.
     pub const SERVICES: &str = "SERVICES";
@@ -66,6 +71,10 @@ pub mod map {
     pub const FLOWS: &str = "FLOWS";
     /// [`crate::FlowKey`] to [`crate::Flow`], not yet replied; LRU hash.
     pub const FLOWS_UNREPLIED: &str = "FLOWS_UNREPLIED";
+    /// [`crate::AffinityKey`] to [`crate::Affinity`]; LRU hash.
+    pub const AFFINITY: &str = "AFFINITY";
+    /// [`crate::RangeKey`] to u32, 1; longest-prefix-match trie.
+    pub const RANGES: &str = "RANGES";
     /// [`crate::FragmentKey`] to [`crate::FragmentPorts`]; LRU hash.
     pub const FRAGMENTS: &str = "FRAGMENTS";
     /// [`crate::Reason`] to packets, u64; per-CPU array.
@@ -82,6 +91,15 @@ pub mod global {
     pub const SOCKET_LB: &str = "SOCKET_LB";
     /// u32, interface index of the outer end of the service veth pair, whose routes lead to service addresses; 0 without one.
     pub const SERVICE_VETH: &str = "SERVICE_VETH";
+    /// u32, the node's IPv4 address as memory in network order: the source of what it sends on for others; 0 without one.
+    pub const NODE_V4: &str = "NODE_V4";
+    /// u64 each, the two words of the node's IPv6 address; 0 without one.
+    pub const NODE_V6_HIGH: &str = "NODE_V6_HIGH";
+    pub const NODE_V6_LOW: &str = "NODE_V6_LOW";
+    /// u64, cookie of the host's network namespace: its sockets mean the host by a loopback address.
+    pub const HOST_NETNS: &str = "HOST_NETNS";
+    /// u32, 1 when pods take the node's address for destinations outside RANGES.
+    pub const MASQUERADE: &str = "MASQUERADE";
 }
 
 /// MAC address of the host's side of every pod veth and of both ends of the service veth pair. One address for all lets a

@@ -1,9 +1,8 @@
 use crate::{Addr, layout::plain};
 
-/// [`FrontendKey::scope`] of what a client inside the cluster sees; the only scope so far.
-pub const SCOPE_INTERNAL: u8 = 0;
-
 /// An address and port under which a service port is reached.
+///
+/// The unspecified address of a family stands for every address of the node: NodePorts and host ports.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct FrontendKey {
@@ -12,19 +11,14 @@ pub struct FrontendKey {
     pub port: u16,
     /// IP protocol number.
     pub proto: u8,
-    /// [`SCOPE_INTERNAL`].
-    pub scope: u8,
-    pub pad: u32,
+    pub pad: [u8; 5],
 }
-plain!(FrontendKey, 24, { addr: 0, port: 16, proto: 18, scope: 19, pad: 20 });
+plain!(FrontendKey, 24, { addr: 0, port: 16, proto: 18, pad: 19 });
 
 /// Port of the marker that says "this address belongs to a Service", whatever its ports.
 pub const VIP_PORT: u16 = 0;
 /// Protocol of that marker.
 pub const VIP_PROTO: u8 = 0;
-/// Value of that marker in FRONTENDS: not a service id. What reaches a marked address on a port without
-/// frontend is rejected.
-pub const VIP_MARKER: u32 = u32::MAX;
 
 impl FrontendKey {
     #[inline(always)]
@@ -33,8 +27,7 @@ impl FrontendKey {
             addr,
             port: port_be,
             proto,
-            scope: SCOPE_INTERNAL,
-            pad: 0,
+            pad: [0; 5],
         }
     }
 
@@ -43,7 +36,147 @@ impl FrontendKey {
     pub const fn marker(addr: Addr) -> Self {
         Self::new(addr, VIP_PORT, VIP_PROTO)
     }
+
+    /// The key of the same port on every address of the node, for a packet to one of them.
+    #[inline(always)]
+    pub const fn on_every_address(&self) -> Self {
+        Self::new(self.addr.unspecified(), self.port, self.proto)
+    }
 }
+
+/// Where a frontend leads: the service port's backends as its traffic policies choose them, for clients on this node
+/// (pods and the node itself) and for those outside.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Lead {
+    /// Service id for clients on this node, or [`Lead::MARKER`].
+    pub internal: u32,
+    /// Service id for clients elsewhere.
+    pub external: u32,
+    /// [`LEAD_GUARDED`].
+    pub flags: u32,
+    pub pad: u32,
+}
+plain!(Lead, 16, { internal: 0, external: 4, flags: 8, pad: 12 });
+
+/// [`Lead::flags`]: only clients in the service's ranges (RANGES) may come by this frontend.
+pub const LEAD_GUARDED: u32 = 1;
+/// [`Lead::flags`] of a marker: an address for clients outside the cluster, which the node does not route into its service veth.
+pub const MARKER_EXTERNAL: u32 = 2;
+
+impl Lead {
+    /// [`Lead::internal`] of the marker that says "this address belongs to a Service". What reaches a marked address on a port
+    /// without frontend is rejected.
+    pub const MARKER: u32 = 0;
+
+    pub const fn new(internal: u32, external: u32, flags: u32) -> Self {
+        Self {
+            internal,
+            external,
+            flags,
+            pad: 0,
+        }
+    }
+}
+
+/// A range of addresses with a meaning: sources that may come to a service's guarded frontends, or, for service 0, destinations
+/// to which pods keep their addresses. A key of a longest-prefix-match trie.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct RangeKey {
+    /// Bits of `service` and `addr` that count: 32 and the range's own, an IPv4 range's being 96 longer.
+    pub prefix_len: u32,
+    /// Service id, and 0 for destinations without masquerade.
+    pub service: u32,
+    /// The 16 bytes in network order.
+    pub addr: [u32; 4],
+}
+plain!(RangeKey, 24, { prefix_len: 0, service: 4, addr: 8 });
+
+impl RangeKey {
+    /// Bits of a key that is looked up.
+    pub const FULL: u32 = 32 + 128;
+
+    /// The key of a range of `len` bits out of 128.
+    #[inline(always)]
+    pub const fn new(service: u32, addr: Addr, len: u32) -> Self {
+        let [first, second] = addr.words;
+        #[cfg(target_endian = "little")]
+        let addr = [
+            first as u32,
+            (first >> 32) as u32,
+            second as u32,
+            (second >> 32) as u32,
+        ];
+        #[cfg(target_endian = "big")]
+        let addr = [
+            (first >> 32) as u32,
+            first as u32,
+            (second >> 32) as u32,
+            second as u32,
+        ];
+        Self {
+            prefix_len: 32 + len,
+            service,
+            addr,
+        }
+    }
+
+    /// The address of the range.
+    pub const fn address(&self) -> Addr {
+        Addr {
+            words: [
+                join(self.addr[0], self.addr[1]),
+                join(self.addr[2], self.addr[3]),
+            ],
+        }
+    }
+}
+
+/// Two words of memory as one.
+const fn join(first: u32, second: u32) -> u64 {
+    #[cfg(target_endian = "little")]
+    return first as u64 | (second as u64) << 32;
+    #[cfg(target_endian = "big")]
+    return (first as u64) << 32 | second as u64;
+}
+
+/// A client that a service with affinity shall lead to the same backend again.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct AffinityKey {
+    pub client: Addr,
+    pub service: u32,
+    pub pad: u32,
+}
+plain!(AffinityKey, 24, { client: 0, service: 16, pad: 20 });
+
+impl AffinityKey {
+    #[inline(always)]
+    pub const fn new(client: Addr, service: u32) -> Self {
+        Self {
+            client,
+            service,
+            pad: 0,
+        }
+    }
+}
+
+/// The backend that a client had last.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Affinity {
+    pub backend: Addr,
+    /// Network order.
+    pub port: u16,
+    pub pad: u16,
+    /// Seconds of the monotonic clock when it was last chosen.
+    pub last_seen_s: u32,
+    /// Its place in the extent then, from 0.
+    pub slot: u32,
+    pub pad2: u32,
+}
+plain!(Affinity, 32, { backend: 0, port: 16, pad: 18, last_seen_s: 20, slot: 24, pad2: 28 });
 
 /// Where a service port's backends are: one aligned u64, so that it changes in one store.
 #[repr(C, align(8))]
@@ -89,15 +222,18 @@ pub struct ExtentHeader {
     pub active: u32,
     /// Active and terminating backends. Terminating ones are used only when `active` is 0.
     pub total: u32,
-    /// None defined yet.
+    /// [`SERVICE_SILENT`].
     pub flags: u32,
-    /// ClientIP affinity; 0 is none. Not acted on yet.
+    /// ClientIP affinity; 0 is none.
     pub affinity_timeout_s: u32,
     /// Base of a Maglev ring; 0 is none. Not acted on yet.
     pub maglev: u32,
     pub pad: u32,
 }
 plain!(ExtentHeader, 32, { service: 0, generation: 4, active: 8, total: 12, flags: 16, affinity_timeout_s: 20, maglev: 24, pad: 28 });
+
+/// [`ExtentHeader::flags`]: without backends, clients are not answered: there are some elsewhere, which the traffic policy rules out.
+pub const SERVICE_SILENT: u32 = 1;
 
 /// A cell after the header: where to send.
 #[repr(C, align(8))]

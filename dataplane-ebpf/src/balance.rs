@@ -1,6 +1,8 @@
 //! Choosing a backend of a service port, and finding one again.
 
-use dataplane_abi::{Addr, Backend, ExtentHeader, Reason, ServiceRef};
+use dataplane_abi::{
+    Addr, Affinity, AffinityKey, Backend, ExtentHeader, Reason, SERVICE_SILENT, ServiceRef,
+};
 
 use crate::tables::Tables;
 
@@ -20,8 +22,32 @@ pub enum Pick {
     Backend(Picked),
     /// The service port has none, or is gone.
     None,
+    /// It has some on other nodes, to which its traffic policy leads nobody.
+    Silent,
+    /// It has affinity to a client that is not known here.
+    ClientUnknown,
     /// Its backends changed twice while they were read.
     Torn,
+}
+
+/// Who asks, for services with affinity.
+#[derive(Clone, Copy, Debug)]
+pub struct Client {
+    pub addr: Addr,
+    /// False when the address is not known.
+    pub known: bool,
+}
+
+impl Client {
+    #[inline(always)]
+    pub const fn at(addr: Addr) -> Self {
+        Self { addr, known: true }
+    }
+
+    pub const UNKNOWN: Self = Self {
+        addr: Addr { words: [0, 0] },
+        known: false,
+    };
 }
 
 /// How many places [`find`] looks at, around where the backend was: one that moved further counts as gone. Backends are
@@ -50,9 +76,10 @@ fn extent<T: Tables>(tables: &T, service: u32) -> Result<Option<(ServiceRef, Ext
 
 struct Torn;
 
-/// A backend for a new flow: any active one, or any terminating one when none is active.
+/// A backend for a new flow: the one that the client had, where the service asks for that; else any active one, or any
+/// terminating one when none is active.
 #[inline(always)]
-pub fn pick<T: Tables>(tables: &T, service: u32) -> Pick {
+pub fn pick<T: Tables>(tables: &T, service: u32, client: &Client) -> Pick {
     let mut attempt = 0;
     while attempt < 2 {
         attempt += 1;
@@ -67,25 +94,101 @@ pub fn pick<T: Tables>(tables: &T, service: u32) -> Pick {
             header.total
         };
         if candidates == 0 {
-            return Pick::None;
+            return if header.flags & SERVICE_SILENT != 0 {
+                Pick::Silent
+            } else {
+                Pick::None
+            };
         }
-        if header.active == 0 {
-            tables.count(Reason::TerminatingUsed);
+        if header.affinity_timeout_s != 0 {
+            return pick_again(tables, service, client, &reference, &header, candidates);
         }
-        // Multiply and shift instead of a remainder: no division, and no bias worth the name below 2^16 backends.
-        let slot = ((tables.random() as u64 * candidates as u64) >> 32) as u32;
-        let Some(cell) = tables.cell(reference.extent.wrapping_add(1).wrapping_add(slot)) else {
-            continue;
-        };
-        let backend = Backend::from(cell);
-        return Pick::Backend(Picked {
-            addr: backend.addr,
-            port: backend.port,
-            generation: reference.generation,
-            slot: backend.slot,
-        });
+        match draw(tables, &reference, &header, candidates) {
+            Some(picked) => return Pick::Backend(picked),
+            None => continue,
+        }
     }
     Pick::Torn
+}
+
+/// One of the first `candidates` backends, at random.
+#[inline(always)]
+fn draw<T: Tables>(
+    tables: &T,
+    reference: &ServiceRef,
+    header: &ExtentHeader,
+    candidates: u32,
+) -> Option<Picked> {
+    if header.active == 0 {
+        tables.count(Reason::TerminatingUsed);
+    }
+    // Multiply and shift instead of a remainder: no division, and no bias worth the name below 2^16 backends.
+    let slot = ((tables.random() as u64 * candidates as u64) >> 32) as u32;
+    let cell = tables.cell(reference.extent.wrapping_add(1).wrapping_add(slot))?;
+    let backend = Backend::from(cell);
+    Some(Picked {
+        addr: backend.addr,
+        port: backend.port,
+        generation: reference.generation,
+        slot: backend.slot,
+    })
+}
+
+/// The backend that the client had, while it is one of the candidates and the client came back in time; else another, which is
+/// remembered.
+#[inline(always)]
+fn pick_again<T: Tables>(
+    tables: &T,
+    service: u32,
+    client: &Client,
+    reference: &ServiceRef,
+    header: &ExtentHeader,
+    candidates: u32,
+) -> Pick {
+    if !client.known {
+        return Pick::ClientUnknown;
+    }
+    let key = AffinityKey::new(client.addr, service);
+    let now_s = tables.now_s();
+    let mut kept = false;
+    let mut picked = Picked {
+        addr: client.addr,
+        port: 0,
+        generation: 0,
+        slot: 0,
+    };
+    if let Some(had) = tables.affinity(&key)
+        && now_s.wrapping_sub(had.last_seen_s) <= header.affinity_timeout_s
+    {
+        picked = Picked {
+            addr: had.backend,
+            port: had.port,
+            generation: 0,
+            slot: had.slot,
+        };
+        if let Some(found) = search(tables, reference, header, &picked) {
+            kept = found.slot < candidates;
+            picked = found;
+        }
+    }
+    if kept {
+        tables.count(Reason::AffinityKept);
+    } else {
+        match draw(tables, reference, header, candidates) {
+            Some(drawn) => picked = drawn,
+            None => return Pick::Torn,
+        }
+    }
+    let affinity = Affinity {
+        backend: picked.addr,
+        port: picked.port,
+        pad: 0,
+        last_seen_s: now_s,
+        slot: picked.slot,
+        pad2: 0,
+    };
+    tables.set_affinity(&key, &affinity);
+    Pick::Backend(picked)
 }
 
 /// Where a service's backend is now, or nothing when it is not among its backends any more.
@@ -97,6 +200,17 @@ pub fn find<T: Tables>(tables: &T, service: u32, known: &Picked) -> Option<Picke
     if reference.generation == known.generation {
         return Some(*known);
     }
+    search(tables, &reference, &header, known)
+}
+
+/// The backend in an extent, near where it was.
+#[inline(always)]
+fn search<T: Tables>(
+    tables: &T,
+    reference: &ServiceRef,
+    header: &ExtentHeader,
+    known: &Picked,
+) -> Option<Picked> {
     let at = |slot: u32| {
         let cell = tables.cell(reference.extent.wrapping_add(1).wrapping_add(slot))?;
         let backend = Backend::from(cell);
@@ -134,10 +248,10 @@ mod tests {
     use crate::memory::{Memory, addr};
 
     fn picked(tables: &Memory, service: u32) -> Option<Addr> {
-        match pick(tables, service) {
+        match pick(tables, service, &Client::UNKNOWN) {
             Pick::Backend(picked) => Some(picked.addr),
             Pick::None => None,
-            Pick::Torn => panic!("torn"),
+            other => panic!("{other:?}"),
         }
     }
 
@@ -176,12 +290,58 @@ mod tests {
     }
 
     #[test]
+    fn a_client_of_a_service_with_affinity_comes_back_to_its_backend_in_time() {
+        let tables = Memory::default();
+        let backends = ["10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80", "10.0.0.4:80"];
+        tables.set_service(7, &backends, &[]);
+        tables.set_affinity_timeout(7, 60);
+        assert!(matches!(
+            pick(&tables, 7, &Client::UNKNOWN),
+            Pick::ClientUnknown
+        ));
+        let ask = |client: u8| match pick(&tables, 7, &Client::at(addr([10, 0, 9, client]))) {
+            Pick::Backend(picked) => picked.addr,
+            other => panic!("{other:?}"),
+        };
+        let first: Vec<Addr> = (0..20).map(&ask).collect();
+        assert!(first.iter().any(|backend| *backend != first[0]));
+        for _ in 0..5 {
+            tables.clock_s.set(tables.clock_s.get() + 50);
+            assert_eq!((0..20).map(&ask).collect::<Vec<_>>(), first);
+        }
+        tables.clock_s.set(tables.clock_s.get() + 61);
+        assert_ne!((0..20).map(&ask).collect::<Vec<_>>(), first);
+    }
+
+    #[test]
+    fn affinity_ends_with_its_backend_and_is_none_to_a_terminating_one() {
+        let tables = Memory::default();
+        let client = Client::at(addr([10, 0, 9, 9]));
+        let ask = || match pick(&tables, 7, &client) {
+            Pick::Backend(picked) => picked.addr,
+            other => panic!("{other:?}"),
+        };
+        let affine = |active: &[&str], terminating: &[&str]| {
+            tables.set_service(7, active, terminating);
+            tables.set_affinity_timeout(7, 60);
+        };
+        affine(&["10.0.0.1:80"], &[]);
+        assert_eq!(ask(), addr([10, 0, 0, 1]));
+        affine(&["10.0.0.2:80"], &["10.0.0.1:80"]);
+        assert_eq!(ask(), addr([10, 0, 0, 2]));
+        affine(&["10.0.0.1:80", "10.0.0.2:80"], &[]);
+        assert_eq!(ask(), addr([10, 0, 0, 2]));
+        affine(&["10.0.0.1:80"], &[]);
+        assert_eq!(ask(), addr([10, 0, 0, 1]));
+    }
+
+    #[test]
     fn an_extent_of_another_owner_is_never_read() {
         let tables = Memory::default();
         tables.set_service(7, &["10.0.0.1:80"], &[]);
         let stale = tables.service(7).unwrap();
         tables.services.borrow_mut().insert(8, stale);
-        assert!(matches!(pick(&tables, 8), Pick::Torn));
+        assert!(matches!(pick(&tables, 8, &Client::UNKNOWN), Pick::Torn));
         tables.services.borrow_mut().insert(
             7,
             ServiceRef {
@@ -189,7 +349,7 @@ mod tests {
                 ..stale
             },
         );
-        assert!(matches!(pick(&tables, 7), Pick::Torn));
+        assert!(matches!(pick(&tables, 7, &Client::UNKNOWN), Pick::Torn));
     }
 
     #[test]

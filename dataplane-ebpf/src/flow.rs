@@ -15,8 +15,11 @@ use crate::{
 /// Other source ports tried when a flow's own is taken. Each costs the verifier some 5000 steps; of random ports, four are all
 /// taken when a client has used up most of them.
 const PORT_ATTEMPTS: u32 = 4;
-/// Ports taken from, above those that servers listen on.
-const PORT_FIRST: u16 = 32768;
+/// Ports taken from: below NodePorts (30000) and the kernel's ephemeral ports (32768), which the node's and the pods' own
+/// connections to the same backend have.
+const PORT_FIRST: u16 = 8192;
+/// How many of them, a power of two.
+const PORT_COUNT: u16 = 16384;
 
 /// The SEEN_* bits of a packet.
 #[inline(always)]
@@ -108,8 +111,10 @@ pub struct Opening<'a> {
     pub key: &'a FlowKey,
     pub service: u32,
     pub backend: &'a Picked,
-    /// Source that the backend is to see: the client's, or the hairpin address.
+    /// Source that the backend is to see: the client's, the hairpin address, or the node's.
     pub src: dataplane_abi::Addr,
+    /// The client's port means nothing at that source: a port of its own is taken.
+    pub fresh_port: bool,
     pub seen: u32,
 }
 
@@ -134,6 +139,9 @@ pub fn open<T: Tables>(tables: &T, opening: &Opening<'_>) -> Result<FlowKey, Rea
         slot: backend.slot,
         reply: 1,
     };
+    if opening.fresh_port {
+        answers.dport = random_port(tables);
+    }
     let mut attempt = 0;
     loop {
         if claim(tables, &answers, &entry) {
@@ -143,10 +151,10 @@ pub fn open<T: Tables>(tables: &T, opening: &Opening<'_>) -> Result<FlowKey, Rea
         if attempt > PORT_ATTEMPTS {
             return Err(Reason::FlowPortsExhausted);
         }
-        if attempt == 1 {
+        if attempt == 1 && !opening.fresh_port {
             tables.count(Reason::FlowPortChanged);
         }
-        answers.dport = (PORT_FIRST | tables.random() as u16).to_be();
+        answers.dport = random_port(tables);
     }
     entry.other = answers;
     entry.seen = opening.seen;
@@ -159,6 +167,14 @@ pub fn open<T: Tables>(tables: &T, opening: &Opening<'_>) -> Result<FlowKey, Rea
         Err(_) => Err(Reason::FlowRefused),
     }
 }
+
+/// A port, network order.
+#[inline(always)]
+fn random_port<T: Tables>(tables: &T) -> u16 {
+    (PORT_FIRST + (tables.random() as u16 & (PORT_COUNT - 1))).to_be()
+}
+
+const _: () = assert!(PORT_COUNT.is_power_of_two() && PORT_FIRST + PORT_COUNT <= 30_000);
 
 /// Takes the tuple of a flow's answers. False when another flow has it.
 #[inline(always)]
@@ -220,6 +236,7 @@ mod tests {
                 service: vip as u32,
                 backend: &backend,
                 src: addr(CLIENT),
+                fresh_port: false,
                 seen: SEEN_SYN,
             },
         )

@@ -13,6 +13,9 @@ const B: u32 = 12;
 const FEATURES: Features = Features {
     packet_lb: true,
     service_veth: true,
+    masquerade: false,
+    node_v4: Addr::from_v4_be(u32::from_ne_bytes([198, 18, 0, 1])),
+    node_v6: Addr { words: [0, 0] },
 };
 
 /// A node with two pods, and a Service 10.96.0.1:80 without backends yet.
@@ -30,19 +33,19 @@ fn node(backends: &[&str]) -> Memory {
 
 fn from_pod(tables: &Memory, ifindex: u32, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
     let mut packet = Bytes(bytes);
-    let verdict = pod_ingress(&mut packet, tables, FEATURES, ifindex);
+    let verdict = pod_ingress(&mut packet, tables, &FEATURES, ifindex);
     (verdict, packet.0)
 }
 
 fn from_uplink(tables: &Memory, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
     let mut packet = Bytes(bytes);
-    let verdict = uplink_ingress(&mut packet, tables, FEATURES);
+    let verdict = uplink_ingress(&mut packet, tables, &FEATURES);
     (verdict, packet.0)
 }
 
 fn to_service(tables: &Memory, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
     let mut packet = Bytes(bytes);
-    let verdict = service_ingress(&mut packet, tables);
+    let verdict = service_ingress(&mut packet, tables, &FEATURES);
     (verdict, packet.0)
 }
 
@@ -186,7 +189,7 @@ fn a_pod_reaches_the_hosts_own_backend_and_the_answer_is_translated_on_its_way_o
         )
     );
     let mut back = Bytes(tcp("198.18.0.1:6443", "10.0.0.11:4000", SYN | ACK, b""));
-    assert_eq!(pod_egress(&mut back, &tables, FEATURES), Verdict::Pass);
+    assert_eq!(pod_egress(&mut back, &tables, &FEATURES), Verdict::Pass);
     assert_eq!(
         back.0,
         tcp("10.96.0.1:80", "10.0.0.11:4000", SYN | ACK, b"")
@@ -222,10 +225,7 @@ fn the_host_reaches_a_pod_of_its_own_through_a_service() {
 fn the_host_reaches_a_pod_of_another_node_through_a_service() {
     let tables = node(&["10.0.1.13:8080"]);
     let (verdict, out) = to_service(&tables, udp("198.18.0.1:4000", "10.96.0.1:80", b"hello"));
-    let route = Verdict::Route(
-        crate::memory::addr([198, 18, 0, 1]),
-        crate::memory::addr([10, 0, 1, 13]),
-    );
+    let route = Verdict::Route;
     assert_eq!(
         (verdict, out),
         (route, udp("198.18.0.1:4000", "10.0.1.13:8080", b"hello"))
@@ -412,7 +412,7 @@ fn with_translation_off_service_addresses_are_like_any_other() {
     let verdict = pod_ingress(
         &mut out,
         &tables,
-        Features {
+        &Features {
             packet_lb: false,
             ..FEATURES
         },

@@ -5,7 +5,7 @@ use dataplane_abi::{Addr, FlowKey, proto};
 
 use crate::{
     checksum,
-    packet::{ChecksumChange, ETH_LEN, Fragment, IPV4_LEN, Ipv4, Packet, word},
+    packet::{ChecksumChange, ETH_LEN, Fragment, IPV4_LEN, Ip, Packet, word},
     translate::{IPV4_CHECKSUM, halves, ports},
 };
 
@@ -29,7 +29,7 @@ pub struct Quoted {
 
 /// Reads what a packet quotes, when it is an ICMP error about TCP or UDP.
 #[inline(always)]
-pub fn quoted<P: Packet>(packet: &P, ip: &Ipv4) -> Option<Quoted> {
+pub fn quoted<P: Packet>(packet: &P, ip: &Ip) -> Option<Quoted> {
     if ip.key.proto != proto::ICMP || !matches!(ip.fragment, Fragment::Whole) {
         return None;
     }
@@ -69,7 +69,7 @@ pub fn quoted<P: Packet>(packet: &P, ip: &Ipv4) -> Option<Quoted> {
 #[must_use]
 pub fn translate<P: Packet>(
     packet: &mut P,
-    ip: &Ipv4,
+    ip: &Ip,
     quoted: &Quoted,
     to: &FlowKey,
     about: &FlowKey,

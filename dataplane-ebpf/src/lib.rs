@@ -7,11 +7,13 @@
 //! - [`translate`]: rewriting a packet's addresses and ports; [`icmp`]: the same for an ICMP error and what it quotes;
 //!   [`reject`]: turning a packet into a reset or an ICMP error
 //! - [`tables`]: the maps, as a trait; [`balance`]: choosing a backend; [`flow`]: conntrack
-//! - [`hook`]: what each tc hook does with a packet; [`socket`]: what each cgroup hook does with a call
+//! - [`hook`]: what each tc hook does with a packet; `follow`: what the packet is to Services; [`socket`]: what each cgroup hook
+//!   does with a call
 
 pub mod balance;
 pub mod checksum;
 pub mod flow;
+mod follow;
 pub mod hook;
 pub mod icmp;
 pub mod packet;

@@ -9,8 +9,9 @@ use std::{
 };
 
 use dataplane_abi::{
-    Addr, Backend, Cell, ExtentHeader, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey,
-    LocalAddress, Plain, Reason, ServiceRef, VIP_MARKER, proto,
+    Addr, Affinity, AffinityKey, Backend, Cell, ExtentHeader, Flow, FlowKey, FragmentKey,
+    FragmentPorts, FrontendKey, Lead, LocalAddress, Plain, Reason, SERVICE_SILENT, ServiceRef,
+    proto,
 };
 
 use crate::{
@@ -90,7 +91,10 @@ type FlowTable = RefCell<HashMap<FlowKey, Rc<Mutable<Flow>>>>;
 
 /// The maps as vectors and hash maps.
 pub struct Memory {
-    pub frontends: RefCell<HashMap<FrontendKey, u32>>,
+    pub frontends: RefCell<HashMap<FrontendKey, Lead>>,
+    /// Service, address and length out of 128.
+    pub ranges: RefCell<Vec<(u32, Addr, u32)>>,
+    pub affinities: RefCell<HashMap<AffinityKey, Affinity>>,
     pub services: RefCell<HashMap<u32, ServiceRef>>,
     pub cells: RefCell<Vec<Cell>>,
     pub local: RefCell<HashMap<Addr, LocalAddress>>,
@@ -107,6 +111,8 @@ impl Default for Memory {
     fn default() -> Self {
         Self {
             frontends: RefCell::default(),
+            ranges: RefCell::default(),
+            affinities: RefCell::default(),
             services: RefCell::default(),
             cells: RefCell::new(Vec::from([Cell::default()])),
             local: RefCell::default(),
@@ -160,21 +166,45 @@ impl Memory {
         services.insert(id, ServiceRef { extent, generation });
     }
 
-    /// Lets an address and port lead to a service port, and marks the address.
+    fn change_header(&self, id: u32, change: impl FnOnce(&mut ExtentHeader)) {
+        let extent = self.services.borrow()[&id].extent as usize;
+        let cell = &mut self.cells.borrow_mut()[extent];
+        let mut header = ExtentHeader::from(*cell);
+        change(&mut header);
+        *cell = header.into();
+    }
+
+    /// Gives a service affinity, until its backends are set anew.
+    pub fn set_affinity_timeout(&self, id: u32, seconds: u32) {
+        self.change_header(id, |header| header.affinity_timeout_s = seconds);
+    }
+
+    /// Makes a service silent without backends, until these are set anew.
+    pub fn set_silent(&self, id: u32) {
+        self.change_header(id, |header| header.flags |= SERVICE_SILENT);
+    }
+
+    /// Lets an address and port lead to a service port for all, and marks the address.
     pub fn set_frontend(&self, at: &str, protocol: u8, id: u32) {
+        self.set_vip(socket(at).ip().octets());
+        self.set_lead(at, protocol, Lead::new(id, id, 0));
+    }
+
+    /// Lets an address and port, or a port of every address of the node, lead to service ports.
+    pub fn set_lead(&self, at: &str, protocol: u8, lead: Lead) {
         let at = socket(at);
-        self.set_vip(at.ip().octets());
         self.frontends.borrow_mut().insert(
             FrontendKey::new((*at.ip()).into(), at.port().to_be(), protocol),
-            id,
+            lead,
         );
     }
 
     /// Marks an address as a Service's.
     pub fn set_vip(&self, octets: [u8; 4]) {
-        self.frontends
-            .borrow_mut()
-            .insert(FrontendKey::marker(addr(octets)), VIP_MARKER);
+        self.frontends.borrow_mut().insert(
+            FrontendKey::marker(addr(octets)),
+            Lead::new(Lead::MARKER, 0, 0),
+        );
     }
 
     pub fn set_local(&self, octets: [u8; 4], kind: u32, ifindex: u32) {
@@ -204,8 +234,24 @@ fn entry(table: &FlowTable, key: &FlowKey) -> Option<MemoryEntry> {
 impl Tables for Memory {
     type Entry = MemoryEntry;
 
-    fn frontend(&self, key: &FrontendKey) -> Option<u32> {
+    fn frontend(&self, key: &FrontendKey) -> Option<Lead> {
         self.frontends.borrow().get(key).copied()
+    }
+
+    fn in_range(&self, service: u32, addr: &Addr) -> bool {
+        let bits = |addr: &Addr| u128::from_be_bytes(addr.octets());
+        self.ranges.borrow().iter().any(|(owner, range, len)| {
+            let differ = bits(addr) ^ bits(range);
+            *owner == service && differ.checked_shr(128 - len).unwrap_or(0) == 0
+        })
+    }
+
+    fn affinity(&self, key: &AffinityKey) -> Option<Affinity> {
+        self.affinities.borrow().get(key).copied()
+    }
+
+    fn set_affinity(&self, key: &AffinityKey, affinity: &Affinity) {
+        self.affinities.borrow_mut().insert(*key, *affinity);
     }
 
     fn service(&self, id: u32) -> Option<ServiceRef> {

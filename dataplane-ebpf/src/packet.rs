@@ -57,9 +57,9 @@ pub enum Fragment {
     Later,
 }
 
-/// An IPv4 packet's coordinates.
+/// A packet's coordinates.
 #[derive(Clone, Copy, Debug)]
-pub struct Ipv4 {
+pub struct Ip {
     /// Ports are 0 where the protocol has none or the fragment does not hold them.
     pub key: FlowKey,
     /// Offset of the transport header.
@@ -78,7 +78,7 @@ pub struct Ipv4 {
 /// What a packet turned out to be.
 #[derive(Clone, Copy, Debug)]
 pub enum Parsed {
-    Ipv4(Ipv4),
+    Ip(Ip),
     /// Not IPv4: left alone.
     Other,
     /// IPv4 by its type, but its headers are cut short or contradict themselves.
@@ -90,7 +90,7 @@ pub enum Parsed {
 pub fn parse<P: Packet>(packet: &P) -> Parsed {
     match packet.read::<u16>(ETHERTYPE_OFFSET) {
         Some(ETHERTYPE_IPV4) => match parse_ipv4(packet) {
-            Some(ip) => Parsed::Ipv4(ip),
+            Some(ip) => Parsed::Ip(ip),
             None => Parsed::Malformed,
         },
         _ => Parsed::Other,
@@ -98,7 +98,7 @@ pub fn parse<P: Packet>(packet: &P) -> Parsed {
 }
 
 #[inline(always)]
-fn parse_ipv4<P: Packet>(packet: &P) -> Option<Ipv4> {
+fn parse_ipv4<P: Packet>(packet: &P) -> Option<Ip> {
     // One bounds check for the whole header; words as they lie in memory.
     let words: [u16; 10] = packet.read(ETH_LEN)?;
     let [version_ihl, _tos] = words[0].to_ne_bytes();
@@ -136,7 +136,7 @@ fn parse_ipv4<P: Packet>(packet: &P) -> Option<Ipv4> {
             return None;
         }
     }
-    Some(Ipv4 {
+    Some(Ip {
         key: FlowKey::new(
             Addr::from_v4_be(src),
             Addr::from_v4_be(dst),
@@ -155,12 +155,12 @@ fn parse_ipv4<P: Packet>(packet: &P) -> Option<Ipv4> {
 
 /// Two 16-bit words of memory as one of 32 bits of memory.
 #[inline(always)]
-pub(crate) const fn word(first: u16, second: u16) -> u32 {
+pub const fn word(first: u16, second: u16) -> u32 {
     let (a, b) = (first.to_ne_bytes(), second.to_ne_bytes());
     u32::from_ne_bytes([a[0], a[1], b[0], b[1]])
 }
 
-impl Ipv4 {
+impl Ip {
     /// The key under which the datagram's ports are remembered.
     #[inline(always)]
     pub fn fragment_key(&self) -> FragmentKey {
@@ -202,9 +202,9 @@ mod tests {
         text.parse::<core::net::Ipv4Addr>().unwrap().into()
     }
 
-    fn ipv4(bytes: &[u8]) -> Ipv4 {
+    fn ipv4(bytes: &[u8]) -> Ip {
         match parse(&Bytes(bytes.to_vec())) {
-            Parsed::Ipv4(ip) => ip,
+            Parsed::Ip(ip) => ip,
             other => panic!("{other:?}"),
         }
     }
@@ -292,7 +292,7 @@ mod tests {
                 bytes[14] = 0x40 | bytes[14] & 0x0f;
             }
             let len = bytes.len();
-            if let Parsed::Ipv4(ip) = parse(&Bytes(bytes)) {
+            if let Parsed::Ip(ip) = parse(&Bytes(bytes)) {
                 prop_assert!(ip.l4 >= 34 && ip.l4 <= 74);
                 if ip.has_ports() && ip.fragment != Fragment::Later {
                     prop_assert!(ip.l4 + 4 <= len);

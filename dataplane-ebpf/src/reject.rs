@@ -4,7 +4,7 @@ use dataplane_abi::proto;
 
 use crate::{
     checksum,
-    packet::{ETH_LEN, Fragment, IPV4_LEN, Ipv4, Packet, tcp_flag},
+    packet::{ETH_LEN, Fragment, IPV4_LEN, Ip, Packet, tcp_flag},
     translate::halves,
 };
 
@@ -18,7 +18,7 @@ const TTL: u8 = 64;
 /// without one) or it cannot be built; the packet is to be dropped then.
 #[inline(always)]
 #[must_use]
-pub fn reject<P: Packet>(packet: &mut P, ip: &Ipv4) -> bool {
+pub fn reject<P: Packet>(packet: &mut P, ip: &Ip) -> bool {
     if matches!(ip.fragment, Fragment::Later) {
         return false;
     }
@@ -31,7 +31,7 @@ pub fn reject<P: Packet>(packet: &mut P, ip: &Ipv4) -> bool {
 
 /// RFC 9293, 3.10.7.1: the reset of a segment to a connection that does not exist.
 #[inline(always)]
-fn reset<P: Packet>(packet: &mut P, ip: &Ipv4) -> bool {
+fn reset<P: Packet>(packet: &mut P, ip: &Ip) -> bool {
     if ip.tcp_flags & tcp_flag::RST != 0 {
         return false;
     }
@@ -85,7 +85,7 @@ fn reset<P: Packet>(packet: &mut P, ip: &Ipv4) -> bool {
 }
 
 #[inline(always)]
-fn port_unreachable<P: Packet>(packet: &mut P, ip: &Ipv4) -> bool {
+fn port_unreachable<P: Packet>(packet: &mut P, ip: &Ip) -> bool {
     // With IP options, what is quoted would have a varying length; such packets are rare enough to be dropped.
     if ip.l4 != ETH_LEN + IPV4_LEN {
         return false;
@@ -107,7 +107,7 @@ fn port_unreachable<P: Packet>(packet: &mut P, ip: &Ipv4) -> bool {
 
 /// An IPv4 header back to the sender.
 #[inline(always)]
-fn ip_header(ip: &Ipv4, protocol: u8, payload_len: usize) -> Option<[u16; IPV4_LEN / 2]> {
+fn ip_header(ip: &Ip, protocol: u8, payload_len: usize) -> Option<[u16; IPV4_LEN / 2]> {
     let (src, dst) = (halves(ip.key.dst.v4_be()?), halves(ip.key.src.v4_be()?));
     let total_len = (IPV4_LEN + payload_len) as u16;
     let dont_fragment = 0x4000u16.to_be();
@@ -138,7 +138,7 @@ mod tests {
 
     fn rejected(bytes: Vec<u8>) -> Option<Vec<u8>> {
         let mut packet = Bytes(bytes);
-        let Parsed::Ipv4(ip) = parse(&packet) else {
+        let Parsed::Ip(ip) = parse(&packet) else {
             panic!("not IPv4")
         };
         reject(&mut packet, &ip).then_some(packet.0)

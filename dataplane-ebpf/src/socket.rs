@@ -1,9 +1,12 @@
 //! What each cgroup hook does with a socket call.
 
-use dataplane_abi::{Addr, FrontendKey, Reason, SocketPeer, SocketPeers, VIP_MARKER};
+use dataplane_abi::{
+    Addr, FrontendKey, LEAD_GUARDED, Lead, MARKER_EXTERNAL, Reason, SocketPeer, SocketPeers,
+};
 
 use crate::{
-    balance::{self, Pick, Picked},
+    balance::{self, Client, Pick, Picked},
+    hook::Place,
     tables::Tables,
 };
 
@@ -18,27 +21,50 @@ pub enum Outcome {
     Refuse,
 }
 
+/// Whose socket it is.
+#[derive(Clone, Copy, Debug)]
+pub struct Caller {
+    /// Of the host's network namespace, where a loopback address means the node.
+    pub is_host: bool,
+    /// The packet hooks translate, and reject, what the socket hook leaves alone.
+    pub packet_lb: bool,
+    /// The caller's address, where it is known: the node's, for the host. A pod's is not.
+    pub client: Client,
+}
+
 /// Where a socket's destination leads. `known` is what the socket was given before: a datagram socket keeps its backend
 /// as long as it is one.
+///
+/// What depends on the client's address (affinity, ranges of sources) is left to the packet hooks for pods, so that there
+/// is one answer; without packet hooks, `caller.client` is whatever tells clients apart, and ranges let pods in.
 #[inline(always)]
 pub fn destination<T: Tables>(
     tables: &T,
-    packet_lb: bool,
+    caller: &Caller,
     frontend: &FrontendKey,
     known: Option<&SocketPeers>,
 ) -> Outcome {
-    let service = match tables.frontend(frontend) {
-        Some(id) if id != VIP_MARKER => id,
-        _ if !packet_lb
+    let Some(lead) = lead(tables, caller, frontend) else {
+        if !rejected_by_packet(tables, caller, frontend)
             && tables
                 .frontend(&FrontendKey::marker(frontend.addr))
-                .is_some() =>
+                .is_some()
         {
             tables.count(Reason::NoSuchPort);
             return Outcome::Refuse;
         }
-        _ => return Outcome::Leave,
+        return Outcome::Leave;
     };
+    let service = lead.internal;
+    if lead.flags & LEAD_GUARDED != 0 {
+        if !caller.is_host && caller.packet_lb {
+            return Outcome::Leave;
+        }
+        if caller.is_host && !tables.in_range(service, &caller.client.addr) {
+            tables.count(Reason::SourceRange);
+            return Outcome::Refuse;
+        }
+    }
     let kept = match known.and_then(|peers| given(peers, &frontend.addr, frontend.port)) {
         Some(peer) if peer.service == service => {
             let known = Picked {
@@ -53,11 +79,12 @@ pub fn destination<T: Tables>(
     };
     let backend = match kept {
         Some(backend) => backend,
-        None => match balance::pick(tables, service) {
+        None => match balance::pick(tables, service, &caller.client) {
             Pick::Backend(backend) => backend,
-            Pick::None | Pick::Torn => {
+            Pick::ClientUnknown => return Outcome::Leave,
+            Pick::None | Pick::Silent | Pick::Torn => {
                 tables.count(Reason::SocketNoBackend);
-                return if packet_lb {
+                return if rejected_by_packet(tables, caller, frontend) {
                     Outcome::Leave
                 } else {
                     Outcome::Refuse
@@ -75,6 +102,38 @@ pub fn destination<T: Tables>(
         generation: backend.generation,
         slot: backend.slot,
     })
+}
+
+/// Where a destination leads, when it is a frontend: the address and port, or the port of every address of the node.
+#[inline(always)]
+fn lead<T: Tables>(tables: &T, caller: &Caller, frontend: &FrontendKey) -> Option<Lead> {
+    let found = tables.frontend(frontend);
+    if found.is_some() {
+        return found;
+    }
+    let is_node = if frontend.addr.is_loopback() {
+        caller.is_host
+    } else {
+        Place::of(tables, &frontend.addr).is_host()
+    };
+    if is_node {
+        tables.frontend(&frontend.on_every_address())
+    } else {
+        None
+    }
+}
+
+/// Whether a packet hook sees what the socket would send to the frontend: all that pods send, and what the host sends to
+/// addresses that it routes into the service veth.
+#[inline(always)]
+fn rejected_by_packet<T: Tables>(tables: &T, caller: &Caller, frontend: &FrontendKey) -> bool {
+    if !caller.is_host || !caller.packet_lb {
+        return caller.packet_lb;
+    }
+    match tables.frontend(&FrontendKey::marker(frontend.addr)) {
+        Some(marker) => marker.flags & MARKER_EXTERNAL == 0,
+        None => false,
+    }
 }
 
 /// What the socket was given for a frontend.
@@ -131,6 +190,15 @@ mod tests {
     use crate::memory::{Memory, addr};
 
     const VIP: [u8; 4] = [10, 96, 0, 10];
+    const POD: Caller = Caller {
+        is_host: false,
+        packet_lb: true,
+        client: Client::UNKNOWN,
+    };
+    const POD_WITHOUT_PACKETS: Caller = Caller {
+        packet_lb: false,
+        ..POD
+    };
 
     fn dns() -> FrontendKey {
         FrontendKey::new(addr(VIP), 53u16.to_be(), proto::UDP)
@@ -148,7 +216,7 @@ mod tests {
         let tables = Memory::default();
         tables.set_service(3, &["10.0.0.5:5353"], &[]);
         tables.set_frontend("10.96.0.10:53", proto::UDP, 3);
-        let peer = translated(destination(&tables, true, &dns(), None));
+        let peer = translated(destination(&tables, &POD, &dns(), None));
         assert_eq!(
             (peer.backend, peer.backend_port),
             (addr([10, 0, 0, 5]), 5353u16.to_be())
@@ -165,11 +233,11 @@ mod tests {
     #[test]
     fn other_addresses_are_left() {
         assert_eq!(
-            destination(&Memory::default(), true, &dns(), None),
+            destination(&Memory::default(), &POD, &dns(), None),
             Outcome::Leave
         );
         assert_eq!(
-            destination(&Memory::default(), false, &dns(), None),
+            destination(&Memory::default(), &POD_WITHOUT_PACKETS, &dns(), None),
             Outcome::Leave
         );
     }
@@ -179,16 +247,22 @@ mod tests {
         let tables = Memory::default();
         tables.set_service(3, &[], &[]);
         tables.set_frontend("10.96.0.10:53", proto::UDP, 3);
-        assert_eq!(destination(&tables, true, &dns(), None), Outcome::Leave);
-        assert_eq!(destination(&tables, false, &dns(), None), Outcome::Refuse);
+        assert_eq!(destination(&tables, &POD, &dns(), None), Outcome::Leave);
+        assert_eq!(
+            destination(&tables, &POD_WITHOUT_PACKETS, &dns(), None),
+            Outcome::Refuse
+        );
     }
 
     #[test]
     fn an_unknown_port_of_a_service_address_is_refused_when_no_packet_hook_would_reject_it() {
         let tables = Memory::default();
         tables.set_vip(VIP);
-        assert_eq!(destination(&tables, true, &dns(), None), Outcome::Leave);
-        assert_eq!(destination(&tables, false, &dns(), None), Outcome::Refuse);
+        assert_eq!(destination(&tables, &POD, &dns(), None), Outcome::Leave);
+        assert_eq!(
+            destination(&tables, &POD_WITHOUT_PACKETS, &dns(), None),
+            Outcome::Refuse
+        );
     }
 
     #[test]
@@ -198,17 +272,17 @@ mod tests {
         tables.set_service(3, &backends, &[]);
         tables.set_frontend("10.96.0.10:53", proto::UDP, 3);
         let mut peers = SocketPeers::default();
-        let first = translated(destination(&tables, true, &dns(), None));
+        let first = translated(destination(&tables, &POD, &dns(), None));
         remember(&mut peers, &first);
         for _ in 0..50 {
             assert_eq!(
-                translated(destination(&tables, true, &dns(), Some(&peers))).backend,
+                translated(destination(&tables, &POD, &dns(), Some(&peers))).backend,
                 first.backend
             );
         }
         tables.set_service(3, &["10.0.0.9:53"], &[]);
         assert_eq!(
-            translated(destination(&tables, true, &dns(), Some(&peers))).backend,
+            translated(destination(&tables, &POD, &dns(), Some(&peers))).backend,
             addr([10, 0, 0, 9])
         );
     }

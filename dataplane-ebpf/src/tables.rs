@@ -1,8 +1,8 @@
 //! The maps, as packet and socket logic see them.
 
 use dataplane_abi::{
-    Addr, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey, LocalAddress, Reason,
-    ServiceRef,
+    Addr, Affinity, AffinityKey, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey,
+    Lead, LocalAddress, Reason, ServiceRef,
 };
 
 /// Why an entry was not inserted.
@@ -27,10 +27,16 @@ pub trait FlowEntry {
 pub trait Tables {
     type Entry: FlowEntry;
 
-    fn frontend(&self, key: &FrontendKey) -> Option<u32>;
+    fn frontend(&self, key: &FrontendKey) -> Option<Lead>;
     fn service(&self, id: u32) -> Option<ServiceRef>;
     fn cell(&self, index: u32) -> Option<Cell>;
     fn local(&self, addr: &Addr) -> Option<LocalAddress>;
+    /// Whether an address lies in one of the ranges of a service or, for service 0, of destinations without masquerade.
+    fn in_range(&self, service: u32, addr: &Addr) -> bool;
+
+    /// The backend that a client had last. It may be another's: whoever uses it finds it among the service's backends first.
+    fn affinity(&self, key: &AffinityKey) -> Option<Affinity>;
+    fn set_affinity(&self, key: &AffinityKey, affinity: &Affinity);
 
     /// Flows that have been answered.
     fn flow(&self, key: &FlowKey) -> Option<Self::Entry>;

@@ -4,7 +4,7 @@ use dataplane_abi::{FlowKey, proto};
 
 use crate::{
     checksum,
-    packet::{ChecksumChange, ETH_LEN, Fragment, Ipv4, Packet},
+    packet::{ChecksumChange, ETH_LEN, Fragment, Ip, Packet},
 };
 
 /// Offset of the checksum in an IPv4 header; source and destination follow.
@@ -14,7 +14,7 @@ pub(crate) const IPV4_CHECKSUM: usize = 10;
 /// it may be half rewritten and must be dropped.
 #[inline(always)]
 #[must_use]
-pub fn translate<P: Packet>(packet: &mut P, ip: &Ipv4, to: &FlowKey) -> bool {
+pub fn translate<P: Packet>(packet: &mut P, ip: &Ip, to: &FlowKey) -> bool {
     let from = &ip.key;
     let (Some(old_src), Some(old_dst), Some(new_src), Some(new_dst)) = (
         from.src.v4_be(),
@@ -98,7 +98,7 @@ mod tests {
 
     fn translated(bytes: Vec<u8>, to: FlowKey) -> Vec<u8> {
         let mut packet = Bytes(bytes);
-        let Parsed::Ipv4(ip) = parse(&packet) else {
+        let Parsed::Ip(ip) = parse(&packet) else {
             panic!("not IPv4")
         };
         assert!(translate(&mut packet, &ip, &to));

@@ -6,6 +6,7 @@ pub mod cluster;
 pub mod machine;
 pub mod nodes;
 pub mod process;
+pub mod requests;
 pub mod sandbox;
 
 /// Builders of packets whose checksums are right.

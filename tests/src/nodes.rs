@@ -14,8 +14,8 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use keelway_agent::{
     dataplane::{
-        Config, Dataplane, Frontend, LocalPod, Op, Protocol, ServiceBackends, ServiceId,
-        ServiceVeth,
+        Config, Dataplane, Frontend, Lead, LocalPod, Op, Protocol, ServiceBackends, ServiceId,
+        ServiceVeth, Vip,
     },
     net::{Kernel, Netlink, PodWire, make_service_veth, pod_mac, wire_pod},
 };
@@ -88,12 +88,15 @@ impl Nodes {
             .map(|name| self.backend(name))
             .collect::<Result<Vec<_>>>()?;
         let mut ops = vec![
-            Op::SetVip { addr: at.ip() },
+            Op::SetVip {
+                addr: at.ip(),
+                kind: Vip::Cluster,
+            },
             Op::SetService {
                 id: ServiceId(id),
                 backends: ServiceBackends {
                     active,
-                    terminating: Vec::new(),
+                    ..ServiceBackends::default()
                 },
             },
         ];
@@ -104,7 +107,7 @@ impl Nodes {
                     port: at.port(),
                     protocol,
                 },
-                id: ServiceId(id),
+                lead: Lead::to(ServiceId(id)),
             });
         }
         for node in &mut self.nodes {
@@ -163,10 +166,11 @@ impl Node {
             )?)
         })?;
         let config = Config {
-            pin_root,
             socket_lb: hooks.socket_lb,
             packet_lb: hooks.packet_lb,
             service_veth: Some(service_veth),
+            node_v4: Some(address),
+            ..Config::new(pin_root)
         };
         let mut node = Self {
             host,

@@ -3,8 +3,8 @@
 
 use std::{
     fmt::Write as _,
-    io::{self, Read as _, Write as _},
-    net::{SocketAddr, TcpStream, UdpSocket},
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -14,6 +14,7 @@ use dataplane_abi::{Class, Reason};
 use keelway_agent::dataplane::{Op, ServiceBackends, ServiceId};
 use keelway_tests::{
     nodes::{self, Cgroup, ECHO_PORT, Hooks, Node, Nodes, ask},
+    requests::{self, TIMEOUT, tcp},
     sandbox::{Network, Sandbox, is_root},
 };
 
@@ -29,65 +30,11 @@ const BOTH: Hooks = Hooks {
     socket_lb: true,
     packet_lb: true,
 };
-const TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Not a test of its own: the process that others start as a client.
 #[test]
 fn client() {
-    nodes::client(|request| {
-        let words: Vec<&str> = request.split_whitespace().collect();
-        let at: SocketAddr = words[1].parse().expect("an address");
-        match words[0] {
-            "tcp" => tcp(at),
-            "udp" => udp(at),
-            "udp-connected" => udp_connected(at),
-            other => panic!("unknown request {other}"),
-        }
-    });
-}
-
-/// The server's answer, and whom the socket takes it to be from.
-fn tcp(at: SocketAddr) -> io::Result<String> {
-    let mut stream = TcpStream::connect_timeout(&at, TIMEOUT)?;
-    stream.set_read_timeout(Some(TIMEOUT))?;
-    stream.write_all(b"hello")?;
-    let mut buffer = [0; 256];
-    let len = stream.read(&mut buffer)?;
-    Ok(format!(
-        "{} from {}",
-        String::from_utf8_lossy(&buffer[..len]),
-        stream.peer_addr()?
-    ))
-}
-
-fn any(at: SocketAddr) -> &'static str {
-    if at.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }
-}
-
-fn udp(at: SocketAddr) -> io::Result<String> {
-    let socket = UdpSocket::bind(any(at))?;
-    socket.set_read_timeout(Some(TIMEOUT))?;
-    socket.send_to(b"hello", at)?;
-    let mut buffer = [0; 256];
-    let (len, from) = socket.recv_from(&mut buffer)?;
-    Ok(format!(
-        "{} from {from}",
-        String::from_utf8_lossy(&buffer[..len])
-    ))
-}
-
-fn udp_connected(at: SocketAddr) -> io::Result<String> {
-    let socket = UdpSocket::bind(any(at))?;
-    socket.set_read_timeout(Some(TIMEOUT))?;
-    socket.connect(at)?;
-    socket.send(b"hello")?;
-    let mut buffer = [0; 256];
-    let len = socket.recv(&mut buffer)?;
-    Ok(format!(
-        "{} from {}",
-        String::from_utf8_lossy(&buffer[..len]),
-        socket.peer_addr()?
-    ))
+    nodes::client(requests::carry_out);
 }
 
 /// Services that lead to each kind of backend there is, seen from node 1.
@@ -414,6 +361,7 @@ fn endpoints_that_change_after_a_restart_are_used() {
     let backends = ServiceBackends {
         active: vec![],
         terminating: vec!["10.244.1.12:8080".parse().unwrap()],
+        ..ServiceBackends::default()
     };
     nodes.nodes[0]
         .dataplane()

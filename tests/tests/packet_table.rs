@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 
 use dataplane_abi::{Class, Reason};
 use keelway_agent::dataplane::{
-    Config, Dataplane, Frontend, LocalPod, Op,
+    Config, Dataplane, Frontend, Lead, LocalPod, Op,
     PacketProgram::{self, PodEgress, PodIngress, ServiceIngress, UplinkIngress},
-    Protocol, ServiceBackends, ServiceId, ServiceVeth,
+    Protocol, ServiceBackends, ServiceId, ServiceVeth, Vip,
 };
 use keelway_tests::{
     packets::{
@@ -40,14 +40,14 @@ struct Row {
 fn to(active: &[&str]) -> ServiceBackends {
     ServiceBackends {
         active: active.iter().map(|at| at.parse().unwrap()).collect(),
-        terminating: Vec::new(),
+        ..ServiceBackends::default()
     }
 }
 
 fn terminating(list: &[&str]) -> ServiceBackends {
     ServiceBackends {
-        active: Vec::new(),
         terminating: to(list).active,
+        ..ServiceBackends::default()
     }
 }
 
@@ -67,7 +67,7 @@ fn state(backends: &ServiceBackends) -> Vec<Op> {
             port: 80,
             protocol,
         },
-        id: ServiceId(1),
+        lead: Lead::to(ServiceId(1)),
     };
     vec![
         pod(11, A),
@@ -75,7 +75,10 @@ fn state(backends: &ServiceBackends) -> Vec<Op> {
         Op::SetHostAddress {
             addr: [198, 18, 0, 1].into(),
         },
-        Op::SetVip { addr: vip },
+        Op::SetVip {
+            addr: vip,
+            kind: Vip::Cluster,
+        },
         Op::SetService {
             id: ServiceId(1),
             backends: backends.clone(),
@@ -561,10 +564,9 @@ fn packets_leave_the_loaded_programs_as_the_table_says() {
     for row in rows() {
         let sandbox = Sandbox::enter().unwrap();
         let config = Config {
-            pin_root: sandbox.pin_root(),
-            socket_lb: true,
-            packet_lb: true,
             service_veth: Some(ServiceVeth { outer: 1, inner: 1 }),
+            node_v4: Some([198, 18, 0, 1].into()),
+            ..Config::new(sandbox.pin_root())
         };
         let mut dataplane = Dataplane::open(&config).unwrap();
         let mut ops = state(&row.backends);
@@ -580,7 +582,7 @@ fn packets_leave_the_loaded_programs_as_the_table_says() {
         });
         ops.push(Op::SetFrontend {
             frontend: second,
-            id: ServiceId(2),
+            lead: Lead::to(ServiceId(2)),
         });
         dataplane.apply(&ops).unwrap();
         for (number, Step(program, packet, verdict, out)) in row.steps.into_iter().enumerate() {

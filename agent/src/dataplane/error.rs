@@ -20,6 +20,8 @@ pub enum Error {
         pinned: MapShape,
         wanted: MapShape,
     },
+    #[error("cannot tell the host's network namespace from others (Linux 5.14 or newer is needed)")]
+    Netns { source: io::Error },
     #[error("cannot load the eBPF object")]
     Load(#[source] Box<EbpfError>),
     #[error("the kernel refused the program {program}")]

@@ -14,6 +14,7 @@ mod tables;
 
 use std::{
     fs,
+    net::{Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     time::Instant,
 };
@@ -21,7 +22,9 @@ use std::{
 use dataplane_abi::{ABI_VERSION, Reason, limits};
 
 pub use error::Error;
-pub use op::{Frontend, LocalPod, Op, Protocol, ServiceBackends, ServiceId, State};
+pub use op::{
+    Frontend, Lead, LocalPod, Op, Protocol, ServiceBackends, ServiceId, Sources, State, Vip,
+};
 pub use programs::PacketProgram;
 pub use sys::{LinkTarget, MapShape};
 pub use tables::{Applied, Usage};
@@ -43,6 +46,26 @@ pub struct Config {
     pub packet_lb: bool,
     /// The pair of interfaces through which the host's own traffic to Services is routed, when there is one.
     pub service_veth: Option<ServiceVeth>,
+    /// The node's address of each family: the source of what it sends on for clients outside, and for pods where it masquerades.
+    pub node_v4: Option<Ipv4Addr>,
+    pub node_v6: Option<Ipv6Addr>,
+    /// Pods take the node's address for destinations that [`Op::SetUnmasqueraded`] does not name.
+    pub masquerade: bool,
+}
+
+impl Config {
+    /// Both kinds of hooks and nothing else, under a pin directory.
+    pub fn new(pin_root: impl Into<PathBuf>) -> Self {
+        Self {
+            pin_root: pin_root.into(),
+            socket_lb: true,
+            packet_lb: true,
+            service_veth: None,
+            node_v4: None,
+            node_v6: None,
+            masquerade: false,
+        }
+    }
 }
 
 /// Interface indexes of the service veth pair, both ends in the host's network namespace. The agent makes the pair:
@@ -93,7 +116,7 @@ pub struct Dataplane {
 
 impl Dataplane {
     /// Loads the programs over the pinned maps, which are made where there are none, and gives links that an
-    /// earlier agent pinned the new programs. Attaches nothing else.
+    /// earlier agent pinned the new programs. Attaches nothing else. To be called in the host's network namespace.
     pub fn open(config: &Config) -> Result<Self, Error> {
         let dir = config.pin_root.join(format!("v{ABI_VERSION}"));
         let failed = |source| Error::Pins {

@@ -9,6 +9,7 @@ use std::{
 };
 
 use dataplane_abi::proto;
+use ipnetwork::IpNetwork;
 
 /// Id of a service port: one port of one Service, with its own backends and all its frontends. `1..limits::SERVICES`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -57,6 +58,8 @@ impl fmt::Display for Protocol {
 /// An address and port under which a service port is reached.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct Frontend {
+    /// The unspecified address stands for every address of the node, and for loopback ones in the host's own sockets: NodePorts,
+    /// host ports. Each family has its own.
     pub addr: IpAddr,
     /// Never 0.
     pub port: u16,
@@ -74,13 +77,50 @@ impl fmt::Display for Frontend {
     }
 }
 
+/// Where a frontend leads: traffic policies may give clients on this node (pods and the node itself) other backends than clients
+/// elsewhere, which are a service port of their own then.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Lead {
+    pub internal: ServiceId,
+    pub external: ServiceId,
+    /// Only clients in the service port's `sources` may come by this frontend.
+    pub guarded: bool,
+}
+
+impl Lead {
+    /// The same backends for everybody.
+    pub const fn to(id: ServiceId) -> Self {
+        Self {
+            internal: id,
+            external: id,
+            guarded: false,
+        }
+    }
+}
+
+/// What kind of address belongs to a Service.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Vip {
+    /// Of the Service ranges, which the node routes into the service veth.
+    Cluster,
+    /// For clients outside the cluster.
+    External,
+}
+
 /// The backends of a service port, in the order in which programs see them. `active` take new flows; `terminating` only
 /// while there is no active one, and serve the flows they have. Neither kind: clients are rejected.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct ServiceBackends {
     pub active: Vec<SocketAddr>,
     pub terminating: Vec<SocketAddr>,
+    /// Without any backend clients are not answered, rather than rejected: there are some on other nodes.
+    pub silent: bool,
+    /// A client gets the backend that it had within so many seconds; 0 for any.
+    pub affinity_timeout_s: u32,
 }
+
+/// The ranges from which clients may come to a service port by its guarded frontends.
+pub type Sources = BTreeSet<IpNetwork>;
 
 /// A pod of this node: how packets for its address reach it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -105,10 +145,15 @@ pub enum Op {
     RemoveService {
         id: ServiceId,
     },
-    /// Lets a frontend lead to a service port. Replaces what it led to.
+    /// Sets all ranges from which clients may come to a service port by guarded frontends; none lets nobody in.
+    SetSources {
+        id: ServiceId,
+        sources: Sources,
+    },
+    /// Lets a frontend lead to service ports. Replaces where it led.
     SetFrontend {
         frontend: Frontend,
-        id: ServiceId,
+        lead: Lead,
     },
     RemoveFrontend {
         frontend: Frontend,
@@ -116,6 +161,7 @@ pub enum Op {
     /// Marks an address as a Service's: ports of it without frontend are rejected instead of routed.
     SetVip {
         addr: IpAddr,
+        kind: Vip,
     },
     RemoveVip {
         addr: IpAddr,
@@ -134,14 +180,21 @@ pub enum Op {
     RemoveHostAddress {
         addr: IpAddr,
     },
+    /// Sets all ranges of destinations to which pods keep their own addresses, where the data plane masquerades.
+    SetUnmasqueraded {
+        ranges: BTreeSet<IpNetwork>,
+    },
 }
 
 /// Everything that the maps hold: what an agent that restarts diffs its plan against.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct State {
     pub services: BTreeMap<ServiceId, ServiceBackends>,
-    pub frontends: BTreeMap<Frontend, ServiceId>,
-    pub vips: BTreeSet<IpAddr>,
+    /// Of the service ports that have any.
+    pub sources: BTreeMap<ServiceId, Sources>,
+    pub frontends: BTreeMap<Frontend, Lead>,
+    pub vips: BTreeMap<IpAddr, Vip>,
     pub pods: BTreeMap<IpAddr, LocalPod>,
     pub host_addresses: BTreeSet<IpAddr>,
+    pub unmasqueraded: BTreeSet<IpNetwork>,
 }

@@ -6,7 +6,9 @@ use std::{
     path::Path,
 };
 
-use dataplane_abi::{Addr, Cell, FrontendKey, LocalAddress, ServiceRef, limits, map};
+use dataplane_abi::{
+    Addr, Cell, FrontendKey, Lead, LocalAddress, RangeKey, ServiceRef, limits, map,
+};
 
 use super::{
     Error,
@@ -18,6 +20,7 @@ use super::{
 pub struct PinnedMaps {
     frontends: OwnedFd,
     local: OwnedFd,
+    ranges: OwnedFd,
     services: Mapping,
     backends: Mapping,
 }
@@ -33,6 +36,7 @@ impl PinnedMaps {
         Ok(Self {
             frontends: open(map::FRONTENDS)?,
             local: open(map::LOCAL)?,
+            ranges: open(map::RANGES)?,
             services: mapped(map::SERVICES, limits::SERVICES as usize * size_of::<u64>())?,
             backends: mapped(map::BACKENDS, limits::CELLS as usize * size_of::<Cell>())?,
         })
@@ -47,10 +51,10 @@ fn failed(action: &'static str, map: &'static str) -> impl Fn(io::Error) -> Erro
     }
 }
 
-/// A hash says E2BIG when it is full.
+/// A hash says E2BIG when it is full, a trie ENOSPC.
 fn written(map: &'static str, limit: u32) -> impl Fn(io::Error) -> Error {
     move |source| match source.raw_os_error() {
-        Some(libc::E2BIG) => Error::Full { map, limit },
+        Some(libc::E2BIG | libc::ENOSPC) => Error::Full { map, limit },
         _ => Error::Map {
             action: "write",
             map,
@@ -60,11 +64,11 @@ fn written(map: &'static str, limit: u32) -> impl Fn(io::Error) -> Error {
 }
 
 impl MapIo for PinnedMaps {
-    fn frontends(&self) -> Result<Vec<(FrontendKey, u32)>, Error> {
+    fn frontends(&self) -> Result<Vec<(FrontendKey, Lead)>, Error> {
         sys::entries(self.frontends.as_fd()).map_err(failed("read", map::FRONTENDS))
     }
 
-    fn set_frontends(&mut self, entries: &[(FrontendKey, u32)]) -> Result<(), Error> {
+    fn set_frontends(&mut self, entries: &[(FrontendKey, Lead)]) -> Result<(), Error> {
         sys::update_batch(self.frontends.as_fd(), entries)
             .map_err(written(map::FRONTENDS, limits::FRONTENDS))
     }
@@ -72,6 +76,22 @@ impl MapIo for PinnedMaps {
     fn remove_frontends(&mut self, keys: &[FrontendKey]) -> Result<(), Error> {
         sys::delete_batch(self.frontends.as_fd(), keys)
             .map_err(failed("delete from", map::FRONTENDS))
+    }
+
+    fn ranges(&self) -> Result<Vec<RangeKey>, Error> {
+        let entries = sys::entries::<RangeKey, u32>(self.ranges.as_fd());
+        let entries = entries.map_err(failed("read", map::RANGES))?;
+        Ok(entries.into_iter().map(|(key, _)| key).collect())
+    }
+
+    fn set_ranges(&mut self, keys: &[RangeKey]) -> Result<(), Error> {
+        let entries: Vec<(RangeKey, u32)> = keys.iter().map(|key| (*key, 1)).collect();
+        sys::update_batch(self.ranges.as_fd(), &entries)
+            .map_err(written(map::RANGES, limits::RANGES))
+    }
+
+    fn remove_ranges(&mut self, keys: &[RangeKey]) -> Result<(), Error> {
+        sys::delete_batch(self.ranges.as_fd(), keys).map_err(failed("delete from", map::RANGES))
     }
 
     fn local_addresses(&self) -> Result<Vec<(Addr, LocalAddress)>, Error> {

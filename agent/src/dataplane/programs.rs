@@ -12,8 +12,8 @@ use aya::{
     programs::{CgroupSockAddr, SchedClassifier},
 };
 use dataplane_abi::{
-    Addr, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey, LocalAddress, Reason,
-    SocketPeers, global, limits, map,
+    Addr, Affinity, AffinityKey, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey,
+    Lead, LocalAddress, RangeKey, Reason, SocketPeers, global, limits, map,
 };
 
 use super::{
@@ -75,11 +75,12 @@ const SOCKET_PROGRAMS: [(&str, u32); 8] = [
 const COLLECT: &str = "collect";
 
 /// Shapes that pinned maps must have: aya takes whatever is pinned under the name.
-fn shapes() -> [(&'static str, MapShape); 9] {
+fn shapes() -> [(&'static str, MapShape); 11] {
     const HASH: u32 = 1;
     const ARRAY: u32 = 2;
     const PERCPU_ARRAY: u32 = 6;
     const LRU_HASH: u32 = 9;
+    const LPM_TRIE: u32 = 11;
     const SK_STORAGE: u32 = 24;
     const NO_PREALLOC: u32 = 1;
     const MMAPABLE: u32 = 1024;
@@ -90,7 +91,7 @@ fn shapes() -> [(&'static str, MapShape); 9] {
             MapShape::new(
                 HASH,
                 size_of::<FrontendKey>(),
-                word,
+                size_of::<Lead>(),
                 limits::FRONTENDS,
                 NO_PREALLOC,
             ),
@@ -131,6 +132,26 @@ fn shapes() -> [(&'static str, MapShape); 9] {
                 size_of::<Flow>(),
                 limits::FLOWS_UNREPLIED,
                 0,
+            ),
+        ),
+        (
+            map::AFFINITY,
+            MapShape::new(
+                LRU_HASH,
+                size_of::<AffinityKey>(),
+                size_of::<Affinity>(),
+                limits::AFFINITY,
+                0,
+            ),
+        ),
+        (
+            map::RANGES,
+            MapShape::new(
+                LPM_TRIE,
+                size_of::<RangeKey>(),
+                word,
+                limits::RANGES,
+                NO_PREALLOC,
             ),
         ),
         (
@@ -175,6 +196,17 @@ impl Programs {
         loader.override_global(global::PACKET_LB, &packet_lb, true);
         loader.override_global(global::SOCKET_LB, &socket_lb, true);
         loader.override_global(global::SERVICE_VETH, &service_veth, true);
+        let node_v4 = config
+            .node_v4
+            .map_or(0, |v4| u32::from_ne_bytes(v4.octets()));
+        let [high, low] = config.node_v6.map_or([0, 0], |v6| Addr::from(v6).words);
+        let masquerade = u32::from(config.masquerade);
+        let host_netns = sys::netns_cookie().map_err(|source| Error::Netns { source })?;
+        loader.override_global(global::NODE_V4, &node_v4, true);
+        loader.override_global(global::NODE_V6_HIGH, &high, true);
+        loader.override_global(global::NODE_V6_LOW, &low, true);
+        loader.override_global(global::MASQUERADE, &masquerade, true);
+        loader.override_global(global::HOST_NETNS, &host_netns, true);
         let mut ebpf = loader
             .load(OBJECT)
             .map_err(|source| Error::Load(Box::new(source)))?;

@@ -96,6 +96,28 @@ pub fn is_bpffs(path: &Path) -> io::Result<bool> {
     }
 }
 
+/// The cookie of the calling thread's network namespace, by which programs know whose socket they see.
+pub fn netns_cookie() -> io::Result<u64> {
+    const SO_NETNS_COOKIE: i32 = 71;
+    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))?;
+    let (mut cookie, mut len) = (0u64, size_of::<u64>() as libc::socklen_t);
+    // SAFETY: the kernel writes eight bytes at most to a u64 of ours.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &mut len,
+        )
+    };
+    if result == 0 {
+        Ok(cookie)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 /// What a map is made of, as far as sharing it depends on it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(C)]

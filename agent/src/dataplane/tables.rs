@@ -3,27 +3,32 @@
 //! [`MapIo`] is the seam: pinned maps of the kernel, or maps in memory for tests.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::{IpAddr, SocketAddr},
     time::Instant,
 };
 
 use dataplane_abi::{
-    Addr, Backend, Cell, ExtentHeader, FROM_HOST, FROM_POD, FrontendKey, LocalAddress,
-    SCOPE_INTERNAL, ServiceRef, VIP_MARKER, limits,
+    Addr, Backend, Cell, ExtentHeader, FROM_HOST, FROM_POD, FrontendKey, LEAD_GUARDED,
+    Lead as RawLead, LocalAddress, MARKER_EXTERNAL, RangeKey, SERVICE_SILENT, ServiceRef, limits,
 };
+use ipnetwork::IpNetwork;
 
 use super::{
     Error,
     extent::{Extent, Extents},
-    op::{Frontend, LocalPod, Op, Protocol, ServiceBackends, ServiceId, State},
+    op::{Frontend, Lead, LocalPod, Op, Protocol, ServiceBackends, ServiceId, State, Vip},
 };
 
 /// The maps of the data plane, as the agent reads and writes them.
 pub trait MapIo {
-    fn frontends(&self) -> Result<Vec<(FrontendKey, u32)>, Error>;
-    fn set_frontends(&mut self, entries: &[(FrontendKey, u32)]) -> Result<(), Error>;
+    fn frontends(&self) -> Result<Vec<(FrontendKey, RawLead)>, Error>;
+    fn set_frontends(&mut self, entries: &[(FrontendKey, RawLead)]) -> Result<(), Error>;
     fn remove_frontends(&mut self, keys: &[FrontendKey]) -> Result<(), Error>;
+
+    fn ranges(&self) -> Result<Vec<RangeKey>, Error>;
+    fn set_ranges(&mut self, keys: &[RangeKey]) -> Result<(), Error>;
+    fn remove_ranges(&mut self, keys: &[RangeKey]) -> Result<(), Error>;
 
     fn local_addresses(&self) -> Result<Vec<(Addr, LocalAddress)>, Error>;
     fn set_local_addresses(&mut self, entries: &[(Addr, LocalAddress)]) -> Result<(), Error>;
@@ -59,6 +64,8 @@ pub struct Tables<M> {
     extents: Extents,
     /// Extent of each service that has one.
     placed: HashMap<u32, Extent>,
+    /// Ranges of each service that has any, and of destinations without masquerade under 0; nothing before they are first asked for.
+    ranges: Option<BTreeMap<u32, BTreeSet<RangeKey>>>,
     generation: u32,
 }
 
@@ -93,6 +100,7 @@ impl<M: MapIo> Tables<M> {
             io,
             extents,
             placed,
+            ranges: None,
             generation,
         }
     }
@@ -103,24 +111,46 @@ impl<M: MapIo> Tables<M> {
         for id in self.placed.keys() {
             state.services.insert(ServiceId(*id), self.backends(*id));
         }
-        for (key, value) in self.io.frontends()? {
+        for (key, lead) in self.io.frontends()? {
             let addr = IpAddr::from(key.addr);
             match Protocol::from_number(key.proto) {
-                _ if value == VIP_MARKER => {
-                    state.vips.insert(addr);
+                _ if lead.internal == RawLead::MARKER => {
+                    let kind = if lead.flags & MARKER_EXTERNAL == 0 {
+                        Vip::Cluster
+                    } else {
+                        Vip::External
+                    };
+                    state.vips.insert(addr, kind);
                 }
-                Some(protocol) if key.scope == SCOPE_INTERNAL => {
-                    state.frontends.insert(
-                        Frontend {
-                            addr,
-                            port: u16::from_be(key.port),
-                            protocol,
-                        },
-                        ServiceId(value),
-                    );
+                Some(protocol) => {
+                    let frontend = Frontend {
+                        addr,
+                        port: u16::from_be(key.port),
+                        protocol,
+                    };
+                    let lead = Lead {
+                        internal: ServiceId(lead.internal),
+                        external: ServiceId(lead.external),
+                        guarded: lead.flags & LEAD_GUARDED != 0,
+                    };
+                    state.frontends.insert(frontend, lead);
                 }
-                _ => tracing::warn!(?key, value, "a frontend of an unknown kind is left alone"),
+                None => tracing::warn!(?key, ?lead, "a frontend of an unknown kind is left alone"),
             }
+        }
+        for key in self.io.ranges()? {
+            let Some(range) = network(&key) else {
+                tracing::warn!(?key, "a range that is none is left alone");
+                continue;
+            };
+            match key.service {
+                0 => state.unmasqueraded.insert(range),
+                id => state
+                    .sources
+                    .entry(ServiceId(id))
+                    .or_default()
+                    .insert(range),
+            };
         }
         for (addr, local) in self.io.local_addresses()? {
             match local.kind {
@@ -156,6 +186,8 @@ impl<M: MapIo> Tables<M> {
         ServiceBackends {
             active: (0..header.active).map(backend).collect(),
             terminating: (header.active..header.total).map(backend).collect(),
+            silent: header.flags & SERVICE_SILENT != 0,
+            affinity_timeout_s: header.affinity_timeout_s,
         }
     }
 
@@ -168,12 +200,14 @@ impl<M: MapIo> Tables<M> {
                 self.place(*id, backends, now)?;
             }
         }
+        let stale_ranges = self.extend_ranges(&batch.ranges)?;
         let (set, removed) = parted(&batch.locals);
         self.io.set_local_addresses(&set)?;
         self.io.remove_local_addresses(&removed)?;
         let (set, removed) = parted(&batch.frontends);
         self.io.set_frontends(&set)?;
         self.io.remove_frontends(&removed)?;
+        self.io.remove_ranges(&stale_ranges)?;
         for (id, backends) in &batch.services {
             if backends.is_none()
                 && let Some(extent) = self.placed.remove(id)
@@ -210,6 +244,8 @@ impl<M: MapIo> Tables<M> {
             generation: self.generation,
             active: backends.active.len() as u32,
             total: total as u32,
+            flags: if backends.silent { SERVICE_SILENT } else { 0 },
+            affinity_timeout_s: backends.affinity_timeout_s,
             ..ExtentHeader::default()
         };
         let mut cells = vec![Cell::from(header)];
@@ -231,6 +267,44 @@ impl<M: MapIo> Tables<M> {
             self.extents.retire(old, now);
         }
         Ok(())
+    }
+
+    /// Adds the ranges that some services shall have and have not, and gives those to be removed once no frontend asks for them.
+    fn extend_ranges(
+        &mut self,
+        wished: &BTreeMap<u32, BTreeSet<RangeKey>>,
+    ) -> Result<Vec<RangeKey>, Error> {
+        if wished.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut held = match self.ranges.take() {
+            Some(held) => held,
+            None => {
+                let mut held: BTreeMap<u32, BTreeSet<RangeKey>> = BTreeMap::new();
+                for key in self.io.ranges()? {
+                    held.entry(key.service).or_default().insert(key);
+                }
+                held
+            }
+        };
+        let none = BTreeSet::new();
+        let (mut set, mut removed) = (Vec::new(), Vec::new());
+        for (service, wish) in wished {
+            let had = held.get(service).unwrap_or(&none);
+            set.extend(wish.difference(had).copied());
+            removed.extend(had.difference(wish).copied());
+        }
+        // On an error nothing is known of what is there, and it is read again.
+        self.io.set_ranges(&set)?;
+        for (service, wish) in wished {
+            if wish.is_empty() {
+                held.remove(service);
+            } else {
+                held.insert(*service, wish.clone());
+            }
+        }
+        self.ranges = Some(held);
+        Ok(removed)
     }
 
     /// How full the maps are. Counts frontends and addresses by reading them.
@@ -268,7 +342,8 @@ fn extent_of(io: &impl MapIo, id: u32, reference: ServiceRef) -> Option<Extent> 
 #[derive(Default)]
 struct Batch {
     services: BTreeMap<u32, Option<ServiceBackends>>,
-    frontends: BTreeMap<FrontendKey, Option<u32>>,
+    ranges: BTreeMap<u32, BTreeSet<RangeKey>>,
+    frontends: BTreeMap<FrontendKey, Option<RawLead>>,
     locals: BTreeMap<Addr, Option<LocalAddress>>,
 }
 
@@ -283,18 +358,31 @@ impl Batch {
                 Op::RemoveService { id } => {
                     batch.services.insert(checked(*id)?, None);
                 }
-                Op::SetFrontend { frontend, id } => {
-                    batch
-                        .frontends
-                        .insert(frontend_key(frontend), Some(checked(*id)?));
+                Op::SetSources { id, sources } => {
+                    let id = checked(*id)?;
+                    batch.ranges.insert(id, range_keys(id, sources));
+                }
+                Op::SetUnmasqueraded { ranges } => {
+                    batch.ranges.insert(0, range_keys(0, ranges));
+                }
+                Op::SetFrontend { frontend, lead } => {
+                    let flags = if lead.guarded { LEAD_GUARDED } else { 0 };
+                    let lead =
+                        RawLead::new(checked(lead.internal)?, checked(lead.external)?, flags);
+                    batch.frontends.insert(frontend_key(frontend), Some(lead));
                 }
                 Op::RemoveFrontend { frontend } => {
                     batch.frontends.insert(frontend_key(frontend), None);
                 }
-                Op::SetVip { addr } => {
+                Op::SetVip { addr, kind } => {
+                    let flags = match kind {
+                        Vip::Cluster => 0,
+                        Vip::External => MARKER_EXTERNAL,
+                    };
+                    let marker = RawLead::new(RawLead::MARKER, 0, flags);
                     batch
                         .frontends
-                        .insert(FrontendKey::marker((*addr).into()), Some(VIP_MARKER));
+                        .insert(FrontendKey::marker((*addr).into()), Some(marker));
                 }
                 Op::RemoveVip { addr } => {
                     batch
@@ -337,6 +425,31 @@ fn checked(id: ServiceId) -> Result<u32, Error> {
             limit: limits::SERVICES,
         })
     }
+}
+
+/// The keys of ranges; an IPv4 range lies 96 bits deep in the mapped ones.
+fn range_keys(id: u32, ranges: &BTreeSet<IpNetwork>) -> BTreeSet<RangeKey> {
+    let key = |range: &IpNetwork| {
+        let deeper = if range.is_ipv4() { 96 } else { 0 };
+        RangeKey::new(
+            id,
+            range.network().into(),
+            u32::from(range.prefix()) + deeper,
+        )
+    };
+    ranges.iter().map(key).collect()
+}
+
+/// The range of a key.
+fn network(key: &RangeKey) -> Option<IpNetwork> {
+    let addr = IpAddr::from(key.address());
+    let len = key.prefix_len.checked_sub(32)?;
+    let len = if addr.is_ipv4() {
+        len.checked_sub(96)?
+    } else {
+        len
+    };
+    IpNetwork::new(addr, u8::try_from(len).ok()?).ok()
 }
 
 fn frontend_key(frontend: &Frontend) -> FrontendKey {

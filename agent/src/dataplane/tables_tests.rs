@@ -6,7 +6,8 @@ use crate::dataplane::extent::GRACE;
 /// Maps in memory, which note in what order they were written.
 #[derive(Default)]
 struct Memory {
-    frontends: BTreeMap<FrontendKey, u32>,
+    frontends: BTreeMap<FrontendKey, RawLead>,
+    ranges: BTreeSet<RangeKey>,
     locals: BTreeMap<Addr, LocalAddress>,
     services: BTreeMap<u32, ServiceRef>,
     cells: BTreeMap<u32, Cell>,
@@ -14,10 +15,10 @@ struct Memory {
 }
 
 impl MapIo for Memory {
-    fn frontends(&self) -> Result<Vec<(FrontendKey, u32)>, Error> {
+    fn frontends(&self) -> Result<Vec<(FrontendKey, RawLead)>, Error> {
         Ok(self.frontends.clone().into_iter().collect())
     }
-    fn set_frontends(&mut self, entries: &[(FrontendKey, u32)]) -> Result<(), Error> {
+    fn set_frontends(&mut self, entries: &[(FrontendKey, RawLead)]) -> Result<(), Error> {
         self.frontends.extend(entries.iter().copied());
         self.log.push("set frontends");
         Ok(())
@@ -25,6 +26,23 @@ impl MapIo for Memory {
     fn remove_frontends(&mut self, keys: &[FrontendKey]) -> Result<(), Error> {
         self.frontends.retain(|key, _| !keys.contains(key));
         self.log.push("remove frontends");
+        Ok(())
+    }
+    fn ranges(&self) -> Result<Vec<RangeKey>, Error> {
+        Ok(self.ranges.iter().copied().collect())
+    }
+    fn set_ranges(&mut self, keys: &[RangeKey]) -> Result<(), Error> {
+        self.ranges.extend(keys);
+        if !keys.is_empty() {
+            self.log.push("set ranges");
+        }
+        Ok(())
+    }
+    fn remove_ranges(&mut self, keys: &[RangeKey]) -> Result<(), Error> {
+        self.ranges.retain(|key| !keys.contains(key));
+        if !keys.is_empty() {
+            self.log.push("remove ranges");
+        }
         Ok(())
     }
     fn local_addresses(&self) -> Result<Vec<(Addr, LocalAddress)>, Error> {
@@ -72,21 +90,42 @@ fn backends(active: &[&str], terminating: &[&str]) -> ServiceBackends {
     ServiceBackends {
         active: parse(active),
         terminating: parse(terminating),
+        ..ServiceBackends::default()
     }
+}
+
+fn sources(list: &[&str]) -> BTreeSet<IpNetwork> {
+    list.iter().map(|range| range.parse().unwrap()).collect()
 }
 
 fn everything() -> Vec<Op> {
     vec![
         Op::SetFrontend {
             frontend: frontend("10.96.0.1:443"),
-            id: ServiceId(1),
+            lead: Lead {
+                internal: ServiceId(1),
+                external: ServiceId(2),
+                guarded: true,
+            },
         },
         Op::SetFrontend {
             frontend: frontend("[fd00::1]:443"),
-            id: ServiceId(1),
+            lead: Lead::to(ServiceId(1)),
         },
         Op::SetVip {
             addr: "10.96.0.1".parse().unwrap(),
+            kind: Vip::Cluster,
+        },
+        Op::SetVip {
+            addr: "192.0.2.1".parse().unwrap(),
+            kind: Vip::External,
+        },
+        Op::SetSources {
+            id: ServiceId(1),
+            sources: sources(&["192.0.2.0/24", "2001:db8::/32", "0.0.0.0/0"]),
+        },
+        Op::SetUnmasqueraded {
+            ranges: sources(&["10.0.0.0/8"]),
         },
         Op::SetService {
             id: ServiceId(1),
@@ -94,7 +133,11 @@ fn everything() -> Vec<Op> {
         },
         Op::SetService {
             id: ServiceId(2),
-            backends: ServiceBackends::default(),
+            backends: ServiceBackends {
+                silent: true,
+                affinity_timeout_s: 10_800,
+                ..ServiceBackends::default()
+            },
         },
         Op::SetPod {
             addr: "10.0.0.1".parse().unwrap(),
@@ -118,9 +161,27 @@ fn what_is_written_is_read_back_also_by_the_next_agent() {
         state.services[&ServiceId(1)],
         backends(&["10.0.0.1:6443", "[fd01::1]:6443"], &["10.0.0.2:6443"])
     );
-    assert_eq!(state.services[&ServiceId(2)], ServiceBackends::default());
-    assert_eq!(state.frontends.len(), 2);
-    assert_eq!(state.vips, ["10.96.0.1".parse().unwrap()].into());
+    let second = &state.services[&ServiceId(2)];
+    assert_eq!((second.silent, second.affinity_timeout_s), (true, 10_800));
+    let lead = state.frontends[&frontend("10.96.0.1:443")];
+    assert_eq!(
+        (lead.internal.0, lead.external.0, lead.guarded),
+        (1, 2, true)
+    );
+    assert_eq!(
+        state.frontends[&frontend("[fd00::1]:443")],
+        Lead::to(ServiceId(1))
+    );
+    let vip = |text: &str| state.vips[&text.parse::<IpAddr>().unwrap()];
+    assert_eq!(
+        (vip("10.96.0.1"), vip("192.0.2.1")),
+        (Vip::Cluster, Vip::External)
+    );
+    assert_eq!(
+        state.sources[&ServiceId(1)],
+        sources(&["192.0.2.0/24", "2001:db8::/32", "0.0.0.0/0"])
+    );
+    assert_eq!(state.unmasqueraded, sources(&["10.0.0.0/8"]));
     assert_eq!(
         state.pods[&"10.0.0.1".parse::<IpAddr>().unwrap()].ifindex,
         7
@@ -273,6 +334,37 @@ fn what_does_not_fit_is_an_error_that_says_which_limit() {
         matches!(error, Error::TooManyBackends { backends: 4096, .. }),
         "{error}"
     );
+}
+
+#[test]
+fn ranges_are_there_before_the_frontends_that_ask_for_them_and_gone_after() {
+    let mut tables = Tables::adopt(Memory::default());
+    tables.apply(&everything(), Instant::now()).unwrap();
+    let place = |log: &[&str], what| log.iter().position(|entry| *entry == what).unwrap();
+    let log = &tables.io.log;
+    assert!(place(log, "set ranges") < place(log, "set frontends"));
+    // Also by the next agent, which has not read them yet.
+    let mut next = Tables::adopt(tables.io);
+    next.io.log.clear();
+    let ops = [
+        Op::SetSources {
+            id: ServiceId(1),
+            sources: sources(&["192.0.2.0/24", "198.51.100.0/24"]),
+        },
+        Op::RemoveFrontend {
+            frontend: frontend("10.96.0.1:443"),
+        },
+    ];
+    next.apply(&ops, Instant::now()).unwrap();
+    let log = &next.io.log;
+    assert!(place(log, "set ranges") < place(log, "remove frontends"));
+    assert!(place(log, "remove frontends") < place(log, "remove ranges"));
+    let state = next.state().unwrap();
+    assert_eq!(
+        state.sources[&ServiceId(1)],
+        sources(&["192.0.2.0/24", "198.51.100.0/24"])
+    );
+    assert_eq!(state.unmasqueraded, sources(&["10.0.0.0/8"]));
 }
 
 #[test]

@@ -1,62 +1,104 @@
 //! Which endpoints serve a service port on this node, and in what order.
 
-use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use cluster_model::{
-    Endpoint, EndpointSlice, Service, ServicePort, TrafficDistribution, TrafficPolicy,
-};
+use cluster_model::{Endpoint, EndpointSlice, Service, ServicePort, TrafficDistribution};
 
-use super::Here;
+use super::{Here, service::Policy};
 use crate::dataplane::ServiceBackends;
 
-/// Selects as kube-proxy does: ready endpoints that the traffic policy and distribution allow take new flows; those
-/// that terminate but still serve come after them, for when no ready one is left.
-///
-/// Endpoints of this node come first among the active ones.
-pub(super) fn select(
-    slices: &[Arc<EndpointSlice>],
-    service: &Service,
-    port: &ServicePort,
-    ipv4: bool,
-    here: &Here,
-) -> ServiceBackends {
-    let local_only = service.internal_traffic_policy == TrafficPolicy::Local;
-    let mut ready: Vec<(SocketAddr, &Endpoint)> = Vec::new();
-    let mut terminating: Vec<(SocketAddr, &Endpoint)> = Vec::new();
-    for slice in slices {
-        let numbers = slice
-            .ports
-            .iter()
-            .filter(|one| one.name == port.name && one.protocol == port.protocol);
-        for number in numbers {
-            for endpoint in &slice.endpoints {
-                if endpoint.address.is_ipv4() != ipv4 || (local_only && !is_here(endpoint, here)) {
-                    continue;
-                }
-                let address = SocketAddr::new(endpoint.address, number.port);
-                if endpoint.conditions.ready || service.publish_not_ready {
-                    ready.push((address, endpoint));
-                } else if endpoint.conditions.serving && endpoint.conditions.terminating {
-                    terminating.push((address, endpoint));
+/// The endpoints of a service port in one family.
+pub(super) struct Endpoints<'a> {
+    ready: Vec<(SocketAddr, &'a Endpoint)>,
+    /// Terminating, but still serving.
+    terminating: Vec<(SocketAddr, &'a Endpoint)>,
+    /// Addresses that no packet of a Service may go to.
+    pub refused: BTreeSet<SocketAddr>,
+}
+
+impl<'a> Endpoints<'a> {
+    /// Those that kube-proxy would consider: named by the slices of the port's Service, ready or serving.
+    pub fn of(
+        slices: &'a [Arc<EndpointSlice>],
+        service: &Service,
+        port: &ServicePort,
+        ipv4: bool,
+    ) -> Self {
+        let mut found = Self {
+            ready: Vec::new(),
+            terminating: Vec::new(),
+            refused: BTreeSet::new(),
+        };
+        for slice in slices {
+            let numbers = slice
+                .ports
+                .iter()
+                .filter(|one| one.name == port.name && one.protocol == port.protocol);
+            for number in numbers {
+                for endpoint in &slice.endpoints {
+                    if endpoint.address.is_ipv4() != ipv4 {
+                        continue;
+                    }
+                    let address = SocketAddr::new(endpoint.address, number.port);
+                    let usable = if endpoint.conditions.ready || service.publish_not_ready {
+                        &mut found.ready
+                    } else if endpoint.conditions.serving && endpoint.conditions.terminating {
+                        &mut found.terminating
+                    } else {
+                        continue;
+                    };
+                    if is_reachable(endpoint.address) {
+                        usable.push((address, endpoint));
+                    } else {
+                        found.refused.insert(address);
+                    }
                 }
             }
         }
+        found
     }
-    // With policy Local the distribution has nothing left to choose from.
-    let chosen = if local_only {
-        ready
-    } else {
-        prefer(ready, service.traffic_distribution, here)
+
+    /// Those that a traffic policy leads to, selected as kube-proxy does: ready endpoints that the traffic distribution allows
+    /// take new flows; those that terminate come after them, for when no ready one is left.
+    ///
+    /// With policy Local the distribution has nothing left to choose from. Endpoints of this node come first among the active
+    /// ones.
+    pub fn by(&self, policy: Policy, service: &Service, here: &Here) -> ServiceBackends {
+        let local = |list: &[(SocketAddr, &'a Endpoint)]| -> Vec<(SocketAddr, &'a Endpoint)> {
+            let here = |(_, endpoint): &&(SocketAddr, &Endpoint)| is_here(endpoint, here);
+            list.iter().filter(here).copied().collect()
+        };
+        let (ready, mut terminating) = match policy {
+            Policy::Cluster => (
+                prefer(self.ready.clone(), service.traffic_distribution, here),
+                self.terminating.clone(),
+            ),
+            Policy::Local => (local(&self.ready), local(&self.terminating)),
+        };
+        let active = local_first(&ready, here);
+        // The same address may be in two slices while an endpoint moves between them.
+        terminating.retain(|(address, _)| !active.contains(address));
+        let any_elsewhere = !self.ready.is_empty() || !self.terminating.is_empty();
+        let silent = active.is_empty() && terminating.is_empty() && any_elsewhere;
+        ServiceBackends {
+            terminating: local_first(&terminating, here),
+            active,
+            silent,
+            affinity_timeout_s: service.affinity_timeout_s.unwrap_or(0),
+        }
+    }
+}
+
+/// Whether an address can be an endpoint's. The API refuses others; an object that came by another way would turn the node's own
+/// traffic against it.
+fn is_reachable(address: IpAddr) -> bool {
+    let link_local = match address {
+        IpAddr::V4(v4) => v4.is_link_local() || v4.is_broadcast(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
     };
-    let active = local_first(&chosen, here);
-    // The same address may be in two slices while an endpoint moves between them.
-    terminating.retain(|(address, _)| !active.contains(address));
-    ServiceBackends {
-        terminating: local_first(&terminating, here),
-        active,
-    }
+    !(address.is_unspecified() || address.is_loopback() || address.is_multicast() || link_local)
 }
 
 /// The addresses, each once: this node's first, then by number.

@@ -6,8 +6,8 @@ use std::net::IpAddr;
 use cluster_model::ServiceKey;
 use dataplane_abi::limits;
 
-use super::{PortKey, ServicePlan};
-use crate::dataplane::{Frontend, Op, ServiceBackends, ServiceId, State};
+use super::{PortKey, PortPlan, ServicePlan};
+use crate::dataplane::{Frontend, Lead, Op, ServiceId, Sources, State, Vip};
 
 /// Books of every service port: its plan, its id, and what the maps hold. Costs per change, not per cluster.
 ///
@@ -19,7 +19,7 @@ pub struct Ledger {
     ids: HashMap<PortKey, ServiceId>,
     owners: HashMap<ServiceId, PortKey>,
     /// Who wants a frontend. The first one has it, whatever came first in time.
-    claims: BTreeMap<Frontend, BTreeSet<PortKey>>,
+    claims: BTreeMap<Frontend, BTreeSet<ServiceKey>>,
     vip_claims: BTreeMap<IpAddr, BTreeSet<ServiceKey>>,
     /// What the maps hold, of services, frontends and VIPs.
     held: State,
@@ -53,8 +53,8 @@ pub enum Refusal {
     #[error("{frontend} is wanted by {loser} and belongs to {winner}")]
     Contested {
         frontend: Frontend,
-        winner: PortKey,
-        loser: PortKey,
+        winner: ServiceKey,
+        loser: ServiceKey,
     },
 }
 
@@ -73,6 +73,8 @@ impl Ledger {
             held.services
                 .keys()
                 .chain(self.held.services.keys())
+                .chain(held.sources.keys())
+                .chain(self.held.sources.keys())
                 .chain(self.owners.keys()),
         );
         touched
@@ -80,9 +82,10 @@ impl Ledger {
             .extend(held.frontends.keys().chain(self.claims.keys()));
         touched
             .vips
-            .extend(held.vips.iter().chain(self.vip_claims.keys()));
+            .extend(held.vips.keys().chain(self.vip_claims.keys()));
         self.held = State {
             services: held.services,
+            sources: held.sources,
             frontends: held.frontends,
             vips: held.vips,
             ..State::default()
@@ -92,10 +95,14 @@ impl Ledger {
     /// Records the plan of a Service; the empty plan forgets it.
     pub fn set(&mut self, key: &ServiceKey, plan: ServicePlan) {
         let old = self.plans.remove(key).unwrap_or_default();
-        for vip in old.vips.symmetric_difference(&plan.vips) {
+        let vips: BTreeSet<&IpAddr> = old.vips.keys().chain(plan.vips.keys()).collect();
+        for vip in vips {
+            if old.vips.get(vip) == plan.vips.get(vip) {
+                continue;
+            }
             self.touched.vips.insert(*vip);
             let claims = self.vip_claims.entry(*vip).or_default();
-            if plan.vips.contains(vip) {
+            if plan.vips.contains_key(vip) {
                 claims.insert(key.clone())
             } else {
                 claims.remove(key)
@@ -106,27 +113,41 @@ impl Ledger {
         }
         let ports: BTreeSet<&PortKey> = old.ports.keys().chain(plan.ports.keys()).collect();
         for port in ports {
-            let (had, wish) = (old.ports.get(port), plan.ports.get(port));
+            if old.ports.get(port) != plan.ports.get(port) {
+                self.touched.ports.insert(port.clone());
+            }
+        }
+        let frontends: BTreeSet<&Frontend> =
+            old.frontends.keys().chain(plan.frontends.keys()).collect();
+        for frontend in frontends {
+            let (had, wish) = (old.frontends.get(frontend), plan.frontends.get(frontend));
             if had == wish {
                 continue;
             }
-            self.touched.ports.insert(port.clone());
-            let none = BTreeSet::new();
-            let had = had.map_or(&none, |port| &port.frontends);
-            let wish = wish.map_or(&none, |port| &port.frontends);
-            for frontend in had.symmetric_difference(wish) {
-                let claims = self.claims.entry(*frontend).or_default();
-                if wish.contains(frontend) {
-                    claims.insert(port.clone())
-                } else {
-                    claims.remove(port)
-                };
-                // Others that want the frontend may gain or lose it.
-                self.touched.ports.extend(claims.iter().cloned());
-                self.touched.frontends.insert(*frontend);
-                if claims.is_empty() {
-                    self.claims.remove(frontend);
-                }
+            self.touched.frontends.insert(*frontend);
+            let routes = had.into_iter().chain(wish);
+            let ends = routes.flat_map(|route| [&route.internal, &route.external]);
+            self.touched.ports.extend(ends.cloned());
+            if had.is_some() == wish.is_some() {
+                continue;
+            }
+            let claims = self.claims.entry(*frontend).or_default();
+            if wish.is_some() {
+                claims.insert(key.clone())
+            } else {
+                claims.remove(key)
+            };
+            // Others that want the frontend may gain or lose it.
+            for other in claims.iter().filter(|other| *other != key) {
+                let plan = self.plans.get(other);
+                let route = plan.and_then(|plan| plan.frontends.get(frontend));
+                let ends = route
+                    .into_iter()
+                    .flat_map(|route| [&route.internal, &route.external]);
+                self.touched.ports.extend(ends.cloned());
+            }
+            if claims.is_empty() {
+                self.claims.remove(frontend);
             }
         }
         if plan != ServicePlan::default() {
@@ -159,8 +180,11 @@ impl Ledger {
     pub fn diff(&mut self) -> Batch {
         let mut refusals = self.settle_ids();
         let (mut set, mut removed) = (Vec::new(), Vec::new());
+        let (mut sources, mut no_sources) = (Vec::new(), Vec::new());
+        let none = Sources::new();
         for id in &self.touched.ids {
-            match (self.wished_backends(*id), self.held.services.get(id)) {
+            let wish = self.wished(*id);
+            match (wish.map(|port| &port.backends), self.held.services.get(id)) {
                 (Some(wish), held) if held != Some(wish) => {
                     set.push(Op::SetService {
                         id: *id,
@@ -170,25 +194,40 @@ impl Ledger {
                 (None, Some(_)) => removed.push(Op::RemoveService { id: *id }),
                 _ => {}
             }
+            let wish = wish.map_or(&none, |port| &port.sources);
+            if wish != self.held.sources.get(id).unwrap_or(&none) {
+                let op = Op::SetSources {
+                    id: *id,
+                    sources: wish.clone(),
+                };
+                // Ranges come before the frontends that ask for them, and go after.
+                if wish.is_empty() {
+                    no_sources.push(op);
+                } else {
+                    sources.push(op);
+                }
+            }
         }
         let (mut set_vips, mut removed_vips) = (Vec::new(), Vec::new());
         for addr in &self.touched.vips {
-            match (
-                self.vip_claims.contains_key(addr),
-                self.held.vips.contains(addr),
-            ) {
-                (true, false) => set_vips.push(Op::SetVip { addr: *addr }),
-                (false, true) => removed_vips.push(Op::RemoveVip { addr: *addr }),
+            match (self.wished_vip(addr), self.held.vips.get(addr)) {
+                (Some(kind), held) if held != Some(&kind) => {
+                    set_vips.push(Op::SetVip { addr: *addr, kind });
+                }
+                (None, Some(_)) => removed_vips.push(Op::RemoveVip { addr: *addr }),
                 _ => {}
             }
         }
         let (mut set_frontends, mut removed_frontends) = (Vec::new(), Vec::new());
         for frontend in &self.touched.frontends {
-            match (self.wished_id(frontend), self.held.frontends.get(frontend)) {
-                (Some(id), held) if held != Some(&id) => {
+            match (
+                self.wished_lead(frontend),
+                self.held.frontends.get(frontend),
+            ) {
+                (Some(lead), held) if held != Some(&lead) => {
                     set_frontends.push(Op::SetFrontend {
                         frontend: *frontend,
-                        id,
+                        lead,
                     });
                 }
                 (None, Some(_)) => removed_frontends.push(Op::RemoveFrontend {
@@ -209,10 +248,12 @@ impl Ledger {
         // rejected that has a Service.
         let order = [
             set,
+            sources,
             set_frontends,
             set_vips,
             removed_vips,
             removed_frontends,
+            no_sources,
             removed,
         ];
         Batch {
@@ -231,14 +272,20 @@ impl Ledger {
                 Op::RemoveService { id } => {
                     self.held.services.remove(id);
                 }
-                Op::SetFrontend { frontend, id } => {
-                    self.held.frontends.insert(*frontend, *id);
+                Op::SetSources { id, sources } if sources.is_empty() => {
+                    self.held.sources.remove(id);
+                }
+                Op::SetSources { id, sources } => {
+                    self.held.sources.insert(*id, sources.clone());
+                }
+                Op::SetFrontend { frontend, lead } => {
+                    self.held.frontends.insert(*frontend, *lead);
                 }
                 Op::RemoveFrontend { frontend } => {
                     self.held.frontends.remove(frontend);
                 }
-                Op::SetVip { addr } => {
-                    self.held.vips.insert(*addr);
+                Op::SetVip { addr, kind } => {
+                    self.held.vips.insert(*addr, *kind);
                 }
                 Op::RemoveVip { addr } => {
                     self.held.vips.remove(addr);
@@ -246,7 +293,8 @@ impl Ledger {
                 Op::SetPod { .. }
                 | Op::RemovePod { .. }
                 | Op::SetHostAddress { .. }
-                | Op::RemoveHostAddress { .. } => {}
+                | Op::RemoveHostAddress { .. }
+                | Op::SetUnmasqueraded { .. } => {}
             }
         }
         self.touched = Touched::default();
@@ -280,34 +328,54 @@ impl Ledger {
         refusals
     }
 
-    /// The frontends that a service port wants and has.
-    fn won<'a>(&'a self, port: &'a PortKey) -> impl Iterator<Item = &'a Frontend> {
-        let plan = self
-            .plans
-            .get(&port.service)
-            .and_then(|plan| plan.ports.get(port));
+    /// The frontends that lead to a service port and are its Service's.
+    fn won<'a>(&'a self, port: &'a PortKey) -> impl Iterator<Item = (&'a Frontend, Ends)> {
+        let plan = self.plans.get(&port.service);
         let wanted = plan.into_iter().flat_map(|plan| &plan.frontends);
-        wanted.filter(move |frontend| {
-            self.claims.get(frontend).and_then(BTreeSet::first) == Some(port)
+        wanted.filter_map(move |(frontend, route)| {
+            let ends = Ends {
+                internal: route.internal == *port,
+                external: route.external == *port,
+            };
+            let winner = self.claims.get(frontend).and_then(BTreeSet::first);
+            let is_its = winner == Some(&port.service) && (ends.internal || ends.external);
+            is_its.then_some((frontend, ends))
         })
     }
 
-    fn wished_backends(&self, id: ServiceId) -> Option<&ServiceBackends> {
+    fn wished(&self, id: ServiceId) -> Option<&PortPlan> {
         let port = self.owners.get(&id)?;
-        Some(&self.plans.get(&port.service)?.ports.get(port)?.backends)
+        self.plans.get(&port.service)?.ports.get(port)
     }
 
-    fn wished_id(&self, frontend: &Frontend) -> Option<ServiceId> {
+    fn wished_vip(&self, addr: &IpAddr) -> Option<Vip> {
+        let claims = self.vip_claims.get(addr)?.iter();
+        claims
+            .filter_map(|key| self.plans.get(key)?.vips.get(addr))
+            .min()
+            .copied()
+    }
+
+    fn wished_lead(&self, frontend: &Frontend) -> Option<Lead> {
         let winner = self.claims.get(frontend)?.first()?;
-        self.ids.get(winner).copied()
+        let route = self.plans.get(winner)?.frontends.get(frontend)?;
+        Some(Lead {
+            internal: *self.ids.get(&route.internal)?,
+            external: *self.ids.get(&route.external)?,
+            guarded: route.guarded,
+        })
     }
 
     /// The id that one of the port's frontends leads to already, when nobody owns it; else a free one.
     fn new_id(&mut self, port: &PortKey) -> Option<ServiceId> {
-        let leads_to = self
-            .won(port)
-            .filter_map(|frontend| self.held.frontends.get(frontend))
-            .copied();
+        let leads_to = self.won(port).filter_map(|(frontend, ends)| {
+            let held = self.held.frontends.get(frontend)?;
+            Some(if ends.internal {
+                held.internal
+            } else {
+                held.external
+            })
+        });
         let mut unowned = leads_to.filter(|id| !self.owners.contains_key(id));
         if let Some(id) = unowned.next() {
             return Some(id);
@@ -326,4 +394,11 @@ impl Ledger {
         }
         None
     }
+}
+
+/// Which clients of a frontend a service port is for.
+#[derive(Clone, Copy)]
+struct Ends {
+    internal: bool,
+    external: bool,
 }

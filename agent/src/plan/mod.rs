@@ -10,4 +10,4 @@ mod service;
 
 pub use ledger::{Batch, Ledger, Refusal};
 pub use routes::{NodeRoute, RouteChange, diff_routes, plan_routes};
-pub use service::{Here, PortKey, PortPlan, ServicePlan, Violation, check, plan};
+pub use service::{Here, Policy, PortKey, PortPlan, Route, ServicePlan, Violation, check, plan};

@@ -2,14 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
-use cluster_model::{Service, ServiceKey, ServicePort, ServiceType, Snapshot};
+use cluster_model::{Service, ServiceKey, ServicePort, ServiceType, Snapshot, TrafficPolicy};
 use dataplane_abi::limits;
 
-use super::endpoints;
-use crate::dataplane::{Frontend, Protocol, ServiceBackends};
+use super::endpoints::Endpoints;
+use crate::dataplane::{Frontend, Protocol, ServiceBackends, Sources, Vip};
 
 /// The node that plans are made for: some endpoints are nearer to it than others.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,41 +18,70 @@ pub struct Here {
     pub zone: Option<Arc<str>>,
 }
 
-/// Names a service port: one port of one Service, in one address family. It has one id in the maps for as long as it lives.
+/// Which endpoints a service port leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Policy {
+    Cluster,
+    /// Those of this node only.
+    Local,
+}
+
+impl From<TrafficPolicy> for Policy {
+    fn from(policy: TrafficPolicy) -> Self {
+        match policy {
+            TrafficPolicy::Cluster => Self::Cluster,
+            TrafficPolicy::Local => Self::Local,
+        }
+    }
+}
+
+/// Names a service port: one port of one Service, in one address family, under one traffic policy. It has one id in the maps for as
+/// long as it lives.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PortKey {
     pub service: ServiceKey,
     /// The port's name in the Service; may be empty.
     pub port: Arc<str>,
     pub ipv4: bool,
+    pub policy: Policy,
 }
 
 impl fmt::Display for PortKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{}:{}{}",
-            self.service,
-            self.port,
-            if self.ipv4 { "" } else { " (IPv6)" }
-        )
+        let family = if self.ipv4 { "" } else { " (IPv6)" };
+        let policy = match self.policy {
+            Policy::Cluster => "",
+            Policy::Local => " (this node)",
+        };
+        write!(f, "{}:{}{family}{policy}", self.service, self.port)
     }
+}
+
+/// Where a frontend leads: see [`crate::dataplane::Lead`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Route {
+    pub internal: PortKey,
+    pub external: PortKey,
+    pub guarded: bool,
 }
 
 /// All that the data plane shall hold of one Service. Empty for a Service that has no address of its own.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ServicePlan {
     /// Addresses on which a port that is not the Service's is rejected.
-    pub vips: BTreeSet<IpAddr>,
+    pub vips: BTreeMap<IpAddr, Vip>,
+    pub frontends: BTreeMap<Frontend, Route>,
+    /// What the frontends lead to.
     pub ports: BTreeMap<PortKey, PortPlan>,
 }
 
-/// The frontends of a service port, and where they lead.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What a service port leads to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PortPlan {
-    pub frontends: BTreeSet<Frontend>,
     pub backends: ServiceBackends,
-    /// Backends that were left out because a service port can have no more.
+    /// Ranges from which clients may come by guarded frontends; empty without such.
+    pub sources: Sources,
+    /// Backends that were left out: no packet may go to their addresses, or a service port can have no more.
     pub left_out: usize,
 }
 
@@ -68,90 +97,192 @@ pub fn plan(snapshot: &Snapshot, key: &ServiceKey, here: &Here) -> ServicePlan {
     {
         return plan;
     }
-    plan.vips = service.cluster_ips.iter().copied().collect();
+    plan.vips = vips(snapshot, service);
     for port in &service.ports {
         // SCTP is not spoken by the data plane: its packets are dropped there by name.
         let Some(protocol) = Protocol::from_number(port.protocol.number()) else {
             continue;
         };
         for ipv4 in [true, false] {
-            let frontends: BTreeSet<Frontend> = service
-                .cluster_ips
-                .iter()
-                .filter(|addr| addr.is_ipv4() == ipv4)
-                .map(|addr| Frontend {
-                    addr: *addr,
-                    port: port.port,
+            let port_key = |policy| PortKey {
+                service: key.clone(),
+                port: port.name.clone(),
+                ipv4,
+                policy,
+            };
+            for (addr, number, reach) in addresses(service, port, ipv4) {
+                let frontend = Frontend {
+                    addr,
+                    port: number,
                     protocol,
-                })
-                .collect();
-            if !frontends.is_empty() {
-                let port_key = PortKey {
-                    service: key.clone(),
-                    port: port.name.clone(),
-                    ipv4,
                 };
-                plan.ports.insert(
-                    port_key,
-                    plan_port(snapshot, service, port, ipv4, here, frontends),
-                );
+                let (internal, external) = match reach {
+                    Reach::Cluster => {
+                        let policy = service.internal_traffic_policy.into();
+                        (policy, policy)
+                    }
+                    // Clients on this node need not be brought back to it: as kube-proxy, they get any endpoint.
+                    Reach::External | Reach::Balanced => {
+                        (Policy::Cluster, service.external_traffic_policy.into())
+                    }
+                };
+                let route = Route {
+                    internal: port_key(internal),
+                    external: port_key(external),
+                    // As kube-proxy: ranges of the other family guard nothing.
+                    guarded: reach == Reach::Balanced
+                        && service
+                            .load_balancer_source_ranges
+                            .iter()
+                            .any(|range| range.is_ipv4() == ipv4),
+                };
+                // An address may be there twice: an external address that a load balancer gave, say. The stricter way wins.
+                plan.frontends
+                    .entry(frontend)
+                    .and_modify(|there| there.guarded |= route.guarded)
+                    .or_insert(route);
             }
+            plan_ports(snapshot, service, port, ipv4, here, &mut plan);
         }
     }
     plan
 }
 
-fn plan_port(
+/// By what kind of address a client comes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reach {
+    /// The Service's own.
+    Cluster,
+    /// A port of the node, or an address that leads to it.
+    External,
+    /// A load balancer's, which may be for some sources only.
+    Balanced,
+}
+
+/// Every address and port that leads to a port of a Service, in the families that the Service has.
+fn addresses(service: &Service, port: &ServicePort, ipv4: bool) -> Vec<(IpAddr, u16, Reach)> {
+    let of_family = |ip: &&IpAddr| ip.is_ipv4() == ipv4;
+    let mut found: Vec<(IpAddr, u16, Reach)> = Vec::new();
+    let mut add = |addresses: &[IpAddr], reach| {
+        let own = addresses.iter().filter(of_family);
+        found.extend(own.map(|addr| (*addr, port.port, reach)));
+    };
+    add(&service.cluster_ips, Reach::Cluster);
+    if !service.cluster_ips.iter().any(|ip| ip.is_ipv4() == ipv4) {
+        return found;
+    }
+    add(&service.external_ips, Reach::External);
+    if service.service_type == ServiceType::LoadBalancer {
+        add(&service.load_balancer_ips, Reach::Balanced);
+    }
+    let has_node_ports = matches!(
+        service.service_type,
+        ServiceType::NodePort | ServiceType::LoadBalancer
+    );
+    if let Some(number) = port.node_port.filter(|_| has_node_ports) {
+        let every: IpAddr = if ipv4 {
+            Ipv4Addr::UNSPECIFIED.into()
+        } else {
+            Ipv6Addr::UNSPECIFIED.into()
+        };
+        found.push((every, number, Reach::External));
+    }
+    found
+}
+
+/// The addresses whose unknown ports are rejected: the Service's own, and a load balancer's, unless that is a node's (as some
+/// balancers have it), whose other ports are the node's business. External addresses are whatever somebody wrote there.
+fn vips(snapshot: &Snapshot, service: &Service) -> BTreeMap<IpAddr, Vip> {
+    let own = service.cluster_ips.iter().map(|ip| (*ip, Vip::Cluster));
+    let mut vips = BTreeMap::new();
+    if service.service_type == ServiceType::LoadBalancer {
+        let is_node = |ip: &IpAddr| snapshot.nodes().any(|node| node.internal_ips.contains(ip));
+        let given = service.load_balancer_ips.iter().filter(|ip| !is_node(ip));
+        vips.extend(given.map(|ip| (*ip, Vip::External)));
+    }
+    vips.extend(own);
+    vips
+}
+
+/// Plans what the frontends of a port lead to, under each policy that one of them asks for.
+fn plan_ports(
     snapshot: &Snapshot,
     service: &Service,
     port: &ServicePort,
     ipv4: bool,
     here: &Here,
-    frontends: BTreeSet<Frontend>,
-) -> PortPlan {
-    let mut backends = endpoints::select(snapshot.slices(&service.key), service, port, ipv4, here);
-    let limit = limits::BACKENDS_PER_SERVICE as usize;
-    let wished = backends.active.len() + backends.terminating.len();
-    backends.active.truncate(limit);
-    backends.terminating.truncate(limit - backends.active.len());
-    let left_out = wished.saturating_sub(limit);
-    PortPlan {
-        frontends,
-        backends,
-        left_out,
+    plan: &mut ServicePlan,
+) {
+    let asked: BTreeMap<PortKey, bool> = {
+        let mut asked = BTreeMap::new();
+        let of_port = |key: &PortKey| key.port == port.name && key.ipv4 == ipv4;
+        for route in plan.frontends.values() {
+            for key in [&route.internal, &route.external] {
+                if of_port(key) {
+                    *asked.entry(key.clone()).or_insert(false) |= route.guarded;
+                }
+            }
+        }
+        asked
+    };
+    if asked.is_empty() {
+        return;
+    }
+    let endpoints = Endpoints::of(snapshot.slices(&service.key), service, port, ipv4);
+    for (key, guarded) in asked {
+        let mut backends = endpoints.by(key.policy, service, here);
+        let limit = limits::BACKENDS_PER_SERVICE as usize;
+        let wished = backends.active.len() + backends.terminating.len();
+        backends.active.truncate(limit);
+        backends.terminating.truncate(limit - backends.active.len());
+        let ranges = service.load_balancer_source_ranges.iter();
+        let sources = ranges
+            .filter(|range| guarded && range.is_ipv4() == ipv4)
+            .copied()
+            .collect();
+        let port_plan = PortPlan {
+            backends,
+            sources,
+            left_out: wished.saturating_sub(limit) + endpoints.refused.len(),
+        };
+        plan.ports.insert(key, port_plan);
     }
 }
 
 /// What is wrong with a plan: a fault of the planner, never of the cluster.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Violation {
-    #[error("{0}: {1} is no address of the Service")]
-    FrontendElsewhere(PortKey, Frontend),
+    #[error("{0} leads to {1}, which has no plan")]
+    LeadsNowhere(Frontend, PortKey),
+    #[error("{0} leads to {1}, which is of another address family")]
+    FrontendFamily(Frontend, PortKey),
+    #[error("{0}: no frontend leads there")]
+    Unreached(PortKey),
     #[error("{0}: backend {1} is of another address family")]
     BackendFamily(PortKey, std::net::SocketAddr),
     #[error("{0}: backend {1} is there twice")]
     BackendTwice(PortKey, std::net::SocketAddr),
     #[error("{0}: {1} backends are more than a service port can have")]
     TooManyBackends(PortKey, usize),
-    #[error("frontend {0} belongs to {1} and to {2}")]
-    FrontendTwice(Frontend, Box<PortKey>, Box<PortKey>),
 }
 
 /// Checks what must hold of a plan, whatever the cluster looks like.
 pub fn check(plan: &ServicePlan) -> Result<(), Violation> {
-    let mut owners: BTreeMap<Frontend, &PortKey> = BTreeMap::new();
+    let mut reached = BTreeSet::new();
+    for (frontend, route) in &plan.frontends {
+        for key in [&route.internal, &route.external] {
+            if !plan.ports.contains_key(key) {
+                return Err(Violation::LeadsNowhere(*frontend, key.clone()));
+            }
+            if frontend.addr.is_ipv4() != key.ipv4 {
+                return Err(Violation::FrontendFamily(*frontend, key.clone()));
+            }
+            reached.insert(key);
+        }
+    }
     for (key, port) in &plan.ports {
-        for frontend in &port.frontends {
-            if !plan.vips.contains(&frontend.addr) || frontend.addr.is_ipv4() != key.ipv4 {
-                return Err(Violation::FrontendElsewhere(key.clone(), *frontend));
-            }
-            if let Some(other) = owners.insert(*frontend, key) {
-                return Err(Violation::FrontendTwice(
-                    *frontend,
-                    Box::new(other.clone()),
-                    Box::new(key.clone()),
-                ));
-            }
+        if !reached.contains(key) {
+            return Err(Violation::Unreached(key.clone()));
         }
         let mut seen = BTreeSet::new();
         for backend in port

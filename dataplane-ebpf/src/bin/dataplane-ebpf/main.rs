@@ -9,6 +9,7 @@ mod packets;
 mod sockets;
 
 use aya_ebpf::{Global, bindings::TC_ACT_SHOT, macros::classifier, programs::TcContext};
+use dataplane_abi::Addr;
 use dataplane_ebpf::hook::{self, Features};
 
 use crate::{
@@ -23,12 +24,42 @@ static PACKET_LB: Global<u32> = Global::new(1);
 static SOCKET_LB: Global<u32> = Global::new(1);
 #[unsafe(no_mangle)]
 static SERVICE_VETH: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+static NODE_V4: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+static NODE_V6_HIGH: Global<u64> = Global::new(0);
+#[unsafe(no_mangle)]
+static NODE_V6_LOW: Global<u64> = Global::new(0);
+#[unsafe(no_mangle)]
+static HOST_NETNS: Global<u64> = Global::new(0);
+#[unsafe(no_mangle)]
+static MASQUERADE: Global<u32> = Global::new(0);
 
 #[inline(always)]
 fn features() -> Features {
     Features {
         packet_lb: PACKET_LB.load() != 0,
         service_veth: SERVICE_VETH.load() != 0,
+        masquerade: MASQUERADE.load() != 0,
+        node_v4: node_v4(),
+        node_v6: node_v6(),
+    }
+}
+
+/// The node's IPv4 address; zero without one.
+#[inline(always)]
+fn node_v4() -> Addr {
+    match NODE_V4.load() {
+        0 => Addr { words: [0, 0] },
+        be => Addr::from_v4_be(be),
+    }
+}
+
+/// The node's IPv6 address; zero without one.
+#[inline(always)]
+fn node_v6() -> Addr {
+    Addr {
+        words: [NODE_V6_HIGH.load(), NODE_V6_LOW.load()],
     }
 }
 
@@ -37,7 +68,7 @@ fn features() -> Features {
 pub fn pod_ingress(ctx: TcContext) -> i32 {
     let mut skb = Skb::new(&ctx);
     let ifindex = skb.ifindex();
-    let verdict = hook::pod_ingress(&mut skb, &Maps, features(), ifindex);
+    let verdict = hook::pod_ingress(&mut skb, &Maps, &features(), ifindex);
     act(&mut skb, verdict)
 }
 
@@ -45,7 +76,7 @@ pub fn pod_ingress(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn pod_egress(ctx: TcContext) -> i32 {
     let mut skb = Skb::new(&ctx);
-    match hook::pod_egress(&mut skb, &Maps, features()) {
+    match hook::pod_egress(&mut skb, &Maps, &features()) {
         hook::Verdict::Drop => TC_ACT_SHOT,
         _ => packets::NEXT,
     }
@@ -55,7 +86,7 @@ pub fn pod_egress(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn uplink_ingress(ctx: TcContext) -> i32 {
     let mut skb = Skb::new(&ctx);
-    let verdict = hook::uplink_ingress(&mut skb, &Maps, features());
+    let verdict = hook::uplink_ingress(&mut skb, &Maps, &features());
     act(&mut skb, verdict)
 }
 
@@ -66,7 +97,7 @@ pub fn service_ingress(ctx: TcContext) -> i32 {
         return packets::NEXT;
     }
     let mut skb = Skb::new(&ctx);
-    let verdict = hook::service_ingress(&mut skb, &Maps);
+    let verdict = hook::service_ingress(&mut skb, &Maps, &features());
     act(&mut skb, verdict)
 }
 

@@ -2,13 +2,15 @@
 
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
-    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, SkStorage},
+    btf_maps::{
+        Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage, lpm_trie::Key as PrefixKey,
+    },
     helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns},
     macros::btf_map,
 };
 use dataplane_abi::{
-    Addr, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey, LocalAddress, Reason,
-    ServiceRef, SocketPeers, limits,
+    Addr, Affinity, AffinityKey, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey,
+    Lead, LocalAddress, RangeKey, Reason, ServiceRef, SocketPeers, limits,
 };
 use dataplane_ebpf::tables::{FlowEntry, Refused, Tables};
 
@@ -22,7 +24,7 @@ const EEXIST: i32 = -17;
 const NS_PER_S: u64 = 1_000_000_000;
 
 #[btf_map]
-pub static FRONTENDS: HashMap<FrontendKey, u32, { limits::FRONTENDS as usize }, NO_PREALLOC> =
+pub static FRONTENDS: HashMap<FrontendKey, Lead, { limits::FRONTENDS as usize }, NO_PREALLOC> =
     HashMap::new();
 /// Words of [`ServiceRef`]: read in one load.
 #[btf_map]
@@ -37,6 +39,12 @@ pub static FLOWS: HashMap<FlowKey, Flow, { limits::FLOWS as usize }, NO_PREALLOC
 #[btf_map]
 pub static FLOWS_UNREPLIED: LruHashMap<FlowKey, Flow, { limits::FLOWS_UNREPLIED as usize }> =
     LruHashMap::new();
+#[btf_map]
+pub static AFFINITY: LruHashMap<AffinityKey, Affinity, { limits::AFFINITY as usize }> =
+    LruHashMap::new();
+/// Keys are [`RangeKey`]s: what follows the length of the prefix, as words.
+#[btf_map]
+pub static RANGES: LpmTrie<[u32; 5], u32, { limits::RANGES as usize }> = LpmTrie::new();
 #[btf_map]
 pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, { limits::FRAGMENTS as usize }> =
     LruHashMap::new();
@@ -105,7 +113,7 @@ impl Tables for Maps {
     type Entry = Entry;
 
     #[inline(always)]
-    fn frontend(&self, key: &FrontendKey) -> Option<u32> {
+    fn frontend(&self, key: &FrontendKey) -> Option<Lead> {
         // SAFETY: the map is not preallocated, so that the value is not reused while the program runs.
         unsafe { FRONTENDS.get(key) }.copied()
     }
@@ -126,6 +134,24 @@ impl Tables for Maps {
     fn local(&self, addr: &Addr) -> Option<LocalAddress> {
         // SAFETY: not preallocated, as above.
         unsafe { LOCAL.get(addr) }.copied()
+    }
+
+    #[inline(always)]
+    fn in_range(&self, service: u32, addr: &Addr) -> bool {
+        let RangeKey { addr, .. } = RangeKey::new(service, *addr, 128);
+        let words = [service, addr[0], addr[1], addr[2], addr[3]];
+        RANGES.get(&PrefixKey::new(RangeKey::FULL, words)).is_some()
+    }
+
+    #[inline(always)]
+    fn affinity(&self, key: &AffinityKey) -> Option<Affinity> {
+        // SAFETY: plain words. An entry that another client takes meanwhile is as good as any: the backend is looked up.
+        unsafe { AFFINITY.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn set_affinity(&self, key: &AffinityKey, affinity: &Affinity) {
+        let _refused = AFFINITY.insert(key, affinity, BPF_ANY);
     }
 
     #[inline(always)]

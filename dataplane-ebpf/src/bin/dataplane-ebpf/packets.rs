@@ -13,10 +13,10 @@ use aya_ebpf::{
     },
     programs::TcContext,
 };
-use dataplane_abi::{Addr, HOST_VETH_MAC, Plain, Reason};
+use dataplane_abi::{HOST_VETH_MAC, Plain, Reason};
 use dataplane_ebpf::{
     hook::Verdict,
-    packet::{ChecksumChange, Packet},
+    packet::{ChecksumChange, ETH_LEN, Packet, word},
     tables::Tables as _,
 };
 
@@ -122,7 +122,7 @@ pub fn act(skb: &mut Skb, verdict: Verdict) -> i32 {
         // SAFETY: the helper has no memory arguments. The pod's own Ethernet header is not looked at by its stack.
         Verdict::Peer(ifindex) => unsafe { bpf_redirect_peer(ifindex, 0) as i32 },
         Verdict::Host => to_host(skb),
-        Verdict::Route(src, dst) => route(skb, src, dst),
+        Verdict::Route => route(skb),
     }
 }
 
@@ -139,11 +139,12 @@ fn to_host(skb: &mut Skb) -> i32 {
 
 /// Out by the host's routes. Its stack would refuse a packet that comes in with one of its own addresses as source.
 #[inline(always)]
-fn route(skb: &mut Skb, src: Addr, dst: Addr) -> i32 {
-    let (Some(src), Some(dst)) = (src.v4_be(), dst.v4_be()) else {
-        Maps.count(Reason::NoRoute);
+fn route(skb: &mut Skb) -> i32 {
+    let Some([[a, b], [c, d]]) = skb.read::<[[u16; 2]; 2]>(ETH_LEN + 12) else {
+        Maps.count(Reason::Malformed);
         return TC_ACT_SHOT;
     };
+    let (src, dst) = (word(a, b), word(c, d));
     // SAFETY: plain structs of integers, for which zero is valid; the helpers get their true sizes.
     unsafe {
         let mut fib: FibLookup = core::mem::zeroed();

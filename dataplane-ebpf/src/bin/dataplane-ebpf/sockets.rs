@@ -1,15 +1,21 @@
 //! Entry points of the cgroup hooks: a call's address in, another out.
 
 use aya_ebpf::{
-    bindings::bpf_sock_addr, helpers::generated::bpf_set_retval, macros::cgroup_sock_addr,
+    bindings::bpf_sock_addr,
+    helpers::generated::{bpf_get_netns_cookie, bpf_set_retval},
+    macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
 use dataplane_abi::{Addr, FrontendKey, SocketPeers, proto};
-use dataplane_ebpf::socket::{Outcome, asked, destination, remember};
+use dataplane_ebpf::{
+    balance::Client,
+    socket::{Caller, Outcome, asked, destination, remember},
+};
 
 use crate::{
-    PACKET_LB, SOCKET_LB,
+    HOST_NETNS, PACKET_LB, SOCKET_LB,
     maps::{Maps, SOCKET_PEERS},
+    node_v4, node_v6,
 };
 
 const ALLOW: i32 = 1;
@@ -85,6 +91,31 @@ fn set_port(call: *mut bpf_sock_addr, port: u16) {
     unsafe { (&raw mut (*call).user_port).write_volatile(port as u32) };
 }
 
+/// Whose call it is.
+#[inline(always)]
+fn caller(call: *mut bpf_sock_addr, asked: &Addr) -> Caller {
+    // SAFETY: a valid context.
+    let netns = unsafe { bpf_get_netns_cookie(call.cast()) };
+    let is_host = netns == HOST_NETNS.load();
+    let packet_lb = PACKET_LB.load() != 0;
+    let client = if is_host {
+        Client::at(match asked.v4_be() {
+            Some(_) => node_v4(),
+            None => node_v6(),
+        })
+    } else if packet_lb {
+        Client::UNKNOWN
+    } else {
+        // No address, but nobody else's.
+        Client::at(Addr { words: [netns, 0] })
+    };
+    Caller {
+        is_host,
+        packet_lb,
+        client,
+    }
+}
+
 /// A call that names a destination: connect, or sendmsg of an unconnected socket.
 #[inline(always)]
 fn names<F: Family>(ctx: &SockAddrContext, keeps: bool) -> i32 {
@@ -106,7 +137,7 @@ fn names<F: Family>(ctx: &SockAddrContext, keeps: bool) -> i32 {
     } else {
         None
     };
-    match destination(&Maps, PACKET_LB.load() != 0, &frontend, known) {
+    match destination(&Maps, &caller(call, &frontend.addr), &frontend, known) {
         Outcome::Leave => ALLOW,
         Outcome::Refuse => {
             // SAFETY: no memory arguments.
