@@ -28,6 +28,8 @@ pub struct Pod {
     pub node_name: Option<Arc<str>>,
     pub ips: Vec<IpAddr>,
     pub host_network: bool,
+    /// Its containers have ended for good: its address may be another pod's by now.
+    pub ended: bool,
 }
 
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
@@ -127,5 +129,9 @@ fn convert_pod(pod: &core::Pod) -> Result<Pod, BadField> {
             .as_ref()
             .and_then(|spec| spec.host_network)
             .unwrap_or(false),
+        ended: matches!(
+            status.and_then(|status| status.phase.as_deref()),
+            Some("Succeeded" | "Failed")
+        ),
     })
 }

@@ -24,6 +24,12 @@ pub struct Ask {
     /// Ask over TCP at once (otherwise only when the UDP answer is truncated).
     #[arg(long)]
     tcp: bool,
+    /// Also ask the server why: which block, zone and rule, and where the records come from.
+    #[arg(long)]
+    explain: bool,
+    /// Port of the server's /explain.
+    #[arg(long, default_value_t = 8181)]
+    explain_port: u16,
     /// Seconds to wait for an answer.
     #[arg(long, default_value_t = 5)]
     timeout: u64,
@@ -56,12 +62,54 @@ impl Ask {
         if message.metadata.id != query.metadata.id {
             bail!("{server} answered another query");
         }
+        let why = if self.explain {
+            let asked = timeout(patience, self.why(server.ip()));
+            asked
+                .await
+                .context("the server did not explain in time")??
+        } else {
+            String::new()
+        };
         Ok(Answer {
+            why,
             message,
             server,
             took: begun.elapsed(),
             bytes: reply.len(),
         })
+    }
+
+    /// Asks a server of ours for its reasons.
+    async fn why(&self, server: IpAddr) -> anyhow::Result<String> {
+        let address = SocketAddr::from((server, self.explain_port));
+        let asking = || {
+            format!(
+                "asking {address} for its reasons (a server of Keelway's, and its --health port?)"
+            )
+        };
+        let mut stream = TcpStream::connect(address).await.with_context(asking)?;
+        let request = format!(
+            "GET /explain?name={}&type={} HTTP/1.0\r\nHost: {address}\r\n\r\n",
+            self.name, self.rtype
+        );
+        stream
+            .write_all(request.as_bytes())
+            .await
+            .with_context(asking)?;
+        let mut response = String::new();
+        stream
+            .read_to_string(&mut response)
+            .await
+            .with_context(asking)?;
+        let (head, body) = response.split_once("\r\n\r\n").with_context(asking)?;
+        if !head
+            .lines()
+            .next()
+            .is_some_and(|line| line.contains(" 200 "))
+        {
+            bail!("{address}: {body}");
+        }
+        Ok(body.to_owned())
     }
 
     fn server(&self) -> anyhow::Result<SocketAddr> {
@@ -114,6 +162,7 @@ async fn exchange(server: SocketAddr, wire: &[u8], tcp: bool) -> anyhow::Result<
 }
 
 struct Answer {
+    why: String,
     message: Message,
     server: SocketAddr,
     took: Duration,
@@ -122,6 +171,9 @@ struct Answer {
 
 impl fmt::Display for Answer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for line in self.why.lines() {
+            writeln!(f, "; {line}")?;
+        }
         writeln!(f, ";; {}", self.message.metadata.response_code)?;
         let sections = [
             ("ANSWER", &self.message.answers),

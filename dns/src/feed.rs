@@ -1,28 +1,105 @@
-//! From the API server's watch to the served zone.
+//! From the cluster's changes to the served zone.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
-use cluster_model::watch::{Report, kube::Client, watch};
-use cluster_model::{Dirty, Kind, Snapshot};
-use tokio::sync::mpsc;
+use cluster_model::watch::{ApiError, Report, client, watch};
+use cluster_model::{Change, Dirty, Kind, Object, Snapshot, read_manifest};
+use tokio::sync::{mpsc, watch as latest};
+use tokio::time::sleep;
 
+use crate::config::Source;
 use crate::server::Shared;
+use crate::slim::slim;
+use crate::zone::{Zone, ZoneSettings};
 
 /// Reports that may wait: a burst becomes few batches, and the watch is slowed down rather than buffered.
 const REPORTS_MAX: usize = 4096;
+/// How often a snapshot file is looked at.
+const LOOK: Duration = Duration::from_secs(1);
 
-/// Follows Services and EndpointSlices for as long as the process lives. While the API server is away the last zone
-/// is served on.
-pub async fn follow(shared: Arc<Shared>, client: Client) {
-    let (sender, mut reports) = mpsc::channel(REPORTS_MAX);
-    tokio::spawn(async move { watch(client, &[Kind::Service, Kind::EndpointSlice], sender).await });
-    let mut snapshot = Snapshot::default();
-    let mut batch = Vec::with_capacity(REPORTS_MAX);
-    while reports.recv_many(&mut batch, REPORTS_MAX).await > 0 {
+/// What is kept of the cluster, and with which settings.
+pub struct Feed {
+    shared: Arc<Shared>,
+    snapshot: Snapshot,
+    sender: mpsc::Sender<Report>,
+    reports: mpsc::Receiver<Report>,
+    source: Source,
+    pods_watched: bool,
+}
+
+impl Feed {
+    /// Begins to follow the cluster.
+    pub async fn start(shared: Arc<Shared>, source: Source) -> Result<Self, ApiError> {
+        let (sender, reports) = mpsc::channel(REPORTS_MAX);
+        let mut feed = Self {
+            shared,
+            snapshot: Snapshot::default(),
+            sender,
+            reports,
+            source,
+            pods_watched: false,
+        };
+        feed.watch(&[Kind::Service, Kind::EndpointSlice]).await?;
+        feed.watch_pods().await?;
+        Ok(feed)
+    }
+
+    async fn watch(&self, kinds: &'static [Kind]) -> Result<(), ApiError> {
+        let sender = self.sender.clone();
+        match &self.source {
+            Source::Api(options) => {
+                let client = client(options).await?;
+                tokio::spawn(async move { watch(client, kinds, sender).await });
+            }
+            Source::File(path) => {
+                tokio::spawn(follow(path.clone(), kinds, sender));
+            }
+        }
+        Ok(())
+    }
+
+    async fn watch_pods(&mut self) -> Result<(), ApiError> {
+        if self.shared.settings.load().needs_pods() && !self.pods_watched {
+            self.watch(&[Kind::Pod]).await?;
+            self.pods_watched = true;
+        }
+        Ok(())
+    }
+
+    /// Follows the cluster, and the settings of the zone, for as long as the process lives. While the API server is away the
+    /// last zone is served on.
+    pub async fn run(mut self, mut settings: latest::Receiver<ZoneSettings>) {
+        let mut batch = Vec::with_capacity(REPORTS_MAX);
+        loop {
+            tokio::select! {
+                count = self.reports.recv_many(&mut batch, REPORTS_MAX) => {
+                    if count == 0 {
+                        return;
+                    }
+                    self.take(&mut batch);
+                }
+                changed = settings.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    let new = settings.borrow_and_update().clone();
+                    if let Err(error) = self.watch_pods().await {
+                        tracing::error!(%error, "pods can't be watched");
+                    }
+                    let zone = Zone::of(new, &self.snapshot);
+                    self.shared.zone.store(Arc::new(zone));
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, batch: &mut Vec<Report>) {
         let mut dirty = Dirty::default();
         for report in batch.drain(..) {
             match report {
-                Report::Change(change) => snapshot.apply(change, &mut dirty),
+                Report::Change(change) => self.snapshot.apply(slim(change), &mut dirty),
                 Report::Rejected(rejected) => tracing::warn!(%rejected, "left out"),
                 Report::Failed { kind, error } => {
                     tracing::warn!(%kind, error, "watching; it is tried again")
@@ -30,14 +107,63 @@ pub async fn follow(shared: Arc<Shared>, client: Client) {
             }
         }
         if dirty.is_empty() {
-            continue;
+            return;
         }
-        let mut zone = (**shared.zone.load()).clone();
+        let mut zone = (**self.shared.zone.load()).clone();
         let was_synced = zone.synced();
-        zone.update(&snapshot, &dirty);
+        zone.update(&self.snapshot, &dirty);
+        let services = self.snapshot.count(Kind::Service);
+        self.shared.metrics.services.set(services as i64);
+        self.shared.metrics.synced.set(i64::from(zone.synced()));
         if zone.synced() && !was_synced {
-            tracing::info!(services = snapshot.count(Kind::Service), "synced");
+            tracing::info!(services, "synced");
         }
-        shared.zone.store(Arc::new(zone));
+        self.shared.zone.store(Arc::new(zone));
     }
+}
+
+/// Reads a file now and whenever it has changed. One that can't be read changes nothing.
+async fn follow(path: PathBuf, kinds: &'static [Kind], reports: mpsc::Sender<Report>) {
+    let mut last = None;
+    loop {
+        let stamp = tokio::fs::metadata(&path)
+            .await
+            .and_then(|meta| meta.modified())
+            .ok();
+        if stamp.is_none() || stamp != last {
+            last = stamp;
+            let out = match read(&path, kinds).await {
+                Ok(changes) => changes.into_iter().map(Report::Change).collect(),
+                Err(error) => vec![Report::Failed {
+                    kind: kinds[0],
+                    error,
+                }],
+            };
+            for report in out {
+                if reports.send(report).await.is_err() {
+                    return;
+                }
+            }
+        }
+        sleep(LOOK).await;
+    }
+}
+
+/// A file as one complete list per kind.
+async fn read(path: &Path, kinds: &[Kind]) -> Result<Vec<Change>, String> {
+    let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
+    let json = tokio::fs::read(path)
+        .await
+        .map_err(|error| failed(&error))?;
+    let objects = read_manifest(&json).map_err(|error| failed(&error))?;
+    let of = |kind: Kind| -> Vec<Object> {
+        let all = objects.iter();
+        all.filter(|object| object.kind() == kind)
+            .cloned()
+            .collect()
+    };
+    Ok(kinds
+        .iter()
+        .map(|kind| Change::Replace(*kind, of(*kind)))
+        .collect())
 }

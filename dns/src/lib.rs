@@ -1,21 +1,33 @@
 //! The cluster DNS: a zone that is a pure function of the cluster's Snapshot, and the server that answers from it.
 //!
 //! `plan` says which records a Service has, [`zone`] keeps them by name, [`answer`] composes replies from them into
-//! the buffer that is sent. These are pure; `server` moves datagrams, `forward` asks others, `feed` follows the API.
+//! the buffer that is sent. These are pure; `server` moves datagrams, `forward` asks others, `cache` keeps what they
+//! said, `feed` follows the API.
 #![deny(unsafe_code)]
 
 pub mod answer;
 pub mod ask;
+mod autopath;
+pub mod cache;
 pub mod config;
+mod explain;
 pub mod feed;
+mod fetch;
 pub mod forward;
 pub mod health;
-mod metrics;
+pub mod hosts;
+pub mod log;
+pub mod message;
+pub mod metrics;
 pub mod name;
 mod plan;
 pub mod query;
+pub mod reload;
+pub mod rewrite;
 pub mod server;
+pub mod settings;
+mod slim;
 mod sys;
 pub mod zone;
 
-pub use plan::{Record, Records, plan};
+pub use plan::{Owner, Record, Records};

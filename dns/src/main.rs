@@ -1,31 +1,38 @@
 //! `keelway-dns`: the cluster DNS server, and a client for looking at its answers.
 #![forbid(unsafe_code)]
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Parser;
-use cluster_model::watch::client;
-use keelway_dns::answer::Policy;
 use keelway_dns::ask::Ask;
 use keelway_dns::config::{Config, Flags};
-use keelway_dns::forward::Forwarder;
+use keelway_dns::feed::Feed;
+use keelway_dns::metrics::Metrics;
 use keelway_dns::server::{self, Shared};
-use keelway_dns::zone::Zone;
-use keelway_dns::{feed, health};
+use keelway_dns::settings::Settings;
+use keelway_dns::{health, reload};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 
 #[derive(Parser)]
 #[command(
     version,
-    about = "DNS of a Kubernetes cluster: Services, endpoints, and a forwarder for the rest"
+    about = "DNS of a Kubernetes cluster: Services, endpoints, a cache and a forwarder for the rest"
 )]
 enum Command {
-    Serve(Flags),
+    Serve(Box<Flags>),
+    /// Read a Corefile and say what is wrong with it, or nothing.
+    Check {
+        /// The Corefile.
+        file: std::path::PathBuf,
+    },
     /// Ask a server for a name and print the answer.
     Query(Ask),
 }
+
+/// How long queries that have come may still take when the server ends.
+const DRAIN: Duration = Duration::from_secs(5);
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
@@ -36,7 +43,12 @@ async fn main() -> anyhow::Result<()> {
         .with_writer(std::io::stderr)
         .init();
     match Command::parse() {
-        Command::Serve(flags) => serve(flags.try_into().context("--domain")?).await,
+        Command::Serve(flags) => serve((*flags).try_into()?).await,
+        Command::Check { file } => {
+            let spec = keelway_dns::config::read_spec(&file)?;
+            Settings::build(spec, &Metrics::default(), None)?;
+            Ok(())
+        }
         Command::Query(ask) => {
             println!("{}", ask.run().await?);
             Ok(())
@@ -46,33 +58,35 @@ async fn main() -> anyhow::Result<()> {
 
 async fn serve(config: Config) -> anyhow::Result<()> {
     let mut stop = signal(SignalKind::terminate())?;
-    let policy = Policy {
-        ttl_s: config.ttl_s,
-        ..Policy::default()
-    };
-    let shared = Shared::new(
-        Zone::new(config.domain),
-        policy,
-        Forwarder::new(config.upstreams),
-    );
+    let metrics = Metrics::default();
+    let settings = Settings::build(config.spec.clone(), &metrics, None)?;
+    let (zone, zone_changes) = watch::channel(settings.zone().clone());
+    let shared = Shared::new(settings, metrics);
     let address = server::start(&shared, config.listen, config.threads).await?;
-    let stopping = Arc::new(AtomicBool::new(false));
-    let health = health::start(shared.clone(), stopping.clone(), config.health)
-        .await
-        .with_context(|| format!("--health {}", config.health))?;
-    tracing::info!(%address, %health, threads = config.threads, "serving");
-    let api = client(&config.api).await?;
-    tokio::select! {
-        () = feed::follow(shared, api) => {}
-        _ = stop.recv() => {
-            // Clients learn of it a little later than this process does: until then they are served.
-            stopping.store(true, Ordering::Relaxed);
-            tracing::info!(lameduck_s = config.lameduck.as_secs(), "stopping");
-            tokio::select! {
-                () = tokio::time::sleep(config.lameduck) => {}
-                _ = stop.recv() => {}
-            }
-        }
+    for address in config.http {
+        health::start(shared.clone(), address)
+            .await
+            .with_context(|| format!("health, readiness and metrics at {address}"))?;
     }
+    tracing::info!(%address, threads = config.threads, "serving");
+    let feed = Feed::start(shared.clone(), config.source).await?;
+    if let Some(file) = config.file {
+        tokio::spawn(reload::follow(shared.clone(), file, config.spec, zone));
+    } else {
+        // Nothing changes the settings; the feed waits for a change all the same.
+        tokio::spawn(async move { zone.closed().await });
+    }
+    tokio::select! {
+        () = feed.run(zone_changes) => anyhow::bail!("the cluster is not followed any more"),
+        _ = stop.recv() => {}
+    }
+    // Clients learn of it a little later than this process does: until then they are served. The zone stays as it is.
+    shared.stop();
+    tracing::info!(lameduck_s = config.lameduck.as_secs(), "stopping");
+    tokio::select! {
+        () = tokio::time::sleep(config.lameduck) => {}
+        _ = stop.recv() => {}
+    }
+    shared.drain(DRAIN).await;
     Ok(())
 }

@@ -95,13 +95,100 @@ impl Name {
 
     /// Whether this name is `zone` or below it.
     pub fn is_in(&self, zone: &Name) -> bool {
-        self.and_ancestors().any(|name| name == zone.wire())
+        before(self.wire(), zone.wire()).is_some()
+    }
+
+    /// The number of labels; none for the root.
+    pub fn labels(&self) -> usize {
+        self.and_ancestors().count() - 1
+    }
+
+    /// Whether this is a zone of reversed addresses: PTR records are all it has.
+    pub fn is_reverse(&self) -> bool {
+        const TREES: [&[u8]; 2] = [b"\x07in-addr\x04arpa\0", b"\x03ip6\x04arpa\0"];
+        TREES
+            .into_iter()
+            .any(|tree| before(self.wire(), tree).is_some())
     }
 
     /// A name from wire format that has been checked, lower case included.
     pub(crate) fn from_wire(wire: &[u8]) -> Self {
         Self(wire.into())
     }
+}
+
+/// The labels of a name below an origin that is told apart, in wire format and lower case: `web.prod.svc` of
+/// `web.prod.svc.cluster.local.`, whatever the cluster's domains are. Empty for the origin itself.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Relative(Arc<[u8]>);
+
+impl Relative {
+    /// The origin itself.
+    pub fn origin() -> Self {
+        Self(Arc::from([]))
+    }
+
+    /// The name one label below this one, for origins of `origin_bytes_max` on the wire.
+    pub fn child(&self, label: &str, origin_bytes_max: usize) -> Result<Self, BadName> {
+        let bad = || format!("{label}.{self}");
+        match label.len() {
+            0 => return Err(BadName::EmptyLabel(bad())),
+            1..=LABEL_BYTES_MAX => {}
+            _ => return Err(BadName::LongLabel(bad())),
+        }
+        if self.0.len() + 1 + label.len() + origin_bytes_max > NAME_BYTES_MAX {
+            return Err(BadName::LongName(bad()));
+        }
+        let mut wire = Vec::with_capacity(self.0.len() + 1 + label.len());
+        wire.push(label.len() as u8);
+        wire.extend(label.bytes().map(|byte| byte.to_ascii_lowercase()));
+        wire.extend_from_slice(&self.0);
+        Ok(Self(wire.into()))
+    }
+
+    pub fn wire(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// The absolute name below `origin`.
+    pub fn under(&self, origin: &Name) -> Name {
+        Name([self.wire(), origin.wire()].concat().into())
+    }
+}
+
+impl fmt::Display for Relative {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut rest = self.wire();
+        while let Some((&length, after)) = rest.split_first() {
+            let (label, next) = after.split_at(usize::from(length).min(after.len()));
+            write!(f, "{}", String::from_utf8_lossy(label))?;
+            rest = next;
+            if !rest.is_empty() {
+                f.write_str(".")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Relative {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
+/// What stands before `origin` in a name in wire format: empty for the origin itself, `None` when the name is not in it.
+pub fn before<'a>(wire: &'a [u8], origin: &[u8]) -> Option<&'a [u8]> {
+    let split = wire.len().checked_sub(origin.len())?;
+    if &wire[split..] != origin {
+        return None;
+    }
+    // The same bytes may be within a label: only a boundary counts.
+    let mut at = 0;
+    while at < split {
+        at += 1 + usize::from(wire[at]);
+    }
+    (at == split).then(|| &wire[..split])
 }
 
 /// The name above `wire`; `None` for the root.

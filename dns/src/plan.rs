@@ -1,26 +1,27 @@
-//! Which records a Service has: a pure function of the snapshot (Kubernetes DNS specification 1.1.0).
+//! Which records a Service or a Pod has: pure functions of the snapshot (Kubernetes DNS specification 1.1.0).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use cluster_model::{Endpoint, Protocol, Service, ServiceKey, Snapshot};
+use cluster_model::{Endpoint, ObjectKey, Protocol, Service, ServiceKey, Snapshot};
 
-use crate::name::{BadName, Name};
+use crate::name::{BadName, Name, Relative};
 
-/// One record, without owner and TTL.
+/// One record, without owner and TTL. Names of the cluster are relative: they end in the origin that was asked for.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Record {
     A(Ipv4Addr),
     Aaaa(Ipv6Addr),
+    /// The alias of an ExternalName Service.
     Cname(Name),
     Srv {
         weight: u16,
         port: u16,
-        target: Name,
+        target: Relative,
     },
-    Ptr(Name),
+    Ptr(Relative),
     /// One character string.
-    Txt(Vec<u8>),
+    Txt(&'static [u8]),
 }
 
 impl From<IpAddr> for Record {
@@ -32,132 +33,210 @@ impl From<IpAddr> for Record {
     }
 }
 
-/// The records that one Service contributes, by owner name.
-pub type Records = BTreeMap<Name, Vec<Record>>;
+/// The name of a node of the zone.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Owner {
+    /// Below every origin of the cluster.
+    Cluster(Relative),
+    /// In the tree of reversed addresses.
+    Reverse(Name),
+}
+
+/// The records that one object contributes, by owner name.
+pub type Records = BTreeMap<Owner, Vec<Record>>;
+
+/// What of the records an operator can choose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Naming {
+    /// Bytes of the longest origin on the wire: names that would not fit below it have no records.
+    pub origin_bytes_max: usize,
+    /// Endpoints without a hostname are called by their pod's name rather than by their address.
+    pub endpoint_pod_names: bool,
+}
 
 /// Sum of the SRV weights of one name, as CoreDNS shares it out among targets.
 const WEIGHT_TOTAL: usize = 100;
 
-/// Plans the records of one Service; none when it does not exist. A Service whose names would not fit into DNS
-/// (a domain of 200 bytes, say) has none either.
-pub fn plan(origin: &Name, snapshot: &Snapshot, key: &ServiceKey) -> Records {
+/// Plans the records of one Service; none when it does not exist. What can't be a name in DNS (a hostname of 70 bytes,
+/// a domain of 200) is left out, and nothing else is.
+pub fn plan(naming: Naming, snapshot: &Snapshot, key: &ServiceKey) -> Records {
     let Some(service) = snapshot.service(key) else {
         return Records::new();
     };
-    records(origin, snapshot, service).unwrap_or_default()
-}
-
-fn records(origin: &Name, snapshot: &Snapshot, service: &Service) -> Result<Records, BadName> {
-    let base = origin
-        .child("svc")?
-        .child(&service.key.namespace)?
-        .child(&service.key.name)?;
+    let below = |base: &Relative, label: &str| base.child(label, naming.origin_bytes_max);
+    let base = below(&Relative::origin(), "svc")
+        .and_then(|svc| below(&svc, &key.namespace))
+        .and_then(|namespace| below(&namespace, &key.name));
+    let Ok(base) = base else {
+        return Records::new();
+    };
+    let planned = Planned {
+        naming,
+        base,
+        records: Records::new(),
+    };
     if let Some(external) = &service.external_name {
-        return Ok(Records::from([(
-            base,
-            vec![Record::Cname(Name::parse(external)?)],
-        )]));
-    }
-    if service.headless {
-        headless(&base, snapshot, service)
+        planned.external(external)
+    } else if service.headless {
+        planned.headless(snapshot, service)
     } else {
-        cluster_ip(&base, service)
+        planned.cluster_ip(service)
     }
 }
 
-fn cluster_ip(base: &Name, service: &Service) -> Result<Records, BadName> {
+/// Plans the records of one Pod: its addresses with dashes, in its namespace. CoreDNS calls this mode "verified".
+pub fn plan_pod(naming: Naming, snapshot: &Snapshot, key: &ObjectKey) -> Records {
     let mut records = Records::new();
-    if service.cluster_ips.is_empty() {
-        return Ok(records);
-    }
-    for address in &service.cluster_ips {
-        records
-            .entry(base.clone())
-            .or_default()
-            .push((*address).into());
-        records
-            .entry(Name::reverse(*address))
-            .or_default()
-            .push(Record::Ptr(base.clone()));
-    }
-    for port in service.ports.iter().filter(|port| !port.name.is_empty()) {
-        let record = Record::Srv {
-            weight: WEIGHT_TOTAL as u16,
-            port: port.port,
-            target: base.clone(),
-        };
-        records
-            .entry(srv_name(base, &port.name, port.protocol)?)
-            .or_default()
-            .push(record);
-    }
-    Ok(records)
-}
-
-fn headless(base: &Name, snapshot: &Snapshot, service: &Service) -> Result<Records, BadName> {
-    // Sets first: an address may stand in several slices while it moves from one to another.
-    let mut addresses: BTreeMap<Name, BTreeSet<IpAddr>> = BTreeMap::new();
-    let mut targets: BTreeMap<(Name, u16), BTreeSet<Name>> = BTreeMap::new();
-    let mut reverse: BTreeMap<Name, BTreeSet<Name>> = BTreeMap::new();
-    for slice in snapshot.slices(&service.key) {
-        for endpoint in &slice.endpoints {
-            if !endpoint.conditions.ready && !service.publish_not_ready {
-                continue;
-            }
-            let own = base.child(&label(endpoint))?;
-            addresses
-                .entry(base.clone())
-                .or_default()
-                .insert(endpoint.address);
-            addresses
-                .entry(own.clone())
-                .or_default()
-                .insert(endpoint.address);
-            reverse
-                .entry(Name::reverse(endpoint.address))
-                .or_default()
-                .insert(own.clone());
-            for port in slice.ports.iter().filter(|port| !port.name.is_empty()) {
-                let name = srv_name(base, &port.name, port.protocol)?;
-                targets
-                    .entry((name, port.port))
-                    .or_default()
-                    .insert(own.clone());
-            }
+    let Some(pod) = snapshot.pod(key).filter(|pod| !pod.ended) else {
+        return records;
+    };
+    let namespace = Relative::origin()
+        .child("pod", naming.origin_bytes_max)
+        .and_then(|pods| pods.child(&key.namespace, naming.origin_bytes_max));
+    let Ok(namespace) = namespace else {
+        return records;
+    };
+    for address in &pod.ips {
+        if let Ok(name) = namespace.child(&dashed(*address), naming.origin_bytes_max) {
+            records.insert(Owner::Cluster(name), vec![(*address).into()]);
         }
     }
-    let mut records = Records::new();
-    for (name, addresses) in addresses {
-        records.insert(name, addresses.into_iter().map(Record::from).collect());
-    }
-    for (name, owners) in reverse {
-        records
-            .entry(name)
-            .or_default()
-            .extend(owners.into_iter().map(Record::Ptr));
-    }
-    for ((name, port), targets) in targets {
-        let weight = (WEIGHT_TOTAL / targets.len()).max(1) as u16;
-        let srv = targets.into_iter().map(|target| Record::Srv {
-            weight,
-            port,
-            target,
-        });
-        records.entry(name).or_default().extend(srv);
-    }
-    Ok(records)
+    records
 }
 
-/// The endpoint's hostname, else its address with dashes, which is a name that any implementation may choose.
-fn label(endpoint: &Endpoint) -> String {
-    match (&endpoint.hostname, endpoint.address) {
-        (Some(hostname), _) => hostname.to_string(),
-        (None, IpAddr::V4(v4)) => v4.to_string().replace('.', "-"),
-        (None, IpAddr::V6(v6)) => v6.segments().map(|part| format!("{part:x}")).join("-"),
+struct Planned {
+    naming: Naming,
+    base: Relative,
+    records: Records,
+}
+
+impl Planned {
+    fn external(mut self, target: &str) -> Records {
+        if let Ok(target) = Name::parse(target) {
+            self.add(Owner::Cluster(self.base.clone()), Record::Cname(target));
+        }
+        self.records
+    }
+
+    fn cluster_ip(mut self, service: &Service) -> Records {
+        if service.cluster_ips.is_empty() {
+            return self.records;
+        }
+        let base = self.base.clone();
+        for address in &service.cluster_ips {
+            self.add(Owner::Cluster(base.clone()), (*address).into());
+            self.add(
+                Owner::Reverse(Name::reverse(*address)),
+                Record::Ptr(base.clone()),
+            );
+        }
+        for port in service.ports.iter().filter(|port| !port.name.is_empty()) {
+            let record = Record::Srv {
+                weight: WEIGHT_TOTAL as u16,
+                port: port.port,
+                target: base.clone(),
+            };
+            if let Ok(name) = self.srv_name(&port.name, port.protocol) {
+                self.add(Owner::Cluster(name), record);
+            }
+        }
+        self.records
+    }
+
+    fn headless(mut self, snapshot: &Snapshot, service: &Service) -> Records {
+        // Sets first: an address may stand in several slices while it moves from one to another.
+        let mut addresses: BTreeMap<Relative, BTreeSet<IpAddr>> = BTreeMap::new();
+        let mut targets: BTreeMap<(Relative, u16), BTreeSet<Relative>> = BTreeMap::new();
+        let mut reverse: BTreeMap<Name, BTreeSet<Relative>> = BTreeMap::new();
+        for slice in snapshot.slices(&service.key) {
+            for endpoint in &slice.endpoints {
+                if !endpoint.conditions.ready && !service.publish_not_ready {
+                    continue;
+                }
+                let all = addresses.entry(self.base.clone()).or_default();
+                all.insert(endpoint.address);
+                let Ok(own) = self.endpoint_name(endpoint) else {
+                    continue;
+                };
+                let one = addresses.entry(own.clone()).or_default();
+                one.insert(endpoint.address);
+                let names = reverse.entry(Name::reverse(endpoint.address)).or_default();
+                names.insert(own.clone());
+                for port in slice.ports.iter().filter(|port| !port.name.is_empty()) {
+                    if let Ok(name) = self.srv_name(&port.name, port.protocol) {
+                        let names = targets.entry((name, port.port)).or_default();
+                        names.insert(own.clone());
+                    }
+                }
+            }
+        }
+        for (name, addresses) in addresses {
+            let addresses = addresses.into_iter().map(Record::from).collect();
+            self.records.insert(Owner::Cluster(name), addresses);
+        }
+        for (name, owners) in reverse {
+            let owners = owners.into_iter().map(Record::Ptr).collect();
+            self.records.insert(Owner::Reverse(name), owners);
+        }
+        for ((name, port), targets) in targets {
+            let weight = (WEIGHT_TOTAL / targets.len()).max(1) as u16;
+            for target in targets {
+                let record = Record::Srv {
+                    weight,
+                    port,
+                    target,
+                };
+                self.add(Owner::Cluster(name.clone()), record);
+            }
+        }
+        self.records
+    }
+
+    fn add(&mut self, owner: Owner, record: Record) {
+        let records = self.records.entry(owner).or_default();
+        if !records.contains(&record) {
+            records.push(record);
+        }
+    }
+
+    fn srv_name(&self, port: &str, protocol: Protocol) -> Result<Relative, BadName> {
+        let longest = self.naming.origin_bytes_max;
+        let protocol = format!("_{}", protocol.to_string().to_ascii_lowercase());
+        let parent = self.base.child(&protocol, longest)?;
+        parent.child(&format!("_{port}"), longest)
+    }
+
+    /// The endpoint's hostname, else its address with dashes: a name that any implementation may choose.
+    fn endpoint_name(&self, endpoint: &Endpoint) -> Result<Relative, BadName> {
+        let label = match (&endpoint.hostname, &endpoint.target) {
+            (Some(hostname), _) => hostname.to_string(),
+            (None, Some(target)) if self.naming.endpoint_pod_names && &*target.kind == "Pod" => {
+                target.key.name.to_string()
+            }
+            _ => dashed(endpoint.address),
+        };
+        self.base.child(&label, self.naming.origin_bytes_max)
     }
 }
 
-fn srv_name(base: &Name, port: &str, protocol: Protocol) -> Result<Name, BadName> {
-    base.child(&format!("_{}", protocol.to_string().to_ascii_lowercase()))?
-        .child(&format!("_{port}"))
+/// An address as one label: dots or colons as dashes. IPv6 is written in full, since a label can't begin with a dash.
+fn dashed(address: IpAddr) -> String {
+    match address {
+        IpAddr::V4(v4) => v4.to_string().replace('.', "-"),
+        IpAddr::V6(v6) => v6.segments().map(|part| format!("{part:x}")).join("-"),
+    }
+}
+
+/// The address that a label with dashes stands for.
+pub fn undashed(label: &[u8]) -> Option<IpAddr> {
+    let text = std::str::from_utf8(label).ok()?;
+    if text.bytes().filter(|byte| *byte == b'-').count() == 3
+        && let Ok(v4) = text.replace('-', ".").parse::<Ipv4Addr>()
+    {
+        return Some(v4.into());
+    }
+    text.replace('-', ":")
+        .parse::<Ipv6Addr>()
+        .ok()
+        .map(Into::into)
 }

@@ -35,6 +35,10 @@ pub mod class {
 pub struct Query<'a> {
     pub id: [u8; 2],
     pub recursion_desired: bool,
+    /// The client validates by itself, and wants also what would not pass (RFC 4035, 3.2.2).
+    pub checking_disabled: bool,
+    /// The client understands the AD bit (RFC 6840, 5.7).
+    pub authentic_data: bool,
     /// The question section, as the client wrote it.
     pub question: &'a [u8],
     name: [u8; NAME_BYTES_MAX],
@@ -93,6 +97,8 @@ impl<'a> Query<'a> {
         Ok(Self {
             id: [header[0], header[1]],
             recursion_desired: header[2] & 1 != 0,
+            checking_disabled: header[3] & 0x10 != 0,
+            authentic_data: header[3] & 0x20 != 0,
             question,
             name,
             name_bytes,
@@ -105,6 +111,11 @@ impl<'a> Query<'a> {
     /// The name asked for, in wire format and lower case.
     pub fn name(&self) -> &[u8] {
         &self.name[..self.name_bytes]
+    }
+
+    /// Whether the client asks for DNSSEC records.
+    pub fn dnssec_ok(&self) -> bool {
+        self.edns.is_some_and(|edns| edns.dnssec_ok)
     }
 
     /// The most that an answer over UDP may take, with `limit` as the server's own bound.
@@ -164,7 +175,8 @@ fn find_edns(mut section: &[u8], count: u16) -> Result<Option<Edns>, Bad> {
     Ok(found)
 }
 
-fn skip_name(wire: &[u8]) -> Option<usize> {
+/// The length of the name at the start of `wire`, compressed or not; `None` when it is malformed.
+pub fn skip_name(wire: &[u8]) -> Option<usize> {
     let mut at = 0;
     loop {
         match *wire.get(at)? {

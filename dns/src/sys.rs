@@ -8,6 +8,7 @@ use std::io;
 use std::mem;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
 
 /// Datagrams taken or given in one system call.
 pub const BATCH: usize = 32;
@@ -33,6 +34,14 @@ pub fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
         OwnedFd::from_raw_fd(fd)
     };
     set_option(&socket, libc::SOL_SOCKET, libc::SO_REUSEPORT)?;
+    // Room for a burst that comes while this thread is not running; the system's own bound applies.
+    let _ = set_value(&socket, libc::SO_RCVBUF, &RECEIVE_BUFFER_BYTES);
+    // So that a thread with nothing to do sees that it is to end.
+    let patience = libc::timeval {
+        tv_sec: 0,
+        tv_usec: RECEIVE_PATIENCE_US,
+    };
+    set_value(&socket, libc::SO_RCVTIMEO, &patience)?;
     match address {
         SocketAddr::V4(_) => set_option(&socket, libc::IPPROTO_IP, libc::IP_PKTINFO)?,
         SocketAddr::V6(_) => {
@@ -50,16 +59,26 @@ pub fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
     }
 }
 
+const RECEIVE_BUFFER_BYTES: i32 = 4 << 20;
+const RECEIVE_PATIENCE_US: libc::suseconds_t = 200_000;
+
 fn set_option(socket: &OwnedFd, level: i32, option: i32) -> io::Result<()> {
-    let on: i32 = 1;
-    // SAFETY: the kernel reads one int behind the pointer.
+    set(socket, level, option, &1_i32)
+}
+
+fn set_value<T: Copy>(socket: &OwnedFd, option: i32, value: &T) -> io::Result<()> {
+    set(socket, libc::SOL_SOCKET, option, value)
+}
+
+fn set<T: Copy>(socket: &OwnedFd, level: i32, option: i32, value: &T) -> io::Result<()> {
+    // SAFETY: the kernel reads the bytes of one `T` behind the pointer; callers pass the type that the option has.
     let set = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
             level,
             option,
-            (&raw const on).cast(),
-            size_of::<i32>() as u32,
+            (&raw const *value).cast(),
+            size_of::<T>() as u32,
         )
     };
     if set < 0 {
@@ -107,6 +126,41 @@ fn sockaddr(address: SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t) {
 #[repr(align(8))]
 #[derive(Clone, Copy)]
 struct Control([u8; CONTROL_BYTES]);
+
+/// Where a reply goes that is not ready yet: to the peer, from the address that it had asked.
+pub struct Later {
+    socket: Arc<UdpSocket>,
+    peer: libc::sockaddr_storage,
+    peer_bytes: u32,
+    control: Control,
+    control_bytes: usize,
+}
+
+impl Later {
+    /// Sends the reply; one that can't be sent is passed over, and the client asks again.
+    pub fn send(&self, reply: &[u8]) -> io::Result<()> {
+        let mut vector = libc::iovec {
+            iov_base: reply.as_ptr().cast_mut().cast(),
+            iov_len: reply.len(),
+        };
+        let (mut peer, mut control) = (self.peer, self.control);
+        // SAFETY: all zeroes is a valid msghdr.
+        let mut header: libc::msghdr = unsafe { mem::zeroed() };
+        header.msg_name = (&raw mut peer).cast();
+        header.msg_namelen = self.peer_bytes;
+        header.msg_iov = &raw mut vector;
+        header.msg_iovlen = 1;
+        header.msg_control = control.0.as_mut_ptr().cast();
+        header.msg_controllen = self.control_bytes;
+        // SAFETY: the header points to values of this function and to `reply`, which sendmsg only reads.
+        let sent = unsafe { libc::sendmsg(self.socket.as_raw_fd(), &raw const header, 0) };
+        if sent < 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(())
+        }
+    }
+}
 
 /// Buffers for one batch, allocated once. Replies go out in the place of the queries they answer: to the same
 /// address, from the local address that the query came to.
@@ -175,6 +229,22 @@ impl Batch {
     /// The datagram at `i` and the buffer for its reply.
     pub fn exchange(&mut self, i: usize) -> (&[u8], &mut [u8]) {
         (&self.queries[i][..self.received[i]], &mut self.replies[i])
+    }
+
+    /// Bytes of the reply at `i`; 0 where there is none.
+    pub fn reply_bytes(&self, i: usize) -> usize {
+        self.reply_bytes[i]
+    }
+
+    /// A way to reply to the datagram at `i` later, as [`Batch::send`] would have done.
+    pub fn reply_socket(&self, i: usize, socket: &Arc<UdpSocket>) -> Later {
+        Later {
+            socket: socket.clone(),
+            peer: self.peers[i],
+            peer_bytes: self.headers[i].msg_hdr.msg_namelen,
+            control: self.controls[i],
+            control_bytes: self.headers[i].msg_hdr.msg_controllen,
+        }
     }
 
     /// Says that the reply at `i` is to be sent, with this many bytes.

@@ -1,0 +1,225 @@
+//! What the command line says, checked once; with a Corefile, what that says.
+
+pub mod corefile;
+mod forwarding;
+mod plugins;
+pub mod spec;
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::thread::available_parallelism;
+use std::time::Duration;
+
+use cluster_model::watch::ApiOptions;
+
+use crate::cache::CacheRules;
+use crate::forward::ForwardRules;
+use crate::log::{Classes, LogRules};
+use crate::name::{BadName, Name};
+use crate::zone::{Pods, ZoneSettings};
+use corefile::SyntaxError;
+pub use plugins::read_spec;
+use spec::{
+    BlockSpec, ClusterSpec, DNS_PORT, ResolvConfError, RouteSpec, ServerSpec, Spec, nameservers,
+};
+
+/// Serve the cluster's names.
+#[derive(Debug, clap::Args)]
+pub struct Flags {
+    /// Address to serve on, UDP and TCP; 0.0.0.0 and the Corefile's port (53) by default.
+    #[arg(long)]
+    listen: Option<SocketAddr>,
+    /// Address for /healthz, /readyz, /metrics and /explain, beside those that a Corefile names.
+    #[arg(long, default_value = "0.0.0.0:8181")]
+    health: SocketAddr,
+    /// Corefile to serve by, read again when it changes. Without one, the flags below say what is done.
+    #[arg(long, env = "KEELWAY_DNS_CONFIG", conflicts_with_all = ["domains", "upstreams", "stubs", "ttl", "pods", "log", "no_cache"])]
+    config: Option<PathBuf>,
+    /// Domain of the cluster; may be repeated.
+    #[arg(long = "domain", default_value = "cluster.local")]
+    domains: Vec<String>,
+    /// Server for names outside the cluster, as ADDRESS, ADDRESS:PORT or a resolv.conf; may be repeated. Without one such names are refused.
+    #[arg(long = "upstream")]
+    upstreams: Vec<String>,
+    /// Servers for the names of a domain, as DOMAIN=ADDRESS[,ADDRESS]; may be repeated.
+    #[arg(long = "stub")]
+    stubs: Vec<String>,
+    /// Kubeconfig file; without one, the pod's ServiceAccount.
+    #[arg(long)]
+    kubeconfig: Option<PathBuf>,
+    /// URL of the API server, in place of the one that the kubeconfig or the environment names.
+    #[arg(long)]
+    api_server: Option<String>,
+    /// Follow this file (what `kubectl get services,endpointslices,pods -A -o json` prints) in place of an API server.
+    #[arg(long, conflicts_with_all = ["kubeconfig", "api_server"])]
+    snapshot: Option<PathBuf>,
+    /// Time to live of the cluster's records, in seconds.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(0..=3600))]
+    ttl: u32,
+    /// What is told of pods by their addresses: disabled, insecure or verified.
+    #[arg(long, default_value = "disabled", value_parser = pods)]
+    pods: Pods,
+    /// Log every query.
+    #[arg(long)]
+    log: bool,
+    /// Keep no answers of others.
+    #[arg(long)]
+    no_cache: bool,
+    /// UDP threads; one per CPU by default.
+    #[arg(long)]
+    threads: Option<NonZeroUsize>,
+    /// Seconds to go on serving after SIGTERM, while /readyz says no; 5 by default, or what a Corefile says.
+    #[arg(long)]
+    lameduck: Option<u64>,
+}
+
+/// A server's settings that hold for its life.
+#[derive(Debug)]
+pub struct Config {
+    pub listen: SocketAddr,
+    pub http: Vec<SocketAddr>,
+    pub source: Source,
+    pub threads: usize,
+    pub lameduck: Duration,
+    /// Where `spec` came from, to be read again.
+    pub file: Option<PathBuf>,
+    pub spec: Spec,
+}
+
+/// Where the cluster is learnt from.
+#[derive(Clone, Debug)]
+pub enum Source {
+    Api(ApiOptions),
+    File(PathBuf),
+}
+
+/// Why a server can't be configured.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("--domain: {0}")]
+    Domain(#[from] BadName),
+    #[error("--upstream {0:?} is not ADDRESS, ADDRESS:PORT or a path")]
+    Upstream(String),
+    #[error("--stub {0:?} is not DOMAIN=ADDRESS[,ADDRESS]")]
+    Stub(String),
+    #[error("--upstream: {0}")]
+    ResolvConf(#[from] ResolvConfError),
+    #[error(transparent)]
+    Corefile(#[from] SyntaxError),
+}
+
+impl TryFrom<Flags> for Config {
+    type Error = ConfigError;
+
+    fn try_from(flags: Flags) -> Result<Self, ConfigError> {
+        let cpus = || available_parallelism().map_or(1, NonZeroUsize::get);
+        let spec = match &flags.config {
+            Some(file) => read_spec(file)?,
+            None => spec_of(&flags)?,
+        };
+        let port = spec.port.unwrap_or(DNS_PORT);
+        let mut http = vec![flags.health];
+        http.extend(spec.http.iter().filter(|address| **address != flags.health));
+        let lameduck = flags.lameduck.map(Duration::from_secs).or(spec.lameduck);
+        let api = ApiOptions {
+            kubeconfig: flags.kubeconfig,
+            api_server: flags.api_server,
+        };
+        Ok(Self {
+            listen: flags.listen.unwrap_or((Ipv4Addr::UNSPECIFIED, port).into()),
+            http,
+            source: flags.snapshot.map_or(Source::Api(api), Source::File),
+            threads: flags.threads.map_or_else(cpus, NonZeroUsize::get),
+            lameduck: lameduck.unwrap_or(Duration::from_secs(5)),
+            file: flags.config,
+            spec,
+        })
+    }
+}
+
+/// What the flags say, as a Corefile would.
+fn spec_of(flags: &Flags) -> Result<Spec, ConfigError> {
+    let origins: Vec<Name> = flags
+        .domains
+        .iter()
+        .map(|domain| Name::parse(domain))
+        .collect::<Result<_, _>>()?;
+    let mut zone = ZoneSettings::of(origins[0].clone());
+    zone.origins = origins;
+    zone.pods = flags.pods;
+    let mut files = Vec::new();
+    let mut block = BlockSpec::of(vec![Name::parse(".")?]);
+    block.cluster = Some(ClusterSpec {
+        ttl_s: flags.ttl,
+        fallthrough: zone.reverse.clone(),
+        transfer: Vec::new(),
+    });
+    block.log = LogRules {
+        queries: if flags.log {
+            Classes::ALL
+        } else {
+            Classes::NONE
+        },
+        errors: true,
+    };
+    block.cache = (!flags.no_cache).then(CacheRules::default);
+    let mut servers = Vec::new();
+    for text in &flags.upstreams {
+        if text.starts_with('/') {
+            let path = PathBuf::from(text);
+            servers.extend(nameservers(&path)?);
+            files.push(path);
+        } else {
+            servers.push(server_address(text).ok_or_else(|| ConfigError::Upstream(text.clone()))?);
+        }
+    }
+    if !servers.is_empty() {
+        block.routes.push(route(Name::parse(".")?, servers));
+    }
+    for text in &flags.stubs {
+        let bad = || ConfigError::Stub(text.clone());
+        let (domain, list) = text.split_once('=').ok_or_else(bad)?;
+        let servers = list
+            .split(',')
+            .map(server_address)
+            .collect::<Option<Vec<_>>>();
+        let zone = Name::parse(domain).map_err(|_| bad())?;
+        block.routes.push(route(zone, servers.ok_or_else(bad)?));
+    }
+    Ok(Spec {
+        zone,
+        blocks: vec![block],
+        port: None,
+        http: Vec::new(),
+        lameduck: None,
+        files,
+    })
+}
+
+fn route(zone: Name, servers: Vec<SocketAddr>) -> RouteSpec {
+    let plain = |address| ServerSpec { address, tls: None };
+    RouteSpec {
+        zone,
+        except: Vec::new(),
+        servers: servers.into_iter().map(plain).collect(),
+        rules: ForwardRules::default(),
+    }
+}
+
+fn server_address(text: &str) -> Option<SocketAddr> {
+    let bare = || {
+        text.parse::<IpAddr>()
+            .map(|address| (address, DNS_PORT).into())
+    };
+    text.parse().or_else(|_| bare()).ok()
+}
+
+fn pods(text: &str) -> Result<Pods, String> {
+    match text {
+        "disabled" => Ok(Pods::Disabled),
+        "insecure" => Ok(Pods::Insecure),
+        "verified" => Ok(Pods::Verified),
+        _ => Err("is not disabled, insecure or verified".into()),
+    }
+}

@@ -1,0 +1,474 @@
+//! What a Corefile means: its plugins, as far as there is a counterpart here. What has none is an error, never ignored, unless
+//! leaving it out changes no answer.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ipnetwork::IpNetwork;
+use regex::Regex;
+
+use super::corefile::{Block, Directive, SyntaxError, Word, read};
+use super::spec::{BlockSpec, ClusterSpec, Spec, search_domains};
+use crate::hosts::Hosts;
+use crate::log::Classes;
+use crate::name::Name;
+use crate::rewrite::{Match, Rewrite};
+use crate::zone::{Pods, ZoneSettings};
+
+/// Plugins that have nothing to say here: loops are looked for, addresses taken in turn and the file watched anyway.
+const NO_EFFECT: &[&str] = &[
+    "loop",
+    "loadbalance",
+    "reload",
+    "cancel",
+    "multisocket",
+    "minimal",
+];
+
+/// Reads a Corefile and everything that it refers to.
+pub fn read_spec(path: &Path) -> Result<Spec, SyntaxError> {
+    let corefile = read(path)?;
+    let mut spec = Spec {
+        zone: ZoneSettings::of(Name::parse("cluster.local").expect("a constant name")),
+        blocks: Vec::new(),
+        port: None,
+        http: Vec::new(),
+        lameduck: None,
+        files: corefile.files,
+    };
+    let mut cluster_block: Option<Word> = None;
+    for block in &corefile.blocks {
+        let mut zones = Vec::new();
+        for key in &block.keys {
+            let (zone, port) = zone_key(key)?;
+            if let (Some(other), Some(port)) = (spec.port, port)
+                && other != port
+            {
+                return Err(key.bad(format!(
+                    "another block is on port {other}, and one server has one port"
+                )));
+            }
+            spec.port = spec.port.or(port);
+            zones.extend(zone);
+        }
+        let mut reading = Reading {
+            spec: &mut spec,
+            block: BlockSpec::of(zones),
+            path,
+        };
+        reading.block(block)?;
+        let block_spec = reading.block;
+        if block_spec.cluster.is_some() {
+            let key = block.keys[0].clone();
+            if cluster_block.is_some() {
+                return Err(
+                    key.bad("kubernetes is in another block already; give it several zones there")
+                );
+            }
+            cluster_block = Some(key);
+        }
+        spec.blocks.push(block_spec);
+    }
+    if spec.blocks.is_empty() {
+        return Err(SyntaxError::Open {
+            file: format!("{} has no block, and", path.display()),
+        });
+    }
+    Ok(spec)
+}
+
+/// Zone and port of a block's key, as `example.org:53` or `10.0.0.0/8`.
+fn zone_key(key: &Word) -> Result<(Vec<Name>, Option<u16>), SyntaxError> {
+    let text = key.text.strip_prefix("dns://").unwrap_or(&key.text);
+    if text.contains("://") {
+        return Err(key.bad("only plain DNS is served"));
+    }
+    let (zone, port) = match text.rsplit_once(':') {
+        Some((zone, port)) => match port.parse() {
+            Ok(port) => (zone, Some(port)),
+            Err(_) => return Err(key.bad("its port is not a number up to 65535")),
+        },
+        None => (text, None),
+    };
+    Ok((
+        zone_names(key, if zone.is_empty() { "." } else { zone })?,
+        port,
+    ))
+}
+
+/// A zone by its name, or the reverse zone of a range.
+pub(super) fn zone_names(word: &Word, text: &str) -> Result<Vec<Name>, SyntaxError> {
+    if let Ok(range) = text.parse::<IpNetwork>()
+        && text.contains('/')
+    {
+        let (bits, per_label, labels) = match range {
+            IpNetwork::V4(_) => (range.prefix(), 8, 4),
+            IpNetwork::V6(_) => (range.prefix(), 4, 32),
+        };
+        if bits % per_label != 0 {
+            return Err(word.bad(format!(
+                "its length is not a multiple of {per_label}, where reverse zones are cut"
+            )));
+        }
+        let whole = Name::reverse(range.ip());
+        let skip = usize::from(labels - bits / per_label);
+        let wire = whole.and_ancestors().nth(skip).unwrap_or(&[0]);
+        return Ok(vec![Name::from_wire(wire)]);
+    }
+    Name::parse(text)
+        .map(|name| vec![name])
+        .map_err(|error| word.bad(error.to_string()))
+}
+
+pub(super) struct Reading<'a> {
+    pub(super) spec: &'a mut Spec,
+    pub(super) block: BlockSpec,
+    path: &'a Path,
+}
+
+pub(super) fn number<T: std::str::FromStr>(word: &Word) -> Result<T, SyntaxError> {
+    word.text
+        .parse()
+        .map_err(|_| word.bad("is not a number that fits here"))
+}
+
+/// A duration in Go's form, as 500ms or 1m30s; a bare number is seconds.
+pub(super) fn duration(word: &Word) -> Result<Duration, SyntaxError> {
+    if let Ok(seconds) = word.text.parse::<u64>() {
+        return Ok(Duration::from_secs(seconds));
+    }
+    let bad = || word.bad("is not a duration such as 500ms or 1m30s");
+    let mut rest = word.text.as_str();
+    let mut total = Duration::ZERO;
+    while !rest.is_empty() {
+        let digits = rest
+            .find(|c: char| !c.is_ascii_digit() && c != '.')
+            .ok_or_else(bad)?;
+        let value: f64 = rest[..digits].parse().map_err(|_| bad())?;
+        rest = &rest[digits..];
+        let end = rest
+            .find(|c: char| c.is_ascii_digit())
+            .unwrap_or(rest.len());
+        let unit_s = match &rest[..end] {
+            "us" => 1e-6,
+            "ms" => 1e-3,
+            "s" => 1.0,
+            "m" => 60.0,
+            "h" => 3600.0,
+            _ => return Err(bad()),
+        };
+        total += Duration::try_from_secs_f64(value * unit_s).map_err(|_| bad())?;
+        rest = &rest[end..];
+    }
+    Ok(total)
+}
+
+pub(super) fn one<'w>(name: &Word, args: &'w [Word]) -> Result<&'w Word, SyntaxError> {
+    match args {
+        [word] => Ok(word),
+        _ => Err(name.bad("takes one argument")),
+    }
+}
+
+impl Reading<'_> {
+    fn block(&mut self, block: &Block) -> Result<(), SyntaxError> {
+        for directive in &block.directives {
+            self.directive(directive)?;
+        }
+        Ok(())
+    }
+
+    fn directive(&mut self, directive: &Directive) -> Result<(), SyntaxError> {
+        let Directive { name, args, lines } = directive;
+        match name.text.as_str() {
+            "kubernetes" => self.kubernetes(directive),
+            "forward" => self.forward(directive),
+            "cache" => self.cache(directive),
+            "hosts" => self.hosts(directive),
+            "rewrite" => self.rewrite(directive),
+            "autopath" => self.autopath(name, args),
+            "transfer" => self.transfer(directive),
+            "log" => {
+                self.block.log.queries = classes(lines)?;
+                Ok(())
+            }
+            "errors" => {
+                self.block.log.errors = true;
+                Ok(())
+            }
+            "bufsize" => {
+                let bytes: usize = args.first().map_or(Ok(1232), number)?;
+                if !(512..=4096).contains(&bytes) {
+                    return Err(name.bad("is 512 to 4096 bytes"));
+                }
+                self.block.udp_bytes_max = bytes;
+                Ok(())
+            }
+            "health" => {
+                for line in lines {
+                    match &line[..] {
+                        [key, value] if key.text == "lameduck" => {
+                            self.spec.lameduck = Some(duration(value)?);
+                        }
+                        _ => return Err(line[0].bad("health knows lameduck only")),
+                    }
+                }
+                self.http(args, 8080)
+            }
+            "ready" => self.http(args, 8181),
+            "prometheus" => self.http(args, 9153),
+            other if NO_EFFECT.contains(&other) => Ok(()),
+            "bind" => Err(name.bad("say it by --listen")),
+            _ => Err(name.bad(
+                "this plugin is not supported; those that are: kubernetes, forward, cache, hosts, rewrite, autopath, \
+                 transfer, log, errors, bufsize, health, ready, prometheus, loop, loadbalance, reload",
+            )),
+        }
+    }
+
+    fn http(&mut self, args: &[Word], port: u16) -> Result<(), SyntaxError> {
+        let address = match args.first() {
+            None => SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)),
+            Some(word) => {
+                let text = match word.text.strip_prefix(':') {
+                    Some(port) => format!("0.0.0.0:{port}"),
+                    None => word.text.replace("localhost:", "127.0.0.1:"),
+                };
+                text.parse().map_err(|_| word.bad("is not ADDRESS:PORT"))?
+            }
+        };
+        if !self.spec.http.contains(&address) {
+            self.spec.http.push(address);
+        }
+        Ok(())
+    }
+
+    pub(super) fn zones(&self, words: &[Word]) -> Result<Vec<Name>, SyntaxError> {
+        let mut zones = Vec::new();
+        for word in words {
+            zones.extend(zone_names(word, &word.text)?);
+        }
+        Ok(zones)
+    }
+
+    pub(super) fn zones_or(
+        &self,
+        words: &[Word],
+        otherwise: &[Name],
+    ) -> Result<Vec<Name>, SyntaxError> {
+        if words.is_empty() {
+            Ok(otherwise.to_vec())
+        } else {
+            self.zones(words)
+        }
+    }
+
+    fn kubernetes(&mut self, directive: &Directive) -> Result<(), SyntaxError> {
+        let zones = self.zones_or(&directive.args, &self.block.zones)?;
+        let (reverse, origins): (Vec<Name>, Vec<Name>) =
+            zones.into_iter().partition(Name::is_reverse);
+        if origins.is_empty() {
+            return Err(directive.name.bad("needs a domain of the cluster"));
+        }
+        let transfer = self.block.cluster.take().map(|cluster| cluster.transfer);
+        let mut cluster = ClusterSpec {
+            ttl_s: 5,
+            fallthrough: Vec::new(),
+            transfer: transfer.unwrap_or_default(),
+        };
+        let mut zone = ZoneSettings {
+            origins,
+            reverse,
+            pods: Pods::Disabled,
+            endpoint_pod_names: false,
+        };
+        for line in &directive.lines {
+            let (key, values) = (&line[0], &line[1..]);
+            match key.text.as_str() {
+                "pods" => {
+                    zone.pods = match one(key, values)?.text.as_str() {
+                        "disabled" => Pods::Disabled,
+                        "insecure" => Pods::Insecure,
+                        "verified" => Pods::Verified,
+                        _ => return Err(values[0].bad("is not disabled, insecure or verified")),
+                    };
+                }
+                "ttl" => {
+                    cluster.ttl_s = number(one(key, values)?)?;
+                    if cluster.ttl_s > 3600 {
+                        return Err(values[0].bad("is more than 3600 seconds"));
+                    }
+                }
+                "fallthrough" => cluster.fallthrough = self.zones_or(values, &[root()])?,
+                "endpoint_pod_names" => zone.endpoint_pod_names = true,
+                // How the API server is reached is this program's own affair.
+                "endpoint" | "tls" | "kubeconfig" | "apiserver_qps" | "apiserver_burst"
+                | "startup_timeout" => {
+                    tracing::warn!(
+                        "{}: {} is not used; see --api-server and --kubeconfig",
+                        key.at,
+                        key.text
+                    );
+                }
+                _ => return Err(key.bad("this option of kubernetes is not supported")),
+            }
+        }
+        self.block.cluster = Some(cluster);
+        self.spec.zone = zone;
+        Ok(())
+    }
+
+    fn transfer(&mut self, directive: &Directive) -> Result<(), SyntaxError> {
+        let mut peers = Vec::new();
+        for line in &directive.lines {
+            if line[0].text != "to" {
+                return Err(line[0].bad("transfer knows to only"));
+            }
+            for word in &line[1..] {
+                if word.text == "*" {
+                    let any = [IpAddr::from([0; 4]), IpAddr::from([0; 16])];
+                    peers.extend(
+                        any.map(|address| IpNetwork::new(address, 0).expect("a length of 0")),
+                    );
+                } else {
+                    peers.push(
+                        word.text
+                            .parse()
+                            .map_err(|_| word.bad("is not an address, a range or *"))?,
+                    );
+                }
+            }
+        }
+        let cluster = self.block.cluster.get_or_insert(ClusterSpec {
+            ttl_s: 5,
+            fallthrough: Vec::new(),
+            transfer: Vec::new(),
+        });
+        cluster.transfer = peers;
+        Ok(())
+    }
+
+    fn hosts(&mut self, directive: &Directive) -> Result<(), SyntaxError> {
+        let mut hosts = Hosts::new(3600);
+        let mut inline = false;
+        for line in &directive.lines {
+            let (key, values) = (&line[0], &line[1..]);
+            match key.text.as_str() {
+                "ttl" => hosts.ttl_s = number(one(key, values)?)?,
+                "no_reverse" => hosts.reverse = false,
+                "reload" => {}
+                "fallthrough" => hosts.fallthrough = self.zones_or(values, &[root()])?,
+                _ => {
+                    let names: Vec<&str> = values.iter().map(|word| word.text.as_str()).collect();
+                    hosts
+                        .add(&key.text, &names)
+                        .map_err(|error| key.bad(error.to_string()))?;
+                    inline = true;
+                }
+            }
+        }
+        let file = directive.args.first().map(|word| PathBuf::from(&word.text));
+        let file = file.or_else(|| (!inline).then(|| "/etc/hosts".into()));
+        if let Some(file) = file {
+            let file = self.path.parent().unwrap_or(Path::new("")).join(file);
+            let failed = |error: String| directive.name.bad(format!("{}: {error}", file.display()));
+            let text = std::fs::read_to_string(&file).map_err(|error| failed(error.to_string()))?;
+            hosts
+                .add_file(&text)
+                .map_err(|error| failed(error.to_string()))?;
+            self.spec.files.push(file);
+        }
+        self.block.hosts = Some(hosts);
+        Ok(())
+    }
+
+    fn rewrite(&mut self, directive: &Directive) -> Result<(), SyntaxError> {
+        let mut words = directive.args.iter().peekable();
+        let goes_on = words
+            .next_if(|word| matches!(word.text.as_str(), "stop" | "continue"))
+            .is_some_and(|word| word.text == "continue");
+        if words.next_if(|word| word.text == "name").is_none() {
+            return Err(directive.name.bad("only rewrite name is supported"));
+        }
+        let kind = words
+            .next_if(|word| {
+                matches!(
+                    word.text.as_str(),
+                    "exact" | "prefix" | "suffix" | "substring" | "regex"
+                )
+            })
+            .map_or("exact", |word| word.text.as_str());
+        let (Some(from), Some(to)) = (words.next(), words.next()) else {
+            return Err(directive.name.bad("needs FROM and TO"));
+        };
+        if let Some(more) = words.next()
+            && more.text != "answer"
+        {
+            return Err(more.bad("is not known to rewrite name"));
+        }
+        let lower = from.text.to_ascii_lowercase();
+        let absolute = |text: &str| {
+            if text.ends_with('.') {
+                text.to_owned()
+            } else {
+                format!("{text}.")
+            }
+        };
+        let to = to.text.to_ascii_lowercase();
+        let (from, to) = match kind {
+            "exact" => (Match::Exact(absolute(&lower)), absolute(&to)),
+            "prefix" => (Match::Prefix(lower), to),
+            "suffix" => (Match::Suffix(absolute(&lower)), absolute(&to)),
+            "substring" => (Match::Substring(lower), to),
+            _ => {
+                let regex = Regex::new(&from.text).map_err(|error| from.bad(error.to_string()))?;
+                (Match::Regex(regex), to)
+            }
+        };
+        self.block.rewrites.push(Rewrite { from, to, goes_on });
+        Ok(())
+    }
+
+    fn autopath(&mut self, name: &Word, args: &[Word]) -> Result<(), SyntaxError> {
+        let from = args
+            .last()
+            .ok_or_else(|| name.bad("needs @kubernetes or a resolv.conf"))?;
+        let search = if from.text == "@kubernetes" {
+            Vec::new()
+        } else {
+            let file = Path::new(&from.text);
+            self.spec.files.push(file.into());
+            search_domains(file).map_err(|error| from.bad(error.to_string()))?
+        };
+        self.block.autopath = Some(search);
+        Ok(())
+    }
+}
+
+fn root() -> Name {
+    Name::parse(".").expect("the root is a name")
+}
+
+fn classes(lines: &[Vec<Word>]) -> Result<Classes, SyntaxError> {
+    let mut classes = Classes::NONE;
+    for line in lines {
+        if line[0].text != "class" {
+            return Err(line[0].bad("log knows class only"));
+        }
+        for word in &line[1..] {
+            match word.text.as_str() {
+                "all" => classes = Classes::ALL,
+                "success" => classes.success = true,
+                "denial" => classes.denial = true,
+                "error" => classes.error = true,
+                _ => return Err(word.bad("is not all, success, denial or error")),
+            }
+        }
+    }
+    Ok(if lines.is_empty() {
+        Classes::ALL
+    } else {
+        classes
+    })
+}

@@ -1,0 +1,149 @@
+//! What a configuration says, as plain data: the outcome of reading a Corefile or the command line.
+
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ipnetwork::IpNetwork;
+
+use crate::cache::CacheRules;
+use crate::forward::ForwardRules;
+use crate::hosts::Hosts;
+use crate::log::LogRules;
+use crate::name::Name;
+use crate::rewrite::Rewrite;
+use crate::zone::ZoneSettings;
+
+/// A whole configuration.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Spec {
+    /// How the cluster's zone is made; whether it is served, a block says.
+    pub zone: ZoneSettings,
+    pub blocks: Vec<BlockSpec>,
+    /// The port that all blocks share, if they name one.
+    pub port: Option<u16>,
+    /// Addresses for health, readiness and metrics that the configuration names.
+    pub http: Vec<SocketAddr>,
+    pub lameduck: Option<Duration>,
+    /// Every file that was read: when one changes, the configuration has.
+    pub files: Vec<PathBuf>,
+}
+
+/// What is done for the names of some zones.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BlockSpec {
+    /// Names in these zones; never empty.
+    pub zones: Vec<Name>,
+    pub cluster: Option<ClusterSpec>,
+    pub hosts: Option<Hosts>,
+    pub rewrites: Vec<Rewrite>,
+    /// The search path is followed here for clients, with these domains after the cluster's own.
+    pub autopath: Option<Vec<Name>>,
+    pub routes: Vec<RouteSpec>,
+    pub cache: Option<CacheRules>,
+    pub log: LogRules,
+    /// The server's bound on UDP answers.
+    pub udp_bytes_max: usize,
+}
+
+/// How the cluster's names are served.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ClusterSpec {
+    pub ttl_s: u32,
+    pub fallthrough: Vec<Name>,
+    /// Who may have the whole zone.
+    pub transfer: Vec<IpNetwork>,
+}
+
+/// Where names of a zone are asked for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RouteSpec {
+    pub zone: Name,
+    pub except: Vec<Name>,
+    pub servers: Vec<ServerSpec>,
+    pub rules: ForwardRules,
+}
+
+/// An upstream server.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ServerSpec {
+    pub address: SocketAddr,
+    pub tls: Option<TlsSpec>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsSpec {
+    pub name: String,
+    pub authorities: Option<PathBuf>,
+    /// Certificate and key of our own.
+    pub own: Option<(PathBuf, PathBuf)>,
+}
+
+impl BlockSpec {
+    /// A block that does nothing for its zones yet.
+    pub fn of(zones: Vec<Name>) -> Self {
+        Self {
+            zones,
+            cluster: None,
+            hosts: None,
+            rewrites: Vec::new(),
+            autopath: None,
+            routes: Vec::new(),
+            cache: None,
+            log: LogRules::default(),
+            udp_bytes_max: UDP_BYTES_MAX,
+        }
+    }
+}
+
+/// Bound on UDP answers (DNS flag day 2020).
+pub const UDP_BYTES_MAX: usize = 1232;
+pub const DNS_PORT: u16 = 53;
+pub const TLS_PORT: u16 = 853;
+
+/// Why the system's resolver configuration does not help.
+#[derive(Debug, thiserror::Error)]
+pub enum ResolvConfError {
+    #[error("{}: {source}", path.display())]
+    Read {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("{} names no server", .0.display())]
+    NoServer(PathBuf),
+}
+
+/// The name servers of a resolv.conf.
+pub fn nameservers(path: &Path) -> Result<Vec<SocketAddr>, ResolvConfError> {
+    let text = fs::read_to_string(path).map_err(|source| ResolvConfError::Read {
+        path: path.into(),
+        source,
+    })?;
+    let servers: Vec<SocketAddr> = words_after(&text, "nameserver")
+        .filter_map(|word| word.split('%').next()?.parse::<IpAddr>().ok())
+        .map(|address| (address, DNS_PORT).into())
+        .collect();
+    if servers.is_empty() {
+        return Err(ResolvConfError::NoServer(path.into()));
+    }
+    Ok(servers)
+}
+
+/// The search domains of a resolv.conf.
+pub fn search_domains(path: &Path) -> Result<Vec<Name>, ResolvConfError> {
+    let text = fs::read_to_string(path).map_err(|source| ResolvConfError::Read {
+        path: path.into(),
+        source,
+    })?;
+    Ok(words_after(&text, "search")
+        .filter_map(|word| Name::parse(word).ok())
+        .collect())
+}
+
+fn words_after<'t>(text: &'t str, keyword: &str) -> impl Iterator<Item = &'t str> {
+    text.lines()
+        .map(str::split_whitespace)
+        .filter_map(move |mut words| (words.next()? == keyword).then_some(words))
+        .flatten()
+}

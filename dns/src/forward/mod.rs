@@ -1,0 +1,201 @@
+//! Names of others: asked of upstream servers, several where one is slow, so that one that is dead is hardly noticed.
+
+mod exchange;
+mod upstream;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use futures::stream::FuturesUnordered;
+use tokio::sync::Semaphore;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use crate::answer::Rcode;
+use crate::message::{BadReply, Reply};
+use crate::metrics::Forwarding;
+
+pub use exchange::Question;
+pub use upstream::{Tls, TlsError, Upstream};
+
+/// In which order upstreams are asked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Order {
+    #[default]
+    Random,
+    RoundRobin,
+    /// As configured: the others are for when the first is away.
+    Sequential,
+}
+
+/// How upstream servers are asked.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ForwardRules {
+    pub order: Order,
+    /// Queries in flight; what comes above is refused.
+    pub concurrent_max: usize,
+    /// Failures in a row after which an upstream counts as down, 0 for never.
+    pub failures_max: u32,
+    /// Pause between health checks of an upstream that has failed.
+    pub check_every: Duration,
+    /// Always ask by TCP.
+    pub tcp_only: bool,
+    /// How long all attempts together may take: less than clients wait, so that they hear of a failure.
+    pub patience: Duration,
+}
+
+impl Default for ForwardRules {
+    fn default() -> Self {
+        Self {
+            order: Order::default(),
+            concurrent_max: 1000,
+            failures_max: 2,
+            check_every: Duration::from_millis(500),
+            tcp_only: false,
+            patience: Duration::from_millis(4500),
+        }
+    }
+}
+
+/// An upstream that has not answered after some times its usual delay, within these bounds, has another one asked beside it.
+const HEDGE_MIN: Duration = Duration::from_millis(300);
+const HEDGE_MAX: Duration = Duration::from_secs(1);
+/// Attempts for one question, over all upstreams; and of one upstream.
+const ATTEMPTS_MAX: usize = 8;
+const ATTEMPTS_EACH: usize = 2;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ForwardError {
+    #[error("upstream {server}: {source}")]
+    Io {
+        server: SocketAddr,
+        source: io::Error,
+    },
+    #[error("upstream {server}: the answer {source}")]
+    Reply {
+        server: SocketAddr,
+        source: BadReply,
+    },
+    #[error("no upstream answered within {} ms", .0.as_millis())]
+    Silence(Duration),
+    #[error("{0} queries are in flight already")]
+    Busy(usize),
+    #[error("no upstream is configured for this name")]
+    NoRoute,
+    #[error("every upstream leads back to this server")]
+    Loop,
+}
+
+/// Upstream servers; never empty.
+pub struct Forwarder {
+    upstreams: Vec<Arc<Upstream>>,
+    rules: ForwardRules,
+    next: AtomicUsize,
+    places: Semaphore,
+    metrics: Forwarding,
+}
+
+impl Forwarder {
+    /// A forwarder to `upstreams`; `None` when there are none.
+    pub fn new(
+        upstreams: Vec<Arc<Upstream>>,
+        rules: ForwardRules,
+        metrics: Forwarding,
+    ) -> Option<Self> {
+        (!upstreams.is_empty()).then(|| Self {
+            next: AtomicUsize::new(0),
+            places: Semaphore::new(rules.concurrent_max),
+            upstreams,
+            rules,
+            metrics,
+        })
+    }
+
+    pub fn upstreams(&self) -> &[Arc<Upstream>] {
+        &self.upstreams
+    }
+
+    /// Those that may be asked, in the order in which they are: those that are down last, since all may be.
+    fn order(&self) -> Vec<Arc<Upstream>> {
+        let count = self.upstreams.len();
+        let first = match self.rules.order {
+            Order::Sequential => 0,
+            Order::RoundRobin => self.next.fetch_add(1, Ordering::Relaxed) % count,
+            Order::Random => rand::random_range(0..count),
+        };
+        let mut order: Vec<_> = (0..count)
+            .map(|i| self.upstreams[(first + i) % count].clone())
+            .filter(|upstream| !upstream.leads_back())
+            .collect();
+        order.sort_by_key(|upstream| upstream.is_down(self.rules.failures_max));
+        order
+    }
+
+    /// Asks until there is an answer. A failure that an upstream tells of is an answer when no other one knows better.
+    pub async fn ask(&self, question: &Question) -> Result<Reply, ForwardError> {
+        let Ok(_place) = self.places.try_acquire() else {
+            self.metrics.rejected.inc();
+            return Err(ForwardError::Busy(self.rules.concurrent_max));
+        };
+        let order = self.order();
+        if order.is_empty() {
+            return Err(ForwardError::Loop);
+        }
+        if order[0].is_down(self.rules.failures_max) {
+            self.metrics.all_down.inc();
+        }
+        let attempts = (order.len() * ATTEMPTS_EACH).min(ATTEMPTS_MAX);
+        let mut waiting = order.iter().cycle().take(attempts);
+        let end = Instant::now() + self.rules.patience;
+        let mut asked: Vec<Arc<Upstream>> = Vec::new();
+        let mut running = FuturesUnordered::new();
+        let mut told = None;
+        let mut error = ForwardError::Silence(self.rules.patience);
+        let mut next = waiting.next().cloned();
+        loop {
+            if let Some(upstream) = next.take() {
+                asked.push(upstream.clone());
+                running.push(async move {
+                    let begun = Instant::now();
+                    let answer = upstream.ask(question, self.rules.tcp_only).await;
+                    (upstream, begun.elapsed(), answer)
+                });
+            }
+            if running.is_empty() {
+                break;
+            }
+            let hedge = asked.last().map_or(HEDGE_MAX, |last| {
+                (last.usual_delay() * 4).clamp(HEDGE_MIN, HEDGE_MAX)
+            });
+            tokio::select! {
+                Some((upstream, took, answer)) = running.next() => match answer {
+                    Ok(reply) => {
+                        upstream.answered(took, reply.rcode);
+                        if matches!(reply.rcode, Rcode::NoError | Rcode::NxDomain) && !reply.is_truncated() {
+                            // Whoever was asked before and is silent has failed, as far as anyone can tell.
+                            let silent = asked.iter().take_while(|one| !Arc::ptr_eq(one, &upstream));
+                            silent.for_each(|one| one.failed(&self.rules));
+                            return Ok(reply);
+                        }
+                        told = Some(reply);
+                        next = waiting.next().cloned();
+                    }
+                    Err(failure) => {
+                        upstream.failed(&self.rules);
+                        error = failure;
+                        next = waiting.next().cloned();
+                    }
+                },
+                () = sleep(hedge), if asked.len() < attempts => next = waiting.next().cloned(),
+                () = sleep_until(end) => {
+                    asked.iter().for_each(|one| one.failed(&self.rules));
+                    break;
+                }
+            }
+        }
+        told.ok_or(error)
+    }
+}

@@ -1,0 +1,166 @@
+//! The server: UDP threads over the zone and the cache, TCP, and what takes longer.
+
+pub mod at_once;
+mod limits;
+mod slow;
+mod tcp;
+pub mod transfer;
+mod udp;
+
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use tokio::net::TcpListener;
+
+use crate::answer::Policy;
+use crate::forward::Upstream;
+use crate::metrics::Metrics;
+use crate::settings::Settings;
+use crate::sys;
+use crate::zone::Zone;
+use limits::Limits;
+
+/// The largest UDP answer; more is what TCP is for.
+pub const REPLY_BYTES_MAX: usize = 4096;
+
+/// What every part of the server shares.
+pub struct Shared {
+    pub zone: ArcSwap<Zone>,
+    pub settings: ArcSwap<Settings>,
+    pub metrics: Arc<Metrics>,
+    /// For what no block is about.
+    bare: Policy,
+    turn: AtomicUsize,
+    limits: Arc<Limits>,
+    probes: Probes,
+    /// It is about to stop: readiness says no.
+    stopping: AtomicBool,
+    /// UDP threads end as soon as nothing is left to answer.
+    draining: AtomicBool,
+    /// UDP threads that have not ended.
+    serving: AtomicUsize,
+}
+
+impl Shared {
+    pub fn new(settings: Settings, metrics: Metrics) -> Arc<Self> {
+        Arc::new(Self {
+            zone: ArcSwap::from_pointee(Zone::new(settings.zone().clone())),
+            settings: ArcSwap::from_pointee(settings),
+            metrics: Arc::new(metrics),
+            bare: Policy::default(),
+            turn: AtomicUsize::new(0),
+            limits: Arc::default(),
+            probes: Probes::default(),
+            stopping: AtomicBool::new(false),
+            draining: AtomicBool::new(false),
+            serving: AtomicUsize::new(0),
+        })
+    }
+
+    fn turn(&self) -> usize {
+        self.turn.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
+    }
+
+    /// Says that the end is near: clients learn of it by readiness, and are served meanwhile.
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+    }
+
+    /// Waits until every query that has come is answered, `most` at the longest.
+    pub async fn drain(&self, most: Duration) {
+        self.draining.store(true, Ordering::Relaxed);
+        let end = Instant::now() + most;
+        let busy = || self.serving.load(Ordering::Relaxed) > 0 || self.limits.slow_queries() > 0;
+        while busy() && Instant::now() < end {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Takes a configuration over, and looks for loops among its upstreams.
+    pub fn configure(&self, settings: Settings) {
+        self.probes.send(&settings);
+        self.settings.store(Arc::new(settings));
+    }
+}
+
+/// Questions that were sent to upstreams to see whether they come back.
+#[derive(Default)]
+struct Probes(Mutex<HashMap<Vec<u8>, Arc<Upstream>>>);
+
+impl Probes {
+    fn send(&self, settings: &Settings) {
+        let probes = settings.probe_loops();
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *all = probes.iter().cloned().collect();
+        drop(all);
+        for (name, upstream) in probes {
+            upstream.send_probe(name);
+        }
+    }
+
+    fn came_back(&self, name: &[u8]) -> bool {
+        let probes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        probes
+            .get(name)
+            .inspect(|upstream| upstream.found_leading_back())
+            .is_some()
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    #[error("{transport} {address} can't be bound: {source}")]
+    Bind {
+        transport: &'static str,
+        address: SocketAddr,
+        source: io::Error,
+    },
+}
+
+/// Binds `address` for UDP, once per thread, and for TCP, and serves until the process ends or it is drained. Must be called
+/// within a tokio runtime, which carries TCP and what is forwarded.
+pub async fn start(
+    shared: &Arc<Shared>,
+    address: SocketAddr,
+    threads: usize,
+) -> Result<SocketAddr, ServerError> {
+    let bind = |transport, address| {
+        move |source| ServerError::Bind {
+            transport,
+            address,
+            source,
+        }
+    };
+    let first = sys::bind(address).map_err(bind("udp", address))?;
+    // With port 0 the kernel chose one; everything else must have the same.
+    let address = first.local_addr().map_err(bind("udp", address))?;
+    let listener = TcpListener::bind(address)
+        .await
+        .map_err(bind("tcp", address))?;
+    let mut sockets = vec![first];
+    while sockets.len() < threads {
+        sockets.push(sys::bind(address).map_err(bind("udp", address))?);
+    }
+    let runtime = tokio::runtime::Handle::current();
+    shared.serving.fetch_add(sockets.len(), Ordering::Relaxed);
+    for socket in sockets {
+        let (shared, runtime) = (shared.clone(), runtime.clone());
+        thread::spawn(move || {
+            udp::serve(&shared, &Arc::new(socket), &runtime);
+            shared.serving.fetch_sub(1, Ordering::Relaxed);
+        });
+    }
+    tokio::spawn(tcp::serve(shared.clone(), listener));
+    shared.probes.send(&shared.settings.load());
+    Ok(address)
+}

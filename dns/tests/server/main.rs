@@ -1,0 +1,5 @@
+//! The server over real sockets: its own names, and those of others.
+
+mod forward;
+mod support;
+mod wire;

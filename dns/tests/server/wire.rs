@@ -1,0 +1,336 @@
+//! The server over real sockets, seen through hickory's messages; and the query path under hostile bytes.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use crate::support::*;
+use hickory_proto::op::{Message, ResponseCode};
+use hickory_proto::rr::RecordType;
+use keelway_dns::answer::Transport;
+use keelway_dns::metrics::Metrics;
+use keelway_dns::server::at_once::{Outcome, View, at_once};
+use keelway_dns::server::{REPLY_BYTES_MAX, Shared};
+use keelway_dns::settings::Settings;
+use keelway_dns::zone::{Pods, Zone, ZoneSettings};
+use proptest::prelude::*;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+#[tokio::test]
+async fn before_the_first_sync_nothing_is_denied() {
+    let (shared, server) = serve(spec(&[]), &cluster(0)).await;
+    let zone = shared.zone.load_full();
+    shared
+        .zone
+        .store(Zone::new(ZoneSettings::of(name("cluster.local"))).into());
+    for unknown in [
+        WEB,
+        "absent.prod.svc.cluster.local.",
+        "7.0.96.10.in-addr.arpa.",
+        "cluster.local.",
+    ] {
+        let reply = udp(server, &query(unknown, RecordType::A)).await;
+        assert_eq!(
+            reply.metadata.response_code,
+            ResponseCode::ServFail,
+            "{unknown}"
+        );
+    }
+    shared.zone.store(zone);
+    assert_eq!(
+        data(&udp(server, &query(WEB, RecordType::A)).await),
+        ["10.96.0.7"]
+    );
+}
+
+#[tokio::test]
+async fn a_headless_name_of_a_thousand_endpoints_is_truncated_and_whole_over_tcp() {
+    let (_, server) = serve(spec(&[]), &cluster(1000)).await;
+    let db = "db.prod.svc.cluster.local.";
+    let plain = query(db, RecordType::A);
+    let reply = udp(server, &plain).await;
+    assert!(reply.metadata.truncation);
+    assert!(reply.to_vec().expect("wire").len() <= 512);
+    let wide = udp(server, &edns(db, RecordType::A, 4096)).await;
+    assert!(wide.metadata.truncation && wide.edns.is_some());
+    assert!(wide.answers.len() > reply.answers.len());
+    let whole = tcp(server, &[plain, query(WEB, RecordType::A)]).await;
+    let different: BTreeSet<String> = data(&whole[0]).into_iter().collect();
+    assert_eq!((whole[0].answers.len(), different.len()), (1000, 1000));
+    assert!(!whole[0].metadata.truncation);
+    assert_eq!(data(&whole[1]), ["10.96.0.7"]);
+    let srv = tcp(
+        server,
+        &[query(
+            "_sql._tcp.db.prod.svc.cluster.local.",
+            RecordType::SRV,
+        )],
+    )
+    .await;
+    assert_eq!(srv[0].answers.len(), 1000);
+}
+
+#[tokio::test]
+async fn each_answer_begins_with_another_endpoint() {
+    let (_, server) = serve(spec(&[]), &cluster(4)).await;
+    let mut first = BTreeSet::new();
+    let db = query("db.prod.svc.cluster.local.", RecordType::A);
+    for _ in 0..64 {
+        first.insert(udp(server, &db).await.answers[0].data.to_string());
+    }
+    assert_eq!(first.len(), 4);
+}
+
+#[tokio::test]
+async fn foreign_names_and_transfers_are_refused_where_nothing_is_configured_for_them() {
+    let (_, server) = serve(spec(&[]), &cluster(0)).await;
+    for (asked, rtype) in [
+        ("example.org.", RecordType::A),
+        (".", RecordType::NS),
+        ("cluster.local.", RecordType::AXFR),
+        ("cluster.local.", RecordType::IXFR),
+    ] {
+        let reply = udp(server, &query(asked, rtype)).await;
+        assert_eq!(
+            reply.metadata.response_code,
+            ResponseCode::Refused,
+            "{asked} {rtype}"
+        );
+    }
+    let reply = tcp(server, &[query("cluster.local.", RecordType::AXFR)]).await;
+    assert_eq!(reply[0].metadata.response_code, ResponseCode::Refused);
+}
+
+#[tokio::test]
+async fn a_peer_that_may_gets_the_whole_zone_between_two_soas() {
+    let mut spec = spec(&[]);
+    let cluster_spec = spec.blocks[0]
+        .cluster
+        .as_mut()
+        .expect("it serves the cluster");
+    cluster_spec.transfer = vec!["127.0.0.0/8".parse().expect("a range")];
+    let (_, server) = serve(spec, &cluster(1000)).await;
+    let mut stream = TcpStream::connect(server).await.expect("TCP");
+    let wire = query("cluster.local.", RecordType::AXFR)
+        .to_vec()
+        .expect("a query");
+    let framed = [&(wire.len() as u16).to_be_bytes()[..], &wire].concat();
+    stream.write_all(&framed).await.expect("written");
+    let mut records = Vec::new();
+    let mut soas = 0;
+    while soas < 2 {
+        let message = read(&mut stream).await.expect("a message of the transfer");
+        soas += message
+            .answers
+            .iter()
+            .filter(|record| record.record_type() == RecordType::SOA)
+            .count();
+        records.extend(message.answers);
+    }
+    let of = |rtype| {
+        records
+            .iter()
+            .filter(|record| record.record_type() == rtype)
+            .count()
+    };
+    assert_eq!(
+        records.first().map(|record| record.record_type()),
+        Some(RecordType::SOA)
+    );
+    assert_eq!(
+        records.last().map(|record| record.record_type()),
+        Some(RecordType::SOA)
+    );
+    // A thousand endpoints under the Service's name and their own, and the one address.
+    assert_eq!((of(RecordType::A), of(RecordType::SRV)), (2001, 1001));
+    assert_eq!((of(RecordType::CNAME), of(RecordType::TXT)), (1, 1));
+}
+
+#[tokio::test]
+async fn pods_are_believed_or_verified_or_unknown() {
+    let cases = [
+        (Pods::Disabled, [ResponseCode::NXDomain; 3]),
+        (
+            Pods::Insecure,
+            [
+                ResponseCode::NoError,
+                ResponseCode::NoError,
+                ResponseCode::NXDomain,
+            ],
+        ),
+        (
+            Pods::Verified,
+            [
+                ResponseCode::NoError,
+                ResponseCode::NXDomain,
+                ResponseCode::NXDomain,
+            ],
+        ),
+    ];
+    let names = [
+        "127-0-0-1.prod.pod.cluster.local.",
+        "10-9-8-7.prod.pod.cluster.local.",
+        "nonsense.prod.pod.cluster.local.",
+    ];
+    for (pods, codes) in cases {
+        let mut spec = spec(&[]);
+        spec.zone.pods = pods;
+        let (_, server) = serve(spec, &cluster(0)).await;
+        for (asked, code) in names.iter().zip(codes) {
+            let reply = udp(server, &query(asked, RecordType::A)).await;
+            assert_eq!(reply.metadata.response_code, code, "{pods:?} {asked}");
+            assert_eq!(
+                reply.answers.len(),
+                usize::from(code == ResponseCode::NoError)
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_says_nothing_keeps_nobody_from_being_served() {
+    let (_, server) = serve(spec(&[]), &cluster(0)).await;
+    // More connections than one client may have: the last are closed, others are served.
+    let mut silent = Vec::new();
+    for _ in 0..200 {
+        silent.push(TcpStream::connect(server).await.expect("TCP"));
+    }
+    let mut half = TcpStream::connect(server).await.expect("TCP");
+    let _ = half.write_all(&[0]).await;
+    assert_eq!(
+        data(&udp(server, &query(WEB, RecordType::A)).await),
+        ["10.96.0.7"]
+    );
+    let mut byte = [0];
+    let mut closed = 0;
+    for stream in silent.iter_mut().skip(128) {
+        let read = tokio::time::timeout(Duration::from_secs(5), stream.read(&mut byte)).await;
+        closed += usize::from(!matches!(read, Err(_) | Ok(Ok(1..))));
+    }
+    assert!(
+        closed >= 70,
+        "{closed} of 72 connections too many were closed"
+    );
+    drop(silent);
+    drop(half);
+    let end = Instant::now() + Duration::from_secs(5);
+    loop {
+        let attempt = tokio::spawn(async move { tcp(server, &[query(WEB, RecordType::A)]).await });
+        if attempt.await.is_ok() {
+            break;
+        }
+        assert!(Instant::now() < end, "places do not come back");
+    }
+}
+
+#[tokio::test]
+async fn everything_that_has_come_is_answered_before_the_server_ends() {
+    let slow = Upstream::start(|query, _| {
+        let message = reply(
+            query,
+            ResponseCode::NoError,
+            vec![address(query, 60, [192, 0, 2, 7])],
+        );
+        vec![(
+            Duration::from_millis(300),
+            message.to_vec().expect("an answer"),
+        )]
+    })
+    .await;
+    let (shared, server) = serve(spec(&[slow.address]), &cluster(0)).await;
+    let clients: Vec<_> = (0..200)
+        .map(|i| {
+            tokio::spawn(async move {
+                let foreign = format!("n{i}.example.org.");
+                let asked = if i % 2 == 0 { foreign.as_str() } else { WEB };
+                udp(server, &query(asked, RecordType::A))
+                    .await
+                    .answers
+                    .len()
+            })
+        })
+        .collect();
+    let end = Instant::now() + Duration::from_secs(5);
+    while slow.asked() < 100 {
+        assert!(Instant::now() < end);
+        tokio::task::yield_now().await;
+    }
+    shared.stop();
+    shared.drain(Duration::from_secs(5)).await;
+    for client in clients {
+        assert_eq!(client.await.expect("an answered client"), 1);
+    }
+}
+
+fn settings(pods: Pods) -> (std::sync::Arc<Shared>, Settings, Zone) {
+    let mut spec = spec(&["127.0.0.1:9".parse().expect("an address")]);
+    spec.zone.pods = pods;
+    let metrics = Metrics::default();
+    let zone = Zone::of(spec.zone.clone(), &cluster(40));
+    let build = || Settings::build(spec.clone(), &metrics, None).expect("settings");
+    let settings = build();
+    (Shared::new(build(), Metrics::default()), settings, zone)
+}
+
+fn outcome(message: &[u8], out: &mut [u8]) -> Outcome {
+    thread_local! {
+        static SERVER: (std::sync::Arc<Shared>, Settings, Zone) = settings(Pods::Insecure);
+    }
+    SERVER.with(|(shared, settings, zone)| {
+        let view = View {
+            zone,
+            settings,
+            now: Instant::now(),
+        };
+        let client = IpAddr::from([127, 0, 0, 1]);
+        at_once(shared, &view, message, client, Transport::Udp, 7, out)
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 4096, ..ProptestConfig::default() })]
+
+    #[test]
+    fn random_bytes_never_panic_and_never_overflow(message in prop::collection::vec(any::<u8>(), 0..600)) {
+        let mut out = [0; REPLY_BYTES_MAX];
+        if let Outcome::Reply { bytes, .. } = outcome(&message, &mut out) {
+            prop_assert!((12..=1232).contains(&bytes));
+            prop_assert_eq!(&out[..2], &message[..2]);
+        }
+    }
+
+    #[test]
+    fn every_well_formed_query_gets_a_readable_answer(
+        labels in prop::collection::vec("[a-z_]{1,8}|web|db|out|prod|svc|pod|1-2-3-4|_tcp|_sql|\\PC{1,12}", 0..5),
+        inside in any::<bool>(),
+        rtype in any::<u16>(),
+        bytes in prop::option::of(any::<u16>()),
+        flips in prop::collection::vec((0_usize..90, any::<u8>()), 0..3),
+    ) {
+        let domain = if inside { "svc.cluster.local." } else { "" };
+        let text = format!("{}.{domain}", labels.join("."));
+        let text = if labels.is_empty() { "cluster.local.".to_owned() } else { text };
+        prop_assume!(hickory_proto::rr::Name::from_ascii(&text).is_ok());
+        let asked = match bytes {
+            Some(bytes) => edns(&text, RecordType::from(rtype), bytes),
+            None => query(&text, RecordType::from(rtype)),
+        };
+        let mut wire = asked.to_vec().expect("a query");
+        for (at, byte) in &flips {
+            let at = at % wire.len();
+            wire[at] = *byte;
+        }
+        let mut out = [0; REPLY_BYTES_MAX];
+        match outcome(&wire, &mut out) {
+            Outcome::Reply { bytes: told, .. } => {
+                let most = usize::from(bytes.unwrap_or(512)).clamp(512, 1232);
+                prop_assert!(!flips.is_empty() || told <= most, "{told} bytes for {most}");
+                let reply = Message::from_vec(&out[..told]);
+                prop_assert!(!flips.is_empty() || reply.is_ok(), "{:?}", reply);
+            }
+            Outcome::Slow => {}
+            Outcome::Ignore => prop_assert!(!flips.is_empty()),
+        }
+    }
+}
