@@ -66,7 +66,10 @@ impl Fields for Value {
     }
 
     fn default(&mut self, pointer: &str, value: impl Into<Value>) {
-        if !self.has(pointer) {
+        let value = value.into();
+        // Go's empty text means the same as none.
+        let empty = value.is_string() && self.pointer(pointer).and_then(Value::as_str) == Some("");
+        if empty || !self.has(pointer) {
             self.set(pointer, value);
         }
     }

@@ -334,7 +334,9 @@ impl Api {
             // A subresource has rules of its own on what may change.
             let changed_by_rule = matches!(part, Part::Exact(_));
             self.check(target, &new, Some(&old).filter(|_| !changed_by_rule))?;
-            if strategy.counts_generations() && spec_differs(&new, &old) {
+            // Where a pod is put is no change of what is asked for: kubelets report the generation they have seen.
+            let bound = part == Part::Exact("binding");
+            if !bound && strategy.counts_generations() && spec_differs(&new, &old) {
                 new.set("/metadata/generation", old.int("/metadata/generation") + 1);
             }
             let unchanged = match tracking {

@@ -2,8 +2,8 @@
 //!
 //! A body is the bytes `k8s\0` and a `runtime.Unknown` {1: TypeMeta {1: apiVersion, 2: kind}, 2: raw, 3: contentEncoding,
 //! 4: contentType}. Go writes fields that are not pointers even when they are zero, and JSON then leaves most of them
-//! out: so does the decoder, except where the field is a pointer in Go or the schema has a default for it (which it has
-//! exactly when JSON never leaves it out).
+//! out: so does the decoder, except where the field is a pointer in Go or the schema's default is that very zero (which
+//! it is exactly when JSON never leaves it out). Where the default is something else (a port's protocol), zero means it.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -194,7 +194,7 @@ fn field(
         single => {
             let value = value(raw, single, depth)?;
             let absent = value.is_null()
-                || (is_zero(&value, single) && !field.pointer && field.default.is_empty());
+                || (!field.pointer && zero(&value, single).is_some_and(|it| it != field.default));
             if !absent {
                 out.insert(field.name.to_owned(), value);
             }
@@ -203,18 +203,19 @@ fn field(
     Ok(())
 }
 
-fn is_zero(value: &Value, ty: &FieldType) -> bool {
+/// The zero that a value is, if it is one, as the tables write defaults.
+fn zero(value: &Value, ty: &FieldType) -> Option<&'static str> {
     if ty
         .target()
         .is_some_and(|target| target.shape != Shape::IntOrString)
     {
-        return false;
+        return None;
     }
     match value {
-        Value::Bool(b) => !b,
-        Value::Number(n) => n.as_f64() == Some(0.0),
-        Value::String(s) => s.is_empty(),
-        _ => false,
+        Value::Bool(false) => Some("false"),
+        Value::Number(n) if n.as_f64() == Some(0.0) => Some("0"),
+        Value::String(s) if s.is_empty() => Some("\"\""),
+        _ => None,
     }
 }
 

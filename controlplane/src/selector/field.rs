@@ -67,7 +67,7 @@ impl FieldSelector {
             .map(|r| r.value.as_str())
     }
 
-    /// By the object's fields; an absent one counts as "".
+    /// By the object's fields; an absent one counts as the zero of its type.
     pub fn matches(&self, object: &Value) -> bool {
         self.requirements.iter().all(|requirement| {
             let found = requirement
@@ -75,7 +75,7 @@ impl FieldSelector {
                 .split('.')
                 .try_fold(object, |value, step| value.get(step));
             let equal = match found {
-                None | Some(Value::Null) => requirement.value.is_empty(),
+                None | Some(Value::Null) => requirement.value == zero(&requirement.path),
                 Some(Value::String(text)) => *text == requirement.value,
                 Some(Value::Bool(b)) => b.to_string() == requirement.value,
                 Some(Value::Number(n)) => n.to_string() == requirement.value,
@@ -83,6 +83,15 @@ impl FieldSelector {
             };
             equal == requirement.equal
         })
+    }
+}
+
+/// What a field that an object leaves out is compared as: most are text.
+fn zero(path: &str) -> &'static str {
+    match path {
+        "spec.unschedulable" | "spec.hostNetwork" => "false",
+        "status.replicas" | "status.successful" => "0",
+        _ => "",
     }
 }
 
@@ -133,6 +142,8 @@ mod tests {
             ("spec.nodeName!=n", false),
             ("spec.nodeName!=m,spec.n=3", true),
             ("spec.hostNetwork=true", true),
+            ("spec.unschedulable=false", true),
+            ("status.successful!=0", false),
             ("metadata.name=a\\,b", true),
             ("status.phase=", true),
             ("status.phase!=Running", true),

@@ -398,6 +398,11 @@ async fn status_and_spec_are_written_apart() {
     );
     let pod = pods.get("one").await.expect("there");
     assert_eq!(
+        pod.metadata.generation,
+        Some(2),
+        "to be put on a node is no change of what was asked for"
+    );
+    assert_eq!(
         pod.spec.and_then(|spec| spec.node_name).as_deref(),
         Some("n1")
     );

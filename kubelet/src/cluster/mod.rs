@@ -71,6 +71,8 @@ pub trait Cluster: Send + Sync {
         audience: Option<&str>,
         expiration_s: i64,
     ) -> Result<Token, ClusterError>;
+    /// The handler that a RuntimeClass names; None if there is no such class.
+    async fn runtime_handler(&self, class: &str) -> Result<Option<String>, ClusterError>;
     /// All Services, once they have been read.
     async fn services(&self) -> Vec<Service>;
     /// Reports the status; fields that `old` has and `new` has not are removed.

@@ -17,6 +17,19 @@ use crate::runtime::{LABEL_POD_NAME, LABEL_POD_NAMESPACE, LABEL_POD_UID};
 const NAMESERVERS_MAX: usize = 3;
 const SEARCHES_MAX: usize = 32;
 
+/// What the kernel takes as a host's name.
+const HOSTNAME_BYTES_MAX: usize = 64;
+
+/// A SandboxError says why a pod can have no sandbox.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SandboxError {
+    #[error(
+        "setHostnameAsFQDN: the name {0} has {len} characters, and a host's name at most {HOSTNAME_BYTES_MAX}",
+        len = .0.len()
+    )]
+    Hostname(String),
+}
+
 /// Resolv is the content of a resolv.conf.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Resolv {
@@ -113,19 +126,45 @@ pub fn resolv(pod: &Pod, dns: &ClusterDns<'_>) -> Resolv {
     resolv
 }
 
-/// The hostname of a pod with a network of its own.
-pub fn hostname(pod: &Pod) -> String {
-    let name = pod
-        .spec
-        .as_ref()
-        .and_then(|s| s.hostname.clone())
-        .filter(|h| !h.is_empty());
+/// The name of a pod in its own hosts file: its `hostnameOverride`, its `hostname`, or its own name.
+fn short_hostname(pod: &Pod) -> String {
+    let spec = pod.spec.as_ref();
+    let given = |name: Option<&String>| name.filter(|name| !name.is_empty()).cloned();
+    let name = given(spec.and_then(|s| s.hostname_override.as_ref()))
+        .or_else(|| given(spec.and_then(|s| s.hostname.as_ref())));
     let mut name = name
         .or_else(|| pod.metadata.name.clone())
         .unwrap_or_default();
     // The kernel takes 64 bytes, a DNS label 63.
-    name.truncate(63);
+    name.truncate(HOSTNAME_BYTES_MAX - 1);
     name.trim_end_matches(['-', '.']).to_owned()
+}
+
+/// The domain that Services give the names of a pod's subdomain, if it has one.
+fn domain(pod: &Pod, cluster_domain: &str) -> Option<String> {
+    let spec = pod.spec.as_ref()?;
+    let subdomain = spec.subdomain.as_deref().filter(|name| !name.is_empty())?;
+    if spec.hostname_override.is_some() {
+        return None;
+    }
+    let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
+    Some(format!("{subdomain}.{namespace}.svc.{cluster_domain}"))
+}
+
+/// The hostname of a pod with a network of its own; with `setHostnameAsFQDN` its full name.
+pub fn hostname(pod: &Pod, cluster_domain: &str) -> Result<String, SandboxError> {
+    let name = short_hostname(pod);
+    let full = pod.spec.as_ref().and_then(|s| s.set_hostname_as_fqdn) == Some(true);
+    match domain(pod, cluster_domain).filter(|_| full) {
+        None => Ok(name),
+        Some(domain) => {
+            let name = format!("{name}.{domain}");
+            if name.len() > HOSTNAME_BYTES_MAX {
+                return Err(SandboxError::Hostname(name));
+            }
+            Ok(name)
+        }
+    }
 }
 
 /// The name of a pod's log directory.
@@ -140,7 +179,7 @@ pub fn sandbox_config(
     cgroup_parent: &str,
     log_directory: &str,
     dns: &ClusterDns<'_>,
-) -> PodSandboxConfig {
+) -> Result<PodSandboxConfig, SandboxError> {
     let key = PodKey::of(pod);
     let empty = PodSpec::default();
     let spec = pod.spec.as_ref().unwrap_or(&empty);
@@ -163,7 +202,7 @@ pub fn sandbox_config(
     let privileged = privileged
         .filter_map(|c| c.security_context.as_ref())
         .any(|s| s.privileged == Some(true));
-    PodSandboxConfig {
+    Ok(PodSandboxConfig {
         metadata: Some(PodSandboxMetadata {
             name: key.name,
             uid: key.uid,
@@ -174,7 +213,7 @@ pub fn sandbox_config(
         hostname: if host_network(pod) {
             String::new()
         } else {
-            hostname(pod)
+            hostname(pod, dns.domain)?
         },
         log_directory: log_directory.to_owned(),
         dns_config: Some(DnsConfig {
@@ -219,7 +258,7 @@ pub fn sandbox_config(
             ..Default::default()
         }),
         ..Default::default()
-    }
+    })
 }
 
 fn port_mappings(spec: &PodSpec) -> Vec<PortMapping> {
@@ -302,17 +341,10 @@ pub fn hosts_file(pod: &Pod, ips: &[String], cluster_domain: &str) -> String {
         "# Kubernetes-managed hosts file.\n127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::0\tip6-localnet\n\
          fe00::0\tip6-mcastprefix\nfe00::1\tip6-allnodes\nfe00::2\tip6-allrouters\n",
     );
-    let host = hostname(pod);
-    let spec = pod.spec.as_ref();
-    let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
+    let host = short_hostname(pod);
     for ip in ips {
-        match spec
-            .and_then(|s| s.subdomain.as_deref())
-            .filter(|s| !s.is_empty())
-        {
-            Some(subdomain) => text.push_str(&format!(
-                "{ip}\t{host}.{subdomain}.{namespace}.svc.{cluster_domain}\t{host}\n"
-            )),
+        match domain(pod, cluster_domain) {
+            Some(domain) => text.push_str(&format!("{ip}\t{host}.{domain}\t{host}\n")),
             None => text.push_str(&format!("{ip}\t{host}\n")),
         }
     }
@@ -399,6 +431,43 @@ mod tests {
             assert_eq!(
                 (got.servers, got.searches, got.options),
                 (own(servers), own(searches), own(options)),
+                "{spec}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_hostname_is_the_pods_name_unless_its_spec_says_otherwise() {
+        let long = "x".repeat(63);
+        let full = format!("{long}.sub.ns.svc.cluster.local");
+        for (spec, expected) in [
+            (json!({}), Ok("pod-1")),
+            (json!({"hostname": "web"}), Ok("web")),
+            (json!({"hostname": "web", "subdomain": "sub"}), Ok("web")),
+            (
+                json!({"hostname": "web", "subdomain": "sub", "setHostnameAsFQDN": true}),
+                Ok("web.sub.ns.svc.cluster.local"),
+            ),
+            (
+                json!({"hostname": "web", "setHostnameAsFQDN": true}),
+                Ok("web"),
+            ),
+            (
+                json!({"hostname": "web", "subdomain": "sub", "hostnameOverride": "db.example"}),
+                Ok("db.example"),
+            ),
+            (
+                json!({"hostname": long, "subdomain": "sub", "setHostnameAsFQDN": true}),
+                Err(SandboxError::Hostname(full.clone())),
+            ),
+        ] {
+            let mut spec = spec;
+            spec["containers"] = json!([]);
+            let meta = json!({"name": "pod-1", "namespace": "ns"});
+            let pod = serde_json::from_value(json!({"metadata": meta, "spec": spec})).unwrap();
+            assert_eq!(
+                hostname(&pod, "cluster.local"),
+                expected.map(str::to_owned),
                 "{spec}"
             );
         }

@@ -130,6 +130,10 @@ impl Cluster for FakeCluster {
         })
     }
 
+    async fn runtime_handler(&self, class: &str) -> Result<Option<String>, ClusterError> {
+        Ok((class == "sandboxed").then(|| "vm".to_owned()))
+    }
+
     async fn services(&self) -> Vec<Service> {
         Vec::new()
     }

@@ -89,6 +89,12 @@ fn a_deployment_keeps_zeroes_that_mean_something_and_drops_those_that_do_not() {
                 pod.message(2, |container| {
                     container.bytes(1, b"web");
                     container.bytes(2, b"nginx");
+                    container.message(6, |port| {
+                        port.bytes(1, b"");
+                        port.varint(2, 0);
+                        port.varint(3, 80);
+                        port.bytes(4, b""); // protocol: "" is absence, though its default is not ""
+                    });
                     container.message(8, |resources| {
                         resources.message(1, |entry| {
                             entry.bytes(1, b"cpu");
@@ -142,6 +148,7 @@ fn a_deployment_keeps_zeroes_that_mean_something_and_drops_those_that_do_not() {
     );
     assert_eq!(pod["volumes"], json!([{"name": "cache", "emptyDir": {}}]));
     let container = &pod["containers"][0];
+    assert_eq!(container["ports"], json!([{"containerPort": 80}]));
     assert_eq!(container["resources"]["limits"]["cpu"], "500m");
     assert_eq!(
         container["readinessProbe"],
