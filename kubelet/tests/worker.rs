@@ -285,3 +285,19 @@ async fn a_pod_that_is_done_is_reported_and_left_in_place() {
     );
     assert!(!stage.runtime.is_empty(), "its logs can still be read");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_runtime_class_chooses_the_handler_and_an_unknown_one_holds_the_pod_up() {
+    let stage = Stage::new();
+    let spec = |class: &str| json!({"runtimeClassName": class, "containers": [{"name": "c", "image": "img:1"}]});
+    let lost = stage.start(pod("lost", spec("unknown")));
+    eventually("the failure is on record", || {
+        let reasons = stage.cluster.reasons(&lost);
+        reasons.contains(&"FailedCreatePodSandBox")
+    })
+    .await;
+    assert_eq!(stage.runtime.calls(), Vec::<String>::new());
+    stage.start(pod("p", spec("sandboxed")));
+    eventually("the pod is ready", || stage.is_ready("p")).await;
+    assert_eq!(stage.runtime.calls()[0], "run sandbox p by vm");
+}

@@ -10,6 +10,7 @@ use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, T
 use k8s_openapi::api::core::v1::{
     ConfigMap, ObjectReference, Pod, PodStatus, Secret, Service, ServiceAccount,
 };
+use k8s_openapi::api::node::v1::RuntimeClass;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event, watcher};
@@ -253,6 +254,13 @@ impl Cluster for KubeCluster {
             value,
             refresh_at: asked_at + refresh,
         })
+    }
+
+    async fn runtime_handler(&self, class: &str) -> Result<Option<String>, ClusterError> {
+        let api: Api<RuntimeClass> = Api::all(self.client.clone());
+        let found = api.get_opt(class).await;
+        let found = found.map_err(failed("get", format!("RuntimeClass {class}")))?;
+        Ok(found.map(|class| class.handler))
     }
 
     async fn services(&self) -> Vec<Service> {

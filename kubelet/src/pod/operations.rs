@@ -6,13 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use k8s_cri::v1::PodSandboxConfig;
 use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::{Mutex, mpsc, watch};
 
 use super::container::linux_resources;
 use super::env::{Objects, Place};
 use super::plan::{Op, StopReason};
-use super::sandbox::{ClusterDns, Resolv, log_directory_name, sandbox_config};
+use super::sandbox::{ClusterDns, Resolv, SandboxError, log_directory_name, sandbox_config};
 use super::status::NodeFacts;
 use super::worker::Signal;
 use super::{PodKey, find_container, host_network};
@@ -257,7 +258,7 @@ impl Job {
         Ok(refresh_at)
     }
 
-    pub(super) fn sandbox_config(&self, attempt: u32) -> k8s_cri::v1::PodSandboxConfig {
+    pub(super) fn sandbox_config(&self, attempt: u32) -> Result<PodSandboxConfig, SandboxError> {
         let config = &self.context.config;
         let host = std::fs::read_to_string(&config.resolv_conf)
             .map(|text| Resolv::parse(&text))
@@ -272,6 +273,23 @@ impl Job {
         sandbox_config(&self.pod, attempt, &cgroup, &logs.to_string_lossy(), &dns)
     }
 
+    /// What the pod's RuntimeClass calls its kind of sandbox.
+    async fn runtime_handler(&self) -> Result<String, String> {
+        let class = self
+            .pod
+            .spec
+            .as_ref()
+            .and_then(|s| s.runtime_class_name.as_deref());
+        let Some(class) = class.filter(|name| !name.is_empty()) else {
+            return Ok(String::new());
+        };
+        match self.context.cluster.runtime_handler(class).await {
+            Ok(Some(handler)) => Ok(handler),
+            Ok(None) => Err(format!("RuntimeClass \"{class}\" not found")),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
     async fn run_sandbox(&self, attempt: u32, stop_first: Vec<String>) -> Result<Done, Failed> {
         let unable = |message: String| {
             self.event(
@@ -282,6 +300,10 @@ impl Job {
             );
             failed("ContainerCreating", message, (1, 30))
         };
+        let config = self
+            .sandbox_config(attempt)
+            .map_err(|e| unable(e.to_string()))?;
+        let handler = self.runtime_handler().await.map_err(unable)?;
         for id in stop_first {
             self.context
                 .runtime
@@ -299,7 +321,7 @@ impl Job {
             .map_err(|e| unable(format!("cannot make {}: {e}", logs.display())))?;
         self.context
             .runtime
-            .run_sandbox(self.sandbox_config(attempt))
+            .run_sandbox(config, &handler)
             .await
             .map_err(|e| unable(e.to_string()))?;
         Ok(Done::default())

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use k8s_cri::v1::Mount;
+use k8s_cri::v1::{Mount, PodSandboxConfig};
 use k8s_openapi::api::core::v1::{Container, LifecycleHandler};
 
 use super::container::{Start, container_config, termination_path};
@@ -19,7 +19,11 @@ use crate::volume::payload::env_needs;
 use crate::volume::{VolumeError, container_mounts};
 
 impl Job {
-    async fn image(&self, container: &Container) -> Result<ImageView, Failed> {
+    async fn image(
+        &self,
+        container: &Container,
+        sandbox: &PodSandboxConfig,
+    ) -> Result<ImageView, Failed> {
         let name = container.image.clone().unwrap_or_default();
         let event = |kind, reason, message: String| {
             self.event(Some(&container.name), kind, reason, message)
@@ -61,7 +65,7 @@ impl Job {
         if let Err(error) = self
             .context
             .runtime
-            .pull(&name, None, self.sandbox_config(0))
+            .pull(&name, None, sandbox.clone())
             .await
         {
             let message = format!("Failed to pull image \"{name}\": {error}");
@@ -102,7 +106,9 @@ impl Job {
             )
         })?;
         let container = &container;
-        let image = self.image(container).await?;
+        let sandbox = self.sandbox_config(0);
+        let sandbox = sandbox.map_err(|e| failed("CreateContainerConfigError", e, (10, 300)))?;
+        let image = self.image(container, &sandbox).await?;
         let bad = |message: String| {
             self.event(
                 Some(name),
@@ -144,9 +150,7 @@ impl Job {
             failed(reason, message, (10, 300))
         };
         let runtime = &self.context.runtime;
-        let created = runtime
-            .create_container(sandbox_id, config, self.sandbox_config(0))
-            .await;
+        let created = runtime.create_container(sandbox_id, config, sandbox).await;
         let id = created.map_err(|e| unable("CreateContainerError", e.to_string()))?;
         self.event(
             Some(name),

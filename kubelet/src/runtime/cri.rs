@@ -339,10 +339,14 @@ impl Runtime for CriRuntime {
         Ok(view)
     }
 
-    async fn run_sandbox(&self, config: PodSandboxConfig) -> Result<String, RuntimeError> {
+    async fn run_sandbox(
+        &self,
+        config: PodSandboxConfig,
+        handler: &str,
+    ) -> Result<String, RuntimeError> {
         let request = RunPodSandboxRequest {
             config: Some(config),
-            runtime_handler: String::new(),
+            runtime_handler: handler.to_owned(),
         };
         let answer = self
             .runtime

@@ -189,7 +189,12 @@ pub trait Runtime: Send + Sync {
     async fn status(&self) -> Result<RuntimeStatus, RuntimeError>;
     async fn known_pods(&self) -> Result<Vec<KnownPod>, RuntimeError>;
     async fn observe(&self, pod_uid: &str) -> Result<PodView, RuntimeError>;
-    async fn run_sandbox(&self, config: PodSandboxConfig) -> Result<String, RuntimeError>;
+    /// `handler`: what a RuntimeClass calls its kind of sandbox; empty for the runtime's own choice.
+    async fn run_sandbox(
+        &self,
+        config: PodSandboxConfig,
+        handler: &str,
+    ) -> Result<String, RuntimeError>;
     async fn stop_sandbox(&self, id: &str) -> Result<(), RuntimeError>;
     async fn remove_sandbox(&self, id: &str) -> Result<(), RuntimeError>;
     async fn images(&self) -> Result<Vec<ImageView>, RuntimeError>;

@@ -180,9 +180,17 @@ impl Runtime for FakeRuntime {
         })
     }
 
-    async fn run_sandbox(&self, config: PodSandboxConfig) -> Result<String, RuntimeError> {
+    async fn run_sandbox(
+        &self,
+        config: PodSandboxConfig,
+        handler: &str,
+    ) -> Result<String, RuntimeError> {
         let metadata = config.metadata.unwrap();
-        self.call(format!("run sandbox {}", metadata.name));
+        let by = match handler {
+            "" => String::new(),
+            handler => format!(" by {handler}"),
+        };
+        self.call(format!("run sandbox {}{by}", metadata.name));
         let id = self.new_id("sandbox");
         let ips = vec!["10.0.0.1".to_owned()];
         let view = SandboxView {
