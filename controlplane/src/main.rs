@@ -89,6 +89,7 @@ async fn run(flags: Flags, passed: Vec<std::net::TcpListener>) -> Result<()> {
         let config = controllers::Config {
             kubeconfig: kubeconfig.clone(),
             ca_file: flags.pki_dir.join("ca.crt"),
+            ca_key_file: flags.pki_dir.join("ca.key"),
             cluster_cidr: flags.cluster_cidr,
             identity: identity.clone(),
         };

@@ -103,7 +103,10 @@ impl Api {
             resource.kind,
             options.validation,
         )?;
-        let object = object::to_stored(decoded.value, resource);
+        let mut object = object::to_stored(decoded.value, resource);
+        if resource.plural == "certificatesigningrequests" {
+            strategy::asked_by(&mut object, &call.identity);
+        }
         let created = self.insert(&call.target, object, &options).await?;
         let mut answer = reply::object(StatusCode::CREATED, &call.target, form, created);
         reply::warn(&mut answer, &decoded.warnings);

@@ -8,11 +8,13 @@ use serde_json::json;
 
 use super::graph::{Graph, GraphNode};
 use super::object::{Key, Target};
-use super::plan::{Action, Controller, Keys, Plan, Propagation, View};
+use super::plan::{Action, Controller, Keys, Note, Plan, Propagation, View};
 use super::snapshot::{Change, Snapshot};
 
 pub const ORPHAN: &str = "orphan";
 pub const FOREGROUND: &str = "foregroundDeletion";
+
+const REPORTER: &str = "garbage-collector-controller";
 
 /// Keys are UIDs here: a name may belong to another object by the time it is planned.
 pub const CONTROLLER: Controller = Controller {
@@ -117,17 +119,43 @@ fn collect(snapshot: &Snapshot, node: &Arc<GraphNode>, plan: &mut Plan) {
     }
     if !owners.solid.is_empty() {
         // Someone still owns it: only the dead references go.
-        let keep: Vec<&OwnerReference> = owners.solid.iter().collect();
-        plan.push(Action::Patch {
-            target: node.target(),
-            subresource: None,
-            body: json!({"metadata": {
-                "uid": &*node.uid, "resourceVersion": node.revision.to_string(), "ownerReferences": keep,
-            }}),
-        });
+        plan.push(owners_patch(node, &owners.solid));
         return;
     }
     let has_dependents = graph.dependents(&node.uid).next().is_some();
+    if !owners.waiting.is_empty() && closes_circle(graph, node) {
+        // Each would wait for the next, round and round: this one holds its owners up no more.
+        let released: Vec<OwnerReference> = node
+            .owners
+            .iter()
+            .map(|owner| OwnerReference {
+                block_owner_deletion: Some(false),
+                ..owner.clone()
+            })
+            .collect();
+        plan.push(owners_patch(node, &released));
+        return;
+    }
+    for owner in &owners.gone {
+        if let Some(elsewhere) = graph.get(&owner.uid) {
+            let target = node.target();
+            let message = format!(
+                "ownerRef [{}/{}, namespace: {}, name: {}, uid: {}] does not exist in namespace {:?}",
+                owner.api_version,
+                owner.kind,
+                node.key.namespace,
+                owner.name,
+                elsewhere.uid,
+                &*node.key.namespace
+            );
+            plan.note(Note::warning(
+                &target,
+                REPORTER,
+                "OwnerRefInvalidNamespace",
+                message,
+            ));
+        }
+    }
     let propagation = if !owners.waiting.is_empty() && has_dependents {
         // The owner waits for all that hangs on it, so this one waits for its own.
         Propagation::Foreground
@@ -158,20 +186,34 @@ fn collect(snapshot: &Snapshot, node: &Arc<GraphNode>, plan: &mut Plan) {
     }
 }
 
+/// Whether the object would wait for a dependent that waits for others in turn, and so might wait for this one.
+fn closes_circle(graph: &Graph, node: &GraphNode) -> bool {
+    node.owners
+        .iter()
+        .any(|owner| owner.block_owner_deletion == Some(true))
+        && graph
+            .dependents(&node.uid)
+            .any(|dependent| dependent.deleting && dependent.has_finalizer(FOREGROUND))
+}
+
+fn owners_patch(node: &GraphNode, owners: &[OwnerReference]) -> Action {
+    Action::Patch {
+        target: node.target(),
+        subresource: None,
+        body: json!({"metadata": {
+            "uid": &*node.uid, "resourceVersion": node.revision.to_string(), "ownerReferences": owners,
+        }}),
+    }
+}
+
 fn orphan_dependents(graph: &Graph, node: &GraphNode, plan: &mut Plan) {
     for dependent in graph.dependents(&node.uid) {
-        let keep: Vec<&OwnerReference> = dependent
+        let others = dependent
             .owners
             .iter()
-            .filter(|owner| *owner.uid != *node.uid)
-            .collect();
-        plan.push(Action::Patch {
-            target: dependent.target(),
-            subresource: None,
-            body: json!({"metadata": {
-                "uid": &*dependent.uid, "resourceVersion": dependent.revision.to_string(), "ownerReferences": keep,
-            }}),
-        });
+            .filter(|owner| *owner.uid != *node.uid);
+        let keep: Vec<OwnerReference> = others.cloned().collect();
+        plan.push(owners_patch(dependent, &keep));
     }
     if plan.is_empty() {
         plan.push(without_finalizer(node, ORPHAN));
@@ -267,6 +309,57 @@ mod tests {
         cluster.finish_pods();
         cluster.settle();
         assert!(cluster.snapshot.replica_sets.is_empty() && cluster.snapshot.pods.is_empty());
+    }
+
+    #[test]
+    fn a_circle_of_owners_does_not_hold_itself_up() {
+        let mut cluster = Cluster::new(&[CONTROLLER]);
+        cluster.add(namespace("default"));
+        for name in ["a", "b", "c"] {
+            cluster.add(pod("default", name));
+        }
+        let key = |name: &str| Key::new("default", name);
+        for (name, owner) in [("a", "c"), ("b", "a"), ("c", "b")] {
+            let owner = (**cluster.snapshot.pods.get(&key(owner)).unwrap()).clone();
+            cluster.edit::<k8s_openapi::api::core::v1::Pod>(&key(name), |pod| {
+                pod.metadata.owner_references = Some(vec![controller_reference(&owner)]);
+            });
+        }
+        cluster.settle();
+        assert_eq!(cluster.snapshot.pods.len(), 3);
+        cluster.delete("a", Propagation::Foreground);
+        cluster.settle();
+        let left: Vec<_> = cluster
+            .snapshot
+            .pods
+            .iter()
+            .map(|(key, _)| key.clone())
+            .collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+
+    #[test]
+    fn an_owner_in_another_namespace_is_none_and_told_of() {
+        let mut cluster = family();
+        cluster.add(namespace("other"));
+        let owner = (**cluster
+            .snapshot
+            .replica_sets
+            .get(&Key::new("default", "owner"))
+            .unwrap())
+        .clone();
+        let mut stray = pod("other", "stray");
+        stray.metadata.owner_references = Some(vec![controller_reference(&owner)]);
+        cluster.add(stray);
+        cluster.settle();
+        assert!(!cluster.snapshot.pods.contains(&Key::new("other", "stray")));
+        assert!(
+            cluster
+                .notes
+                .iter()
+                .any(|note| note.reason == "OwnerRefInvalidNamespace")
+        );
+        assert_eq!(cluster.snapshot.pods.len(), 2);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! `plan.rs` says what a controller is, `snapshot.rs` what it sees. The files named after controllers import neither tokio
 //! nor kube; `runner.rs`, `watch.rs`, `execute.rs` and `lease.rs` do nothing but carry changes in and writes out.
 
+mod certificates;
 mod cronjob;
 mod daemonset;
 mod deployment;
@@ -13,6 +14,7 @@ pub(crate) mod events;
 pub(crate) mod execute;
 mod garbage;
 mod graph;
+pub(crate) mod intake;
 mod job;
 mod job_ttl;
 pub(crate) mod labels;
@@ -35,15 +37,18 @@ mod statefulset;
 #[cfg(test)]
 pub(crate) mod testing;
 mod tokens;
+mod volumes;
 pub(crate) mod watch;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use ipnetwork::Ipv4Network;
 
 pub use cronjob::{Schedule, ScheduleError};
 pub use runner::run;
 
+use certificates::Authority;
 use plan::Controller;
 
 /// All controllers, in no order that matters.
@@ -58,6 +63,9 @@ pub(crate) const ALL: &[Controller] = &[
     cronjob::CONTROLLER,
     disruption::CONTROLLER,
     tokens::CONTROLLER,
+    certificates::CONTROLLER,
+    volumes::CLAIMS,
+    volumes::VOLUMES,
     endpoints::CONTROLLER,
     endpoints::SUBSETS,
     endpoints::MIRRORING,
@@ -77,6 +85,8 @@ pub struct Config {
     pub kubeconfig: PathBuf,
     /// PEM file of the CA that pods are to trust the API server by.
     pub ca_file: PathBuf,
+    /// PEM file of that CA's key. Where it is missing, certificates that clients ask for are signed elsewhere.
+    pub ca_key_file: PathBuf,
     /// Range of all pod addresses.
     pub cluster_cidr: Ipv4Network,
     /// Name of this control plane in leader elections: unique among them, and the same after a restart, so that a control
@@ -92,6 +102,8 @@ pub struct Settings {
     pub node_prefix: u8,
     /// PEM of the CA that pods are to trust the API server by.
     pub root_ca: String,
+    /// Signs certificates that clients ask for.
+    pub authority: Option<Arc<Authority>>,
 }
 
 /// Why the controllers cannot run.
@@ -102,6 +114,13 @@ pub enum Error {
         path: PathBuf,
         source: std::io::Error,
     },
+    #[error("controllers: cannot read the CA's key {path}: {source}")]
+    CaKey {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("controllers: {0}")]
+    Authority(#[from] certificates::Error),
     #[error("controllers: --cluster-cidr {0} has no room for a /{1} per node")]
     ClusterCidr(Ipv4Network, u8),
     #[error(transparent)]

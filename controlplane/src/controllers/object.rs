@@ -7,6 +7,7 @@ use k8s_openapi::api::apps::v1::{
     ControllerRevision, DaemonSet, Deployment, ReplicaSet, StatefulSet,
 };
 use k8s_openapi::api::batch::v1::{CronJob, Job};
+use k8s_openapi::api::certificates::v1::CertificateSigningRequest;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{
     ConfigMap, Endpoints, Namespace, Node, ObjectReference, PersistentVolume,
@@ -240,6 +241,7 @@ kinds! {
     PersistentVolume in volumes, false;
     StorageClass in storage_classes, false;
     ResourceQuota in quotas, true;
+    CertificateSigningRequest in signing_requests, false;
 }
 
 /// The part of any object's JSON that every object has.
@@ -285,7 +287,8 @@ decoded!(
     PodDisruptionBudget,
     PersistentVolume,
     StorageClass,
-    ResourceQuota
+    ResourceQuota,
+    CertificateSigningRequest
 );
 
 impl Decoded for ConfigMap {

@@ -1,4 +1,5 @@
-//! Pod garbage collection: pods bound to nodes that no longer exist, and the oldest of too many ended pods.
+//! Pod garbage collection: pods bound to nodes that no longer exist, pods that were deleted before they had a node, and the
+//! oldest of too many ended pods.
 
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -31,12 +32,27 @@ fn affected(snapshot: &Snapshot, change: &Change, keys: &mut Keys) {
             {
                 keys.insert(Key::cluster(node));
             }
+            if is_abandoned(pod) {
+                let key = Key::of(&pod.metadata);
+                keys.insert(Key::new(
+                    &key.namespace,
+                    &format!("{ABANDONED}{}", key.name),
+                ));
+            }
             if pods::is_terminal(pod) {
                 keys.insert(ended());
             }
         }
         _ => {}
     }
+}
+
+/// Keys of single pods; names of nodes hold no slash.
+const ABANDONED: &str = "pod/";
+
+/// On its way out without a node: no kubelet will ever say that it has ended.
+fn is_abandoned(pod: &Pod) -> bool {
+    pods::is_terminating(pod) && pods::node_name(pod).is_none()
 }
 
 /// Node names have no slash.
@@ -47,6 +63,13 @@ fn ended() -> Key {
 fn plan(view: &View<'_>, key: &Key) -> Plan {
     if *key == ended() {
         too_many_ended(view)
+    } else if let Some(name) = key.name.strip_prefix(ABANDONED) {
+        let mut plan = Plan::nothing();
+        let pod = view.snapshot.pods.get(&Key::new(&key.namespace, name));
+        if let Some(pod) = pod.filter(|pod| is_abandoned(pod)) {
+            end(pod, None, view, &mut plan);
+        }
+        plan
     } else {
         lost_with_node(view, key)
     }
@@ -68,8 +91,10 @@ fn lost_with_node(view: &View<'_>, key: &Key) -> Plan {
             .status
             .iter()
             .flat_map(|status| status.conditions.iter().flatten());
-        let transitions =
-            transitions.filter_map(|condition| condition.last_transition_time.as_ref());
+        let transitions = transitions
+            // That one is written below.
+            .filter(|condition| condition.type_ != pods::DISRUPTED)
+            .filter_map(|condition| condition.last_transition_time.as_ref());
         let newest = seen
             .chain(transitions)
             .map(|Time(at)| *at)
@@ -80,7 +105,7 @@ fn lost_with_node(view: &View<'_>, key: &Key) -> Plan {
             .saturating_add(NODE_GONE)
             .unwrap_or(view.now);
         if due <= view.now {
-            plan.push(delete_at_once(pod));
+            end(pod, Some("PodGC: node no longer exists"), view, &mut plan);
         } else {
             plan.look_again(due);
         }
@@ -104,6 +129,18 @@ fn too_many_ended(view: &View<'_>) -> Plan {
     plan
 }
 
+/// Takes a pod away that nobody runs: first it is said to have failed, for whoever counts it, then it goes.
+fn end(pod: &Pod, disrupted: Option<&str>, view: &View<'_>, plan: &mut Plan) {
+    if !pods::is_terminal(pod) {
+        let disrupted = disrupted.map(|why| ("DeletionByPodGC", why));
+        plan.push(pods::fail(pod, disrupted, view.now));
+    } else if pod.metadata.deletion_grace_period_seconds != Some(0)
+        || pod.metadata.deletion_timestamp.is_none()
+    {
+        plan.push(delete_at_once(pod));
+    }
+}
+
 /// Nobody is left who would end the pod gracefully.
 fn delete_at_once(pod: &Pod) -> Action {
     Action::Delete {
@@ -115,8 +152,22 @@ fn delete_at_once(pod: &Pod) -> Action {
 
 #[cfg(test)]
 mod tests {
+    use super::super::plan::Propagation;
     use super::super::testing::{Cluster, node, pod};
     use super::*;
+
+    #[test]
+    fn a_pod_deleted_before_it_had_a_node_is_failed_for_whoever_holds_it() {
+        let mut cluster = Cluster::new(&[CONTROLLER]);
+        cluster.hold_pods = true;
+        let mut held = pod("default", "held");
+        held.metadata.finalizers = Some(vec!["acme.io/counts".into()]);
+        cluster.add(held);
+        cluster.delete("held", Propagation::Background);
+        cluster.settle();
+        let pod = cluster.snapshot.pods.values().next().unwrap();
+        assert_eq!(pods::phase(pod), "Failed");
+    }
 
     #[test]
     fn pods_of_a_vanished_node_go_and_others_stay() {

@@ -165,6 +165,37 @@ pub fn guarded_status_patch<K: Typed>(object: &K, status: Value) -> Action {
     }
 }
 
+/// The patch that says of a pod that it has failed because nobody runs it any more; with reason and message, that it was
+/// disrupted.
+pub fn fail(pod: &Pod, disrupted: Option<(&str, &str)>, now: Timestamp) -> Action {
+    let mut status = json!({"phase": "Failed"});
+    if let Some((reason, message)) = disrupted {
+        status["conditions"] = with_disruption(pod, reason, message, now);
+    }
+    guarded_status_patch(pod, status)
+}
+
+/// The pod's conditions, with the one that says that it is being disrupted, and why (KEP-3329).
+pub fn with_disruption(pod: &Pod, reason: &str, message: &str, now: Timestamp) -> Value {
+    let known = pod
+        .status
+        .as_ref()
+        .and_then(|status| status.conditions.clone());
+    let mut conditions = known.unwrap_or_default();
+    conditions.retain(|condition| condition.type_ != DISRUPTED);
+    conditions.push(PodCondition {
+        type_: DISRUPTED.into(),
+        status: "True".into(),
+        reason: Some(reason.into()),
+        message: Some(message.into()),
+        last_transition_time: Some(Time(now)),
+        ..Default::default()
+    });
+    json!(conditions)
+}
+
+pub const DISRUPTED: &str = "DisruptionTarget";
+
 /// A pod of a template for a controller that names its pods `<owner>-xxxxx`.
 pub fn from_template<K: Typed>(template: &PodTemplateSpec, owner: &K) -> Pod {
     let meta = template.metadata.clone().unwrap_or_default();

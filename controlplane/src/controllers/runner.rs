@@ -15,12 +15,14 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use super::certificates::Authority;
 use super::events::{Happening, Recorder};
 use super::execute::{Outcome, execute};
+use super::intake::Intake;
 use super::lease::Candidate;
-use super::object::{Key, Kind, Object, ResourceType, Target};
+use super::object::{Key, Kind, ResourceType};
 use super::plan::{Action, Keys, Note, Plan, View, Write};
-use super::snapshot::{Change, Snapshot};
+use super::snapshot::Change;
 use super::watch::{Api, Feed, follow};
 use super::{ALL, Config, Error, Settings};
 
@@ -45,7 +47,19 @@ pub async fn run(config: Config) -> Result<Infallible, Error> {
     if config.cluster_cidr.prefix() > NODE_PREFIX {
         return Err(Error::ClusterCidr(config.cluster_cidr, NODE_PREFIX));
     }
+    let authority = match std::fs::read_to_string(&config.ca_key_file) {
+        Ok(key) => Some(Arc::new(Authority::new(&root_ca, &key)?)),
+        // Not every control plane is trusted with it.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+        Err(source) => {
+            return Err(Error::CaKey {
+                path: config.ca_key_file,
+                source,
+            });
+        }
+    };
     let settings = Settings {
+        authority,
         cluster_cidr: config.cluster_cidr,
         node_prefix: NODE_PREFIX,
         root_ca,
@@ -77,7 +91,7 @@ struct Failed {
 struct Runner {
     api: Api,
     settings: Settings,
-    snapshot: Snapshot,
+    intake: Intake,
     recorder: Recorder,
     tasks: JoinSet<()>,
     feed: mpsc::Sender<Feed>,
@@ -86,8 +100,6 @@ struct Runner {
     finished: mpsc::UnboundedReceiver<Done>,
     permits: Arc<Semaphore>,
     followed: HashSet<Arc<ResourceType>>,
-    /// Typed kinds whose first list is outstanding: nothing is planned before all are known.
-    awaited: HashSet<Kind>,
     queue: VecDeque<Job>,
     queued: HashSet<Job>,
     /// Keys with writes on their way, and whether they were touched since.
@@ -108,7 +120,7 @@ impl Runner {
         Self {
             api,
             settings,
-            snapshot: Snapshot::default(),
+            intake: Intake::of(Kind::ALL.iter().copied()),
             recorder,
             tasks,
             feed,
@@ -117,7 +129,6 @@ impl Runner {
             finished,
             permits: Arc::new(Semaphore::new(WRITES_MAX)),
             followed: HashSet::new(),
-            awaited: Kind::ALL.iter().copied().collect(),
             queue: VecDeque::new(),
             queued: HashSet::new(),
             running: HashMap::new(),
@@ -154,7 +165,7 @@ impl Runner {
                 }
             }
             self.ring_timers();
-            if self.awaited.is_empty() {
+            if self.intake.is_synced() {
                 self.plan_queued();
             }
         }
@@ -169,65 +180,28 @@ impl Runner {
     }
 
     fn take_in(&mut self, feed: Feed) {
-        match feed {
-            Feed::Resources(resources) => {
-                for resource in &resources {
-                    self.follow(resource.clone());
-                }
-                self.snapshot.resources = Arc::new(resources);
+        if let Feed::Resources(resources) = &feed {
+            for resource in resources {
+                self.follow(resource.clone());
             }
-            Feed::Listed {
-                resource,
-                objects,
-                revision,
-            } => {
-                let listed: HashSet<String> = objects
-                    .iter()
-                    .map(|object| object.uid().to_string())
-                    .collect();
-                for object in self.snapshot.missing(&resource, &listed, revision) {
-                    self.remove(&object);
-                }
-                for object in objects {
-                    self.apply(object);
-                }
-                self.arrived(&resource);
-            }
-            Feed::Changed(object) => self.apply(object),
-            Feed::Gone(object) => self.remove(&object),
-            Feed::Unserved(resource) => self.arrived(&resource),
         }
-    }
-
-    fn arrived(&mut self, resource: &ResourceType) {
-        if let Some(kind) = Kind::of(resource)
-            && self.awaited.remove(&kind)
-            && self.awaited.is_empty()
-        {
+        let was_synced = self.intake.is_synced();
+        for change in self.intake.take_in(feed) {
+            self.touch(&change);
+        }
+        if !was_synced && self.intake.is_synced() {
             tracing::info!(
-                pods = self.snapshot.pods.len(),
-                nodes = self.snapshot.nodes.len(),
+                pods = self.intake.snapshot.pods.len(),
+                nodes = self.intake.snapshot.nodes.len(),
                 "controllers are in sync"
             );
-        }
-    }
-
-    fn apply(&mut self, object: Object) {
-        if let Some(change) = self.snapshot.apply(object, Timestamp::now()) {
-            self.touch(&change);
-        }
-    }
-
-    fn remove(&mut self, object: &Object) {
-        if let Some(change) = self.snapshot.remove(object) {
-            self.touch(&change);
         }
     }
 
     fn touch(&mut self, change: &Change) {
         let mut keys = Keys::new();
         for (index, controller) in ALL.iter().enumerate() {
-            (controller.affected)(&self.snapshot, change, &mut keys);
+            (controller.affected)(&self.intake.snapshot, change, &mut keys);
             for key in std::mem::take(&mut keys) {
                 self.enqueue((index, key));
             }
@@ -250,7 +224,7 @@ impl Runner {
             self.clear_timer(&job);
             let now = Timestamp::now();
             let view = View {
-                snapshot: &self.snapshot,
+                snapshot: &self.intake.snapshot,
                 settings: &self.settings,
                 now,
                 last_failure: self
@@ -291,7 +265,7 @@ impl Runner {
         let errand = Errand {
             api: self.api.clone(),
             permits: self.permits.clone(),
-            resources: self.snapshot.resources.clone(),
+            resources: self.intake.snapshot.resources.clone(),
             recorder: self.recorder.clone(),
         };
         self.tasks.spawn(async move {
@@ -312,11 +286,8 @@ impl Runner {
         let job = done.job;
         let (mut failed, mut stale, mut message) = (false, false, None);
         for outcome in done.outcomes {
-            for object in outcome.seen {
-                self.apply(object);
-            }
-            for target in outcome.gone {
-                self.forget(&target);
+            for change in self.intake.answered(outcome.seen, outcome.gone) {
+                self.touch(&change);
             }
             if let Some(failure) = outcome.failure {
                 failed = true;
@@ -349,14 +320,6 @@ impl Runner {
             .min(RETRY_MAX);
         tracing::debug!(controller, key = %job.1, stale, ?wait, "planned again after a failure");
         self.set_timer(job, wait);
-    }
-
-    fn forget(&mut self, target: &Target) {
-        if let Some(object) = self.snapshot.object(&target.resource, &target.key)
-            && object.uid() == &*target.uid
-        {
-            self.remove(&object);
-        }
     }
 
     fn set_timer(&mut self, job: Job, wait: Duration) {

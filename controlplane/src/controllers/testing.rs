@@ -47,6 +47,7 @@ impl Cluster {
                 cluster_cidr: "10.244.0.0/16".parse().unwrap(),
                 node_prefix: 24,
                 root_ca: "the root ca".into(),
+                authority: None,
             },
             now: "2026-01-01T00:00:00Z".parse().unwrap(),
             notes: Vec::new(),
@@ -297,7 +298,7 @@ impl Cluster {
         }
         let before = value.clone();
         merge(&mut value, body);
-        if subresource == Some("status") {
+        if matches!(subresource, Some("status" | "approval")) {
             for field in ["spec", "metadata"] {
                 value[field] = before[field].clone();
             }
@@ -317,8 +318,12 @@ impl Cluster {
         }
         let object = Object::decode(&target.resource, &value.to_string()).unwrap();
         let meta = object.meta();
-        let ended =
-            !matches!(object, Object::Pod(_)) || meta.deletion_grace_period_seconds == Some(0);
+        let ended = match &object {
+            Object::Pod(_) => meta.deletion_grace_period_seconds == Some(0),
+            // Its own finalizers are in its spec.
+            Object::Namespace(_) => false,
+            _ => true,
+        };
         let done = meta.deletion_timestamp.is_some()
             && meta.finalizers.as_ref().is_none_or(Vec::is_empty)
             && ended;
@@ -384,6 +389,13 @@ impl Cluster {
             return;
         }
         if object.meta().deletion_timestamp.is_some() {
+            // A grace may only become shorter.
+            if !graceful && object.meta().deletion_grace_period_seconds != Some(0) {
+                self.serial += 1;
+                value["metadata"]["resourceVersion"] = json!(self.serial.to_string());
+                value["metadata"]["deletionGracePeriodSeconds"] = json!(0);
+                self.take_in(Object::decode(&target.resource, &value.to_string()).unwrap());
+            }
             return;
         }
         self.serial += 1;

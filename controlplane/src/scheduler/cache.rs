@@ -149,6 +149,8 @@ pub struct Cache {
     pub namespaces: HashMap<String, Labels>,
     /// Pods on nodes that keep others away, by UID: few, as a rule, and asked for with every pod.
     apart: BTreeSet<String>,
+    /// Pods for which room is being made on a node, by UID.
+    nominated: HashMap<String, (String, Arc<Placed>)>,
     /// Node of each pod by UID, and whether the API server has confirmed it.
     places: HashMap<String, (String, bool)>,
 }
@@ -213,6 +215,19 @@ impl Cache {
         }
     }
 
+    /// Keeps room on a node for a pod that waits for others to go.
+    pub fn nominate(&mut self, pod: &Arc<Pod>, node: &str) {
+        let uid = pod.metadata.uid.clone().unwrap_or_default();
+        self.nominated
+            .insert(uid, (node.into(), Arc::new(Placed::of(pod))));
+    }
+
+    pub fn nominated_on<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a Arc<Placed>> + 'a {
+        let all = self.nominated.values();
+        all.filter(move |(name, _)| name == node)
+            .map(|(_, placed)| placed)
+    }
+
     pub fn is_placed(&self, uid: &str) -> bool {
         self.places.contains_key(uid)
     }
@@ -226,6 +241,7 @@ impl Cache {
     }
 
     pub fn remove_pod(&mut self, uid: &str) {
+        self.nominated.remove(uid);
         self.apart.remove(uid);
         if let Some((node, _)) = self.places.remove(uid) {
             match self.nodes.get_mut(&node) {

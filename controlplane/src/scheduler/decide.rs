@@ -7,6 +7,7 @@ use k8s_openapi::api::core::v1::{Node, Pod, Taint};
 
 use super::affinity::Affinity;
 use super::cache::{Cache, NodeState, Placed};
+use super::preempt::priority;
 use super::resources::{CPU, MEMORY, PODS};
 use super::spread::Constraint;
 use crate::controllers::{nodes, pods};
@@ -43,7 +44,7 @@ pub fn decide(cache: &Cache, pod: &Arc<Pod>) -> Decision {
     let mut refusals: BTreeMap<String, usize> = BTreeMap::new();
     let mut fitting: Vec<&NodeState> = Vec::new();
     for state in cache.nodes.values() {
-        match refusal(state, &placed, &constraints, &affinity) {
+        match refusal(cache, state, &placed, &constraints, &affinity) {
             reasons if reasons.is_empty() => fitting.push(state),
             reasons => {
                 for reason in reasons {
@@ -68,8 +69,24 @@ pub fn decide(cache: &Cache, pod: &Arc<Pod>) -> Decision {
     }
 }
 
+/// Why a node cannot take a pod; nothing when it can.
+pub fn refusals(cache: &Cache, pod: &Arc<Pod>, node: &str) -> Vec<String> {
+    let Some(state) = cache.nodes.get(node) else {
+        return vec!["node(s) were not found".into()];
+    };
+    let constraints = Constraint::all(cache, pod);
+    let affinity = Affinity::of(cache, pod);
+    refusal(cache, state, &Placed::of(pod), &constraints, &affinity)
+}
+
+/// Whether a node can take a pod.
+pub fn fits(cache: &Cache, pod: &Arc<Pod>, node: &str) -> bool {
+    refusals(cache, pod, node).is_empty()
+}
+
 /// Why the node cannot take the pod: the first thing that stands against it, or all resources that it lacks.
 fn refusal(
+    cache: &Cache,
     state: &NodeState,
     placed: &Placed,
     constraints: &[Constraint],
@@ -117,11 +134,20 @@ fn refusal(
     if !placed.ports.is_empty() && taken(state) {
         return one("node(s) didn't have free ports for the requested pod ports");
     }
+    // Room that was made for others of no less priority is theirs.
+    let mut used = state.used.clone();
+    for other in cache.nominated_on(state.name()) {
+        if other.pod.metadata.uid != placed.pod.metadata.uid
+            && priority(&other.pod) >= priority(&placed.pod)
+        {
+            used.add(&other.needs);
+        }
+    }
     let lacking: Vec<String> = placed
         .needs
         .iter()
         .filter(|(name, amount)| {
-            *amount > 0 && state.used.get(name) + amount > state.allocatable.get(name)
+            *amount > 0 && used.get(name) + amount > state.allocatable.get(name)
         })
         .map(|(name, _)| {
             if name == PODS {

@@ -1,6 +1,5 @@
 //! The scheduler's loop: news in, decisions, bindings out. Deciding waits for nothing; bindings are on their way side by side.
 
-use std::collections::HashSet;
 use std::convert::Infallible;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -15,15 +14,17 @@ use tokio::task::JoinSet;
 
 use super::cache::{Cache, key_of};
 use super::decide::{Decision, decide, matters_to_pods};
+use super::preempt::{Preemption, preempt};
 use super::queue::Queue;
 use crate::controllers::events::Recorder;
 use crate::controllers::execute::Outcome;
+use crate::controllers::intake::Intake;
 use crate::controllers::lease::Candidate;
 use crate::controllers::object::{Kind, Object, Target};
 use crate::controllers::plan::{Action, Note, Write};
 use crate::controllers::pods;
 use crate::controllers::runner::{Errand, say};
-use crate::controllers::snapshot::{Change, Snapshot};
+use crate::controllers::snapshot::Change;
 use crate::controllers::watch::{Api, ClientError, Feed, follow};
 
 /// Upstream's name, so that an upstream scheduler waits while this one leads.
@@ -31,6 +32,13 @@ const LEASE: &str = "kube-scheduler";
 const NAME: &str = "default-scheduler";
 const BINDINGS_MAX: usize = 64;
 const NEWS_MAX: usize = 4096;
+/// What decisions look at.
+const KINDS: [Kind; 4] = [
+    Kind::Pod,
+    Kind::Node,
+    Kind::Namespace,
+    Kind::PodDisruptionBudget,
+];
 /// Pods decided before news is looked at again.
 const BATCH_MAX: usize = 512;
 
@@ -65,7 +73,7 @@ struct Done {
 
 struct Scheduler {
     errand: Errand,
-    snapshot: Snapshot,
+    intake: Intake,
     cache: Cache,
     queue: Queue,
     tasks: JoinSet<()>,
@@ -73,7 +81,6 @@ struct Scheduler {
     news: mpsc::Receiver<Feed>,
     done: mpsc::UnboundedSender<Done>,
     finished: mpsc::UnboundedReceiver<Done>,
-    awaited: HashSet<Kind>,
 }
 
 impl Scheduler {
@@ -91,7 +98,7 @@ impl Scheduler {
         };
         Self {
             errand,
-            snapshot: Snapshot::default(),
+            intake: Intake::of(KINDS),
             cache: Cache::default(),
             queue: Queue::default(),
             tasks,
@@ -99,12 +106,11 @@ impl Scheduler {
             news,
             done,
             finished,
-            awaited: [Kind::Pod, Kind::Node, Kind::Namespace].into(),
         }
     }
 
     async fn run(mut self) {
-        for kind in self.awaited.clone() {
+        for kind in KINDS {
             self.tasks.spawn(follow(
                 self.errand.api.clone(),
                 kind.resource().clone(),
@@ -141,49 +147,17 @@ impl Scheduler {
                 }
             }
             self.queue.tick(Timestamp::now());
-            more = self.awaited.is_empty() && self.decide_batch();
+            more = self.intake.is_synced() && self.decide_batch();
         }
     }
 
     fn take_in(&mut self, feed: Feed) {
-        match feed {
-            Feed::Listed {
-                resource,
-                objects,
-                revision,
-            } => {
-                let listed: HashSet<String> = objects
-                    .iter()
-                    .map(|object| object.uid().to_string())
-                    .collect();
-                for object in self.snapshot.missing(&resource, &listed, revision) {
-                    self.remove(&object);
-                }
-                for object in objects {
-                    self.apply(object);
-                }
-                if let Some(kind) = Kind::of(&resource)
-                    && self.awaited.remove(&kind)
-                    && self.awaited.is_empty()
-                {
-                    tracing::info!(nodes = self.cache.nodes.len(), "scheduler is in sync");
-                }
-            }
-            Feed::Changed(object) => self.apply(object),
-            Feed::Gone(object) => self.remove(&object),
-            Feed::Resources(_) | Feed::Unserved(_) => {}
-        }
-    }
-
-    fn apply(&mut self, object: Object) {
-        if let Some(change) = self.snapshot.apply(object, Timestamp::now()) {
+        let was_synced = self.intake.is_synced();
+        for change in self.intake.take_in(feed) {
             self.touch(change);
         }
-    }
-
-    fn remove(&mut self, object: &Object) {
-        if let Some(change) = self.snapshot.remove(object) {
-            self.touch(change);
+        if !was_synced && self.intake.is_synced() {
+            tracing::info!(nodes = self.cache.nodes.len(), "scheduler is in sync");
         }
     }
 
@@ -245,6 +219,14 @@ impl Scheduler {
         let uid = pod.metadata.uid.as_deref().unwrap_or_default();
         let was_placed = self.cache.is_placed(uid);
         self.cache.put_pod(pod);
+        let nominated = pod
+            .status
+            .as_ref()
+            .and_then(|status| status.nominated_node_name.as_deref())
+            .filter(|node| !node.is_empty());
+        if let Some(node) = nominated.filter(|_| !self.cache.is_placed(uid) && is_ours(pod)) {
+            self.cache.nominate(pod, node);
+        }
         // Room was made, or a pod turned up that another one wants to be with.
         let came =
             pods::node_name(pod).is_some() && old.is_none_or(|old| pods::node_name(old).is_none());
@@ -269,7 +251,7 @@ impl Scheduler {
             let Some(key) = self.queue.next() else {
                 return false;
             };
-            let Some(pod) = self.snapshot.pods.get(&key).cloned() else {
+            let Some(pod) = self.intake.snapshot.pods.get(&key).cloned() else {
                 self.queue.remove(&key);
                 continue;
             };
@@ -289,11 +271,66 @@ impl Scheduler {
                 }
                 Decision::Nowhere(message) => {
                     self.queue.unschedulable(&key, Timestamp::now());
-                    self.report(&pod, &message);
+                    self.make_room(&pod, message);
                 }
             }
         }
         true
+    }
+
+    /// Has pods of lower priority make way, where that helps; says in any case why the pod waits.
+    fn make_room(&mut self, pod: &Arc<Pod>, message: String) {
+        let budgets: Vec<_> = self
+            .intake
+            .snapshot
+            .disruption_budgets
+            .values()
+            .cloned()
+            .collect();
+        match preempt(&self.cache, pod, &budgets) {
+            Ok(preemption) => {
+                let Preemption { node, victims, .. } = preemption;
+                self.cache.nominate(pod, &node);
+                let by = pod.metadata.uid.clone().unwrap_or_default();
+                for victim in victims {
+                    self.evict(&victim, &format!("Preempted by pod {by} on node {node}"));
+                }
+                self.report(pod, &message, Some(&node));
+            }
+            Err(why) => self.report(pod, &format!("{message} preemption: {why}"), None),
+        }
+    }
+
+    /// Tells a pod that it is disrupted, for whoever counts its failure, and deletes it.
+    fn evict(&mut self, victim: &Arc<Pod>, message: &str) {
+        let why = format!("{NAME}: preempting to accommodate a higher priority pod");
+        let conditions =
+            pods::with_disruption(victim, "PreemptionByScheduler", &why, Timestamp::now());
+        let tell = Write {
+            action: pods::guarded_status_patch(&**victim, json!({"conditions": conditions})),
+            note: None,
+        };
+        let target = Target::of(&**victim);
+        let delete = Write {
+            action: Action::Delete {
+                target: target.clone(),
+                propagation: None,
+                grace_seconds: None,
+            },
+            note: Some(Note::normal(&target, NAME, "Preempted", message)),
+        };
+        let (errand, done) = (self.errand.clone(), self.done.clone());
+        self.tasks.spawn(async move {
+            for write in [tell, delete] {
+                let outcome = errand.clone().perform(write).await;
+                // Nobody waits for it any more when the lease is lost.
+                let _ = done.send(Done {
+                    pod: target.clone(),
+                    bound: false,
+                    outcome,
+                });
+            }
+        });
     }
 
     fn perform(&mut self, pod: Target, write: Write, bound: bool) {
@@ -311,8 +348,8 @@ impl Scheduler {
 
     fn finish(&mut self, done: Done) {
         while self.tasks.try_join_next().is_some() {}
-        for object in done.outcome.seen {
-            self.apply(object);
+        for change in self.intake.answered(done.outcome.seen, done.outcome.gone) {
+            self.touch(change);
         }
         let Some(failure) = done.outcome.failure.filter(|_| done.bound) else {
             return;
@@ -326,7 +363,7 @@ impl Scheduler {
     }
 
     /// Says on the pod and by an event why it waits, unless that has been said.
-    fn report(&mut self, pod: &Arc<Pod>, message: &str) {
+    fn report(&mut self, pod: &Arc<Pod>, message: &str, nominated: Option<&str>) {
         let target = Target::of(&**pod);
         say(
             &self.errand.recorder,
@@ -335,9 +372,12 @@ impl Scheduler {
             None,
         );
         let known = pods::condition(pod, "PodScheduled");
-        if known.is_some_and(|known| {
+        let said = known.is_some_and(|known| {
             known.status == "False" && known.message.as_deref() == Some(message)
-        }) {
+        });
+        let status = pod.status.as_ref();
+        let before = status.and_then(|status| status.nominated_node_name.as_deref());
+        if said && (nominated.is_none() || nominated == before) {
             return;
         }
         let since = known
@@ -357,7 +397,11 @@ impl Scheduler {
             last_transition_time: since.or(Some(Time(Timestamp::now()))),
             ..Default::default()
         });
-        let action = pods::guarded_status_patch(&**pod, json!({"conditions": conditions}));
+        let mut status = json!({"conditions": conditions});
+        if let Some(node) = nominated {
+            status["nominatedNodeName"] = json!(node);
+        }
+        let action = pods::guarded_status_patch(&**pod, status);
         self.perform(target, Write { action, note: None }, false);
     }
 }

@@ -8,7 +8,8 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::cache::Cache;
-use super::decide::{Decision, decide};
+use super::decide::{Decision, decide, fits};
+use super::preempt::{Preemption, preempt, priority};
 use super::resources::{CPU, MEMORY, PODS, needs};
 
 fn node(name: &str, more: Value) -> Arc<Node> {
@@ -474,6 +475,123 @@ proptest! {
                 }
                 let ports = state.pods.values().flat_map(|placed| &placed.ports).count();
                 prop_assert!(ports <= 1, "one port was given twice on {}", state.name());
+            }
+        }
+    }
+}
+
+/// A pod with a priority, taking one of a node's two processors or more.
+fn important(name: &str, priority: i32, cpu: &str) -> Arc<Pod> {
+    let mut more = asks(cpu);
+    merge(&mut more, json!({"spec": {"priority": priority}}));
+    pod(name, more)
+}
+
+fn victims(preemption: &Preemption) -> Vec<&str> {
+    let mut names: Vec<_> = preemption
+        .victims
+        .iter()
+        .map(|pod| pod.metadata.name.as_deref().unwrap())
+        .collect();
+    names.sort_unstable();
+    names
+}
+
+#[test]
+fn the_least_important_make_way_for_a_more_important_pod() {
+    let mut cache = cache(vec![node("a", json!({})), node("b", json!({}))]);
+    for (name, priority, on) in [
+        ("a1", 5, "a"),
+        ("a2", 1, "a"),
+        ("b1", 7, "b"),
+        ("b2", 8, "b"),
+    ] {
+        cache.assume(&important(name, priority, "1"), on);
+    }
+    let found = preempt(&cache, &important("new", 10, "1"), &[]).unwrap();
+    assert_eq!((found.node.as_str(), victims(&found)), ("a", vec!["a2"]));
+    let found = preempt(&cache, &important("new", 10, "2"), &[]).unwrap();
+    assert_eq!(
+        (found.node.as_str(), victims(&found)),
+        ("a", vec!["a1", "a2"])
+    );
+    let found = preempt(&cache, &important("new", 3, "2"), &[]).unwrap_err();
+    assert_eq!(
+        found,
+        "0/2 nodes are available: 1 Insufficient cpu, 1 No preemption victims found for incoming pod."
+    );
+    let mut polite = (*important("new", 10, "1")).clone();
+    polite.spec.as_mut().unwrap().preemption_policy = Some("Never".into());
+    let refused = preempt(&cache, &Arc::new(polite), &[]).unwrap_err();
+    assert_eq!(refused, "not eligible due to preemptionPolicy=Never.");
+}
+
+#[test]
+fn a_disruption_budget_is_spared_where_another_choice_exists() {
+    let mut cache = cache(vec![node("a", json!({})), node("b", json!({}))]);
+    cache.assume(&important("guarded", 1, "2"), "a");
+    let mut free = (*important("free", 2, "2")).clone();
+    free.metadata.labels = None;
+    cache.assume(&Arc::new(free), "b");
+    let budget = Arc::new(serde_json::from_value(json!({
+        "metadata": {"namespace": "default", "name": "guard"},
+        "spec": {"selector": {"matchLabels": {"app": "web"}}},
+        "status": {"disruptionsAllowed": 0, "currentHealthy": 1, "desiredHealthy": 1, "expectedPods": 1},
+    })).unwrap());
+    let found = preempt(&cache, &important("new", 10, "2"), &[budget]).unwrap();
+    assert_eq!(
+        victims(&found),
+        ["free"],
+        "though it is the more important one"
+    );
+    let found = preempt(&cache, &important("new", 10, "2"), &[]).unwrap();
+    assert_eq!(victims(&found), ["guarded"]);
+}
+
+#[test]
+fn room_that_is_being_made_is_not_taken_by_a_lesser_pod() {
+    let mut cache = cache(vec![node("a", json!({}))]);
+    cache.assume(&important("old", 1, "1"), "a");
+    let waits = important("waits", 10, "1");
+    cache.nominate(&waits, "a");
+    let lesser = important("lesser", 5, "1");
+    assert!(matches!(decide(&cache, &lesser), Decision::Nowhere(_)));
+    let greater = important("greater", 11, "1");
+    assert_eq!(decide(&cache, &greater), Decision::Node("a".into()));
+    assert_eq!(decide(&cache, &waits), Decision::Node("a".into()));
+    cache.assume(&waits, "a");
+    cache.remove_pod("uid-old");
+    assert_eq!(
+        decide(&cache, &lesser),
+        Decision::Node("a".into()),
+        "nothing is kept twice"
+    );
+}
+
+proptest! {
+    /// Whoever makes way is less important, the pod then fits, and every victim is needed for that.
+    #[test]
+    fn a_preemption_is_enough_and_no_more(
+        placed in proptest::collection::vec((0i32..5, 1i64..20, 0usize..3), 0..20), own in 1i32..6, cpu in 1i64..20,
+    ) {
+        let mut cache = cache((0..3).map(|index| node(&format!("n{index}"), json!({}))).collect());
+        for (index, (priority, tenths, on)) in placed.iter().enumerate() {
+            let pod = important(&format!("p{index}"), *priority, &format!("{}m", tenths * 100));
+            if fits(&cache, &pod, &format!("n{on}")) {
+                cache.assume(&pod, &format!("n{on}"));
+            }
+        }
+        let new = important("new", own, &format!("{}m", cpu * 100));
+        if let Ok(found) = preempt(&cache, &new, &[]) {
+            prop_assert!(found.victims.iter().all(|victim| priority(victim) < own));
+            for victim in &found.victims {
+                cache.remove_pod(victim.metadata.uid.as_deref().unwrap());
+            }
+            prop_assert!(fits(&cache, &new, &found.node));
+            for victim in &found.victims {
+                cache.assume(victim, &found.node);
+                prop_assert!(!fits(&cache, &new, &found.node), "{:?} need not go", victim.metadata.name);
+                cache.remove_pod(victim.metadata.uid.as_deref().unwrap());
             }
         }
     }

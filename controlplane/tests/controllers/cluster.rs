@@ -143,6 +143,18 @@ impl Cluster {
         self.nodes.spawn(run_pods(self.client.clone()));
     }
 
+    /// Name of the user that a token stands for, as the API server tells whoever asks with it.
+    pub async fn user_of(&self, token: &str) -> Option<String> {
+        let review = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": {"token": token}});
+        let request = http::Request::post("/apis/authentication.k8s.io/v1/tokenreviews")
+            .header("content-type", "application/json")
+            .body(review.to_string().into_bytes())
+            .unwrap();
+        let answer: serde_json::Value = self.client.request(request).await.unwrap();
+        let name = answer.pointer("/status/user/username")?.as_str()?;
+        Some(name.to_string())
+    }
+
     pub fn api<K>(&self, namespace: &str) -> Api<K>
     where
         K: kube::Resource<Scope = k8s_openapi::NamespaceResourceScope>,

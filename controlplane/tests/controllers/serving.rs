@@ -414,7 +414,10 @@ async fn nodes_namespaces_and_daemons_are_looked_after() {
         .await;
     assert_eq!(
         scheduled("False").await.unwrap().message.as_deref(),
-        Some("0/3 nodes are available: 3 node(s) didn't match Pod's node affinity/selector.")
+        Some(
+            "0/3 nodes are available: 3 node(s) didn't match Pod's node affinity/selector. preemption: 0/3 nodes are \
+             available: 3 Preemption is not helpful for scheduling."
+        )
     );
     let label = json!({"metadata": {"labels": {"disk": "ssd"}}});
     nodes

@@ -1,6 +1,7 @@
 //! What is special to each kind: defaults, what a write may change, validation, how it is deleted. One file per family.
 
 mod access;
+mod certificate;
 mod configuration;
 mod endpoints;
 mod job;
@@ -20,6 +21,7 @@ use super::status::{FieldError, Status};
 use crate::registry::Resource;
 use crate::selector::FieldSelector;
 
+pub use certificate::asked_by;
 pub use metadata::{dns_label, qualified_name, validate_metadata};
 pub use pod::qos_class;
 pub use service::wants_node_ports;
@@ -118,6 +120,7 @@ pub fn of(resource: &Resource) -> &'static dyn Strategy {
         ("apps", "daemonsets") => &workload::DaemonSet,
         ("apps", "statefulsets") => &workload::StatefulSet,
         ("", "replicationcontrollers") => &workload::ReplicationController,
+        ("certificates.k8s.io", "certificatesigningrequests") => &certificate::SigningRequest,
         ("batch", "jobs") => &job::Job,
         ("batch", "cronjobs") => &job::CronJob,
         ("rbac.authorization.k8s.io", "roles" | "clusterroles") => &access::Role,

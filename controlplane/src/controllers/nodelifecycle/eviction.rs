@@ -3,6 +3,7 @@
 use k8s_openapi::api::core::v1::{Node, Pod, Taint, Toleration};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use serde_json::json;
 
 use super::super::nodes::{self, tolerates};
 use super::super::object::{Key, Object, Target};
@@ -60,6 +61,16 @@ fn plan(view: &View<'_>, key: &Key) -> Plan {
             continue;
         }
         match leaves_at(node, pod, view.now) {
+            // Said first: whoever counts failures may leave this one out.
+            Some(at) if at <= view.now && pods::condition(pod, pods::DISRUPTED).is_none() => {
+                let why = "Taint manager: deleting due to NoExecute taint";
+                let conditions =
+                    pods::with_disruption(pod, "DeletionByTaintManager", why, view.now);
+                plan.push(pods::guarded_status_patch(
+                    &**pod,
+                    json!({"conditions": conditions}),
+                ));
+            }
             Some(at) if at <= view.now => {
                 let note = Note::normal(
                     &Target::of(&**pod),

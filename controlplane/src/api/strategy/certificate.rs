@@ -1,0 +1,60 @@
+//! CertificateSigningRequests: they say who asks, and stay as they were asked.
+
+use serde_json::{Value, json};
+
+use super::{Errors, Strategy, immutable, required};
+use crate::api::fields::Fields;
+use crate::auth::Identity;
+
+pub struct SigningRequest;
+
+impl Strategy for SigningRequest {
+    fn validate(&self, request: &Value, errors: &mut Errors) {
+        required(request, "/spec/request", errors);
+        required(request, "/spec/signerName", errors);
+        required(request, "/spec/usages", errors);
+    }
+
+    fn validate_update(&self, request: &Value, old: &Value, errors: &mut Errors) {
+        immutable(request, old, "/spec", errors);
+    }
+
+    fn selectable(&self) -> &'static [&'static str] {
+        &["spec.signerName"]
+    }
+}
+
+/// Writes down who asks, whatever the client says: it is what approvers go by.
+pub fn asked_by(request: &mut Value, caller: &Identity) {
+    request.set("/spec/username", caller.user.as_str());
+    request.set("/spec/groups", json!(caller.groups));
+    for (field, given, empty) in [
+        ("uid", json!(caller.uid), caller.uid.is_empty()),
+        ("extra", json!(caller.extra), caller.extra.is_empty()),
+    ] {
+        let pointer = format!("/spec/{field}");
+        if empty {
+            request.remove(&pointer);
+        } else {
+            request.set(&pointer, given);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_asks_in_the_name_of_another() {
+        let mut request = json!({"spec": {"username": "root", "groups": ["system:masters"], "uid": "0", "extra": {"a": ["b"]}}});
+        let caller = Identity {
+            user: "mallory".into(),
+            groups: vec!["system:authenticated".into()],
+            ..Default::default()
+        };
+        asked_by(&mut request, &caller);
+        let expected = json!({"spec": {"username": "mallory", "groups": ["system:authenticated"]}});
+        assert_eq!(request, expected);
+    }
+}

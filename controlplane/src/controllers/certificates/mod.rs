@@ -1,0 +1,340 @@
+//! CertificateSigningRequests: kubelets' own are approved, approved ones are signed, and old ones go.
+
+mod authority;
+
+use k8s_openapi::ByteString;
+use k8s_openapi::api::certificates::v1::{
+    CertificateSigningRequest, CertificateSigningRequestCondition, CertificateSigningRequestStatus,
+};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use serde_json::json;
+
+pub use self::authority::{Authority, Error};
+use self::authority::{Request, Signer};
+use super::object::{Key, Object, Target};
+use super::plan::{Action, Controller, Keys, Plan, View};
+use super::snapshot::{Change, Snapshot};
+
+/// How long requests stay that nobody decides about, and those that are done with.
+const PENDING_MAX: SignedDuration = SignedDuration::from_hours(24);
+const DONE_MAX: SignedDuration = SignedDuration::from_hours(1);
+/// Who may ask for a kubelet's certificate and gets it without being looked at: joining nodes, and whoever may do all.
+const TRUSTED: [&str; 2] = ["system:bootstrappers", "system:masters"];
+
+pub const CONTROLLER: Controller = Controller {
+    name: "certificatesigningrequest",
+    affected,
+    plan,
+};
+
+fn affected(_: &Snapshot, change: &Change, keys: &mut Keys) {
+    if let Some(Object::CertificateSigningRequest(request)) = &change.new {
+        keys.insert(Key::of(&request.metadata));
+    }
+}
+
+fn plan(view: &View<'_>, key: &Key) -> Plan {
+    let mut plan = Plan::nothing();
+    let Some(request) = view.snapshot.signing_requests.get(key) else {
+        return plan;
+    };
+    let status = request.status.clone().unwrap_or_default();
+    let has = |type_: &str| {
+        let mut conditions = status.conditions.iter().flatten();
+        conditions.any(|condition| condition.type_ == type_)
+    };
+    let signed = status
+        .certificate
+        .as_ref()
+        .is_some_and(|pem| !pem.0.is_empty());
+    let done = signed || has("Denied") || has("Failed");
+    if !done && !has("Approved") && is_kubelets_own(request) {
+        plan.push(conclude(
+            request,
+            &status,
+            "approval",
+            (
+                "Approved",
+                "AutoApproved",
+                "Auto approving kubelet client certificate.",
+            ),
+            view.now,
+        ));
+        return plan;
+    }
+    if !done && has("Approved") {
+        sign(view, request, &status, &mut plan);
+    }
+    let since = request
+        .metadata
+        .creation_timestamp
+        .as_ref()
+        .map_or(view.now, |Time(at)| *at);
+    let due = since.saturating_add(if done { DONE_MAX } else { PENDING_MAX });
+    match due {
+        Ok(due) if due > view.now => plan.look_again(due),
+        _ => plan.push(Action::Delete {
+            target: Target::of(&**request),
+            propagation: None,
+            grace_seconds: None,
+        }),
+    }
+    plan
+}
+
+/// Whether a node asks for its own certificate as a client, or one that joins for its first.
+fn is_kubelets_own(request: &CertificateSigningRequest) -> bool {
+    let spec = &request.spec;
+    if Signer::of(&spec.signer_name) != Some(Signer::KubeletClient) {
+        return false;
+    }
+    let usages = spec.usages.as_deref().unwrap_or_default();
+    let Ok(read) = Request::read(&spec.request.0, usages) else {
+        return false;
+    };
+    let trusted = spec
+        .groups
+        .iter()
+        .flatten()
+        .any(|group| TRUSTED.contains(&group.as_str()));
+    let own = spec.username.as_deref() == Some(read.common_name.as_str());
+    read.check(Signer::KubeletClient).is_ok() && (trusted || own)
+}
+
+fn sign(
+    view: &View<'_>,
+    request: &CertificateSigningRequest,
+    status: &CertificateSigningRequestStatus,
+    plan: &mut Plan,
+) {
+    let spec = &request.spec;
+    let (Some(signer), Some(authority)) = (Signer::of(&spec.signer_name), &view.settings.authority)
+    else {
+        // Another signer's.
+        return;
+    };
+    let usages = spec.usages.as_deref().unwrap_or_default();
+    let outcome = Request::read(&spec.request.0, usages).and_then(|read| {
+        read.check(signer)?;
+        let id = request.metadata.uid.as_deref().unwrap_or_default();
+        authority.sign(&read, id, spec.expiration_seconds, view.now)
+    });
+    match outcome {
+        Ok(pem) => plan.push(super::pods::guarded_status_patch(
+            request,
+            json!({"certificate": ByteString(pem.into_bytes())}),
+        )),
+        Err(error) => plan.push(conclude(
+            request,
+            status,
+            "status",
+            ("Failed", "SignerValidationFailure", &error.to_string()),
+            view.now,
+        )),
+    }
+}
+
+/// Adds a condition, given as type, reason and message.
+fn conclude(
+    request: &CertificateSigningRequest,
+    status: &CertificateSigningRequestStatus,
+    subresource: &'static str,
+    (type_, reason, message): (&str, &str, &str),
+    now: Timestamp,
+) -> Action {
+    let mut conditions = status.conditions.clone().unwrap_or_default();
+    conditions.push(CertificateSigningRequestCondition {
+        type_: type_.into(),
+        status: "True".into(),
+        reason: Some(reason.into()),
+        message: Some(message.into()),
+        last_update_time: Some(Time(now)),
+        last_transition_time: Some(Time(now)),
+    });
+    let meta = &request.metadata;
+    Action::Patch {
+        target: Target::of(request),
+        subresource: Some(subresource),
+        body: json!({
+            "metadata": {"uid": meta.uid, "resourceVersion": meta.resource_version},
+            "status": {"conditions": conditions},
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, KeyPair};
+    use serde_json::Value;
+
+    use super::super::testing::Cluster;
+    use super::*;
+
+    fn authority() -> Authority {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params
+            .distinguished_name
+            .push(DnType::CommonName, "test-ca");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let certificate = params.self_signed(&key).unwrap().pem();
+        Authority::new(&certificate, &key.serialize_pem()).unwrap()
+    }
+
+    fn pem(organization: &str, name: &str, hosts: &[&str]) -> String {
+        let key = KeyPair::generate().unwrap();
+        let hosts: Vec<String> = hosts.iter().map(|host| host.to_string()).collect();
+        let mut params = CertificateParams::new(hosts).unwrap();
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        params
+            .distinguished_name
+            .push(DnType::OrganizationName, organization);
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.serialize_request(&key).unwrap().pem().unwrap()
+    }
+
+    /// The request after all that is done with it.
+    fn asked(request: &str, spec: Value) -> CertificateSigningRequest {
+        let mut cluster = Cluster::new(&[CONTROLLER]);
+        cluster.settings.authority = Some(Arc::new(authority()));
+        let mut value = json!({
+            "metadata": {"name": "ask"},
+            "spec": {
+                "request": ByteString(request.as_bytes().to_vec()),
+                "signerName": "kubernetes.io/kube-apiserver-client-kubelet",
+                "usages": ["digital signature", "client auth"],
+            },
+        });
+        json_patch::merge(&mut value, &json!({"spec": spec}));
+        cluster.add::<CertificateSigningRequest>(serde_json::from_value(value).unwrap());
+        cluster.settle();
+        (**cluster.snapshot.signing_requests.values().next().unwrap()).clone()
+    }
+
+    fn conditions(request: &CertificateSigningRequest) -> Vec<String> {
+        let status = request.status.clone().unwrap_or_default();
+        let conditions = status.conditions.unwrap_or_default();
+        conditions
+            .into_iter()
+            .map(|condition| condition.type_)
+            .collect()
+    }
+
+    #[test]
+    fn a_node_that_joins_gets_its_certificate() {
+        let request = pem("system:nodes", "system:node:n1", &[]);
+        let joined = asked(&request, json!({"groups": ["system:bootstrappers"]}));
+        assert_eq!(conditions(&joined), ["Approved"]);
+        let certificate = joined.status.unwrap().certificate.unwrap();
+        let (_, parsed) = x509_parser::pem::parse_x509_pem(&certificate.0).unwrap();
+        let parsed = parsed.parse_x509().unwrap();
+        assert!(parsed.subject().to_string().contains("system:node:n1"));
+        assert!(parsed.issuer().to_string().contains("test-ca"));
+        assert!(
+            parsed
+                .extended_key_usage()
+                .unwrap()
+                .unwrap()
+                .value
+                .client_auth
+        );
+        assert!(!parsed.is_ca());
+        let own = asked(&request, json!({"username": "system:node:n1"}));
+        assert_eq!(conditions(&own), ["Approved"]);
+    }
+
+    #[test]
+    fn nobody_gets_a_certificate_for_another() {
+        let node = pem("system:nodes", "system:node:n1", &[]);
+        for (request, spec) in [
+            (&node, json!({"username": "system:node:n2"})),
+            (
+                &node,
+                json!({"username": "mallory", "groups": ["system:authenticated"]}),
+            ),
+            (
+                &pem("system:masters", "system:node:n1", &[]),
+                json!({"groups": ["system:bootstrappers"]}),
+            ),
+            (
+                &node,
+                json!({"groups": ["system:bootstrappers"], "usages": ["client auth", "cert sign"]}),
+            ),
+            (
+                &"no request at all".to_string(),
+                json!({"groups": ["system:bootstrappers"]}),
+            ),
+        ] {
+            let found = asked(request, spec.clone());
+            assert!(conditions(&found).is_empty(), "{spec}");
+            assert!(found.status.is_none(), "{spec}");
+        }
+    }
+
+    #[test]
+    fn what_was_approved_is_signed_or_refused_by_its_signers_rules() {
+        let approved = json!({"conditions": [{"type": "Approved", "status": "True"}]});
+        let serving = "kubernetes.io/kubelet-serving";
+        for (request, signer, usages, outcome) in [
+            (
+                pem("system:nodes", "system:node:n", &["n.local"]),
+                serving,
+                ["digital signature", "server auth"],
+                "signed",
+            ),
+            (
+                pem("system:nodes", "system:node:n", &[]),
+                serving,
+                ["digital signature", "server auth"],
+                "Failed",
+            ),
+            (
+                pem("team", "bob", &[]),
+                "kubernetes.io/kube-apiserver-client",
+                ["digital signature", "client auth"],
+                "signed",
+            ),
+            (
+                pem("team", "bob", &[]),
+                "kubernetes.io/kube-apiserver-client",
+                ["digital signature", "server auth"],
+                "Failed",
+            ),
+            (
+                pem("team", "bob", &[]),
+                "acme.io/own",
+                ["digital signature", "client auth"],
+                "left",
+            ),
+        ] {
+            let mut cluster = Cluster::new(&[CONTROLLER]);
+            cluster.settings.authority = Some(Arc::new(authority()));
+            let value = json!({
+                "metadata": {"name": "ask"},
+                "spec": {"request": ByteString(request.into_bytes()), "signerName": signer, "usages": usages},
+                "status": approved,
+            });
+            cluster.add::<CertificateSigningRequest>(serde_json::from_value(value).unwrap());
+            cluster.settle();
+            let found = cluster.snapshot.signing_requests.values().next().unwrap();
+            let signed = found.status.as_ref().unwrap().certificate.is_some();
+            let failed = conditions(found).contains(&"Failed".to_string());
+            let expected = (outcome == "signed", outcome == "Failed");
+            assert_eq!((signed, failed), expected, "{signer} {usages:?}");
+        }
+    }
+
+    #[test]
+    fn old_requests_go() {
+        let mut cluster = Cluster::new(&[CONTROLLER]);
+        let value = json!({"metadata": {"name": "ask"}, "spec": {"request": "", "signerName": "acme.io/own"}});
+        cluster.add::<CertificateSigningRequest>(serde_json::from_value(value).unwrap());
+        cluster.settle();
+        cluster.advance(24 * 3600);
+        cluster.settle();
+        assert!(cluster.snapshot.signing_requests.is_empty());
+    }
+}
