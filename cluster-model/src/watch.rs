@@ -117,13 +117,26 @@ pub enum Report {
 /// Lists and watches the kinds, and sends what it learns until the receiver is gone. A kind's first complete list
 /// arrives as one `Change::Replace`; so does every list after a watch was lost.
 pub async fn watch(client: Client, kinds: &[Kind], reports: mpsc::Sender<Report>) {
+    watch_part(client, kinds, |object| object, reports).await;
+}
+
+/// As [`watch`], with `part` taken of each object as it arrives: a list is then never held with what nobody needs of it.
+pub async fn watch_part(
+    client: Client,
+    kinds: &[Kind],
+    part: fn(Object) -> Object,
+    reports: mpsc::Sender<Report>,
+) {
     let streams = kinds.iter().map(|kind| match kind {
-        Kind::Service => stream::<core::Service, Service>(&client, *kind, Object::Service),
-        Kind::EndpointSlice => {
-            stream::<discovery::EndpointSlice, EndpointSlice>(&client, *kind, Object::EndpointSlice)
-        }
-        Kind::Node => stream::<core::Node, Node>(&client, *kind, Object::Node),
-        Kind::Pod => stream::<core::Pod, Pod>(&client, *kind, Object::Pod),
+        Kind::Service => stream::<core::Service, Service>(&client, *kind, Object::Service, part),
+        Kind::EndpointSlice => stream::<discovery::EndpointSlice, EndpointSlice>(
+            &client,
+            *kind,
+            Object::EndpointSlice,
+            part,
+        ),
+        Kind::Node => stream::<core::Node, Node>(&client, *kind, Object::Node, part),
+        Kind::Pod => stream::<core::Pod, Pod>(&client, *kind, Object::Pod, part),
     });
     let mut all = futures::stream::select_all(streams);
     while let Some(report) = all.next().await {
@@ -163,7 +176,12 @@ impl Backoff for Pauses {
 
 type Reports = std::pin::Pin<Box<dyn Stream<Item = Report> + Send>>;
 
-fn stream<K, T>(client: &Client, kind: Kind, wrap: fn(Arc<T>) -> Object) -> Reports
+fn stream<K, T>(
+    client: &Client,
+    kind: Kind,
+    wrap: fn(Arc<T>) -> Object,
+    part: fn(Object) -> Object,
+) -> Reports
 where
     K: kube::Resource<DynamicType = ()>
         + Clone
@@ -181,7 +199,7 @@ where
         match event {
             Ok(watcher::Event::Init) => list.clear(),
             Ok(watcher::Event::InitApply(object)) => match T::try_from(object) {
-                Ok(object) => list.push(wrap(Arc::new(object))),
+                Ok(object) => list.push(part(wrap(Arc::new(object)))),
                 Err(rejected) => out.push(Report::Rejected(rejected)),
             },
             Ok(watcher::Event::InitDone) => {
@@ -191,7 +209,9 @@ where
                 )));
             }
             Ok(watcher::Event::Apply(object)) => match T::try_from(object) {
-                Ok(object) => out.push(Report::Change(Change::Upsert(wrap(Arc::new(object))))),
+                Ok(object) => {
+                    out.push(Report::Change(Change::Upsert(part(wrap(Arc::new(object))))));
+                }
                 Err(rejected) => {
                     let gone = rejected.object.clone();
                     out.extend([

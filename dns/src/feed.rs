@@ -4,14 +4,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use cluster_model::watch::{ApiError, Report, client, watch};
+use cluster_model::watch::{ApiError, Report, client, watch_part};
 use cluster_model::{Change, Dirty, Kind, Object, Snapshot, read_manifest};
 use tokio::sync::{mpsc, watch as latest};
 use tokio::time::sleep;
 
 use crate::config::Source;
+use crate::parked::Parked;
 use crate::server::Shared;
-use crate::slim::slim;
+use crate::slim::{slim, slim_with_pods};
+use crate::sys;
 use crate::zone::{Zone, ZoneSettings};
 
 /// Reports that may wait: a burst becomes few batches, and the watch is slowed down rather than buffered.
@@ -23,6 +25,7 @@ const LOOK: Duration = Duration::from_secs(1);
 pub struct Feed {
     shared: Arc<Shared>,
     snapshot: Snapshot,
+    parked: Parked,
     sender: mpsc::Sender<Report>,
     reports: mpsc::Receiver<Report>,
     source: Source,
@@ -36,6 +39,7 @@ impl Feed {
         let mut feed = Self {
             shared,
             snapshot: Snapshot::default(),
+            parked: Parked::default(),
             sender,
             reports,
             source,
@@ -48,13 +52,15 @@ impl Feed {
 
     async fn watch(&self, kinds: &'static [Kind]) -> Result<(), ApiError> {
         let sender = self.sender.clone();
+        let named_by_pods = self.shared.settings.load().zone().endpoint_pod_names;
+        let part = if named_by_pods { slim_with_pods } else { slim };
         match &self.source {
             Source::Api(options) => {
                 let client = client(options).await?;
-                tokio::spawn(async move { watch(client, kinds, sender).await });
+                tokio::spawn(async move { watch_part(client, kinds, part, sender).await });
             }
             Source::File(path) => {
-                tokio::spawn(follow(path.clone(), kinds, sender));
+                tokio::spawn(follow(path.clone(), kinds, part, sender));
             }
         }
         Ok(())
@@ -96,22 +102,34 @@ impl Feed {
     }
 
     fn take(&mut self, batch: &mut Vec<Report>) {
-        let mut dirty = Dirty::default();
+        let (mut dirty, mut listed) = (Dirty::default(), false);
         for report in batch.drain(..) {
             match report {
-                Report::Change(change) => self.snapshot.apply(slim(change), &mut dirty),
+                Report::Change(change) => {
+                    listed |= matches!(change, Change::Replace(..));
+                    for change in self.parked.sort(change, &self.snapshot) {
+                        self.snapshot.apply(change, &mut dirty);
+                    }
+                }
                 Report::Rejected(rejected) => tracing::warn!(%rejected, "left out"),
                 Report::Failed { kind, error } => {
                     tracing::warn!(%kind, error, "watching; it is tried again")
                 }
             }
         }
-        if dirty.is_empty() {
-            return;
+        if !dirty.is_empty() {
+            self.update(&dirty);
         }
+        if listed {
+            // A list is held beside what was known before: for a moment twice as much is used as ever again.
+            sys::give_memory_back();
+        }
+    }
+
+    fn update(&self, dirty: &Dirty) {
         let mut zone = (**self.shared.zone.load()).clone();
         let was_synced = zone.synced();
-        zone.update(&self.snapshot, &dirty);
+        zone.update(&self.snapshot, dirty);
         let services = self.snapshot.count(Kind::Service);
         self.shared.metrics.services.set(services as i64);
         self.shared.metrics.synced.set(i64::from(zone.synced()));
@@ -123,7 +141,12 @@ impl Feed {
 }
 
 /// Reads a file now and whenever it has changed. One that can't be read changes nothing.
-async fn follow(path: PathBuf, kinds: &'static [Kind], reports: mpsc::Sender<Report>) {
+async fn follow(
+    path: PathBuf,
+    kinds: &'static [Kind],
+    part: fn(Object) -> Object,
+    reports: mpsc::Sender<Report>,
+) {
     let mut last = None;
     loop {
         let stamp = tokio::fs::metadata(&path)
@@ -132,7 +155,7 @@ async fn follow(path: PathBuf, kinds: &'static [Kind], reports: mpsc::Sender<Rep
             .ok();
         if stamp.is_none() || stamp != last {
             last = stamp;
-            let out = match read(&path, kinds).await {
+            let out = match read(&path, kinds, part).await {
                 Ok(changes) => changes.into_iter().map(Report::Change).collect(),
                 Err(error) => vec![Report::Failed {
                     kind: kinds[0],
@@ -150,7 +173,11 @@ async fn follow(path: PathBuf, kinds: &'static [Kind], reports: mpsc::Sender<Rep
 }
 
 /// A file as one complete list per kind.
-async fn read(path: &Path, kinds: &[Kind]) -> Result<Vec<Change>, String> {
+async fn read(
+    path: &Path,
+    kinds: &[Kind],
+    part: fn(Object) -> Object,
+) -> Result<Vec<Change>, String> {
     let failed = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
     let json = tokio::fs::read(path)
         .await
@@ -160,6 +187,7 @@ async fn read(path: &Path, kinds: &[Kind]) -> Result<Vec<Change>, String> {
         let all = objects.iter();
         all.filter(|object| object.kind() == kind)
             .cloned()
+            .map(part)
             .collect()
     };
     Ok(kinds

@@ -20,6 +20,7 @@ pub mod log;
 pub mod message;
 pub mod metrics;
 pub mod name;
+mod parked;
 mod plan;
 pub mod query;
 pub mod reload;

@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use cluster_model::{Endpoint, ObjectKey, Protocol, Service, ServiceKey, Snapshot};
 
-use crate::name::{BadName, Name, Relative};
+use crate::name::{BadName, LABEL_BYTES_MAX, Name, Relative};
 
 /// One record, without owner and TTL. Names of the cluster are relative: they end in the origin that was asked for.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -229,14 +229,13 @@ fn dashed(address: IpAddr) -> String {
 
 /// The address that a label with dashes stands for.
 pub fn undashed(label: &[u8]) -> Option<IpAddr> {
-    let text = std::str::from_utf8(label).ok()?;
-    if text.bytes().filter(|byte| *byte == b'-').count() == 3
-        && let Ok(v4) = text.replace('-', ".").parse::<Ipv4Addr>()
-    {
-        return Some(v4.into());
-    }
-    text.replace('-', ":")
-        .parse::<Ipv6Addr>()
-        .ok()
-        .map(Into::into)
+    let spelt = |separator| {
+        let mut text = [0; LABEL_BYTES_MAX];
+        let text = text.get_mut(..label.len())?;
+        for (to, from) in text.iter_mut().zip(label) {
+            *to = if *from == b'-' { separator } else { *from };
+        }
+        std::str::from_utf8(text).ok()?.parse::<IpAddr>().ok()
+    };
+    spelt(b'.').or_else(|| spelt(b':'))
 }

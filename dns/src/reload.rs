@@ -72,6 +72,10 @@ fn reload(shared: &Shared, file: &Path) -> Result<Spec, String> {
     if (spec.port, &spec.http) != (before.spec.port, &before.spec.http) {
         return Err("ports can't be changed without a restart".into());
     }
+    if spec.zone.endpoint_pod_names != before.spec.zone.endpoint_pod_names {
+        // What pods endpoints belong to is kept only where they are called by them.
+        return Err("endpoint_pod_names can't be changed without a restart".into());
+    }
     let settings = Settings::build(spec.clone(), &shared.metrics, Some(&before));
     shared.configure(settings.map_err(|error| error.to_string())?);
     Ok(spec)

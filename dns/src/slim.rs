@@ -2,35 +2,33 @@
 
 use std::sync::Arc;
 
-use cluster_model::{Change, Endpoint, EndpointPort, EndpointSlice, Object};
+use cluster_model::{Endpoint, EndpointPort, EndpointSlice, Object};
 
-/// A change without what no record is made of: nodes, zones and hints of endpoints.
-pub fn slim(change: Change) -> Change {
-    match change {
-        Change::Upsert(object) => Change::Upsert(slim_object(object)),
-        Change::Replace(kind, objects) => {
-            Change::Replace(kind, objects.into_iter().map(slim_object).collect())
-        }
-        Change::Remove(reference) => Change::Remove(reference),
-    }
+/// An object without what no record is made of: nodes, zones and hints of endpoints.
+pub fn slim(object: Object) -> Object {
+    slim_but(object, false)
 }
 
-fn slim_object(object: Object) -> Object {
+/// As [`slim`], with the pods that endpoints may be called by.
+pub fn slim_with_pods(object: Object) -> Object {
+    slim_but(object, true)
+}
+
+fn slim_but(object: Object, pods: bool) -> Object {
     match object {
-        Object::EndpointSlice(slice) => Object::EndpointSlice(Arc::new(slim_slice(&slice))),
+        Object::EndpointSlice(slice) => Object::EndpointSlice(Arc::new(slim_slice(&slice, pods))),
         other => other,
     }
 }
 
-fn slim_slice(slice: &EndpointSlice) -> EndpointSlice {
+fn slim_slice(slice: &EndpointSlice, pods: bool) -> EndpointSlice {
     let endpoint = |endpoint: &Endpoint| Endpoint {
         address: endpoint.address,
         conditions: endpoint.conditions,
         node_name: None,
         zone: None,
         hostname: endpoint.hostname.clone(),
-        // Endpoints may be called by their pods.
-        target: endpoint.target.clone(),
+        target: endpoint.target.clone().filter(|_| pods),
         for_zones: Vec::new(),
         for_nodes: Vec::new(),
     };

@@ -183,3 +183,28 @@ fn several_domains_have_the_same_names() {
     }
     assert!(zone.find(&name("web.prod.svc.example.org")).is_none());
 }
+
+#[test]
+fn an_address_that_two_pods_seem_to_have_belongs_to_neither() {
+    // A pod that has ended keeps its address in the API while another one uses it (CoreDNS 3765).
+    let pod = |name: &str, namespace: &str, more: &str| {
+        format!(
+            r#"{{"kind":"Pod","metadata":{{"name":"{name}","namespace":"{namespace}"}},"spec":{{}},
+                "status":{{"podIPs":[{{"ip":"10.244.0.9"}}]{more}}}}}"#
+        )
+    };
+    let namespace = |manifest: &str| {
+        let zone = Zone::of(ZoneSettings::of(origin()), &snapshot(manifest));
+        let address = "10.244.0.9".parse().expect("an address");
+        zone.namespace_of(address)
+            .map(|namespace| namespace.to_string())
+    };
+    let (new, old) = (pod("new", "red", ""), pod("old", "blue", ""));
+    assert_eq!(namespace(&new).as_deref(), Some("red"));
+    assert_eq!(namespace(&format!("[{new},{old}]")), None);
+    let ended = pod("old", "blue", r#","phase":"Succeeded""#);
+    assert_eq!(
+        namespace(&format!("[{new},{ended}]")).as_deref(),
+        Some("red")
+    );
+}

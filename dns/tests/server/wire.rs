@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::support::*;
 use hickory_proto::op::{Message, ResponseCode};
-use hickory_proto::rr::RecordType;
+use hickory_proto::rr::{RData, RecordType};
 use keelway_dns::answer::Transport;
 use keelway_dns::metrics::Metrics;
 use keelway_dns::server::at_once::{Outcome, View, at_once};
@@ -69,6 +69,37 @@ async fn a_headless_name_of_a_thousand_endpoints_is_truncated_and_whole_over_tcp
     )
     .await;
     assert_eq!(srv[0].answers.len(), 1000);
+}
+
+#[tokio::test]
+async fn no_is_believed_no_longer_than_yes() {
+    // A pod that starts is asked for before it is there: half a minute of "no" would hide it (CoreDNS 2434).
+    let (_, server) = serve(spec(&[]), &cluster(0)).await;
+    for absent in [
+        "db-9.db.prod.svc.cluster.local.",
+        "db.prod.svc.cluster.local.",
+    ] {
+        let reply = udp(server, &query(absent, RecordType::A)).await;
+        assert_eq!(reply.metadata.response_code, ResponseCode::NXDomain);
+        let RData::SOA(soa) = &reply.authorities[0].data else {
+            panic!("{:?}", reply.authorities)
+        };
+        assert!(soa.minimum <= 5 && reply.authorities[0].ttl <= 5, "{soa}");
+    }
+}
+
+#[tokio::test]
+async fn clients_that_never_use_tcp_get_what_fits() {
+    // musl of before 1.2.4 and others: a truncated answer is all that they will ever see.
+    let (_, server) = serve(spec(&[]), &cluster(1000)).await;
+    let db = "db.prod.svc.cluster.local.";
+    let reply = udp(server, &query(db, RecordType::A)).await;
+    assert!(reply.metadata.truncation);
+    assert!(
+        reply.answers.len() >= 25,
+        "{} of the 29 that fit",
+        reply.answers.len()
+    );
 }
 
 #[tokio::test]

@@ -1,0 +1,243 @@
+//! Corefiles as clusters have them: what is taken from them, what is refused and how, and what a reload does.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use keelway_dns::config::read_spec;
+use keelway_dns::config::spec::Spec;
+use keelway_dns::forward::Order;
+use keelway_dns::name::Name;
+use keelway_dns::zone::Pods;
+use proptest::prelude::*;
+
+fn write(folder: &Path, name: &str, text: &str) -> PathBuf {
+    let path = folder.join(name);
+    fs::write(&path, text).expect("a temporary folder can be written to");
+    path
+}
+
+fn read(text: &str) -> Result<Spec, String> {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    write(
+        folder.path(),
+        "resolv.conf",
+        "nameserver 192.0.2.1\nnameserver 2001:db8::1\nsearch corp.example\n",
+    );
+    let text = text.replace(
+        "RESOLV",
+        &folder.path().join("resolv.conf").display().to_string(),
+    );
+    let path = write(folder.path(), "Corefile", &text);
+    read_spec(&path).map_err(|error| error.to_string())
+}
+
+fn name(text: &str) -> Name {
+    Name::parse(text).expect("a name")
+}
+
+/// What kubeadm writes.
+const KUBEADM: &str = ".:53 {
+    errors
+    health {
+       lameduck 5s
+    }
+    ready
+    kubernetes cluster.local in-addr.arpa ip6.arpa {
+       pods insecure
+       fallthrough in-addr.arpa ip6.arpa
+       ttl 30
+    }
+    prometheus :9153
+    forward . RESOLV {
+       max_concurrent 1000
+    }
+    cache 30 {
+       disable_is_not_here
+    }
+    loop
+    reload
+    loadbalance
+}
+";
+
+#[test]
+fn the_corefile_of_kubeadm_is_taken_as_it_is() {
+    let spec = read(&KUBEADM.replace("       disable_is_not_here\n", "")).expect("a Corefile");
+    assert_eq!(spec.port, Some(53));
+    assert_eq!(spec.lameduck, Some(Duration::from_secs(5)));
+    let ports: Vec<u16> = spec.http.iter().map(|address| address.port()).collect();
+    assert_eq!(ports, [8080, 8181, 9153]);
+    assert_eq!(spec.zone.origins, [name("cluster.local")]);
+    assert_eq!(spec.zone.reverse.len(), 2);
+    assert_eq!(spec.zone.pods, Pods::Insecure);
+    let [block] = &spec.blocks[..] else {
+        panic!("one block")
+    };
+    assert_eq!(
+        block.cluster.as_ref().map(|cluster| cluster.ttl_s),
+        Some(30)
+    );
+    assert_eq!(block.routes[0].servers.len(), 2);
+    assert_eq!(block.routes[0].rules.order, Order::Random);
+    let cache = block.cache.as_ref().expect("a cache");
+    assert_eq!(cache.success.ttl_max, Duration::from_secs(30));
+    assert!(block.log.errors && !block.log.is_on());
+}
+
+#[test]
+fn stub_domains_rewrites_hosts_and_snippets_are_taken() {
+    let spec = read(
+        "(outside) {
+            forward . 192.0.2.1 192.0.2.2:5353 {
+                policy sequential
+                health_check 1s
+                max_fails 3
+                except internal.example
+            }
+            cache {
+                success 5000 600 5
+                denial 100
+                prefetch 10 1m 20%
+                serve_stale 2h immediate
+            }
+        }
+        corp.example, 10.0.0.0/8 {
+            forward . tls://192.0.2.53%dns.corp.example
+        }
+        . {
+            log . {
+                class denial error
+            }
+            rewrite name suffix .old.example .prod.svc.cluster.local answer auto
+            rewrite continue name exact a.example b.example
+            hosts {
+                192.0.2.9 printer.example printer
+                ttl 60
+                fallthrough
+            }
+            kubernetes cluster.local k8s.example {
+                pods verified
+                endpoint_pod_names
+            }
+            transfer {
+                to 10.0.0.0/8 192.0.2.77
+            }
+            autopath RESOLV
+            import outside
+        }",
+    )
+    .expect("a Corefile");
+    assert_eq!(
+        spec.blocks[0].zones,
+        [name("corp.example"), name("10.in-addr.arpa")]
+    );
+    let tls = spec.blocks[0].routes[0].servers[0]
+        .tls
+        .as_ref()
+        .expect("TLS");
+    assert_eq!(tls.name, "dns.corp.example");
+    assert_eq!(spec.blocks[0].routes[0].servers[0].address.port(), 853);
+    let block = &spec.blocks[1];
+    assert_eq!(spec.zone.origins.len(), 2);
+    assert_eq!(block.rewrites.len(), 2);
+    assert!(block.rewrites[1].goes_on);
+    let hosts = block.hosts.as_ref().expect("hosts");
+    assert_eq!((hosts.len(), hosts.ttl_s), (2, 60));
+    assert_eq!(
+        block.cluster.as_ref().map(|cluster| cluster.transfer.len()),
+        Some(2)
+    );
+    assert_eq!(block.autopath, Some(vec![name("corp.example")]));
+    let cache = block.cache.as_ref().expect("a cache");
+    assert_eq!(
+        (cache.success.entries_max, cache.denial.entries_max),
+        (5000, 100)
+    );
+    assert_eq!((cache.prefetch_hits, cache.prefetch_percent), (10, 20));
+    assert!(cache.stale_immediately);
+    let rules = &block.routes[0].rules;
+    assert_eq!((rules.order, rules.failures_max), (Order::Sequential, 3));
+    assert_eq!(block.routes[0].except, [name("internal.example")]);
+}
+
+#[test]
+fn files_beside_it_are_imported_in_their_order() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    write(folder.path(), "b.override", "cache 10\n");
+    write(folder.path(), "a.override", "errors\n");
+    write(
+        folder.path(),
+        "stub.server",
+        "corp.example {\n forward . 192.0.2.1\n}\n",
+    );
+    let text =
+        "import *.server\n. {\n import *.override\n import *.absent\n forward . 192.0.2.2\n}\n";
+    let path = write(folder.path(), "Corefile", text);
+    let spec = read_spec(&path).expect("a Corefile");
+    assert_eq!(spec.blocks.len(), 2);
+    assert!(spec.blocks[1].log.errors && spec.blocks[1].cache.is_some());
+    assert_eq!(spec.files.len(), 4, "{:?}", spec.files);
+}
+
+#[test]
+fn what_is_wrong_is_told_with_its_line() {
+    let cases = [
+        (". {\n forward . 192.0.2.1\n", "closing brace"),
+        (
+            ". {\n template IN A\n}",
+            ":2: template: this plugin is not supported",
+        ),
+        (". {\n forward . ten\n}", ":2: ten: is not an address"),
+        (". {\n forward .\n}", ":2: forward: names no server"),
+        (
+            ". {\n cache {\n  success many\n }\n}",
+            ":3: many: is not a number",
+        ),
+        (
+            ". {\n kubernetes cluster.local {\n  pods maybe\n }\n}",
+            ":3: maybe: is not disabled",
+        ),
+        (
+            ". {\n kubernetes cluster.local {\n  namespaces a\n }\n}",
+            ":3: namespaces: this option",
+        ),
+        (".:53 {\n}\n.:54 {\n}", "one server has one port"),
+        ("tls://. {\n}", "only plain DNS"),
+        (
+            ". {\n kubernetes a.example\n}\nb.example {\n kubernetes b.example\n}",
+            "another block already",
+        ),
+        (". {\n rewrite name regex ( x\n}", ":2: (: regex"),
+        (". {\n hosts {\n  here a.example\n }\n}", ":3: here"),
+        (
+            ". {\n forward . /nowhere/resolv.conf\n}",
+            "/nowhere/resolv.conf",
+        ),
+        ("", "has no block"),
+    ];
+    for (text, expected) in cases {
+        let error = read(text).expect_err(text);
+        assert!(
+            error.contains(expected),
+            "{text:?}: {error:?} does not tell {expected:?}"
+        );
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_text_makes_it_panic(words in prop::collection::vec(
+        prop_oneof![
+            prop::sample::select(vec![
+                "{", "}", "\n", ".", "forward", "cache", "kubernetes", "hosts", "rewrite", "name", "regex", "log", "class",
+                "import", "\"", "#", "10.0.0.0/8", "::/0", "tls://1.2.3.4%a:1", "1m", "999999999999h", "prefetch", "1", "health",
+            ]).prop_map(str::to_owned),
+            "\\PC{0,6}",
+        ], 0..40)) {
+        // An error or a configuration: either is fine.
+        let _ = read(&words.join(" "));
+    }
+}
