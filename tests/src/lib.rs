@@ -3,6 +3,7 @@
 
 pub mod agents;
 pub mod cluster;
+pub mod lists;
 pub mod machine;
 pub mod nodes;
 pub mod process;
