@@ -1,6 +1,7 @@
 //! `keelway-bench`: throughput and latency of service traffic, as ratios to the direct path.
 #![forbid(unsafe_code)]
 
+mod dns;
 mod lab;
 mod load;
 mod peer;
@@ -25,6 +26,8 @@ struct Cli {
 enum Command {
     /// Service traffic between two pods, on one node and on two, beside direct traffic
     Service(service::Flags),
+    /// Queries per second, latency and memory of the cluster DNS, or of any other server beside it
+    Dns(dns::Flags),
     /// One end of a measurement, in its namespace
     #[command(hide = true)]
     Peer {
@@ -37,6 +40,7 @@ enum Command {
 fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Service(flags) => service::run(&flags),
+        Command::Dns(flags) => dns::run(&flags),
         Command::Peer { role, place } => peer::live(&place, role),
     }
 }

@@ -1,0 +1,208 @@
+//! The generator: many questions in flight from one thread, and latencies that count from when a question was due.
+
+use std::io;
+use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd as _;
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrIn, recvmmsg, sendmmsg};
+use std::io::{IoSlice, IoSliceMut};
+
+/// Datagrams of one system call.
+const BATCH: usize = 32;
+const REPLY_BYTES: usize = 1232;
+/// A question without an answer for so long is lost.
+const LOST: Duration = Duration::from_secs(2);
+
+/// What is asked: questions in wire format, in turn. Where `unique` names a place, a number is written there each time.
+pub struct Questions {
+    pub wires: Vec<Vec<u8>>,
+    /// First byte of eight digits that are different in every question.
+    pub unique: Option<usize>,
+}
+
+/// What came of a run.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Sample {
+    pub per_second: f64,
+    pub p50_us: f64,
+    pub p99_us: f64,
+    pub answered: u64,
+    pub lost: u64,
+    /// Answers with another code than the first.
+    pub odd: u64,
+}
+
+/// How questions are paced.
+#[derive(Clone, Copy, Debug)]
+pub enum Pace {
+    /// The next one when one is answered, so many at once: shows what a server can do.
+    Closed(usize),
+    /// So many per second whatever comes back: shows how long clients wait. A late start counts as waiting.
+    Open(f64),
+}
+
+struct Flight {
+    due: Instant,
+    waiting: bool,
+}
+
+/// Asks for a while and counts.
+///
+/// # Errors
+/// When the socket fails.
+pub fn run(
+    server: SocketAddr,
+    questions: &Questions,
+    pace: Pace,
+    duration: Duration,
+) -> io::Result<Sample> {
+    let socket = UdpSocket::bind("127.0.0.1:0")?;
+    socket.connect(server)?;
+    socket.set_nonblocking(true)?;
+    let mut flights: Vec<Flight> = (0..=u16::MAX)
+        .map(|_| Flight {
+            due: Instant::now(),
+            waiting: false,
+        })
+        .collect();
+    let mut nanos = Histogram::<u64>::new_with_max(10_000_000_000, 3).map_err(io::Error::other)?;
+    let (begun, mut in_flight) = (Instant::now(), 0_usize);
+    let (mut sent, mut lost, mut odd) = (0_u64, 0_u64, 0_u64);
+    let (mut next_id, mut code) = (0_u16, None);
+    let mut out: Vec<Vec<u8>> = (0..BATCH).map(|_| Vec::with_capacity(512)).collect();
+    let mut buffers = vec![[0_u8; REPLY_BYTES]; BATCH];
+    let mut swept = begun;
+    loop {
+        let now = Instant::now();
+        let ending = now - begun >= duration;
+        if ending && (in_flight == 0 || now - begun >= duration + LOST) {
+            break;
+        }
+        let due = match pace {
+            _ if ending => 0,
+            Pace::Closed(window) => window.saturating_sub(in_flight),
+            Pace::Open(rate) => {
+                let by_now = ((now - begun).as_secs_f64() * rate) as u64;
+                (by_now.saturating_sub(sent) as usize)
+                    .min(usize::from(u16::MAX / 2).saturating_sub(in_flight))
+            }
+        };
+        let mut ready = 0;
+        for buffer in out.iter_mut().take(due.min(BATCH)) {
+            let wire = &questions.wires[sent as usize % questions.wires.len()];
+            buffer.clear();
+            buffer.extend_from_slice(wire);
+            while flights[usize::from(next_id)].waiting {
+                next_id = next_id.wrapping_add(1);
+            }
+            buffer[..2].copy_from_slice(&next_id.to_be_bytes());
+            if let Some(at) = questions.unique {
+                let digits = format!("{sent:08}");
+                buffer[at..at + 8].copy_from_slice(&digits.as_bytes()[digits.len() - 8..]);
+            }
+            flights[usize::from(next_id)] = Flight {
+                due: match pace {
+                    Pace::Closed(_) => now,
+                    Pace::Open(rate) => begun + Duration::from_secs_f64(sent as f64 / rate),
+                },
+                waiting: true,
+            };
+            next_id = next_id.wrapping_add(1);
+            sent += 1;
+            in_flight += 1;
+            ready += 1;
+        }
+        send(&socket, &out[..ready])?;
+        let received = receive(&socket, &mut buffers, |reply| {
+            let id = usize::from(u16::from_be_bytes([reply[0], reply[1]]));
+            if !std::mem::take(&mut flights[id].waiting) {
+                return;
+            }
+            in_flight -= 1;
+            nanos.saturating_record(flights[id].due.elapsed().as_nanos() as u64);
+            odd += u64::from(*code.get_or_insert(reply[3] & 15) != reply[3] & 15);
+        })?;
+        if received == 0 && ready == 0 {
+            if now - swept > LOST / 4 {
+                swept = now;
+                for flight in flights.iter_mut().filter(|flight| flight.waiting) {
+                    if now.saturating_duration_since(flight.due) > LOST {
+                        flight.waiting = false;
+                        in_flight -= 1;
+                        lost += 1;
+                    }
+                }
+            }
+            std::hint::spin_loop();
+        }
+    }
+    let took = begun.elapsed().min(duration).as_secs_f64();
+    let micros = |quantile| nanos.value_at_quantile(quantile) as f64 / 1000.0;
+    Ok(Sample {
+        per_second: nanos.len() as f64 / took,
+        p50_us: micros(0.5),
+        p99_us: micros(0.99),
+        answered: nanos.len(),
+        lost: lost + in_flight as u64,
+        odd,
+    })
+}
+
+fn send(socket: &UdpSocket, wires: &[Vec<u8>]) -> io::Result<()> {
+    let mut done = 0;
+    while done < wires.len() {
+        let slices: Vec<[IoSlice<'_>; 1]> = wires[done..]
+            .iter()
+            .map(|wire| [IoSlice::new(wire)])
+            .collect();
+        let none: Vec<Option<SockaddrIn>> = vec![None; slices.len()];
+        let mut headers = MultiHeaders::<SockaddrIn>::preallocate(slices.len(), None);
+        match sendmmsg(
+            socket.as_raw_fd(),
+            &mut headers,
+            &slices,
+            &none,
+            [],
+            MsgFlags::empty(),
+        ) {
+            Ok(sent) => done += sent.count(),
+            Err(Errno::EAGAIN | Errno::EINTR) => {}
+            // Nobody listens: that shows as loss.
+            Err(Errno::ECONNREFUSED) => return Ok(()),
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
+}
+
+fn receive(
+    socket: &UdpSocket,
+    buffers: &mut [[u8; REPLY_BYTES]],
+    mut each: impl FnMut(&[u8]),
+) -> io::Result<usize> {
+    let mut slices: Vec<[IoSliceMut<'_>; 1]> = buffers
+        .iter_mut()
+        .map(|buffer| [IoSliceMut::new(buffer)])
+        .collect();
+    let mut headers = MultiHeaders::<SockaddrIn>::preallocate(slices.len(), None);
+    let lengths: Vec<usize> = match recvmmsg(
+        socket.as_raw_fd(),
+        &mut headers,
+        &mut slices,
+        MsgFlags::MSG_DONTWAIT,
+        None,
+    ) {
+        Ok(messages) => messages.map(|message| message.bytes).collect(),
+        Err(Errno::EAGAIN | Errno::EINTR | Errno::ECONNREFUSED) => return Ok(0),
+        Err(errno) => return Err(errno.into()),
+    };
+    for (buffer, length) in buffers.iter().zip(&lengths) {
+        if *length >= 12 {
+            each(&buffer[..*length]);
+        }
+    }
+    Ok(lengths.len())
+}
