@@ -8,6 +8,7 @@
 
 mod faults;
 mod kubectl;
+mod names;
 mod rollout;
 mod services;
 mod wrong_input;
@@ -43,6 +44,8 @@ const SCENARIOS: &[Scenario] = scenarios![
     services::pods_reach_each_other_and_their_node_across_nodes "nodes",
     services::a_service_without_endpoints_refuses_at_once,
     services::cluster_dns_answers_services_pods_and_reverse_names,
+    names::every_resolver_finds_services_by_every_spelling "nodes",
+    names::a_headless_name_of_a_thousand_endpoints_is_resolved_whole "nodes",
     kubectl::get_all_lists_what_was_made,
     kubectl::describe_tells_of_pods_services_and_nodes,
     kubectl::logs_follow_a_running_container,
@@ -56,6 +59,7 @@ const SCENARIOS: &[Scenario] = scenarios![
     wrong_input::up_without_root_is_refused_and_makes_nothing "nodes",
     wrong_input::a_broken_cni_call_gets_an_error_of_the_specification "nodes",
     rollout::scaling_deleting_and_restarting_lose_no_request,
+    names::a_rollout_of_the_dns_loses_no_query,
     faults::a_killed_agent_is_replaced_while_traffic_goes_on "nodes",
     faults::a_killed_control_plane_keeps_traffic_and_every_answered_write "nodes",
     services::either_hook_alone_carries_all_traffic "nodes",
