@@ -89,6 +89,8 @@ fn slice(name: &str, service: &str, endpoints: Vec<Endpoint>) -> EndpointSlice {
             app_protocol: None,
         }],
         endpoints,
+        refused: vec![],
+        last_change: None,
     }
 }
 
@@ -779,6 +781,7 @@ fn node(name: &str, ip: u8, range: &str) -> Object {
         internal_ips: vec![[198, 18, 0, ip].into()],
         pod_cidrs: vec![range.parse().unwrap()],
         zone: None,
+        leaving: false,
     }))
 }
 

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use k8s_openapi::api::discovery::v1 as discovery;
+use k8s_openapi::jiff::Timestamp;
 
 use crate::reject::{self, BadField};
 use crate::{Kind, ObjectKey, Protocol, Rejected, ServiceKey, SliceKey};
@@ -16,6 +17,10 @@ pub struct EndpointSlice {
     pub service: Option<ServiceKey>,
     pub ports: Vec<EndpointPort>,
     pub endpoints: Vec<Endpoint>,
+    /// Endpoints that were left out because no packet can be sent to them, in words. The others serve.
+    pub refused: Vec<String>,
+    /// When what the slice's controller last acted on happened, by that controller's clock.
+    pub last_change: Option<Timestamp>,
 }
 
 /// One port that every endpoint of a slice serves.
@@ -60,6 +65,7 @@ pub struct TargetRef {
     pub key: ObjectKey,
 }
 
+const LAST_CHANGE_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 
 impl TryFrom<discovery::EndpointSlice> for EndpointSlice {
@@ -110,19 +116,23 @@ fn convert(slice: &discovery::EndpointSlice) -> Result<EndpointSlice, BadField> 
             app_protocol: port.app_protocol.as_deref().map(Into::into),
         });
     }
-    let endpoints = slice
-        .endpoints
-        .as_deref()
-        .unwrap_or_default()
-        .iter()
-        .enumerate()
-        .map(|(i, one)| endpoint(i, one, ipv4))
-        .collect::<Result<_, _>>()?;
+    let (mut endpoints, mut refused) = (Vec::new(), Vec::new());
+    for (i, one) in slice.endpoints.iter().flatten().enumerate() {
+        match endpoint(i, one, ipv4) {
+            Ok(endpoint) => endpoints.push(endpoint),
+            Err(bad) => refused.push(bad.to_string()),
+        }
+    }
+    let annotations = slice.metadata.annotations.as_ref();
     Ok(EndpointSlice {
         key,
         service,
         ports,
         endpoints,
+        refused,
+        last_change: annotations
+            .and_then(|annotations| annotations.get(LAST_CHANGE_ANNOTATION))
+            .and_then(|time| time.parse().ok()),
     })
 }
 
@@ -131,7 +141,7 @@ fn endpoint(i: usize, endpoint: &discovery::Endpoint, ipv4: bool) -> Result<Endp
     let Some(text) = endpoint.addresses.first() else {
         return Err(BadField::new(field(), "is empty"));
     };
-    let address = reject::address(text, || format!("{}[0]", field()))?;
+    let address = reject::endpoint_address(text, || format!("{}[0]", field()))?;
     if address.is_ipv4() != ipv4 {
         return Err(BadField::new(
             field(),

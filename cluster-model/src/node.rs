@@ -19,6 +19,8 @@ pub struct Node {
     pub pod_cidrs: Vec<IpNetwork>,
     /// Label `topology.kubernetes.io/zone`.
     pub zone: Option<Arc<str>>,
+    /// It is being deleted, or the cluster autoscaler is about to.
+    pub leaving: bool,
 }
 
 /// A pod: its addresses and node, for records and rules by pod.
@@ -32,6 +34,8 @@ pub struct Pod {
     pub ended: bool,
 }
 
+/// Taint that the cluster autoscaler sets before it takes a node away.
+const TO_BE_DELETED_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
 impl TryFrom<core::Node> for Node {
@@ -77,6 +81,12 @@ fn convert_node(node: &core::Node) -> Result<Node, BadField> {
             .as_ref()
             .and_then(|labels| labels.get(ZONE_LABEL))
             .map(|zone| zone.as_str().into()),
+        leaving: node.metadata.deletion_timestamp.is_some()
+            || node
+                .spec
+                .iter()
+                .flat_map(|spec| spec.taints.iter().flatten())
+                .any(|taint| taint.key == TO_BE_DELETED_TAINT),
     })
 }
 

@@ -18,7 +18,8 @@ pub struct Rejected {
 }
 
 /// What a conversion says of a field, before the object's name is known to it.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("{field}: {reason}")]
 pub(crate) struct BadField {
     field: String,
     reason: String,
@@ -68,6 +69,19 @@ pub(crate) fn address(text: &str, field: impl FnOnce() -> String) -> Result<IpAd
         Ok(address) if address.is_unspecified() => "is the unspecified address",
         Ok(address) if address.is_multicast() => "is a multicast address",
         Ok(address) => return Ok(address),
+    };
+    Err(BadField::new(field(), format!("{text:?} {reason}")))
+}
+
+/// An address that another machine or a pod can have: what the API allows for endpoints.
+pub(crate) fn endpoint_address(text: &str, field: impl Fn() -> String) -> Result<IpAddr, BadField> {
+    let address = address(text, &field)?;
+    let reason = match address {
+        address if address.is_loopback() => "is a loopback address",
+        IpAddr::V4(v4) if v4.is_link_local() => "is a link-local address",
+        IpAddr::V6(v6) if v6.is_unicast_link_local() => "is a link-local address",
+        IpAddr::V4(v4) if v4.is_broadcast() => "is the broadcast address",
+        _ => return Ok(address),
     };
     Err(BadField::new(field(), format!("{text:?} {reason}")))
 }

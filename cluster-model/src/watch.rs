@@ -105,7 +105,7 @@ fn in_pod(url: http::Uri) -> Result<Config, ApiError> {
 #[derive(Clone, Debug)]
 pub enum Report {
     Change(Change),
-    /// An object was malformed; a `Change` that removes it follows if it may have been there.
+    /// An object was malformed; the `Change` before, which removes it or lists the others, has made it absent.
     Rejected(Rejected),
     /// The server could not be asked. The watch goes on, with growing pauses.
     Failed {
@@ -194,19 +194,24 @@ where
     let events = watcher(Api::<K>::all(client.clone()), watcher::Config::default())
         .backoff(Pauses::default());
     let mut list: Vec<Object> = Vec::new();
+    let mut malformed: Vec<Report> = Vec::new();
     let reports = events.flat_map(move |event| {
         let mut out = Vec::with_capacity(1);
         match event {
-            Ok(watcher::Event::Init) => list.clear(),
+            Ok(watcher::Event::Init) => {
+                list.clear();
+                malformed.clear();
+            }
             Ok(watcher::Event::InitApply(object)) => match T::try_from(object) {
                 Ok(object) => list.push(part(wrap(Arc::new(object)))),
-                Err(rejected) => out.push(Report::Rejected(rejected)),
+                Err(rejected) => malformed.push(Report::Rejected(rejected)),
             },
             Ok(watcher::Event::InitDone) => {
                 out.push(Report::Change(Change::Replace(
                     kind,
                     std::mem::take(&mut list),
                 )));
+                out.append(&mut malformed);
             }
             Ok(watcher::Event::Apply(object)) => match T::try_from(object) {
                 Ok(object) => {
@@ -215,8 +220,8 @@ where
                 Err(rejected) => {
                     let gone = rejected.object.clone();
                     out.extend([
-                        Report::Rejected(rejected),
                         Report::Change(Change::Remove(gone)),
+                        Report::Rejected(rejected),
                     ]);
                 }
             },

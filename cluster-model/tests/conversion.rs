@@ -154,33 +154,31 @@ fn absent_conditions_mean_ready_and_serving_follows_ready() {
 
 #[test]
 fn malformed_slices_are_refused() {
-    for (address_type, endpoint, expected) in [
-        (
-            "FQDN",
-            serde_json::json!({"addresses": ["example.net"]}),
-            "addressType",
-        ),
-        (
-            "IPv4",
-            serde_json::json!({"addresses": []}),
-            "endpoints[0].addresses: is empty",
-        ),
-        (
-            "IPv4",
-            serde_json::json!({"addresses": ["fd00::1"]}),
-            "not of the slice's addressType",
-        ),
-        (
-            "IPv4",
-            serde_json::json!({"addresses": ["010.1.2.3"]}),
-            "is not an IP address",
-        ),
+    let error = slice("FQDN", serde_json::json!({"addresses": ["example.net"]})).unwrap_err();
+    assert!(
+        error.contains("EndpointSlice default/web-x: ") && error.contains("addressType"),
+        "{error}"
+    );
+}
+
+#[test]
+fn endpoints_that_nothing_can_be_sent_to_are_left_out_by_name() {
+    for (addresses, expected) in [
+        (vec![], "endpoints[0].addresses: is empty"),
+        (vec!["fd00::1"], "not of the slice's addressType"),
+        (vec!["010.1.2.3"], "is not an IP address"),
+        (vec!["127.0.0.1"], "is a loopback address"),
+        (vec!["169.254.1.2"], "is a link-local address"),
+        (vec!["224.0.0.1"], "is a multicast address"),
+        (vec!["255.255.255.255"], "is the broadcast address"),
+        (vec!["0.0.0.0"], "is the unspecified address"),
     ] {
-        let error = slice(address_type, endpoint).expect_err(expected);
-        assert!(
-            error.contains("EndpointSlice default/web-x: ") && error.contains(expected),
-            "{error}"
-        );
+        let one = slice("IPv4", serde_json::json!({"addresses": addresses})).unwrap();
+        assert!(one.endpoints.is_empty(), "{expected}");
+        let [refused] = one.refused.as_slice() else {
+            panic!("{:?}", one.refused)
+        };
+        assert!(refused.contains(expected), "{refused}");
     }
 }
 

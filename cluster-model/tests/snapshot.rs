@@ -29,6 +29,8 @@ fn slice(name: &str, service: Option<&str>, last_octet: u8) -> Object {
             for_zones: vec![],
             for_nodes: vec![],
         }],
+        refused: vec![],
+        last_change: None,
     }))
 }
 
@@ -38,6 +40,7 @@ fn node(name: &str, last_octet: u8) -> Object {
         internal_ips: vec![[198, 18, 0, last_octet].into()],
         pod_cidrs: vec![],
         zone: None,
+        leaving: false,
     }))
 }
 

@@ -257,6 +257,8 @@ fn unpack(key: SliceKey, service: &ServiceKey, packed: &[u8]) -> EndpointSlice {
         service: Some(service.clone()),
         ports,
         endpoints,
+        refused: Vec::new(),
+        last_change: None,
     }
 }
 

@@ -41,5 +41,7 @@ fn slim_slice(slice: &EndpointSlice, pods: bool) -> EndpointSlice {
         service: slice.service.clone(),
         ports: slice.ports.iter().map(port).collect(),
         endpoints: slice.endpoints.iter().map(endpoint).collect(),
+        refused: Vec::new(),
+        last_change: None,
     }
 }

@@ -127,6 +127,8 @@ fn slice(key: &ObjectKey, of: ObjectKey, endpoints: &[(u8, bool, Option<u8>)]) -
             app_protocol: None,
         }],
         endpoints: endpoints.iter().map(endpoint).collect(),
+        refused: Vec::new(),
+        last_change: None,
     }
 }
 
