@@ -7,12 +7,17 @@
 
 mod address;
 mod counter;
+mod event;
 mod flow;
 mod layout;
 mod service;
 
 pub use address::{Addr, FROM_HOST, FROM_POD, LocalAddress};
 pub use counter::{Class, Reason};
+pub use event::{
+    CAPTURE_LEN, Hook, MONITOR_LOST, MONITOR_WANTED, MONITOR_WORDS, PacketEvent, SocketEvent,
+    Wanted,
+};
 pub use flow::{
     Flow, FlowKey, FragmentKey, FragmentPorts, SEEN_FIN, SEEN_REPLY, SEEN_RST, SEEN_SYN, timeout_s,
 };
@@ -48,6 +53,8 @@ pub mod limits {
     pub const RANGES: u32 = 1 << 16;
     /// Fragmented datagrams whose ports are remembered.
     pub const FRAGMENTS: u32 = 1 << 12;
+    /// Bytes of the ring of events: a power of two of pages, and what may wait until the agent reads it.
+    pub const EVENTS_BYTES: u32 = 1 << 19;
 
     // The largest extent fits the array many times over, and a service's marker has room beside its frontends.
     const _: () = assert!((BACKENDS_PER_SERVICE + 1).is_power_of_two());
@@ -55,6 +62,7 @@ pub mod limits {
     const _: () = assert!(CELLS >= 8 * SERVICES);
     const _: () = assert!(FRONTENDS >= 2 * SERVICES);
     const _: () = assert!(FLOWS > 4 * FLOWS_UNREPLIED);
+    const _: () = assert!(EVENTS_BYTES.is_power_of_two() && EVENTS_BYTES >= 4096);
 }
 
 /// Names of maps, as the object declares and the agent pins them.
@@ -79,6 +87,10 @@ pub mod map {
     pub const FRAGMENTS: &str = "FRAGMENTS";
     /// [`crate::Reason`] to packets, u64; per-CPU array.
     pub const COUNTERS: &str = "COUNTERS";
+    /// [`crate::PacketEvent`]s; ring.
+    pub const EVENTS: &str = "EVENTS";
+    /// [`crate::MONITOR_WANTED`] and [`crate::MONITOR_LOST`], words; mmapable array.
+    pub const MONITOR: &str = "MONITOR";
     /// [`crate::SocketPeers`]; socket storage.
     pub const SOCKET_PEERS: &str = "SOCKET_PEERS";
 }

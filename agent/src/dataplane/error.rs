@@ -49,6 +49,10 @@ pub enum Error {
     },
     #[error("cannot read the counters")]
     Counters(#[source] Box<MapError>),
+    #[error("cannot start the thread that reads events")]
+    Thread(#[source] io::Error),
+    #[error("cannot open the ring of events")]
+    Ring(#[source] Box<MapError>),
     #[error("the map {map} is full: its limit is {limit}")]
     Full { map: &'static str, limit: u32 },
     #[error(

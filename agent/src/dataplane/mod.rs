@@ -5,7 +5,9 @@
 //! against that and hands the difference to [`Dataplane::apply`].
 
 mod error;
+mod events;
 mod extent;
+mod flows;
 mod op;
 mod pinned;
 mod programs;
@@ -22,6 +24,8 @@ use std::{
 use dataplane_abi::{ABI_VERSION, Reason, limits};
 
 pub use error::Error;
+pub use events::{EventRing, quiet};
+pub use flows::{FlowTables, FlowView, monotonic_ns, monotonic_s};
 pub use op::{
     Frontend, Lead, LocalPod, Op, Protocol, ServiceBackends, ServiceId, Sources, State, Vip,
 };
@@ -199,6 +203,11 @@ impl Dataplane {
     /// How full the maps are. Reads two of them whole.
     pub fn usage(&self) -> Result<Usage, Error> {
         self.tables.usage()
+    }
+
+    /// Cells of the backends' array that services have, and those that rest.
+    pub fn cells_used(&self) -> u32 {
+        self.tables.cells_used()
     }
 
     /// Removes flows whose time is up; to be called every ten seconds or so. The fuller the table was left, the shorter

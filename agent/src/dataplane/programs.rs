@@ -13,7 +13,7 @@ use aya::{
 };
 use dataplane_abi::{
     Addr, Affinity, AffinityKey, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey,
-    Lead, LocalAddress, RangeKey, Reason, SocketPeers, global, limits, map,
+    Lead, LocalAddress, MONITOR_WORDS, RangeKey, Reason, SocketPeers, global, limits, map,
 };
 
 use super::{
@@ -75,13 +75,14 @@ const SOCKET_PROGRAMS: [(&str, u32); 8] = [
 const COLLECT: &str = "collect";
 
 /// Shapes that pinned maps must have: aya takes whatever is pinned under the name.
-fn shapes() -> [(&'static str, MapShape); 11] {
+fn shapes() -> [(&'static str, MapShape); 13] {
     const HASH: u32 = 1;
     const ARRAY: u32 = 2;
     const PERCPU_ARRAY: u32 = 6;
     const LRU_HASH: u32 = 9;
     const LPM_TRIE: u32 = 11;
     const SK_STORAGE: u32 = 24;
+    const RINGBUF: u32 = 27;
     const NO_PREALLOC: u32 = 1;
     const MMAPABLE: u32 = 1024;
     let word = size_of::<u32>();
@@ -167,6 +168,14 @@ fn shapes() -> [(&'static str, MapShape); 11] {
         (
             map::COUNTERS,
             MapShape::new(PERCPU_ARRAY, word, size_of::<u64>(), Reason::COUNT, 0),
+        ),
+        (
+            map::EVENTS,
+            MapShape::new(RINGBUF, 0, 0, limits::EVENTS_BYTES, 0),
+        ),
+        (
+            map::MONITOR,
+            MapShape::new(ARRAY, word, size_of::<u64>(), MONITOR_WORDS, MMAPABLE),
         ),
         (
             map::SOCKET_PEERS,

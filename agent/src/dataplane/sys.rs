@@ -5,6 +5,8 @@
 use std::{
     ffi::CString,
     io,
+    mem::MaybeUninit,
+    ops::ControlFlow,
     os::{
         fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
         unix::ffi::OsStrExt as _,
@@ -16,6 +18,7 @@ use std::{
 
 use dataplane_abi::{Cell, Plain};
 
+const BPF_MAP_LOOKUP_ELEM: u32 = 1;
 const BPF_OBJ_PIN: u32 = 6;
 const BPF_OBJ_GET: u32 = 7;
 const BPF_PROG_TEST_RUN: u32 = 10;
@@ -327,9 +330,21 @@ pub fn delete_batch<K: Plain>(map: BorrowedFd<'_>, keys: &[K]) -> io::Result<()>
 
 /// Every entry of a hash that nobody else changes meanwhile.
 pub fn entries<K: Plain, V: Plain>(map: BorrowedFd<'_>) -> io::Result<Vec<(K, V)>> {
+    let mut all = Vec::new();
+    visit_entries(map, |entry| {
+        all.push(entry);
+        ControlFlow::Continue(())
+    })?;
+    Ok(all)
+}
+
+/// Shows every entry of a hash that was there all the time, until told to stop. Of those that come and go meanwhile, some.
+pub fn visit_entries<K: Plain, V: Plain>(
+    map: BorrowedFd<'_>,
+    mut see: impl FnMut((K, V)) -> ControlFlow<()>,
+) -> io::Result<()> {
     let mut size = BATCH;
     let (mut position, mut started) = (0u32, false);
-    let mut all = Vec::new();
     loop {
         let mut keys: Vec<K> = Vec::with_capacity(size);
         let mut values: Vec<V> = Vec::with_capacity(size);
@@ -364,12 +379,59 @@ pub fn entries<K: Plain, V: Plain>(map: BorrowedFd<'_>) -> io::Result<Vec<(K, V)
             keys.set_len(attr.count as usize);
             values.set_len(attr.count as usize);
         }
-        all.extend(keys.into_iter().zip(values));
+        for entry in keys.into_iter().zip(values) {
+            if see(entry).is_break() {
+                return Ok(());
+            }
+        }
         if done {
-            return Ok(all);
+            return Ok(());
         }
         (position, started) = (next, true);
     }
+}
+
+#[repr(C)]
+struct ElementAttr {
+    map_fd: u32,
+    pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// The value of a key, if it is there.
+pub fn lookup<K: Plain, V: Plain>(map: BorrowedFd<'_>, key: &K) -> io::Result<Option<V>> {
+    let mut value = MaybeUninit::<V>::uninit();
+    let mut attr = ElementAttr {
+        map_fd: map.as_raw_fd() as u32,
+        pad: 0,
+        key: ptr::from_ref(key) as u64,
+        value: value.as_mut_ptr() as u64,
+        flags: 0,
+    };
+    match bpf(BPF_MAP_LOOKUP_ELEM, &mut attr) {
+        // SAFETY: the kernel filled it, and it is plain.
+        Ok(_) => Ok(Some(unsafe { value.assume_init() })),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Seconds of the monotonic clock, as programs note them.
+pub fn monotonic_s() -> u32 {
+    (monotonic_ns() / 1_000_000_000) as u32
+}
+
+/// Nanoseconds of the same clock.
+pub fn monotonic_ns() -> u64 {
+    let mut now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: a clock that every kernel has, into a struct of ours.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
 /// An mmapped array of elements of 8 or 32 bytes.

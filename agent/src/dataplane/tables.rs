@@ -307,12 +307,17 @@ impl<M: MapIo> Tables<M> {
         Ok(removed)
     }
 
+    /// Cells that services have, and those that rest.
+    pub fn cells_used(&self) -> u32 {
+        limits::CELLS - self.extents.available()
+    }
+
     /// How full the maps are. Counts frontends and addresses by reading them.
     pub fn usage(&self) -> Result<Usage, Error> {
         Ok(Usage {
             services: self.placed.len() as u32,
             frontends: self.io.frontends()?.len() as u32,
-            cells: limits::CELLS - self.extents.available(),
+            cells: self.cells_used(),
             local_addresses: self.io.local_addresses()?.len() as u32,
         })
     }

@@ -5,15 +5,16 @@
 
 mod collect;
 mod maps;
+mod monitor;
 mod packets;
 mod sockets;
 
 use aya_ebpf::{Global, bindings::TC_ACT_SHOT, macros::classifier, programs::TcContext};
-use dataplane_abi::Addr;
+use dataplane_abi::{Addr, Hook};
 use dataplane_ebpf::hook::{self, Features};
 
 use crate::{
-    maps::Maps,
+    monitor::Watched,
     packets::{Skb, act},
 };
 
@@ -68,7 +69,8 @@ fn node_v6() -> Addr {
 pub fn pod_ingress(ctx: TcContext) -> i32 {
     let mut skb = Skb::new(&ctx);
     let ifindex = skb.ifindex();
-    let verdict = hook::pod_ingress(&mut skb, &Maps, &features(), ifindex);
+    let tables = Watched::new(&skb, Hook::PodIngress);
+    let verdict = hook::pod_ingress(&mut skb, &tables, &features(), ifindex);
     act(&mut skb, verdict)
 }
 
@@ -76,7 +78,8 @@ pub fn pod_ingress(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn pod_egress(ctx: TcContext) -> i32 {
     let mut skb = Skb::new(&ctx);
-    match hook::pod_egress(&mut skb, &Maps, &features()) {
+    let tables = Watched::new(&skb, Hook::PodEgress);
+    match hook::pod_egress(&mut skb, &tables, &features()) {
         hook::Verdict::Drop => TC_ACT_SHOT,
         _ => packets::NEXT,
     }
@@ -86,7 +89,8 @@ pub fn pod_egress(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn uplink_ingress(ctx: TcContext) -> i32 {
     let mut skb = Skb::new(&ctx);
-    let verdict = hook::uplink_ingress(&mut skb, &Maps, &features());
+    let tables = Watched::new(&skb, Hook::UplinkIngress);
+    let verdict = hook::uplink_ingress(&mut skb, &tables, &features());
     act(&mut skb, verdict)
 }
 
@@ -97,7 +101,8 @@ pub fn service_ingress(ctx: TcContext) -> i32 {
         return packets::NEXT;
     }
     let mut skb = Skb::new(&ctx);
-    let verdict = hook::service_ingress(&mut skb, &Maps, &features());
+    let tables = Watched::new(&skb, Hook::ServiceIngress);
+    let verdict = hook::service_ingress(&mut skb, &tables, &features());
     act(&mut skb, verdict)
 }
 

@@ -52,6 +52,11 @@ impl Skb {
     }
 
     #[inline(always)]
+    pub fn raw(&self) -> *mut __sk_buff {
+        self.0
+    }
+
+    #[inline(always)]
     pub fn ifindex(&self) -> u32 {
         // SAFETY: a valid context.
         unsafe { (*self.0).ifindex }

@@ -15,6 +15,7 @@ use dataplane_ebpf::{
 use crate::{
     HOST_NETNS, PACKET_LB, SOCKET_LB,
     maps::{Maps, SOCKET_PEERS},
+    monitor,
     node_v4, node_v6,
 };
 
@@ -153,6 +154,7 @@ fn names<F: Family>(ctx: &SockAddrContext, keeps: bool) -> i32 {
             if unsafe { F::set_addr(call, peer.backend) } {
                 set_port(call, peer.backend_port);
             }
+            monitor::socket(&peer, protocol);
             ALLOW
         }
     }
