@@ -37,6 +37,9 @@ pub struct RunFlags {
     /// Address for /metrics, /healthz and /readyz.
     #[arg(long)]
     metrics: Option<SocketAddr>,
+    /// Address for the proxy's own /healthz and /livez, as kube-proxy has them; empty for none.
+    #[arg(long, default_value = "0.0.0.0:10256", value_name = "ADDR")]
+    healthz_bind_address: String,
     /// Unix socket for the CNI plugin and `status`.
     #[arg(long, default_value = keelway_cni::AGENT_SOCKET)]
     socket: PathBuf,
@@ -75,6 +78,7 @@ pub struct Config {
     pub packet_lb: bool,
     pub service_ranges: Vec<Ipv4Network>,
     pub metrics: Option<SocketAddr>,
+    pub healthz: Option<SocketAddr>,
     pub socket: PathBuf,
     pub state_dir: PathBuf,
     /// Deletions that the CNI plugin wrote down while no agent answered.
@@ -98,6 +102,8 @@ pub enum ConfigError {
     NothingOn,
     #[error("--service-cidr {0}: has bits set after its prefix")]
     ServiceRange(Ipv4Network),
+    #[error("--healthz-bind-address {0:?}: not an address with a port, such as 0.0.0.0:10256")]
+    Healthz(String),
     #[error("{flag} {}: not an absolute path", path.display())]
     Relative { flag: &'static str, path: PathBuf },
 }
@@ -151,6 +157,13 @@ impl RunFlags {
             packet_lb,
             service_ranges: self.service_cidr,
             metrics: self.metrics,
+            healthz: match self.healthz_bind_address.as_str() {
+                "" => None,
+                text => Some(
+                    text.parse()
+                        .map_err(|_| ConfigError::Healthz(text.into()))?,
+                ),
+            },
             socket: self.socket,
             spool: self.state_dir.join("deleted"),
             state_dir: self.state_dir,

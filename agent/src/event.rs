@@ -2,11 +2,15 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::SyncSender;
+use std::time::Instant;
 
+use cluster_model::ServiceKey;
 use cluster_model::watch::Report as WatchReport;
 use keelway_cni::Attachment;
 use keelway_cni::protocol::{Request, Response};
 
+use crate::health::Complaint;
+use crate::inspect::{ServiceItem, View};
 use crate::net::{Link, NetlinkError};
 use crate::report::Report;
 
@@ -16,8 +20,8 @@ pub type Reply<T> = SyncSender<T>;
 /// One thing that happened. The loop in [`crate::worker`] takes them in order, many at a time.
 #[derive(Debug)]
 pub enum Event {
-    /// The cluster changed, or could not be watched.
-    Cluster(WatchReport),
+    /// The cluster changed, or could not be watched; with the time at which this process learnt it.
+    Cluster { report: WatchReport, seen: Instant },
     /// A request came by the agent's socket, with the network namespace for an ADD or a CHECK.
     Request {
         request: Request,
@@ -36,6 +40,15 @@ pub enum Event {
     },
     /// Somebody asks how the agent is.
     Report { reply: Reply<Box<Report>> },
+    /// An operator's question needs what the loop knows.
+    View { reply: Reply<Box<View>> },
+    /// An operator asks for Services; those that do not exist are left out.
+    Services {
+        keys: Vec<ServiceKey>,
+        reply: Reply<Vec<ServiceItem>>,
+    },
+    /// A health check's port cannot be had, or can again.
+    HealthPort(Complaint),
     /// The process shall end. What flows goes on flowing.
     Stop,
 }

@@ -1,18 +1,22 @@
 //! The per-node daemon: plans what the data plane shall hold, wires pods, keeps routes, and answers for all of it.
 //!
 //! [`supervisor`] keeps a worker running. The worker is one event loop ([`worker`]) that owns all state; everything else
-//! either feeds it events ([`source`], [`socket`], [`metrics`]) or does what it decided ([`net`], [`dataplane`]).
+//! either feeds it events ([`source`], [`socket`], [`metrics`], [`inspect`]) or does what it decided ([`net`], [`dataplane`]).
 
 pub mod addresses;
 pub mod config;
 pub mod dataplane;
 pub mod event;
+pub mod health;
+pub mod inspect;
 pub mod install;
 pub mod metrics;
+pub mod monitor;
 pub mod net;
 pub mod node;
 pub mod plan;
 pub mod pods;
+pub mod progress;
 pub mod report;
 pub mod socket;
 pub mod source;

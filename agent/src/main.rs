@@ -1,5 +1,7 @@
 //! `keelway-agent`: the per-node daemon and what belongs to it.
 
+mod command;
+
 use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::os::fd::AsFd;
@@ -7,16 +9,15 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::mpsc;
-use std::time::Duration;
 
 use anyhow::{Context, bail};
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand};
 use keelway_agent::config::{Config, RunFlags};
 use keelway_agent::event::Event;
-use keelway_agent::report::Report;
+use keelway_agent::health::serve_proxy;
+use keelway_agent::source::Feed;
 use keelway_agent::worker::Worker;
 use keelway_agent::{install, metrics, socket, source, supervisor};
-use keelway_cni::protocol::{self, Request, Response};
 use nix::sys::signal::{SigSet, Signal};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -35,24 +36,13 @@ enum Command {
     /// Run one worker, without a supervisor when called by hand.
     #[command(hide = true)]
     Worker(RunFlags),
-    /// Say how the agent of this node is.
-    Status {
-        #[arg(long, default_value = keelway_cni::AGENT_SOCKET)]
-        socket: PathBuf,
-        #[arg(long, short, value_enum, default_value_t = Output::Text)]
-        output: Output,
-    },
+    #[command(flatten)]
+    Look(command::Look),
     /// Copy the CNI plugin to where container runtimes look for it.
     Install {
         #[arg(long, default_value = "/opt/cni/bin")]
         bin_dir: PathBuf,
     },
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Output {
-    Text,
-    Json,
 }
 
 fn main() -> ExitCode {
@@ -68,7 +58,7 @@ fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Run(flags) => run(flags),
         Command::Worker(flags) => work(flags),
-        Command::Status { socket, output } => status(&socket, output),
+        Command::Look(look) => command::run(look),
         Command::Install { bin_dir } => install::install_plugin(&bin_dir)
             .map(|path| {
                 println!("{}", path.display());
@@ -128,13 +118,26 @@ fn work(flags: RunFlags) -> anyhow::Result<ExitCode> {
     };
 
     let (events, inbox) = mpsc::channel();
-    let worker = Worker::new(config.clone(), events.clone())?;
+    let mut worker = Worker::new(config.clone(), events.clone())?;
     socket::serve(listener, events.clone()).context("serve the agent's socket")?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()?;
+    let complaints = events.clone();
+    worker.serve_health(runtime.handle().clone(), move |complaint| {
+        // The loop has ended already when this fails.
+        let _ = complaints.send(Event::HealthPort(complaint));
+    });
+    let feed = Feed {
+        events: events.clone(),
+        health: worker.health(),
+    };
+    let measures = worker.measures();
     runtime.block_on(async {
+        if let Some(address) = config.healthz {
+            tokio::spawn(serve_proxy(address, feed.health.clone(), measures));
+        }
         if let Some(address) = config.metrics {
             let listener = metrics::bind(address)
                 .await
@@ -149,7 +152,7 @@ fn work(flags: RunFlags) -> anyhow::Result<ExitCode> {
             // The loop has ended already when this fails.
             let _ = stop.send(Event::Stop);
         });
-        tokio::spawn(source::feed(config.source.clone(), events));
+        tokio::spawn(source::feed(config.source.clone(), feed));
         anyhow::Ok(())
     })?;
     let ended = worker.run(&inbox);
@@ -167,23 +170,4 @@ fn supervised_by_init() -> bool {
             .is_some_and(|a| std::fs::read_link(b).ok() == Some(a))
     };
     same("/proc/1/exe", "/proc/self/exe")
-}
-
-fn status(socket: &std::path::Path, output: Output) -> anyhow::Result<ExitCode> {
-    let value = match protocol::ask(socket, &Request::Report, None, Duration::from_secs(10))? {
-        Response::Report(value) => value,
-        Response::Error(error) => bail!("{error}"),
-        other => bail!("the agent gave an answer that does not belong to the question: {other:?}"),
-    };
-    let report: Report =
-        serde_json::from_value(value.clone()).context("the agent's report cannot be read")?;
-    match output {
-        Output::Text => print!("{report}"),
-        Output::Json => println!("{value:#}"),
-    }
-    Ok(if report.ready {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
 }

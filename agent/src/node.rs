@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 
 use cluster_model as model;
+use dataplane_abi::{limits, map};
 use ipnetwork::{IpNetwork, Ipv4Network};
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +15,7 @@ use crate::config::Config;
 use crate::dataplane::{self, Dataplane, Op, State};
 use crate::net::{self, Kernel, NetlinkError, Uplink};
 use crate::plan::Ledger;
+use crate::report::Fill;
 
 /// What a node must know of itself before pods can have a network.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,6 +117,8 @@ pub struct Node {
     /// What the maps held of pods when the node was set up; taken by whoever knows the pods.
     pub found: State,
     host_addresses: BTreeSet<IpAddr>,
+    /// Entries of answered flows that the last collection left.
+    flows: u32,
 }
 
 impl Node {
@@ -157,6 +161,7 @@ impl Node {
             uplink,
             found,
             host_addresses,
+            flows: 0,
         };
         node.settle_host_addresses(kernel)?;
         Ok(node)
@@ -193,7 +198,32 @@ impl Node {
     pub fn upkeep(&mut self, kernel: &mut Kernel) -> Result<(), NodeError> {
         let collected = self.dataplane.collect_flows()?;
         tracing::debug!(?collected, "flows");
+        self.flows = collected.left;
         self.settle_host_addresses(kernel)
+    }
+
+    /// How full the maps are that a cluster or its traffic can fill.
+    pub fn fills(&self) -> Vec<Fill> {
+        let held = self.ledger.held();
+        let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        let frontends = held.frontends.len() + held.vips.len();
+        [
+            (
+                map::SERVICES,
+                count(held.services.len()),
+                limits::SERVICES - 1,
+            ),
+            (map::FRONTENDS, count(frontends), limits::FRONTENDS),
+            (map::BACKENDS, self.dataplane.cells_used(), limits::CELLS),
+            (map::FLOWS, self.flows, limits::FLOWS),
+        ]
+        .into_iter()
+        .map(|(map, entries, limit)| Fill {
+            map: map.to_lowercase(),
+            entries,
+            limit,
+        })
+        .collect()
     }
 
     /// The node's own addresses: backends at them are processes of the host.

@@ -175,7 +175,7 @@ impl Pods {
             Request::Check(wish) => self.check(wish, netns, reply, node.as_deref()),
             Request::Del { attachment } => self.delete(attachment, Some(reply), kernel, node),
             Request::Gc { valid } => self.collect(&valid, &reply, kernel, node),
-            Request::Status | Request::Report => {}
+            Request::Status | Request::Report | Request::Inspect { .. } => {}
         }
     }
 

@@ -6,6 +6,7 @@ use std::fmt::{self, Write};
 use serde::{Deserialize, Serialize};
 
 use crate::addresses::Allocation;
+use crate::metrics::Measures;
 
 /// The state of one agent.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -24,8 +25,10 @@ pub struct Report {
     pub services: usize,
     pub endpoint_slices: usize,
     pub nodes: usize,
-    /// Objects of the API that were refused as malformed.
+    /// Objects of the API that were refused as malformed, each time.
     pub rejected_objects: u64,
+    /// Those that are malformed now, in words.
+    pub malformed: Vec<String>,
     pub service_ports: usize,
     pub frontends: usize,
     pub backends: usize,
@@ -43,6 +46,19 @@ pub struct Report {
     pub cni_add_last_us: u64,
     /// Counters of the data plane, by the name of their reason.
     pub counters: Vec<Counter>,
+    /// How full the maps are.
+    pub maps: Vec<Fill>,
+    /// For metrics only.
+    #[serde(skip)]
+    pub measures: Measures,
+}
+
+/// How full a map is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fill {
+    pub map: String,
+    pub entries: u32,
+    pub limit: u32,
 }
 
 /// One counter of the data plane.
@@ -66,6 +82,9 @@ impl fmt::Display for Report {
         )?;
         for problem in &self.problems {
             writeln!(f, "  problem: {problem}")?;
+        }
+        for object in &self.malformed {
+            writeln!(f, "  malformed: {object}")?;
         }
         writeln!(
             f,
@@ -108,7 +127,12 @@ impl fmt::Display for Report {
                 one.pod.as_deref().unwrap_or("-")
             )?;
         }
-        writeln!(f, "Packets:")?;
+        write!(f, "Maps:     ")?;
+        for fill in &self.maps {
+            let percent = u64::from(fill.entries) * 100 / u64::from(fill.limit.max(1));
+            write!(f, " {} {} ({percent} %)", fill.map, fill.entries)?;
+        }
+        writeln!(f, "\nPackets:")?;
         for counter in self.counters.iter().filter(|counter| counter.packets > 0) {
             writeln!(
                 f,

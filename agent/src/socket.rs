@@ -1,7 +1,8 @@
-//! The agent's Unix socket: requests of the CNI plugin and of `status`.
+//! The agent's Unix socket: requests of the CNI plugin, of `status`, and of the commands that look into the agent.
 
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -9,10 +10,11 @@ use std::sync::mpsc::{Sender, sync_channel};
 use std::thread;
 use std::time::Duration;
 
-use keelway_cni::protocol::{Response, answer, receive};
+use keelway_cni::protocol::{Request, Response, answer, receive};
 use keelway_cni::{CniError, Code};
 
 use crate::event::Event;
+use crate::inspect::serve;
 
 /// How long a client may take to send its request.
 const RECEIVE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -60,13 +62,21 @@ pub fn serve(listener: UnixListener, events: Sender<Event>) -> io::Result<()> {
 }
 
 fn one(mut stream: UnixStream, events: &Sender<Event>) {
-    let response = exchange(&mut stream, events).unwrap_or_else(Response::Error);
-    if let Err(error) = answer(stream, &response) {
+    let outcome = match take(&mut stream) {
+        Ok((Request::Inspect { query }, _)) => serve::serve(stream, query, events),
+        Ok((request, netns)) => {
+            let response = exchange(request, netns, events).unwrap_or_else(Response::Error);
+            answer(stream, &response)
+        }
+        Err(refused) => answer(stream, &Response::Error(refused)),
+    };
+    if let Err(error) = outcome {
         tracing::debug!(%error, "socket: the client did not wait for its answer");
     }
 }
 
-fn exchange(stream: &mut UnixStream, events: &Sender<Event>) -> Result<Response, CniError> {
+/// Takes the request of a connection.
+fn take(stream: &mut UnixStream) -> Result<(Request, Option<OwnedFd>), CniError> {
     let refuse = |code, what: &str, error: &dyn std::fmt::Display| {
         CniError::new(code, what).with_details(error)
     };
@@ -74,8 +84,15 @@ fn exchange(stream: &mut UnixStream, events: &Sender<Event>) -> Result<Response,
         .set_read_timeout(Some(RECEIVE_TIMEOUT))
         .and_then(|()| stream.set_write_timeout(Some(RECEIVE_TIMEOUT)))
         .map_err(|error| refuse(Code::Io, "the agent's socket", &error))?;
-    let (request, netns) = receive(stream)
-        .map_err(|error| refuse(Code::Decode, "the agent cannot read the request", &error))?;
+    receive(stream)
+        .map_err(|error| refuse(Code::Decode, "the agent cannot read the request", &error))
+}
+
+fn exchange(
+    request: Request,
+    netns: Option<OwnedFd>,
+    events: &Sender<Event>,
+) -> Result<Response, CniError> {
     let (reply, answer) = sync_channel(1);
     events
         .send(Event::Request {

@@ -1,8 +1,9 @@
 //! Where the agent learns about the cluster: an API server, or a file.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::Sender;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cluster_model::watch::{self, Report};
 use cluster_model::{Change, Kind, Object, read_manifest};
@@ -11,6 +12,7 @@ use tokio::sync::mpsc;
 
 use crate::config::Source;
 use crate::event::Event;
+use crate::health::ProxyHealth;
 
 /// The kinds that the agent needs.
 pub const KINDS: [Kind; 3] = [Kind::Service, Kind::EndpointSlice, Kind::Node];
@@ -18,8 +20,38 @@ pub const KINDS: [Kind; 3] = [Kind::Service, Kind::EndpointSlice, Kind::Node];
 /// Longest pause before credentials that could not be read are read again.
 const RETRY_MAX: Duration = Duration::from_secs(5);
 
+/// Where news of the cluster go: into the event loop, with the time of their arrival.
+#[derive(Clone)]
+pub struct Feed {
+    pub events: Sender<Event>,
+    /// Is told of what the maps may lack, so that a loop that is stuck shows.
+    pub health: Arc<ProxyHealth>,
+}
+
+impl Feed {
+    /// False when nobody listens any more.
+    fn send(&self, report: Report) -> bool {
+        let seen = Instant::now();
+        let concerns_maps = match &report {
+            Report::Change(Change::Upsert(object)) => concerns_maps(object.kind()),
+            Report::Change(Change::Remove(gone)) => concerns_maps(gone.kind),
+            Report::Change(Change::Replace(kind, _)) => concerns_maps(*kind),
+            Report::Rejected(_) | Report::Failed { .. } => false,
+        };
+        if concerns_maps {
+            self.health.queued(seen);
+        }
+        self.events.send(Event::Cluster { report, seen }).is_ok()
+    }
+}
+
+/// Whether a kind is what plans of Services are made from.
+pub fn concerns_maps(kind: Kind) -> bool {
+    matches!(kind, Kind::Service | Kind::EndpointSlice)
+}
+
 /// Feeds the event loop until it is gone.
-pub async fn feed(source: Source, events: Sender<Event>) {
+pub async fn feed(source: Source, feed: Feed) {
     match source {
         Source::Api(options) => {
             let mut pause = Duration::from_millis(100);
@@ -31,7 +63,7 @@ pub async fn feed(source: Source, events: Sender<Event>) {
                             kind: Kind::Node,
                             error: error.to_string(),
                         };
-                        if events.send(Event::Cluster(report)).is_err() {
+                        if !feed.send(report) {
                             return;
                         }
                     }
@@ -43,14 +75,14 @@ pub async fn feed(source: Source, events: Sender<Event>) {
             let (tell, mut told) = mpsc::channel(1024);
             let watching = tokio::spawn(async move { watch::watch(client, &KINDS, tell).await });
             while let Some(report) = told.recv().await {
-                if events.send(Event::Cluster(report)).is_err() {
+                if !feed.send(report) {
                     break;
                 }
             }
             watching.abort();
         }
         Source::File(path) => {
-            let following = tokio::task::spawn_blocking(move || follow(&path, &events));
+            let following = tokio::task::spawn_blocking(move || follow(&path, &feed));
             if let Ok(Err(error)) = following.await {
                 tracing::error!(%error, "the snapshot file is not followed any more");
             }
@@ -59,7 +91,7 @@ pub async fn feed(source: Source, events: Sender<Event>) {
 }
 
 /// Reads the file now and whenever it changes. A file that cannot be read changes nothing.
-fn follow(path: &Path, events: &Sender<Event>) -> Result<(), FollowError> {
+fn follow(path: &Path, feed: &Feed) -> Result<(), FollowError> {
     let failed = |what, errno: nix::errno::Errno| FollowError {
         path: path.into(),
         what,
@@ -84,7 +116,7 @@ fn follow(path: &Path, events: &Sender<Event>) -> Result<(), FollowError> {
             }],
         };
         for report in reports {
-            if events.send(Event::Cluster(report)).is_err() {
+            if !feed.send(report) {
                 return Ok(());
             }
         }

@@ -10,18 +10,25 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use cluster_model::watch::Report as WatchReport;
-use cluster_model::{Dirty, Kind, Snapshot};
+use cluster_model::{Change, Dirty, Kind, ObjectRef, Rejected, Snapshot};
 use dataplane_abi::Class;
 use keelway_cni::protocol::{Request, Response};
 use keelway_cni::{CniError, Code};
 
 use crate::config::Config;
+use crate::dataplane;
 use crate::event::Event;
+use crate::health::{Complaint, HealthChecks, ProxyHealth, Servers};
+use crate::inspect::View;
+use crate::inspect::service::Books;
 use crate::install;
+use crate::metrics::{Extent, Measures};
+use crate::monitor::Hub;
 use crate::net::{Kernel, Netlink, NetlinkError};
 use crate::node::{Identity, IdentityFile, Node};
 use crate::plan::{Here, check, diff_routes, plan, plan_routes};
 use crate::pods::Pods;
+use crate::progress::Progress;
 use crate::report::{Counter, Report};
 use crate::source::KINDS;
 
@@ -61,6 +68,11 @@ pub struct Worker {
     retry: bool,
     /// When the cluster could last not be watched.
     watch_failed: Option<Instant>,
+    monitor: Hub,
+    progress: Progress,
+    health_checks: HealthChecks,
+    /// Objects that are malformed now: they count as absent.
+    rejected: BTreeMap<ObjectRef, Rejected>,
     /// What is wrong now, by the part that is concerned.
     problems: BTreeMap<&'static str, String>,
     report: Report,
@@ -90,6 +102,10 @@ impl Worker {
             services_applied: false,
             retry: false,
             watch_failed: None,
+            monitor: Hub::new(&config.pin_root),
+            progress: Progress::default(),
+            health_checks: HealthChecks::default(),
+            rejected: BTreeMap::new(),
             problems: BTreeMap::new(),
             report: Report {
                 version: env!("CARGO_PKG_VERSION").into(),
@@ -122,8 +138,10 @@ impl Worker {
                 }
                 self.take(event);
             }
+            // What is taken up to here is in the batch; what comes in from now on waits for the next.
+            let taken = Instant::now();
             self.settle_node()?;
-            self.settle_services(false);
+            self.settle_services(taken, false);
             self.pods.start_wiring(self.node.as_ref());
             if Instant::now() >= upkeep_due {
                 self.upkeep();
@@ -139,18 +157,7 @@ impl Worker {
 
     fn take(&mut self, event: Event) {
         match event {
-            Event::Cluster(WatchReport::Change(change)) => {
-                self.problems.remove("watch");
-                self.snapshot.apply(change, &mut self.dirty);
-            }
-            Event::Cluster(WatchReport::Rejected(rejected)) => {
-                tracing::warn!(%rejected, "an object counts as absent");
-                self.report.rejected_objects += 1;
-            }
-            Event::Cluster(WatchReport::Failed { kind, error }) => {
-                self.watch_failed = Some(Instant::now());
-                self.problem("watch", format!("{kind}s cannot be watched: {error}"));
-            }
+            Event::Cluster { report, seen } => self.hear(report, seen),
             Event::Request {
                 request,
                 netns,
@@ -189,7 +196,93 @@ impl Worker {
             Event::Report { reply } => {
                 let _ = reply.send(Box::new(self.current_report()));
             }
+            Event::View { reply } => {
+                let _ = reply.send(Box::new(self.view()));
+            }
+            Event::Services { keys, reply } => {
+                let books = self.books();
+                let found = keys.iter().filter_map(|key| books.service(key)).collect();
+                let _ = reply.send(found);
+            }
+            Event::HealthPort(complaint) => {
+                if let Some(why) = &complaint.error {
+                    tracing::warn!(service = %complaint.service, port = complaint.port, why, "a health check cannot listen");
+                }
+                self.health_checks.complaint(complaint);
+            }
             Event::Stop => {}
+        }
+    }
+
+    /// Takes news of the cluster.
+    fn hear(&mut self, report: WatchReport, seen: Instant) {
+        match report {
+            WatchReport::Change(change) => {
+                self.problems.remove("watch");
+                self.progress.change(&change, seen);
+                // Whatever was wrong with an object is said anew after its change.
+                match &change {
+                    Change::Upsert(object) => drop(self.rejected.remove(&object.reference())),
+                    Change::Remove(gone) => drop(self.rejected.remove(gone)),
+                    Change::Replace(kind, _) => {
+                        self.rejected.retain(|object, _| object.kind != *kind)
+                    }
+                }
+                self.snapshot.apply(change, &mut self.dirty);
+            }
+            WatchReport::Rejected(rejected) => {
+                tracing::warn!(%rejected, "an object counts as absent");
+                self.report.rejected_objects += 1;
+                self.rejected.insert(rejected.object.clone(), rejected);
+            }
+            WatchReport::Failed { kind, error } => {
+                self.watch_failed = Some(Instant::now());
+                self.problem("watch", format!("{kind}s cannot be watched: {error}"));
+            }
+        }
+    }
+
+    /// Whether this node's proxy works.
+    pub fn health(&self) -> Arc<ProxyHealth> {
+        self.progress.health.clone()
+    }
+
+    pub fn measures(&self) -> Measures {
+        self.progress.measures.clone()
+    }
+
+    /// Lets health checks be served by a runtime. `complain` is told of ports that cannot be had.
+    pub fn serve_health(
+        &mut self,
+        runtime: tokio::runtime::Handle,
+        complain: impl Fn(Complaint) + Send + Sync + 'static,
+    ) {
+        let servers = Servers::new(runtime, self.health(), complain);
+        self.health_checks.serve(servers);
+    }
+
+    fn books(&self) -> Books<'_> {
+        Books {
+            snapshot: &self.snapshot,
+            ledger: self.node.as_ref().map(|node| &node.ledger),
+            here: &self.here,
+            rejected: &self.rejected,
+            health_checks: &self.health_checks,
+        }
+    }
+
+    fn view(&self) -> View {
+        let owners = self.node.as_ref().map(|node| node.ledger.owners().clone());
+        let mut report = Report::default();
+        self.pods.fill(&mut report);
+        View {
+            node: self.here.node.clone(),
+            snapshot: self.snapshot.clone(),
+            allocations: report.allocations,
+            owners: owners.unwrap_or_default(),
+            services: self.books().services(),
+            pin_root: self.config.pin_root.clone(),
+            monitor: self.monitor.clone(),
         }
     }
 
@@ -205,6 +298,7 @@ impl Worker {
                     .services
                     .extend(self.snapshot.services().map(|service| service.key.clone()));
             }
+            self.progress.health.set_leaving(object.leaving);
             match Identity::of(&object) {
                 Ok(identity) => self.take_identity(identity)?,
                 Err(why) => self.problem("node", why),
@@ -257,6 +351,10 @@ impl Worker {
             Ok(node) => {
                 tracing::info!(address = %identity.address, took_ms = began.elapsed().as_millis(), "the data plane is up");
                 self.problems.remove("setup");
+                // Whoever listened to an earlier worker is gone.
+                if let Err(error) = dataplane::quiet(&self.config.pin_root) {
+                    tracing::warn!(error = reason(&error), "the monitor cannot be reset");
+                }
                 self.node = Some(node);
                 // Routes were left alone until now.
                 self.settle_routes();
@@ -290,7 +388,7 @@ impl Worker {
 
     /// Plans the Services that became dirty and brings the maps to it. `again` is for what failed: a full map is not tried with every
     /// event.
-    fn settle_services(&mut self, again: bool) {
+    fn settle_services(&mut self, taken: Instant, again: bool) {
         let synced =
             self.snapshot.synced(Kind::Service) && self.snapshot.synced(Kind::EndpointSlice);
         let Some(node) = self.node.as_mut().filter(|_| synced) else {
@@ -299,10 +397,15 @@ impl Worker {
         // What an earlier agent left is compared, and pruned, only now that everything is known.
         let first = !self.services_applied;
         if self.dirty.services.is_empty() && !first && !again {
+            if !self.retry {
+                self.progress.nothing_to_do(taken);
+            }
             return;
         }
-        let began = Instant::now();
+        let began = taken;
         for key in std::mem::take(&mut self.dirty.services) {
+            self.health_checks
+                .replan(&self.snapshot, &key, &self.here.node);
             let wish = plan(&self.snapshot, &key, &self.here);
             match check(&wish) {
                 Ok(()) => node.ledger.set(&key, wish),
@@ -311,6 +414,7 @@ impl Worker {
                 }
             }
         }
+        self.health_checks.settle();
         let batch = node.ledger.diff();
         for refusal in &batch.refusals {
             tracing::warn!(%refusal, "a Service cannot have what it wants");
@@ -323,6 +427,8 @@ impl Worker {
                 node.ledger.applied(&batch);
                 self.problems.remove("services");
                 self.services_applied = true;
+                let extent = if first { Extent::Full } else { Extent::Partial };
+                self.progress.synced(extent, began);
             }
             Err(error) => {
                 let why = reason(&error);
@@ -377,7 +483,7 @@ impl Worker {
         if self.problems.contains_key("routes") {
             self.settle_routes();
         }
-        self.settle_services(self.retry);
+        self.settle_services(Instant::now(), self.retry);
     }
 
     /// Why pods cannot be served, if so.
@@ -429,6 +535,8 @@ impl Worker {
             .filter(|kind| self.snapshot.synced(*kind))
             .map(|kind| kind.to_string())
             .collect();
+        report.malformed = self.rejected.values().map(ToString::to_string).collect();
+        report.measures = self.measures();
         report.services = self.snapshot.count(Kind::Service);
         report.endpoint_slices = self.snapshot.count(Kind::EndpointSlice);
         report.nodes = self.snapshot.count(Kind::Node);
@@ -441,6 +549,7 @@ impl Worker {
                 .values()
                 .map(|one| one.active.len() + one.terminating.len())
                 .sum();
+            report.maps = node.fills();
             match node.dataplane.counters() {
                 Ok(counters) => report.counters = counters.into_iter().map(counter).collect(),
                 Err(error) => report

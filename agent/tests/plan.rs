@@ -336,6 +336,7 @@ fn a_load_balancers_address_is_a_services_unless_it_is_a_nodes() {
         internal_ips: vec![given],
         pod_cidrs: vec![],
         zone: None,
+        leaving: false,
     }));
     cluster.apply(Change::Upsert(node), &mut Dirty::default());
     assert_eq!(vips(&cluster), BTreeMap::from([(own, Vip::Cluster)]));

@@ -36,6 +36,10 @@ pub enum Request {
     Status,
     /// What the agent knows of itself, for people and scripts.
     Report,
+    /// A question of one of the agent's own commands, in its words. The answer is a line of JSON for each thing found.
+    Inspect {
+        query: Value,
+    },
 }
 
 /// An attachment that shall be (ADD) or shall have been made (CHECK).

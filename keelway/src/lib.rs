@@ -12,6 +12,7 @@ pub mod containerd;
 pub mod deploy;
 pub mod down;
 pub mod kubeconfig;
+pub mod monitor;
 pub mod network;
 pub mod node;
 pub mod pki;

@@ -12,7 +12,7 @@ use keelway::containerd::{Containerd, Snapshotter};
 use keelway::node::init::{self, InitArguments};
 use keelway::state::StateDir;
 use keelway::status::Status;
-use keelway::{checks, down, up};
+use keelway::{checks, down, monitor, up};
 
 /// Development clusters on one machine: whole Kubernetes clusters whose network path is Keelway's.
 ///
@@ -44,6 +44,15 @@ enum Command {
         name: Option<ClusterName>,
         #[arg(long, short, value_enum, default_value_t = Output::Text)]
         output: Output,
+    },
+    /// Watch drops, rejects and new flows on all nodes of a cluster; arguments after `--` are those of `keelway-agent monitor`
+    Monitor {
+        /// Name of the cluster
+        #[arg(long, default_value = "default")]
+        name: ClusterName,
+        /// --drops, --sample N, --pod, --service, --reason, --count N, --output json
+        #[arg(last = true, value_name = "FLAGS")]
+        arguments: Vec<String>,
     },
     /// Print a kubeconfig for a cluster
     Kubeconfig {
@@ -147,6 +156,10 @@ async fn run(command: Command) -> anyhow::Result<()> {
             }
         }
         Command::Status { name, output } => return status(&state, name, output).await,
+        Command::Monitor { name, arguments } => {
+            checks::root("monitor")?;
+            monitor::run(&state.cluster(name.as_ref()), name.as_ref(), &arguments).await?;
+        }
         Command::Kubeconfig { name } => {
             let path = state.cluster(name.as_ref()).kubeconfig();
             print!(

@@ -16,6 +16,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::nodes::{Cgroup, ECHO_PORT, echo};
+use crate::process::{Finished, Running};
 use crate::sandbox::{Network, Sandbox, ip};
 
 /// How long anything may take that an agent does by itself. Debug builds load their programs slowly.
@@ -233,6 +234,31 @@ impl AgentNode {
             .output()?;
         serde_json::from_slice(&output.stdout)
             .with_context(|| format!("status: {}", String::from_utf8_lossy(&output.stderr)))
+    }
+
+    /// Runs one of the agent's own commands to its end.
+    pub fn command(&self, arguments: &[&str]) -> Result<Finished> {
+        let output = Command::new(program("keelway-agent")?)
+            .args(arguments)
+            .arg("--socket")
+            .arg(self.socket())
+            .stdin(Stdio::null())
+            .output()?;
+        Ok(Finished {
+            command: format!("keelway-agent {}", arguments.join(" ")),
+            success: output.status.success(),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        })
+    }
+
+    /// Starts one of the agent's own commands that goes on until it is dropped.
+    pub fn watch(&self, arguments: &[&str]) -> Result<Running> {
+        let (agent, socket) = (program("keelway-agent")?, self.socket());
+        let mut command = vec![agent.to_str().context("a path")?];
+        command.extend(arguments);
+        command.extend(["--socket", socket.to_str().context("a path")?]);
+        Ok(Running::start(&command, &[]))
     }
 
     /// Waits until the agent's report is as wished.

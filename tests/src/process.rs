@@ -131,6 +131,11 @@ impl Running {
         }
     }
 
+    /// A line that contains `text` and is there already; the lines before it are passed over.
+    pub fn try_line_with(&self, text: &str) -> Option<String> {
+        self.lines.try_iter().find(|line| line.contains(text))
+    }
+
     /// Waits for the end of the program and returns the lines that were not looked at.
     #[track_caller]
     pub fn finish(mut self, limit: Duration) -> Vec<String> {

@@ -171,6 +171,16 @@ impl Ledger {
         Some((plan, ids))
     }
 
+    /// The Service that has a frontend of those that want it.
+    pub fn winner(&self, frontend: &Frontend) -> Option<&ServiceKey> {
+        self.claims.get(frontend)?.first()
+    }
+
+    /// Every service port that has an id.
+    pub fn owners(&self) -> &HashMap<ServiceId, PortKey> {
+        &self.owners
+    }
+
     /// What the maps hold, as far as Services go.
     pub fn held(&self) -> &State {
         &self.held

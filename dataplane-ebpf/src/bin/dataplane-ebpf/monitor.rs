@@ -12,9 +12,9 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use dataplane_abi::{
-    Addr, Affinity, AffinityKey, CAPTURE_LEN, Cell, Class, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey, Hook,
-    Lead, LocalAddress, MONITOR_LOST, MONITOR_WANTED, MONITOR_WORDS, PacketEvent, Reason, ServiceRef,
-    SocketEvent, SocketPeer, Wanted, limits,
+    Addr, Affinity, AffinityKey, CAPTURE_LEN, Cell, Class, Flow, FlowKey, FragmentKey,
+    FragmentPorts, FrontendKey, Hook, Lead, LocalAddress, MONITOR_LOST, MONITOR_WANTED,
+    MONITOR_WORDS, PacketEvent, Reason, ServiceRef, SocketEvent, SocketPeer, Wanted, limits,
 };
 use dataplane_ebpf::tables::{Refused, Tables};
 

@@ -15,8 +15,7 @@ use dataplane_ebpf::{
 use crate::{
     HOST_NETNS, PACKET_LB, SOCKET_LB,
     maps::{Maps, SOCKET_PEERS},
-    monitor,
-    node_v4, node_v6,
+    monitor, node_v4, node_v6,
 };
 
 const ALLOW: i32 = 1;
