@@ -85,6 +85,12 @@ enum Task {
         #[arg(long)]
         from: PathBuf,
     },
+    /// Generate what `kubectl explain` says from the schemas of the k8s-openapi package
+    GenerateDescriptions {
+        /// The folder src/v1_36 of its source
+        #[arg(long)]
+        from: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
@@ -152,6 +158,12 @@ fn run(task: Task) -> Result<()> {
         Task::GenerateRegistry { from } => registry::generate(
             &from,
             &project.root.join("controlplane/src/registry/generated"),
+        ),
+        Task::GenerateDescriptions { from } => registry::descriptions::generate(
+            &from,
+            &project
+                .root
+                .join("controlplane/src/registry/generated/descriptions.gz"),
         ),
     }
 }

@@ -9,7 +9,9 @@ mod node;
 pub mod openapi;
 pub mod protobuf;
 pub mod quantity;
+mod rewrite;
 pub mod time;
+pub mod transcode;
 mod wire;
 
 use node::Node;
@@ -119,11 +121,6 @@ pub fn parse(body: &[u8], media: MediaType) -> Result<Value, DecodeError> {
     }
 }
 
-/// Encodes an object whose apiVersion and kind the tables know as Kubernetes protobuf, envelope included; None when they do not.
-pub fn encode_protobuf(value: &Value) -> Option<Vec<u8>> {
-    protobuf::encode(value)
-}
-
 fn json(body: &[u8]) -> Result<Node, DecodeError> {
     serde_json::from_slice(body).map_err(|e| DecodeError {
         message: format!("the body is not JSON: {e}"),
@@ -195,5 +192,9 @@ fn finish(
     })
 }
 
+#[cfg(test)]
+pub mod arbitrary;
+#[cfg(test)]
+mod published;
 #[cfg(test)]
 mod tests;

@@ -346,38 +346,6 @@ fn schema_type() -> Result<&'static Type, ProtobufError> {
     type_named(SCHEMA).ok_or(ProtobufError::Malformed(Malformed))
 }
 
-/// The object with its envelope; None when the tables do not know its kind, or a value does not fit its type.
-pub fn encode(object: &Value) -> Option<Vec<u8>> {
-    let (api_version, kind) = (object["apiVersion"].as_str()?, object["kind"].as_str()?);
-    let (group, version) = split_api_version(api_version);
-    let ty = type_of(group, version, kind)?;
-    let mut raw = Writer::default();
-    write_message(object.as_object()?, ty, &mut raw)?;
-    let mut out = Writer {
-        out: MAGIC.to_vec(),
-    };
-    out.message(1, |meta| {
-        meta.bytes(1, api_version.as_bytes());
-        meta.bytes(2, kind.as_bytes());
-    });
-    out.bytes(2, &raw.out);
-    out.bytes(3, b"");
-    out.bytes(4, b"");
-    Some(out.out)
-}
-
-/// One event of a watch: four bytes of length (big endian), then a `WatchEvent` {1: type, 2: RawExtension {1: object}}
-/// without an envelope of its own. None as for `encode`.
-pub fn watch_frame(event_type: &str, object: &Value) -> Option<Vec<u8>> {
-    let object = encode(object)?;
-    let mut event = Writer { out: vec![0; 4] };
-    event.bytes(1, event_type.as_bytes());
-    event.message(2, |extension| extension.bytes(1, &object));
-    let length = u32::try_from(event.out.len() - 4).ok()?;
-    event.out[..4].copy_from_slice(&length.to_be_bytes());
-    Some(event.out)
-}
-
 fn write_message(object: &Map<String, Value>, ty: &'static Type, out: &mut Writer) -> Option<()> {
     for wire in ty.wire {
         match wire.to {
@@ -453,6 +421,11 @@ fn write_value(value: &Value, ty: &'static FieldType, tag: u16, out: &mut Writer
         FieldType::List(_) | FieldType::Map(_) => return None,
     }
     Some(())
+}
+
+/// A value of a type that has a form of its own, without tag and length.
+pub fn write_special(value: &Value, ty: &'static Type, out: &mut Writer) -> Option<()> {
+    write_special_or_struct(value, ty, out)
 }
 
 fn write_special_or_struct(value: &Value, ty: &'static Type, out: &mut Writer) -> Option<()> {

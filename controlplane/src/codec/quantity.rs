@@ -12,11 +12,116 @@ const BINARY: &[&str] = &["Ki", "Mi", "Gi", "Ti", "Pi", "Ei"];
 /// From 10^-9 in steps of 10^3.
 const DECIMAL: &[&str] = &["n", "u", "m", "", "k", "M", "G", "T", "P", "E"];
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Format {
     Binary,
     Decimal,
     Exponent,
+}
+
+/// An amount with the format it was written in; amounts compare and add whatever their formats.
+#[derive(Clone, Copy, Debug)]
+pub struct Quantity {
+    nanos: i128,
+    format: Format,
+}
+
+impl Quantity {
+    pub const ZERO: Self = Self {
+        nanos: 0,
+        format: Format::Decimal,
+    };
+
+    pub fn parse(text: &str) -> Option<Self> {
+        parse(text).map(|(nanos, format)| Self { nanos, format })
+    }
+
+    /// A quantity in JSON: a string, or a number as clients may write it.
+    pub fn of(value: &serde_json::Value) -> Option<Self> {
+        match value {
+            serde_json::Value::String(text) => Self::parse(text),
+            serde_json::Value::Number(number) => Self::parse(&number.to_string()),
+            _ => None,
+        }
+    }
+
+    pub fn count(count: i64) -> Self {
+        Self {
+            nanos: i128::from(count) * NANOS,
+            format: Format::Decimal,
+        }
+    }
+
+    pub fn is_negative(self) -> bool {
+        self.nanos < 0
+    }
+
+    pub fn is_zero(self) -> bool {
+        self.nanos == 0
+    }
+
+    pub fn is_whole(self) -> bool {
+        self.nanos % NANOS == 0
+    }
+
+    /// What this is of `other`; None of nothing.
+    pub fn ratio(self, other: Self) -> Option<f64> {
+        (other.nanos != 0).then(|| self.nanos as f64 / other.nanos as f64)
+    }
+}
+
+impl PartialEq for Quantity {
+    fn eq(&self, other: &Self) -> bool {
+        self.nanos == other.nanos
+    }
+}
+
+impl Eq for Quantity {}
+
+impl PartialOrd for Quantity {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Quantity {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.nanos.cmp(&other.nanos)
+    }
+}
+
+impl std::ops::Add for Quantity {
+    type Output = Self;
+
+    /// In the format of the first that is not zero.
+    fn add(self, other: Self) -> Self {
+        let format = if self.nanos == 0 {
+            other.format
+        } else {
+            self.format
+        };
+        Self {
+            nanos: self.nanos.saturating_add(other.nanos),
+            format,
+        }
+    }
+}
+
+impl std::ops::Sub for Quantity {
+    type Output = Self;
+
+    fn sub(self, other: Self) -> Self {
+        Self {
+            nanos: self.nanos.saturating_sub(other.nanos),
+            format: self.format,
+        }
+    }
+}
+
+impl std::fmt::Display for Quantity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&render(self.nanos, self.format))
+    }
 }
 
 /// The canonical form: the largest suffix that leaves an integer, and no more than nine decimal places (rounded up).
@@ -135,6 +240,17 @@ fn render(nanos: i128, format: Format) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn amounts_add_and_compare_across_formats() {
+        let of = |text: &str| Quantity::parse(text).expect("a quantity");
+        assert_eq!((of("500m") + of("1.5")).to_string(), "2");
+        assert_eq!((of("1Gi") + of("512Mi")).to_string(), "1536Mi");
+        assert_eq!((Quantity::ZERO + of("1Gi")).to_string(), "1Gi");
+        assert!(of("1Gi") > of("1G") && of("1000m") == Quantity::count(1));
+        assert!((of("1") - of("2")).is_negative());
+        assert_eq!(of("3").ratio(of("2")), Some(1.5));
+    }
 
     #[test]
     fn canonical_forms_are_those_of_upstream() {

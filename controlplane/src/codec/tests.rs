@@ -223,3 +223,79 @@ proptest::proptest! {
         }
     }
 }
+
+#[test]
+fn hostile_documents_are_refused_before_they_cost_anything() {
+    let nested = |open: &str, close: &str, depth: usize| {
+        format!("{}1{}", open.repeat(depth), close.repeat(depth))
+    };
+    let inside = |text: &str| {
+        format!(
+            r#"{{"apiVersion":"v1","kind":"ConfigMap","metadata":{{"name":"a"}},"data":{text}}}"#
+        )
+    };
+    // Each level refers to the one before ten times: a billion at the end.
+    let mut aliases = String::from("a0: &a0 [x]\n");
+    for level in 1..10 {
+        let before = level - 1;
+        let list = vec![format!("*a{before}"); 10].join(",");
+        aliases += &format!("a{level}: &a{level} [{list}]\n");
+    }
+    let bodies: Vec<(Vec<u8>, MediaType)> = vec![
+        (nested("[", "]", 100_000).into_bytes(), MediaType::Json),
+        (
+            nested(r#"{"a":"#, "}", 100_000).into_bytes(),
+            MediaType::Json,
+        ),
+        (
+            inside(&nested(r#"{"a":"#, "}", 100_000)).into_bytes(),
+            MediaType::Json,
+        ),
+        (nested("[", "]", 100_000).into_bytes(), MediaType::Yaml),
+        (nested("- ", "", 10_000).into_bytes(), MediaType::Yaml),
+        (aliases.into_bytes(), MediaType::Yaml),
+        (inside("{\"a\":\"\u{0}\"").into_bytes(), MediaType::Json),
+        (b"{\"kind\":\"\xff\xfe\"}".to_vec(), MediaType::Json),
+        (b"kind: \xff\xfe".to_vec(), MediaType::Yaml),
+        (inside(r#"{"a":1e999}"#).into_bytes(), MediaType::Json),
+    ];
+    for (body, media) in bodies {
+        let started = std::time::Instant::now();
+        let decoded = decode(&body, media, "v1", "ConfigMap", FieldValidation::Strict);
+        let head = String::from_utf8_lossy(&body[..body.len().min(40)]).into_owned();
+        assert!(decoded.is_err(), "{head}");
+        assert!(started.elapsed().as_secs() < 5, "{head}");
+    }
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn broken_documents_never_panic(
+        object in arbitrary::object(),
+        at in proptest::prelude::any::<proptest::sample::Index>(),
+        byte in proptest::prelude::any::<u8>(),
+        cut in proptest::prelude::any::<proptest::sample::Index>(),
+    ) {
+        let mut body = object.to_string().into_bytes();
+        let at = at.index(body.len());
+        body[at] = byte;
+        for media in [MediaType::Json, MediaType::Yaml] {
+            let _ = decode(&body, media, "", "", FieldValidation::Strict);
+        }
+        let _ = transcode::transcode(&body);
+        body.truncate(cut.index(body.len()));
+        for media in [MediaType::Json, MediaType::Yaml] {
+            let _ = decode(&body, media, "", "", FieldValidation::Warn);
+        }
+    }
+
+    #[test]
+    fn objects_are_the_same_by_way_of_yaml(object in arbitrary::object()) {
+        let text = serde_saphyr::to_string(&object).expect("YAML");
+        let decoded = decode(text.as_bytes(), MediaType::Yaml, "", "", FieldValidation::Strict);
+        let decoded = decoded.map(|decoded| decoded.value);
+        proptest::prop_assert_eq!(decoded.as_ref(), Ok(&object), "{}", text);
+    }
+}

@@ -1,6 +1,7 @@
 //! The registry: what kinds exist, what resources serve them, and what their fields are. Tables generated from the
 //! published Kubernetes v1.36 definitions (`cargo xtask generate-registry`), as statics: nothing is parsed at start.
 
+mod descriptions;
 mod generated;
 
 pub mod discovery;

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::{Map, Value, json};
 
+use super::descriptions::Descriptions;
 use super::{
     Field, FieldType, ListType, Resource, Shape, Type, TypeId, api_version, generated, groups,
 };
@@ -61,9 +62,15 @@ pub fn v3(served: &[&Resource], group: &str, version: &str) -> Option<Value> {
     for resource in &resources {
         add_paths(resource, &mut paths);
     }
+    let descriptions = Descriptions::read();
     let schemas = reachable(&resources)
         .into_iter()
-        .map(|id| (id.get().name.to_owned(), schema(id, Dialect::V3)))
+        .map(|id| {
+            (
+                id.get().name.to_owned(),
+                schema(id, Dialect::V3, &descriptions),
+            )
+        })
         .collect();
     Some(document(
         json!({"openapi": "3.0.0"}),
@@ -75,9 +82,15 @@ pub fn v3(served: &[&Resource], group: &str, version: &str) -> Option<Value> {
 
 /// `/openapi/v2` as JSON.
 pub fn v2(served: &[&Resource]) -> Value {
+    let descriptions = Descriptions::read();
     let definitions: Map<String, Value> = reachable(served)
         .into_iter()
-        .map(|id| (id.get().name.to_owned(), schema(id, Dialect::V2)))
+        .map(|id| {
+            (
+                id.get().name.to_owned(),
+                schema(id, Dialect::V2, &descriptions),
+            )
+        })
         .collect();
     document(
         json!({"swagger": "2.0"}),
@@ -281,10 +294,10 @@ impl Dialect {
     }
 }
 
-fn schema(id: TypeId, dialect: Dialect) -> Value {
+fn schema(id: TypeId, dialect: Dialect, descriptions: &Descriptions) -> Value {
     let ty = id.get();
     let mut out = match (ty.shape, dialect) {
-        (Shape::Struct, _) => struct_schema(ty, dialect),
+        (Shape::Struct, _) => struct_schema(ty, dialect, descriptions),
         (Shape::Time | Shape::MicroTime, _) => json!({"type": "string", "format": "date-time"}),
         (Shape::Quantity, Dialect::V3) => {
             json!({"oneOf": [{"type": "string"}, {"type": "number"}]})
@@ -308,16 +321,25 @@ fn schema(id: TypeId, dialect: Dialect) -> Value {
     if !kinds.is_empty() {
         out["x-kubernetes-group-version-kind"] = Value::Array(kinds);
     }
+    if let Some(text) = descriptions.of_type(ty.name) {
+        out["description"] = text.into();
+    }
     out
 }
 
-fn struct_schema(ty: &Type, dialect: Dialect) -> Value {
+fn struct_schema(ty: &Type, dialect: Dialect, descriptions: &Descriptions) -> Value {
     let mut out = json!({"type": "object"});
     if !ty.fields.is_empty() {
         let properties: Map<String, Value> = ty
             .fields
             .iter()
-            .map(|f| (f.name.to_owned(), field_schema(f, dialect)))
+            .map(|field| {
+                let mut schema = field_schema(field, dialect);
+                if let Some(text) = descriptions.of_field(ty.name, field.name) {
+                    schema["description"] = text.into();
+                }
+                (field.name.to_owned(), schema)
+            })
             .collect();
         out["properties"] = Value::Object(properties);
     }
