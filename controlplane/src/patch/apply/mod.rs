@@ -1,5 +1,6 @@
 //! Server-side apply: who manages which field, and what an apply by one of them means.
 
+mod client_side;
 mod set;
 mod typed;
 
@@ -107,6 +108,18 @@ impl Entry {
             && self.operation == operation
             // Applies in another version of the API are the same manager's; updates are kept apart.
             && (operation == APPLY || self.api_version == api_version)
+    }
+
+    /// The manager as conflicts name it: updates with the version that they were made in.
+    fn readable(&self) -> String {
+        let mut out = format!("{:?}", self.manager);
+        if !self.subresource.is_empty() {
+            out += &format!(" with subresource {:?}", self.subresource);
+        }
+        if self.operation == UPDATE {
+            out += &format!(" using {}", self.api_version);
+        }
+        out
     }
 
     fn render(&self) -> Value {
@@ -221,40 +234,54 @@ pub fn apply(
     }
     let kind = Kind::Struct(ty);
     let api_version = applied["apiVersion"].as_str().unwrap_or_default();
+    if let Some(duplicate) = typed::duplicate(applied, kind, "") {
+        let name = format!(
+            "{}/{}; {api_version}, Kind={}",
+            applied["metadata"]["namespace"]
+                .as_str()
+                .unwrap_or_default(),
+            applied["metadata"]["name"].as_str().unwrap_or_default(),
+            ty.short_name()
+        );
+        return Err(PatchError::Invalid(format!(
+            "failed to create typed patch object ({name}): {duplicate}"
+        )));
+    }
     let empty = json!({});
     let live = live.unwrap_or(&empty);
     let mut entries = entries(live);
     let wanted = managed(typed::changed(None, applied, kind));
     let differs = managed(typed::changed(Some(live), applied, kind));
 
-    let mut conflicts = Vec::new();
-    for entry in entries
-        .iter_mut()
-        .filter(|e| !e.is(manager, APPLY, api_version))
-    {
-        let taken = entry.set.intersection(&differs);
-        if force {
-            entry.set.subtract(&taken);
-        } else {
-            let using = if entry.api_version == api_version {
-                String::new()
-            } else {
-                format!(" using {}", entry.api_version)
-            };
-            let subresource = if entry.subresource.is_empty() {
-                String::new()
-            } else {
-                format!(" with subresource {:?}", entry.subresource)
-            };
-            let name = format!("{:?}{subresource}{using}", entry.manager);
-            conflicts.extend(taken.paths().into_iter().map(|field| FieldConflict {
-                manager: name.clone(),
-                field,
-            }));
+    let others = |e: &&mut Entry| !e.is(manager, APPLY, api_version);
+    if !force {
+        let mut contested: Vec<(String, Set)> = entries
+            .iter_mut()
+            .filter(others)
+            .map(|entry| (entry.readable(), entry.set.intersection(&differs)))
+            .collect();
+        // What kubectl applied itself, before it did so by the server, is its own.
+        let own = client_side::applied_and_unchanged(live, kind, manager);
+        for (_, set) in &mut contested {
+            set.subtract(&own);
+        }
+        let conflicts: Vec<FieldConflict> = contested
+            .into_iter()
+            .flat_map(|(manager, set)| {
+                let fields = set.paths().into_iter();
+                fields.map(move |field| FieldConflict {
+                    manager: manager.clone(),
+                    field,
+                })
+            })
+            .collect();
+        if !conflicts.is_empty() {
+            return Err(PatchError::Conflict(conflicts));
         }
     }
-    if !conflicts.is_empty() {
-        return Err(PatchError::Conflict(conflicts));
+    for entry in entries.iter_mut().filter(others) {
+        let taken = entry.set.intersection(&differs);
+        entry.set.subtract(&taken);
     }
 
     let mut merged = live.clone();
@@ -278,6 +305,7 @@ pub fn apply(
     }
     record(&mut entries, manager, APPLY, api_version, wanted);
     store(&mut merged, entries);
+    client_side::sync(&mut merged, applied, manager);
     Ok(merged)
 }
 

@@ -107,7 +107,8 @@ impl Set {
     }
 }
 
-fn readable(element: &str) -> String {
+/// A path element as messages have it.
+pub fn readable(element: &str) -> String {
     if let Some(name) = element.strip_prefix("f:") {
         return format!(".{name}");
     }

@@ -316,3 +316,51 @@ proptest! {
         prop_assert_eq!(Set::parse(&set.render()), set);
     }
 }
+
+#[test]
+fn kubectl_takes_over_what_it_applied_itself_and_nothing_else() {
+    let config = object(json!({"replicas": 2, "paused": true}));
+    let mut live = config.clone();
+    live["metadata"]["annotations"] =
+        json!({"kubectl.kubernetes.io/last-applied-configuration": config.to_string()});
+    track_update(
+        None,
+        &mut live,
+        deployment(),
+        by("kubectl-client-side-apply"),
+    );
+    let wanted = object(json!({"replicas": 3, "paused": true}));
+    let conflict = apply(Some(&live), &wanted, deployment(), by("other"), false);
+    assert_eq!(
+        conflict.expect_err("another manager").to_string(),
+        "Apply failed with 1 conflict: conflict with \"kubectl-client-side-apply\" using apps/v1: .spec.replicas"
+    );
+    let after = applied(Some(&live), &wanted, "kubectl");
+    assert_eq!(after["spec"]["replicas"], 3);
+    let kept =
+        &after["metadata"]["annotations"]["kubectl.kubernetes.io/last-applied-configuration"];
+    assert!(
+        kept.as_str()
+            .is_some_and(|text| text.contains(r#""replicas":3"#)),
+        "{kept}"
+    );
+    // Somebody scaled it since: that is theirs.
+    let mut scaled = live.clone();
+    scaled["spec"]["replicas"] = 7.into();
+    track_update(Some(&live), &mut scaled, deployment(), by("hpa"));
+    let conflict = apply(Some(&scaled), &wanted, deployment(), by("kubectl"), false);
+    assert_eq!(
+        conflict.expect_err("scaled").to_string(),
+        "Apply failed with 1 conflict: conflict with \"hpa\" using apps/v1: .spec.replicas"
+    );
+}
+
+#[test]
+fn items_that_nobody_could_tell_apart_are_refused() {
+    let twice = containers(json!([{"name": "a", "image": "x"}, {"name": "a"}]));
+    let refused = apply(None, &twice, deployment(), by("kubectl"), false);
+    assert_eq!(
+        refused.expect_err("refused").to_string(),
+        "failed to create typed patch object (/d; apps/v1, Kind=Deployment): .spec.template.spec.containers: duplicate entries for key [name=\"a\"]"
+    );
+}

@@ -119,6 +119,33 @@ pub fn changed(old: Option<&Value>, new: &Value, kind: Kind) -> Set {
     out
 }
 
+/// Where a list has two items with the same keys, which nobody could tell apart.
+pub fn duplicate(value: &Value, kind: Kind, path: &str) -> Option<String> {
+    match (kind, value) {
+        (Kind::Struct(_) | Kind::Map(_), Value::Object(object)) => {
+            object.iter().find_map(|(name, value)| {
+                duplicate(value, kind.of_child(name), &format!("{path}.{name}"))
+            })
+        }
+        (Kind::Keyed(ty, keys), Value::Array(items)) => {
+            let mut seen = std::collections::BTreeSet::new();
+            items.iter().find_map(|item| {
+                let id = element(item, ty, keys);
+                let readable = super::set::readable(&id);
+                if !seen.insert(id) {
+                    return Some(format!("{path}: duplicate entries for key {readable}"));
+                }
+                duplicate(item, Kind::Struct(ty), &format!("{path}{readable}"))
+            })
+        }
+        (Kind::Set, Value::Array(items)) => items.iter().enumerate().find_map(|(at, item)| {
+            let twice = items[..at].contains(item);
+            twice.then(|| format!("{path}: duplicate entries for key [={item}]"))
+        }),
+        _ => None,
+    }
+}
+
 fn find<'a>(
     list: Option<&'a Value>,
     id: &str,
