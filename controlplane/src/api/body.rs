@@ -53,7 +53,7 @@ pub fn decode(
             "application/yaml",
             "application/vnd.kubernetes.protobuf",
         ];
-        Status::unsupported_media_type(given, &supported)
+        Status::unsupported_media_type(&supported)
     })?;
     let decoded = codec::decode(body, media, api_version, kind, validation)
         .map_err(|error| Status::bad_request(error.message))?;

@@ -33,9 +33,8 @@ impl DeleteOptions {
             body => {
                 // Clients send the options in their own group's version or in v1's; the fields are the same.
                 let media = crate::codec::MediaType::from_content_type(body::content_type(parts));
-                let media = media.ok_or_else(|| {
-                    Status::unsupported_media_type(body::content_type(parts), &["application/json"])
-                })?;
+                let media =
+                    media.ok_or_else(|| Status::unsupported_media_type(&["application/json"]))?;
                 let decoded = crate::codec::decode(body, media, "v1", "DeleteOptions", validation);
                 decoded
                     .map_err(|error| Status::bad_request(error.message))?

@@ -52,7 +52,7 @@ impl Api {
             ["apis", group, version] => {
                 self.found(discovery::resource_list(&self.served, group, version))
             }
-            ["openapi", "v3"] => Ok(kept(&self.documents.openapi_index, || {
+            ["openapi", "v3"] => Ok(kept(&self.documents.openapi_index, parts, || {
                 openapi::v3_index(&self.served)
             })),
             ["openapi", "v3", "api", "v1"] => self.openapi("", "v1", parts),
@@ -64,7 +64,7 @@ impl Api {
                 let content_type = codec::openapi::CONTENT_TYPE;
                 Ok(reply::bytes(StatusCode::OK, content_type, body.clone()))
             }
-            ["openapi", "v2"] => Ok(kept(&self.documents.openapi_v2, || {
+            ["openapi", "v2"] => Ok(kept(&self.documents.openapi_v2, parts, || {
                 openapi::v2(&self.served)
             })),
             _ => return None,
@@ -128,7 +128,7 @@ impl Api {
                 all.entry(key).or_insert(body).clone()
             }
         };
-        let mut answer = reply::bytes(StatusCode::OK, "application/json", body);
+        let mut answer = tagged("application/json", body, parts);
         if parts
             .uri
             .query()
@@ -157,31 +157,11 @@ impl Api {
         if aggregated {
             let (body, tag) = self.documents.aggregated[usize::from(core)].get_or_init(|| {
                 let body = Bytes::from(discovery::aggregated(&self.served, core).to_string());
-                let tag = format!("\"{}\"", hex::encode_upper(Sha256::digest(&body)));
+                let tag = etag(&body);
                 (body, tag)
             });
             let content = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList";
-            let unchanged = parts
-                .headers
-                .get(header::IF_NONE_MATCH)
-                .is_some_and(|known| known.as_bytes() == tag.as_bytes());
-            let code = if unchanged {
-                StatusCode::NOT_MODIFIED
-            } else {
-                StatusCode::OK
-            };
-            let mut answer = reply::bytes(
-                code,
-                content,
-                if unchanged {
-                    Bytes::new()
-                } else {
-                    body.clone()
-                },
-            );
-            if let Ok(tag) = tag.parse() {
-                answer.headers_mut().insert(header::ETAG, tag);
-            }
+            let mut answer = tagged_as(content, body.clone(), tag, parts);
             answer
                 .headers_mut()
                 .insert(header::VARY, header::HeaderValue::from_static("Accept"));
@@ -212,9 +192,33 @@ fn asks_for_protobuf(parts: &Parts) -> bool {
     accept.starts_with(codec::openapi::MEDIA_TYPE)
 }
 
-fn kept(place: &OnceLock<Bytes>, make: impl FnOnce() -> Value) -> Answer {
+fn kept(place: &OnceLock<Bytes>, parts: &Parts, make: impl FnOnce() -> Value) -> Answer {
     let body = place
         .get_or_init(|| Bytes::from(make().to_string()))
         .clone();
-    reply::bytes(StatusCode::OK, "application/json", body)
+    tagged("application/json", body, parts)
+}
+
+fn etag(body: &[u8]) -> String {
+    format!("\"{}\"", hex::encode_upper(Sha256::digest(body)))
+}
+
+/// A document with its tag; without its body for a client that has it already.
+fn tagged(content_type: &str, body: Bytes, parts: &Parts) -> Answer {
+    let tag = etag(&body);
+    tagged_as(content_type, body, &tag, parts)
+}
+
+fn tagged_as(content_type: &str, body: Bytes, tag: &str, parts: &Parts) -> Answer {
+    let known = parts.headers.get(header::IF_NONE_MATCH);
+    let unchanged = known.is_some_and(|known| known.as_bytes() == tag.as_bytes());
+    let (code, body) = match unchanged {
+        true => (StatusCode::NOT_MODIFIED, Bytes::new()),
+        false => (StatusCode::OK, body),
+    };
+    let mut answer = reply::bytes(code, content_type, body);
+    if let Ok(tag) = tag.parse() {
+        answer.headers_mut().insert(header::ETAG, tag);
+    }
+    answer
 }

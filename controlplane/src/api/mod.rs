@@ -9,8 +9,10 @@ mod authenticate;
 mod body;
 pub mod bootstrap;
 mod change;
+mod components;
 mod config;
 mod connect;
+mod conversion;
 mod delete;
 mod documents;
 mod fields;
@@ -18,6 +20,7 @@ mod forward;
 mod kubelet;
 mod listener;
 mod metrics;
+mod negotiation;
 mod object;
 mod patching;
 mod proxy;
@@ -48,7 +51,7 @@ use crate::store::{Store, StoreError};
 
 pub use config::{Config, TOKEN_ISSUER};
 use reply::Answer;
-use request::{Form, ListOptions, Query, Target};
+use request::{Encoding, Form, ListOptions, Query, Target};
 use status::Status;
 
 /// The API server's state: what it needs besides the store is small and can be rebuilt from the store.
@@ -84,27 +87,16 @@ pub enum StartError {
     Bootstrap(String),
 }
 
-/// What is served: the stable version of every resource that has meaning without webhooks, extension and conversion,
-/// which this server does not have. Accepting objects of those and doing nothing would mislead.
+/// What is served: the versions that v1.36 serves unless told otherwise, which are the stable ones.
 fn served() -> Vec<&'static Resource> {
-    let left_out = [
-        "admissionregistration.k8s.io",
-        "apiextensions.k8s.io",
-        "apiregistration.k8s.io",
-        "flowcontrol.apiserver.k8s.io",
-        "internal.apiserver.k8s.io",
-        "storagemigration.k8s.io",
-    ];
-    // Quotas and limits are promises that admission keeps, and this one does not.
-    let not_core = ["componentstatuses", "limitranges", "resourcequotas"];
+    let stable = |version: &str| {
+        version
+            .strip_prefix('v')
+            .is_some_and(|v| v.parse::<u8>().is_ok())
+    };
     registry::resources()
         .iter()
-        .filter(|resource| !left_out.contains(&resource.group))
-        .filter(|resource| match resource.group {
-            "autoscaling" => resource.version == "v2",
-            _ => resource.version == "v1",
-        })
-        .filter(|resource| !(resource.group.is_empty() && not_core.contains(&resource.plural)))
+        .filter(|resource| stable(resource.version))
         .collect()
 }
 
@@ -160,6 +152,8 @@ impl Api {
         let started = Instant::now();
         let (parts, body) = request.into_parts();
         let seen = metrics::Seen::of(&parts);
+        let query = Query::parse(parts.uri.query().unwrap_or(""));
+        let encoding = Encoding::negotiate(&parts.headers, &query).unwrap_or(Encoding::Json);
         let routed = AssertUnwindSafe(self.route(peer, parts, body))
             .catch_unwind()
             .await;
@@ -175,6 +169,7 @@ impl Api {
                 Status::internal("the request made the server panic; its log says where").into()
             }
         };
+        let answer = reply::encode(answer, encoding).await;
         self.metrics
             .observe(&seen, answer.status(), started.elapsed());
         answer
@@ -236,6 +231,9 @@ impl Api {
         if call.target.resource.kind == "Binding" {
             return self.bind(&call, &parts, body).await;
         }
+        if call.target.resource.plural == "componentstatuses" {
+            return self.component_statuses(&call, &parts).await;
+        }
         match (parts.method.clone(), call.target.name.is_some()) {
             (Method::GET | Method::HEAD, true) if !call.query.flag("watch") => {
                 self.get(&call, &parts).await
@@ -251,7 +249,8 @@ impl Api {
                 }
                 strategy::check_selectable(&call.target, &options.fields)?;
                 if options.watch {
-                    self.watch(&call, form, options).await
+                    let encoding = Encoding::negotiate_stream(&parts.headers, &call.query)?;
+                    self.watch(&call, (form, encoding), options).await
                 } else {
                     self.list(&call, form, options).await
                 }

@@ -10,6 +10,8 @@ use super::status::Status;
 use crate::registry::Resource;
 use crate::store::{Record, Revision};
 
+pub use super::conversion::{converts, from_stored, stored_resource, stored_selector, to_stored};
+
 /// How every stored value begins. The metadata is never empty: each object has a name.
 const HEAD: &[u8] = br#"{"metadata":{"#;
 
@@ -110,75 +112,6 @@ pub fn key(resource: &Resource, namespace: Option<&str>, name: &str) -> String {
     )
 }
 
-/// Whether objects of this resource are stored in the form of another version and must be converted to be served.
-pub fn converts(resource: &Resource) -> bool {
-    resource.group == "events.k8s.io"
-}
-
-/// Event fields: their names in v1 and in events.k8s.io/v1.
-const EVENT_FIELDS: [(&str, &str); 7] = [
-    ("involvedObject", "regarding"),
-    ("message", "note"),
-    ("source", "deprecatedSource"),
-    ("firstTimestamp", "deprecatedFirstTimestamp"),
-    ("lastTimestamp", "deprecatedLastTimestamp"),
-    ("count", "deprecatedCount"),
-    ("reportingComponent", "reportingController"),
-];
-
-/// An object as stored, from the form of its request.
-pub fn to_stored(object: Value, resource: &Resource) -> Value {
-    if !converts(resource) {
-        return object;
-    }
-    rename(
-        object,
-        "v1",
-        EVENT_FIELDS.map(|(core, newer)| (newer, core)),
-    )
-}
-
-/// An object in the form of its request, from the stored one.
-pub fn from_stored(object: Value, resource: &Resource) -> Value {
-    if !converts(resource) {
-        return object;
-    }
-    rename(object, "events.k8s.io/v1", EVENT_FIELDS)
-}
-
-/// A field selector of a request, with the names that the stored form has for its fields.
-pub fn stored_selector<'a>(selector: &'a str, resource: &Resource) -> std::borrow::Cow<'a, str> {
-    if !converts(resource) {
-        return selector.into();
-    }
-    let renamed = selector.split(',').map(|part| {
-        let known = EVENT_FIELDS.iter().find(|(_, newer)| {
-            part.strip_prefix(newer)
-                .is_some_and(|rest| rest.starts_with(['.', '=', '!']))
-        });
-        match known {
-            Some((core, newer)) => format!("{core}{}", &part[newer.len()..]),
-            None => part.to_owned(),
-        }
-    });
-    renamed.collect::<Vec<_>>().join(",").into()
-}
-
-fn rename(object: Value, api_version: &str, names: [(&str, &str); 7]) -> Value {
-    let Value::Object(fields) = object else {
-        return object;
-    };
-    let renamed =
-        fields.into_iter().map(
-            |(key, value)| match names.iter().find(|(from, _)| *from == key) {
-                Some((_, to)) => ((*to).to_owned(), value),
-                None if key == "apiVersion" => (key, api_version.into()),
-                None => (key, value),
-            },
-        );
-    Value::Object(renamed.collect())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -215,22 +148,5 @@ mod tests {
             item,
             br#"{"metadata":{"resourceVersion":"7","name":"b"},"spec":{"x":1}}"#
         );
-    }
-
-    #[test]
-    fn events_of_the_newer_group_are_stored_as_core_events() {
-        let newer =
-            crate::registry::resource("events.k8s.io", "v1", "events").expect("a table row");
-        let event = json!({"kind": "Event", "apiVersion": "events.k8s.io/v1", "metadata": {"name": "e"},
-            "regarding": {"kind": "Pod"}, "note": "hello", "reportingController": "c", "reason": "r"});
-        let stored = to_stored(event.clone(), newer);
-        assert_eq!(stored["involvedObject"]["kind"], "Pod");
-        assert_eq!(stored["message"], "hello");
-        assert_eq!(from_stored(stored, newer), event);
-        assert_eq!(
-            stored_selector("regarding.name=a,type!=Normal,reportingController=x", newer),
-            "involvedObject.name=a,type!=Normal,reportingComponent=x"
-        );
-        assert_eq!(key(newer, Some("ns"), "e"), "/core/events/ns/e");
     }
 }

@@ -53,6 +53,7 @@ impl Patch {
                 if decoded.value.has("/metadata/managedFields") {
                     return Err(Status::bad_request("metadata.managedFields must be nil"));
                 }
+                keep_part(&mut decoded.value, target);
                 Ok(Self::Apply(decoded))
             }
             _ => {
@@ -62,7 +63,7 @@ impl Patch {
                     "application/strategic-merge-patch+json",
                     "application/apply-patch+yaml",
                 ];
-                Err(Status::unsupported_media_type(given, &supported))
+                Err(Status::unsupported_media_type(&supported))
             }
         }
     }
@@ -104,6 +105,19 @@ impl Patch {
         };
         patched.map_err(patch_failed)?;
         Ok(object)
+    }
+}
+
+/// Takes out of an applied configuration what its path cannot write: nobody comes to own that.
+fn keep_part(applied: &mut Value, target: &Target) {
+    let Some(fields) = applied.as_object_mut() else {
+        return;
+    };
+    if target.subresource.as_deref() == Some("status") {
+        let kept = ["apiVersion", "kind", "metadata", "status"];
+        fields.retain(|field, _| kept.contains(&field.as_str()));
+    } else if target.resource.subresource("status").is_some() {
+        fields.shift_remove("status");
     }
 }
 

@@ -199,7 +199,8 @@ impl Api {
 impl Target {
     /// A record of this target's resource, as clients see it (in the stored form: see [`object::from_stored`]).
     pub(super) fn decode(&self, record: &Record) -> Result<Value, Status> {
-        object::decode(record, self.resource.kind, &self.resource.api_version())
+        let stored = object::stored_resource(self.resource);
+        object::decode(record, stored.kind, &stored.api_version())
     }
 }
 
@@ -307,5 +308,13 @@ mod tests {
             None
         );
         assert_eq!(read_continue("!!", "/").expect_err("refused").code, 400);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_token_makes_the_server_panic(text in ".{0,60}", json in "[{}\"a-z:,0-9-]{0,60}") {
+            let _ = read_continue(&text, "/core/pods/");
+            let _ = read_continue(&URL_SAFE_NO_PAD.encode(json), "/core/pods/");
+        }
     }
 }

@@ -8,9 +8,10 @@ use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
 use hyper::body::Frame;
 use serde_json::Value;
 
-use super::request::{Form, Target};
+use super::request::{Encoding, Form, Target};
 use super::status::Status;
 use super::{object, table};
+use crate::codec::transcode;
 
 /// The body of an answer.
 pub type Body = UnsyncBoxBody<Bytes, BodyError>;
@@ -30,8 +31,42 @@ pub fn streamed(chunks: impl futures::Stream<Item = Bytes> + Send + 'static) -> 
     StreamBody::new(chunks.map(|chunk| Ok::<_, BodyError>(Frame::data(chunk)))).boxed_unsync()
 }
 
+/// Marks an answer whose body is JSON of our own: it can be encoded in another way. What is passed on from elsewhere
+/// stays as it is.
+#[derive(Clone, Copy)]
+struct Own;
+
+/// The answer in the encoding asked for. What has no protobuf form (tables of our own, OpenAPI) stays JSON.
+pub async fn encode(mut answer: Answer, encoding: Encoding) -> Answer {
+    if encoding == Encoding::Json || answer.extensions_mut().remove::<Own>().is_none() {
+        return answer;
+    }
+    let (mut head, body) = answer.into_parts();
+    let json = match body.collect().await {
+        Ok(collected) => collected.to_bytes(),
+        Err(error) => return Status::internal(error).into(),
+    };
+    let encoded = match encoding {
+        Encoding::Json => None,
+        Encoding::Protobuf => transcode::transcode(&json),
+        Encoding::Yaml => serde_json::from_slice::<Value>(&json)
+            .ok()
+            .and_then(|value| serde_saphyr::to_string(&value).ok())
+            .map(String::into_bytes),
+    };
+    let Some(encoded) = encoded else {
+        return Answer::from_parts(head, full(json));
+    };
+    let content_type = header::HeaderValue::from_static(encoding.media_type());
+    head.headers.insert(header::CONTENT_TYPE, content_type);
+    Answer::from_parts(head, full(encoded))
+}
+
 pub fn bytes(code: StatusCode, content_type: &str, body: impl Into<Bytes>) -> Answer {
     let mut answer = Response::new(full(body));
+    if content_type == Encoding::Json.media_type() {
+        answer.extensions_mut().insert(Own);
+    }
     *answer.status_mut() = code;
     let content_type = content_type
         .parse()

@@ -5,10 +5,11 @@ use std::borrow::Cow;
 use http::{HeaderMap, Method, header};
 
 use super::status::{Status, Subject};
-use super::table::Include;
 use crate::codec::FieldValidation;
 use crate::registry::{self, Resource};
 use crate::selector::{FieldSelector, LabelSelector};
+
+pub use super::negotiation::{Encoding, Form};
 
 /// The resource, object or part of an object that a path names.
 #[derive(Debug, Clone)]
@@ -303,70 +304,6 @@ impl WriteOptions {
     }
 }
 
-/// The form in which an answer is wanted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Form {
-    Object,
-    /// Rows for printing; the version of meta.k8s.io.
-    Table(&'static str, Include),
-    /// Metadata only; the version of meta.k8s.io.
-    Partial(&'static str),
-}
-
-impl Form {
-    /// The first acceptable form that the Accept header names.
-    pub fn negotiate(headers: &HeaderMap, query: &Query) -> Result<Self, Status> {
-        let accept = headers
-            .get(header::ACCEPT)
-            .and_then(|accept| accept.to_str().ok())
-            .unwrap_or("");
-        if accept.trim().is_empty() {
-            return Ok(Self::Object);
-        }
-        for offer in accept.split(',') {
-            let mut parameters = offer.split(';').map(str::trim);
-            if !matches!(
-                parameters.next().unwrap_or(""),
-                "application/json" | "application/*" | "*/*"
-            ) {
-                continue;
-            }
-            let mut wanted = ("", "", "");
-            for (key, value) in parameters.filter_map(|parameter| parameter.split_once('=')) {
-                match key {
-                    "as" => wanted.0 = value,
-                    "g" => wanted.1 = value,
-                    "v" => wanted.2 = value,
-                    _ => {}
-                }
-            }
-            let version = match wanted.2 {
-                "v1" => "v1",
-                "v1beta1" => "v1beta1",
-                _ => "",
-            };
-            match (wanted.0, wanted.1, version) {
-                ("", _, _) => return Ok(Self::Object),
-                ("Table", "meta.k8s.io", version) if !version.is_empty() => {
-                    let include = match query.get("includeObject") {
-                        "None" => Include::None,
-                        "Object" => Include::Object,
-                        _ => Include::Metadata,
-                    };
-                    return Ok(Self::Table(version, include));
-                }
-                ("PartialObjectMetadata" | "PartialObjectMetadataList", "meta.k8s.io", version)
-                    if !version.is_empty() =>
-                {
-                    return Ok(Self::Partial(version));
-                }
-                _ => {}
-            }
-        }
-        Err(Status::not_acceptable())
-    }
-}
-
 /// The verb of a request, as access rules name it.
 pub fn verb(method: &Method, target: &Target, query: &Query) -> &'static str {
     match (method.as_str(), target.name.is_some()) {
@@ -434,27 +371,6 @@ mod tests {
             Query::parse("labelSelector=a%3Db+c&watch=1").get("labelSelector"),
             "a=b c"
         );
-    }
-
-    #[test]
-    fn the_first_known_form_of_an_accept_header_wins() {
-        let negotiate = |accept: &str| {
-            let mut headers = HeaderMap::new();
-            headers.insert(header::ACCEPT, accept.parse().expect("header"));
-            Form::negotiate(&headers, &Query::default())
-        };
-        let kubectl = "application/json;as=Table;v=v1;g=meta.k8s.io,application/json;as=Table;v=v1beta1;g=meta.k8s.io,application/json";
-        assert_eq!(
-            negotiate(kubectl).expect("table"),
-            Form::Table("v1", Include::Metadata)
-        );
-        let metadata = "application/vnd.kubernetes.protobuf;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1,application/json";
-        assert_eq!(negotiate(metadata).expect("metadata"), Form::Partial("v1"));
-        assert_eq!(
-            negotiate("application/vnd.kubernetes.protobuf,application/json").expect("json"),
-            Form::Object
-        );
-        assert_eq!(negotiate("text/html").expect_err("refused").code, 406);
     }
 
     #[test]

@@ -55,6 +55,7 @@ impl Api {
             options.validation,
         )?
         .value;
+        check(&review, &call)?;
         let own_groups = || call.identity.groups.iter().map(String::as_str);
         let status = match resource.kind {
             "SelfSubjectReview" => json!({"userInfo": call.identity.user_info()}),
@@ -65,19 +66,6 @@ impl Api {
                     .iter()
                     .filter_map(Value::as_str);
                 let user = review.text("/spec/user");
-                if user.is_empty() && review.items("/spec/groups").is_empty() {
-                    let error = FieldError::invalid(
-                        "spec.user",
-                        "",
-                        "at least one of user or group must be specified",
-                    );
-                    return Err(Status::invalid(
-                        resource.group,
-                        resource.kind,
-                        "",
-                        vec![error],
-                    ));
-                }
                 verdict(allowed(user, groups))
             }
             "SelfSubjectRulesReview" => json!({
@@ -115,6 +103,70 @@ impl Api {
         review.set("/status", status);
         Ok(reply::json(StatusCode::CREATED, &review))
     }
+}
+
+/// What a question must have to be one: 422 or 400 with what is missing.
+fn check(review: &Value, call: &Call) -> Result<(), Status> {
+    let resource = call.target.resource;
+    let mut errors = Vec::new();
+    let asks_access = matches!(
+        resource.kind,
+        "SubjectAccessReview" | "LocalSubjectAccessReview" | "SelfSubjectAccessReview"
+    );
+    if asks_access {
+        let named = review.has("/spec/resourceAttributes");
+        if named == review.has("/spec/nonResourceAttributes") {
+            let given = review.pointer("/spec").cloned().unwrap_or_default();
+            let why = match named {
+                true => "cannot be specified in combination with resourceAttributes",
+                false => {
+                    "exactly one of nonResourceAttributes or resourceAttributes must be specified"
+                }
+            };
+            let field = if named {
+                "spec.nonResourceAttributes"
+            } else {
+                "spec.resourceAttributes"
+            };
+            errors.push(FieldError::invalid(field, given, why));
+        }
+        let nobody =
+            review.text("/spec/user").is_empty() && review.items("/spec/groups").is_empty();
+        if nobody && resource.kind != "SelfSubjectAccessReview" {
+            let why = "at least one of user or group must be specified";
+            errors.push(FieldError::invalid("spec.user", "", why));
+        }
+    }
+    if resource.kind == "LocalSubjectAccessReview" {
+        let namespace = call.target.namespace.as_deref().unwrap_or("");
+        let asked = review.text("/spec/resourceAttributes/namespace");
+        if asked != namespace {
+            let field = "spec.resourceAttributes.namespace";
+            errors.push(FieldError::invalid(
+                field,
+                asked,
+                "must match metadata.namespace",
+            ));
+        }
+        if review.has("/spec/nonResourceAttributes") {
+            let why = "disallowed on this kind of request";
+            let given = review["spec"]["nonResourceAttributes"].clone();
+            errors.push(FieldError::invalid(
+                "spec.nonResourceAttributes",
+                given,
+                why,
+            ));
+        }
+    }
+    if resource.kind == "TokenReview" && review.text("/spec/token").is_empty() {
+        return Err(Status::bad_request(
+            "token is required for TokenReview in authentication",
+        ));
+    }
+    if errors.is_empty() {
+        return Ok(());
+    }
+    Err(Status::invalid(resource.group, resource.kind, "", errors))
 }
 
 fn verdict((allowed, reason): (bool, &str)) -> Value {

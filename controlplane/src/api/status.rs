@@ -255,9 +255,9 @@ impl Status {
         )
     }
 
-    pub fn unsupported_media_type(given: &str, supported: &[&str]) -> Self {
+    pub fn unsupported_media_type(supported: &[&str]) -> Self {
         let message = format!(
-            "the body of the request was in an unknown format - accepted media types include: {} (given: {given:?})",
+            "the body of the request was in an unknown format - accepted media types include: {}",
             supported.join(", ")
         );
         Self::new(
@@ -267,11 +267,12 @@ impl Status {
         )
     }
 
-    pub fn not_acceptable() -> Self {
+    pub fn not_acceptable(supported: &[&str]) -> Self {
+        let supported = supported.join(", ");
         Self::new(
             StatusCode::NOT_ACCEPTABLE,
             "NotAcceptable",
-            "only the following media types are accepted: application/json, application/yaml",
+            format!("only the following media types are accepted: {supported}"),
         )
     }
 

@@ -5,16 +5,17 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::StatusCode;
+use http::{StatusCode, header};
 use rand::RngExt;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::reply::Answer;
-use super::request::{Form, ListOptions, Target};
+use super::request::{Encoding, Form, ListOptions, Target};
 use super::status::Status;
 use super::{Api, Call, object, reply, table};
+use crate::codec::transcode;
 use crate::store::{Change, Record, Revision, WatchEvent, WatchStream};
 
 /// A watch without timeoutSeconds ends after this to twice this, as upstream's min-request-timeout.
@@ -51,8 +52,9 @@ pub(super) struct Encoded {
     event: WatchEvent,
     current: OnceLock<Option<Value>>,
     previous: OnceLock<Option<Value>>,
-    /// The whole event as a line, by kind.
+    /// The whole event, by kind: as a line of JSON, and as a frame of protobuf.
     lines: [OnceLock<Bytes>; 3],
+    frames: [OnceLock<Bytes>; 3],
 }
 
 /// The recent changes, encoded. A revision is one write, so its number finds it.
@@ -84,6 +86,7 @@ impl EncodedEvents {
             current: OnceLock::new(),
             previous: OnceLock::new(),
             lines: Default::default(),
+            frames: Default::default(),
         });
         // A watcher that lags must not push out what the others are about to read.
         if slot
@@ -124,7 +127,7 @@ impl Encoded {
         self.previous.get_or_init(decode).as_ref()
     }
 
-    fn line(&self, kind: Kind, target: &Target) -> Bytes {
+    fn whole(&self, kind: Kind, encoding: Encoding, target: &Target) -> Bytes {
         let encode = || {
             let left = kind == Kind::Deleted && self.event.change == Change::Put;
             let record = if left {
@@ -132,45 +135,76 @@ impl Encoded {
             } else {
                 None
             };
-            line(
-                kind,
-                record.unwrap_or(&self.event.record),
-                self.revision(),
-                target,
-            )
+            let record = record.unwrap_or(&self.event.record);
+            from_record(kind, record, self.revision(), target, encoding)
         };
-        self.lines[kind as usize].get_or_init(encode).clone()
+        let kept = match encoding {
+            Encoding::Protobuf => &self.frames,
+            Encoding::Json | Encoding::Yaml => &self.lines,
+        };
+        kept[kind as usize].get_or_init(encode).clone()
     }
 }
 
-/// An event as one line of JSON, from a record.
-fn line(kind: Kind, record: &Record, revision: Revision, target: &Target) -> Bytes {
-    let mut out = Vec::with_capacity(record.value.len() + 160);
-    out.extend_from_slice(br#"{"type":""#);
-    out.extend_from_slice(kind.name().as_bytes());
-    out.extend_from_slice(br#"","object":"#);
-    object::write(
-        &mut out,
-        record,
-        revision,
-        target.resource.kind,
-        &target.resource.api_version(),
-    );
-    out.extend_from_slice(b"}\n");
-    Bytes::from(out)
+/// An event, from a record.
+fn from_record(
+    kind: Kind,
+    record: &Record,
+    revision: Revision,
+    target: &Target,
+    encoding: Encoding,
+) -> Bytes {
+    event(kind.name(), encoding, record.value.len() + 160, |out| {
+        object::write(
+            out,
+            record,
+            revision,
+            target.resource.kind,
+            &target.resource.api_version(),
+        )
+    })
 }
 
-fn event_line(kind: &str, object: &Value) -> Bytes {
-    let mut line = json!({"type": kind, "object": object}).to_string();
-    line.push('\n');
-    Bytes::from(line)
+/// An event, from an object.
+fn from_object(kind: &str, object: &Value, encoding: Encoding) -> Bytes {
+    let json = object.to_string();
+    event(kind, encoding, json.len() + 32, |out| {
+        out.extend_from_slice(json.as_bytes())
+    })
+}
+
+/// One event of the body: a line of JSON, or a frame of protobuf.
+fn event(
+    kind: &str,
+    encoding: Encoding,
+    size: usize,
+    write_object: impl FnOnce(&mut Vec<u8>),
+) -> Bytes {
+    let mut out = Vec::with_capacity(size);
+    if encoding == Encoding::Protobuf {
+        write_object(&mut out);
+        // What the tables do not fit was not stored by way of them. Other watchers must not lose theirs by it.
+        return transcode::watch_frame(kind, &out)
+            .unwrap_or_else(|| {
+                tracing::error!(kind, "an event has no protobuf form");
+                let status = Status::internal("an object has no protobuf form").to_value();
+                transcode::watch_frame("ERROR", status.to_string().as_bytes()).unwrap_or_default()
+            })
+            .into();
+    }
+    out.extend_from_slice(br#"{"type":""#);
+    out.extend_from_slice(kind.as_bytes());
+    out.extend_from_slice(br#"","object":"#);
+    write_object(&mut out);
+    out.extend_from_slice(b"}\n");
+    Bytes::from(out)
 }
 
 impl Api {
     pub(super) async fn watch(
         &self,
         call: &Call,
-        form: Form,
+        (form, encoding): (Form, Encoding),
         options: ListOptions,
     ) -> Result<Answer, Status> {
         let prefix = call.target.prefix();
@@ -193,11 +227,17 @@ impl Api {
                 let mut chunk = Vec::new();
                 for record in records {
                     let line = match plain(form, &call.target) {
-                        true => line(Kind::Added, record, record.revision, &call.target),
+                        true => from_record(
+                            Kind::Added,
+                            record,
+                            record.revision,
+                            &call.target,
+                            encoding,
+                        ),
                         false => shaped(
                             Kind::Added,
                             call.target.decode(record)?,
-                            form,
+                            (form, encoding),
                             &call.target,
                             &mut headed,
                         ),
@@ -207,7 +247,8 @@ impl Api {
                 pending.push_back(Bytes::from(chunk));
             }
             if options.initial_events == Some(true) && options.bookmarks {
-                pending.push_back(bookmark(&call.target, form, listing.revision, true));
+                let end = bookmark(&call.target, (form, encoding), listing.revision, true);
+                pending.push_back(end);
             }
             listing.revision
         } else {
@@ -220,9 +261,8 @@ impl Api {
             Err(error @ crate::store::StoreError::Future { .. }) => return Err(error.into()),
             // Upstream tells of an expired revision inside the stream, and clients look for it there.
             Err(error) => {
-                return Ok(events_answer(futures::stream::iter([error_line(
-                    &error.into(),
-                )])));
+                let error = error_event(&error.into(), encoding);
+                return Ok(events_answer(encoding, futures::stream::iter([error])));
             }
         };
         let timeout_s = options
@@ -230,7 +270,7 @@ impl Api {
             .unwrap_or_else(|| rand::rng().random_range(TIMEOUT_S_MIN..2 * TIMEOUT_S_MIN));
         let watcher = Watcher {
             target: call.target.clone(),
-            form,
+            form: (form, encoding),
             headed,
             bookmarked: from,
             next_bookmark: Instant::now() + BOOKMARK_PERIOD,
@@ -242,31 +282,40 @@ impl Api {
             _counted: self.metrics.watching(call.target.resource),
         };
         let events = self.events.clone();
-        Ok(events_answer(futures::stream::unfold(
-            Some(watcher),
-            move |watcher| {
-                let events = events.clone();
-                async move {
-                    let mut watcher = watcher?;
-                    match watcher.next(&events).await {
-                        Some(Ok(chunk)) => Some((chunk, Some(watcher))),
-                        Some(Err(status)) => Some((error_line(&status), None)),
-                        None => None,
-                    }
+        let chunks = futures::stream::unfold(Some(watcher), move |watcher| {
+            let events = events.clone();
+            async move {
+                let mut watcher = watcher?;
+                match watcher.next(&events).await {
+                    Some(Ok(chunk)) => Some((chunk, Some(watcher))),
+                    Some(Err(status)) => Some((error_event(&status, encoding), None)),
+                    None => None,
                 }
-            },
-        )))
+            }
+        });
+        Ok(events_answer(encoding, chunks))
     }
 }
 
-fn events_answer(stream: impl futures::Stream<Item = Bytes> + Send + 'static) -> Answer {
-    let mut answer = reply::bytes(StatusCode::OK, "application/json", Bytes::new());
+fn events_answer(
+    encoding: Encoding,
+    stream: impl futures::Stream<Item = Bytes> + Send + 'static,
+) -> Answer {
+    let content_type = match encoding {
+        Encoding::Protobuf => "application/vnd.kubernetes.protobuf;stream=watch",
+        Encoding::Json | Encoding::Yaml => "application/json",
+    };
+    let mut answer = reply::text(StatusCode::OK, Bytes::new());
+    answer.headers_mut().insert(
+        header::CONTENT_TYPE,
+        header::HeaderValue::from_static(content_type),
+    );
     *answer.body_mut() = reply::streamed(stream);
     answer
 }
 
-fn error_line(status: &Status) -> Bytes {
-    event_line("ERROR", &status.to_value())
+fn error_event(status: &Status, encoding: Encoding) -> Bytes {
+    from_object("ERROR", &status.to_value(), encoding)
 }
 
 /// Whether objects go out as their stored bytes.
@@ -275,7 +324,13 @@ fn plain(form: Form, target: &Target) -> bool {
 }
 
 /// An event of a decoded object, in the form asked for.
-fn shaped(kind: Kind, object: Value, form: Form, target: &Target, headed: &mut bool) -> Bytes {
+fn shaped(
+    kind: Kind,
+    object: Value,
+    (form, encoding): (Form, Encoding),
+    target: &Target,
+    headed: &mut bool,
+) -> Bytes {
     let object = object::from_stored(object, target.resource);
     let shaped = match form {
         Form::Object => object,
@@ -288,11 +343,16 @@ fn shaped(kind: Kind, object: Value, form: Form, target: &Target, headed: &mut b
             table
         }
     };
-    event_line(kind.name(), &shaped)
+    from_object(kind.name(), &shaped, encoding)
 }
 
 /// An event that only says how far the watch has come.
-fn bookmark(target: &Target, form: Form, revision: Revision, ends_initial: bool) -> Bytes {
+fn bookmark(
+    target: &Target,
+    (form, encoding): (Form, Encoding),
+    revision: Revision,
+    ends_initial: bool,
+) -> Bytes {
     let mut metadata = json!({"resourceVersion": revision.to_string(), "creationTimestamp": null});
     if ends_initial {
         metadata["annotations"] = json!({ INITIAL_EVENTS_END: "true" });
@@ -313,13 +373,13 @@ fn bookmark(target: &Target, form: Form, revision: Revision, ends_initial: bool)
                 "metadata": {"resourceVersion": revision.to_string()}, "rows": [row]})
         }
     };
-    event_line("BOOKMARK", &object)
+    from_object("BOOKMARK", &object, encoding)
 }
 
 /// A running watch of one client.
 struct Watcher {
     target: Target,
-    form: Form,
+    form: (Form, Encoding),
     options: ListOptions,
     /// Whether a table's columns have been sent.
     headed: bool,
@@ -406,8 +466,9 @@ impl Watcher {
     }
 
     fn write(&mut self, kind: Kind, encoded: &Encoded) -> Bytes {
-        if plain(self.form, &self.target) {
-            return encoded.line(kind, &self.target);
+        let (form, encoding) = self.form;
+        if plain(form, &self.target) {
+            return encoded.whole(kind, encoding, &self.target);
         }
         let left = kind == Kind::Deleted && encoded.event.change == Change::Put;
         let object = if left {

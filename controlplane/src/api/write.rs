@@ -1,6 +1,8 @@
-//! The write pipeline: decode -> prepare -> default -> admit -> validate -> store -> encode.
+//! The write pipeline: decode -> prepare -> default -> admit -> allocate -> validate -> charge -> store -> encode.
 //!
-//! Creates go through [`Api::insert`], every change of an object that is there through [`Api::modify`].
+//! Requests decode and encode; between them, creates go through [`Api::insert`] and every change of an object that is
+//! there through [`Api::modify`]. Both settle an object in the same way ([`Api::settle`]) and differ in what they put
+//! before it and in how they store it.
 
 use std::time::Duration;
 
@@ -10,6 +12,7 @@ use hyper::body::Incoming;
 use rand::RngExt;
 use serde_json::Value;
 
+use super::allocation::Reservation;
 use super::body::{check_name, decode, read_body, settle_namespace};
 use super::change::{
     carry_over, check_preconditions, drop_empty, equal_but_managed_fields, finished, spec_differs,
@@ -54,6 +57,40 @@ impl Part {
     }
 }
 
+/// One write: of what, which part of it, and how.
+#[derive(Clone, Copy)]
+pub(super) struct Write<'a> {
+    pub target: &'a Target,
+    pub options: &'a WriteOptions,
+    pub part: Part,
+    tracking: Tracking,
+}
+
+/// Whether a write still has to be noted in managedFields; server-side apply has done it already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Tracking {
+    Update,
+    Done,
+}
+
+impl<'a> Write<'a> {
+    fn new(target: &'a Target, options: &'a WriteOptions, part: Part) -> Self {
+        Self {
+            target,
+            options,
+            part,
+            tracking: Tracking::Update,
+        }
+    }
+
+    fn tracked(self) -> Self {
+        Self {
+            tracking: Tracking::Done,
+            ..self
+        }
+    }
+}
+
 /// What a modification makes of an object.
 pub enum Outcome {
     /// The object as it is now, changed or not.
@@ -71,21 +108,6 @@ impl Outcome {
 }
 
 impl Api {
-    /// Writes an object; Events get a lifetime, which begins anew with each write.
-    async fn put(
-        &self,
-        target: &Target,
-        key: &str,
-        value: Bytes,
-        expect: Expect,
-    ) -> Result<Record, StoreError> {
-        if target.resource.kind == "Event" {
-            self.store.put_for(key, value, expect, EVENT_LIFETIME).await
-        } else {
-            self.store.put(key, value, expect).await
-        }
-    }
-
     pub(super) async fn create(
         &self,
         call: &Call,
@@ -111,90 +133,6 @@ impl Api {
         let mut answer = reply::object(StatusCode::CREATED, &call.target, form, created);
         reply::warn(&mut answer, &decoded.warnings);
         Ok(answer)
-    }
-
-    /// Creates an object (in stored form, decoded) and returns it as stored.
-    pub(super) async fn insert(
-        &self,
-        target: &Target,
-        mut object: Value,
-        options: &WriteOptions,
-    ) -> Result<Value, Status> {
-        let resource = target.resource;
-        if target.namespace.is_none() && resource.namespaced {
-            return Err(Status::bad_request(
-                "an empty namespace may not be set during creation",
-            ));
-        }
-        settle_namespace(&mut object, target)?;
-        if !object.text("/metadata/resourceVersion").is_empty() {
-            return Err(Status::bad_request(
-                "resourceVersion should not be set on objects to be created",
-            ));
-        }
-        for field in [
-            "uid",
-            "creationTimestamp",
-            "deletionTimestamp",
-            "deletionGracePeriodSeconds",
-            "generation",
-            "selfLink",
-        ] {
-            object.remove(&format!("/metadata/{field}"));
-        }
-        drop_empty(&mut object);
-        let prefix = object.text("/metadata/generateName").to_owned();
-        let generates = fields::name(&object).is_empty() && !prefix.is_empty();
-        let strategy = strategy::of(resource);
-        for attempt in 0.. {
-            let mut object = object.clone();
-            if generates {
-                object.set("/metadata/name", generated_name(&prefix));
-            }
-            if resource.subresource("status").is_some() && !strategy.keeps_status() {
-                object.remove("/status");
-            }
-            // Before the strategy: a Job's selector names its UID.
-            object.set("/metadata/uid", uuid::Uuid::new_v4().to_string());
-            strategy.prepare_create(&mut object);
-            strategy.default(&mut object);
-            admission::create(self, target, &mut object).await?;
-            let reservation = self.services.reserve(target, &mut object, None)?;
-            self.check(target, &object, None)?;
-            object.set("/metadata/creationTimestamp", fields::now());
-            if strategy.counts_generations() {
-                object.set("/metadata/generation", 1);
-            }
-            self.track(target, None, &mut object, options, Part::Main);
-            let name = fields::name(&object).to_owned();
-            let stored = if options.dry_run {
-                match self.store.get(&target.key_of(&name)).await? {
-                    Some(_) => Err(Status::already_exists(target.subject_named(&name))),
-                    None => Ok(object),
-                }
-            } else {
-                let key = target.key_of(&name);
-                match self
-                    .put(target, &key, object::encode(object), Expect::Absent)
-                    .await
-                {
-                    Ok(record) => {
-                        reservation.keep();
-                        target.decode(&record)
-                    }
-                    Err(StoreError::Exists { .. }) => {
-                        Err(Status::already_exists(target.subject_named(&name)))
-                    }
-                    Err(error) => Err(error.into()),
-                }
-            };
-            match stored {
-                Err(status)
-                    if status.reason == "AlreadyExists" && generates && attempt < NAME_RETRIES => {}
-                outcome => return outcome,
-            }
-        }
-        unreachable!("the loop returns")
     }
 
     pub(super) async fn update(
@@ -256,13 +194,15 @@ impl Api {
         let target = &call.target;
         let patch = Patch::parse(parts, &read_body(body).await?, target, &options)?;
         let mut warnings = patch.warnings().to_vec();
-        let creates = matches!(patch, Patch::Apply(_)) && part == Part::Main;
-        if creates && self.store.get(&target.key()?).await?.is_none() {
+        let applies = matches!(patch, Patch::Apply(_));
+        let write = match Write::new(target, &options, part) {
+            write if applies => write.tracked(),
+            write => write,
+        };
+        if applies && part == Part::Main && self.store.get(&target.key()?).await?.is_none() {
             let object = patch.onto(None, target, &options, part)?;
-            match self
-                .insert(target, object::to_stored(object, target.resource), &options)
-                .await
-            {
+            let object = object::to_stored(object, target.resource);
+            match self.insert_as(write, object).await {
                 // Somebody else was faster: then it is a change of theirs.
                 Err(status) if status.reason == "AlreadyExists" => {}
                 outcome => {
@@ -273,13 +213,8 @@ impl Api {
             }
         }
         let mut found = Vec::new();
-        let options_part = if matches!(patch, Patch::Apply(_)) {
-            Tracking::Done
-        } else {
-            Tracking::Update
-        };
         let outcome = self
-            .modify_tracked(target, &options, part, options_part, |old| {
+            .modify_as(write, |old| {
                 let old = object::from_stored(old.clone(), target.resource);
                 let patched = patch.onto(Some(&old), target, &options, part)?;
                 let checked = codec::validate(patched, options.validation)
@@ -297,6 +232,71 @@ impl Api {
         Ok(answer)
     }
 
+    /// Creates an object (in stored form, decoded) and returns it as stored.
+    pub(super) async fn insert(
+        &self,
+        target: &Target,
+        object: Value,
+        options: &WriteOptions,
+    ) -> Result<Value, Status> {
+        self.insert_as(Write::new(target, options, Part::Main), object)
+            .await
+    }
+
+    async fn insert_as(&self, write: Write<'_>, mut object: Value) -> Result<Value, Status> {
+        begin(write.target, &mut object)?;
+        let prefix = object.text("/metadata/generateName").to_owned();
+        if !fields::name(&object).is_empty() || prefix.is_empty() {
+            return self.insert_named(write, object).await;
+        }
+        let mut attempt = 0;
+        loop {
+            let mut named = object.clone();
+            named.set("/metadata/name", generated_name(&prefix));
+            match self.insert_named(write, named).await {
+                Err(status) if status.reason == "AlreadyExists" && attempt < NAME_RETRIES => {
+                    attempt += 1;
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    async fn insert_named(&self, write: Write<'_>, mut object: Value) -> Result<Value, Status> {
+        let target = write.target;
+        let strategy = strategy::of(target.resource);
+        if target.resource.subresource("status").is_some() && !strategy.keeps_status() {
+            object.remove("/status");
+        }
+        let reservation = self.settle(write, &mut object, None).await?;
+        object.set("/metadata/uid", uuid::Uuid::new_v4().to_string());
+        object.set("/metadata/creationTimestamp", fields::now());
+        strategy.assign(&mut object);
+        if strategy.counts_generations() {
+            object.set("/metadata/generation", 1);
+        }
+        self.track(write, None, &mut object);
+        let name = fields::name(&object).to_owned();
+        let key = target.key_of(&name);
+        let exists = || Status::already_exists(target.subject_named(&name));
+        if self.store.get(&key).await?.is_some() {
+            return Err(exists());
+        }
+        self.charge(write, &object, None).await?;
+        if write.options.dry_run {
+            return Ok(object);
+        }
+        let stored = self.put(target, &key, object::encode(object), Expect::Absent);
+        match stored.await {
+            Ok(record) => {
+                reservation.keep();
+                target.decode(&record)
+            }
+            Err(StoreError::Exists { .. }) => Err(exists()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// Changes the object of the target: `change` makes of the present object the wanted one, and is called again when
     /// somebody else was faster.
     pub(super) async fn modify(
@@ -306,56 +306,43 @@ impl Api {
         part: Part,
         change: impl FnMut(&Value) -> Result<Value, Status>,
     ) -> Result<Outcome, Status> {
-        self.modify_tracked(target, options, part, Tracking::Update, change)
+        self.modify_as(Write::new(target, options, part), change)
             .await
     }
 
-    async fn modify_tracked(
+    async fn modify_as(
         &self,
-        target: &Target,
-        options: &WriteOptions,
-        part: Part,
-        tracking: Tracking,
+        write: Write<'_>,
         mut change: impl FnMut(&Value) -> Result<Value, Status>,
     ) -> Result<Outcome, Status> {
+        let target = write.target;
         for _ in 0..CONFLICT_RETRIES {
             let record = self.record(target).await?;
             let old = target.decode(&record)?;
             let mut new = change(&old)?;
             check_preconditions(target, &new, &old)?;
-            carry_over(&mut new, &old, part, target);
+            carry_over(&mut new, &old, write.part, target);
             drop_empty(&mut new);
-            let strategy = strategy::of(target.resource);
-            if part == Part::Main {
-                strategy.prepare_update(&mut new, &old);
-            }
-            strategy.default(&mut new);
-            if part == Part::Main {
-                admission::update(self, target, &mut new, &old).await?;
-            }
-            let reservation = self.services.reserve(target, &mut new, Some(&old))?;
-            // A subresource has rules of its own on what may change.
-            let changed_by_rule = matches!(part, Part::Exact(_));
-            self.check(target, &new, Some(&old).filter(|_| !changed_by_rule))?;
+            let reservation = self.settle(write, &mut new, Some(&old)).await?;
             // Where a pod is put is no change of what is asked for: kubelets report the generation they have seen.
-            let bound = part == Part::Exact("binding");
-            if !bound && strategy.counts_generations() && spec_differs(&new, &old) {
+            let bound = write.part == Part::Exact("binding");
+            let counts = strategy::of(target.resource).counts_generations();
+            if !bound && counts && spec_differs(&new, &old) {
                 new.set("/metadata/generation", old.int("/metadata/generation") + 1);
             }
-            let unchanged = match tracking {
+            if finished(&new) {
+                return self.remove_finished(write, &record, new).await;
+            }
+            let unchanged = match write.tracking {
                 Tracking::Update => equal_but_managed_fields(&new, &old),
                 Tracking::Done => new == old,
             };
-            if finished(&new) {
-                return self.remove_finished(target, &record, new, options).await;
-            }
             if unchanged {
                 return Ok(Outcome::Kept(old));
             }
-            if tracking == Tracking::Update {
-                self.track(target, Some(&old), &mut new, options, part);
-            }
-            if options.dry_run {
+            self.track(write, Some(&old), &mut new);
+            self.charge(write, &new, Some(&old)).await?;
+            if write.options.dry_run {
                 return Ok(Outcome::Kept(new));
             }
             let expect = Expect::Revision(record.revision);
@@ -377,15 +364,83 @@ impl Api {
         Err(Status::modified(target.subject()))
     }
 
+    /// Prepares, defaults, admits, allocates and validates: what every object goes through before it is stored.
+    async fn settle(
+        &self,
+        write: Write<'_>,
+        new: &mut Value,
+        old: Option<&Value>,
+    ) -> Result<Reservation, Status> {
+        let strategy = strategy::of(write.target.resource);
+        let main = write.part == Part::Main;
+        if let Some(old) = old.filter(|_| main) {
+            strategy.prepare_update(new, old);
+        }
+        strategy.default(new);
+        if main {
+            admission::admit(self, write.target, new, old).await?;
+        }
+        if old.is_none() {
+            // Last, because a first state follows from what admission made of the object: a pod's quality of service.
+            strategy.prepare_create(new);
+        }
+        let reservation = self.services.reserve(write.target, new, old)?;
+        check(write, new, old)?;
+        Ok(reservation)
+    }
+
+    /// Notes in managedFields who wrote what. Events are written once and never applied: not worth the bytes.
+    fn track(&self, write: Write<'_>, old: Option<&Value>, new: &mut Value) {
+        if write.tracking == Tracking::Done || write.target.resource.plural == "events" {
+            return;
+        }
+        let now = fields::now();
+        let manager = patch::Manager {
+            name: &write.options.manager,
+            subresource: write.part.subresource(),
+            now: &now,
+        };
+        let stored = object::stored_resource(write.target.resource);
+        patch::track_update(old, new, stored.ty.get(), manager);
+    }
+
+    /// Counts the write against the quotas of its namespace, the last thing before it is stored.
+    async fn charge(
+        &self,
+        write: Write<'_>,
+        new: &Value,
+        old: Option<&Value>,
+    ) -> Result<(), Status> {
+        if write.part != Part::Main {
+            return Ok(());
+        }
+        admission::charge(self, write, new, old).await
+    }
+
+    /// Writes an object; Events get a lifetime, which begins anew with each write.
+    async fn put(
+        &self,
+        target: &Target,
+        key: &str,
+        value: Bytes,
+        expect: Expect,
+    ) -> Result<Record, StoreError> {
+        if target.resource.kind == "Event" {
+            self.store.put_for(key, value, expect, EVENT_LIFETIME).await
+        } else {
+            self.store.put(key, value, expect).await
+        }
+    }
+
     /// Takes away an object whose deletion nothing holds back any more.
     async fn remove_finished(
         &self,
-        target: &Target,
+        write: Write<'_>,
         record: &Record,
         new: Value,
-        options: &WriteOptions,
     ) -> Result<Outcome, Status> {
-        if !options.dry_run {
+        let target = write.target;
+        if !write.options.dry_run {
             match self
                 .store
                 .delete(&record.key, Expect::Revision(record.revision))
@@ -399,57 +454,54 @@ impl Api {
         }
         Ok(Outcome::Deleted(new))
     }
-
-    /// Everything that must hold of an object before it is stored: 422 with all that does not.
-    fn check(&self, target: &Target, object: &Value, old: Option<&Value>) -> Result<(), Status> {
-        let resource = target.resource;
-        let strategy = strategy::of(resource);
-        let mut errors: Vec<FieldError> = Vec::new();
-        strategy::validate_metadata(object, resource, &mut errors);
-        strategy.validate(object, &mut errors);
-        if let Some(old) = old {
-            strategy.validate_update(object, old, &mut errors);
-        }
-        if errors.is_empty() {
-            return Ok(());
-        }
-        Err(Status::invalid(
-            resource.group,
-            resource.kind,
-            fields::name(object),
-            errors,
-        ))
-    }
-
-    /// Notes in managedFields who wrote what. Events are written once and never applied: not worth the bytes.
-    fn track(
-        &self,
-        target: &Target,
-        old: Option<&Value>,
-        new: &mut Value,
-        options: &WriteOptions,
-        part: Part,
-    ) {
-        if target.resource.plural == "events" {
-            return;
-        }
-        let now = fields::now();
-        let manager = patch::Manager {
-            name: &options.manager,
-            subresource: part.subresource(),
-            now: &now,
-        };
-        if old.is_some() || !new.has("/metadata/managedFields") {
-            patch::track_update(old, new, target.resource.ty.get(), manager);
-        }
-    }
 }
 
-/// Whether a write still has to be noted in managedFields; server-side apply has done it already.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Tracking {
-    Update,
-    Done,
+/// Takes from a new object what only the server gives.
+fn begin(target: &Target, object: &mut Value) -> Result<(), Status> {
+    if target.namespace.is_none() && target.resource.namespaced {
+        return Err(Status::bad_request(
+            "an empty namespace may not be set during creation",
+        ));
+    }
+    settle_namespace(object, target)?;
+    if !object.text("/metadata/resourceVersion").is_empty() {
+        return Err(Status::bad_request(
+            "resourceVersion should not be set on objects to be created",
+        ));
+    }
+    for field in [
+        "uid",
+        "creationTimestamp",
+        "deletionTimestamp",
+        "deletionGracePeriodSeconds",
+        "generation",
+        "selfLink",
+    ] {
+        object.remove(&format!("/metadata/{field}"));
+    }
+    drop_empty(object);
+    Ok(())
+}
+
+/// Everything that must hold of an object before it is stored: 422 with all that does not.
+fn check(write: Write<'_>, object: &Value, old: Option<&Value>) -> Result<(), Status> {
+    let resource = write.target.resource;
+    let strategy = strategy::of(resource);
+    let mut errors: Vec<FieldError> = Vec::new();
+    strategy::validate_metadata(object, resource, &mut errors);
+    // What a status write leaves alone was checked when it was written, by the rules of that time.
+    if write.part != Part::Status {
+        strategy.validate(object, &mut errors);
+    }
+    // Subresources with rules of their own change what others may not: a pod's node, its resources.
+    if let Some(old) = old.filter(|_| write.part == Part::Main) {
+        strategy.validate_update(object, old, &mut errors);
+    }
+    if errors.is_empty() {
+        return Ok(());
+    }
+    let name = fields::name(object);
+    Err(Status::invalid(resource.group, resource.kind, name, errors))
 }
 
 fn generated_name(prefix: &str) -> String {

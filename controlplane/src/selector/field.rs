@@ -174,4 +174,13 @@ mod tests {
             assert!(FieldSelector::parse(selector).is_err(), "{selector}");
         }
     }
+
+    proptest::proptest! {
+        #[test]
+        fn no_text_makes_the_parser_panic(text in "[a-z.=!,\\\\ ü]{0,30}") {
+            if let Ok(selector) = FieldSelector::parse(&text) {
+                let _ = (selector.matches(&json!({"a": {"b": "c"}})), selector.paths().count());
+            }
+        }
+    }
 }

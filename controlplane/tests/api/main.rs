@@ -1,7 +1,10 @@
 //! The API server as clients see it: the real binary, driven by the real kubectl and by kube-rs.
 
+mod admission;
 mod discovery;
 mod durability;
+mod encodings;
+mod kinds;
 mod kubectl;
 mod kubelet;
 mod server;

@@ -205,6 +205,29 @@ impl Server {
         )
     }
 
+    /// The status code, content type and body of a request as curl makes it from arguments, without a client that helps.
+    pub fn curl(&self, arguments: &[&str], path: &str) -> (u16, String, Vec<u8>) {
+        let file = |name: &str| self.path(name).display().to_string();
+        let body = tempfile::NamedTempFile::new().expect("a file for the body");
+        let output = Command::new("curl")
+            .args(["--silent", "--show-error"])
+            .args(["--write-out", "%{http_code} %{content_type}", "--output"])
+            .arg(body.path())
+            .args(["--cacert", &file("ca.crt"), "--cert", &file("admin.crt")])
+            .args(["--key", &file("admin.key")])
+            .args(arguments)
+            .arg(format!("{}{path}", self.url()))
+            .output()
+            .expect("curl");
+        let said = text(&output.stdout);
+        let (code, content_type) = said.split_once(' ').expect("a code and a content type");
+        (
+            code.parse().expect("a code"),
+            content_type.to_owned(),
+            std::fs::read(body.path()).expect("the body"),
+        )
+    }
+
     /// A kube-rs client of the administrator.
     pub async fn client(&self) -> kube::Client {
         let kubeconfig = kube::config::Kubeconfig::read_from(self.path("admin.kubeconfig"))

@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use super::place::Place;
 use super::{Errors, NameRule, Strategy};
 use crate::api::fields::Fields;
 use crate::api::status::FieldError;
@@ -18,30 +19,39 @@ impl Strategy for Role {
     }
 
     fn validate(&self, role: &Value, errors: &mut Errors) {
-        for (at, rule) in role.items("/rules").iter().enumerate() {
-            if rule.items("/verbs").is_empty() {
-                errors.push(FieldError::required(
-                    format!("rules[{at}].verbs"),
-                    "verbs must contain at least one value",
-                ));
+        let namespaced = role.has("/metadata/namespace");
+        for rule in Place::root(role).field("rules").items() {
+            if rule.field("verbs").is_empty() {
+                rule.field("verbs")
+                    .missing("verbs must contain at least one value", errors);
             }
-            if rule.items("/nonResourceURLs").is_empty() {
-                for (field, why) in [
-                    (
-                        "apiGroups",
-                        "resource rules must supply at least one api group",
-                    ),
-                    (
-                        "resources",
-                        "resource rules must supply at least one resource",
-                    ),
-                ] {
-                    if rule.items(&format!("/{field}")).is_empty() {
-                        errors.push(FieldError::required(format!("rules[{at}].{field}"), why));
-                    }
+            let urls = rule.field("nonResourceURLs");
+            let (groups, resources) = (rule.field("apiGroups"), rule.field("resources"));
+            if !urls.is_empty() {
+                if namespaced {
+                    let why = "namespaced rules cannot apply to non-resource URLs";
+                    urls.invalid(why, errors);
                 }
+                if !groups.is_empty()
+                    || !resources.is_empty()
+                    || !rule.field("resourceNames").is_empty()
+                {
+                    let why = "rules cannot apply to both regular resources and non-resource URLs";
+                    urls.invalid(why, errors);
+                }
+                continue;
+            }
+            if groups.is_empty() {
+                groups.missing("resource rules must supply at least one api group", errors);
+            }
+            if resources.is_empty() {
+                resources.missing("resource rules must supply at least one resource", errors);
             }
         }
+        super::metadata::validate_selectors(
+            &Place::root(role).field("aggregationRule.clusterRoleSelectors"),
+            errors,
+        );
     }
 
     fn name_rule(&self) -> NameRule {
@@ -63,50 +73,96 @@ impl Strategy for Binding {
     }
 
     fn validate(&self, binding: &Value, errors: &mut Errors) {
-        super::one_of(binding, "/roleRef/apiGroup", "", &[GROUP], errors);
+        let root = Place::root(binding);
+        let role = root.field("roleRef");
+        role.field("apiGroup").one_of(&[GROUP], errors);
         let kinds: &[&str] = if binding.has("/metadata/namespace") {
-            &["Role", "ClusterRole"]
+            &["ClusterRole", "Role"]
         } else {
             &["ClusterRole"]
         };
-        if !kinds.contains(&binding.text("/roleRef/kind")) {
-            errors.push(FieldError::unsupported(
-                "roleRef.kind",
-                binding.text("/roleRef/kind"),
-                kinds,
-            ));
+        let kind = role.field("kind");
+        if !kinds.contains(&kind.text()) {
+            errors.push(FieldError::unsupported(kind.path(), kind.text(), kinds));
         }
-        super::required(binding, "/roleRef/name", errors);
-        for (at, subject) in binding.items("/subjects").iter().enumerate() {
-            let at = format!("subjects[{at}]");
-            super::one_of(
-                subject,
-                "/kind",
-                &at,
-                &["User", "Group", "ServiceAccount"],
-                errors,
-            );
-            if subject.text("/name").is_empty() {
-                errors.push(FieldError::required(format!("{at}.name"), ""));
+        role.field("name").require(errors);
+        for subject in root.field("subjects").items() {
+            let kind = subject.field("kind");
+            let kinds = ["Group", "ServiceAccount", "User"];
+            if !kinds.contains(&kind.text()) {
+                errors.push(FieldError::unsupported(kind.path(), kind.text(), &kinds));
             }
-            if subject.text("/kind") == "ServiceAccount" && subject.text("/namespace").is_empty() {
-                errors.push(FieldError::required(format!("{at}.namespace"), ""));
+            subject.field("name").require(errors);
+            let group = subject.field("apiGroup");
+            if kind.text() == "ServiceAccount" {
+                subject.field("namespace").require(errors);
+                subject
+                    .field("name")
+                    .keep_to(super::metadata::dns_subdomain, errors);
+                if !group.text().is_empty() {
+                    group.one_of(&[""], errors);
+                }
+            } else {
+                group.one_of(&[GROUP], errors);
             }
         }
     }
 
     fn validate_update(&self, binding: &Value, old: &Value, errors: &mut Errors) {
-        if binding.pointer("/roleRef") != old.pointer("/roleRef") {
-            let given = binding.pointer("/roleRef").cloned().unwrap_or_default();
-            errors.push(FieldError::invalid(
-                "roleRef",
-                given,
-                "cannot change roleRef",
-            ));
+        let role = |binding| Place::root(binding).field("roleRef");
+        if role(binding).value() != role(old).value() {
+            role(binding).invalid("cannot change roleRef", errors);
         }
     }
 
     fn name_rule(&self) -> NameRule {
         NameRule::PathSegment
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told(strategy: &dyn Strategy, object: Value) -> Vec<String> {
+        let mut object = object;
+        strategy.default(&mut object);
+        let mut errors = Vec::new();
+        strategy.validate(&object, &mut errors);
+        errors
+            .iter()
+            .map(|error| format!("{}: {}", error.field, error.message))
+            .collect()
+    }
+
+    #[test]
+    fn rules_are_about_resources_or_paths() {
+        assert_eq!(
+            told(
+                &Role,
+                json!({"metadata": {"namespace": "a"}, "rules": [
+                {"verbs": ["get"], "nonResourceURLs": ["/x"], "resources": ["pods"]}, {"apiGroups": [""]}]})
+            ),
+            [
+                r#"rules[0].nonResourceURLs: Invalid value: ["/x"]: namespaced rules cannot apply to non-resource URLs"#,
+                r#"rules[0].nonResourceURLs: Invalid value: ["/x"]: rules cannot apply to both regular resources and non-resource URLs"#,
+                "rules[1].verbs: Required value: verbs must contain at least one value",
+                "rules[1].resources: Required value: resource rules must supply at least one resource",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_binding_names_a_role_and_subjects() {
+        let binding = json!({"metadata": {}, "roleRef": {"kind": "Role", "name": "r"},
+            "subjects": [{"kind": "User", "name": "u"}, {"kind": "ServiceAccount", "name": "s"}, {"kind": "Robot", "name": "x"}]});
+        assert_eq!(
+            told(&Binding, binding),
+            [
+                r#"roleRef.kind: Unsupported value: "Role": supported values: "ClusterRole""#,
+                "subjects[1].namespace: Required value",
+                r#"subjects[2].kind: Unsupported value: "Robot": supported values: "Group", "ServiceAccount", "User""#,
+            ]
+        );
     }
 }

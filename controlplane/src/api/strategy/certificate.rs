@@ -2,7 +2,8 @@
 
 use serde_json::{Value, json};
 
-use super::{Errors, Strategy, immutable, required};
+use super::place::Place;
+use super::{Errors, Strategy};
 use crate::api::fields::Fields;
 use crate::auth::Identity;
 
@@ -10,13 +11,15 @@ pub struct SigningRequest;
 
 impl Strategy for SigningRequest {
     fn validate(&self, request: &Value, errors: &mut Errors) {
-        required(request, "/spec/request", errors);
-        required(request, "/spec/signerName", errors);
-        required(request, "/spec/usages", errors);
+        let spec = Place::root(request).field("spec");
+        for field in ["request", "signerName", "usages"] {
+            spec.field(field).require(errors);
+        }
     }
 
     fn validate_update(&self, request: &Value, old: &Value, errors: &mut Errors) {
-        immutable(request, old, "/spec", errors);
+        let spec = |request| Place::root(request).field("spec");
+        spec(request).unchanged(&spec(old), errors);
     }
 
     fn selectable(&self) -> &'static [&'static str] {

@@ -4,27 +4,24 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
 
-use super::{Errors, Strategy, immutable, required};
+use super::metadata::config_key;
+use super::place::Place;
+use super::{Errors, Strategy};
 use crate::api::fields::{self, Fields};
 use crate::api::status::FieldError;
 
 /// The most bytes that the values of one ConfigMap or Secret may have together.
 const DATA_BYTES_MAX: usize = 1 << 20;
 
-const KEY_RULE: &str = "a valid config key must consist of alphanumeric characters, '-', '_' or '.' (e.g. 'key.name',  or 'KEY_NAME',  or 'key-name', regex used for validation is '[-._a-zA-Z0-9]+')";
-
 fn validate_data(object: &Value, maps: &[&str], errors: &mut Errors) {
     let mut bytes = 0;
     for map in maps {
         for (key, value) in object.object(&format!("/{map}")).into_iter().flatten() {
-            let plain = key
-                .bytes()
-                .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
-            if !plain || key.is_empty() || key.len() > 253 || key == "." || key.starts_with("..") {
+            if let Some(why) = config_key(key) {
                 errors.push(FieldError::invalid(
                     format!("{map}[{key}]"),
                     key.as_str(),
-                    KEY_RULE,
+                    why,
                 ));
             }
             bytes += value.as_str().map_or(0, str::len);
@@ -117,7 +114,8 @@ impl Strategy for Secret {
 
     fn validate_update(&self, secret: &Value, old: &Value, errors: &mut Errors) {
         validate_immutable(secret, old, &["data"], errors);
-        immutable(secret, old, "/type", errors);
+        let kind = |secret| Place::root(secret).field("type");
+        kind(secret).unchanged(&kind(old), errors);
     }
 
     fn selectable(&self) -> &'static [&'static str] {
@@ -178,16 +176,9 @@ impl Strategy for Lease {
     }
 
     fn validate(&self, lease: &Value, errors: &mut Errors) {
-        for field in ["leaseDurationSeconds", "leaseTransitions"] {
-            super::not_negative(lease, &format!("/spec/{field}"), errors);
-        }
-        if lease.has("/spec/leaseDurationSeconds") && lease.int("/spec/leaseDurationSeconds") == 0 {
-            errors.push(FieldError::invalid(
-                "spec.leaseDurationSeconds",
-                0,
-                "must be greater than 0",
-            ));
-        }
+        let spec = Place::root(lease).field("spec");
+        spec.field("leaseDurationSeconds").positive(errors);
+        spec.field("leaseTransitions").not_negative(errors);
     }
 }
 
@@ -214,19 +205,20 @@ impl Strategy for PriorityClass {
                 format!("maximum allowed value of a user defined priority is {USER_PRIORITY_MAX}");
             errors.push(FieldError::forbidden("value", &why));
         }
-        super::one_of(
-            class,
-            "/preemptionPolicy",
-            "",
-            &["PreemptLowerPriority", "Never"],
-            errors,
-        );
-        required(class, "/value", errors);
+        Place::root(class)
+            .field("preemptionPolicy")
+            .one_of(&["Never", "PreemptLowerPriority"], errors);
     }
 
     fn validate_update(&self, class: &Value, old: &Value, errors: &mut Errors) {
-        immutable(class, old, "/value", errors);
-        immutable(class, old, "/preemptionPolicy", errors);
+        let (class, old) = (Place::root(class), Place::root(old));
+        if class.field("value").value() != old.field("value").value() {
+            class
+                .field("value")
+                .forbidden("may not be changed in an update.", errors);
+        }
+        let policy = class.field("preemptionPolicy");
+        policy.unchanged(&old.field("preemptionPolicy"), errors);
     }
 
     fn counts_generations(&self) -> bool {

@@ -1,13 +1,48 @@
 //! Endpoints and EndpointSlices.
 
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
 use serde_json::Value;
 
-use super::{Errors, Strategy, immutable, one_of, required};
-use crate::api::fields::Fields;
-use crate::api::status::FieldError;
+use super::metadata::{dns_label, dns_subdomain, qualified_name};
+use super::place::Place;
+use super::{Errors, Strategy};
+use crate::api::fields::{self, Fields};
 
 const ENDPOINTS_MAX: usize = 1000;
 const PORTS_MAX: usize = 20_000;
+const ADDRESSES_MAX: usize = 100;
+const ZONES_MAX: usize = 8;
+const PROTOCOLS: [&str; 3] = ["SCTP", "TCP", "UDP"];
+
+/// Whether these are the API server's own endpoints: they are where it was told that it is reached, whatever that is.
+fn is_own(object: &Value) -> bool {
+    fields::namespace(object) == "default" && fields::name(object) == "kubernetes"
+}
+
+/// Refuses addresses that mean something else to everyone who reads them.
+fn usable(address: &Place<'_>, errors: &mut Errors) {
+    let Ok(ip) = address.text().parse::<IpAddr>() else {
+        return address.address(errors);
+    };
+    let (link_local, multicast) = match ip {
+        IpAddr::V4(ip) => (ip.is_link_local(), ip.octets()[..3] == [224, 0, 0]),
+        IpAddr::V6(ip) => (ip.is_unicast_link_local(), ip.segments()[0] == 0xff02),
+    };
+    if ip.is_unspecified() {
+        address.invalid(format!("may not be unspecified ({ip})"), errors);
+    } else if ip.is_loopback() {
+        let why = "may not be in the loopback range (127.0.0.0/8, ::1/128)";
+        address.invalid(why, errors);
+    } else if link_local {
+        let why = "may not be in the link-local range (169.254.0.0/16, fe80::/10)";
+        address.invalid(why, errors);
+    } else if multicast {
+        let why = "may not be in the link-local multicast range (224.0.0.0/24, ff02::/10)";
+        address.invalid(why, errors);
+    }
+}
 
 pub struct Endpoints;
 
@@ -21,17 +56,29 @@ impl Strategy for Endpoints {
     }
 
     fn validate(&self, endpoints: &Value, errors: &mut Errors) {
-        for (at, subset) in endpoints.items("/subsets").iter().enumerate() {
-            for (index, address) in subset.items("/addresses").iter().enumerate() {
-                let ip = address.text("/ip");
-                if ip.parse::<std::net::IpAddr>().is_err() {
-                    let field = format!("subsets[{at}].addresses[{index}].ip");
-                    errors.push(FieldError::invalid(
-                        field,
-                        ip,
-                        "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)",
-                    ));
+        for subset in Place::root(endpoints).field("subsets").items() {
+            let lists = [subset.field("addresses"), subset.field("notReadyAddresses")];
+            if lists.iter().all(Place::is_empty) {
+                subset.missing("must specify `addresses` or `notReadyAddresses`", errors);
+            }
+            for address in lists.iter().flat_map(Place::items) {
+                if is_own(endpoints) {
+                    address.field("ip").address(errors);
+                } else {
+                    usable(&address.field("ip"), errors);
                 }
+                address.field("hostname").keep_to(dns_label, errors);
+                address.field("nodeName").keep_to(dns_subdomain, errors);
+            }
+            let ports = subset.field("ports");
+            for port in ports.items() {
+                if ports.len() > 1 && port.field("name").is_empty() {
+                    port.field("name").missing("", errors);
+                }
+                port.field("name").keep_to(dns_label, errors);
+                port.field("port").port(errors);
+                port.field("protocol").require_one_of(&PROTOCOLS, errors);
+                port.field("appProtocol").keep_to(qualified_name, errors);
             }
         }
     }
@@ -51,60 +98,133 @@ impl Strategy for EndpointSlice {
     }
 
     fn validate(&self, slice: &Value, errors: &mut Errors) {
-        required(slice, "/addressType", errors);
-        one_of(slice, "/addressType", "", &["IPv4", "IPv6", "FQDN"], errors);
-        for (items, most) in [("endpoints", ENDPOINTS_MAX), ("ports", PORTS_MAX)] {
-            let count = slice.items(&format!("/{items}")).len();
-            if count > most {
-                let message = format!("Too many: {count}: must have at most {most} items");
-                errors.push(FieldError {
-                    field: items.to_owned(),
-                    reason: "FieldValueTooMany",
-                    message,
-                });
-            }
-        }
-        let family = slice.text("/addressType");
-        for (at, endpoint) in slice.items("/endpoints").iter().enumerate() {
-            if endpoint.items("/addresses").is_empty() {
-                errors.push(FieldError::required(
-                    format!("endpoints[{at}].addresses"),
-                    "must contain at least 1 address",
-                ));
-            }
-            for (index, address) in endpoint.items("/addresses").iter().enumerate() {
-                let text = address.as_str().unwrap_or("");
-                let wrong = match family {
-                    "IPv4" => text.parse::<std::net::Ipv4Addr>().is_err(),
-                    "IPv6" => text.parse::<std::net::Ipv6Addr>().is_err(),
-                    _ => text.is_empty(),
-                };
-                if wrong {
-                    let field = format!("endpoints[{at}].addresses[{index}]");
-                    errors.push(FieldError::invalid(
-                        field,
-                        text,
-                        format!("must be a valid {family} address"),
-                    ));
+        let root = Place::root(slice);
+        let family = root.field("addressType");
+        family.require_one_of(&["FQDN", "IPv4", "IPv6"], errors);
+        let (endpoints, ports) = (root.field("endpoints"), root.field("ports"));
+        endpoints.at_most(ENDPOINTS_MAX, errors);
+        for endpoint in endpoints.items() {
+            validate_endpoint(&endpoint, family.text(), errors);
+            for address in endpoint.field("addresses").items() {
+                if family.text() != "FQDN" && !is_own(slice) && is_address(&address) {
+                    usable(&address, errors);
                 }
             }
         }
-        for (at, port) in slice.items("/ports").iter().enumerate() {
-            one_of(
-                port,
-                "/protocol",
-                &format!("ports[{at}]"),
-                &["TCP", "UDP", "SCTP"],
-                errors,
-            );
+        ports.at_most(PORTS_MAX, errors);
+        let mut names: BTreeSet<&str> = BTreeSet::new();
+        for port in ports.items() {
+            let name = port.field("name");
+            name.keep_to(dns_label, errors);
+            if !names.insert(name.text()) {
+                name.duplicate(errors);
+            }
+            port.field("protocol").require_one_of(&PROTOCOLS, errors);
+            if port.field("port").is_there() {
+                port.field("port").port(errors);
+            }
+            port.field("appProtocol").keep_to(qualified_name, errors);
         }
     }
 
     fn validate_update(&self, slice: &Value, old: &Value, errors: &mut Errors) {
-        immutable(slice, old, "/addressType", errors);
+        let family = |slice| Place::root(slice).field("addressType");
+        family(slice).unchanged(&family(old), errors);
     }
 
     fn counts_generations(&self) -> bool {
         true
+    }
+}
+
+fn is_address(place: &Place<'_>) -> bool {
+    place.text().parse::<IpAddr>().is_ok()
+}
+
+fn validate_endpoint(endpoint: &Place<'_>, family: &str, errors: &mut Errors) {
+    let addresses = endpoint.field("addresses");
+    if addresses.is_empty() {
+        addresses.missing("must contain at least 1 address", errors);
+    }
+    addresses.at_most(ADDRESSES_MAX, errors);
+    for address in addresses.items() {
+        let text = address.text();
+        match family {
+            "IPv4" if text.parse::<Ipv4Addr>().is_err() => {
+                address.invalid("must be a valid IPv4 address", errors);
+            }
+            "IPv6" if text.parse::<Ipv6Addr>().is_err() => {
+                address.invalid("must be a valid IPv6 address", errors);
+            }
+            "IPv4" | "IPv6" => {}
+            _ => address.keep_to(dns_subdomain, errors),
+        }
+    }
+    endpoint.field("hostname").keep_to(dns_label, errors);
+    endpoint.field("nodeName").keep_to(dns_subdomain, errors);
+    for hints in ["hints.forZones", "hints.forNodes"] {
+        let hints = endpoint.field(hints);
+        hints.at_most(ZONES_MAX, errors);
+        let mut names: BTreeSet<&str> = BTreeSet::new();
+        for hint in hints.items() {
+            let name = hint.field("name");
+            if name.require(errors) && !names.insert(name.text()) {
+                name.duplicate(errors);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn told(strategy: &dyn Strategy, object: Value) -> Vec<String> {
+        let mut object = object;
+        strategy.default(&mut object);
+        let mut errors = Vec::new();
+        strategy.validate(&object, &mut errors);
+        errors
+            .iter()
+            .map(|error| format!("{}: {}", error.field, error.message))
+            .collect()
+    }
+
+    #[test]
+    fn slices_hold_addresses_of_their_family() {
+        let slice = |endpoints: Value| json!({"addressType": "IPv4", "endpoints": endpoints, "ports": [{"port": 80}]});
+        assert_eq!(
+            told(&EndpointSlice, slice(json!([{"addresses": ["10.0.0.1"]}]))),
+            Vec::<String>::new()
+        );
+        assert_eq!(
+            told(
+                &EndpointSlice,
+                slice(
+                    json!([{"addresses": ["fd00::1"]}, {"addresses": []}, {"addresses": ["127.0.0.1"]}])
+                )
+            ),
+            [
+                r#"endpoints[0].addresses[0]: Invalid value: "fd00::1": must be a valid IPv4 address"#,
+                "endpoints[1].addresses: Required value: must contain at least 1 address",
+                r#"endpoints[2].addresses[0]: Invalid value: "127.0.0.1": may not be in the loopback range (127.0.0.0/8, ::1/128)"#,
+            ]
+        );
+    }
+
+    #[test]
+    fn endpoints_have_addresses_and_named_ports() {
+        assert_eq!(
+            told(
+                &Endpoints,
+                json!({"subsets": [{"ports": [{"port": 1}, {"port": 0, "name": "b"}]}]})
+            ),
+            [
+                "subsets[0]: Required value: must specify `addresses` or `notReadyAddresses`",
+                "subsets[0].ports[0].name: Required value",
+                "subsets[0].ports[1].port: Invalid value: 0: must be between 1 and 65535, inclusive",
+            ]
+        );
     }
 }

@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use super::place::Place;
 use super::{Errors, NameRule, of};
 use crate::api::fields::{self, Fields};
 use crate::api::status::FieldError;
@@ -12,6 +13,7 @@ const ANNOTATIONS_BYTES_MAX: usize = 256 << 10;
 
 const SUBDOMAIN_RULE: &str = "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*')";
 const LABEL_RULE: &str = "a lowercase RFC 1123 label must consist of lower case alphanumeric characters or '-', and must start and end with an alphanumeric character (e.g. 'my-name',  or '123-abc', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?')";
+const DNS1035_RULE: &str = "a DNS-1035 label must consist of lower case alphanumeric characters or '-', start with an alphabetic character, and end with an alphanumeric character (e.g. 'my-name',  or 'abc-123', regex used for validation is '[a-z]([-a-z0-9]*[a-z0-9])?')";
 const VALUE_RULE: &str = "a valid label must be an empty string or consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyValue',  or 'my_value',  or '12345', regex used for validation is '(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?')";
 const KEY_RULE: &str = "name part must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')";
 
@@ -35,7 +37,8 @@ fn is_dns_label(text: &str) -> bool {
         && text.bytes().last().is_some_and(plain)
 }
 
-fn dns_subdomain(text: &str) -> Option<String> {
+/// What is wrong with an RFC 1123 subdomain.
+pub fn dns_subdomain(text: &str) -> Option<String> {
     if text.len() > 253 {
         return Some(too_long(253));
     }
@@ -75,11 +78,118 @@ fn is_label_text(text: &str) -> bool {
             .is_some_and(|byte| byte.is_ascii_alphanumeric())
 }
 
-fn label_value(text: &str) -> Option<String> {
+pub fn label_value(text: &str) -> Option<String> {
     if text.len() > 63 {
         return Some(too_long(63));
     }
     (!text.is_empty() && !is_label_text(text)).then(|| VALUE_RULE.to_owned())
+}
+
+/// What is wrong with an RFC 1035 label, as Services are named.
+pub fn dns1035_label(text: &str) -> Option<String> {
+    if text.len() > 63 {
+        return Some(too_long(63));
+    }
+    let starts = text
+        .bytes()
+        .next()
+        .is_some_and(|byte| byte.is_ascii_lowercase());
+    (!is_dns_label(text) || !starts).then(|| DNS1035_RULE.to_owned())
+}
+
+/// What is wrong with the name of a port, an IANA service name.
+pub fn port_name(text: &str) -> Vec<&'static str> {
+    let mut faults = Vec::new();
+    if text.len() > 15 {
+        faults.push("must be no more than 15 bytes");
+    }
+    if !text
+        .bytes()
+        .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-')
+    {
+        faults.push("must contain only alpha-numeric characters (a-z, 0-9), and hyphens (-)");
+    }
+    if !text.bytes().any(|byte| byte.is_ascii_lowercase()) {
+        faults.push("must contain at least one letter (a-z)");
+    }
+    if text.contains("--") {
+        faults.push("must not contain consecutive hyphens");
+    }
+    if text.starts_with('-') || text.ends_with('-') {
+        faults.push("must not begin or end with a hyphen");
+    }
+    faults
+}
+
+/// What is wrong with a key of a ConfigMap or Secret.
+pub fn config_key(text: &str) -> Option<String> {
+    const RULE: &str = "a valid config key must consist of alphanumeric characters, '-', '_' or '.' (e.g. 'key.name',  or 'KEY_NAME',  or 'key-name', regex used for validation is '[-._a-zA-Z0-9]+')";
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    match text {
+        "." | ".." => Some(format!("must not be '{text}'")),
+        _ if text.len() > 253 => Some(too_long(253)),
+        _ if text.is_empty() || !text.bytes().all(plain) => Some(RULE.to_owned()),
+        _ if text.starts_with("..") => Some("must not start with '..'".to_owned()),
+        _ => None,
+    }
+}
+
+/// What is wrong with the name of an environment variable.
+pub fn environment_name(text: &str) -> Option<String> {
+    const RULE: &str = "a valid environment variable names must consist only of printable ASCII characters other than '='";
+    let printable = |byte: u8| (0x20..0x7f).contains(&byte) && byte != b'=';
+    (!text.bytes().all(printable)).then(|| RULE.to_owned())
+}
+
+/// What is wrong with a host name that may begin with a wildcard label.
+pub fn wildcard_subdomain(text: &str) -> Option<String> {
+    const RULE: &str = "a wildcard DNS-1123 subdomain must start with '*.', followed by a valid DNS subdomain, which must consist of lower case alphanumeric characters, '-' or '.' and end with an alphanumeric character (e.g. '*.example.com', regex used for validation is '\\*\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*')";
+    match text.strip_prefix("*.") {
+        Some(rest) => dns_subdomain(rest).map(|_| RULE.to_owned()),
+        None => Some(RULE.to_owned()),
+    }
+}
+
+/// Checks a label selector: operators, and the values that go with them.
+pub fn validate_selector(selector: &Place<'_>, errors: &mut Errors) {
+    validate_labels(
+        selector.value().object("/matchLabels"),
+        &format!("{}.matchLabels", selector.path()),
+        errors,
+    );
+    for expression in selector.field("matchExpressions").items() {
+        let values = expression.field("values");
+        let operator = expression.field("operator");
+        match operator.text() {
+            "In" | "NotIn" => {
+                if values.is_empty() {
+                    let why = "must be specified when `operator` is 'In' or 'NotIn'";
+                    values.missing(why, errors);
+                }
+                for value in values.items() {
+                    value.keep_to(label_value, errors);
+                }
+            }
+            "Exists" | "DoesNotExist" => {
+                if !values.is_empty() {
+                    let why = "may not be specified when `operator` is 'Exists' or 'DoesNotExist'";
+                    values.forbidden(why, errors);
+                }
+            }
+            _ => operator.invalid("not a valid selector operator", errors),
+        }
+        let key = expression.field("key");
+        if key.require(errors) {
+            key.keep_to(qualified_name, errors);
+        }
+    }
+}
+
+/// Checks a list of label selectors.
+pub fn validate_selectors(selectors: &Place<'_>, errors: &mut Errors) {
+    for selector in selectors.items() {
+        validate_selector(&selector, errors);
+    }
 }
 
 fn path_segment(text: &str) -> Option<String> {

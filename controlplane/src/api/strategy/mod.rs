@@ -1,21 +1,26 @@
 //! What is special to each kind: defaults, what a write may change, validation, how it is deleted. One file per family.
 
 mod access;
+mod batch;
 mod certificate;
 mod configuration;
 mod endpoints;
-mod job;
 mod metadata;
 mod namespace;
+mod networking;
 mod node;
+mod place;
 mod pod;
 mod pod_spec;
+mod policy;
+#[cfg(test)]
+mod properties;
 mod service;
+mod storage;
 mod workload;
 
 use serde_json::Value;
 
-use super::fields::Fields;
 use super::request::Target;
 use super::status::{FieldError, Status};
 use crate::registry::Resource;
@@ -35,6 +40,9 @@ pub trait Strategy: Sync {
 
     /// Puts a new object into its first state, whatever the client sent.
     fn prepare_create(&self, _object: &mut Value) {}
+
+    /// Fills in what follows from the identity that a new object has just been given.
+    fn assign(&self, _object: &mut Value) {}
 
     /// Puts back what clients may leave out of an update.
     fn prepare_update(&self, _object: &mut Value, _old: &Value) {}
@@ -119,13 +127,35 @@ pub fn of(resource: &Resource) -> &'static dyn Strategy {
         ("apps", "replicasets") => &workload::ReplicaSet,
         ("apps", "daemonsets") => &workload::DaemonSet,
         ("apps", "statefulsets") => &workload::StatefulSet,
+        ("apps", "controllerrevisions") => &workload::ControllerRevision,
         ("", "replicationcontrollers") => &workload::ReplicationController,
         ("certificates.k8s.io", "certificatesigningrequests") => &certificate::SigningRequest,
-        ("batch", "jobs") => &job::Job,
-        ("batch", "cronjobs") => &job::CronJob,
+        ("", "podtemplates") => &workload::PodTemplate,
+        ("batch", "jobs") => &batch::Job,
+        ("batch", "cronjobs") => &batch::CronJob,
+        ("", "resourcequotas") => &policy::Quota,
+        ("", "limitranges") => &policy::LimitRange,
+        ("policy", "poddisruptionbudgets") => &policy::DisruptionBudget,
+        ("autoscaling", "horizontalpodautoscalers") => &policy::Autoscaler,
+        ("node.k8s.io", "runtimeclasses") => &policy::RuntimeClass,
+        ("", "persistentvolumes") => &storage::Volume,
+        ("", "persistentvolumeclaims") => &storage::Claim,
+        ("storage.k8s.io", "storageclasses") => &storage::StorageClass,
+        ("storage.k8s.io", "csidrivers") => &storage::CsiDriver,
+        ("networking.k8s.io", "ingresses") => &networking::Ingress,
+        ("networking.k8s.io", "ingressclasses") => &networking::IngressClass,
+        ("networking.k8s.io", "networkpolicies") => &networking::NetworkPolicy,
+        ("networking.k8s.io", "ipaddresses") => &networking::IpAddress,
+        ("networking.k8s.io", "servicecidrs") => &networking::ServiceCidr,
         ("rbac.authorization.k8s.io", "roles" | "clusterroles") => &access::Role,
         ("rbac.authorization.k8s.io", "rolebindings" | "clusterrolebindings") => &access::Binding,
-        ("networking.k8s.io" | "policy" | "autoscaling", _) => &Counted,
+        (
+            "admissionregistration.k8s.io"
+            | "apiextensions.k8s.io"
+            | "flowcontrol.apiserver.k8s.io"
+            | "resource.k8s.io",
+            _,
+        ) => &Counted,
         _ => &Plain,
     }
 }
@@ -141,58 +171,4 @@ pub fn check_selectable(target: &Target, fields: &FieldSelector) -> Result<(), S
         }
     }
     Ok(())
-}
-
-/// Refuses a change of a field that is fixed once the object exists.
-fn immutable(object: &Value, old: &Value, pointer: &str, errors: &mut Errors) {
-    let (new, old) = (object.pointer(pointer), old.pointer(pointer));
-    if new != old {
-        let field = pointer.trim_start_matches('/').replace('/', ".");
-        errors.push(FieldError::invalid(
-            field,
-            new.cloned().unwrap_or_default(),
-            "field is immutable",
-        ));
-    }
-}
-
-/// Requires a field to be there and not empty.
-fn required(object: &Value, pointer: &str, errors: &mut Errors) {
-    let missing = match object.pointer(pointer) {
-        None | Some(Value::Null) => true,
-        Some(Value::String(text)) => text.is_empty(),
-        Some(Value::Array(items)) => items.is_empty(),
-        Some(_) => false,
-    };
-    if missing {
-        errors.push(FieldError::required(
-            pointer.trim_start_matches('/').replace('/', "."),
-            "",
-        ));
-    }
-}
-
-/// Requires a field, where it is there, to have one of some values.
-fn one_of(object: &Value, pointer: &str, at: &str, allowed: &[&str], errors: &mut Errors) {
-    let value = object.pointer(pointer).and_then(Value::as_str);
-    if let Some(value) = value.filter(|value| !allowed.contains(value)) {
-        let field = format!("{at}{}", pointer.replace('/', "."));
-        errors.push(FieldError::unsupported(
-            field.trim_start_matches('.'),
-            value,
-            allowed,
-        ));
-    }
-}
-
-/// Requires a number, where it is there, not to be negative.
-fn not_negative(object: &Value, pointer: &str, errors: &mut Errors) {
-    if object.int(pointer) < 0 {
-        let field = pointer.trim_start_matches('/').replace('/', ".");
-        errors.push(FieldError::invalid(
-            field,
-            object.int(pointer),
-            "must be greater than or equal to 0",
-        ));
-    }
 }

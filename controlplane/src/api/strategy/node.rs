@@ -1,7 +1,11 @@
 //! Nodes.
 
+use std::collections::BTreeSet;
+
 use serde_json::Value;
 
+use super::metadata::label_value;
+use super::place::Place;
 use super::{Errors, Strategy};
 use crate::api::fields::Fields;
 use crate::api::status::FieldError;
@@ -19,33 +23,24 @@ impl Strategy for Node {
     }
 
     fn validate(&self, node: &Value, errors: &mut Errors) {
-        for (at, cidr) in node.items("/spec/podCIDRs").iter().enumerate() {
-            let cidr = cidr.as_str().unwrap_or("");
-            if cidr.parse::<ipnetwork::IpNetwork>().is_err() {
-                let field = format!("spec.podCIDRs[{at}]");
-                errors.push(FieldError::invalid(
-                    field,
-                    cidr,
-                    "must be a valid CIDR value, (e.g. 10.9.8.0/24)",
-                ));
-            }
+        let spec = Place::root(node).field("spec");
+        let ranges = spec.field("podCIDRs");
+        for range in ranges.items() {
+            range.cidr(errors);
         }
-        for (at, taint) in node.items("/spec/taints").iter().enumerate() {
-            let at = format!("spec.taints[{at}]");
-            if let Some(why) = super::qualified_name(taint.text("/key")) {
-                errors.push(FieldError::invalid(
-                    format!("{at}.key"),
-                    taint.text("/key"),
-                    why,
-                ));
+        if ranges.len() > 2 {
+            let why = "may specify no more than one CIDR for each IP family";
+            ranges.invalid(why, errors);
+        }
+        let mut seen: BTreeSet<(&str, &str)> = BTreeSet::new();
+        for taint in spec.field("taints").items() {
+            let (key, effect) = (taint.field("key"), taint.field("effect"));
+            key.require_name(super::qualified_name, errors);
+            taint.field("value").keep_to(label_value, errors);
+            effect.require_one_of(&["NoExecute", "NoSchedule", "PreferNoSchedule"], errors);
+            if !seen.insert((key.text(), effect.text())) {
+                taint.duplicate(errors);
             }
-            super::one_of(
-                taint,
-                "/effect",
-                &at,
-                &["NoSchedule", "PreferNoSchedule", "NoExecute"],
-                errors,
-            );
         }
     }
 

@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use super::place::Place;
 use super::{Errors, Strategy, pod_spec};
 use crate::api::fields::Fields;
 use crate::api::status::FieldError;
@@ -39,7 +40,7 @@ impl Strategy for Pod {
     }
 
     fn validate(&self, pod: &Value, errors: &mut Errors) {
-        pod_spec::validate(pod.pointer("/spec").unwrap_or(&Value::Null), "spec", errors);
+        pod_spec::validate(&Place::root(pod).field("spec"), errors);
     }
 
     fn validate_update(&self, pod: &Value, old: &Value, errors: &mut Errors) {
@@ -65,7 +66,7 @@ impl Strategy for Pod {
             spec
         };
         if fixed(pod) != fixed(old) {
-            let why = "pod updates may not change fields other than `spec.containers[*].image`, `spec.initContainers[*].image`, `spec.activeDeadlineSeconds`, `spec.tolerations` (only additions to existing tolerations), `spec.terminationGracePeriodSeconds` (allow it to be set to 1 if it was previously negative)";
+            let why = "pod updates may not change fields other than `spec.containers[*].image`,`spec.initContainers[*].image`,`spec.activeDeadlineSeconds`,`spec.tolerations` (only additions to existing tolerations),`spec.terminationGracePeriodSeconds` (allow it to be set to 1 if it was previously negative)";
             errors.push(FieldError::forbidden("spec", why));
         }
         let kept = pod.items("/spec/tolerations");

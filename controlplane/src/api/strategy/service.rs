@@ -1,10 +1,13 @@
 //! Services. Addresses and node ports are given out by [`crate::api::allocation`], between defaulting and validation.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use serde_json::{Value, json};
 
-use super::{Errors, NameRule, Strategy, one_of};
+use super::metadata::dns_subdomain;
+use super::place::Place;
+use super::{Errors, NameRule, Strategy, dns_label, qualified_name};
 use crate::api::fields::Fields;
 use crate::api::status::FieldError;
 
@@ -12,6 +15,7 @@ pub struct Service;
 
 /// How long a client sticks to its backend unless said otherwise.
 const AFFINITY_TIMEOUT_S: i64 = 10800;
+const AFFINITY_TIMEOUT_S_MAX: i64 = 86400;
 
 /// Whether the type of a service comes with node ports.
 pub fn wants_node_ports(service: &Value) -> bool {
@@ -131,129 +135,66 @@ impl Strategy for Service {
     }
 
     fn validate(&self, service: &Value, errors: &mut Errors) {
-        let kind = service.text("/spec/type");
-        one_of(
-            service,
-            "/spec/type",
-            "",
-            &["ClusterIP", "ExternalName", "LoadBalancer", "NodePort"],
-            errors,
-        );
-        one_of(
-            service,
-            "/spec/sessionAffinity",
-            "",
-            &["ClientIP", "None"],
-            errors,
-        );
-        one_of(
-            service,
-            "/spec/internalTrafficPolicy",
-            "",
-            &["Cluster", "Local"],
-            errors,
-        );
-        one_of(
-            service,
-            "/spec/externalTrafficPolicy",
-            "",
-            &["Cluster", "Local"],
-            errors,
-        );
-        let distributions = ["PreferClose", "PreferSameZone", "PreferSameNode"];
-        one_of(
-            service,
-            "/spec/trafficDistribution",
-            "",
-            &distributions,
-            errors,
-        );
-        one_of(
-            service,
-            "/spec/ipFamilyPolicy",
-            "",
-            &["SingleStack", "PreferDualStack", "RequireDualStack"],
-            errors,
-        );
-        let headless = service.text("/spec/clusterIP") == "None";
-        let ports = service.items("/spec/ports");
-        if ports.is_empty() && !headless && kind != "ExternalName" {
-            errors.push(FieldError::required("spec.ports", ""));
+        let spec = Place::root(service).field("spec");
+        let kind = spec.field("type").text();
+        for (field, allowed) in CHOICES {
+            spec.field(field).one_of(allowed, errors);
         }
-        if kind == "ExternalName" && service.text("/spec/externalName").is_empty() {
-            errors.push(FieldError::required("spec.externalName", ""));
+        let headless = spec.field("clusterIP").text() == "None";
+        if spec.field("ports").is_empty() && !headless && kind != "ExternalName" {
+            spec.field("ports").missing("", errors);
         }
         if headless && matches!(kind, "NodePort" | "LoadBalancer") {
             let why = format!("may not be set to 'None' for {kind} services");
             errors.push(FieldError::invalid("spec.clusterIPs[0]", "None", why));
         }
-        let mut names: Vec<&str> = Vec::new();
-        let mut numbers: Vec<(i64, &str)> = Vec::new();
-        for (at, port) in ports.iter().enumerate() {
-            let field = |name: &str| format!("spec.ports[{at}].{name}");
-            let name = port.text("/name");
-            if name.is_empty() && ports.len() > 1 {
-                errors.push(FieldError::required(field("name"), ""));
-            } else if !name.is_empty() {
-                if let Some(why) = super::dns_label(name) {
-                    errors.push(FieldError::invalid(field("name"), name, why));
-                }
-                if names.contains(&name) {
-                    errors.push(FieldError::duplicate(field("name"), name));
-                }
-                names.push(name);
-            }
-            if !(1..=65535).contains(&port.int("/port")) {
-                let why = "must be between 1 and 65535, inclusive";
-                errors.push(FieldError::invalid(field("port"), port.int("/port"), why));
-            }
-            let number = port.pointer("/targetPort").and_then(Value::as_i64);
-            if let Some(number) = number.filter(|number| !(1..=65535).contains(number)) {
-                let why = "must be between 1 and 65535, inclusive";
-                errors.push(FieldError::invalid(field("targetPort"), number, why));
-            }
-            let at = format!("spec.ports[{at}]");
-            one_of(port, "/protocol", &at, &["SCTP", "TCP", "UDP"], errors);
-            if numbers.contains(&(port.int("/port"), port.text("/protocol"))) {
-                errors.push(FieldError::duplicate(
-                    at,
-                    json!({"port": port["port"], "protocol": port["protocol"]}),
-                ));
-            }
-            numbers.push((port.int("/port"), port.text("/protocol")));
-            if port.int("/nodePort") != 0 && matches!(kind, "ClusterIP" | "ExternalName") {
-                errors.push(FieldError::forbidden(
-                    field("nodePort"),
-                    &format!("may not be used when `type` is '{kind}'"),
-                ));
+        if kind == "ExternalName" {
+            let name = spec.field("externalName");
+            let plain = |text: &str| dns_subdomain(text.strip_suffix('.').unwrap_or(text));
+            name.require_name(plain, errors);
+            if !headless && !spec.field("clusterIP").is_empty() {
+                let why = "may not be set for ExternalName services";
+                spec.field("clusterIP").forbidden(why, errors);
             }
         }
-        for (at, address) in service.items("/spec/externalIPs").iter().enumerate() {
-            let text = address.as_str().unwrap_or("");
-            if text.parse::<IpAddr>().is_err() {
-                errors.push(FieldError::invalid(
-                    format!("spec.externalIPs[{at}]"),
-                    text,
-                    "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)",
-                ));
-            }
-        }
+        validate_ports(&spec, kind, errors);
+        validate_addresses(&spec, errors);
+        validate_policies(&spec, kind, errors);
         super::metadata::validate_labels(service.object("/spec/selector"), "spec.selector", errors);
     }
 
     fn validate_update(&self, service: &Value, old: &Value, errors: &mut Errors) {
-        let addressed = |service: &Value| service.text("/spec/type") != "ExternalName";
-        let (new_ip, old_ip) = (service.text("/spec/clusterIP"), old.text("/spec/clusterIP"));
-        if addressed(service) && addressed(old) && !old_ip.is_empty() && new_ip != old_ip {
-            let given = service
-                .pointer("/spec/clusterIPs")
-                .cloned()
-                .unwrap_or_default();
-            errors.push(FieldError::invalid(
-                "spec.clusterIPs[0]",
-                given,
-                "may not change once set",
-            ));
+        let (spec, before) = (
+            Place::root(service).field("spec"),
+            Place::root(old).field("spec"),
+        );
+        let addressed = |spec: &Place<'_>| spec.field("type").text() != "ExternalName";
+        if addressed(&spec) && addressed(&before) {
+            let address = before.field("clusterIP");
+            if !address.is_empty() && spec.field("clusterIP").value() != address.value() {
+                let given = spec.field("clusterIPs").value().clone();
+                let why = "may not change once set";
+                errors.push(FieldError::invalid("spec.clusterIPs[0]", given, why));
+            }
+            let families = [&spec, &before].map(|spec| spec.field("ipFamilies").items().next());
+            let [family, was] = families;
+            if let (Some(family), Some(was)) = (family, was) {
+                if family.value() != was.value() {
+                    family.invalid("may not change once set", errors);
+                }
+            }
+        }
+        let balanced = |spec: &Place<'_>| spec.field("type").text() == "LoadBalancer";
+        if balanced(&spec) && balanced(&before) {
+            let class = spec.field("loadBalancerClass");
+            if class.value() != before.field("loadBalancerClass").value() {
+                class.invalid("may not change once set", errors);
+            }
+        }
+        let check = before.field("healthCheckNodePort");
+        let local = |spec: &Place<'_>| spec.field("externalTrafficPolicy").text() == "Local";
+        if check.int() != 0 && balanced(&spec) && local(&spec) && local(&before) {
+            spec.field("healthCheckNodePort").unchanged(&check, errors);
         }
     }
 
@@ -263,6 +204,135 @@ impl Strategy for Service {
 
     fn name_rule(&self) -> NameRule {
         NameRule::Label
+    }
+}
+
+/// Fields that have one of a few values, where they are there.
+const CHOICES: [(&str, &[&str]); 6] = [
+    (
+        "type",
+        &["ClusterIP", "ExternalName", "LoadBalancer", "NodePort"],
+    ),
+    ("sessionAffinity", &["ClientIP", "None"]),
+    ("internalTrafficPolicy", &["Cluster", "Local"]),
+    ("externalTrafficPolicy", &["Cluster", "Local"]),
+    (
+        "trafficDistribution",
+        &["PreferClose", "PreferSameNode", "PreferSameZone"],
+    ),
+    (
+        "ipFamilyPolicy",
+        &["PreferDualStack", "RequireDualStack", "SingleStack"],
+    ),
+];
+
+fn validate_ports(spec: &Place<'_>, kind: &str, errors: &mut Errors) {
+    let ports = spec.field("ports");
+    let mut names: BTreeSet<&str> = BTreeSet::new();
+    let mut numbers: BTreeSet<(i64, &str)> = BTreeSet::new();
+    let mut node_ports: BTreeSet<(i64, &str)> = BTreeSet::new();
+    for port in ports.items() {
+        let name = port.field("name");
+        if name.is_empty() && ports.len() > 1 {
+            name.missing("", errors);
+        } else if !name.is_empty() {
+            name.keep_to(dns_label, errors);
+            if !names.insert(name.text()) {
+                name.duplicate(errors);
+            }
+        }
+        let (number, protocol) = (port.field("port"), port.field("protocol"));
+        number.port(errors);
+        protocol.require_one_of(&["SCTP", "TCP", "UDP"], errors);
+        if port.field("targetPort").is_there() {
+            port.field("targetPort").port_or_name(errors);
+        }
+        port.field("appProtocol").keep_to(qualified_name, errors);
+        let claim = (number.int(), protocol.text());
+        if !numbers.insert(claim) {
+            let given = json!({"port": claim.0, "protocol": claim.1});
+            errors.push(FieldError::duplicate(port.path(), given));
+        }
+        let node_port = port.field("nodePort");
+        if node_port.int() == 0 {
+            continue;
+        }
+        if matches!(kind, "ClusterIP" | "ExternalName") {
+            node_port.forbidden(&format!("may not be used when `type` is '{kind}'"), errors);
+        }
+        if !node_ports.insert((node_port.int(), protocol.text())) {
+            node_port.duplicate(errors);
+        }
+    }
+}
+
+fn validate_addresses(spec: &Place<'_>, errors: &mut Errors) {
+    for address in spec.field("externalIPs").items() {
+        let Ok(ip) = address.text().parse::<IpAddr>() else {
+            address.address(errors);
+            continue;
+        };
+        let special = match ip {
+            IpAddr::V4(ip) => ip.is_link_local(),
+            IpAddr::V6(ip) => ip.is_unicast_link_local(),
+        };
+        if ip.is_unspecified() {
+            address.invalid(format!("may not be unspecified ({ip})"), errors);
+        } else if ip.is_loopback() {
+            let why = "may not be in the loopback range (127.0.0.0/8, ::1/128)";
+            address.invalid(why, errors);
+        } else if special {
+            let why = "may not be in the link-local range (169.254.0.0/16, fe80::/10)";
+            address.invalid(why, errors);
+        }
+    }
+    let addresses = spec.field("clusterIPs");
+    let first = addresses.items().next();
+    if first.is_some_and(|first| first.text() != spec.field("clusterIP").text()) {
+        errors.push(FieldError::invalid(
+            addresses.path(),
+            addresses.value().clone(),
+            "first value must match `clusterIP`",
+        ));
+    }
+    for range in spec.field("loadBalancerSourceRanges").items() {
+        let trimmed = Value::from(range.text().trim());
+        Place::at(&trimmed, range.path()).cidr(errors);
+    }
+}
+
+/// What goes with some types and settings only.
+fn validate_policies(spec: &Place<'_>, kind: &str, errors: &mut Errors) {
+    if kind != "LoadBalancer" {
+        for field in [
+            "loadBalancerSourceRanges",
+            "loadBalancerClass",
+            "allocateLoadBalancerNodePorts",
+        ] {
+            if !spec.field(field).is_empty() {
+                let why = "may only be used when `type` is 'LoadBalancer'";
+                spec.field(field).forbidden(why, errors);
+            }
+        }
+    }
+    spec.field("loadBalancerClass")
+        .keep_to(qualified_name, errors);
+    let external = spec.field("externalTrafficPolicy");
+    let reachable = matches!(kind, "NodePort" | "LoadBalancer")
+        || (kind == "ClusterIP" && !spec.field("externalIPs").is_empty());
+    if !external.is_empty() && !reachable {
+        external.invalid("may only be set for externally-accessible services", errors);
+    }
+    let check = spec.field("healthCheckNodePort");
+    if check.int() != 0 && !(kind == "LoadBalancer" && external.text() == "Local") {
+        let why =
+            "may only be set when `type` is 'LoadBalancer' and `externalTrafficPolicy` is 'Local'";
+        check.invalid(why, errors);
+    }
+    let timeout = spec.field("sessionAffinityConfig.clientIP.timeoutSeconds");
+    if timeout.is_there() && !(1..=AFFINITY_TIMEOUT_S_MAX).contains(&timeout.int()) {
+        let why = format!("must be greater than 0 and less than {AFFINITY_TIMEOUT_S_MAX}");
+        timeout.invalid(why, errors);
     }
 }
 
@@ -293,5 +363,39 @@ mod tests {
         let other = json!({"spec": {"type": "ClusterIP", "clusterIP": "10.96.0.6", "clusterIPs": ["10.96.0.6"]}});
         Service.validate_update(&other, &old, &mut errors);
         assert_eq!(errors.len(), 1);
+    }
+
+    #[test]
+    fn what_does_not_go_with_the_type_is_refused() {
+        let told = |spec: Value| {
+            let mut service = json!({ "spec": spec });
+            Service.default(&mut service);
+            let mut errors = Vec::new();
+            Service.validate(&service, &mut errors);
+            errors
+                .iter()
+                .map(|error| format!("{}: {}", error.field, error.message))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(told(json!({"ports": [{"port": 80}]})), Vec::<String>::new());
+        assert_eq!(told(json!({})), ["spec.ports: Required value"]);
+        assert_eq!(
+            told(
+                json!({"ports": [{"port": 80, "name": "a", "nodePort": 30000}, {"port": 80, "name": "a", "targetPort": "-x"}],
+                "loadBalancerSourceRanges": ["10.0.0.0/8"], "externalIPs": ["127.0.0.1"]})
+            ),
+            [
+                "spec.ports[0].nodePort: Forbidden: may not be used when `type` is 'ClusterIP'",
+                "spec.ports[1].name: Duplicate value: \"a\"",
+                "spec.ports[1].targetPort: Invalid value: \"-x\": must not begin or end with a hyphen",
+                r#"spec.ports[1]: Duplicate value: {"port":80,"protocol":"TCP"}"#,
+                r#"spec.externalIPs[0]: Invalid value: "127.0.0.1": may not be in the loopback range (127.0.0.0/8, ::1/128)"#,
+                "spec.loadBalancerSourceRanges: Forbidden: may only be used when `type` is 'LoadBalancer'",
+            ]
+        );
+        assert_eq!(
+            told(json!({"type": "ExternalName"})),
+            ["spec.externalName: Required value"]
+        );
     }
 }

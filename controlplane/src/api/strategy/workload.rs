@@ -1,104 +1,80 @@
-//! Deployments, ReplicaSets, DaemonSets, StatefulSets: defaults, and selectors that must fit their templates.
+//! Deployments, ReplicaSets, ReplicationControllers, DaemonSets, StatefulSets: defaults, and selectors that must fit their
+//! templates.
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
-use super::{Errors, Strategy, immutable, not_negative, one_of, pod_spec};
+use super::place::Place;
+use super::{Errors, Strategy, pod_spec, storage};
 use crate::api::fields::Fields;
 use crate::api::status::FieldError;
 use crate::selector::LabelSelector;
 
-fn default_template(object: &mut Value) {
-    object.object_mut("/spec/template/metadata");
-    if let Some(spec) = object.pointer_mut("/spec/template/spec") {
+const EMPTY_SELECTOR: &str = "empty selector is invalid for";
+const NO_MATCH: &str = "`selector` does not match template `labels`";
+
+pub fn default_template(object: &mut Value, pointer: &str) {
+    if !object.has(pointer) {
+        return;
+    }
+    object.object_mut(&format!("{pointer}/metadata"));
+    if let Some(spec) = object.pointer_mut(&format!("{pointer}/spec")) {
         pod_spec::default(spec);
     }
 }
 
+/// Pods of a set that keeps its number run until they are taken away.
+fn always_restarts(template: &Place<'_>, errors: &mut Errors) {
+    let policy = template.field("spec.restartPolicy");
+    policy.one_of(&["Always"], errors);
+    if template.field("spec.activeDeadlineSeconds").is_there() {
+        let why = "activeDeadlineSeconds in ReplicaSet is not Supported";
+        template
+            .field("spec.activeDeadlineSeconds")
+            .forbidden(why, errors);
+    }
+}
+
 /// The selector must be there, must not select everything, and must select what the template makes.
-fn validate_selector_and_template(object: &Value, errors: &mut Errors) {
-    let template = object.pointer("/spec/template").unwrap_or(&Value::Null);
-    let Some(selector) = object
-        .pointer("/spec/selector")
-        .filter(|selector| !selector.is_null())
-    else {
-        errors.push(FieldError::required("spec.selector", ""));
-        let why = "`selector` does not match template `labels`";
-        let labels = template
-            .pointer("/metadata/labels")
-            .cloned()
-            .unwrap_or(json!({}));
-        errors.push(FieldError::invalid(
-            "spec.template.metadata.labels",
-            labels,
-            why,
-        ));
-        return pod_spec::validate_template(template, "spec.template", errors);
-    };
-    match LabelSelector::from_object(selector) {
-        Ok(parsed) if parsed.is_empty() => {
-            let why = "empty selector is invalid for this kind";
-            errors.push(FieldError::invalid("spec.selector", selector.clone(), why));
+fn validate_selector_and_template(object: &Value, kind: &str, errors: &mut Errors) {
+    let spec = Place::root(object).field("spec");
+    let (selector, template) = (spec.field("selector"), spec.field("template"));
+    if selector.is_there() {
+        super::metadata::validate_selector(&selector, errors);
+    } else {
+        selector.missing("", errors);
+    }
+    let labels = template.value().object("/metadata/labels");
+    match LabelSelector::from_object(selector.value()) {
+        Ok(parsed) if selector.is_there() && parsed.is_empty() => {
+            selector.invalid(format!("{EMPTY_SELECTOR} {kind}"), errors);
         }
-        Ok(parsed) if !parsed.matches_labels(template.object("/metadata/labels")) => {
-            let labels = template
-                .pointer("/metadata/labels")
-                .cloned()
-                .unwrap_or(json!({}));
-            let why = "`selector` does not match template `labels`";
+        Ok(parsed) if parsed.is_empty() || !parsed.matches_labels(labels) => {
+            let given = template.value().pointer("/metadata/labels");
+            let given = given.cloned().unwrap_or_else(|| json!({}));
             errors.push(FieldError::invalid(
                 "spec.template.metadata.labels",
-                labels,
-                why,
+                given,
+                NO_MATCH,
             ));
         }
-        Ok(_) => {}
-        Err(error) => errors.push(FieldError::invalid(
-            "spec.selector",
-            selector.clone(),
-            error.to_string(),
-        )),
+        // Said field by field above.
+        Ok(_) | Err(_) => {}
     }
-    pod_spec::validate_template(template, "spec.template", errors);
-    if template.text("/spec/restartPolicy") != "Always" {
-        let given = template.text("/spec/restartPolicy");
-        errors.push(FieldError::unsupported(
-            "spec.template.spec.restartPolicy",
-            given,
-            &["Always"],
-        ));
+    pod_spec::validate_template(&template, errors);
+    always_restarts(&template, errors);
+}
+
+fn is_zero(place: &Place<'_>) -> bool {
+    match place.value() {
+        Value::String(text) => super::place::percent(text) == Some(0),
+        Value::Null => true,
+        value => value.as_i64() == Some(0),
     }
 }
 
-/// A count, or a percentage of the replicas.
-fn validate_share(object: &Value, pointer: &str, errors: &mut Errors) {
-    let field = pointer.trim_start_matches('/').replace('/', ".");
-    match object.pointer(pointer) {
-        Some(Value::Number(number)) if number.as_i64().unwrap_or(-1) < 0 => {
-            errors.push(FieldError::invalid(
-                field,
-                object.int(pointer),
-                "must be greater than or equal to 0",
-            ));
-        }
-        Some(Value::String(text)) => {
-            let share = text
-                .strip_suffix('%')
-                .and_then(|digits| digits.parse::<u32>().ok());
-            if share.is_none() {
-                let why = "a valid percent string must be a numeric string followed by an ending '%' (e.g. '1%',  or '93%', regex used for validation is '[0-9]+%')";
-                errors.push(FieldError::invalid(field, text.as_str(), why));
-            }
-        }
-        _ => {}
-    }
-}
-
-fn is_zero(object: &Value, pointer: &str) -> bool {
-    match object.pointer(pointer) {
-        Some(Value::String(text)) => text == "0%",
-        Some(value) => value.as_i64() == Some(0),
-        None => true,
-    }
+fn fixed_selector(object: &Value, old: &Value, errors: &mut Errors) {
+    let selector = |object| Place::root(object).field("spec.selector");
+    selector(object).unchanged(&selector(old), errors);
 }
 
 pub struct Deployment;
@@ -113,60 +89,43 @@ impl Strategy for Deployment {
         }
         deployment.default("/spec/revisionHistoryLimit", 10);
         deployment.default("/spec/progressDeadlineSeconds", 600);
-        default_template(deployment);
+        default_template(deployment, "/spec/template");
     }
 
     fn validate(&self, deployment: &Value, errors: &mut Errors) {
-        not_negative(deployment, "/spec/replicas", errors);
-        not_negative(deployment, "/spec/minReadySeconds", errors);
-        not_negative(deployment, "/spec/revisionHistoryLimit", errors);
-        validate_selector_and_template(deployment, errors);
-        one_of(
-            deployment,
-            "/spec/strategy/type",
-            "",
-            &["Recreate", "RollingUpdate"],
-            errors,
-        );
-        let rolling = "/spec/strategy/rollingUpdate";
-        if deployment.text("/spec/strategy/type") == "Recreate" && deployment.has(rolling) {
-            let why = "may not be specified when strategy `type` is 'Recreate'";
-            errors.push(FieldError::forbidden("spec.strategy.rollingUpdate", why));
+        let spec = Place::root(deployment).field("spec");
+        for field in ["replicas", "minReadySeconds", "revisionHistoryLimit"] {
+            spec.field(field).not_negative(errors);
         }
-        let (surge, unavailable) = (
-            format!("{rolling}/maxSurge"),
-            format!("{rolling}/maxUnavailable"),
-        );
-        validate_share(deployment, &surge, errors);
-        validate_share(deployment, &unavailable, errors);
-        if deployment.has(rolling)
-            && is_zero(deployment, &surge)
-            && is_zero(deployment, &unavailable)
-        {
-            let given = deployment
-                .pointer(&unavailable)
-                .cloned()
-                .unwrap_or_default();
-            let why = "may not be 0 when `maxSurge` is 0";
-            errors.push(FieldError::invalid(
-                "spec.strategy.rollingUpdate.maxUnavailable",
-                given,
-                why,
-            ));
+        validate_selector_and_template(deployment, "deployment", errors);
+        let strategy = spec.field("strategy");
+        strategy
+            .field("type")
+            .require_one_of(&["Recreate", "RollingUpdate"], errors);
+        let rolling = strategy.field("rollingUpdate");
+        if strategy.field("type").text() == "Recreate" {
+            if rolling.is_there() {
+                let why = "may not be specified when strategy `type` is 'Recreate'";
+                rolling.forbidden(why, errors);
+            }
+        } else if rolling.is_there() {
+            let (surge, unavailable) = (rolling.field("maxSurge"), rolling.field("maxUnavailable"));
+            unavailable.share(errors);
+            surge.share(errors);
+            if is_zero(&surge) && is_zero(&unavailable) {
+                unavailable.invalid("may not be 0 when `maxSurge` is 0", errors);
+            }
+            unavailable.at_most_all(errors);
         }
-        let deadline = deployment.int("/spec/progressDeadlineSeconds");
-        if deadline <= deployment.int("/spec/minReadySeconds") {
-            let why = "must be greater than minReadySeconds";
-            errors.push(FieldError::invalid(
-                "spec.progressDeadlineSeconds",
-                deadline,
-                why,
-            ));
+        let deadline = spec.field("progressDeadlineSeconds");
+        deadline.not_negative(errors);
+        if deadline.is_there() && deadline.int() <= spec.field("minReadySeconds").int() {
+            deadline.invalid("must be greater than minReadySeconds", errors);
         }
     }
 
     fn validate_update(&self, deployment: &Value, old: &Value, errors: &mut Errors) {
-        immutable(deployment, old, "/spec/selector", errors);
+        fixed_selector(deployment, old, errors);
     }
 
     fn counts_generations(&self) -> bool {
@@ -179,17 +138,18 @@ pub struct ReplicaSet;
 impl Strategy for ReplicaSet {
     fn default(&self, set: &mut Value) {
         set.default("/spec/replicas", 1);
-        default_template(set);
+        default_template(set, "/spec/template");
     }
 
     fn validate(&self, set: &Value, errors: &mut Errors) {
-        not_negative(set, "/spec/replicas", errors);
-        not_negative(set, "/spec/minReadySeconds", errors);
-        validate_selector_and_template(set, errors);
+        let spec = Place::root(set).field("spec");
+        spec.field("replicas").not_negative(errors);
+        spec.field("minReadySeconds").not_negative(errors);
+        validate_selector_and_template(set, "deployment", errors);
     }
 
     fn validate_update(&self, set: &Value, old: &Value, errors: &mut Errors) {
-        immutable(set, old, "/spec/selector", errors);
+        fixed_selector(set, old, errors);
     }
 
     fn counts_generations(&self) -> bool {
@@ -201,7 +161,7 @@ impl Strategy for ReplicaSet {
     }
 }
 
-/// Selector and labels follow from the template where they are left out.
+/// The older ReplicaSet, whose selector is a map of labels.
 pub struct ReplicationController;
 
 impl Strategy for ReplicationController {
@@ -210,51 +170,50 @@ impl Strategy for ReplicationController {
         let labels = controller
             .pointer("/spec/template/metadata/labels")
             .cloned();
-        if let Some(labels) = labels.filter(|labels| !labels.is_null()) {
+        if let Some(labels) =
+            labels.filter(|labels| labels.as_object().is_some_and(|l| !l.is_empty()))
+        {
             if controller
                 .object("/spec/selector")
-                .is_none_or(Map::is_empty)
+                .is_none_or(serde_json::Map::is_empty)
             {
                 controller.set("/spec/selector", labels.clone());
             }
             if controller
                 .object("/metadata/labels")
-                .is_none_or(Map::is_empty)
+                .is_none_or(serde_json::Map::is_empty)
             {
                 controller.set("/metadata/labels", labels);
             }
         }
-        default_template(controller);
+        default_template(controller, "/spec/template");
     }
 
     fn validate(&self, controller: &Value, errors: &mut Errors) {
-        not_negative(controller, "/spec/replicas", errors);
-        not_negative(controller, "/spec/minReadySeconds", errors);
-        let template = controller.pointer("/spec/template").unwrap_or(&Value::Null);
-        let Some(selector) = controller
-            .object("/spec/selector")
-            .filter(|selector| !selector.is_empty())
-        else {
-            errors.push(FieldError::required("spec.selector", ""));
-            return;
-        };
-        let labels = template.object("/metadata/labels");
-        let selected = selector
-            .iter()
-            .all(|(name, value)| labels.and_then(|labels| labels.get(name)) == Some(value));
-        if !selected {
-            let given = template
-                .pointer("/metadata/labels")
-                .cloned()
-                .unwrap_or(json!({}));
-            let why = "`selector` does not match template `labels`";
-            errors.push(FieldError::invalid(
-                "spec.template.metadata.labels",
-                given,
-                why,
-            ));
+        let spec = Place::root(controller).field("spec");
+        spec.field("replicas").not_negative(errors);
+        spec.field("minReadySeconds").not_negative(errors);
+        let (selector, template) = (spec.field("selector"), spec.field("template"));
+        if selector.is_empty() {
+            selector.missing("", errors);
         }
-        pod_spec::validate_template(template, "spec.template", errors);
+        super::metadata::validate_labels(selector.value().as_object(), selector.path(), errors);
+        if !template.is_there() {
+            return template.missing("", errors);
+        }
+        let labels = template.field("metadata.labels");
+        if selector
+            .entries()
+            .any(|(key, value)| labels.value().get(key) != Some(value.value()))
+        {
+            let given = match labels.value() {
+                Value::Null => json!({}),
+                labels => labels.clone(),
+            };
+            errors.push(FieldError::invalid(labels.path(), given, NO_MATCH));
+        }
+        pod_spec::validate_template(&template, errors);
+        always_restarts(&template, errors);
     }
 
     fn counts_generations(&self) -> bool {
@@ -276,30 +235,38 @@ impl Strategy for DaemonSet {
             set.default("/spec/updateStrategy/rollingUpdate/maxSurge", 0);
         }
         set.default("/spec/revisionHistoryLimit", 10);
-        default_template(set);
+        default_template(set, "/spec/template");
     }
 
     fn validate(&self, set: &Value, errors: &mut Errors) {
-        not_negative(set, "/spec/minReadySeconds", errors);
-        not_negative(set, "/spec/revisionHistoryLimit", errors);
-        validate_selector_and_template(set, errors);
-        one_of(
-            set,
-            "/spec/updateStrategy/type",
-            "",
-            &["OnDelete", "RollingUpdate"],
-            errors,
-        );
-        validate_share(set, "/spec/updateStrategy/rollingUpdate/maxSurge", errors);
-        validate_share(
-            set,
-            "/spec/updateStrategy/rollingUpdate/maxUnavailable",
-            errors,
-        );
+        let spec = Place::root(set).field("spec");
+        spec.field("minReadySeconds").not_negative(errors);
+        spec.field("revisionHistoryLimit").not_negative(errors);
+        validate_selector_and_template(set, "daemonset", errors);
+        let strategy = spec.field("updateStrategy");
+        strategy
+            .field("type")
+            .one_of(&["OnDelete", "RollingUpdate"], errors);
+        let rolling = strategy.field("rollingUpdate");
+        if strategy.field("type").text() != "RollingUpdate" || !rolling.is_there() {
+            return;
+        }
+        let (surge, unavailable) = (rolling.field("maxSurge"), rolling.field("maxUnavailable"));
+        surge.share(errors);
+        unavailable.share(errors);
+        surge.at_most_all(errors);
+        unavailable.at_most_all(errors);
+        match (is_zero(&surge), is_zero(&unavailable)) {
+            (true, true) => unavailable.invalid("cannot be 0 when maxSurge is 0", errors),
+            (false, false) => {
+                surge.invalid("may not be set when maxUnavailable is non-zero", errors)
+            }
+            _ => {}
+        }
     }
 
     fn validate_update(&self, set: &Value, old: &Value, errors: &mut Errors) {
-        immutable(set, old, "/spec/selector", errors);
+        fixed_selector(set, old, errors);
     }
 
     fn counts_generations(&self) -> bool {
@@ -308,6 +275,17 @@ impl Strategy for DaemonSet {
 }
 
 pub struct StatefulSet;
+
+/// What of a StatefulSet's spec may change.
+const STATEFUL_CHANGES: [&str; 7] = [
+    "replicas",
+    "ordinals",
+    "template",
+    "updateStrategy",
+    "revisionHistoryLimit",
+    "persistentVolumeClaimRetentionPolicy",
+    "minReadySeconds",
+];
 
 impl Strategy for StatefulSet {
     fn default(&self, set: &mut Value) {
@@ -318,33 +296,101 @@ impl Strategy for StatefulSet {
             set.default("/spec/updateStrategy/rollingUpdate/partition", 0);
         }
         set.default("/spec/revisionHistoryLimit", 10);
-        set.default(
-            "/spec/persistentVolumeClaimRetentionPolicy/whenDeleted",
-            "Retain",
-        );
-        set.default(
-            "/spec/persistentVolumeClaimRetentionPolicy/whenScaled",
-            "Retain",
-        );
-        default_template(set);
+        let retention = "/spec/persistentVolumeClaimRetentionPolicy";
+        set.default(&format!("{retention}/whenDeleted"), "Retain");
+        set.default(&format!("{retention}/whenScaled"), "Retain");
+        default_template(set, "/spec/template");
+        for claim in set.items_mut("/spec/volumeClaimTemplates") {
+            // Clients see claims as they would be created.
+            claim.default("/apiVersion", "v1");
+            claim.default("/kind", "PersistentVolumeClaim");
+            storage::default_claim(claim);
+        }
     }
 
     fn validate(&self, set: &Value, errors: &mut Errors) {
-        not_negative(set, "/spec/replicas", errors);
-        validate_selector_and_template(set, errors);
-        one_of(
-            set,
-            "/spec/podManagementPolicy",
-            "",
-            &["OrderedReady", "Parallel"],
-            errors,
-        );
+        let spec = Place::root(set).field("spec");
+        for field in [
+            "replicas",
+            "minReadySeconds",
+            "revisionHistoryLimit",
+            "ordinals.start",
+        ] {
+            spec.field(field).not_negative(errors);
+        }
+        spec.field("podManagementPolicy")
+            .one_of(&["OrderedReady", "Parallel"], errors);
+        let strategy = spec.field("updateStrategy");
+        strategy
+            .field("type")
+            .one_of(&["OnDelete", "RollingUpdate"], errors);
+        let rolling = strategy.field("rollingUpdate");
+        if strategy.field("type").text() == "OnDelete" && rolling.is_there() {
+            let why = "only allowed for updateStrategy 'RollingUpdate'";
+            rolling.invalid(why, errors);
+        }
+        rolling.field("partition").not_negative(errors);
+        let unavailable = rolling.field("maxUnavailable");
+        unavailable.share(errors);
+        unavailable.at_most_all(errors);
+        if unavailable.is_there() && is_zero(&unavailable) {
+            unavailable.invalid("cannot be 0", errors);
+        }
+        let retention = spec.field("persistentVolumeClaimRetentionPolicy");
+        for field in ["whenDeleted", "whenScaled"] {
+            retention.field(field).one_of(&["Delete", "Retain"], errors);
+        }
+        validate_selector_and_template(set, "statefulset", errors);
     }
 
     fn validate_update(&self, set: &Value, old: &Value, errors: &mut Errors) {
-        immutable(set, old, "/spec/selector", errors);
-        immutable(set, old, "/spec/serviceName", errors);
-        immutable(set, old, "/spec/podManagementPolicy", errors);
+        let fixed = |set: &Value| {
+            let mut spec = set.pointer("/spec").cloned().unwrap_or_default();
+            for field in STATEFUL_CHANGES {
+                spec.remove(&format!("/{field}"));
+            }
+            // Equal to what is there by default.
+            spec.default("/serviceName", "");
+            spec
+        };
+        if fixed(set) != fixed(old) {
+            let why = "updates to statefulset spec for fields other than 'replicas', 'ordinals', 'template', 'updateStrategy', 'revisionHistoryLimit', 'persistentVolumeClaimRetentionPolicy' and 'minReadySeconds' are forbidden";
+            errors.push(FieldError::forbidden("spec", why));
+        }
+    }
+
+    fn counts_generations(&self) -> bool {
+        true
+    }
+}
+
+/// A snapshot of a template: written once.
+pub struct ControllerRevision;
+
+impl Strategy for ControllerRevision {
+    fn validate(&self, revision: &Value, errors: &mut Errors) {
+        let root = Place::root(revision);
+        root.field("revision").not_negative(errors);
+        if !root.field("data").is_there() {
+            root.field("data").missing("data is mandatory", errors);
+        }
+    }
+
+    fn validate_update(&self, revision: &Value, old: &Value, errors: &mut Errors) {
+        let data = |object| Place::root(object).field("data");
+        data(revision).unchanged(&data(old), errors);
+    }
+}
+
+pub struct PodTemplate;
+
+impl Strategy for PodTemplate {
+    fn default(&self, object: &mut Value) {
+        default_template(object, "/template");
+    }
+
+    fn validate(&self, object: &Value, errors: &mut Errors) {
+        pod_spec::validate_template(&Place::root(object).field("template"), errors);
     }
 
     fn counts_generations(&self) -> bool {
@@ -364,6 +410,15 @@ mod tests {
         object
     }
 
+    fn told(strategy: &dyn Strategy, object: &Value) -> Vec<String> {
+        let mut errors = Vec::new();
+        strategy.validate(object, &mut errors);
+        errors
+            .iter()
+            .map(|error| format!("{}: {}", error.field, error.message))
+            .collect()
+    }
+
     #[test]
     fn a_deployment_is_defaulted_and_then_valid() {
         let object = deployment(json!({"app": "web"}));
@@ -376,21 +431,76 @@ mod tests {
             object["spec"]["template"]["spec"]["containers"][0]["imagePullPolicy"],
             "Always"
         );
-        let mut errors = Vec::new();
-        Deployment.validate(&object, &mut errors);
-        assert_eq!(errors, []);
+        assert_eq!(told(&Deployment, &object), Vec::<String>::new());
     }
 
     #[test]
     fn a_selector_that_misses_its_template_is_refused() {
+        assert_eq!(
+            told(&Deployment, &deployment(json!({"app": "other"}))),
+            [
+                r#"spec.template.metadata.labels: Invalid value: {"app":"other"}: `selector` does not match template `labels`"#
+            ]
+        );
+        let mut everything = deployment(json!({"app": "web"}));
+        everything.set("/spec/selector", json!({}));
+        assert_eq!(
+            told(&Deployment, &everything),
+            ["spec.selector: Invalid value: {}: empty selector is invalid for deployment"]
+        );
+    }
+
+    #[test]
+    fn a_rollout_must_be_able_to_begin() {
+        let mut object = deployment(json!({"app": "web"}));
+        object.set(
+            "/spec/strategy/rollingUpdate",
+            json!({"maxSurge": 0, "maxUnavailable": "0%"}),
+        );
+        object.set("/spec/minReadySeconds", 600);
+        assert_eq!(
+            told(&Deployment, &object),
+            [
+                r#"spec.strategy.rollingUpdate.maxUnavailable: Invalid value: "0%": may not be 0 when `maxSurge` is 0"#,
+                "spec.progressDeadlineSeconds: Invalid value: 600: must be greater than minReadySeconds",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_replication_controller_takes_its_selector_from_its_template() {
+        let mut object = json!({"metadata": {"name": "rc"}, "spec": {"template": {
+            "metadata": {"labels": {"app": "x"}}, "spec": {"containers": [{"name": "c", "image": "i"}]}}}});
+        ReplicationController.default(&mut object);
+        assert_eq!(object["spec"]["selector"], json!({"app": "x"}));
+        assert_eq!(object["metadata"]["labels"], json!({"app": "x"}));
+        assert_eq!(told(&ReplicationController, &object), Vec::<String>::new());
+        object.set("/spec/selector", json!({"app": "y"}));
+        assert_eq!(told(&ReplicationController, &object).len(), 1);
+    }
+
+    #[test]
+    fn only_some_of_a_stateful_set_changes() {
+        let mut old = json!({"metadata": {"name": "s"}, "spec": {"serviceName": "s", "selector": {"matchLabels": {"a": "b"}},
+            "template": {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "c", "image": "i"}]}},
+            "volumeClaimTemplates": [{"metadata": {"name": "d"}, "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1"}}}}]}});
+        StatefulSet.default(&mut old);
+        assert_eq!(
+            old["spec"]["volumeClaimTemplates"][0]["spec"]["volumeMode"],
+            "Filesystem"
+        );
+        assert_eq!(told(&StatefulSet, &old), Vec::<String>::new());
+        let mut new = old.clone();
+        new.set("/spec/replicas", 5);
         let mut errors = Vec::new();
-        Deployment.validate(&deployment(json!({"app": "other"})), &mut errors);
-        assert_eq!(errors.len(), 1);
-        assert_eq!(errors[0].field, "spec.template.metadata.labels");
+        StatefulSet.validate_update(&new, &old, &mut errors);
+        assert_eq!(errors, []);
+        new.set("/spec/serviceName", "other");
+        StatefulSet.validate_update(&new, &old, &mut errors);
         assert!(
             errors[0]
                 .message
-                .ends_with("`selector` does not match template `labels`")
+                .starts_with("Forbidden: updates to statefulset spec")
         );
     }
 }

@@ -57,7 +57,7 @@ impl Api {
                             "application/json-patch+json",
                             "application/merge-patch+json",
                         ];
-                        return Err(Status::unsupported_media_type(&given, &supported));
+                        return Err(Status::unsupported_media_type(&supported));
                     }
                 }
                 Ok(scale)

@@ -3,7 +3,9 @@
 mod age;
 mod cluster;
 mod pod;
+mod policy;
 mod service;
+mod storage;
 mod workload;
 
 use serde_json::{Value, json};
@@ -89,6 +91,24 @@ pub fn printer(group: &str, kind: &str) -> &'static Printer {
         ("apps", "StatefulSet") => &workload::STATEFUL_SET,
         ("apps", "ControllerRevision") => &workload::CONTROLLER_REVISION,
         ("batch", "Job") => &workload::JOB,
+        ("batch", "CronJob") => &policy::CRON_JOB,
+        ("", "ReplicationController") => &policy::REPLICATION_CONTROLLER,
+        ("", "PodTemplate") => &policy::POD_TEMPLATE,
+        ("", "ResourceQuota") => &policy::QUOTA,
+        ("", "LimitRange") => &policy::LIMIT_RANGE,
+        ("policy", "PodDisruptionBudget") => &policy::DISRUPTION_BUDGET,
+        ("autoscaling", "HorizontalPodAutoscaler") => &policy::AUTOSCALER,
+        ("", "PersistentVolumeClaim") => &storage::CLAIM,
+        ("", "PersistentVolume") => &storage::VOLUME,
+        ("", "ComponentStatus") => &storage::COMPONENT_STATUS,
+        ("storage.k8s.io", "StorageClass") => &storage::STORAGE_CLASS,
+        ("storage.k8s.io", "CSINode") => &storage::CSI_NODE,
+        ("networking.k8s.io", "Ingress") => &storage::INGRESS,
+        ("networking.k8s.io", "IngressClass") => &storage::INGRESS_CLASS,
+        ("networking.k8s.io", "IPAddress") => &storage::IP_ADDRESS,
+        ("networking.k8s.io", "ServiceCIDR") => &storage::SERVICE_CIDR,
+        ("node.k8s.io", "RuntimeClass") => &storage::RUNTIME_CLASS,
+        ("certificates.k8s.io", "CertificateSigningRequest") => &storage::SIGNING_REQUEST,
         _ => &GENERIC,
     }
 }
@@ -242,7 +262,9 @@ mod tests {
             ("batch", "Job"),
             ("example.com", "Unknown"),
         ];
-        for (group, kind) in kinds {
+        let all = crate::registry::resources().iter();
+        let all = all.map(|resource| (resource.group, resource.kind));
+        for (group, kind) in kinds.into_iter().chain(all) {
             let printer = printer(group, kind);
             let cells = (printer.cells)(&json!({"metadata": {"name": "x"}}));
             assert_eq!(cells.len(), printer.columns.len(), "{kind}");

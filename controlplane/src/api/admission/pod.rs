@@ -1,14 +1,14 @@
-//! Admission: what a write depends on besides its own object. Built in, in this order: NamespaceLifecycle,
-//! ServiceAccount, Priority, DefaultTolerationSeconds.
+//! What admission fills into a new pod: its ServiceAccount and token, its priority, its tolerations, its runtime's
+//! overhead.
 
 use rand::RngExt;
 use serde_json::{Value, json};
 
-use super::fields::Fields;
-use super::request::Target;
-use super::status::Status;
-use super::{Api, object};
-use crate::store::Range;
+use super::stored;
+use crate::api::Api;
+use crate::api::fields::{self, Fields};
+use crate::api::request::Target;
+use crate::api::status::Status;
 
 /// Where pods find their ServiceAccount's token.
 const TOKEN_MOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
@@ -17,66 +17,8 @@ const TOKEN_EXPIRATION_S: i64 = 3607;
 /// How long a pod stays on a node that went away, unless it says otherwise.
 const TOLERATION_S: i64 = 300;
 
-/// Admits a new object, and fills in what depends on others.
-pub async fn create(api: &Api, target: &Target, object: &mut Value) -> Result<(), Status> {
-    check_namespace(api, target, object).await?;
-    if target.resource.group.is_empty() && target.resource.plural == "pods" {
-        service_account(api, target, object).await?;
-        priority(api, target, object).await?;
-        tolerate_absent_nodes(object);
-    }
-    if target.resource.plural == "priorityclasses" && object.flag("/globalDefault") {
-        check_single_default(api, target, object).await?;
-    }
-    Ok(())
-}
-
-/// Admits a change.
-pub async fn update(
-    api: &Api,
-    target: &Target,
-    object: &mut Value,
-    old: &Value,
-) -> Result<(), Status> {
-    if target.resource.plural == "priorityclasses"
-        && object.flag("/globalDefault")
-        && !old.flag("/globalDefault")
-    {
-        check_single_default(api, target, object).await?;
-    }
-    Ok(())
-}
-
-/// The namespace must exist, and must not be going away.
-async fn check_namespace(api: &Api, target: &Target, object: &Value) -> Result<(), Status> {
-    let Some(namespace) = target.namespace.as_deref() else {
-        return Ok(());
-    };
-    let found = api.lookup("", "namespaces", None, namespace).await?;
-    let Some(found) = found else {
-        let subject = super::status::Subject {
-            group: "",
-            resource: "namespaces",
-            name: namespace,
-        };
-        return Err(Status::not_found(subject));
-    };
-    // Events tell about the going away itself.
-    if found.has("/metadata/deletionTimestamp") && target.resource.plural != "events" {
-        let why = format!(
-            "unable to create new content in namespace {namespace} because it is being terminated"
-        );
-        let mut status = Status::forbidden(target.subject_named(super::fields::name(object)), why);
-        let cause = json!({"reason": "NamespaceTerminating", "field": "metadata.namespace",
-            "message": format!("namespace {namespace} is being terminated")});
-        status.details.insert("causes".into(), json!([cause]));
-        return Err(status);
-    }
-    Ok(())
-}
-
 /// Every pod runs as a ServiceAccount that exists, with its token mounted.
-async fn service_account(api: &Api, target: &Target, pod: &mut Value) -> Result<(), Status> {
+pub async fn service_account(api: &Api, target: &Target, pod: &mut Value) -> Result<(), Status> {
     if pod.has("/metadata/annotations/kubernetes.io~1config.mirror") {
         return Ok(()); // A mirror of a pod that the kubelet runs by itself.
     }
@@ -92,7 +34,7 @@ async fn service_account(api: &Api, target: &Target, pod: &mut Value) -> Result<
             "error looking up service account {namespace}/{name}: serviceaccount {name:?} not found"
         );
         return Err(Status::forbidden(
-            target.subject_named(super::fields::name(pod)),
+            target.subject_named(fields::name(pod)),
             why,
         ));
     };
@@ -164,7 +106,7 @@ fn push(object: &mut Value, pointer: &str, item: Value) {
 }
 
 /// A pod's priority is the number behind its class.
-async fn priority(api: &Api, target: &Target, pod: &mut Value) -> Result<(), Status> {
+pub async fn priority(api: &Api, target: &Target, pod: &mut Value) -> Result<(), Status> {
     let name = pod.text("/spec/priorityClassName").to_owned();
     let class = if name.is_empty() {
         default_class(api).await?
@@ -175,7 +117,7 @@ async fn priority(api: &Api, target: &Target, pod: &mut Value) -> Result<(), Sta
         if found.is_none() {
             let why = format!("no PriorityClass with name {name} was found");
             return Err(Status::forbidden(
-                target.subject_named(super::fields::name(pod)),
+                target.subject_named(fields::name(pod)),
                 why,
             ));
         }
@@ -183,7 +125,7 @@ async fn priority(api: &Api, target: &Target, pod: &mut Value) -> Result<(), Sta
     };
     let (value, policy) = match &class {
         Some(class) => {
-            pod.set("/spec/priorityClassName", super::fields::name(class));
+            pod.set("/spec/priorityClassName", fields::name(class));
             (
                 class.int("/value"),
                 class.text("/preemptionPolicy").to_owned(),
@@ -197,7 +139,7 @@ async fn priority(api: &Api, target: &Target, pod: &mut Value) -> Result<(), Sta
             "the integer value of priority ({given}) must not be provided in pod spec; priority admission controller computed {value} from the given PriorityClass name"
         );
         return Err(Status::forbidden(
-            target.subject_named(super::fields::name(pod)),
+            target.subject_named(fields::name(pod)),
             why,
         ));
     }
@@ -206,41 +148,8 @@ async fn priority(api: &Api, target: &Target, pod: &mut Value) -> Result<(), Sta
     Ok(())
 }
 
-/// The class of pods that name none, when there is one.
-async fn default_class(api: &Api) -> Result<Option<Value>, Status> {
-    let Some(resource) = crate::registry::resource("scheduling.k8s.io", "v1", "priorityclasses")
-    else {
-        return Ok(None);
-    };
-    let page = api
-        .store
-        .list(Range::all(&object::prefix(resource, None)))
-        .await?;
-    for record in &page.records {
-        let class = object::decode(record, resource.kind, &resource.api_version())?;
-        if class.flag("/globalDefault") {
-            return Ok(Some(class));
-        }
-    }
-    Ok(None)
-}
-
-async fn check_single_default(api: &Api, target: &Target, class: &Value) -> Result<(), Status> {
-    let name = super::fields::name(class);
-    match default_class(api).await? {
-        Some(other) if super::fields::name(&other) != name => {
-            let other = super::fields::name(&other).to_owned();
-            let why = format!(
-                "PriorityClass {other} is already marked as default. Only one default can exist"
-            );
-            Err(Status::forbidden(target.subject_named(name), why))
-        }
-        _ => Ok(()),
-    }
-}
-
 /// Pods leave nodes that are not ready or not reachable after a while, not at once.
-fn tolerate_absent_nodes(pod: &mut Value) {
+pub fn tolerate_absent_nodes(pod: &mut Value) {
     for key in [
         "node.kubernetes.io/not-ready",
         "node.kubernetes.io/unreachable",
@@ -254,6 +163,93 @@ fn tolerate_absent_nodes(pod: &mut Value) {
             push(pod, "/spec/tolerations", toleration);
         }
     }
+}
+
+/// The class of pods that name none, when there is one.
+async fn default_class(api: &Api) -> Result<Option<Value>, Status> {
+    let classes = stored(api, "scheduling.k8s.io", "priorityclasses", None).await?;
+    Ok(classes
+        .into_iter()
+        .find(|class| class.flag("/globalDefault")))
+}
+
+/// At most one PriorityClass is the default.
+pub async fn check_single_default(api: &Api, target: &Target, class: &Value) -> Result<(), Status> {
+    let name = fields::name(class);
+    match default_class(api).await? {
+        Some(other) if fields::name(&other) != name => {
+            let other = fields::name(&other).to_owned();
+            let why = format!(
+                "PriorityClass {other} is already marked as default. Only one default can exist"
+            );
+            Err(Status::forbidden(target.subject_named(name), why))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A pod's runtime class adds its overhead and says where it can run.
+pub async fn runtime_class(api: &Api, target: &Target, pod: &mut Value) -> Result<(), Status> {
+    let name = pod.text("/spec/runtimeClassName").to_owned();
+    let refuse = |pod: &Value, why: String| {
+        Err(Status::forbidden(
+            target.subject_named(fields::name(pod)),
+            why,
+        ))
+    };
+    if name.is_empty() {
+        if pod.has("/spec/overhead") {
+            let why = "pod rejected: Pod Overhead set without corresponding RuntimeClass defined Overhead";
+            return refuse(pod, why.to_owned());
+        }
+        return Ok(());
+    }
+    let Some(class) = api
+        .lookup("node.k8s.io", "runtimeclasses", None, &name)
+        .await?
+    else {
+        return refuse(
+            pod,
+            format!("pod rejected: RuntimeClass {name:?} not found"),
+        );
+    };
+    match class.pointer("/overhead/podFixed") {
+        Some(overhead) => {
+            if pod.has("/spec/overhead") && pod.pointer("/spec/overhead") != Some(overhead) {
+                let why =
+                    "pod rejected: Pod's Overhead doesn't match RuntimeClass's defined Overhead";
+                return refuse(pod, why.to_owned());
+            }
+            pod.set("/spec/overhead", overhead.clone());
+        }
+        None if pod.has("/spec/overhead") => {
+            let why = "pod rejected: Pod Overhead set without corresponding RuntimeClass defined Overhead";
+            return refuse(pod, why.to_owned());
+        }
+        None => {}
+    }
+    for (key, value) in class
+        .object("/scheduling/nodeSelector")
+        .into_iter()
+        .flatten()
+    {
+        let selector = pod.object_mut("/spec/nodeSelector");
+        match selector.get(key) {
+            Some(present) if present != value => {
+                let why = format!(
+                    "conflict: RuntimeClass.scheduling.nodeSelector[{key}] = {value}; pod.spec.nodeSelector[{key}] = {present}"
+                );
+                return refuse(pod, why);
+            }
+            _ => _ = selector.insert(key.clone(), value.clone()),
+        }
+    }
+    for toleration in class.items("/scheduling/tolerations") {
+        if !pod.items("/spec/tolerations").contains(toleration) {
+            push(pod, "/spec/tolerations", toleration.clone());
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

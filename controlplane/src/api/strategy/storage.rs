@@ -1,0 +1,327 @@
+//! PersistentVolumes, their claims, and what provides them.
+
+use serde_json::{Value, json};
+
+use super::metadata::dns_subdomain;
+use super::place::Place;
+use super::pod_spec::{validate_node_selector, validate_volume_source};
+use super::{Errors, Strategy};
+use crate::api::fields::Fields;
+use crate::api::status::FieldError;
+use crate::codec::quantity::Quantity;
+
+const ACCESS_MODES: [&str; 4] = [
+    "ReadOnlyMany",
+    "ReadWriteMany",
+    "ReadWriteOnce",
+    "ReadWriteOncePod",
+];
+const VOLUME_MODES: [&str; 2] = ["Block", "Filesystem"];
+
+fn validate_access(modes: &Place<'_>, errors: &mut Errors) {
+    if modes.is_empty() {
+        modes.missing("at least 1 access mode is required", errors);
+    }
+    for mode in modes.items() {
+        if !ACCESS_MODES.contains(&mode.text()) {
+            errors.push(FieldError::unsupported(
+                modes.path(),
+                mode.text(),
+                &ACCESS_MODES,
+            ));
+        }
+    }
+    if modes.len() > 1 && modes.items().any(|mode| mode.text() == "ReadWriteOncePod") {
+        let why = "may not use ReadWriteOncePod with other access modes";
+        modes.forbidden(why, errors);
+    }
+}
+
+fn validate_size(size: &Place<'_>, errors: &mut Errors) {
+    if !size.is_there() {
+        size.missing("", errors);
+    } else if size.quantity(errors).is_some_and(Quantity::is_zero) {
+        size.invalid("must be greater than zero", errors);
+    }
+}
+
+/// Fills in what a claim may leave out.
+pub fn default_claim(claim: &mut Value) {
+    claim.default("/spec/volumeMode", "Filesystem");
+    claim.default("/status/phase", "Pending");
+}
+
+pub struct Claim;
+
+impl Strategy for Claim {
+    fn default(&self, claim: &mut Value) {
+        default_claim(claim);
+    }
+
+    fn prepare_create(&self, claim: &mut Value) {
+        claim.set("/status", json!({"phase": "Pending"}));
+    }
+
+    fn validate(&self, claim: &Value, errors: &mut Errors) {
+        let spec = Place::root(claim).field("spec");
+        validate_access(&spec.field("accessModes"), errors);
+        super::metadata::validate_selector(&spec.field("selector"), errors);
+        validate_size(&spec.field("resources.requests.storage"), errors);
+        spec.field("storageClassName")
+            .keep_to(dns_subdomain, errors);
+        spec.field("volumeMode").one_of(&VOLUME_MODES, errors);
+        let source = spec.field("dataSource");
+        if source.is_there() {
+            source.field("kind").require(errors);
+            source.field("name").require(errors);
+        }
+    }
+
+    fn validate_update(&self, claim: &Value, old: &Value, errors: &mut Errors) {
+        let fixed = |claim: &Value| {
+            let mut spec = claim.pointer("/spec").cloned().unwrap_or_default();
+            for field in [
+                "resources",
+                "volumeAttributesClassName",
+                "dataSource",
+                "dataSourceRef",
+            ] {
+                spec.remove(&format!("/{field}"));
+            }
+            // Set once, by who binds the claim.
+            if old.text("/spec/volumeName").is_empty() {
+                spec.remove("/volumeName");
+            }
+            spec
+        };
+        if fixed(claim) != fixed(old) {
+            let why = "spec is immutable after creation except resources.requests and volumeAttributesClassName for bound claims";
+            errors.push(FieldError::forbidden("spec", why));
+        }
+        let size = |claim: &Value| {
+            claim
+                .pointer("/spec/resources/requests/storage")
+                .and_then(Quantity::of)
+        };
+        let (new, before) = (size(claim), size(old));
+        let held = old
+            .pointer("/status/capacity/storage")
+            .and_then(Quantity::of);
+        if new < before && (held.is_none() || new < held) {
+            let why = "field can not be less than status.capacity";
+            errors.push(FieldError::forbidden(
+                "spec.resources.requests.storage",
+                why,
+            ));
+        }
+        if new > before && old.text("/status/phase") != "Bound" {
+            let why = "spec is immutable after creation except resources.requests and volumeAttributesClassName for bound claims";
+            errors.push(FieldError::forbidden("spec", why));
+        }
+    }
+}
+
+pub struct Volume;
+
+impl Strategy for Volume {
+    fn default(&self, volume: &mut Value) {
+        volume.default("/spec/persistentVolumeReclaimPolicy", "Retain");
+        volume.default("/spec/volumeMode", "Filesystem");
+        volume.default("/status/phase", "Pending");
+        if volume.has("/spec/hostPath") {
+            volume.default("/spec/hostPath/type", "");
+        }
+    }
+
+    fn prepare_create(&self, volume: &mut Value) {
+        volume.set("/status", json!({"phase": "Pending"}));
+    }
+
+    fn validate(&self, volume: &Value, errors: &mut Errors) {
+        let spec = Place::root(volume).field("spec");
+        validate_access(&spec.field("accessModes"), errors);
+        let capacity = spec.field("capacity");
+        if capacity.is_empty() {
+            capacity.missing("", errors);
+        } else if !capacity.field("storage").is_there() || capacity.entries().count() > 1 {
+            let given = capacity.value().clone();
+            errors.push(FieldError::unsupported(
+                capacity.path(),
+                given,
+                &["storage"],
+            ));
+        } else {
+            validate_size(&capacity.field("storage"), errors);
+        }
+        spec.field("persistentVolumeReclaimPolicy")
+            .one_of(&["Delete", "Recycle", "Retain"], errors);
+        spec.field("storageClassName")
+            .keep_to(dns_subdomain, errors);
+        spec.field("volumeMode").one_of(&VOLUME_MODES, errors);
+        let mut faults = Vec::new();
+        if spec.field("local").is_there() {
+            spec.field("local.path").require(&mut faults);
+            if !spec.field("nodeAffinity").is_there() {
+                let affinity = spec.field("nodeAffinity");
+                affinity.missing("Local volume requires node affinity", &mut faults);
+            }
+        } else {
+            validate_volume_source(&spec, &mut faults);
+        }
+        errors.append(&mut faults);
+        let affinity = spec.field("nodeAffinity.required");
+        if affinity.is_there() {
+            validate_node_selector(&affinity, errors);
+        }
+    }
+
+    fn validate_update(&self, volume: &Value, old: &Value, errors: &mut Errors) {
+        let source = |volume: &Value| {
+            let mut spec = volume.pointer("/spec").cloned().unwrap_or_default();
+            for field in [
+                "accessModes",
+                "capacity",
+                "claimRef",
+                "mountOptions",
+                "nodeAffinity",
+                "persistentVolumeReclaimPolicy",
+                "storageClassName",
+                "volumeAttributesClassName",
+                "volumeMode",
+            ] {
+                spec.remove(&format!("/{field}"));
+            }
+            spec
+        };
+        if source(volume) != source(old) {
+            let why = "spec.persistentvolumesource is immutable after creation";
+            errors.push(FieldError::forbidden("spec.persistentvolumesource", why));
+        }
+        let (spec, before) = (
+            Place::root(volume).field("spec"),
+            Place::root(old).field("spec"),
+        );
+        spec.field("volumeMode")
+            .unchanged(&before.field("volumeMode"), errors);
+        if before.field("nodeAffinity").is_there() {
+            spec.field("nodeAffinity")
+                .unchanged(&before.field("nodeAffinity"), errors);
+        }
+    }
+}
+
+pub struct StorageClass;
+
+impl Strategy for StorageClass {
+    fn default(&self, class: &mut Value) {
+        class.default("/reclaimPolicy", "Delete");
+        class.default("/volumeBindingMode", "Immediate");
+    }
+
+    fn validate(&self, class: &Value, errors: &mut Errors) {
+        let root = Place::root(class);
+        root.field("provisioner")
+            .require_name(super::qualified_name, errors);
+        root.field("reclaimPolicy")
+            .one_of(&["Delete", "Retain"], errors);
+        root.field("volumeBindingMode")
+            .one_of(&["Immediate", "WaitForFirstConsumer"], errors);
+    }
+
+    fn validate_update(&self, class: &Value, old: &Value, errors: &mut Errors) {
+        let (new, old) = (Place::root(class), Place::root(old));
+        for (field, why) in [
+            ("parameters", "updates to parameters are forbidden."),
+            ("provisioner", "updates to provisioner are forbidden."),
+            ("reclaimPolicy", "updates to reclaimPolicy are forbidden."),
+        ] {
+            if new.field(field).value() != old.field(field).value() {
+                new.field(field).forbidden(why, errors);
+            }
+        }
+        new.field("volumeBindingMode")
+            .unchanged(&old.field("volumeBindingMode"), errors);
+    }
+}
+
+pub struct CsiDriver;
+
+impl Strategy for CsiDriver {
+    fn default(&self, driver: &mut Value) {
+        driver.default("/spec/attachRequired", true);
+        driver.default("/spec/podInfoOnMount", false);
+        driver.default("/spec/storageCapacity", false);
+        driver.default("/spec/fsGroupPolicy", "ReadWriteOnceWithFSType");
+        driver.default("/spec/requiresRepublish", false);
+        driver.default("/spec/seLinuxMount", false);
+        if driver.items("/spec/volumeLifecycleModes").is_empty() {
+            driver.set("/spec/volumeLifecycleModes", json!(["Persistent"]));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn claim(size: &str) -> Value {
+        let mut claim = json!({"spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": size}}}});
+        Claim.default(&mut claim);
+        claim
+    }
+
+    #[test]
+    fn claims_ask_for_something() {
+        let mut errors = Vec::new();
+        Claim.validate(&claim("1Gi"), &mut errors);
+        assert_eq!(errors, []);
+        let mut bad = claim("0");
+        bad.set(
+            "/spec/accessModes",
+            json!(["ReadWriteOncePod", "Sometimes"]),
+        );
+        Claim.validate(&bad, &mut errors);
+        let fields: Vec<_> = errors
+            .iter()
+            .map(|error| (error.field.as_str(), error.reason))
+            .collect();
+        assert_eq!(
+            fields,
+            [
+                ("spec.accessModes", "FieldValueNotSupported"),
+                ("spec.accessModes", "FieldValueForbidden"),
+                ("spec.resources.requests.storage", "FieldValueInvalid"),
+            ]
+        );
+    }
+
+    #[test]
+    fn a_bound_claim_only_grows() {
+        let mut old = claim("1Gi");
+        old.set(
+            "/status",
+            json!({"phase": "Bound", "capacity": {"storage": "1Gi"}}),
+        );
+        let mut errors = Vec::new();
+        Claim.validate_update(&claim("2Gi"), &old, &mut errors);
+        assert_eq!(errors, []);
+        Claim.validate_update(&claim("512Mi"), &old, &mut errors);
+        assert_eq!(errors[0].field, "spec.resources.requests.storage");
+        errors.clear();
+        Claim.validate_update(&claim("2Gi"), &claim("1Gi"), &mut errors);
+        assert_eq!(errors[0].field, "spec");
+    }
+
+    #[test]
+    fn a_volume_has_one_source_for_good() {
+        let mut volume = json!({"spec": {"accessModes": ["ReadWriteOnce"], "capacity": {"storage": "1Gi"}, "hostPath": {"path": "/x"}}});
+        Volume.default(&mut volume);
+        let mut errors = Vec::new();
+        Volume.validate(&volume, &mut errors);
+        assert_eq!(errors, []);
+        let mut other = volume.clone();
+        other.set("/spec/hostPath/path", "/y");
+        Volume.validate_update(&other, &volume, &mut errors);
+        assert_eq!(errors[0].field, "spec.persistentvolumesource");
+    }
+}
