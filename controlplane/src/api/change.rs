@@ -111,27 +111,6 @@ pub fn spec_differs(new: &Value, old: &Value) -> bool {
     counted(new) != counted(old)
 }
 
-pub fn equal_but_managed_fields(new: &Value, old: &Value) -> bool {
-    let (Some(new), Some(old)) = (new.as_object(), old.as_object()) else {
-        return new == old;
-    };
-    let same_metadata = || {
-        let strip = |object: &serde_json::Map<String, Value>| {
-            let mut metadata = object.get("metadata").cloned().unwrap_or_default();
-            if let Some(fields) = metadata.as_object_mut() {
-                fields.shift_remove("managedFields");
-            }
-            metadata
-        };
-        strip(new) == strip(old)
-    };
-    new.len() == old.len()
-        && new
-            .iter()
-            .all(|(key, value)| key == "metadata" || old.get(key) == Some(value))
-        && same_metadata()
-}
-
 /// Whether the object is being deleted and nothing holds that back any more.
 pub fn finished(object: &Value) -> bool {
     object.has("/metadata/deletionTimestamp")
@@ -157,18 +136,5 @@ mod tests {
         carry_over(&mut new, &old, Part::Main, &target);
         assert_eq!(new["status"]["phase"], "Pending");
         assert_eq!(new["spec"]["x"], 1);
-    }
-
-    #[test]
-    fn order_and_managed_fields_make_no_change() {
-        let old =
-            json!({"a": 1, "b": {"x": 1, "y": 2}, "metadata": {"name": "n", "managedFields": [1]}});
-        let new =
-            json!({"metadata": {"managedFields": [2], "name": "n"}, "b": {"y": 2, "x": 1}, "a": 1});
-        assert!(equal_but_managed_fields(&new, &old));
-        assert!(!equal_but_managed_fields(
-            &json!({"a": 2, "b": old["b"], "metadata": old["metadata"]}),
-            &old
-        ));
     }
 }

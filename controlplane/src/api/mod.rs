@@ -169,7 +169,10 @@ impl Api {
                 Status::internal("the request made the server panic; its log says where").into()
             }
         };
-        let answer = reply::encode(answer, encoding).await;
+        let mut answer = reply::encode(answer, encoding).await;
+        if let Some(warning) = deprecation(&seen.path) {
+            reply::warn(&mut answer, &[warning.to_owned()]);
+        }
         self.metrics
             .observe(&seen, answer.status(), started.elapsed());
         answer
@@ -262,6 +265,18 @@ impl Api {
             (Method::DELETE, false) => self.delete_collection(&call, &parts, body).await,
             _ => Err(Status::method_not_allowed()),
         }
+    }
+}
+
+/// What is said with every answer about kinds that clients should move away from.
+fn deprecation(path: &str) -> Option<&'static str> {
+    let target = Target::parse(path)?;
+    match (target.resource.group, target.resource.plural) {
+        ("", "endpoints") => {
+            Some("v1 Endpoints is deprecated in v1.33+; use discovery.k8s.io/v1 EndpointSlice")
+        }
+        ("", "componentstatuses") => Some("v1 ComponentStatus is deprecated in v1.19+"),
+        _ => None,
     }
 }
 

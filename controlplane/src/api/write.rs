@@ -14,9 +14,7 @@ use serde_json::Value;
 
 use super::allocation::Reservation;
 use super::body::{check_name, decode, read_body, settle_namespace};
-use super::change::{
-    carry_over, check_preconditions, drop_empty, equal_but_managed_fields, finished, spec_differs,
-};
+use super::change::{carry_over, check_preconditions, drop_empty, finished, spec_differs};
 use super::fields::{self, Fields};
 use super::patching::Patch;
 use super::reply::Answer;
@@ -333,14 +331,14 @@ impl Api {
             if finished(&new) {
                 return self.remove_finished(write, &record, new).await;
             }
-            let unchanged = match write.tracking {
-                Tracking::Update => equal_but_managed_fields(&new, &old),
-                Tracking::Done => new == old,
-            };
-            if unchanged {
+            if new == old {
                 return Ok(Outcome::Kept(old));
             }
             self.track(write, Some(&old), &mut new);
+            // A client that leaves managedFields out changes nothing by that.
+            if new == old {
+                return Ok(Outcome::Kept(old));
+            }
             self.charge(write, &new, Some(&old)).await?;
             if write.options.dry_run {
                 return Ok(Outcome::Kept(new));

@@ -48,10 +48,11 @@ pub async fn admit(
             }
             limits::check_claim(api, target, object).await?;
         }
-        ("scheduling.k8s.io", "priorityclasses") if object.flag("/globalDefault") => {
-            if !old.is_some_and(|old| old.flag("/globalDefault")) {
-                pod::check_single_default(api, target, object).await?;
-            }
+        ("scheduling.k8s.io", "priorityclasses")
+            if object.flag("/globalDefault")
+                && !old.is_some_and(|old| old.flag("/globalDefault")) =>
+        {
+            pod::check_single_default(api, target, object).await?;
         }
         ("networking.k8s.io", "ingresses") if creates => {
             storage::default_ingress_class(api, object).await?;

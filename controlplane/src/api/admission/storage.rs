@@ -45,7 +45,7 @@ fn newest_default<'a>(classes: &'a [Value], mark: &str) -> Option<&'a str> {
         .iter()
         .filter(|class| class.text(mark) == "true")
         .min_by_key(|class| (std::cmp::Reverse(made(class)), fields::name(class)))
-        .map(|class| fields::name(class))
+        .map(fields::name)
 }
 
 #[cfg(test)]

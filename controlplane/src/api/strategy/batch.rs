@@ -58,13 +58,11 @@ impl Strategy for Job {
         default_spec(job, "/spec");
         // A job without labels of its own has those of its pods.
         let labels = job.object("/spec/template/metadata/labels").cloned();
-        if let Some(labels) = labels.filter(|labels| !labels.is_empty()) {
-            if job
-                .object("/metadata/labels")
-                .is_none_or(serde_json::Map::is_empty)
-            {
-                job.set("/metadata/labels", labels);
-            }
+        let unlabelled = job
+            .object("/metadata/labels")
+            .is_none_or(serde_json::Map::is_empty);
+        if let Some(labels) = labels.filter(|labels| unlabelled && !labels.is_empty()) {
+            job.set("/metadata/labels", labels);
         }
     }
 

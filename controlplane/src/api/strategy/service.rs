@@ -178,10 +178,10 @@ impl Strategy for Service {
             }
             let families = [&spec, &before].map(|spec| spec.field("ipFamilies").items().next());
             let [family, was] = families;
-            if let (Some(family), Some(was)) = (family, was) {
-                if family.value() != was.value() {
-                    family.invalid("may not change once set", errors);
-                }
+            if let (Some(family), Some(was)) = (family, was)
+                && family.value() != was.value()
+            {
+                family.invalid("may not change once set", errors);
             }
         }
         let balanced = |spec: &Place<'_>| spec.field("type").text() == "LoadBalancer";
