@@ -26,10 +26,8 @@ impl Strategy for Ingress {
         let spec = root.field("spec");
         let (backend, rules) = (spec.field("defaultBackend"), spec.field("rules"));
         if rules.is_empty() && !backend.is_there() {
-            spec.invalid(
-                "either `defaultBackend` or `rules` must be specified",
-                errors,
-            );
+            let why = "either `defaultBackend` or `rules` must be specified";
+            errors.push(FieldError::invalid(spec.path(), rules.value().clone(), why));
         }
         if backend.is_there() {
             validate_backend(&backend, errors);

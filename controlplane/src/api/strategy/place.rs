@@ -130,9 +130,10 @@ impl<'a> Place<'a> {
         !self.is_empty()
     }
 
-    /// Requires one of some texts, where there is a text.
+    /// Requires one of some texts, where there is a text. An empty one is Go's way to have none.
     pub fn one_of(&self, allowed: &[&str], errors: &mut Errors) {
-        if let Some(text) = self.value.as_str().filter(|text| !allowed.contains(text)) {
+        let given = self.value.as_str().filter(|text| !text.is_empty());
+        if let Some(text) = given.filter(|text| !allowed.contains(text)) {
             errors.push(FieldError::unsupported(&self.path, text, allowed));
         }
     }
