@@ -49,6 +49,7 @@ use crate::auth::{Identity, TokenKeys};
 use crate::registry::{self, Resource};
 use crate::store::{Store, StoreError};
 
+pub(crate) use admission::{Usage, covers, usage};
 pub use config::{Config, TOKEN_ISSUER};
 use reply::Answer;
 use request::{Encoding, Form, ListOptions, Query, Target};

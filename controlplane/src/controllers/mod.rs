@@ -29,6 +29,7 @@ pub(crate) mod patch;
 pub(crate) mod plan;
 mod podgc;
 pub(crate) mod pods;
+mod quota;
 mod replicas;
 mod revisions;
 pub(crate) mod runner;
@@ -62,6 +63,7 @@ pub(crate) const ALL: &[Controller] = &[
     job_ttl::CONTROLLER,
     cronjob::CONTROLLER,
     disruption::CONTROLLER,
+    quota::CONTROLLER,
     tokens::CONTROLLER,
     certificates::CONTROLLER,
     volumes::CLAIMS,

@@ -3,7 +3,8 @@
 use k8s_openapi::ByteString;
 use k8s_openapi::api::certificates::v1::CertificateSigningRequest;
 use k8s_openapi::api::core::v1::{
-    Event, PersistentVolume, PersistentVolumeClaim, Pod, Secret, ServiceAccount,
+    ConfigMap, Event, PersistentVolume, PersistentVolumeClaim, Pod, ResourceQuota, Secret,
+    ServiceAccount,
 };
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::scheduling::v1::PriorityClass;
@@ -222,4 +223,40 @@ async fn a_kubelets_certificate_is_approved_and_signed() {
             })
         })
         .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quota_is_charged_and_given_back() {
+    let cluster = Cluster::start().await;
+    let quotas: Api<ResourceQuota> = cluster.api("default");
+    let maps: Api<ConfigMap> = cluster.api("default");
+    let quota =
+        json!({"metadata": {"name": "few"}, "spec": {"hard": {"configmaps": "2", "pods": "1"}}});
+    quotas.create(&create(), &object(quota)).await.unwrap();
+    let used = async |name: &str| {
+        let status = quotas.get("few").await.ok()?.status?;
+        Some(status.used?.remove(name)?.0)
+    };
+    // Every namespace has one, the CA's.
+    cluster
+        .eventually("what is there is counted", async || {
+            used("configmaps").await.as_deref() == Some("1")
+        })
+        .await;
+    assert_eq!(used("pods").await.as_deref(), Some("0"));
+    let map = |name: &str| -> ConfigMap { object(json!({"metadata": {"name": name}})) };
+    maps.create(&create(), &map("a")).await.unwrap();
+    let refused = maps
+        .create(&create(), &map("b"))
+        .await
+        .unwrap_err()
+        .to_string();
+    assert!(refused.contains("exceeded quota: few"), "{refused}");
+    maps.delete("a", &DeleteParams::default()).await.unwrap();
+    cluster
+        .eventually("it is given back", async || {
+            used("configmaps").await.as_deref() == Some("1")
+        })
+        .await;
+    maps.create(&create(), &map("b")).await.unwrap();
 }

@@ -16,7 +16,7 @@ use super::{Api, object};
 use crate::registry;
 use crate::store::Range;
 
-pub use quota::charge;
+pub use quota::{Usage, charge, covers, usage};
 
 /// What a node is tainted with until it is known to be ready.
 const NOT_READY: &str = "node.kubernetes.io/not-ready";

@@ -23,7 +23,7 @@ const CONFLICT_RETRIES: usize = 64;
 /// What of a pod's resources counts, under `requests.` and `limits.`.
 const COMPUTE: [&str; 3] = ["cpu", "memory", "ephemeral-storage"];
 
-type Usage = BTreeMap<String, Quantity>;
+pub type Usage = BTreeMap<String, Quantity>;
 
 /// Counts a write against the quotas of its namespace; 403 when one would be exceeded.
 pub async fn charge(
@@ -220,7 +220,7 @@ fn is_over(pod: &Value) -> bool {
 }
 
 /// What an object uses, by the names that quotas limit.
-fn usage(resource: &Resource, object: &Value) -> Usage {
+pub fn usage(resource: &Resource, object: &Value) -> Usage {
     let mut usage = Usage::new();
     let one = Quantity::count(1);
     usage.insert(format!("count/{}", resource.qualified()), one);
@@ -307,7 +307,7 @@ fn pod_usage(pod: &Value, usage: &mut Usage) {
 }
 
 /// Whether all scopes of a quota hold of an object. Only pods, and claims by their class, have scopes.
-fn covers(quota: &Value, resource: &Resource, object: &Value) -> bool {
+pub fn covers(quota: &Value, resource: &Resource, object: &Value) -> bool {
     let scopes = quota.items("/spec/scopes");
     let expressions = quota.items("/spec/scopeSelector/matchExpressions");
     if scopes.is_empty() && expressions.is_empty() {

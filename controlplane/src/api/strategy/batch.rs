@@ -135,8 +135,13 @@ impl Strategy for Job {
         if !elastic {
             completions.unchanged(&before.field("completions"), errors);
         }
-        // A job that has not begun may be made to fit where it can run.
-        let waits = before.field("suspend").flag() && !old.has("/status/startTime");
+        // A job that has not begun, or of which nothing runs any more, may be made to fit where it can run.
+        let stopped = old.int("/status/active") == 0
+            && old
+                .items("/status/conditions")
+                .iter()
+                .any(|c| c.text("/type") == "Suspended" && c.text("/status") == "True");
+        let waits = before.field("suspend").flag() && (stopped || !old.has("/status/startTime"));
         let fixed = |spec: &Place<'_>| {
             let mut template = spec.field("template").value().clone();
             if waits {
@@ -145,6 +150,11 @@ impl Strategy for Job {
                 }
                 template.remove("/metadata/annotations");
                 template.remove("/metadata/labels");
+                for list in ["containers", "initContainers"] {
+                    for container in template.items_mut(&format!("/spec/{list}")) {
+                        container.remove("/resources");
+                    }
+                }
             }
             template
         };
