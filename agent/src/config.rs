@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use cluster_model::watch::ApiOptions;
-use ipnetwork::Ipv4Network;
+use ipnetwork::IpNetwork;
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
 /// Flags of `keelway-agent run`.
@@ -31,9 +31,9 @@ pub struct RunFlags {
     /// Translate Service addresses per packet, for what the socket did not.
     #[arg(long, value_enum, default_value_t = Switch::On)]
     packet_lb: Switch,
-    /// Range of Service addresses; may be given more than once.
+    /// Range of Service addresses, IPv4 or IPv6; may be given more than once.
     #[arg(long, default_value = "10.96.0.0/16")]
-    service_cidr: Vec<Ipv4Network>,
+    service_cidr: Vec<IpNetwork>,
     /// Address for /metrics, /healthz and /readyz.
     #[arg(long)]
     metrics: Option<SocketAddr>,
@@ -76,7 +76,7 @@ pub struct Config {
     pub cgroup: PathBuf,
     pub socket_lb: bool,
     pub packet_lb: bool,
-    pub service_ranges: Vec<Ipv4Network>,
+    pub service_ranges: Vec<IpNetwork>,
     pub metrics: Option<SocketAddr>,
     pub healthz: Option<SocketAddr>,
     pub socket: PathBuf,
@@ -101,7 +101,7 @@ pub enum ConfigError {
     #[error("--socket-lb off and --packet-lb off: nothing would translate Service addresses")]
     NothingOn,
     #[error("--service-cidr {0}: has bits set after its prefix")]
-    ServiceRange(Ipv4Network),
+    ServiceRange(IpNetwork),
     #[error("--healthz-bind-address {0:?}: not an address with a port, such as 0.0.0.0:10256")]
     Healthz(String),
     #[error("{flag} {}: not an absolute path", path.display())]

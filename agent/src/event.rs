@@ -11,7 +11,8 @@ use keelway_cni::protocol::{Request, Response};
 
 use crate::health::Complaint;
 use crate::inspect::{ServiceItem, View};
-use crate::net::{Link, NetlinkError};
+use crate::net::Link;
+use crate::node::NodeError;
 use crate::report::Report;
 
 /// Where the answer to a request goes. Whoever waits has given up when sending fails, and is not missed.
@@ -31,13 +32,10 @@ pub enum Event {
     /// A pod's network has been made, or could not be.
     Wired {
         attachment: Attachment,
-        made: Result<Link, NetlinkError>,
+        made: Result<Link, NodeError>,
     },
-    /// A pod's network has been removed, or could not be.
-    Unwired {
-        host_interface: String,
-        removed: Result<bool, NetlinkError>,
-    },
+    /// The interfaces of deleted pods have been removed, or could not be.
+    Buried { outcome: Result<(), NodeError> },
     /// Somebody asks how the agent is.
     Report { reply: Reply<Box<Report>> },
     /// An operator's question needs what the loop knows.

@@ -3,12 +3,12 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use cluster_model as model;
 use dataplane_abi::{limits, map};
-use ipnetwork::{IpNetwork, Ipv4Network};
+use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
@@ -20,35 +20,33 @@ use crate::report::Fill;
 /// What a node must know of itself before pods can have a network.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
-    pub address: Ipv4Addr,
-    pub ranges: Vec<Ipv4Network>,
+    /// Its own addresses, the first of each family, in the Node's order.
+    pub addresses: Vec<IpAddr>,
+    pub ranges: Vec<IpNetwork>,
 }
 
 impl Identity {
     /// Reads it from the Node object; says what is missing.
     pub fn of(node: &model::Node) -> Result<Self, String> {
-        let address = node.internal_ips.iter().find_map(|ip| match ip {
-            IpAddr::V4(v4) => Some(*v4),
-            IpAddr::V6(_) => None,
-        });
-        let Some(address) = address else {
+        let first = |ipv4: bool| node.internal_ips.iter().position(|ip| ip.is_ipv4() == ipv4);
+        let mut firsts: Vec<usize> = [first(true), first(false)].into_iter().flatten().collect();
+        firsts.sort_unstable();
+        if firsts.is_empty() {
             return Err(format!(
-                "Node {:?} has no IPv4 address of type InternalIP",
-                node.name
-            ));
-        };
-        let v4 = |range: &IpNetwork| match range {
-            IpNetwork::V4(v4) => Some(*v4),
-            IpNetwork::V6(_) => None,
-        };
-        let ranges: Vec<Ipv4Network> = node.pod_cidrs.iter().filter_map(v4).collect();
-        if ranges.is_empty() {
-            return Err(format!(
-                "Node {:?} has no IPv4 range in spec.podCIDRs yet",
+                "Node {:?} has no address of type InternalIP",
                 node.name
             ));
         }
-        Ok(Self { address, ranges })
+        if node.pod_cidrs.is_empty() {
+            return Err(format!(
+                "Node {:?} has no range in spec.podCIDRs yet",
+                node.name
+            ));
+        }
+        Ok(Self {
+            addresses: firsts.into_iter().map(|at| node.internal_ips[at]).collect(),
+            ranges: node.pod_cidrs.clone(),
+        })
     }
 }
 
@@ -93,8 +91,8 @@ impl IdentityFile {
 /// Why the node could not be set up, or kept.
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
-    #[error("no interface of this machine has the node's address {0}")]
-    NoUplink(Ipv4Addr),
+    #[error("no interface of this machine has the node's address {0:?}")]
+    NoUplink(Vec<IpAddr>),
     #[error("cannot switch {} on", path.display())]
     Sysctl { path: PathBuf, source: io::Error },
     #[error(transparent)]
@@ -119,6 +117,8 @@ pub struct Node {
     host_addresses: BTreeSet<IpAddr>,
     /// Entries of answered flows that the last collection left.
     flows: u32,
+    /// The node has IPv6 pods.
+    ipv6: bool,
 }
 
 impl Node {
@@ -129,13 +129,20 @@ impl Node {
         kernel: &mut Kernel,
     ) -> Result<Self, NodeError> {
         let uplink = kernel
-            .uplink(identity.address)?
-            .ok_or(NodeError::NoUplink(identity.address))?;
-        switch_on(Path::new("/proc/sys/net/ipv4/ip_forward"))?;
+            .uplink(&identity.addresses)?
+            .ok_or_else(|| NodeError::NoUplink(identity.addresses.clone()))?;
+        let ipv6 = identity.ranges.iter().any(IpNetwork::is_ipv6);
+        if identity.ranges.iter().any(IpNetwork::is_ipv4) {
+            switch_on(Path::new("/proc/sys/net/ipv4/ip_forward"))?;
+        }
+        if ipv6 {
+            keep_router_advertisements(&uplink.link.name)?;
+            switch_on(Path::new("/proc/sys/net/ipv6/conf/all/forwarding"))?;
+        }
         let pair = net::make_service_veth(
             kernel,
             &config.service_ranges,
-            identity.address,
+            &uplink.addresses,
             uplink.link.mtu,
         )?;
         let mut dataplane = Dataplane::open(&dataplane::Config {
@@ -162,9 +169,15 @@ impl Node {
             found,
             host_addresses,
             flows: 0,
+            ipv6,
         };
         node.settle_host_addresses(kernel)?;
         Ok(node)
+    }
+
+    /// The MTU of pods' interfaces.
+    pub fn pod_mtu(&self) -> u32 {
+        self.uplink.link.mtu
     }
 
     /// Applies a batch. A full map must not keep changes from the maps that are behind it in the batch: what can be
@@ -228,9 +241,10 @@ impl Node {
 
     /// The node's own addresses: backends at them are processes of the host.
     fn settle_host_addresses(&mut self, kernel: &mut Kernel) -> Result<(), NodeError> {
+        let ipv6 = self.ipv6;
         let own = |ip: &IpAddr| match ip {
             IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
-            IpAddr::V6(_) => false,
+            IpAddr::V6(v6) => ipv6 && !v6.is_loopback() && !v6.is_unicast_link_local(),
         };
         let now: BTreeSet<IpAddr> = kernel
             .addresses()?
@@ -250,6 +264,18 @@ impl Node {
         self.host_addresses = now;
         Ok(())
     }
+}
+
+/// A host that forwards IPv6 takes no router advertisements any more, and would lose the default route that it has from one, unless
+/// it is told to take them all the same.
+fn keep_router_advertisements(interface: &str) -> Result<(), NodeError> {
+    let path = Path::new("/proc/sys/net/ipv6/conf")
+        .join(interface)
+        .join("accept_ra");
+    if fs::read_to_string(&path).is_ok_and(|value| value.trim() == "1") {
+        fs::write(&path, "2").map_err(|source| NodeError::Sysctl { path, source })?;
+    }
+    Ok(())
 }
 
 /// Sets a sysctl of this network namespace to 1, unless it is: it may be read-only and right.

@@ -40,7 +40,13 @@ pub struct Report {
     pub last_batch_us: u64,
     pub routes: usize,
     pub addresses_capacity: u64,
+    /// How full the ranges of each family are, in words.
+    #[serde(default)]
+    pub address_ranges: Vec<String>,
     pub allocations: Vec<Allocation>,
+    /// Interfaces of deleted pods that are not gone yet.
+    #[serde(default)]
+    pub interfaces_to_remove: usize,
     /// Requests of the CNI plugin, by command and outcome.
     pub cni_requests: BTreeMap<String, u64>,
     pub cni_add_last_us: u64,
@@ -114,15 +120,19 @@ impl fmt::Display for Report {
         )?;
         writeln!(
             f,
-            "Addresses: {} of {} in use",
-            self.allocations.len(),
-            self.addresses_capacity
+            "Addresses: {}",
+            if self.address_ranges.is_empty() {
+                "no range".into()
+            } else {
+                self.address_ranges.join("; ")
+            }
         )?;
         for one in &self.allocations {
+            let addresses: Vec<String> = one.addresses.iter().map(ToString::to_string).collect();
             writeln!(
                 f,
                 "  {:<15} {} {}",
-                one.address,
+                addresses.join(" "),
                 one.host_interface,
                 one.pod.as_deref().unwrap_or("-")
             )?;

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::error::Error as StdError;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
@@ -46,8 +47,8 @@ const SETUP_INTERVAL: Duration = Duration::from_secs(1);
 pub enum WorkerError {
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
-    #[error("this node's address changed from {0} to {1}: starting over")]
-    AddressChanged(std::net::Ipv4Addr, std::net::Ipv4Addr),
+    #[error("this node's addresses changed from {0:?} to {1:?}: starting over")]
+    AddressChanged(Vec<IpAddr>, Vec<IpAddr>),
 }
 
 /// The state of the agent.
@@ -142,7 +143,7 @@ impl Worker {
             let taken = Instant::now();
             self.settle_node()?;
             self.settle_services(taken, false);
-            self.pods.start_wiring(self.node.as_ref());
+            self.pods.settle();
             if Instant::now() >= upkeep_due {
                 self.upkeep();
                 let pause = if self.node.is_some() {
@@ -172,13 +173,7 @@ impl Worker {
                     let _ = reply.send(response);
                 }
                 Request::Status => {
-                    let _ = reply.send(match self.not_ready() {
-                        None => Response::Done,
-                        Some(why) => Response::Error(
-                            CniError::new(Code::NotAvailable, "the Keelway agent is not ready")
-                                .with_details(why),
-                        ),
-                    });
+                    let _ = reply.send(self.status());
                 }
                 other => {
                     self.pods
@@ -189,10 +184,7 @@ impl Worker {
                 self.pods
                     .wired(&attachment, made, &mut self.kernel, self.node.as_mut());
             }
-            Event::Unwired {
-                host_interface,
-                removed,
-            } => self.pods.unwired(&host_interface, removed),
+            Event::Buried { outcome } => self.pods.buried(outcome, self.node.as_mut()),
             Event::Report { reply } => {
                 let _ = reply.send(Box::new(self.current_report()));
             }
@@ -330,9 +322,9 @@ impl Worker {
         }
         let old = self.identity.replace(identity.clone());
         match (old, &self.node) {
-            (Some(old), Some(_)) if old.address != identity.address => {
-                Err(WorkerError::AddressChanged(old.address, identity.address))
-            }
+            (Some(old), Some(_)) if old.addresses != identity.addresses => Err(
+                WorkerError::AddressChanged(old.addresses, identity.addresses),
+            ),
             _ => {
                 self.problems.remove("setup");
                 Ok(())
@@ -349,7 +341,7 @@ impl Worker {
             .and_then(|mut node| self.pods.adopt(&mut self.kernel, &mut node).map(|()| node));
         match set_up {
             Ok(node) => {
-                tracing::info!(address = %identity.address, took_ms = began.elapsed().as_millis(), "the data plane is up");
+                tracing::info!(addresses = ?identity.addresses, took_ms = began.elapsed().as_millis(), "the data plane is up");
                 self.problems.remove("setup");
                 // Whoever listened to an earlier worker is gone.
                 if let Err(error) = dataplane::quiet(&self.config.pin_root) {
@@ -484,6 +476,25 @@ impl Worker {
             self.settle_routes();
         }
         self.settle_services(Instant::now(), self.retry);
+    }
+
+    /// Whether an ADD would be served, as CNI's STATUS asks.
+    fn status(&self) -> Response {
+        let refuse = |code, what: &str, why: String| {
+            Response::Error(CniError::new(code, what).with_details(why))
+        };
+        let what = "the Keelway agent is not ready";
+        match (self.not_ready(), self.pods.exhausted()) {
+            // What pods have goes on working; what they are to get does not come.
+            (Some(why), _) if self.pods.count() > 0 => refuse(Code::LimitedConnectivity, what, why),
+            (Some(why), _) => refuse(Code::NotAvailable, what, why),
+            (None, Some(why)) => refuse(
+                Code::NotAvailable,
+                "no pod address of this node is free",
+                why,
+            ),
+            (None, None) => Response::Done,
+        }
     }
 
     /// Why pods cannot be served, if so.

@@ -28,6 +28,8 @@ pub enum Code {
     TryAgain,
     /// STATUS: no ADD can be served.
     NotAvailable,
+    /// STATUS: no ADD can be served, and pods that are there may lack connectivity.
+    LimitedConnectivity,
     /// 100: what was asked for could not be done.
     Failed,
     Other(u32),
@@ -45,6 +47,7 @@ impl From<Code> for u32 {
             Code::InvalidConfig => 7,
             Code::TryAgain => 11,
             Code::NotAvailable => 50,
+            Code::LimitedConnectivity => 51,
             Code::Failed => 100,
             Code::Other(number) => number,
         }
@@ -63,6 +66,7 @@ impl From<u32> for Code {
             7 => Code::InvalidConfig,
             11 => Code::TryAgain,
             50 => Code::NotAvailable,
+            51 => Code::LimitedConnectivity,
             100 => Code::Failed,
             other => Code::Other(other),
         }

@@ -5,9 +5,11 @@ use std::fmt;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use crate::{AGENT_SOCKET, CniError, Code, SPOOL_DIR, Version};
+use crate::capabilities::RawRuntimeConfig;
+use crate::result::Dns;
+use crate::{AGENT_SOCKET, Capabilities, CniError, Code, SPOOL_DIR, Version};
 
 /// An operation of the specification.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,7 +54,7 @@ impl Command {
 }
 
 /// The interface of one container: what an ADD makes and a DEL takes away.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Attachment {
     #[serde(rename = "containerID")]
     pub container_id: String,
@@ -96,8 +98,10 @@ pub struct NetConf {
     pub name: String,
     pub socket: PathBuf,
     pub spool: PathBuf,
-    /// Result of the ADD, for CHECK and DEL.
-    pub prev_result: Option<Value>,
+    /// ADD: the result of the plugins before this one in a chain. CHECK and DEL: the result of the whole chain's ADD.
+    pub prev_result: Option<Map<String, Value>>,
+    /// Name resolution that the result shall name, as runtime or configuration has it.
+    pub dns: Option<Dns>,
     /// GC: the attachments that are to stay.
     pub valid_attachments: Option<Vec<Attachment>>,
 }
@@ -111,6 +115,8 @@ pub struct Invocation {
     /// Path of the network namespace; there for ADD and CHECK.
     pub netns: Option<PathBuf>,
     pub args: BTreeMap<String, String>,
+    /// What an ADD shall give beyond an interface.
+    pub capabilities: Capabilities,
     pub conf: NetConf,
 }
 
@@ -134,7 +140,21 @@ impl Invocation {
             _ => None,
         };
         let args = args(env.args.as_deref().unwrap_or_default())?;
-        let conf = NetConf::parse(config)?;
+        let (conf, more) = NetConf::read(config)?;
+        // A deletion must not fail for what an ADD would have been refused for.
+        let capabilities = match command {
+            Command::Add => Capabilities::parse(&more.runtime, &args, more.args.as_ref())?,
+            _ => Capabilities::default(),
+        };
+        if command == Command::Check && conf.version < Version::V0_4_0 {
+            return Err(CniError::new(
+                Code::IncompatibleVersion,
+                format!(
+                    "CHECK needs cniVersion 0.4.0, the configuration has {}",
+                    conf.version
+                ),
+            ));
+        }
         if matches!(command, Command::Gc | Command::Status) && conf.version < Version::V1_1_0 {
             return Err(CniError::new(
                 Code::IncompatibleVersion,
@@ -162,6 +182,7 @@ impl Invocation {
             attachment,
             netns,
             args,
+            capabilities,
             conf,
         })
     }
@@ -248,9 +269,19 @@ fn args(text: &str) -> Result<BTreeMap<String, String>, CniError> {
         .collect()
 }
 
+/// The part of a configuration that runtimes fill in.
+struct More {
+    runtime: RawRuntimeConfig,
+    args: Option<Value>,
+}
+
 impl NetConf {
     /// Reads a network configuration.
     pub fn parse(json: &[u8]) -> Result<Self, CniError> {
+        Self::read(json).map(|(conf, _)| conf)
+    }
+
+    fn read(json: &[u8]) -> Result<(Self, More), CniError> {
         #[derive(Deserialize)]
         #[serde(rename_all = "camelCase")]
         struct Raw {
@@ -259,8 +290,19 @@ impl NetConf {
             socket: Option<PathBuf>,
             spool: Option<PathBuf>,
             prev_result: Option<Value>,
-            #[serde(rename = "cni.dev/valid-attachments")]
+            dns: Option<Dns>,
+            #[serde(default)]
+            runtime_config: Option<RawRuntimeConfig>,
+            args: Option<Value>,
+            #[serde(
+                default,
+                rename = "cni.dev/valid-attachments",
+                deserialize_with = "present"
+            )]
             valid_attachments: Option<Vec<Attachment>>,
+            /// The name that libcni also gives them.
+            #[serde(default, rename = "cni.dev/attachments", deserialize_with = "present")]
+            attachments: Option<Vec<Attachment>>,
         }
         if json.iter().all(u8::is_ascii_whitespace) {
             return Err(CniError::new(
@@ -291,13 +333,48 @@ impl NetConf {
                 path.display()
             ))),
         };
-        Ok(Self {
+        let prev_result = match raw.prev_result {
+            None | Some(Value::Null) => None,
+            Some(Value::Object(result)) => Some(result),
+            Some(_) => return Err(invalid("prevResult is not an object".into())),
+        };
+        let wrong = prev_result.iter().flatten().find(|(key, value)| {
+            matches!(key.as_str(), "interfaces" | "ips" | "routes")
+                && !value.is_array()
+                && !value.is_null()
+        });
+        if let Some((key, _)) = wrong {
+            return Err(invalid(format!("prevResult: {key} is not a list")));
+        }
+        let runtime = raw.runtime_config.unwrap_or_default();
+        let conf = Self {
             version,
             name,
             socket: absolute("socket", raw.socket, AGENT_SOCKET)?,
             spool: absolute("spool", raw.spool, SPOOL_DIR)?,
-            prev_result: raw.prev_result,
-            valid_attachments: raw.valid_attachments,
-        })
+            prev_result,
+            dns: runtime.dns().or(raw.dns),
+            valid_attachments: raw.valid_attachments.or(raw.attachments),
+        };
+        Ok((
+            conf,
+            More {
+                runtime,
+                args: raw.args,
+            },
+        ))
     }
+}
+
+/// A list that is there: libcni writes an empty one as null, which is not the same as none at all.
+fn present<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<Vec<Attachment>>, D::Error> {
+    Option::deserialize(deserializer).map(|list| Some(list.unwrap_or_default()))
+}
+
+/// The version that a configuration names, whatever else is wrong with it: errors are told in it.
+pub fn declared_version(json: &[u8]) -> Option<String> {
+    let config: Value = serde_json::from_slice(json).ok()?;
+    config.get("cniVersion")?.as_str().map(str::to_owned)
 }

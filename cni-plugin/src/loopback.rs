@@ -1,14 +1,13 @@
 //! The plugin by its second name, `loopback`: containerd calls a plugin of this name before any other one, and some
 //! machines have none. It brings `lo` up in a container, and needs no agent.
 
-use std::io::Read;
 use std::path::Path;
 
 use nix::sched::{CloneFlags, setns};
 use serde_json::{Value, json};
 
 use crate::invocation::command;
-use crate::plugin::{open_netns, read_config};
+use crate::plugin::open_netns;
 use crate::{CniError, Code, Command, Environment, sys};
 
 /// The file name under which a runtime calls this plugin.
@@ -18,9 +17,9 @@ const VERSIONS: [&str; 6] = ["0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0
 
 /// Does what the environment and the configuration ask for, and returns what goes to standard output, if anything.
 /// An ADD moves the calling thread into the container's network namespace.
-pub fn run(env: &Environment, stdin: impl Read) -> Result<Option<Value>, CniError> {
+pub fn run(env: &Environment, config: &[u8]) -> Result<Option<Value>, CniError> {
     let command = command(env)?;
-    let config: Value = serde_json::from_slice(&read_config(stdin)?).map_err(|error| {
+    let config: Value = serde_json::from_slice(config).map_err(|error| {
         CniError::new(Code::Decode, "the network configuration cannot be read").with_details(error)
     })?;
     let version = config

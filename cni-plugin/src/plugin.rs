@@ -20,13 +20,12 @@ const CONFIG_LEN_MAX: u64 = 1 << 20;
 const TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Does what the environment and the configuration ask for, and returns what goes to standard output, if anything.
-pub fn run(env: &Environment, stdin: impl Read) -> Result<Option<Value>, CniError> {
+pub fn run(env: &Environment, config: &[u8]) -> Result<Option<Value>, CniError> {
     let command = command(env)?;
-    let config = read_config(stdin)?;
     if command == Command::Version {
-        return version(&config).map(Some);
+        return version(config).map(Some);
     }
-    let call = Invocation::parse(env, &config)?;
+    let call = Invocation::parse(env, config)?;
     match call.command {
         Command::Add => add(&call).map(Some),
         Command::Check => check(&call).map(|()| None),
@@ -36,26 +35,38 @@ pub fn run(env: &Environment, stdin: impl Read) -> Result<Option<Value>, CniErro
         }
         Command::Gc => {
             let valid = call.conf.valid_attachments.clone().unwrap_or_default();
-            expect_done(ask(&call, &Request::Gc { valid }, None)?).map(|()| None)
+            let network = call.conf.name.clone();
+            expect_done(ask(&call, &Request::Gc { network, valid }, None)?).map(|()| None)
         }
-        Command::Status | Command::Version => expect_done(
-            ask(&call, &Request::Status, None).map_err(|error| CniError {
-                code: Code::NotAvailable,
-                ..error
-            })?,
-        )
-        .map(|()| None),
+        Command::Status | Command::Version => {
+            let answer = ask(&call, &Request::Status, None).map_err(|error| match error.code {
+                Code::NotAvailable | Code::LimitedConnectivity => error,
+                // Pods that are there keep their network without the agent.
+                _ => CniError {
+                    code: Code::NotAvailable,
+                    ..error
+                },
+            })?;
+            expect_done(answer).map(|()| None)
+        }
     }
 }
 
-pub(crate) fn read_config(stdin: impl Read) -> Result<Vec<u8>, CniError> {
+/// Reads the configuration that a runtime writes to standard input.
+pub fn read_config(stdin: impl Read) -> Result<Vec<u8>, CniError> {
     let mut config = Vec::new();
     stdin
-        .take(CONFIG_LEN_MAX)
+        .take(CONFIG_LEN_MAX + 1)
         .read_to_end(&mut config)
         .map_err(|error| {
             CniError::new(Code::Io, "standard input cannot be read").with_details(error)
         })?;
+    if config.len() as u64 > CONFIG_LEN_MAX {
+        return Err(CniError::new(
+            Code::Decode,
+            format!("the network configuration is longer than {CONFIG_LEN_MAX} bytes"),
+        ));
+    }
     Ok(config)
 }
 
@@ -73,7 +84,10 @@ fn version(config: &[u8]) -> Result<Value, CniError> {
 fn add(call: &Invocation) -> Result<Value, CniError> {
     let (wish, netns) = wish(call)?;
     match ask(call, &Request::Add(wish), Some(&netns))? {
-        Response::Added(result) => Ok(result.render(call.conf.version)),
+        Response::Added(mut result) => {
+            result.dns = call.conf.dns.clone().unwrap_or_default();
+            Ok(result.render(call.conf.version, call.conf.prev_result.as_ref()))
+        }
         other => Err(unexpected(&other)),
     }
 }
@@ -141,6 +155,8 @@ fn wish(call: &Invocation) -> Result<(Wish, File), CniError> {
             netns: netns_path,
             args: call.args.clone(),
             addresses,
+            network: call.conf.name.clone(),
+            capabilities: call.capabilities.clone(),
         },
         netns,
     ))

@@ -15,7 +15,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{AddResult, Attachment, CniError, sys};
+use crate::{AddResult, Attachment, Capabilities, CniError, sys};
 
 /// Longest request or response, in bytes. Requests hold a few names; responses a status.
 pub const MESSAGE_LEN_MAX: usize = 1 << 20;
@@ -29,7 +29,9 @@ pub enum Request {
     Del {
         attachment: Attachment,
     },
+    /// Removes the attachments of a network that are not among these.
     Gc {
+        network: String,
         valid: Vec<Attachment>,
     },
     /// Whether an ADD would be served.
@@ -53,6 +55,11 @@ pub struct Wish {
     /// CHECK: the addresses that the ADD's result had, as CIDRs.
     #[serde(default)]
     pub addresses: Vec<String>,
+    /// Name of the network configuration.
+    #[serde(default)]
+    pub network: String,
+    #[serde(default)]
+    pub capabilities: Capabilities,
 }
 
 /// The agent's answer.

@@ -6,10 +6,20 @@ use std::path::Path;
 
 use crate::Attachment;
 
+/// Deletions that may wait at one time. More than a node's pods many times over: an agent that is away for good must not fill the
+/// disk. What no longer fits costs time, not addresses: the agent also finds by itself what has gone.
+pub const WAITING_MAX: usize = 4096;
+
 /// Writes a deletion down. Doing so twice is the same as once.
 pub fn put(dir: &Path, attachment: &Attachment) -> io::Result<()> {
     fs::create_dir_all(dir)?;
     let name = attachment.to_string();
+    if !dir.join(&name).exists() && fs::read_dir(dir)?.count() >= WAITING_MAX {
+        return Err(io::Error::new(
+            io::ErrorKind::StorageFull,
+            format!("{WAITING_MAX} deletions wait already"),
+        ));
+    }
     // A reader never sees half a file: names with a leading dot are not read.
     let partial = dir.join(format!(".{name}.{}", std::process::id()));
     fs::write(&partial, serde_json::to_vec(attachment)?)?;

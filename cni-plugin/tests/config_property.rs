@@ -1,6 +1,6 @@
 //! Whatever stands on standard input or in the environment, the parser answers with a call or a coded error.
 
-use keelway_cni::{Environment, Invocation};
+use keelway_cni::{AddResult, Environment, Interface, Invocation, NetConf, Version};
 use proptest::prelude::*;
 use serde_json::Value;
 
@@ -29,6 +29,17 @@ fn json() -> impl Strategy<Value = Value> {
                 "ifname",
                 "ips",
                 "address",
+                "runtimeConfig",
+                "portMappings",
+                "hostPort",
+                "containerPort",
+                "bandwidth",
+                "ingressRate",
+                "mac",
+                "dns",
+                "args",
+                "cni",
+                "interfaces",
             ])
             .prop_map(str::to_owned),
             ".{0,8}",
@@ -75,7 +86,11 @@ fn holds(env: &Environment, config: &[u8]) -> Result<(), TestCaseError> {
             }
         }
         Err(error) => {
-            prop_assert!(matches!(u32::from(error.code), 1 | 4 | 6 | 7), "{}", error);
+            prop_assert!(
+                matches!(u32::from(error.code), 1 | 2 | 4 | 6 | 7),
+                "{}",
+                error
+            );
             prop_assert!(!error.msg.is_empty());
         }
     }
@@ -91,6 +106,28 @@ proptest! {
     #[test]
     fn any_bytes_are_taken_or_refused(env in environment(), config in prop::collection::vec(any::<u8>(), 0..64)) {
         holds(&env, &config)?;
+    }
+
+    #[test]
+    fn whatever_came_before_in_a_chain_is_kept(previous in json()) {
+        let config = serde_json::json!({"cniVersion": "1.1.0", "name": "x", "prevResult": previous});
+        let Ok(conf) = NetConf::parse(config.to_string().as_bytes()) else { return Ok(()) };
+        let ours = AddResult {
+            interfaces: vec![Interface { name: "eth0".into(), mac: String::new(), mtu: 1500, sandbox: None }],
+            ..AddResult::default()
+        };
+        let all = ours.render(Version::V1_1_0, conf.prev_result.as_ref());
+        prop_assert_eq!(&all["cniVersion"], "1.1.0");
+        let interfaces = all["interfaces"].as_array().expect("a list");
+        prop_assert_eq!(&interfaces.last().expect("ours")["name"], "eth0");
+        for (key, value) in conf.prev_result.iter().flatten() {
+            match key.as_str() {
+                "cniVersion" => {}
+                "interfaces" => prop_assert_eq!(&interfaces[..interfaces.len() - 1], value.as_array().map_or(&[][..], Vec::as_slice)),
+                "ips" | "routes" if value.is_null() => {}
+                other => prop_assert_eq!(&all[other], value),
+            }
+        }
     }
 
     #[test]

@@ -64,7 +64,7 @@ fn version_lists_what_is_supported() {
     let value: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(
         value,
-        json!({"cniVersion": "1.0.0", "supportedVersions": ["0.4.0", "1.0.0", "1.1.0"]})
+        json!({"cniVersion": "1.0.0", "supportedVersions": ["0.3.1", "0.4.0", "1.0.0", "1.1.0"]})
     );
 }
 
@@ -141,10 +141,50 @@ fn wrong_input_is_refused_with_the_code_of_the_specification() {
             "STATUS needs cniVersion 1.1.0",
         ),
         (
+            vec![("CNI_COMMAND", "GC")],
+            &good,
+            1,
+            "GC needs cniVersion 1.1.0",
+        ),
+        (
+            vec![("CNI_COMMAND", "GC")],
+            r#"{"cniVersion": "1.1.0", "name": "x"}"#,
+            7,
+            "valid-attachments",
+        ),
+        (
             with(&[("CNI_COMMAND", "CHECK"), ("CNI_NETNS", "/proc/1/ns/net")]),
             &good,
             7,
             "prevResult",
+        ),
+        (
+            with(&[("CNI_COMMAND", "CHECK"), ("CNI_NETNS", "/proc/1/ns/net")]),
+            r#"{"cniVersion": "0.3.1", "name": "x", "prevResult": {}}"#,
+            1,
+            "CHECK needs cniVersion 0.4.0",
+        ),
+        (
+            with(&add),
+            r#"{"cniVersion": "1.0.0", "name": "x", "prevResult": {"ips": {}}}"#,
+            7,
+            "ips is not a list",
+        ),
+        (
+            with(&add),
+            r#"{"cniVersion": "1.0.0", "name": "x", "runtimeConfig": {"mac": "x"}}"#,
+            7,
+            "mac",
+        ),
+        (
+            with(&[
+                ("CNI_COMMAND", "ADD"),
+                ("CNI_NETNS", "/x"),
+                ("CNI_ARGS", "A"),
+            ]),
+            &good,
+            4,
+            "KEY=VALUE",
         ),
     ];
     for (env, stdin, code, message) in cases {
@@ -179,6 +219,149 @@ fn del_succeeds_without_an_agent_and_is_written_down_once() {
     std::fs::write(spooled.join("c2:eth0"), "{").unwrap();
     spool::remove(&spooled, &attachment).unwrap();
     assert_eq!(spool::list(&spooled).unwrap(), []);
+}
+
+#[test]
+fn errors_are_told_in_the_version_of_the_configuration() {
+    for (config, version) in [
+        (r#"{"cniVersion": "0.4.0", "name": "a/b"}"#, "0.4.0"),
+        (r#"{"cniVersion": "9.9.9", "name": "x"}"#, "9.9.9"),
+        ("{", "1.0.0"),
+    ] {
+        let output = plugin(&with(&[("CNI_COMMAND", "DEL")]), config);
+        assert!(!output.status.success());
+        let error: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        assert_eq!(error["cniVersion"], version);
+    }
+}
+
+#[test]
+fn a_spool_that_is_full_takes_no_more_and_del_succeeds_all_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let spooled = dir.path().join("deleted");
+    std::fs::create_dir(&spooled).unwrap();
+    for n in 0..spool::WAITING_MAX {
+        std::fs::write(spooled.join(format!("old{n}:eth0")), "{}").unwrap();
+    }
+    let output = plugin(&with(&[("CNI_COMMAND", "DEL")]), &conf(dir.path(), "1.0.0"));
+    assert!(output.status.success() && output.stdout.is_empty());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("wait already"));
+    assert_eq!(
+        std::fs::read_dir(&spooled).unwrap().count(),
+        spool::WAITING_MAX
+    );
+}
+
+/// Plays an agent that gives each of these answers once, and returns what it was asked.
+fn agent(dir: &Path, answers: Vec<Response>) -> std::thread::JoinHandle<Vec<Request>> {
+    let listener = UnixListener::bind(dir.join("agent.sock")).unwrap();
+    std::thread::spawn(move || {
+        let serve = |response| {
+            let (mut stream, _) = listener.accept().unwrap();
+            let (request, _) = receive(&mut stream).unwrap();
+            answer(stream, &response).unwrap();
+            request
+        };
+        answers.into_iter().map(serve).collect()
+    })
+}
+
+#[test]
+fn status_and_gc_reach_the_agent_and_its_codes_reach_the_runtime() {
+    let dir = tempfile::tempdir().unwrap();
+    let refuse = |code: u32| {
+        Response::Error(keelway_cni::CniError::new(
+            code.into(),
+            "no address is left",
+        ))
+    };
+    let playing = agent(
+        dir.path(),
+        vec![
+            Response::Done,
+            refuse(50),
+            refuse(51),
+            refuse(11),
+            Response::Done,
+        ],
+    );
+    let status = || plugin(&[("CNI_COMMAND", "STATUS")], &conf(dir.path(), "1.1.0"));
+    let first = status();
+    assert!(first.status.success() && first.stdout.is_empty());
+    for code in [50, 51, 50] {
+        assert_eq!(error_of(&status()).0, code);
+    }
+    let mut config: Value = serde_json::from_str(&conf(dir.path(), "1.1.0")).unwrap();
+    config["cni.dev/valid-attachments"] = json!([{"containerID": "c1", "ifname": "eth0"}]);
+    assert!(
+        plugin(&[("CNI_COMMAND", "GC")], &config.to_string())
+            .status
+            .success()
+    );
+    let asked = playing.join().unwrap();
+    let Some(Request::Gc { network, valid }) = asked.last() else {
+        panic!("{asked:?}")
+    };
+    assert_eq!(
+        (network.as_str(), valid[0].container_id.as_str()),
+        ("keelway", "c1")
+    );
+}
+
+#[test]
+fn in_a_chain_the_results_of_others_are_kept() {
+    let netns = another_netns();
+    if netns.is_empty() {
+        println!("skipped: needs root");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let made = AddResult {
+        interfaces: vec![Interface {
+            name: "eth0".into(),
+            mac: "0a:00:00:00:00:02".into(),
+            mtu: 1450,
+            sandbox: Some(netns.clone()),
+        }],
+        ips: vec![IpConfig {
+            address: "fd00::2/128".parse().unwrap(),
+            gateway: "fe80::1".parse().unwrap(),
+            interface: 0,
+        }],
+        ..AddResult::default()
+    };
+    let playing = agent(dir.path(), vec![Response::Added(made)]);
+    let mut config: Value = serde_json::from_str(&conf(dir.path(), "0.4.0")).unwrap();
+    config["prevResult"] = json!({
+        "cniVersion": "0.4.0",
+        "interfaces": [{"name": "net1", "sandbox": netns}],
+        "ips": [{"version": "4", "address": "192.0.2.7/24", "interface": 0}],
+        "dns": {"nameservers": ["192.0.2.53"]},
+        "theirs": true,
+    });
+    config["runtimeConfig"] = json!({"ips": ["fd00::2/64"], "mac": "0a:00:00:00:00:02"});
+    let add = with(&[("CNI_COMMAND", "ADD"), ("CNI_NETNS", &netns)]);
+    let output = plugin(&add, &config.to_string());
+    assert!(output.status.success(), "{output:?}");
+    let result: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(result["interfaces"][0]["name"], "net1");
+    assert_eq!(result["ips"][0]["address"], "192.0.2.7/24");
+    assert_eq!(
+        result["ips"][1],
+        json!({"address": "fd00::2/128", "gateway": "fe80::1", "interface": 1, "version": "6"})
+    );
+    assert_eq!(result["dns"]["nameservers"][0], "192.0.2.53");
+    assert_eq!(result["theirs"], true);
+    let asked = playing.join().unwrap();
+    let Some(Request::Add(wish)) = asked.first() else {
+        panic!("{asked:?}")
+    };
+    assert_eq!(wish.network, "keelway");
+    assert_eq!(
+        wish.capabilities.ips,
+        ["fd00::2".parse::<std::net::IpAddr>().unwrap()]
+    );
+    assert!(wish.capabilities.mac.is_some());
 }
 
 #[test]
@@ -233,7 +416,7 @@ fn add_passes_the_namespace_and_prints_the_result_of_each_version() {
     let listener = UnixListener::bind(dir.path().join("agent.sock")).unwrap();
     let expected = std::fs::metadata(&netns).unwrap();
     let agent = std::thread::spawn(move || {
-        for _ in 0..3 {
+        for _ in 0..4 {
             let (mut stream, _) = listener.accept().unwrap();
             let (request, fd) = receive(&mut stream).unwrap();
             let Request::Add(wish) = request else {
@@ -261,11 +444,13 @@ fn add_passes_the_namespace_and_prints_the_result_of_each_version() {
                     dst: "0.0.0.0/0".parse().unwrap(),
                     gw: Some([169, 254, 1, 1].into()),
                 }],
+                ..AddResult::default()
             };
             answer(stream, &Response::Added(result)).unwrap();
         }
     });
     for (version, ip_version, mtu) in [
+        ("0.3.1", json!("4"), Value::Null),
         ("0.4.0", json!("4"), Value::Null),
         ("1.0.0", Value::Null, Value::Null),
         ("1.1.0", Value::Null, json!(1500)),

@@ -4,13 +4,15 @@
 
 use std::fs::{self, File};
 use std::io::Write as _;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use keelway_agent::addresses::is_host_interface;
+use keelway_agent::net::{Kernel, Netlink, is_spare};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -33,9 +35,11 @@ pub struct Service {
     pub spec: Value,
 }
 
-/// The file that both agents follow.
+/// The file that the agents follow.
 pub struct ClusterFile {
     pub path: PathBuf,
+    /// The Node objects in it.
+    pub nodes: Vec<Value>,
 }
 
 /// A node: its host's network and its agent.
@@ -56,12 +60,14 @@ pub struct Pod {
     pub network: Network,
     pub container: String,
     pub address: Ipv4Addr,
+    /// All that it has, the IPv4 one first.
+    pub addresses: Vec<IpAddr>,
 }
 
 impl ClusterFile {
-    /// Writes the cluster: both nodes, and these Services. TCP and UDP port 80 of each lead to the echo servers.
+    /// Writes the cluster: its nodes, and these Services. TCP and UDP port 80 of each lead to the echo servers.
     pub fn write(&self, services: &[Service]) -> Result<()> {
-        let mut items = vec![node_object("node-1", 1), node_object("node-2", 2)];
+        let mut items = self.nodes.clone();
         for service in services {
             let mut spec = json!({
                 "clusterIP": service.address, "clusterIPs": [service.address],
@@ -101,11 +107,16 @@ impl ClusterFile {
     }
 }
 
-fn node_object(name: &str, number: u8) -> Value {
+/// The Node object of a node.
+pub fn node_object(name: &str, addresses: &[IpAddr], ranges: &[String]) -> Value {
+    let addresses: Vec<Value> = addresses
+        .iter()
+        .map(|address| json!({"type": "InternalIP", "address": address}))
+        .collect();
     json!({
         "apiVersion": "v1", "kind": "Node", "metadata": {"name": name},
-        "spec": {"podCIDRs": [format!("10.244.{number}.0/24")]},
-        "status": {"addresses": [{"type": "InternalIP", "address": format!("198.18.0.{number}")}]},
+        "spec": {"podCIDRs": ranges},
+        "status": {"addresses": addresses},
     })
 }
 
@@ -115,8 +126,27 @@ pub fn two_nodes(
     dir: &Path,
     flags: &[&str],
 ) -> Result<(ClusterFile, [AgentNode; 2])> {
-    let cluster = ClusterFile {
+    lay(sandbox, dir, flags, false)
+}
+
+/// Two nodes with addresses and pods of both families.
+pub fn two_dual_stack_nodes(
+    sandbox: &Sandbox,
+    dir: &Path,
+    flags: &[&str],
+) -> Result<(ClusterFile, [AgentNode; 2])> {
+    lay(sandbox, dir, flags, true)
+}
+
+fn lay(
+    sandbox: &Sandbox,
+    dir: &Path,
+    flags: &[&str],
+    dual: bool,
+) -> Result<(ClusterFile, [AgentNode; 2])> {
+    let mut cluster = ClusterFile {
         path: dir.join("cluster.json"),
+        nodes: Vec::new(),
     };
     let hosts = [Network::new()?, Network::new()?];
     ip("link add kw-u1 type veth peer name kw-u2")?;
@@ -128,9 +158,21 @@ pub fn two_nodes(
         host.run(|| -> Result<()> {
             ip(&format!("link set kw-u{number} name eth0"))?;
             ip(&format!("addr add {address}/24 dev eth0"))?;
+            if dual {
+                ip(&format!("addr add fd00:198:18::{number}/64 dev eth0 nodad"))?;
+            }
             ip("link set eth0 up")
         })?;
         let name = ["node-1", "node-2"][index];
+        let (mut addresses, mut ranges) = (
+            vec![IpAddr::V4(address)],
+            vec![format!("10.244.{number}.0/24")],
+        );
+        if dual {
+            addresses.push(format!("fd00:198:18::{number}").parse()?);
+            ranges.push(format!("fd00:10:244:{number}::/64"));
+        }
+        cluster.nodes.push(node_object(name, &addresses, &ranges));
         echo(&host, name)?;
         nodes.push(AgentNode {
             name,
@@ -282,12 +324,15 @@ impl AgentNode {
         let container = format!("container-{name}");
         let output = self.cni("ADD", &container, Some(&network), json!({}))?;
         let result = cni_result(&output)?;
-        let text = result["ips"][0]["address"].as_str().context("an address")?;
-        let address = text.strip_suffix("/32").context("a /32")?.parse()?;
+        let addresses = addresses_of(&result)?;
+        let Some(IpAddr::V4(address)) = addresses.first().copied() else {
+            bail!("no IPv4 address: {result}");
+        };
         Ok(Pod {
             network,
             container,
             address,
+            addresses,
         })
     }
 
@@ -299,10 +344,7 @@ impl AgentNode {
         netns: Option<&Network>,
         more: Value,
     ) -> Result<Output> {
-        let mut conf = json!({
-            "cniVersion": "1.0.0", "name": "keelway", "type": "keelway-cni",
-            "socket": self.socket(), "spool": self.state_dir().join("deleted"),
-        });
+        let mut conf = self.plugin_conf();
         if let (Value::Object(conf), Value::Object(more)) = (&mut conf, more) {
             conf.extend(more);
         }
@@ -337,18 +379,20 @@ impl AgentNode {
         Ok(plugin.wait_with_output()?)
     }
 
+    /// The plugin's configuration for this node.
+    pub fn plugin_conf(&self) -> Value {
+        json!({
+            "cniVersion": "1.0.0", "name": "keelway", "type": "keelway-cni",
+            "socket": self.socket(), "spool": self.state_dir().join("deleted"),
+        })
+    }
+
     /// Names of the host's interfaces that belong to pods.
     pub fn pod_interfaces(&self) -> Result<Vec<String>> {
-        let output = self
-            .host
-            .run(|| Command::new("ip").args(["-brief", "link"]).output())?;
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        let names = text
-            .lines()
-            .filter_map(|line| line.split(['@', ' ']).next());
-        Ok(names
-            .filter(|name| keelway_agent::addresses::is_host_interface(name))
-            .map(str::to_owned)
+        let links = self.links()?.into_iter();
+        Ok(links
+            .map(|(_, name)| name)
+            .filter(|name| is_host_interface(name))
             .collect())
     }
 
@@ -365,9 +409,29 @@ impl AgentNode {
                 }
             }
         }
-        found.retain(|name| name.contains("pod_"));
+        let spares: Vec<String> = self
+            .links()
+            .unwrap_or_default()
+            .into_iter()
+            .filter(|(_, name)| is_spare(name))
+            .map(|(index, _)| format!("-{index}"))
+            .collect();
+        found.retain(|name| {
+            name.contains("pod_") && !spares.iter().any(|spare| name.ends_with(spare))
+        });
         found.sort();
         found
+    }
+
+    /// The host's interfaces, with their indexes.
+    pub fn links(&self) -> Result<Vec<(u32, String)>> {
+        self.host.run(|| -> Result<_> {
+            let links = Kernel::new(Netlink::open()?).links()?;
+            Ok(links
+                .into_iter()
+                .map(|link| (link.index, link.name))
+                .collect())
+        })
     }
 
     pub fn state_dir(&self) -> PathBuf {
@@ -424,6 +488,23 @@ pub fn cni_result(output: &Output) -> Result<Value> {
     Ok(serde_json::from_slice(&output.stdout)?)
 }
 
+/// The single addresses of a result of ADD, in its order.
+pub fn addresses_of(result: &Value) -> Result<Vec<IpAddr>> {
+    let ips = result["ips"].as_array().context("addresses")?;
+    ips.iter()
+        .map(|ip| {
+            let text = ip["address"].as_str().context("an address")?;
+            let (address, length) = text.split_once('/').context("a prefix length")?;
+            let address: IpAddr = address.parse()?;
+            ensure!(
+                length == if address.is_ipv4() { "32" } else { "128" },
+                "{text} is more than an address"
+            );
+            Ok(address)
+        })
+        .collect()
+}
+
 /// Waits for something that another process does, and gives it.
 pub fn until<T>(what: &str, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let deadline = Instant::now() + PATIENCE;
@@ -440,7 +521,7 @@ pub fn until<T>(what: &str, mut look: impl FnMut() -> Result<Option<T>>) -> Resu
 }
 
 /// A program of this build.
-fn program(name: &str) -> Result<PathBuf> {
+pub fn program(name: &str) -> Result<PathBuf> {
     let folder = match std::env::var_os("KEELWAY_BIN_DIR") {
         Some(folder) => PathBuf::from(folder),
         // target/<triple>/<profile>/deps/<this test>

@@ -161,7 +161,7 @@ impl Node {
             Ok(make_service_veth(
                 &mut kernel,
                 &["10.96.0.0/16".parse()?],
-                address,
+                &[address.into()],
                 1500,
             )?)
         })?;
@@ -190,7 +190,7 @@ impl Node {
                 addr: address.into(),
                 pod: LocalPod {
                     ifindex: pod.ifindex,
-                    mac: pod_mac(address),
+                    mac: pod_mac(address.into()),
                 },
             });
             echo(&pod.network, name)?;
@@ -213,14 +213,15 @@ impl Node {
         let wire = PodWire {
             host_interface: format!("kw-{name}"),
             interface: "eth0".to_owned(),
-            address,
+            addresses: vec![address.into()],
+            mac: pod_mac(address.into()),
             mtu: 1500,
-            node_address: Some(self.address),
+            node_addresses: vec![self.address.into()],
         };
         let dataplane = self.dataplane.as_mut().context("the data plane is open")?;
         let ifindex = self.host.run(|| -> Result<u32> {
             let mut kernel = Kernel::new(Netlink::open()?);
-            let link = wire_pod(&mut kernel, network.fd(), &wire)?;
+            let link = wire_pod(&mut kernel, network.fd(), &wire, None)?;
             dataplane.attach_pod(link.index)?;
             Ok(link.index)
         })?;

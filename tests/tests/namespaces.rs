@@ -408,7 +408,10 @@ fn an_agent_that_stops_takes_nothing_away_and_does_later_what_it_missed() {
         allocations(report).len() == 1
     })
     .expect("a report");
-    assert_eq!(node.pod_interfaces().expect("interfaces").len(), 1);
+    until("one interface", || {
+        Ok((node.pod_interfaces()?.len() == 1).then_some(()))
+    })
+    .expect("the other one goes");
     assert_eq!(answers(&topology.b.network, None, "tcp", web), ["c"]);
     let waiting = fs::read_dir(node.state_dir().join("deleted"))
         .expect("the spool")
@@ -567,7 +570,7 @@ fn deleted_pods_leave_nothing_behind() {
             Ok(node.pod_interfaces()?.is_empty().then_some(()))
         })
         .expect("none");
-        assert_eq!(node.pod_pins(), Vec::<String>::new(), "{}", node.name);
+        until("no pins", || Ok(node.pod_pins().is_empty().then_some(()))).expect("none");
         let saved = fs::read_to_string(node.state_dir().join("addresses.json")).expect("the file");
         let saved: Value = serde_json::from_str(&saved).expect("JSON");
         assert_eq!(allocations(&saved), Vec::<Value>::new());

@@ -8,6 +8,7 @@ mod error;
 mod events;
 mod extent;
 mod flows;
+mod hooks;
 mod op;
 mod pinned;
 mod programs;
@@ -26,6 +27,7 @@ use dataplane_abi::{ABI_VERSION, Reason, limits};
 pub use error::Error;
 pub use events::{EventRing, quiet};
 pub use flows::{FlowTables, FlowView, monotonic_ns, monotonic_s};
+pub use hooks::PodHooks;
 pub use op::{
     Frontend, Lead, LocalPod, Op, Protocol, ServiceBackends, ServiceId, Sources, State, Vip,
 };
@@ -164,6 +166,11 @@ impl Dataplane {
             .attach_packet(PacketProgram::PodIngress, ifindex)?;
         self.programs
             .attach_packet(PacketProgram::PodEgress, ifindex)
+    }
+
+    /// The hooks of pods' interfaces, for threads that make interfaces beside the loop.
+    pub fn pod_hooks(&self) -> Result<PodHooks, Error> {
+        self.programs.pod_hooks()
     }
 
     /// Forgets the hooks of a pod's veth, which may be gone already.

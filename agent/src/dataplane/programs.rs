@@ -17,7 +17,7 @@ use dataplane_abi::{
 };
 
 use super::{
-    Config, Error,
+    Config, Error, PodHooks,
     sys::{self, LinkTarget, MapShape},
 };
 
@@ -50,7 +50,12 @@ impl PacketProgram {
         }
     }
 
-    fn attach_type(self) -> u32 {
+    /// Name of the pin of its link on an interface.
+    pub(super) fn pin(self, ifindex: u32) -> String {
+        format!("{}-{ifindex}", self.name())
+    }
+
+    pub(super) fn attach_type(self) -> u32 {
         const BPF_TCX_INGRESS: u32 = 46;
         const BPF_TCX_EGRESS: u32 = 47;
         match self {
@@ -342,13 +347,32 @@ impl Programs {
         sys::pin(link.as_fd(), &path).map_err(|source| Error::Link { link: path, source })
     }
 
+    /// The hooks of pods' interfaces, for other threads.
+    pub fn pod_hooks(&self) -> Result<PodHooks, Error> {
+        let programs = [PacketProgram::PodIngress, PacketProgram::PodEgress]
+            .into_iter()
+            .map(|program| {
+                let fd = self.fd(program.name())?.try_clone_to_owned();
+                let failed = |source| Error::Attach {
+                    program: program.name(),
+                    target: LinkTarget::Other,
+                    source,
+                };
+                Ok((program, fd.map_err(failed)?))
+            })
+            .collect::<Result<_, Error>>()?;
+        Ok(PodHooks {
+            programs,
+            links: self.links.clone(),
+        })
+    }
+
     /// Hangs a packet program on an interface.
     pub fn attach_packet(&self, program: PacketProgram, ifindex: u32) -> Result<(), Error> {
-        let pin = format!("{}-{ifindex}", program.name());
         self.attach(
             program.name(),
             program.attach_type(),
-            pin,
+            program.pin(ifindex),
             ifindex,
             LinkTarget::Interface(ifindex),
         )
@@ -356,7 +380,7 @@ impl Programs {
 
     /// Takes a packet program off an interface. The interface may be gone.
     pub fn detach_packet(&self, program: PacketProgram, ifindex: u32) -> Result<(), Error> {
-        unlink(&self.links.join(format!("{}-{ifindex}", program.name())))
+        unlink(&self.links.join(program.pin(ifindex)))
     }
 
     /// Interfaces that a packet program hangs on.

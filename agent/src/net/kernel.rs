@@ -1,30 +1,23 @@
-//! The operations that wiring is made of.
+//! The network of one namespace: what is there, and what is asked of it.
 
-use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr};
+use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use ipnetwork::Ipv4Network;
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
-use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::link::{
     InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
 };
-use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope,
-    RouteType,
-};
-use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use nix::errno::Errno;
 
+use super::message::{self, LinkChange};
+use super::netlink::Step;
 use super::{Netlink, NetlinkError};
-use crate::plan::{NodeRoute, RouteChange};
-
-/// Marks routes as ours (`rtm_protocol`; /etc/iproute2/rt_protos leaves 100 to 185 free).
-const ROUTE_PROTOCOL: u8 = 107;
 
 /// An interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,21 +37,38 @@ pub(super) struct VethEnd<'a> {
     pub netns: Option<BorrowedFd<'a>>,
 }
 
-/// The interface by which the node reaches others.
+/// The interface by which the node reaches others, with the node's addresses: one of each family at most.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Uplink {
     pub link: Link,
-    pub address: Ipv4Addr,
+    pub addresses: Vec<IpAddr>,
 }
+
+impl Uplink {
+    /// The node's address of the same family.
+    pub fn address_like(&self, ip: IpAddr) -> Option<IpAddr> {
+        self.addresses
+            .iter()
+            .copied()
+            .find(|own| own.is_ipv4() == ip.is_ipv4())
+    }
+}
+
+/// The group of interfaces that are about to be removed together.
+const DYING_GROUP: u32 = 0x6b77_6479;
 
 /// The network of one namespace.
 pub struct Kernel {
-    netlink: Netlink,
+    pub(super) netlink: Netlink,
 }
 
 impl Kernel {
     pub fn new(netlink: Netlink) -> Self {
         Self { netlink }
+    }
+
+    pub(super) fn run(&mut self, steps: Vec<Step>) -> Result<(), NetlinkError> {
+        self.netlink.run(steps)
     }
 
     pub fn links(&mut self) -> Result<Vec<Link>, NetlinkError> {
@@ -83,8 +93,14 @@ impl Kernel {
         }
     }
 
-    /// Makes a veth pair with end `a` up. End `b` must be set up after: the kernel makes it first, and refuses to open an end
-    /// that has no other yet. Fails when one of the names is taken.
+    /// The interface of this name, which must be there.
+    pub(super) fn known_link(&mut self, name: &str) -> Result<Link, NetlinkError> {
+        self.link(name)?
+            .ok_or_else(|| NetlinkError::new(format!("look up {name}"), Errno::ENODEV.into()))
+    }
+
+    /// Makes a veth pair, both ends down: the kernel makes end `b` first, and refuses to open an end that has no other yet. Fails when
+    /// one of the names is taken.
     pub(super) fn make_veth(
         &mut self,
         a: &VethEnd<'_>,
@@ -108,8 +124,6 @@ impl Kernel {
             message
         };
         let mut message = end(a);
-        message.header.flags = LinkFlags::Up;
-        message.header.change_mask = LinkFlags::Up;
         message.attributes.push(LinkAttribute::LinkInfo(vec![
             LinkInfo::Kind(InfoKind::Veth),
             LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(end(b)))),
@@ -122,15 +136,11 @@ impl Kernel {
     }
 
     pub fn set_up(&mut self, index: u32) -> Result<(), NetlinkError> {
-        let mut message = LinkMessage::default();
-        message.header.index = index;
-        message.header.flags = LinkFlags::Up;
-        message.header.change_mask = LinkFlags::Up;
-        self.netlink.request(
-            || format!("set interface {index} up"),
-            RouteNetlinkMessage::NewLink(message),
-            0,
-        )
+        let change = LinkChange {
+            up: true,
+            ..LinkChange::default()
+        };
+        self.run(vec![message::change_link(index, &change)])
     }
 
     /// Removes an interface; returns whether it was there.
@@ -145,6 +155,43 @@ impl Kernel {
             Ok(()) => Ok(true),
             Err(error) if error.errno() == Some(Errno::ENODEV) => Ok(false),
             Err(error) => Err(error),
+        }
+    }
+
+    /// Removes interfaces together: the kernel waits once for all of them, where it would wait for each. Those that are not there are
+    /// left out.
+    pub fn delete_links(&mut self, names: &[String]) -> Result<(), NetlinkError> {
+        if let [name] = names {
+            return self.delete_link(name).map(drop);
+        }
+        let mut marked = false;
+        for name in names {
+            let Some(link) = self.link(name)? else {
+                continue;
+            };
+            let change = LinkChange {
+                group: Some(DYING_GROUP),
+                ..LinkChange::default()
+            };
+            match self.run(vec![message::change_link(link.index, &change)]) {
+                Ok(()) => marked = true,
+                // It went with its namespace just now.
+                Err(error) if error.errno() == Some(Errno::ENODEV) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if !marked {
+            return Ok(());
+        }
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::Group(DYING_GROUP));
+        match self.netlink.request(
+            || format!("delete {} interfaces", names.len()),
+            RouteNetlinkMessage::DelLink(message),
+            0,
+        ) {
+            Err(error) if error.errno() != Some(Errno::ENODEV) => Err(error),
+            _ => Ok(()),
         }
     }
 
@@ -174,265 +221,90 @@ impl Kernel {
         Ok(found)
     }
 
-    pub fn add_address(
+    /// The permanent neighbour entries, by interface: MAC addresses behind addresses, which only an agent or an administrator enters.
+    pub fn permanent_neighbours(
         &mut self,
-        index: u32,
-        address: Ipv4Addr,
-        prefix_len: u8,
-    ) -> Result<(), NetlinkError> {
-        let mut message = AddressMessage::default();
-        message.header.family = AddressFamily::Inet;
-        message.header.index = index;
-        message.header.prefix_len = prefix_len;
-        message.header.scope = AddressScope::Universe;
-        message
-            .attributes
-            .push(AddressAttribute::Local(address.into()));
-        message
-            .attributes
-            .push(AddressAttribute::Address(address.into()));
-        self.netlink.request(
-            || format!("add address {address}/{prefix_len}"),
-            RouteNetlinkMessage::NewAddress(message),
-            NLM_F_CREATE | NLM_F_REPLACE,
-        )
+    ) -> Result<BTreeMap<(u32, IpAddr), [u8; 6]>, NetlinkError> {
+        let messages = self.netlink.dump(
+            || "list neighbours".into(),
+            RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default()),
+        )?;
+        let read = |message| {
+            let RouteNetlinkMessage::NewNeighbour(entry) = message else {
+                return None;
+            };
+            if entry.header.state != NeighbourState::Permanent {
+                return None;
+            }
+            let (mut ip, mut mac) = (None, None);
+            for attribute in &entry.attributes {
+                match attribute {
+                    NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => {
+                        ip = Some(IpAddr::V4(*v4));
+                    }
+                    NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => {
+                        ip = Some(IpAddr::V6(*v6));
+                    }
+                    NeighbourAttribute::LinkLayerAddress(bytes) => {
+                        mac = bytes.as_slice().try_into().ok();
+                    }
+                    _ => {}
+                }
+            }
+            Some(((entry.header.ifindex, ip?), mac?))
+        };
+        Ok(messages.into_iter().filter_map(read).collect())
     }
 
-    /// Enters the MAC address behind an address for good: nothing is asked on the wire.
-    pub fn set_neighbour(
+    /// Lets the host reach a pod's addresses by the host's side of its veth.
+    pub fn connect_pod(
         &mut self,
         index: u32,
-        address: Ipv4Addr,
+        addresses: &[IpAddr],
         mac: [u8; 6],
+        sources: &[IpAddr],
     ) -> Result<(), NetlinkError> {
-        let mut message = NeighbourMessage::default();
-        message.header.family = AddressFamily::Inet;
-        message.header.ifindex = index;
-        message.header.state = NeighbourState::Permanent;
-        message
-            .attributes
-            .push(NeighbourAttribute::Destination(NeighbourAddress::Inet(
-                address,
-            )));
-        message
-            .attributes
-            .push(NeighbourAttribute::LinkLayerAddress(mac.to_vec()));
-        self.netlink.request(
-            || format!("set neighbour {address}"),
-            RouteNetlinkMessage::NewNeighbour(message),
-            NLM_F_CREATE | NLM_F_REPLACE,
-        )
+        self.run(pod_steps(index, addresses, mac, sources))
     }
 
-    /// Routes a range straight to an interface.
-    pub fn route_to_link(
-        &mut self,
-        range: Ipv4Network,
-        index: u32,
-        source: Option<Ipv4Addr>,
-    ) -> Result<(), NetlinkError> {
-        let mut route = route(range);
-        route.header.scope = RouteScope::Link;
-        route.attributes.push(RouteAttribute::Oif(index));
-        route
-            .attributes
-            .extend(source.map(|source| RouteAttribute::PrefSource(RouteAddress::Inet(source))));
-        self.replace_route(route, || format!("route {range} to interface {index}"))
-    }
-
-    /// Routes a range through a gateway that is taken to be on the interface's link, whatever its address.
-    pub fn route_on_link(
-        &mut self,
-        range: Ipv4Network,
-        gateway: Ipv4Addr,
-        index: u32,
-        source: Option<Ipv4Addr>,
-    ) -> Result<(), NetlinkError> {
-        let mut route = route(range);
-        route.header.flags = RouteFlags::Onlink;
-        route
-            .attributes
-            .push(RouteAttribute::Gateway(RouteAddress::Inet(gateway)));
-        route.attributes.push(RouteAttribute::Oif(index));
-        route
-            .attributes
-            .extend(source.map(|source| RouteAttribute::PrefSource(RouteAddress::Inet(source))));
-        self.replace_route(route, || format!("route {range} via {gateway}"))
-    }
-
-    /// Applies a change to the routes of this node.
-    pub fn apply_route(&mut self, change: RouteChange) -> Result<(), NetlinkError> {
-        match change {
-            RouteChange::Replace(wished) => {
-                let route = node_route(wished);
-                self.replace_route(route, || format!("route {wished:?}"))
-            }
-            RouteChange::Remove(gone) => {
-                let message = RouteNetlinkMessage::DelRoute(node_route(gone));
-                match self
-                    .netlink
-                    .request(|| format!("remove route {gone:?}"), message, 0)
-                {
-                    Err(error) if error.errno() != Some(Errno::ESRCH) => Err(error),
-                    _ => Ok(()),
-                }
-            }
-        }
-    }
-
-    /// The routes of ours that lead to nodes, or close this node's range.
-    pub fn node_routes(&mut self) -> Result<BTreeSet<NodeRoute>, NetlinkError> {
-        let routes = self.our_routes()?;
-        let read = |route: &RouteMessage| {
-            let range = destination(route)?;
-            if route.header.kind == RouteType::Unreachable {
-                return Some(NodeRoute::Own { range });
-            }
-            let mut on_link = route.header.flags.contains(RouteFlags::Onlink);
-            let mut gateway = None;
-            for attribute in &route.attributes {
-                match attribute {
-                    RouteAttribute::Gateway(RouteAddress::Inet(ip)) => gateway = Some(*ip),
-                    RouteAttribute::MultiPath(_) => on_link = true,
-                    _ => {}
-                }
-            }
-            // Routes into the service veth are on-link, and not a node's.
-            gateway
-                .filter(|_| !on_link)
-                .map(|node| NodeRoute::Pods { range, node })
-        };
-        Ok(routes.iter().filter_map(read).collect())
-    }
-
-    /// The single addresses that routes of ours lead straight to interfaces, as pairs of interface and address.
-    pub fn pod_routes(&mut self) -> Result<Vec<(u32, Ipv4Addr)>, NetlinkError> {
-        let routes = self.our_routes()?;
-        let read = |route: &RouteMessage| {
-            let range = destination(route).filter(|range| range.prefix() == 32)?;
-            let has_gateway = route
-                .attributes
-                .iter()
-                .any(|one| matches!(one, RouteAttribute::Gateway(_)));
-            let index = route.attributes.iter().find_map(|one| match one {
-                RouteAttribute::Oif(index) => Some(*index),
-                _ => None,
-            });
-            index
-                .filter(|_| !has_gateway)
-                .map(|index| (index, range.ip()))
-        };
-        Ok(routes.iter().filter_map(read).collect())
-    }
-
-    /// The default routes' gateways, with their interfaces.
-    pub fn default_gateways(&mut self) -> Result<Vec<(u32, Ipv4Addr)>, NetlinkError> {
-        let routes = self.all_routes()?;
-        let read = |route: &RouteMessage| {
-            let (mut gateway, mut index) = (None, None);
-            for attribute in &route.attributes {
-                match attribute {
-                    RouteAttribute::Gateway(RouteAddress::Inet(ip)) => gateway = Some(*ip),
-                    RouteAttribute::Oif(oif) => index = Some(*oif),
-                    _ => {}
-                }
-            }
-            (route.header.destination_prefix_length == 0).then_some((index?, gateway?))
-        };
-        Ok(routes.iter().filter_map(read).collect())
-    }
-
-    /// The interface that has this address.
-    pub fn uplink(&mut self, address: Ipv4Addr) -> Result<Option<Uplink>, NetlinkError> {
-        let index = self
-            .addresses()?
-            .into_iter()
-            .find(|(_, ip, _)| *ip == IpAddr::V4(address))
-            .map(|(index, ..)| index);
+    /// The interface that has the first of these addresses, with those that the node has.
+    pub fn uplink(&mut self, wanted: &[IpAddr]) -> Result<Option<Uplink>, NetlinkError> {
+        let there = self.addresses()?;
+        let own = |ip: &IpAddr| there.iter().any(|(_, address, _)| address == ip);
+        let index = there
+            .iter()
+            .find(|(_, ip, _)| Some(ip) == wanted.first())
+            .map(|(index, ..)| *index);
         let Some(index) = index else { return Ok(None) };
+        let addresses = wanted.iter().copied().filter(own).collect();
         Ok(self
             .links()?
             .into_iter()
             .find(|link| link.index == index)
-            .map(|link| Uplink { link, address }))
-    }
-
-    fn our_routes(&mut self) -> Result<Vec<RouteMessage>, NetlinkError> {
-        let mut routes = self.all_routes()?;
-        routes.retain(|route| route.header.protocol == RouteProtocol::from(ROUTE_PROTOCOL));
-        Ok(routes)
-    }
-
-    fn all_routes(&mut self) -> Result<Vec<RouteMessage>, NetlinkError> {
-        let mut request = RouteMessage::default();
-        request.header.address_family = AddressFamily::Inet;
-        let messages = self.netlink.dump(
-            || "list routes".into(),
-            RouteNetlinkMessage::GetRoute(request),
-        )?;
-        let main = |message| match message {
-            RouteNetlinkMessage::NewRoute(route)
-                if route.header.table == RouteHeader::RT_TABLE_MAIN =>
-            {
-                Some(route)
-            }
-            _ => None,
-        };
-        Ok(messages.into_iter().filter_map(main).collect())
-    }
-
-    fn replace_route(
-        &mut self,
-        route: RouteMessage,
-        operation: impl FnOnce() -> String,
-    ) -> Result<(), NetlinkError> {
-        self.netlink.request(
-            operation,
-            RouteNetlinkMessage::NewRoute(route),
-            NLM_F_CREATE | NLM_F_REPLACE,
-        )
+            .map(|link| Uplink { link, addresses }))
     }
 }
 
-/// A route of ours to a range, with no way yet.
-fn route(range: Ipv4Network) -> RouteMessage {
-    let mut route = RouteMessage::default();
-    route.header.address_family = AddressFamily::Inet;
-    route.header.destination_prefix_length = range.prefix();
-    route.header.table = RouteHeader::RT_TABLE_MAIN;
-    route.header.protocol = RouteProtocol::from(ROUTE_PROTOCOL);
-    route.header.scope = RouteScope::Universe;
-    route.header.kind = RouteType::Unicast;
-    if range.prefix() > 0 {
-        route
-            .attributes
-            .push(RouteAttribute::Destination(RouteAddress::Inet(
-                range.network(),
-            )));
-    }
-    route
-}
-
-fn node_route(wished: NodeRoute) -> RouteMessage {
-    let mut message = route(wished.range());
-    match wished {
-        NodeRoute::Pods { node, .. } => message
-            .attributes
-            .push(RouteAttribute::Gateway(RouteAddress::Inet(node))),
-        NodeRoute::Own { .. } => message.header.kind = RouteType::Unreachable,
-    }
-    message
-}
-
-fn destination(route: &RouteMessage) -> Option<Ipv4Network> {
-    let address = route
-        .attributes
+/// How the host reaches a pod: permanent neighbours, and routes of single addresses from the node's own.
+pub(super) fn pod_steps(
+    index: u32,
+    addresses: &[IpAddr],
+    mac: [u8; 6],
+    sources: &[IpAddr],
+) -> Vec<Step> {
+    addresses
         .iter()
-        .find_map(|attribute| match attribute {
-            RouteAttribute::Destination(RouteAddress::Inet(ip)) => Some(*ip),
-            _ => None,
-        })?;
-    Ipv4Network::new(address, route.header.destination_prefix_length).ok()
+        .flat_map(|address| {
+            let source = sources
+                .iter()
+                .copied()
+                .find(|source| source.is_ipv4() == address.is_ipv4());
+            [
+                message::set_neighbour(index, *address, mac),
+                message::route_to_link((*address).into(), index, source),
+            ]
+        })
+        .collect()
 }
 
 fn read_link(message: &RouteNetlinkMessage) -> Option<Link> {

@@ -1,11 +1,15 @@
 //! The kernel's links, addresses, routes and neighbours, by netlink.
 
 mod kernel;
+mod message;
 mod netlink;
 mod pod;
+mod route;
 mod service_veth;
+mod spare;
 
 pub use kernel::{Kernel, Link, Uplink};
 pub use netlink::{Netlink, NetlinkError};
-pub use pod::{EVERYTHING, POD_GATEWAY, PodWire, check_pod, pod_mac, wire_pod};
+pub use pod::{PodWire, check_pod, everything, pod_gateway, pod_mac, wire_pod};
 pub use service_veth::{INNER, OUTER, make_service_veth};
+pub use spare::{Spare, SpareNetwork, is_spare};

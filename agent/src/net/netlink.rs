@@ -1,7 +1,8 @@
-//! Requests to the kernel and their answers, one at a time.
+//! Requests to the kernel and their answers.
 //!
 //! Wiring a pod is a dozen requests in a row, each answered in microseconds: a plain blocking socket does that with the
-//! fewest system calls. netlink-packet-route has the messages.
+//! fewest system calls, and requests that do not depend on each other's answers travel together. netlink-packet-route has the
+//! messages.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -34,6 +35,15 @@ impl NetlinkError {
     pub fn errno(&self) -> Option<nix::errno::Errno> {
         self.source.raw_os_error().map(nix::errno::Errno::from_raw)
     }
+}
+
+/// A request that can travel with others.
+#[derive(Debug)]
+pub(crate) struct Step {
+    pub operation: String,
+    pub message: RouteNetlinkMessage,
+    /// More flags of the request.
+    pub flags: u16,
 }
 
 /// A route netlink socket of one network namespace.
@@ -80,6 +90,68 @@ impl Netlink {
                 ))
             })
         })
+    }
+
+    /// Sends requests in one go, and waits until the kernel has done all of them. It goes on behind one that fails; the first that
+    /// failed is the error.
+    pub(crate) fn run(&mut self, steps: Vec<Step>) -> Result<(), NetlinkError> {
+        let (first, count) = (self.sequence.wrapping_add(1), steps.len() as u32);
+        let mut bytes = Vec::with_capacity(steps.len() * 96);
+        let mut operations = Vec::with_capacity(steps.len());
+        for (position, step) in steps.into_iter().enumerate() {
+            self.sequence = self.sequence.wrapping_add(1);
+            let mut header = NetlinkHeader::default();
+            // Errors are told in any case, and in order: the answer to the last one ends the wait.
+            let ack = if position as u32 + 1 == count {
+                NLM_F_ACK
+            } else {
+                0
+            };
+            header.flags = NLM_F_REQUEST | ack | step.flags;
+            header.sequence_number = self.sequence;
+            let mut packet = NetlinkMessage::new(header, NetlinkPayload::from(step.message));
+            packet.finalize();
+            let begin = bytes.len();
+            bytes.resize(begin + packet.buffer_len().next_multiple_of(4), 0);
+            packet.serialize(&mut bytes[begin..]);
+            operations.push(step.operation);
+        }
+        if operations.is_empty() {
+            return Ok(());
+        }
+        let last = self.sequence;
+        let mut failed: Option<NetlinkError> = None;
+        let exchange = |source| NetlinkError::new(operations.join(", "), source);
+        self.socket.send(&bytes, 0).map_err(exchange)?;
+        loop {
+            let (received, _) = self.socket.recv_from_full().map_err(exchange)?;
+            let mut rest = &received[..];
+            while !rest.is_empty() {
+                let answer =
+                    NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest).map_err(|error| {
+                        exchange(io::Error::new(
+                            io::ErrorKind::InvalidData,
+                            error.to_string(),
+                        ))
+                    })?;
+                let length = (answer.header.length as usize).next_multiple_of(4).max(4);
+                rest = rest.get(length..).unwrap_or_default();
+                let position = answer.header.sequence_number.wrapping_sub(first);
+                let NetlinkPayload::Error(error) = answer.payload else {
+                    continue;
+                };
+                if position >= count {
+                    continue;
+                }
+                if error.code.is_some() && failed.is_none() {
+                    let operation = operations[position as usize].clone();
+                    failed = Some(NetlinkError::new(operation, error.to_io()));
+                }
+                if answer.header.sequence_number == last {
+                    return failed.map_or(Ok(()), Err);
+                }
+            }
+        }
     }
 
     /// Sends a request and waits for its acknowledgement.

@@ -1,19 +1,55 @@
 //! The network of one pod.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::BorrowedFd;
 
 use dataplane_abi::HOST_VETH_MAC;
-use ipnetwork::Ipv4Network;
+use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
+use sha2::{Digest, Sha256};
 
-use super::kernel::VethEnd;
+use super::kernel::{VethEnd, pod_steps};
+use super::message::{self, LinkChange};
+use super::spare::{Spare, SpareNetwork};
 use super::{Kernel, Link, Netlink, NetlinkError};
 
-/// The gateway of every pod: link-local, the same everywhere, and answered by nobody, since its neighbour entry is permanent.
-pub const POD_GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+/// The gateways of every pod: link-local, the same everywhere, and answered by nobody, since their neighbour entries are permanent.
+const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
+const EVERYTHING_V4: Ipv4Network = Ipv4Network::new_checked(Ipv4Addr::UNSPECIFIED, 0).unwrap();
+const EVERYTHING_V6: Ipv6Network = Ipv6Network::new_checked(Ipv6Addr::UNSPECIFIED, 0).unwrap();
+/// The loopback's interface index in every network namespace.
+const LOOPBACK: u32 = 1;
 
-/// Every IPv4 address.
-pub const EVERYTHING: Ipv4Network = Ipv4Network::new_checked(Ipv4Addr::UNSPECIFIED, 0).unwrap();
+/// The gateway of a pod for the family of this address.
+pub fn pod_gateway(like: IpAddr) -> IpAddr {
+    match like {
+        IpAddr::V4(_) => GATEWAY_V4.into(),
+        IpAddr::V6(_) => GATEWAY_V6.into(),
+    }
+}
+
+/// Every address of the family of this one.
+pub fn everything(like: IpAddr) -> IpNetwork {
+    match like {
+        IpAddr::V4(_) => EVERYTHING_V4.into(),
+        IpAddr::V6(_) => EVERYTHING_V6.into(),
+    }
+}
+
+/// The MAC address of a pod's interface, unless it asked for one. It follows from its first address, so an agent that restarts
+/// knows it.
+pub fn pod_mac(address: IpAddr) -> [u8; 6] {
+    match address {
+        IpAddr::V4(v4) => {
+            let [a, b, c, d] = v4.octets();
+            [0x0a, 0x6c, a, b, c, d]
+        }
+        IpAddr::V6(v6) => {
+            let digest = Sha256::digest(v6.octets());
+            [0x0a, 0x6e, digest[0], digest[1], digest[2], digest[3]]
+        }
+    }
+}
 
 /// What a pod's network shall be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,27 +57,47 @@ pub struct PodWire {
     pub host_interface: String,
     /// Name of the interface in the pod.
     pub interface: String,
-    pub address: Ipv4Addr,
+    pub addresses: Vec<IpAddr>,
+    /// Of the pod's side.
+    pub mac: [u8; 6],
     pub mtu: u32,
-    /// Source of what the host sends to the pod.
-    pub node_address: Option<Ipv4Addr>,
-}
-
-/// The MAC address of a pod's interface. It follows from the address, so an agent that restarts knows it.
-pub fn pod_mac(address: Ipv4Addr) -> [u8; 6] {
-    let [a, b, c, d] = address.octets();
-    [0x0a, 0x6c, a, b, c, d]
+    /// Sources of what the host sends to the pod, one of each family at most.
+    pub node_addresses: Vec<IpAddr>,
 }
 
 /// Makes a pod's network, and returns the host's side. What is left of an earlier attempt is removed first, what fails
-/// half way is removed again.
+/// half way is removed again. A pair that was made in advance is used up, whatever comes of it.
 pub fn wire_pod(
     host: &mut Kernel,
     netns: BorrowedFd<'_>,
     wire: &PodWire,
+    spare: Option<(&SpareNetwork, &Spare)>,
 ) -> Result<Link, NetlinkError> {
     host.delete_link(&wire.host_interface)?;
     let mut pod = Kernel::new(Netlink::open_in(netns)?);
+    let made = match spare {
+        Some((network, spare)) => move_in(host, &mut pod, netns, wire, network, spare),
+        None => make(host, &mut pod, netns, wire),
+    };
+    if made.is_err() {
+        // The pair goes with either end. Failing to remove it is no better news than what failed before.
+        for name in spare
+            .map(|(_, spare)| spare.name.as_str())
+            .into_iter()
+            .chain([&*wire.host_interface])
+        {
+            let _ = host.delete_link(name);
+        }
+    }
+    made
+}
+
+fn make(
+    host: &mut Kernel,
+    pod: &mut Kernel,
+    netns: BorrowedFd<'_>,
+    wire: &PodWire,
+) -> Result<Link, NetlinkError> {
     let host_end = VethEnd {
         name: &wire.host_interface,
         mac: HOST_VETH_MAC,
@@ -49,48 +105,91 @@ pub fn wire_pod(
     };
     let pod_end = VethEnd {
         name: &wire.interface,
-        mac: pod_mac(wire.address),
+        mac: wire.mac,
         netns: Some(netns),
     };
     host.make_veth(&host_end, &pod_end, wire.mtu)?;
-    let made = wire_both_ends(host, &mut pod, wire);
-    if made.is_err() {
-        // The pair goes with either end. Failing to remove it is no better news than what failed before.
-        let _ = host.delete_link(&wire.host_interface);
-    }
-    made
+    let outside = host.known_link(&wire.host_interface)?;
+    let inside = pod.known_link(&wire.interface)?;
+    configure_host(host, outside.index, wire, None)?;
+    configure_pod(pod, inside.index, wire)?;
+    Ok(Link {
+        up: true,
+        ..outside
+    })
 }
 
-fn wire_both_ends(
+fn move_in(
     host: &mut Kernel,
     pod: &mut Kernel,
+    netns: BorrowedFd<'_>,
     wire: &PodWire,
+    network: &SpareNetwork,
+    spare: &Spare,
 ) -> Result<Link, NetlinkError> {
-    let missing =
-        |name: &str| NetlinkError::new(format!("look up {name}"), nix::errno::Errno::ENODEV.into());
-    let lo = pod.link("lo")?.ok_or_else(|| missing("lo"))?;
-    pod.set_up(lo.index)?;
-    let inside = pod
-        .link(&wire.interface)?
-        .ok_or_else(|| missing(&wire.interface))?;
-    pod.set_up(inside.index)?;
-    pod.add_address(inside.index, wire.address, 32)?;
-    pod.set_neighbour(inside.index, POD_GATEWAY, HOST_VETH_MAC)?;
-    pod.route_on_link(EVERYTHING, POD_GATEWAY, inside.index, None)?;
-
-    let outside = host
-        .link(&wire.host_interface)?
-        .ok_or_else(|| missing(&wire.host_interface))?;
-    host.set_neighbour(outside.index, wire.address, pod_mac(wire.address))?;
-    host.route_to_link(
-        Ipv4Network::from(wire.address),
-        outside.index,
-        wire.node_address,
-    )?;
-    Ok(outside)
+    // The host's side first: until the pod's has moved, the pair goes with this process.
+    configure_host(host, spare.host_index, wire, Some(&wire.host_interface))?;
+    network.give(spare, netns, wire)?;
+    let inside = pod.known_link(&wire.interface)?;
+    configure_pod(pod, inside.index, wire)?;
+    Ok(Link {
+        index: spare.host_index,
+        name: wire.host_interface.clone(),
+        mac: Some(HOST_VETH_MAC),
+        mtu: wire.mtu,
+        up: true,
+    })
 }
 
-/// What is wrong with a pod's network; nothing, when it is as [`wire_pod`] made it.
+fn configure_host(
+    host: &mut Kernel,
+    index: u32,
+    wire: &PodWire,
+    name: Option<&str>,
+) -> Result<(), NetlinkError> {
+    let change = LinkChange {
+        mtu: name.map(|_| wire.mtu),
+        name,
+        up: true,
+        ..LinkChange::default()
+    };
+    let mut steps = vec![message::change_link(index, &change)];
+    steps.extend(pod_steps(
+        index,
+        &wire.addresses,
+        wire.mac,
+        &wire.node_addresses,
+    ));
+    host.run(steps)
+}
+
+fn configure_pod(pod: &mut Kernel, index: u32, wire: &PodWire) -> Result<(), NetlinkError> {
+    let up = LinkChange {
+        up: true,
+        ..LinkChange::default()
+    };
+    let mut steps = vec![
+        message::change_link(LOOPBACK, &up),
+        message::change_link(index, &up),
+    ];
+    for address in &wire.addresses {
+        let (gateway, length) = (
+            pod_gateway(*address),
+            if address.is_ipv4() { 32 } else { 128 },
+        );
+        steps.push(message::add_address(index, *address, length));
+        steps.push(message::set_neighbour(index, gateway, HOST_VETH_MAC));
+        steps.push(message::route_on_link(
+            everything(*address),
+            gateway,
+            index,
+            None,
+        ));
+    }
+    pod.run(steps)
+}
+
+/// What is wrong with a pod's network; nothing, when it is as [`wire_pod`] made it. What others added to it is no fault.
 pub fn check_pod(
     host: &mut Kernel,
     netns: BorrowedFd<'_>,
@@ -112,25 +211,26 @@ pub fn check_pod(
             wire.host_interface, wire.interface
         )));
     }
-    if !pod
-        .addresses()?
-        .contains(&(inside.index, wire.address.into(), 32))
-    {
-        return Ok(Some(format!(
-            "{} does not have the address {}",
-            wire.interface, wire.address
-        )));
-    }
-    if !pod
-        .default_gateways()?
-        .contains(&(inside.index, POD_GATEWAY))
-    {
-        return Ok(Some(format!(
-            "the pod has no default route by {POD_GATEWAY}"
-        )));
-    }
-    if !host.pod_routes()?.contains(&(outside.index, wire.address)) {
-        return Ok(Some(format!("the host has no route to {}", wire.address)));
+    let there = pod.addresses()?;
+    let gateways = pod.default_gateways()?;
+    let routes = host.pod_routes()?;
+    for address in &wire.addresses {
+        let (gateway, length) = (
+            pod_gateway(*address),
+            if address.is_ipv4() { 32 } else { 128 },
+        );
+        if !there.contains(&(inside.index, *address, length)) {
+            return Ok(Some(format!(
+                "{} does not have the address {address}",
+                wire.interface
+            )));
+        }
+        if !gateways.contains(&(inside.index, gateway)) {
+            return Ok(Some(format!("the pod has no default route by {gateway}")));
+        }
+        if !routes.contains(&(outside.index, *address)) {
+            return Ok(Some(format!("the host has no route to {address}")));
+        }
     }
     Ok(None)
 }

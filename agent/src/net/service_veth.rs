@@ -1,11 +1,12 @@
 //! The pair of interfaces through which the host's own traffic to Services goes.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use dataplane_abi::{HAIRPIN_V4, HOST_VETH_MAC};
-use ipnetwork::Ipv4Network;
+use ipnetwork::IpNetwork;
 
 use super::kernel::VethEnd;
+use super::message;
 use super::{Kernel, NetlinkError};
 use crate::dataplane::ServiceVeth;
 
@@ -14,18 +15,18 @@ pub const OUTER: &str = "keelway-svc";
 /// The end where the packets come out, and programs translate them.
 pub const INNER: &str = "keelway-svc-in";
 
-/// Gateway of the Service ranges: an address that only its permanent neighbour entry knows.
-const GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 77, 1);
+/// Gateways of the Service ranges: addresses that only their permanent neighbour entries know.
+const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 77, 1);
+const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0x77, 1);
 
-/// Makes the pair if it is not there, and routes the ranges into it. Traffic that flows is not disturbed.
+/// Makes the pair if it is not there, and routes the ranges into it, each with the node's address of its family as source. Traffic that
+/// flows is not disturbed.
 pub fn make_service_veth(
     host: &mut Kernel,
-    ranges: &[Ipv4Network],
-    node_address: Ipv4Addr,
+    ranges: &[IpNetwork],
+    node_addresses: &[IpAddr],
     mtu: u32,
 ) -> Result<ServiceVeth, NetlinkError> {
-    let missing =
-        |name: &str| NetlinkError::new(format!("look up {name}"), nix::errno::Errno::ENODEV.into());
     if host.link(OUTER)?.is_none() || host.link(INNER)?.is_none() {
         // Half a pair cannot be; a foreign interface of one of the names makes the creation fail, by its name.
         let end = |name| VethEnd {
@@ -35,18 +36,38 @@ pub fn make_service_veth(
         };
         host.make_veth(&end(OUTER), &end(INNER), mtu)?;
     }
-    let outer = host.link(OUTER)?.ok_or_else(|| missing(OUTER))?;
-    let inner = host.link(INNER)?.ok_or_else(|| missing(INNER))?;
+    let (outer, inner) = (host.known_link(OUTER)?, host.known_link(INNER)?);
     for link in [&outer, &inner] {
         if !link.up {
             host.set_up(link.index)?;
         }
     }
-    host.set_neighbour(outer.index, GATEWAY, HOST_VETH_MAC)?;
-    let hairpin = Ipv4Network::from(Ipv4Addr::from(HAIRPIN_V4));
-    for range in ranges.iter().copied().chain([hairpin]) {
-        host.route_on_link(range, GATEWAY, outer.index, Some(node_address))?;
+    let hairpin = IpNetwork::from(IpAddr::from(Ipv4Addr::from(HAIRPIN_V4)));
+    let mut steps = vec![message::set_neighbour(
+        outer.index,
+        GATEWAY_V4.into(),
+        HOST_VETH_MAC,
+    )];
+    if ranges.iter().any(IpNetwork::is_ipv6) {
+        steps.push(message::set_neighbour(
+            outer.index,
+            GATEWAY_V6.into(),
+            HOST_VETH_MAC,
+        ));
     }
+    for range in ranges.iter().copied().chain([hairpin]) {
+        let source = node_addresses
+            .iter()
+            .copied()
+            .find(|ip| ip.is_ipv4() == range.is_ipv4());
+        let gateway = if range.is_ipv4() {
+            GATEWAY_V4.into()
+        } else {
+            GATEWAY_V6.into()
+        };
+        steps.push(message::route_on_link(range, gateway, outer.index, source));
+    }
+    host.run(steps)?;
     Ok(ServiceVeth {
         outer: outer.index,
         inner: inner.index,

@@ -1,22 +1,22 @@
 //! Routes to the pods of other nodes.
 
 use std::collections::BTreeSet;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use cluster_model::Snapshot;
-use ipnetwork::{IpNetwork, Ipv4Network};
+use ipnetwork::IpNetwork;
 
 /// A route of ours in the node's table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum NodeRoute {
     /// Pods of another node, by that node's address.
-    Pods { range: Ipv4Network, node: Ipv4Addr },
+    Pods { range: IpNetwork, node: IpAddr },
     /// This node's own range: an address that no pod has is unreachable here, and is not sent to anyone else.
-    Own { range: Ipv4Network },
+    Own { range: IpNetwork },
 }
 
 impl NodeRoute {
-    pub fn range(&self) -> Ipv4Network {
+    pub fn range(&self) -> IpNetwork {
         match self {
             NodeRoute::Pods { range, .. } | NodeRoute::Own { range } => *range,
         }
@@ -37,14 +37,12 @@ pub fn plan_routes(snapshot: &Snapshot, here: &str) -> BTreeSet<NodeRoute> {
     let mut taken = BTreeSet::new();
     let mut routes = BTreeSet::new();
     for node in nodes {
-        let address = node.internal_ips.iter().find_map(|ip| match ip {
-            std::net::IpAddr::V4(v4) => Some(*v4),
-            std::net::IpAddr::V6(_) => None,
-        });
-        for range in &node.pod_cidrs {
-            let IpNetwork::V4(range) = *range else {
-                continue;
-            };
+        for range in node.pod_cidrs.iter().copied() {
+            let address = node
+                .internal_ips
+                .iter()
+                .copied()
+                .find(|ip| ip.is_ipv4() == range.is_ipv4());
             let route = match address {
                 _ if &*node.name == here => NodeRoute::Own { range },
                 Some(node) => NodeRoute::Pods { range, node },
@@ -60,7 +58,7 @@ pub fn plan_routes(snapshot: &Snapshot, here: &str) -> BTreeSet<NodeRoute> {
 
 /// The changes from what the table holds to what it shall hold.
 pub fn diff_routes(held: &BTreeSet<NodeRoute>, wished: &BTreeSet<NodeRoute>) -> Vec<RouteChange> {
-    let ranges: BTreeSet<Ipv4Network> = wished.iter().map(NodeRoute::range).collect();
+    let ranges: BTreeSet<IpNetwork> = wished.iter().map(NodeRoute::range).collect();
     let replaced = wished.difference(held).copied().map(RouteChange::Replace);
     // A route whose range has a new one is gone by its replacement, unless it is of the other kind.
     let gone = held.difference(wished).copied().filter(|route| {

@@ -1,20 +1,19 @@
-//! ADD: an address, then the interfaces, then the programs, then the answer.
+//! ADD: addresses, then the interfaces, then the maps, then the answer.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Instant;
 
-use ipnetwork::Ipv4Network;
+use ipnetwork::IpNetwork;
 use keelway_cni::protocol::{Response, Wish};
-use keelway_cni::{AddResult, Attachment, CniError, Code, Interface, IpConfig, Route, spool};
+use keelway_cni::{AddResult, Attachment, CniError, Code, Interface, IpConfig, Mac, Route, spool};
+use nix::errno::Errno;
 
 use super::background::in_background;
-use super::{Busy, Pods, ToWire};
-use crate::addresses::host_interface;
-use crate::dataplane::{LocalPod, Op};
+use super::{Pods, ToWire, Wiring, now};
+use crate::addresses::{Ask, host_interface};
 use crate::event::{Event, Reply};
-use crate::net::{
-    self, Kernel, Link, Netlink, NetlinkError, POD_GATEWAY, PodWire, pod_mac, wire_pod,
-};
+use crate::net::{Kernel, Link, Netlink, PodWire, everything, pod_gateway, wire_pod};
 use crate::node::{Node, NodeError};
 use crate::worker::reason;
 
@@ -27,21 +26,27 @@ impl Pods {
         node: Option<&Node>,
         began: Instant,
     ) -> Result<(), CniError> {
-        if node.is_none() {
+        let Some(node) = node else {
             return Err(CniError::new(
                 Code::TryAgain,
                 "the Keelway agent is not ready: the node is not set up yet",
             ));
-        }
+        };
         let netns = netns.ok_or_else(|| {
             CniError::new(Code::InvalidEnvironment, "no network namespace was passed")
         })?;
         let host_interface = host_interface(&wish.attachment);
-        let waits = |one: &ToWire| one.host_interface == host_interface;
-        if self.busy.contains_key(&host_interface) || self.to_wire.iter().any(waits) {
+        let waits = |one: &ToWire| one.wire.host_interface == host_interface;
+        if self.wiring.contains_key(&host_interface) || self.to_wire.iter().any(waits) {
             return Err(CniError::new(
                 Code::TryAgain,
                 format!("{} is being worked on", wish.attachment),
+            ));
+        }
+        if wish.capabilities.bandwidth.is_some() {
+            return Err(CniError::new(
+                Code::UnsupportedField,
+                "bandwidth: limits are set by another plugin of the chain, not by this one",
             ));
         }
         // An ADD overtakes a deletion of its own past that still waits.
@@ -55,104 +60,132 @@ impl Pods {
             (Some(namespace), Some(name)) => Some(format!("{namespace}/{name}")),
             _ => None,
         };
-        let allocation = self.pool.allocate(&wish.attachment, pod).map_err(|error| {
+        let ask = Ask {
+            attachment: wish.attachment.clone(),
+            network: Some(wish.network.clone()).filter(|name| !name.is_empty()),
+            pod,
+            addresses: wish.capabilities.ips.clone(),
+            mac: wish.capabilities.mac,
+            port_mappings: wish.capabilities.port_mappings.clone(),
+        };
+        let allocation = self.pool.allocate(&ask, now()).map_err(|error| {
             CniError::new(Code::TryAgain, "no address for the pod").with_details(error)
         })?;
         self.unsaved = true;
+        let mac = allocation.mac();
         self.to_wire.push(ToWire {
+            wire: PodWire {
+                host_interface,
+                interface: wish.attachment.ifname.clone(),
+                addresses: allocation.addresses,
+                mac,
+                mtu: node.pod_mtu(),
+                node_addresses: node.uplink.addresses.clone(),
+            },
             wish,
-            netns,
+            netns: Arc::new(netns),
             reply: reply.clone(),
-            address: allocation.address,
-            host_interface,
             began,
+            again: false,
         });
         Ok(())
     }
 
-    /// Writes the pool, if it changed, and begins the ADDs that waited for that.
-    pub fn start_wiring(&mut self, node: Option<&Node>) {
-        let saved = self.save();
+    /// Refuses ADDs that wait for their addresses to be on disk.
+    pub(super) fn refuse_waiting(&mut self) {
         for one in std::mem::take(&mut self.to_wire) {
-            let (Some(node), Ok(())) = (node, &saved) else {
-                self.pool.release(&one.host_interface);
-                self.unsaved = true;
-                let error = CniError::new(Code::Io, "the pod's address cannot be written down")
-                    .with_details(self.problem.as_deref().unwrap_or_default());
-                self.respond("ADD", &one.reply, Response::Error(error));
+            self.pool.release(&one.wire.host_interface);
+            self.unsaved = true;
+            let error = CniError::new(Code::Io, "the pod's address cannot be written down")
+                .with_details(self.problem.as_deref().unwrap_or_default());
+            self.respond("ADD", &one.reply, Response::Error(error));
+        }
+    }
+
+    /// Begins the ADDs whose addresses are on disk. One whose interface is still being removed for its past waits for that.
+    pub(super) fn start_wiring(&mut self) {
+        let Some(spares) = &self.spares else { return };
+        let mut waiting = Vec::new();
+        for one in std::mem::take(&mut self.to_wire) {
+            let name = one.wire.host_interface.clone();
+            if self.pool.is_dying(&name) || (one.again && !self.burying.is_empty()) {
+                waiting.push(one);
                 continue;
+            }
+            let attachment = one.wish.attachment.clone();
+            let (netns, wire) = (Arc::clone(&one.netns), one.wire.clone());
+            let (workshop, spare) = (spares.workshop(), spares.take());
+            let work = move || -> Result<Link, NodeError> {
+                let mut kernel = Kernel::new(Netlink::open()?);
+                let network = workshop.network();
+                if let Some(spare) = &spare {
+                    let made = wire_pod(&mut kernel, netns.as_fd(), &wire, Some((network, spare)));
+                    if made.is_err() {
+                        workshop.hooks().forget(spare.host_index);
+                    }
+                    match made {
+                        // Somebody has removed it meanwhile.
+                        Err(error) if error.errno() == Some(Errno::ENODEV) => {}
+                        made => return Ok(made?),
+                    }
+                }
+                let link = wire_pod(&mut kernel, netns.as_fd(), &wire, None)?;
+                workshop.hooks().attach(link.index).map_err(|error| {
+                    // Failing to remove it is no better news than what failed before.
+                    let _ = kernel.delete_link(&wire.host_interface);
+                    error
+                })?;
+                Ok(link)
             };
-            let wire = PodWire {
-                host_interface: one.host_interface.clone(),
-                interface: one.wish.attachment.ifname.clone(),
-                address: one.address,
-                mtu: node.uplink.link.mtu,
-                node_address: Some(node.uplink.address),
-            };
-            let (events, attachment, netns, wish) = (
-                self.events.clone(),
-                one.wish.attachment.clone(),
-                one.netns,
-                wire.clone(),
-            );
-            self.busy.insert(
-                one.host_interface,
-                Busy::Wiring {
-                    wish: one.wish,
-                    wire,
-                    reply: one.reply,
-                    began: one.began,
+            self.wiring.insert(
+                name,
+                Wiring {
+                    one,
+                    deletions: Vec::new(),
                 },
             );
-            let work = move || {
-                let mut kernel = Kernel::new(Netlink::open()?);
-                wire_pod(&mut kernel, netns.as_fd(), &wish)
-            };
-            in_background("wire", &events, work, |made| Event::Wired {
+            in_background("wire", &self.events, work, |made| Event::Wired {
                 attachment,
                 made,
             });
         }
+        self.to_wire = waiting;
     }
 
-    /// A pod's interfaces are there, or could not be made: attaches the programs and answers.
+    /// A pod's interfaces are there, or could not be made: lets the maps lead to it and answers.
     pub fn wired(
         &mut self,
         attachment: &Attachment,
-        made: Result<Link, NetlinkError>,
+        made: Result<Link, NodeError>,
         kernel: &mut Kernel,
-        node: Option<&mut Node>,
+        mut node: Option<&mut Node>,
     ) {
         let host_interface = host_interface(attachment);
-        let Some(Busy::Wiring {
-            wish,
-            wire,
-            reply,
-            began,
-        }) = self.busy.remove(&host_interface)
-        else {
+        let Some(Wiring { mut one, deletions }) = self.wiring.remove(&host_interface) else {
             return;
         };
-        let attached = made.map_err(NodeError::from).and_then(|link| match node {
-            None => Ok(link),
-            Some(node) => {
-                node.dataplane.attach_pod(link.index)?;
-                let pod = LocalPod {
-                    ifindex: link.index,
-                    mac: pod_mac(wire.address),
-                };
-                node.apply(&[Op::SetPod {
-                    addr: wire.address.into(),
-                    pod,
-                }])?;
-                Ok(link)
+        // The pod's namespace may still have the interface of a deleted attachment under that name.
+        let taken =
+            matches!(&made, Err(NodeError::Netlink(error)) if error.errno() == Some(Errno::EEXIST));
+        if taken && !one.again && !self.burying.is_empty() && deletions.is_empty() {
+            one.again = true;
+            self.to_wire.push(one);
+            return;
+        }
+        let attached = made.and_then(|link| {
+            let allocation = self.pool.get(&host_interface).cloned();
+            if let (Some(node), Some(allocation)) = (node.as_deref_mut(), allocation) {
+                node.apply(&super::set_pod(&allocation, link.index))?;
             }
+            Ok(link)
         });
         let response = match attached {
             Ok(link) => {
-                self.add_last_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
-                tracing::info!(%attachment, address = %wire.address, took_us = self.add_last_us, "pod added");
-                Response::Added(result_of(&wish, &wire, &link))
+                self.add_last_us =
+                    u64::try_from(one.began.elapsed().as_micros()).unwrap_or(u64::MAX);
+                self.indexes.insert(host_interface.clone(), link.index);
+                tracing::info!(%attachment, addresses = ?one.wire.addresses, took_us = self.add_last_us, "pod added");
+                Response::Added(result_of(&one.wish, &one.wire, &link))
             }
             Err(error) => {
                 let why = reason(&error);
@@ -168,35 +201,47 @@ impl Pods {
                 )
             }
         };
-        self.respond("ADD", &reply, response);
+        self.respond("ADD", &one.reply, response);
+        // It was deleted while it was made.
+        for reply in deletions {
+            self.delete(attachment.clone(), Some(reply), kernel, node.as_deref_mut());
+        }
     }
 }
 
 fn result_of(wish: &Wish, wire: &PodWire, host: &Link) -> AddResult {
-    let text = |mac: [u8; 6]| mac.map(|byte| format!("{byte:02x}")).join(":");
     AddResult {
         interfaces: vec![
             Interface {
                 name: wire.host_interface.clone(),
-                mac: text(host.mac.unwrap_or_default()),
+                mac: Mac(host.mac.unwrap_or_default()).to_string(),
                 mtu: wire.mtu,
                 sandbox: None,
             },
             Interface {
                 name: wire.interface.clone(),
-                mac: text(pod_mac(wire.address)),
+                mac: Mac(wire.mac).to_string(),
                 mtu: wire.mtu,
                 sandbox: Some(wish.netns.clone()),
             },
         ],
-        ips: vec![IpConfig {
-            address: Ipv4Network::from(wire.address).into(),
-            gateway: POD_GATEWAY.into(),
-            interface: 1,
-        }],
-        routes: vec![Route {
-            dst: net::EVERYTHING.into(),
-            gw: Some(POD_GATEWAY.into()),
-        }],
+        ips: wire
+            .addresses
+            .iter()
+            .map(|address| IpConfig {
+                address: IpNetwork::from(*address),
+                gateway: pod_gateway(*address),
+                interface: 1,
+            })
+            .collect(),
+        routes: wire
+            .addresses
+            .iter()
+            .map(|address| Route {
+                dst: everything(*address),
+                gw: Some(pod_gateway(*address)),
+            })
+            .collect(),
+        ..AddResult::default()
     }
 }

@@ -7,14 +7,15 @@ use std::thread;
 
 use crate::event::Event;
 use crate::net::NetlinkError;
+use crate::node::NodeError;
 
-/// Does netlink on a thread of its own, and sends what came of it. Something is sent whatever happens: the attachment would
+/// Does work on a thread of its own, and sends what came of it. Something is sent whatever happens: the attachment would
 /// stay busy else.
 pub(super) fn in_background<T: 'static>(
     name: &str,
     events: &Sender<Event>,
-    work: impl FnOnce() -> Result<T, NetlinkError> + Send + 'static,
-    event: impl FnOnce(Result<T, NetlinkError>) -> Event + Clone + Send + 'static,
+    work: impl FnOnce() -> Result<T, NodeError> + Send + 'static,
+    event: impl FnOnce(Result<T, NodeError>) -> Event + Clone + Send + 'static,
 ) {
     let (tell, of) = (events.clone(), event.clone());
     let working = thread::Builder::new().name(name.into()).spawn(move || {
@@ -22,12 +23,14 @@ pub(super) fn in_background<T: 'static>(
             Err(NetlinkError::new(
                 "work on an interface",
                 io::Error::other("the thread panicked"),
-            ))
+            )
+            .into())
         });
         // The loop has ended when this fails, and the next agent finds what was made.
         let _ = tell.send(of(outcome));
     });
     if let Err(error) = working {
-        let _ = events.send(event(Err(NetlinkError::new("start a thread", error))));
+        let failed = NetlinkError::new("start a thread", error);
+        let _ = events.send(event(Err(failed.into())));
     }
 }

@@ -1,19 +1,22 @@
-//! DEL: out of the maps, then the interfaces, then the address is free.
+//! DEL: out of the maps, addresses written off, the answer; the interfaces go behind it.
+//!
+//! Removing an interface makes the kernel wait for every CPU several times, tens of milliseconds in all, and nobody needs to wait
+//! with it: nothing leads to the pod any more, and its addresses rest. What is to be removed is written down before the answer, so
+//! that an agent that is killed meanwhile is followed by one that removes it.
 
 use keelway_cni::protocol::Response;
 use keelway_cni::{Attachment, CniError, Code, spool};
 
 use super::background::in_background;
-use super::{Busy, Pods};
+use super::{Deletion, Pods, now};
 use crate::addresses::host_interface;
-use crate::dataplane::Op;
 use crate::event::{Event, Reply};
-use crate::net::{Kernel, Netlink, NetlinkError};
+use crate::net::{Kernel, Netlink};
 use crate::node::{Node, NodeError};
 use crate::worker::reason;
 
 impl Pods {
-    /// Takes a pod's network away. Without a reply it is a deletion that the plugin wrote down.
+    /// Takes a pod's network away. Without a reply it is a deletion that the plugin wrote down, or a collection.
     pub(super) fn delete(
         &mut self,
         attachment: Attachment,
@@ -21,110 +24,127 @@ impl Pods {
         kernel: &mut Kernel,
         node: Option<&mut Node>,
     ) {
-        let host_interface = host_interface(&attachment);
-        if self
+        let name = host_interface(&attachment);
+        if let Some(wiring) = self.wiring.get_mut(&name) {
+            // It is done when the ADD has ended. What the plugin wrote down stays written until then.
+            wiring.deletions.extend(reply);
+            return;
+        }
+        let waits = self
             .to_wire
             .iter()
-            .any(|one| one.host_interface == host_interface)
-            || matches!(self.busy.get(&host_interface), Some(Busy::Wiring { .. }))
-        {
-            // The plugin writes it down, and it is done when the ADD has ended.
-            if let Some(reply) = reply {
-                let error = CniError::new(Code::TryAgain, format!("{attachment} is being made"));
-                self.respond("DEL", &reply, Response::Error(error));
-            }
-            return;
+            .position(|one| one.wire.host_interface == name);
+        if let Some(position) = waits {
+            let one = self.to_wire.remove(position);
+            let error = CniError::new(Code::TryAgain, format!("{attachment} is deleted"));
+            self.respond("ADD", &one.reply, Response::Error(error));
         }
-        self.unwire(host_interface, Some(attachment), reply, kernel, node);
+        match self.bury(&name, kernel, node) {
+            Ok(()) => self.deletions.push(Deletion { attachment, reply }),
+            Err(error) => {
+                let why = reason(&error);
+                tracing::warn!(%attachment, why, "pod could not be deleted");
+                if let Some(reply) = reply {
+                    let error = CniError::new(Code::Failed, "the pod's network cannot be removed")
+                        .with_details(why);
+                    self.respond("DEL", &reply, Response::Error(error));
+                }
+            }
+        }
     }
 
-    fn unwire(
+    /// Lets nothing lead to a pod any more, and marks its interface for removal.
+    pub(super) fn bury(
         &mut self,
-        host_interface: String,
-        attachment: Option<Attachment>,
-        reply: Option<Reply<Response>>,
+        name: &str,
         kernel: &mut Kernel,
         node: Option<&mut Node>,
-    ) {
-        if let Some(Busy::Unwiring { replies, .. }) = self.busy.get_mut(&host_interface) {
-            replies.extend(reply);
-            return;
-        }
-        if let Some(node) = node
-            && let Err(error) = self.unplug(&host_interface, kernel, node)
-        {
-            tracing::warn!(
-                host_interface,
-                error = reason(&error),
-                "the data plane still names a pod that goes"
-            );
-        }
-        let replies = reply.into_iter().collect();
-        self.busy.insert(
-            host_interface.clone(),
-            Busy::Unwiring {
-                attachment,
-                replies,
-            },
-        );
-        let events = self.events.clone();
-        let name = host_interface.clone();
-        let work = move || Kernel::new(Netlink::open()?).delete_link(&name);
-        in_background("unwire", &events, work, |removed| Event::Unwired {
-            host_interface,
-            removed,
-        });
-    }
-
-    /// Takes a pod out of the maps and lets go of its programs, before its interface goes.
-    fn unplug(
-        &self,
-        host_interface: &str,
-        kernel: &mut Kernel,
-        node: &mut Node,
     ) -> Result<(), NodeError> {
-        if let Some(allocation) = self.pool.get(host_interface) {
-            node.apply(&[Op::RemovePod {
-                addr: allocation.address.into(),
-            }])?;
+        if self.pool.is_dying(name) && self.pool.get(name).is_none() {
+            return Ok(());
         }
-        if let Some(link) = kernel.link(host_interface)? {
-            node.dataplane.detach_pod(link.index)?;
+        let known = match self.pool.get(name) {
+            // Without a node the maps are compared with the pool when there is one.
+            Some(allocation) => {
+                if let Some(node) = node {
+                    node.apply(&super::remove_pod(&allocation.addresses))?;
+                }
+                true
+            }
+            None => kernel.link(name)?.is_some(),
+        };
+        if known {
+            if let Some(gone) = self.pool.bury(name) {
+                tracing::info!(name, addresses = ?gone.addresses, pod = gone.pod, "pod deleted");
+            }
+            self.unsaved = true;
         }
         Ok(())
     }
 
-    /// A pod's interfaces are gone, or could not be removed.
-    pub fn unwired(&mut self, host_interface: &str, removed: Result<bool, NetlinkError>) {
-        let Some(Busy::Unwiring {
-            attachment,
-            replies,
-        }) = self.busy.remove(host_interface)
-        else {
-            return;
-        };
-        let response = match removed {
-            Ok(_) => {
-                if let Some(gone) = self.pool.release(host_interface) {
-                    self.unsaved = true;
-                    tracing::info!(host_interface, address = %gone.address, pod = gone.pod, "pod removed");
-                }
-                if let Some(attachment) = attachment
-                    && let Err(error) = spool::remove(&self.spool, &attachment)
-                {
+    /// Answers the deletions that are written down.
+    pub(super) fn answer_deletions(&mut self, saved: bool) {
+        for one in std::mem::take(&mut self.deletions) {
+            let response = if saved {
+                if let Err(error) = spool::remove(&self.spool, &one.attachment) {
                     self.problem = Some(format!("{}: {error}", self.spool.display()));
                 }
-                // The address is given again only after it is on disk that it is free; losing that costs nothing.
-                let _ = self.save();
                 Response::Done
+            } else {
+                let why = self.problem.as_deref().unwrap_or_default();
+                Response::Error(
+                    CniError::new(Code::Io, "the deletion cannot be written down")
+                        .with_details(why),
+                )
+            };
+            if let Some(reply) = one.reply {
+                self.respond("DEL", &reply, response);
             }
-            Err(error) => Response::Error(
-                CniError::new(Code::Failed, "the pod's network cannot be removed")
-                    .with_details(error),
-            ),
+        }
+    }
+
+    /// Begins to remove the interfaces of deleted pods, all that there are, unless some are being removed.
+    pub(super) fn start_burying(&mut self) {
+        if !self.burying.is_empty() {
+            return;
+        }
+        let names: Vec<String> = self.pool.dying_interfaces().map(str::to_owned).collect();
+        if names.is_empty() {
+            return;
+        }
+        self.burying.extend(names.iter().cloned());
+        let work = move || -> Result<(), NodeError> {
+            Ok(Kernel::new(Netlink::open()?).delete_links(&names)?)
         };
-        for reply in replies {
-            self.respond("DEL", &reply, response.clone());
+        in_background("bury", &self.events, work, |outcome| Event::Buried {
+            outcome,
+        });
+    }
+
+    /// The interfaces of deleted pods are gone, or could not be removed.
+    pub fn buried(&mut self, outcome: Result<(), NodeError>, mut node: Option<&mut Node>) {
+        let names = std::mem::take(&mut self.burying);
+        match outcome {
+            Ok(()) => {
+                let mut detached = Ok(());
+                for name in &names {
+                    self.unsaved |= self.pool.buried(name, now());
+                    if let (Some(index), Some(node)) =
+                        (self.indexes.remove(name), node.as_deref_mut())
+                    {
+                        // The hooks went with the interface; their pins are what is left.
+                        detached = detached.and(node.dataplane.detach_pod(index));
+                    }
+                }
+                if let Err(error) = detached {
+                    self.problem = Some(reason(&error));
+                }
+            }
+            Err(error) => {
+                let why = reason(&error);
+                tracing::warn!(?names, why, "interfaces of deleted pods are left");
+                self.problem = Some(format!("interfaces of deleted pods are left: {why}"));
+            }
         }
     }
 }

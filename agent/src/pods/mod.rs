@@ -1,30 +1,34 @@
 //! The pods of this node: what the CNI plugin asks for, and what became of it.
 //!
 //! Decisions are taken in the event loop; netlink that takes milliseconds, as making and removing interfaces does, runs
-//! on threads that report back by an event. While one works on an attachment, that attachment is busy.
+//! on threads that report back by an event. What is decided is on disk before anything is made or answered: one write serves all of a
+//! turn of the loop.
 
 mod add;
 mod background;
 mod check;
 mod collect;
 mod delete;
+mod spares;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::mpsc::Sender;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
-use ipnetwork::Ipv4Network;
-use keelway_cni::Attachment;
+use ipnetwork::IpNetwork;
 use keelway_cni::protocol::{Request, Response, Wish};
+use keelway_cni::{Attachment, Mac};
 
 use self::collect::let_go;
-use crate::addresses::{AddressFile, Pool, is_host_interface};
+use self::spares::Spares;
+use crate::addresses::{AddressFile, Allocation, Pool, is_host_interface};
 use crate::config::Config;
 use crate::dataplane::{LocalPod, Op};
 use crate::event::{Event, Reply};
-use crate::net::{Kernel, Link, NetlinkError, PodWire, pod_mac};
+use crate::net::{Kernel, Link, PodWire, is_spare};
 use crate::node::{Node, NodeError};
 use crate::report::Report;
 
@@ -34,10 +38,18 @@ pub struct Pods {
     file: AddressFile,
     spool: std::path::PathBuf,
     events: Sender<Event>,
-    /// By the host's interface.
-    busy: HashMap<String, Busy>,
-    /// ADDs that wait for their addresses to be on disk: one write serves all of a turn.
+    /// There while there is a node.
+    spares: Option<Spares>,
+    /// ADDs that wait for their addresses to be on disk, or for an interface to go.
     to_wire: Vec<ToWire>,
+    /// ADDs whose interfaces are being made, by the host's interface.
+    wiring: HashMap<String, Wiring>,
+    /// DELs that wait to be on disk.
+    deletions: Vec<Deletion>,
+    /// Interfaces that are being removed.
+    burying: HashSet<String>,
+    /// Indexes of the host's interfaces.
+    indexes: HashMap<String, u32>,
     /// The pool changed since it was written.
     unsaved: bool,
     problem: Option<String>,
@@ -45,27 +57,25 @@ pub struct Pods {
     add_last_us: u64,
 }
 
-/// What is being done to an attachment, and who waits for it.
-enum Busy {
-    Wiring {
-        wish: Wish,
-        wire: PodWire,
-        reply: Reply<Response>,
-        began: Instant,
-    },
-    Unwiring {
-        attachment: Option<Attachment>,
-        replies: Vec<Reply<Response>>,
-    },
-}
-
 struct ToWire {
     wish: Wish,
-    netns: OwnedFd,
+    wire: PodWire,
+    netns: Arc<OwnedFd>,
     reply: Reply<Response>,
-    address: Ipv4Addr,
-    host_interface: String,
     began: Instant,
+    /// Its name was taken in the pod while interfaces were being removed.
+    again: bool,
+}
+
+struct Wiring {
+    one: ToWire,
+    /// DELs that came meanwhile.
+    deletions: Vec<Reply<Response>>,
+}
+
+struct Deletion {
+    attachment: Attachment,
+    reply: Option<Reply<Response>>,
 }
 
 impl Pods {
@@ -87,8 +97,12 @@ impl Pods {
             file,
             spool: config.spool.clone(),
             events,
-            busy: HashMap::new(),
+            spares: None,
             to_wire: Vec::new(),
+            wiring: HashMap::new(),
+            deletions: Vec::new(),
+            burying: HashSet::new(),
+            indexes: HashMap::new(),
             unsaved: false,
             problem,
             requests: BTreeMap::new(),
@@ -96,65 +110,81 @@ impl Pods {
         }
     }
 
-    pub fn set_ranges(&mut self, ranges: Vec<Ipv4Network>) {
+    pub fn set_ranges(&mut self, ranges: Vec<IpNetwork>) {
         self.pool.set_ranges(ranges);
     }
 
-    /// Makes pool, interfaces and maps agree after a restart: what exists stays, what went is forgotten.
+    /// Makes pool, interfaces and maps agree after a restart: what exists stays, what went is forgotten, what was to go goes.
     pub fn adopt(&mut self, kernel: &mut Kernel, node: &mut Node) -> Result<(), NodeError> {
-        let links = pod_links(kernel)?;
-        let routes: HashMap<u32, Ipv4Addr> = kernel.pod_routes()?.into_iter().collect();
-        for link in links.values() {
-            let known = self.pool.get(&link.name).is_some();
-            match routes.get(&link.index) {
-                Some(address) if !known => {
-                    let adopted = self.pool.adopt(&link.name, *address);
-                    tracing::info!(interface = link.name, %address, adopted, "found a pod that no file names");
-                    self.unsaved = true;
-                }
-                None if !known => {
-                    tracing::info!(
-                        interface = link.name,
-                        "removing an interface that was left half made"
-                    );
-                    kernel.delete_link(&link.name)?;
-                }
-                _ => {}
-            }
+        let links = kernel.links()?;
+        // Pairs of a predecessor that nobody used. They go by themselves; this hastens it.
+        let spares: Vec<String> = links
+            .iter()
+            .filter(|link| is_spare(&link.name))
+            .map(|link| link.name.clone())
+            .collect();
+        kernel.delete_links(&spares)?;
+        let pods = pod_links(&links);
+        let mut routes: HashMap<u32, Vec<IpAddr>> = HashMap::new();
+        for (index, address) in kernel.pod_routes()? {
+            routes.entry(index).or_default().push(address);
         }
-        self.forget_gone(&links);
+        let neighbours = kernel.permanent_neighbours()?;
+        for link in pods.values() {
+            if self.pool.get(&link.name).is_some() || self.pool.is_dying(&link.name) {
+                continue;
+            }
+            let addresses = routes.get(&link.index).map_or(&[][..], Vec::as_slice);
+            let mac = addresses
+                .first()
+                .and_then(|first| neighbours.get(&(link.index, *first)))
+                .map(|mac| Mac(*mac));
+            if self.pool.adopt(&link.name, addresses, mac) {
+                tracing::info!(
+                    interface = link.name,
+                    ?addresses,
+                    "found a pod that no file names"
+                );
+            } else {
+                tracing::info!(
+                    interface = link.name,
+                    "an interface that was left half made goes"
+                );
+                self.pool.bury(&link.name);
+            }
+            self.unsaved = true;
+        }
+        self.forget_gone(&pods);
 
         let mut ops = Vec::new();
         let mut wanted = HashSet::new();
         for allocation in self.pool.allocations() {
-            let Some(link) = links.get(&allocation.host_interface) else {
+            let Some(link) = pods.get(allocation.host_interface.as_str()) else {
                 continue;
             };
-            let pod = LocalPod {
-                ifindex: link.index,
-                mac: pod_mac(allocation.address),
-            };
             node.dataplane.attach_pod(link.index)?;
-            wanted.insert(std::net::IpAddr::V4(allocation.address));
-            if routes.get(&link.index) != Some(&allocation.address) {
-                kernel.set_neighbour(link.index, allocation.address, pod.mac)?;
-                kernel.route_to_link(
-                    allocation.address.into(),
+            self.indexes.insert(link.name.clone(), link.index);
+            wanted.extend(allocation.addresses.iter().copied());
+            let held = routes.get(&link.index).map_or(&[][..], Vec::as_slice);
+            if allocation.addresses.iter().any(|ip| !held.contains(ip)) {
+                kernel.connect_pod(
                     link.index,
-                    Some(node.uplink.address),
+                    &allocation.addresses,
+                    allocation.mac(),
+                    &node.uplink.addresses,
                 )?;
             }
-            if node.found.pods.get(&allocation.address.into()) != Some(&pod) {
-                ops.push(Op::SetPod {
-                    addr: allocation.address.into(),
-                    pod,
-                });
-            }
+            let wrong = set_pod(allocation, link.index).into_iter().filter(|op| {
+                !matches!(op, Op::SetPod { addr, pod } if node.found.pods.get(addr) == Some(pod))
+            });
+            ops.extend(wrong);
         }
         let gone = node.found.pods.keys().filter(|addr| !wanted.contains(addr));
         ops.extend(gone.map(|addr| Op::RemovePod { addr: *addr }));
         let_go(&[], &links, node)?;
-        node.apply(&ops)
+        node.apply(&ops)?;
+        self.spares = Some(Spares::start(node.dataplane.pod_hooks()?, node.pod_mtu())?);
+        Ok(())
     }
 
     /// Takes a request of the plugin.
@@ -175,31 +205,56 @@ impl Pods {
             }
             Request::Check(wish) => self.check(wish, netns, reply, node.as_deref()),
             Request::Del { attachment } => self.delete(attachment, Some(reply), kernel, node),
-            Request::Gc { valid } => self.collect(&valid, &reply, kernel, node),
+            Request::Gc { network, valid } => self.collect(&network, &valid, &reply, kernel, node),
             Request::Status | Request::Report | Request::Inspect { .. } => {}
         }
     }
 
-    fn save(&mut self) -> Result<(), ()> {
+    /// Ends a turn: writes the pool, if it changed, and does what waited for that.
+    pub fn settle(&mut self) {
+        let saved = self.save();
+        self.answer_deletions(saved);
+        if saved {
+            self.start_burying();
+            self.start_wiring();
+        } else {
+            self.refuse_waiting();
+        }
+    }
+
+    /// Why no pod can be given an address, if so.
+    pub fn exhausted(&self) -> Option<String> {
+        let fill = self.pool.fill(now());
+        fill.into_iter()
+            .find(|fill| fill.used + fill.resting >= fill.capacity)
+            .map(|fill| fill.to_string())
+    }
+
+    /// How many pods there are.
+    pub fn count(&self) -> usize {
+        self.pool.allocations().count()
+    }
+
+    fn save(&mut self) -> bool {
         if !self.unsaved {
-            return Ok(());
+            return true;
         }
         match self.file.save(&self.pool) {
             Ok(()) => {
                 self.unsaved = false;
                 self.problem = None;
-                Ok(())
+                true
             }
             Err(error) => {
                 tracing::error!(%error, "addresses cannot be written down");
                 self.problem = Some(error.to_string());
-                Err(())
+                false
             }
         }
     }
 
     fn respond(&mut self, command: &str, reply: &Reply<Response>, response: Response) {
-        self.count(
+        self.note(
             command,
             if matches!(response, Response::Error(_)) {
                 "refused"
@@ -211,7 +266,7 @@ impl Pods {
         let _ = reply.send(response);
     }
 
-    fn count(&mut self, command: &str, outcome: &str) {
+    fn note(&mut self, command: &str, outcome: &str) {
         *self
             .requests
             .entry(format!("{command} {outcome}"))
@@ -220,8 +275,14 @@ impl Pods {
 
     /// Adds what is known of pods to a report.
     pub fn fill(&self, report: &mut Report) {
-        report.addresses_capacity = self.pool.capacity();
+        let fill = self.pool.fill(now());
+        report.addresses_capacity = fill
+            .iter()
+            .map(|one| one.capacity)
+            .fold(0, u64::saturating_add);
+        report.address_ranges = fill.iter().map(ToString::to_string).collect();
         report.allocations = self.pool.allocations().cloned().collect();
+        report.interfaces_to_remove = self.pool.dying_interfaces().count();
         report.cni_requests.clone_from(&self.requests);
         report.cni_add_last_us = self.add_last_us;
         report
@@ -230,11 +291,29 @@ impl Pods {
     }
 }
 
+/// Seconds since 1970. A clock before that counts as then.
+fn now() -> u64 {
+    SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}
+
 /// The host's sides of pod veths, by name.
-fn pod_links(kernel: &mut Kernel) -> Result<HashMap<String, Link>, NetlinkError> {
-    let links = kernel
-        .links()?
-        .into_iter()
-        .filter(|link| is_host_interface(&link.name));
-    Ok(links.map(|link| (link.name.clone(), link)).collect())
+fn pod_links(links: &[Link]) -> HashMap<&str, &Link> {
+    let links = links.iter().filter(|link| is_host_interface(&link.name));
+    links.map(|link| (link.name.as_str(), link)).collect()
+}
+
+fn set_pod(allocation: &Allocation, ifindex: u32) -> Vec<Op> {
+    let pod = LocalPod {
+        ifindex,
+        mac: allocation.mac(),
+    };
+    let set = |addr: &IpAddr| Op::SetPod { addr: *addr, pod };
+    allocation.addresses.iter().map(set).collect()
+}
+
+fn remove_pod(addresses: &[IpAddr]) -> Vec<Op> {
+    let remove = |addr: &IpAddr| Op::RemovePod { addr: *addr };
+    addresses.iter().map(remove).collect()
 }

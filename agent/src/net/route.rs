@@ -1,0 +1,152 @@
+//! Routes of ours in the node's table.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ipnetwork::IpNetwork;
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType,
+};
+use nix::errno::Errno;
+
+use super::message::{ROUTE_PROTOCOL, replace_route, route};
+use super::{Kernel, NetlinkError};
+use crate::plan::{NodeRoute, RouteChange};
+
+impl Kernel {
+    /// Applies a change to the routes of this node.
+    pub fn apply_route(&mut self, change: RouteChange) -> Result<(), NetlinkError> {
+        match change {
+            RouteChange::Replace(wished) => self.run(vec![replace_route(
+                node_route(wished),
+                format!("route {wished:?}"),
+            )]),
+            RouteChange::Remove(gone) => {
+                let message = RouteNetlinkMessage::DelRoute(node_route(gone));
+                match self
+                    .netlink
+                    .request(|| format!("remove route {gone:?}"), message, 0)
+                {
+                    Err(error) if error.errno() != Some(Errno::ESRCH) => Err(error),
+                    _ => Ok(()),
+                }
+            }
+        }
+    }
+
+    /// The routes of ours that lead to nodes, or close this node's range.
+    pub fn node_routes(&mut self) -> Result<BTreeSet<NodeRoute>, NetlinkError> {
+        let routes = self.our_routes()?;
+        let read = |route: &RouteMessage| {
+            let range = destination(route)?;
+            if route.header.kind == RouteType::Unreachable {
+                return Some(NodeRoute::Own { range });
+            }
+            let mut on_link = route.header.flags.contains(RouteFlags::Onlink);
+            let mut gateway = None;
+            for attribute in &route.attributes {
+                match attribute {
+                    RouteAttribute::Gateway(ip) => gateway = address(ip),
+                    RouteAttribute::MultiPath(_) => on_link = true,
+                    _ => {}
+                }
+            }
+            // Routes into the service veth are on-link, and not a node's.
+            gateway
+                .filter(|_| !on_link)
+                .map(|node| NodeRoute::Pods { range, node })
+        };
+        Ok(routes.iter().filter_map(read).collect())
+    }
+
+    /// The single addresses that routes of ours lead straight to interfaces, as pairs of interface and address.
+    pub fn pod_routes(&mut self) -> Result<Vec<(u32, IpAddr)>, NetlinkError> {
+        let routes = self.our_routes()?;
+        let read = |route: &RouteMessage| {
+            let range = destination(route)?;
+            let single = range.prefix() == if range.is_ipv4() { 32 } else { 128 };
+            let has_gateway = route
+                .attributes
+                .iter()
+                .any(|one| matches!(one, RouteAttribute::Gateway(_)));
+            let index = route.attributes.iter().find_map(|one| match one {
+                RouteAttribute::Oif(index) => Some(*index),
+                _ => None,
+            });
+            index
+                .filter(|_| single && !has_gateway && route.header.kind == RouteType::Unicast)
+                .map(|index| (index, range.ip()))
+        };
+        Ok(routes.iter().filter_map(read).collect())
+    }
+
+    /// The default routes' gateways, with their interfaces.
+    pub fn default_gateways(&mut self) -> Result<Vec<(u32, IpAddr)>, NetlinkError> {
+        let routes = self.all_routes()?;
+        let read = |route: &RouteMessage| {
+            let (mut gateway, mut index) = (None, None);
+            for attribute in &route.attributes {
+                match attribute {
+                    RouteAttribute::Gateway(ip) => gateway = address(ip),
+                    RouteAttribute::Oif(oif) => index = Some(*oif),
+                    _ => {}
+                }
+            }
+            (route.header.destination_prefix_length == 0).then_some((index?, gateway?))
+        };
+        Ok(routes.iter().filter_map(read).collect())
+    }
+
+    fn our_routes(&mut self) -> Result<Vec<RouteMessage>, NetlinkError> {
+        let mut routes = self.all_routes()?;
+        routes.retain(|route| route.header.protocol == RouteProtocol::from(ROUTE_PROTOCOL));
+        Ok(routes)
+    }
+
+    fn all_routes(&mut self) -> Result<Vec<RouteMessage>, NetlinkError> {
+        let messages = self.netlink.dump(
+            || "list routes".into(),
+            RouteNetlinkMessage::GetRoute(RouteMessage::default()),
+        )?;
+        let main = |message| match message {
+            RouteNetlinkMessage::NewRoute(route)
+                if route.header.table == RouteHeader::RT_TABLE_MAIN =>
+            {
+                Some(route)
+            }
+            _ => None,
+        };
+        Ok(messages.into_iter().filter_map(main).collect())
+    }
+}
+
+fn node_route(wished: NodeRoute) -> RouteMessage {
+    let mut message = route(wished.range());
+    match wished {
+        NodeRoute::Pods { node, .. } => message
+            .attributes
+            .push(RouteAttribute::Gateway(node.into())),
+        NodeRoute::Own { .. } => message.header.kind = RouteType::Unreachable,
+    }
+    message
+}
+
+fn address(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(v4) => Some((*v4).into()),
+        RouteAddress::Inet6(v6) => Some((*v6).into()),
+        _ => None,
+    }
+}
+
+fn destination(route: &RouteMessage) -> Option<IpNetwork> {
+    let ip = route
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            RouteAttribute::Destination(ip) => address(ip),
+            _ => None,
+        })?;
+    IpNetwork::new(ip, route.header.destination_prefix_length).ok()
+}
