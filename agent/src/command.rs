@@ -13,6 +13,7 @@ use keelway_agent::inspect::table::{Screen, Table, Tone};
 use keelway_agent::inspect::{FlowFilter, FlowItem, Query, ServiceItem, conntrack, text};
 use keelway_agent::monitor::MonitorFilter;
 use keelway_agent::report::Report;
+use keelway_agent::routing;
 use keelway_cni::protocol::{self, Request, Response};
 use serde_json::Value;
 
@@ -23,6 +24,11 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub enum Look {
     /// Say how the agent of this node is; fails when it is not ready
     Status {
+        #[command(flatten)]
+        common: Common,
+    },
+    /// Say how the pods of other nodes are reached, and how long round trips take
+    Routes {
         #[command(flatten)]
         common: Common,
     },
@@ -160,6 +166,7 @@ fn qualified(name: String) -> String {
 pub fn run(look: Look) -> anyhow::Result<ExitCode> {
     let outcome = match look {
         Look::Status { common } => return status(&common.socket, common.output),
+        Look::Routes { common } => return routes(&common),
         Look::Service(ServiceCommand::List { namespace, common }) => {
             list_services(&common, namespace)
         }
@@ -204,6 +211,22 @@ pub fn run(look: Look) -> anyhow::Result<ExitCode> {
         }
         other => other.map(|()| ExitCode::SUCCESS),
     }
+}
+
+fn routes(common: &Common) -> anyhow::Result<ExitCode> {
+    let response = protocol::ask(&common.socket, &Request::Report, None, PATIENCE)?;
+    let value = match response {
+        Response::Report(value) => value,
+        Response::Error(error) => bail!("{error}"),
+        other => bail!("the agent gave an answer that does not belong to the question: {other:?}"),
+    };
+    let report: Report =
+        serde_json::from_value(value).context("the agent's report cannot be read")?;
+    match common.output {
+        Output::Text => print!("{}", routing::table(&report.paths)),
+        Output::Json => println!("{:#}", serde_json::to_value(&report.paths)?),
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn list_services(common: &Common, namespace: Option<String>) -> anyhow::Result<()> {

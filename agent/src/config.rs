@@ -7,6 +7,8 @@ use cluster_model::watch::ApiOptions;
 use ipnetwork::IpNetwork;
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
+use crate::plan::Routing;
+
 /// Flags of `keelway-agent run`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct RunFlags {
@@ -34,6 +36,9 @@ pub struct RunFlags {
     /// Range of Service addresses, IPv4 or IPv6; may be given more than once.
     #[arg(long, default_value = "10.96.0.0/16")]
     service_cidr: Vec<IpNetwork>,
+    /// How other nodes' pods are reached.
+    #[arg(long, value_enum, default_value_t = Routing::Auto)]
+    routing: Routing,
     /// Address for /metrics, /healthz and /readyz.
     #[arg(long)]
     metrics: Option<SocketAddr>,
@@ -77,6 +82,7 @@ pub struct Config {
     pub socket_lb: bool,
     pub packet_lb: bool,
     pub service_ranges: Vec<IpNetwork>,
+    pub routing: Routing,
     pub metrics: Option<SocketAddr>,
     pub healthz: Option<SocketAddr>,
     pub socket: PathBuf,
@@ -156,6 +162,7 @@ impl RunFlags {
             socket_lb,
             packet_lb,
             service_ranges: self.service_cidr,
+            routing: self.routing,
             metrics: self.metrics,
             healthz: match self.healthz_bind_address.as_str() {
                 "" => None,

@@ -36,6 +36,8 @@ pub enum Event {
     },
     /// The interfaces of deleted pods have been removed, or could not be.
     Buried { outcome: Result<(), NodeError> },
+    /// Probes have found that a way to another node is direct, or is not any more.
+    PathsChanged,
     /// Somebody asks how the agent is.
     Report { reply: Reply<Box<Report>> },
     /// An operator's question needs what the loop knows.

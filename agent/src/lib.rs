@@ -18,6 +18,7 @@ pub mod plan;
 pub mod pods;
 pub mod progress;
 pub mod report;
+pub mod routing;
 pub mod socket;
 pub mod source;
 pub mod supervisor;

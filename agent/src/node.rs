@@ -1,6 +1,7 @@
 //! This node: who it is, and its data plane once that is known.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::fs;
 use std::io;
 use std::net::IpAddr;
@@ -11,10 +12,11 @@ use dataplane_abi::{limits, map};
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
+use crate::addresses::Reserved;
 use crate::config::Config;
 use crate::dataplane::{self, Dataplane, Op, State};
-use crate::net::{self, Kernel, NetlinkError, Uplink};
-use crate::plan::Ledger;
+use crate::net::{self, Kernel, Link, NetlinkError, Uplink};
+use crate::plan::{Ledger, Routing};
 use crate::report::Fill;
 
 /// What a node must know of itself before pods can have a network.
@@ -23,6 +25,12 @@ pub struct Identity {
     /// Its own addresses, the first of each family, in the Node's order.
     pub addresses: Vec<IpAddr>,
     pub ranges: Vec<IpNetwork>,
+}
+
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} with {:?}", self.addresses, self.ranges)
+    }
 }
 
 impl Identity {
@@ -114,6 +122,10 @@ pub struct Node {
     pub uplink: Uplink,
     /// What the maps held of pods when the node was set up; taken by whoever knows the pods.
     pub found: State,
+    /// The overlay's interface, unless all routes are direct.
+    pub overlay: Option<Link>,
+    /// The node's own addresses in its pod ranges, of each family.
+    reserved: Vec<Reserved>,
     host_addresses: BTreeSet<IpAddr>,
     /// Entries of answered flows that the last collection left.
     flows: u32,
@@ -143,15 +155,31 @@ impl Node {
             kernel,
             &config.service_ranges,
             &uplink.addresses,
-            uplink.link.mtu,
+            pod_mtu(config.routing, &uplink),
         )?;
+        let reserved: Vec<Reserved> = [true, false]
+            .into_iter()
+            .filter_map(|ipv4| identity.ranges.iter().find(|range| range.is_ipv4() == ipv4))
+            .filter_map(|range| Reserved::of(*range))
+            .collect();
+        for own in &reserved {
+            kernel.add_own_address(pair.outer, own.host)?;
+            kernel.add_own_address(pair.outer, own.probe)?;
+        }
+        let overlay = make_overlay(config.routing, &uplink, kernel)?;
         let mut dataplane = Dataplane::open(&dataplane::Config {
             pin_root: config.pin_root.clone(),
             socket_lb: config.socket_lb,
             packet_lb: config.packet_lb,
             service_veth: Some(pair),
-            node_v4: Some(identity.address),
-            node_v6: None,
+            node_v4: uplink.addresses.iter().find_map(|ip| match ip {
+                IpAddr::V4(v4) => Some(*v4),
+                IpAddr::V6(_) => None,
+            }),
+            node_v6: uplink.addresses.iter().find_map(|ip| match ip {
+                IpAddr::V4(_) => None,
+                IpAddr::V6(v6) => Some(*v6),
+            }),
             masquerade: false,
         })?;
         let found = dataplane.state()?;
@@ -160,6 +188,9 @@ impl Node {
         }
         dataplane.attach_service_veth()?;
         dataplane.attach_uplink(uplink.link.index)?;
+        if let Some(overlay) = &overlay {
+            dataplane.attach_uplink(overlay.index)?;
+        }
         let ledger = Ledger::adopt(found.clone());
         let host_addresses = found.host_addresses.clone();
         let mut node = Self {
@@ -167,6 +198,8 @@ impl Node {
             ledger,
             uplink,
             found,
+            overlay,
+            reserved,
             host_addresses,
             flows: 0,
             ipv6,
@@ -175,9 +208,20 @@ impl Node {
         Ok(node)
     }
 
-    /// The MTU of pods' interfaces.
+    /// The MTU of pods' interfaces: what fits every way that their packets may take.
     pub fn pod_mtu(&self) -> u32 {
-        self.uplink.link.mtu
+        match &self.overlay {
+            Some(overlay) => overlay.mtu.min(self.uplink.link.mtu),
+            None => self.uplink.link.mtu,
+        }
+    }
+
+    /// The node's own addresses in its pod range of this family.
+    pub fn reserved_like(&self, ip: IpAddr) -> Option<Reserved> {
+        self.reserved
+            .iter()
+            .copied()
+            .find(|own| own.host.is_ipv4() == ip.is_ipv4())
     }
 
     /// Applies a batch. A full map must not keep changes from the maps that are behind it in the batch: what can be
@@ -264,6 +308,57 @@ impl Node {
         self.host_addresses = now;
         Ok(())
     }
+}
+
+/// What fits every way that packets of pods may take.
+fn pod_mtu(routing: Routing, uplink: &Uplink) -> u32 {
+    match uplink.addresses.first() {
+        Some(underlay) if routing != Routing::Direct => {
+            uplink.link.mtu.saturating_sub(net::overhead(*underlay))
+        }
+        _ => uplink.link.mtu,
+    }
+}
+
+/// Makes the overlay's interface, unless the node shall have none: then one of an earlier agent goes.
+fn make_overlay(
+    routing: Routing,
+    uplink: &Uplink,
+    kernel: &mut Kernel,
+) -> Result<Option<Link>, NodeError> {
+    let Some(underlay) = uplink
+        .addresses
+        .first()
+        .copied()
+        .filter(|_| routing != Routing::Direct)
+    else {
+        kernel.delete_link(net::OVERLAY)?;
+        return Ok(None);
+    };
+    let overlay = kernel.make_overlay(underlay, pod_mtu(routing, uplink))?;
+    // While two nodes do not agree yet on the way between them, packets come by the other one. A strict filter would drop them;
+    // pods cannot send from addresses that are not theirs in any case.
+    for interface in [uplink.link.name.as_str(), net::OVERLAY] {
+        loosen_reverse_path_filter(interface)?;
+    }
+    Ok(Some(overlay))
+}
+
+/// Makes a strict reverse path filter a loose one. The stricter of the interface's and the general setting would count, were strict not 1
+/// and loose 2: the greater one counts.
+fn loosen_reverse_path_filter(interface: &str) -> Result<(), NodeError> {
+    let conf = Path::new("/proc/sys/net/ipv4/conf");
+    let value = |of: &str| {
+        fs::read_to_string(conf.join(of).join("rp_filter"))
+            .ok()
+            .and_then(|text| text.trim().parse::<u8>().ok())
+            .unwrap_or(0)
+    };
+    if value(interface).max(value("all")) == 1 {
+        let path = conf.join(interface).join("rp_filter");
+        fs::write(&path, "2").map_err(|source| NodeError::Sysctl { path, source })?;
+    }
+    Ok(())
 }
 
 /// A host that forwards IPv6 takes no router advertisements any more, and would lose the default route that it has from one, unless

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::addresses::Allocation;
 use crate::metrics::Measures;
+use crate::routing::PathReport;
 
 /// The state of one agent.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -39,6 +40,9 @@ pub struct Report {
     pub last_batch_operations: usize,
     pub last_batch_us: u64,
     pub routes: usize,
+    /// The ways to other nodes' pods.
+    #[serde(default)]
+    pub paths: Vec<PathReport>,
     pub addresses_capacity: u64,
     /// How full the ranges of each family are, in words.
     #[serde(default)]
@@ -47,6 +51,11 @@ pub struct Report {
     /// Interfaces of deleted pods that are not gone yet.
     #[serde(default)]
     pub interfaces_to_remove: usize,
+    /// Pairs of interfaces that lie ready for pods, and how many there are to be.
+    #[serde(default)]
+    pub pairs_ready: usize,
+    #[serde(default)]
+    pub pairs_wanted: usize,
     /// Requests of the CNI plugin, by command and outcome.
     pub cni_requests: BTreeMap<String, u64>,
     pub cni_add_last_us: u64,

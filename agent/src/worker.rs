@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::error::Error as StdError;
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
@@ -27,10 +26,11 @@ use crate::metrics::{Extent, Measures};
 use crate::monitor::Hub;
 use crate::net::{Kernel, Netlink, NetlinkError};
 use crate::node::{Identity, IdentityFile, Node};
-use crate::plan::{Here, check, diff_routes, plan, plan_routes};
+use crate::plan::{Here, check, plan};
 use crate::pods::Pods;
 use crate::progress::Progress;
 use crate::report::{Counter, Report};
+use crate::routing::Routes;
 use crate::source::KINDS;
 
 /// Events taken in one turn at most, so that requests do not wait behind an endless stream of changes.
@@ -47,8 +47,8 @@ const SETUP_INTERVAL: Duration = Duration::from_secs(1);
 pub enum WorkerError {
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
-    #[error("this node's addresses changed from {0:?} to {1:?}: starting over")]
-    AddressChanged(Vec<IpAddr>, Vec<IpAddr>),
+    #[error("this node's addresses or ranges changed from {0} to {1}: starting over")]
+    IdentityChanged(Identity, Identity),
 }
 
 /// The state of the agent.
@@ -63,6 +63,9 @@ pub struct Worker {
     /// There once the data plane is up.
     node: Option<Node>,
     pods: Pods,
+    routes: Routes,
+    /// The ways to other nodes are to be looked at.
+    routes_due: bool,
     /// Services have been planned and applied at least once since this process began.
     services_applied: bool,
     /// The last batch failed: what the maps lack is tried again with the next upkeep.
@@ -84,6 +87,7 @@ impl Worker {
     pub fn new(config: Config, events: Sender<Event>) -> Result<Self, WorkerError> {
         let identity_file = IdentityFile::new(&config.state_dir);
         let identity = identity_file.load(&config.node_name);
+        let routes = Routes::new(config.routing, events.clone());
         let mut pods = Pods::load(&config, events);
         if let Some(identity) = &identity {
             pods.set_ranges(identity.ranges.clone());
@@ -100,6 +104,8 @@ impl Worker {
             identity,
             node: None,
             pods,
+            routes,
+            routes_due: false,
             services_applied: false,
             retry: false,
             watch_failed: None,
@@ -185,6 +191,7 @@ impl Worker {
                     .wired(&attachment, made, &mut self.kernel, self.node.as_mut());
             }
             Event::Buried { outcome } => self.pods.buried(outcome, self.node.as_mut()),
+            Event::PathsChanged => self.routes_due = true,
             Event::Report { reply } => {
                 let _ = reply.send(Box::new(self.current_report()));
             }
@@ -305,8 +312,8 @@ impl Worker {
         if self.node.is_none() && self.identity.is_some() && !self.problems.contains_key("setup") {
             self.set_up();
         }
-        if !dirty.is_empty() || self.problems.contains_key("routes") {
-            self.settle_routes();
+        if !dirty.is_empty() || std::mem::take(&mut self.routes_due) {
+            self.settle_routes(self.problems.contains_key("routes"));
         }
         Ok(())
     }
@@ -322,9 +329,7 @@ impl Worker {
         }
         let old = self.identity.replace(identity.clone());
         match (old, &self.node) {
-            (Some(old), Some(_)) if old.addresses != identity.addresses => Err(
-                WorkerError::AddressChanged(old.addresses, identity.addresses),
-            ),
+            (Some(old), Some(_)) => Err(WorkerError::IdentityChanged(old, identity)),
             _ => {
                 self.problems.remove("setup");
                 Ok(())
@@ -349,32 +354,39 @@ impl Worker {
                 }
                 self.node = Some(node);
                 // Routes were left alone until now.
-                self.settle_routes();
+                self.settle_routes(true);
             }
             Err(error) => self.problem("setup", reason(&error)),
         }
     }
 
-    fn settle_routes(&mut self) {
-        if self.node.is_none() || !self.snapshot.synced(Kind::Node) {
+    /// `again` compares the kernel's table also when the plan is what it was.
+    fn settle_routes(&mut self, again: bool) {
+        let Some(node) = self
+            .node
+            .as_ref()
+            .filter(|_| self.snapshot.synced(Kind::Node))
+        else {
             return;
-        }
-        let wished = plan_routes(&self.snapshot, &self.here.node);
-        let held = match self.kernel.node_routes() {
-            Ok(held) => held,
-            Err(error) => return self.problem("routes", reason(&error)),
         };
-        let mut failed = None;
-        for change in diff_routes(&held, &wished) {
-            match self.kernel.apply_route(change) {
-                Ok(()) => tracing::info!(?change, "route"),
-                Err(error) => failed = Some(reason(&error)),
-            }
-        }
-        self.report.routes = wished.len();
-        match failed {
-            None => drop(self.problems.remove("routes")),
-            Some(why) => self.problem("routes", why),
+        let settled = self.routes.settle(
+            &self.snapshot,
+            &self.here.node,
+            node,
+            &mut self.kernel,
+            again,
+        );
+        self.report.routes = self.routes.count();
+        let unreachable: Vec<String> = self
+            .routes
+            .problems()
+            .iter()
+            .map(|(node, why)| format!("{node}: {why}"))
+            .collect();
+        match settled {
+            Err(error) => self.problem("routes", reason(&error)),
+            Ok(()) if !unreachable.is_empty() => self.problem("routes", unreachable.join("; ")),
+            Ok(()) => drop(self.problems.remove("routes")),
         }
     }
 
@@ -472,9 +484,7 @@ impl Worker {
             }
         }
         self.pods.upkeep(&mut self.kernel, self.node.as_mut());
-        if self.problems.contains_key("routes") {
-            self.settle_routes();
-        }
+        self.settle_routes(true);
         self.settle_services(Instant::now(), self.retry);
     }
 
@@ -568,6 +578,7 @@ impl Worker {
                     .push(format!("counters: {}", reason(&error))),
             }
         }
+        report.paths = self.routes.report();
         self.pods.fill(&mut report);
         report
     }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use cluster_model::*;
 use keelway_agent::dataplane::{self, Lead, Op, ServiceBackends, ServiceId, Sources, State, Vip};
 use keelway_agent::plan::{
-    Batch, Here, Ledger, NodeRoute, PortKey, Refusal, Route, RouteChange, check, diff_routes, plan,
-    plan_routes,
+    Batch, Here, Ledger, NodeRoute, PortKey, Refusal, Route, RouteChange, Routing, check,
+    diff_routes, plan, plan_routes,
 };
 use proptest::prelude::*;
 
@@ -795,7 +795,7 @@ fn routes_lead_to_other_nodes_and_close_the_own_range() {
         node("thief", 13, "10.244.1.0/24"),
     ];
     snapshot.apply(Change::Replace(Kind::Node, nodes), &mut dirty);
-    let routes = plan_routes(&snapshot, "node-1");
+    let routes = plan_routes(&snapshot, "node-1", Routing::Direct, &BTreeSet::new()).routes;
     let own = NodeRoute::Own {
         range: "10.244.1.0/24".parse().unwrap(),
     };

@@ -1,6 +1,7 @@
 //! `keelway-bench`: throughput and latency of service traffic, as ratios to the direct path.
 #![forbid(unsafe_code)]
 
+mod cni;
 mod dns;
 mod lab;
 mod load;
@@ -26,6 +27,8 @@ struct Cli {
 enum Command {
     /// Service traffic between two pods, on one node and on two, beside direct traffic
     Service(service::Flags),
+    /// ADD and DEL of a pod's network, beside ptp and bridge with host-local
+    Cni(cni::Flags),
     /// Queries per second, latency and memory of the cluster DNS, or of any other server beside it
     Dns(dns::Flags),
     /// One end of a measurement, in its namespace
@@ -40,6 +43,7 @@ enum Command {
 fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Command::Service(flags) => service::run(&flags),
+        Command::Cni(flags) => cni::run(&flags),
         Command::Dns(flags) => dns::run(&flags),
         Command::Peer { role, place } => peer::live(&place, role),
     }

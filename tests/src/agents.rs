@@ -173,8 +173,29 @@ fn lay(
             ranges.push(format!("fd00:10:244:{number}::/64"));
         }
         cluster.nodes.push(node_object(name, &addresses, &ranges));
+        nodes.push(AgentNode::new(
+            sandbox, dir, &cluster, name, host, address, flags,
+        )?);
+    }
+    let nodes = nodes
+        .try_into()
+        .map_err(|_count| anyhow::anyhow!("two nodes"))?;
+    Ok((cluster, nodes))
+}
+
+impl AgentNode {
+    /// A node whose host's network is there, with an echo server on it and no agent yet.
+    pub fn new(
+        sandbox: &Sandbox,
+        dir: &Path,
+        cluster: &ClusterFile,
+        name: &'static str,
+        host: Network,
+        address: Ipv4Addr,
+        flags: &[&str],
+    ) -> Result<Self> {
         echo(&host, name)?;
-        nodes.push(AgentNode {
+        Ok(Self {
             name,
             host,
             address,
@@ -184,15 +205,9 @@ fn lay(
             cluster: cluster.path.clone(),
             flags: flags.iter().map(|flag| (*flag).to_owned()).collect(),
             agent: None,
-        });
+        })
     }
-    let nodes = nodes
-        .try_into()
-        .map_err(|_count| anyhow::anyhow!("two nodes"))?;
-    Ok((cluster, nodes))
-}
 
-impl AgentNode {
     /// Starts the agent, and waits until it is ready.
     pub fn start(&mut self) -> Result<()> {
         let agent = self.spawn()?;

@@ -3,6 +3,7 @@
 
 pub mod agents;
 pub mod cluster;
+pub mod fabric;
 pub mod lists;
 pub mod machine;
 pub mod nodes;

@@ -542,10 +542,15 @@ fn cnitool_runs_every_command() {
             assert!(ok, "{version} {command}: {said}");
         }
         if version == "1.1.0" {
-            for command in ["status", "gc"] {
-                let (ok, said) = call(command);
-                assert!(ok, "{version} {command}: {said}");
-            }
+            let (ok, said) = call("status");
+            assert!(ok, "{version} status: {said}");
+            // cnitool names no list of what is to stay, which the specification asks for: taking that for an empty list would remove
+            // every pod of the node.
+            let (ok, said) = call("gc");
+            assert!(
+                !ok && said.contains("valid-attachments"),
+                "{version} gc: {said}"
+            );
         }
     }
 }

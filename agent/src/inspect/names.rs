@@ -54,7 +54,9 @@ impl Names {
         }
         for allocation in &view.allocations {
             if let Some(pod) = &allocation.pod {
-                owners.insert(IpAddr::from(allocation.address), Owner::Pod(pod.clone()));
+                for address in &allocation.addresses {
+                    owners.insert(*address, Owner::Pod(pod.clone()));
+                }
             }
         }
         for node in view.snapshot.nodes() {

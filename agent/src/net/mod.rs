@@ -3,6 +3,7 @@
 mod kernel;
 mod message;
 mod netlink;
+mod overlay;
 mod pod;
 mod route;
 mod service_veth;
@@ -10,6 +11,7 @@ mod spare;
 
 pub use kernel::{Kernel, Link, Uplink};
 pub use netlink::{Netlink, NetlinkError};
+pub use overlay::{OVERLAY, OverlayPeer, overhead, overlay_mac};
 pub use pod::{PodWire, check_pod, everything, pod_gateway, pod_mac, wire_pod};
 pub use service_veth::{INNER, OUTER, make_service_veth};
 pub use spare::{Spare, SpareNetwork, is_spare};

@@ -6,24 +6,26 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType,
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric,
+    RouteProtocol, RouteType,
 };
 use nix::errno::Errno;
 
 use super::message::{ROUTE_PROTOCOL, replace_route, route};
 use super::{Kernel, NetlinkError};
+use crate::node::Node;
 use crate::plan::{NodeRoute, RouteChange};
 
 impl Kernel {
     /// Applies a change to the routes of this node.
-    pub fn apply_route(&mut self, change: RouteChange) -> Result<(), NetlinkError> {
+    pub fn apply_route(&mut self, change: RouteChange, node: &Node) -> Result<(), NetlinkError> {
         match change {
             RouteChange::Replace(wished) => self.run(vec![replace_route(
-                node_route(wished),
+                node_route(wished, node),
                 format!("route {wished:?}"),
             )]),
             RouteChange::Remove(gone) => {
-                let message = RouteNetlinkMessage::DelRoute(node_route(gone));
+                let message = RouteNetlinkMessage::DelRoute(node_route(gone, node));
                 match self
                     .netlink
                     .request(|| format!("remove route {gone:?}"), message, 0)
@@ -36,7 +38,11 @@ impl Kernel {
     }
 
     /// The routes of ours that lead to nodes, or close this node's range.
-    pub fn node_routes(&mut self) -> Result<BTreeSet<NodeRoute>, NetlinkError> {
+    /// `overlay` is the index of the overlay's interface.
+    pub fn node_routes(
+        &mut self,
+        overlay: Option<u32>,
+    ) -> Result<BTreeSet<NodeRoute>, NetlinkError> {
         let routes = self.our_routes()?;
         let read = |route: &RouteMessage| {
             let range = destination(route)?;
@@ -44,13 +50,17 @@ impl Kernel {
                 return Some(NodeRoute::Own { range });
             }
             let mut on_link = route.header.flags.contains(RouteFlags::Onlink);
-            let mut gateway = None;
+            let (mut gateway, mut index) = (None, None);
             for attribute in &route.attributes {
                 match attribute {
                     RouteAttribute::Gateway(ip) => gateway = address(ip),
+                    RouteAttribute::Oif(oif) => index = Some(*oif),
                     RouteAttribute::MultiPath(_) => on_link = true,
                     _ => {}
                 }
+            }
+            if overlay.is_some() && index == overlay {
+                return gateway.map(|gateway| NodeRoute::Overlay { range, gateway });
             }
             // Routes into the service veth are on-link, and not a node's.
             gateway
@@ -121,12 +131,44 @@ impl Kernel {
     }
 }
 
-fn node_route(wished: NodeRoute) -> RouteMessage {
+fn node_route(wished: NodeRoute, here: &Node) -> RouteMessage {
     let mut message = route(wished.range());
     match wished {
-        NodeRoute::Pods { node, .. } => message
-            .attributes
-            .push(RouteAttribute::Gateway(node.into())),
+        NodeRoute::Pods { range, node } => {
+            message
+                .attributes
+                .push(RouteAttribute::Gateway(node.into()));
+            // Smaller packets than the uplink takes, when pods' interfaces take no larger ones: what is too large for IPv6 is not cut.
+            if here.overlay.is_some() {
+                message
+                    .attributes
+                    .push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(
+                        here.pod_mtu(),
+                    )]));
+            }
+            // Probes come from the node's own address in its pod range.
+            let probed = range.prefix() == if range.is_ipv4() { 32 } else { 128 };
+            if let Some(own) = here.reserved_like(range.ip()).filter(|_| probed) {
+                message
+                    .attributes
+                    .push(RouteAttribute::PrefSource(own.probe.into()));
+            }
+        }
+        NodeRoute::Overlay { range, gateway } => {
+            message.header.flags = RouteFlags::Onlink;
+            message
+                .attributes
+                .push(RouteAttribute::Gateway(gateway.into()));
+            if let Some(overlay) = &here.overlay {
+                message.attributes.push(RouteAttribute::Oif(overlay.index));
+            }
+            // The node's own address would be answered by another way than the question took.
+            if let Some(own) = here.reserved_like(range.ip()) {
+                message
+                    .attributes
+                    .push(RouteAttribute::PrefSource(own.host.into()));
+            }
+        }
         NodeRoute::Own { .. } => message.header.kind = RouteType::Unreachable,
     }
     message

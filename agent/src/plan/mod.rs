@@ -9,5 +9,7 @@ mod routes;
 mod service;
 
 pub use ledger::{Batch, Ledger, Refusal};
-pub use routes::{NodeRoute, RouteChange, diff_routes, plan_routes};
+pub use routes::{
+    NodeRoute, PathKey, Probed, RouteChange, RoutePlan, Routing, diff_routes, plan_routes,
+};
 pub use service::{Here, Policy, PortKey, PortPlan, Route, ServicePlan, Violation, check, plan};

@@ -283,6 +283,9 @@ impl Pods {
         report.address_ranges = fill.iter().map(ToString::to_string).collect();
         report.allocations = self.pool.allocations().cloned().collect();
         report.interfaces_to_remove = self.pool.dying_interfaces().count();
+        if let Some(spares) = &self.spares {
+            (report.pairs_ready, report.pairs_wanted) = spares.fill();
+        }
         report.cni_requests.clone_from(&self.requests);
         report.cni_add_last_us = self.add_last_us;
         report

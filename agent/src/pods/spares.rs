@@ -72,6 +72,11 @@ impl Spares {
         spare
     }
 
+    /// How many pairs lie ready, and how many there are to be.
+    pub fn fill(&self) -> (usize, usize) {
+        (self.shared.state().ready.len(), READY)
+    }
+
     pub fn workshop(&self) -> Workshop {
         Workshop(Arc::clone(&self.shared))
     }
