@@ -130,10 +130,9 @@ impl Pods {
                     }
                 }
                 let link = wire_pod(&mut kernel, netns.as_fd(), &wire, None)?;
-                workshop.hooks().attach(link.index).map_err(|error| {
+                workshop.hooks().attach(link.index).inspect_err(|_| {
                     // Failing to remove it is no better news than what failed before.
                     let _ = kernel.delete_link(&wire.host_interface);
-                    error
                 })?;
                 Ok(link)
             };

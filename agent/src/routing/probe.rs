@@ -3,6 +3,7 @@
 //! A datagram is 16 bytes: a mark that says whether it is a question or an answer, and the question's number. Who answers a question that
 //! it was not asked does not know the number.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::OsString;
 use std::io;
@@ -148,25 +149,22 @@ impl Shared {
     }
 
     fn send(&self, sockets: &mut HashMap<IpAddr, UdpSocket>, question: Question) {
-        if !sockets.contains_key(&question.from) {
-            match self.open(&question) {
-                Ok(socket) => {
-                    sockets.insert(question.from, socket);
-                }
+        let socket = match sockets.entry(question.from) {
+            Entry::Occupied(there) => there.into_mut(),
+            Entry::Vacant(empty) => match self.open(&question) {
+                Ok(socket) => empty.insert(socket),
                 Err(error) => {
                     // The answer will be missing, and the next question tries again.
                     tracing::debug!(from = %question.from, %error, "no socket for probes");
                     return;
                 }
-            }
-        }
+            },
+        };
         let mut bytes = [0; 16];
         bytes[..8].copy_from_slice(&QUESTION);
         bytes[8..].copy_from_slice(&question.number.to_be_bytes());
-        if let Some(socket) = sockets.get(&question.from) {
-            // No route is no answer.
-            let _ = socket.send_to(&bytes, SocketAddr::new(question.to, PORT));
-        }
+        // No route is no answer.
+        let _ = socket.send_to(&bytes, SocketAddr::new(question.to, PORT));
     }
 
     fn open(&self, question: &Question) -> io::Result<UdpSocket> {
