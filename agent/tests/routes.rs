@@ -27,6 +27,7 @@ fn node(name: &str, ips: &[&str], ranges: &[&str]) -> Object {
         internal_ips: ips.iter().map(|text| ip(text)).collect(),
         pod_cidrs: ranges.iter().map(|text| range(text)).collect(),
         zone: None,
+        leaving: false,
     }))
 }
 
