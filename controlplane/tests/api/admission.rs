@@ -123,3 +123,26 @@ fn classes_are_filled_in() {
         "node.kubernetes.io/not-ready"
     );
 }
+
+#[test]
+fn a_namespace_that_is_restricted_takes_careful_pods_only() {
+    let server = started();
+    server.kubectl("create namespace strict");
+    server.kubectl("create serviceaccount default -n strict");
+    server.kubectl("label namespace strict pod-security.kubernetes.io/enforce=restricted");
+    let words = ["create", "-n", "strict", "-f", "-"];
+    let refused = server.kubectl_with(&words, &pod("plain", PLAIN));
+    let said = crate::server::text(&refused.stderr);
+    assert!(
+        said.contains(r#"pods "plain" is forbidden: violates PodSecurity "restricted:latest": allowPrivilegeEscalation != false"#),
+        "{said}"
+    );
+    let careful = "securityContext: {runAsNonRoot: true, seccompProfile: {type: RuntimeDefault}}, containers: [{name: c, image: i, \
+         securityContext: {allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}}}]";
+    let taken = server.kubectl_with(&words, &pod("careful", careful));
+    assert!(
+        taken.status.success(),
+        "{}",
+        crate::server::text(&taken.stderr)
+    );
+}

@@ -1,10 +1,11 @@
 //! Admission: what a write depends on besides its own object. Built in, in upstream's order: NamespaceLifecycle,
-//! LimitRanger, ServiceAccount, TaintNodesByCondition, Priority, DefaultTolerationSeconds, DefaultStorageClass,
+//! LimitRanger, ServiceAccount, TaintNodesByCondition, PodSecurity, Priority, DefaultTolerationSeconds, DefaultStorageClass,
 //! RuntimeClass, and after validation ResourceQuota.
 
 mod limits;
 mod pod;
 mod quota;
+mod security;
 mod storage;
 
 use serde_json::{Value, json};
@@ -29,9 +30,10 @@ pub async fn admit(
     old: Option<&Value>,
 ) -> Result<(), Status> {
     let creates = old.is_none();
-    if creates {
-        check_namespace(api, target, object).await?;
-    }
+    let namespace = match creates {
+        true => check_namespace(api, target, object).await?,
+        false => Value::Null,
+    };
     match (target.resource.group, target.resource.plural) {
         ("", "pods") if creates => {
             limits::default_pod(api, target, object).await?;
@@ -39,6 +41,7 @@ pub async fn admit(
             pod::priority(api, target, object).await?;
             pod::tolerate_absent_nodes(object);
             pod::runtime_class(api, target, object).await?;
+            security::check(target, &namespace, object)?;
             limits::check_pod(api, target, object).await?;
         }
         ("", "nodes") if creates => taint_until_ready(object),
@@ -78,10 +81,10 @@ async fn stored(
     page.records.iter().map(decode).collect()
 }
 
-/// The namespace must exist, and must not be going away.
-async fn check_namespace(api: &Api, target: &Target, object: &Value) -> Result<(), Status> {
+/// The namespace, which must exist and must not be going away; null of what has none.
+async fn check_namespace(api: &Api, target: &Target, object: &Value) -> Result<Value, Status> {
     let Some(namespace) = target.namespace.as_deref() else {
-        return Ok(());
+        return Ok(Value::Null);
     };
     let found = api.lookup("", "namespaces", None, namespace).await?;
     let Some(found) = found else {
@@ -103,7 +106,7 @@ async fn check_namespace(api: &Api, target: &Target, object: &Value) -> Result<(
         status.details.insert("causes".into(), json!([cause]));
         return Err(status);
     }
-    Ok(())
+    Ok(found)
 }
 
 /// A new node takes no pods before it has said that it is ready.
