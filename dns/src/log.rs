@@ -141,3 +141,41 @@ pub fn type_name(number: u16) -> String {
         _ => known.to_string(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn classes_tell_answers_denials_and_errors_apart() {
+        let only = |success, denial, error| Classes {
+            success,
+            denial,
+            error,
+        };
+        let cases = [
+            (Rcode::NoError, 1, only(true, false, false)),
+            (Rcode::NoError, 0, only(false, true, false)),
+            (Rcode::NxDomain, 0, only(false, true, false)),
+            (Rcode::ServFail, 0, only(false, false, true)),
+            (Rcode::Refused, 0, only(false, false, true)),
+        ];
+        for (rcode, answers, class) in cases {
+            assert!(
+                class.have(rcode, answers) && Classes::ALL.have(rcode, answers),
+                "{rcode:?}"
+            );
+            assert!(!Classes::NONE.have(rcode, answers));
+        }
+        assert!(!only(true, false, true).have(Rcode::NxDomain, 0));
+    }
+
+    #[test]
+    fn flags_and_types_read_as_in_corednss_log() {
+        assert_eq!(flags(&[0, 0, 0x85, 0x80]), "qr,aa,rd,ra");
+        assert_eq!(flags(&[0, 0, 0x82, 0x20]), "qr,tc,ad");
+        assert_eq!(type_name(rtype::AAAA), "AAAA");
+        assert_eq!(type_name(rtype::ANY), "ANY");
+        assert_eq!(type_name(65_300), "TYPE65300");
+    }
+}

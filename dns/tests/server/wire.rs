@@ -245,7 +245,7 @@ async fn a_client_that_says_nothing_keeps_nobody_from_being_served() {
     );
     drop(silent);
     drop(half);
-    let end = Instant::now() + Duration::from_secs(5);
+    let end = Instant::now() + Duration::from_secs(30);
     loop {
         let attempt = tokio::spawn(async move { tcp(server, &[query(WEB, RecordType::A)]).await });
         if attempt.await.is_ok() {
@@ -282,7 +282,7 @@ async fn everything_that_has_come_is_answered_before_the_server_ends() {
             })
         })
         .collect();
-    let end = Instant::now() + Duration::from_secs(5);
+    let end = Instant::now() + Duration::from_secs(30);
     while slow.asked() < 100 {
         assert!(Instant::now() < end);
         tokio::task::yield_now().await;
