@@ -260,3 +260,28 @@ async fn a_quota_is_charged_and_given_back() {
         .await;
     maps.create(&create(), &map("b")).await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_evicted_pod_says_so_before_it_goes() {
+    let mut cluster = Cluster::start().await;
+    cluster.add_nodes(1).await;
+    let pods: Api<Pod> = cluster.api("default");
+    let pod = json!({
+        "metadata": {"name": "held", "finalizers": ["acme.io/counts"]},
+        "spec": {"containers": [{"name": "main", "image": "image"}]},
+    });
+    pods.create(&create(), &object(pod)).await.unwrap();
+    pods.evict("held", &kube::api::EvictParams::default())
+        .await
+        .unwrap();
+    let held = pods.get("held").await.unwrap();
+    assert!(held.metadata.deletion_timestamp.is_some());
+    let conditions = held.status.unwrap().conditions.unwrap();
+    let reason = conditions
+        .into_iter()
+        .find(|condition| condition.type_ == "DisruptionTarget");
+    assert_eq!(
+        reason.unwrap().reason.as_deref(),
+        Some("EvictionByEvictionAPI")
+    );
+}

@@ -43,6 +43,9 @@ impl Api {
         if disrupts(&pod) {
             self.spend_budget(target, &pod, &options).await?;
         }
+        // Said before it goes: whoever counts its failure may leave this one out.
+        self.modify(target, &options, Part::Status, |pod| Ok(disrupted(pod)))
+            .await?;
         let asked = eviction
             .pointer("/deleteOptions")
             .cloned()
@@ -95,6 +98,19 @@ impl Api {
         .await
         .map(drop)
     }
+}
+
+/// The pod with the condition that says that it is being evicted (KEP-3329).
+fn disrupted(pod: &Value) -> Value {
+    let mut conditions = pod.items("/status/conditions").to_vec();
+    conditions.retain(|condition| condition.text("/type") != "DisruptionTarget");
+    conditions.push(json!({
+        "type": "DisruptionTarget", "status": "True", "reason": "EvictionByEvictionAPI",
+        "message": "Eviction API: evicting", "lastTransitionTime": fields::now(),
+    }));
+    let mut pod = pod.clone();
+    pod.set("/status/conditions", conditions);
+    pod
 }
 
 /// Whether a pod's going is a disruption: one that has ended, has not begun or goes already disturbs nobody.
