@@ -1,8 +1,8 @@
 //! Bodies of requests: read up to a limit, decoded, and held to what the path says.
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::{StatusCode, header, request::Parts};
-use http_body_util::{BodyExt, LengthLimitError, Limited};
+use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use serde_json::Value;
 
@@ -12,22 +12,41 @@ use super::request::Target;
 use super::status::Status;
 use crate::codec::{self, Decoded, FieldValidation, MediaType};
 
+/// A body that is too large is read on up to here, and thrown away: a client that is cut off while it sends does not see the
+/// answer that says why.
+const REFUSED_BYTES_MAX: usize = 64 << 20;
+
 /// Reads a body up to the limit.
-pub async fn read_body(body: Incoming) -> Result<Bytes, Status> {
-    match Limited::new(body, config::BODY_BYTES_MAX).collect().await {
-        Ok(collected) => Ok(collected.to_bytes()),
-        Err(error) if error.is::<LengthLimitError>() => Err(Status::new(
+pub async fn read_body(mut body: Incoming) -> Result<Bytes, Status> {
+    let mut kept = BytesMut::new();
+    let mut length = 0;
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|error| {
+            Status::bad_request(format!(
+                "the body of the request could not be read: {error}"
+            ))
+        })?;
+        let Ok(data) = frame.into_data() else {
+            continue;
+        };
+        length += data.len();
+        if length <= config::BODY_BYTES_MAX {
+            kept.extend_from_slice(&data);
+        } else if length <= REFUSED_BYTES_MAX {
+            kept.clear();
+        } else {
+            break;
+        }
+    }
+    if length > config::BODY_BYTES_MAX {
+        let limit = config::BODY_BYTES_MAX;
+        return Err(Status::new(
             StatusCode::PAYLOAD_TOO_LARGE,
             "RequestEntityTooLarge",
-            format!(
-                "Request entity too large: limit is {}",
-                config::BODY_BYTES_MAX
-            ),
-        )),
-        Err(error) => Err(Status::bad_request(format!(
-            "the body of the request could not be read: {error}"
-        ))),
+            format!("Request entity too large: limit is {limit}"),
+        ));
     }
+    Ok(kept.freeze())
 }
 
 pub fn content_type(parts: &Parts) -> &str {

@@ -99,7 +99,8 @@ impl Api {
             forward::request_headers(&parts.headers, forward::asks_for_upgrade(&parts.headers));
         // Logs are passed on as they are; nothing here would undo an encoding.
         request.headers_mut().remove(header::ACCEPT_ENCODING);
-        let response = self.ask(kubelet, &path, request).await?;
+        let unverified = subresource == "log" && call.query.flag("insecureSkipTLSVerifyBackend");
+        let response = self.ask(kubelet, &path, request, !unverified).await?;
         if subresource == "log" && !response.status().is_success() {
             return Err(refused(response).await);
         }
@@ -112,6 +113,7 @@ impl Api {
         kubelet: KubeletAddress,
         path: &str,
         mut request: Request<B>,
+        verify: bool,
     ) -> Result<Response<Incoming>, Status>
     where
         B: hyper::body::Body + Send + 'static,
@@ -123,7 +125,7 @@ impl Api {
         })?;
         let host = kubelet.to_string().parse().map_err(Status::internal)?;
         request.headers_mut().insert(header::HOST, host);
-        let connection = self.kubelets.connect(kubelet).await?;
+        let connection = self.kubelets.connect(kubelet, verify).await?;
         forward::exchange(connection, request, &format!("the kubelet at {kubelet}")).await
     }
 
@@ -149,7 +151,7 @@ impl Api {
                 .headers_mut()
                 .insert(name, HeaderValue::from_static(value));
         }
-        let mut response = self.ask(kubelet, path, request).await?;
+        let mut response = self.ask(kubelet, path, request, true).await?;
         if response.status() != StatusCode::SWITCHING_PROTOCOLS {
             return Err(refused(response).await);
         }

@@ -16,6 +16,7 @@ use super::Api;
 use super::fields::Fields;
 use super::listener::{self, TlsError};
 use super::status::{Status, Subject};
+use super::unverified::any_certificate;
 
 const KUBELET_PORT: i64 = 10250;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -23,6 +24,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The API server's credentials towards kubelets.
 pub struct Kubelets {
     tls: TlsConnector,
+    unverified: TlsConnector,
 }
 
 /// Where a node's kubelet listens.
@@ -42,16 +44,28 @@ impl Kubelets {
     pub fn new(pki_dir: &Path) -> Result<Self, TlsError> {
         let certificates = listener::certificates(&pki_dir.join("apiserver-kubelet-client.crt"))?;
         let key = listener::private_key(&pki_dir.join("apiserver-kubelet-client.key"))?;
-        let config = ClientConfig::builder()
-            .with_root_certificates(listener::roots(&pki_dir.join("ca.crt"))?)
-            .with_client_auth_cert(certificates, key)
-            .map_err(|error| TlsError::Config(error.to_string()))?;
+        let roots = listener::roots(&pki_dir.join("ca.crt"))?;
+        let connector = |config: Result<ClientConfig, rustls::Error>| {
+            let config = config.map_err(|error| TlsError::Config(error.to_string()))?;
+            Ok::<_, TlsError>(TlsConnector::from(Arc::new(config)))
+        };
         Ok(Self {
-            tls: TlsConnector::from(Arc::new(config)),
+            tls: connector(
+                ClientConfig::builder()
+                    .with_root_certificates(roots)
+                    .with_client_auth_cert(certificates.clone(), key.clone_key()),
+            )?,
+            unverified: connector(any_certificate().with_client_auth_cert(certificates, key))?,
         })
     }
 
-    pub async fn connect(&self, kubelet: KubeletAddress) -> Result<TlsStream<TcpStream>, Status> {
+    /// Connects to a kubelet. Not to verify its certificate is for a caller who says so (`insecureSkipTLSVerifyBackend`).
+    pub async fn connect(
+        &self,
+        kubelet: KubeletAddress,
+        verify: bool,
+    ) -> Result<TlsStream<TcpStream>, Status> {
+        let tls = if verify { &self.tls } else { &self.unverified };
         let failed = |why: String| {
             Status::new(
                 StatusCode::BAD_GATEWAY,
@@ -62,8 +76,7 @@ impl Kubelets {
         let connecting = async {
             let stream = TcpStream::connect((kubelet.address, kubelet.port)).await?;
             stream.set_nodelay(true)?;
-            self.tls
-                .connect(ServerName::IpAddress(kubelet.address.into()), stream)
+            tls.connect(ServerName::IpAddress(kubelet.address.into()), stream)
                 .await
         };
         match tokio::time::timeout(CONNECT_TIMEOUT, connecting).await {

@@ -32,6 +32,7 @@ mod status;
 mod strategy;
 mod subresource;
 mod table;
+mod unverified;
 mod watch;
 mod write;
 

@@ -12,9 +12,7 @@ use http::{HeaderMap, HeaderValue, Request, StatusCode, Uri, header};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use rand::seq::IndexedRandom;
-use rustls::ClientConfig;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::pki_types::ServerName;
 use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
@@ -24,6 +22,7 @@ use super::fields::{self, Fields};
 use super::reply::{self, Answer};
 use super::request::Target;
 use super::status::Status;
+use super::unverified::any_certificate;
 use super::{Api, Call, forward, object};
 use crate::registry;
 use crate::selector::LabelSelector;
@@ -100,7 +99,7 @@ impl Api {
                 let kubelet = self.kubelet_address(named.name).await?;
                 let port = port_number(named.port)?;
                 if port.is_none_or(|port| port == kubelet.port) {
-                    let connection = self.kubelets.connect(kubelet).await?;
+                    let connection = self.kubelets.connect(kubelet, true).await?;
                     (Box::new(connection), format!("the kubelet at {kubelet}"))
                 } else {
                     let address = (kubelet.address, port.unwrap_or_default()).into();
@@ -137,7 +136,8 @@ impl Api {
             stream.set_nodelay(true)?;
             let connection: Box<dyn Connection> = if tls {
                 let name = ServerName::IpAddress(address.ip().into());
-                let connector = TlsConnector::from(Arc::new(unverified()));
+                let connector =
+                    TlsConnector::from(Arc::new(any_certificate().with_no_client_auth()));
                 Box::new(connector.connect(name, stream).await?)
             } else {
                 Box::new(stream)
@@ -320,57 +320,6 @@ fn lead_back(headers: &mut HeaderMap, authority: Option<&HeaderValue>, prefix: &
     }
     if let Ok(value) = format!("{prefix}{path}").parse() {
         headers.insert(header::LOCATION, value);
-    }
-}
-
-/// TLS for certificates that nobody can check.
-fn unverified() -> ClientConfig {
-    let config = ClientConfig::builder().dangerous();
-    config
-        .with_custom_certificate_verifier(Arc::new(AnyCertificate))
-        .with_no_client_auth()
-}
-
-#[derive(Debug)]
-struct AnyCertificate;
-
-impl ServerCertVerifier for AnyCertificate {
-    fn verify_server_cert(
-        &self,
-        _end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &rustls::DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = rustls::crypto::ring::default_provider().signature_verification_algorithms;
-        rustls::crypto::verify_tls12_signature(message, cert, dss, &algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &rustls::DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let algorithms = rustls::crypto::ring::default_provider().signature_verification_algorithms;
-        rustls::crypto::verify_tls13_signature(message, cert, dss, &algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
-        let provider = rustls::crypto::ring::default_provider();
-        provider
-            .signature_verification_algorithms
-            .supported_schemes()
     }
 }
 

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use http::{HeaderMap, Method, header};
 
-use super::status::{Status, Subject};
+use super::status::{FieldError, Status, Subject};
 use crate::codec::FieldValidation;
 use crate::registry::{self, Resource};
 use crate::selector::{FieldSelector, LabelSelector};
@@ -203,7 +203,7 @@ impl ListOptions {
 
     fn check(&self) -> Result<(), Status> {
         let invalid = |field: &str, why: &str| {
-            let error = super::status::FieldError::forbidden(field, why);
+            let error = FieldError::forbidden(field, why);
             Err(Status::invalid(
                 "meta.k8s.io",
                 "ListOptions",
@@ -231,6 +231,17 @@ impl ListOptions {
                 "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided";
             return invalid("resourceVersionMatch", why);
         }
+        if !self.continue_token.is_empty() && !self.watch {
+            if !self.resource_version_match.is_empty() {
+                let why = "resourceVersionMatch is forbidden when continue is provided";
+                return invalid("resourceVersionMatch", why);
+            }
+            // The token says which revision the list is of.
+            if self.resource_version.is_some_and(|revision| revision > 0) {
+                let why = "specifying resource version is not allowed when using continue";
+                return Err(Status::bad_request(why));
+            }
+        }
         if !self.watch && !self.resource_version_match.is_empty() && self.resource_version.is_none()
         {
             return invalid(
@@ -256,6 +267,9 @@ impl ListOptions {
     }
 }
 
+/// The longest name of a field manager, as upstream.
+const MANAGER_BYTES_MAX: usize = 128;
+
 /// What goes with every write.
 #[derive(Debug, Clone, Default)]
 pub struct WriteOptions {
@@ -267,37 +281,62 @@ pub struct WriteOptions {
 
 impl WriteOptions {
     pub fn parse(query: &Query, headers: &HeaderMap) -> Result<Self, Status> {
+        let mut errors = Vec::new();
         let mut dry_run = false;
         for value in query.all("dryRun") {
             if value != "All" {
-                return Err(Status::bad_request(format!(
-                    "Invalid value for dryRun: {value:?}: supported values: \"All\""
-                )));
+                errors.push(FieldError::unsupported("dryRun", value, &["All"]));
             }
             dry_run = true;
         }
-        let validation = FieldValidation::parse(query.get("fieldValidation")).ok_or_else(|| {
+        let validation = FieldValidation::parse(query.get("fieldValidation"));
+        if validation.is_none() {
             let given = query.get("fieldValidation");
-            Status::bad_request(format!(
-                "fieldValidation must be Ignore, Warn or Strict, not {given:?}"
-            ))
-        })?;
+            let known = ["Ignore", "Strict", "Warn"];
+            errors.push(FieldError::unsupported("fieldValidation", given, &known));
+        }
         // A client that gives no manager is known by its program, as upstream.
         let agent = headers
             .get(header::USER_AGENT)
             .and_then(|agent| agent.to_str().ok())
             .unwrap_or("");
+        let program = agent.split('/').next().unwrap_or("");
         let manager = match query.get("fieldManager") {
-            "" => agent
-                .split('/')
-                .next()
-                .filter(|name| !name.is_empty())
-                .unwrap_or("unknown"),
+            "" if program.is_empty() || program.len() > MANAGER_BYTES_MAX => "unknown",
+            "" => program,
             name => name,
         };
+        if query.get("fieldManager").len() > MANAGER_BYTES_MAX {
+            let why = format!("may not be more than {MANAGER_BYTES_MAX} bytes");
+            errors.push(FieldError::invalid("fieldManager", manager, why));
+        }
+        let media = headers
+            .get(header::CONTENT_TYPE)
+            .and_then(|content| content.to_str().ok())
+            .unwrap_or("");
+        let patches = media.contains("patch+");
+        let applies = media.starts_with("application/apply-patch");
+        if applies && query.get("fieldManager").is_empty() {
+            errors.push(FieldError::required(
+                "fieldManager",
+                "is required for apply patch",
+            ));
+        }
+        if patches && !applies && !query.get("force").is_empty() {
+            let why = "may not be specified for non-apply patch";
+            errors.push(FieldError::forbidden("force", why));
+        }
+        if !errors.is_empty() {
+            let kind = if patches {
+                "PatchOptions"
+            } else {
+                "CreateOptions"
+            };
+            return Err(Status::invalid("meta.k8s.io", kind, "", errors));
+        }
         Ok(Self {
             dry_run,
-            validation,
+            validation: validation.unwrap_or_default(),
             manager: manager.to_owned(),
             force: query.flag("force"),
         })

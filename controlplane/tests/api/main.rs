@@ -8,5 +8,6 @@ mod kinds;
 mod kubectl;
 mod kubelet;
 mod server;
+mod statuses;
 mod watching;
 mod wrong_input;

@@ -189,11 +189,31 @@ async fn revisions_out_of_reach_are_told() {
     );
     // The history is kept in memory: what was before the last start is expired.
     let maps: Api<ConfigMap> = Api::default_namespaced(client.clone());
-    maps.create(&PostParams::default(), &config_map("x", "a"))
+    for name in ["x", "y"] {
+        maps.create(&PostParams::default(), &config_map(name, "a"))
+            .await
+            .expect("created");
+    }
+    let path = "/api/v1/namespaces/default/configmaps?limit=1";
+    let token = |list: &Value| {
+        let token = list["metadata"]["continue"].as_str().expect("a token");
+        token.to_owned()
+    };
+    let first = token(&server.raw(path).1);
+    // A change after it: the revision that the page is of is not the present one any more.
+    maps.create(&PostParams::default(), &config_map("z", "a"))
         .await
         .expect("created");
     server.kill();
     server.launch();
+    // A page that is too old comes with a token that goes on from there in the present state.
+    let (code, expired) = server.raw(&format!("{path}&continue={first}"));
+    assert_eq!((code, &expired["reason"]), (410, &json!("Expired")));
+    let (code, rest) = server.raw(&format!("{path}&continue={}", token(&expired)));
+    assert_eq!(
+        (code, &rest["items"][0]["metadata"]["name"]),
+        (200, &json!("y"))
+    );
     let seen = events(
         &client,
         "/api/v1/namespaces?watch=true&resourceVersion=1",
