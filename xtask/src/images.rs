@@ -1,5 +1,6 @@
 //! Keelway's images, made from static binaries into `target/images/<name>.tar`, without a container runtime.
 
+pub mod foreign;
 pub mod oci;
 
 use std::collections::BTreeMap;

@@ -47,6 +47,8 @@ enum Task {
         #[arg(long)]
         no_build: bool,
     },
+    /// Build an OCI archive of programs that were built elsewhere, under any name (docs/images.md)
+    Image(images::foreign::Recipe),
     /// Start a cluster on this machine: set-up, build, images, then `keelway up` with the arguments
     Up {
         #[arg(long, env = "KEELWAY_PROFILE", default_value = "dist")]
@@ -116,6 +118,7 @@ fn run(task: Task) -> Result<()> {
             profile,
             no_build,
         } => images::run(&project, &profile, &names, !no_build),
+        Task::Image(recipe) => images::foreign::run(&project, recipe),
         Task::Up { profile, args } => {
             need_root("make up")?;
             setup::run(&project)?;
@@ -192,4 +195,5 @@ fn environment<'a>(command: &'a mut Command, project: &Project, profile: &str) -
     command
         .env("KEELWAY_BIN_DIR", project.bin_dir(profile))
         .env("KEELWAY_IMAGES_DIR", project.images_dir())
+        .env("KEELWAY_CLIENTS_DIR", project.clients_dir())
 }

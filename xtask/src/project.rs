@@ -63,4 +63,9 @@ impl Project {
     pub fn images_dir(&self) -> PathBuf {
         self.target_dir.join("images")
     }
+
+    /// kubectl and helm of the end-to-end suite.
+    pub fn clients_dir(&self) -> PathBuf {
+        self.target_dir.join("clients")
+    }
 }

@@ -25,7 +25,8 @@ pub fn run(project: &Project) -> Result<()> {
     check_machine()?;
     apt::install_missing()?;
     toolchain::run(project)?;
-    kubectl::install_if_absent(project)
+    kubectl::install_if_absent(project)?;
+    kubectl::pin_clients(project)
 }
 
 fn check_machine() -> Result<()> {

