@@ -6,7 +6,7 @@ use keelway_tests::cluster::Cluster;
 use keelway_tests::process::{eventually, run_with_input};
 
 #[track_caller]
-fn contains_all(text: &str, expected: &[&str]) {
+pub fn contains_all(text: &str, expected: &[&str]) {
     for word in expected {
         assert!(text.contains(word), "{word:?} is missing in\n{text}");
     }
@@ -101,7 +101,7 @@ pub fn describe_tells_of_pods_services_and_nodes(cluster: &Cluster) {
 }
 
 /// A manifest with the images of this version.
-fn versioned(manifest: &str) -> String {
+pub fn versioned(manifest: &str) -> String {
     manifest.replace("${VERSION}", env!("CARGO_PKG_VERSION"))
 }
 

@@ -3,14 +3,17 @@
 //! One cluster serves all scenarios, since the state that one leaves is what the next one's users would find. Scenarios run in
 //! the order given, each is named in the output, and a failing one does not keep the others from running.
 //! `KEELWAY_E2E_CLUSTER` names a running cluster of this machine to use, `KEELWAY_E2E_KUBECONFIG` any Kubernetes, and
-//! `KEELWAY_E2E_ONLY` runs those whose name contains it.
+//! `KEELWAY_E2E_ONLY` runs those whose name contains it, or one of several with commas between them.
 #![forbid(unsafe_code)]
 
+mod changes;
 mod faults;
+mod helm;
 mod kubectl;
 mod names;
 mod rollout;
 mod services;
+mod streams;
 mod wrong_input;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -29,7 +32,7 @@ struct Scenario {
 macro_rules! scenarios {
     ($($module:ident :: $name:ident $($nodes:literal)?),* $(,)?) => {
         &[$(Scenario {
-            name: stringify!($name),
+            name: concat!(stringify!($module), "::", stringify!($name)),
             run: $module::$name,
             needs_nodes: matches!(concat!($($nodes)?).len(), 1..),
         }),*]
@@ -53,6 +56,22 @@ const SCENARIOS: &[Scenario] = scenarios![
     kubectl::get_watch_reports_changes_as_they_happen,
     kubectl::labels_scale_and_wait_work_together,
     kubectl::configuration_reaches_containers_as_files_and_environment,
+    streams::port_forward_reaches_a_pod_and_a_service,
+    streams::cp_copies_files_and_folders_both_ways,
+    streams::attach_gives_a_container_its_input_until_it_ends,
+    streams::proxies_lead_to_pods_services_and_nodes,
+    streams::debug_adds_a_container_that_sees_the_others_processes,
+    streams::logs_come_as_their_options_ask,
+    streams::a_terminal_knows_its_size_and_its_programs_exit_code,
+    changes::explain_tells_fields_with_their_meaning,
+    changes::patches_of_three_types_and_a_diff,
+    changes::edit_saves_what_the_editor_leaves,
+    changes::apply_on_the_server_side_keeps_each_managers_fields,
+    changes::a_rollout_is_watched_paused_and_undone,
+    changes::drain_empties_a_node_and_uncordon_opens_it,
+    changes::questions_about_access_and_metrics_are_answered,
+    changes::a_running_pod_is_resized_in_place,
+    helm::a_chart_with_hooks_lives_through_its_releases,
     wrong_input::an_unknown_field_is_refused_by_name,
     wrong_input::a_selector_that_misses_its_template_is_refused,
     wrong_input::a_second_up_of_the_same_name_is_refused "nodes",
@@ -75,10 +94,11 @@ fn a_cluster_serves_its_users() {
     };
     let own = cluster.is_own();
     let only = std::env::var("KEELWAY_E2E_ONLY").unwrap_or_default();
+    let wanted = |name: &str| only.split(',').any(|part| name.contains(part));
     let mut failed = Vec::new();
     for (index, scenario) in SCENARIOS.iter().enumerate() {
         // The first one makes what the others look at.
-        if index > 0 && !scenario.name.contains(&only) {
+        if index > 0 && !wanted(scenario.name) {
             continue;
         }
         if scenario.needs_nodes && !cluster.is_here() {

@@ -14,6 +14,9 @@ const RUNNING: &str = "KEELWAY_E2E_CLUSTER";
 const UP_SECONDS_MAX: u32 = 300;
 const KUBECTL_SECONDS_MAX: u32 = 120;
 
+/// The folder with kubectl and helm that `cargo xtask test` names; what it lacks is taken from PATH.
+const CLIENTS: &str = "KEELWAY_CLIENTS_DIR";
+
 /// Whose a cluster is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Origin {
@@ -105,15 +108,25 @@ impl Cluster {
 
     pub fn kubectl_with_input(&self, arguments: &[&str], input: &str) -> Finished {
         let kubeconfig = self.kubeconfig.display().to_string();
-        let mut command = vec!["kubectl", "--kubeconfig", &kubeconfig];
+        let kubectl = client("kubectl");
+        let mut command = vec![kubectl.as_str(), "--kubeconfig", &kubeconfig];
         command.extend(arguments);
         run_with_input(&command, &[], KUBECTL_SECONDS_MAX, input)
+    }
+
+    /// A client that reads the kubeconfig from its environment.
+    pub fn run(&self, command: &[&str], environment: &[(&str, &str)]) -> Finished {
+        let kubeconfig = self.kubeconfig.display().to_string();
+        let mut all = vec![("KUBECONFIG", kubeconfig.as_str())];
+        all.extend(environment);
+        run(command, &all, KUBECTL_SECONDS_MAX)
     }
 
     /// kubectl beside the test, for what goes on until it is stopped.
     pub fn kubectl_running(&self, arguments: &[&str]) -> Running {
         let kubeconfig = self.kubeconfig.display().to_string();
-        let mut command = vec!["kubectl", "--kubeconfig", &kubeconfig];
+        let kubectl = client("kubectl");
+        let mut command = vec![kubectl.as_str(), "--kubeconfig", &kubeconfig];
         command.extend(arguments);
         Running::start(&command, &[])
     }
@@ -121,7 +134,8 @@ impl Cluster {
     /// The command line of kubectl for this cluster, for programs that run kubectl themselves.
     pub fn kubectl_line(&self, arguments: &str) -> String {
         format!(
-            "kubectl --kubeconfig {} {arguments}",
+            "{} --kubeconfig {} {arguments}",
+            client("kubectl"),
             self.kubeconfig.display()
         )
     }
@@ -186,6 +200,13 @@ impl Drop for Cluster {
             }
         }
     }
+}
+
+/// A client of Kubernetes by name: the suite's own, else the machine's.
+pub fn client(name: &str) -> String {
+    let own = std::env::var_os(CLIENTS).map(|folder| PathBuf::from(folder).join(name));
+    own.filter(|program| program.is_file())
+        .map_or_else(|| name.to_owned(), |program| program.display().to_string())
 }
 
 /// The keelway binary.
