@@ -1,6 +1,9 @@
 //! helm: a chart with hooks is installed, upgraded, rolled back and uninstalled.
 
+use std::time::Duration;
+
 use keelway_tests::cluster::{Cluster, client, project};
+use keelway_tests::process::eventually;
 use serde_json::Value;
 
 fn helm(cluster: &Cluster, arguments: &[&str]) -> keelway_tests::process::Finished {
@@ -102,16 +105,15 @@ pub fn a_chart_with_hooks_lives_through_its_releases(cluster: &Cluster) {
         &["uninstall", "greeter", "--wait", "--timeout=60s"],
     )
     .ok();
-    let left = cluster
-        .kubectl(&[
-            "get",
-            "all,configmaps",
-            "--selector=app.kubernetes.io/instance=greeter",
-            "-o",
-            "name",
-        ])
-        .ok();
-    assert_eq!(left, "");
+    // Pods end in the background after their Deployment has gone.
+    let selector = "--selector=app.kubernetes.io/instance=greeter";
+    eventually("nothing of the release", Duration::from_secs(30), || {
+        let left = cluster.kubectl(&["get", "all,configmaps", selector, "-o", "name"]);
+        match left.ok() {
+            left if left.is_empty() => Ok(()),
+            left => Err(left),
+        }
+    });
     cluster
         .kubectl(&[
             "delete",

@@ -394,12 +394,7 @@ impl Server {
             .observe(&key.uid)
             .await
             .map_err(|e| ServeError::Internal(e.to_string()))?;
-        let known = pod
-            .spec
-            .iter()
-            .flat_map(crate::pod::all_containers)
-            .any(|(c, _)| c.name == container);
-        if !known {
+        if find_container(&pod, container).is_none() {
             return Err(ServeError::NotFound(format!(
                 "container \"{container}\" in pod \"{name}\" is not known"
             )));
