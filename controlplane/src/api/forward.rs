@@ -112,12 +112,17 @@ pub fn pass_back(
         return Ok(answer);
     }
     let (mut head, body) = response.into_parts();
-    for name in CONNECTION_HEADERS {
-        head.headers.remove(name);
-    }
-    head.headers.remove("keep-alive");
+    strip_connection(&mut head.headers);
     let body: Body = body.map_err(Into::into).boxed_unsync();
     Ok(Response::from_parts(head, body))
+}
+
+/// Takes away what concerns the connection to the other side only.
+pub fn strip_connection(headers: &mut HeaderMap) {
+    for name in CONNECTION_HEADERS {
+        headers.remove(name);
+    }
+    headers.remove("keep-alive");
 }
 
 /// Both upgraded connections, when both come about.

@@ -9,5 +9,6 @@ mod kubectl;
 mod kubelet;
 mod server;
 mod statuses;
+mod subresources;
 mod watching;
 mod wrong_input;

@@ -3,12 +3,15 @@
 //! The connection is made by this server, so whatever it can reach may be asked for; addresses that only have meaning on this
 //! machine are refused. Certificates of pods are signed by nobody we know and are not checked, as upstream.
 
+mod links;
+
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use http::request::Parts;
-use http::{HeaderMap, HeaderValue, Request, StatusCode, Uri, header};
+use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, header};
+use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use rand::seq::IndexedRandom;
@@ -17,6 +20,8 @@ use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
+
+use links::Links;
 
 use super::fields::{self, Fields};
 use super::reply::{self, Answer};
@@ -28,6 +33,8 @@ use crate::registry;
 use crate::selector::LabelSelector;
 use crate::store::Range;
 
+/// The largest page of which links are rewritten; a larger one is an error, as it could not be passed on unchanged either.
+const PAGE_BYTES_MAX: usize = 32 << 20;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Any connection that bytes can be read from and written to.
@@ -72,7 +79,8 @@ impl Api {
         let target = &call.target;
         let plural = target.resource.plural;
         let upgrades = forward::asks_for_upgrade(&parts.headers);
-        if target.rest.is_empty() && !upgrades {
+        let reads = matches!(parts.method, Method::GET | Method::HEAD);
+        if target.rest.is_empty() && !upgrades && reads {
             return Ok(with_slash(&parts.uri));
         }
         let named = Named::parse(target.object_name()?).ok_or_else(|| {
@@ -111,10 +119,19 @@ impl Api {
         let prefix = parts.uri.path().strip_suffix(target.rest.as_str());
         let prefix = prefix.unwrap_or_default().to_owned();
         let request = onward(parts, body, &target.rest, upgrades)?;
-        let authority = request.headers().get(header::HOST).cloned();
-        let mut response = forward::exchange(connection, request, &peer).await?;
-        lead_back(response.headers_mut(), authority.as_ref(), &prefix);
-        forward::pass_back(response, upgrade, &self.stop)
+        let host = request.headers().get(header::HOST);
+        let authority = host.and_then(|host| host.to_str().ok()).unwrap_or("");
+        let links = Links {
+            prefix,
+            authority: authority.to_owned(),
+        };
+        let response = forward::exchange(connection, request, &peer).await?;
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            return forward::pass_back(response, upgrade, &self.stop);
+        }
+        let mut answer = lead_back(response, &links).await?;
+        forward::strip_connection(answer.headers_mut());
+        Ok(answer)
     }
 
     async fn dial(
@@ -279,6 +296,8 @@ fn onward(
         None => path.to_owned(),
     };
     let mut headers = forward::request_headers(&parts.headers, upgrades);
+    // Links are rewritten in pages that come as they are.
+    headers.remove(header::ACCEPT_ENCODING);
     let host = parts.headers.get(header::HOST).cloned().or_else(|| {
         // HTTP/2 has it in the address.
         HeaderValue::from_str(parts.uri.authority()?.as_str()).ok()
@@ -301,26 +320,29 @@ fn onward(
     Ok(request)
 }
 
-/// Makes a redirection within the other side lead through the proxy again.
-fn lead_back(headers: &mut HeaderMap, authority: Option<&HeaderValue>, prefix: &str) {
-    let Some(location) = headers
-        .get(header::LOCATION)
-        .and_then(|location| location.to_str().ok())
-        .and_then(|location| location.parse::<Uri>().ok())
-    else {
-        return;
+/// The answer with its links led through the proxy: its redirection, and those of an HTML page.
+async fn lead_back(response: Response<Incoming>, links: &Links) -> Result<Answer, Status> {
+    let (mut head, body) = response.into_parts();
+    let text = |name: HeaderName| {
+        let value = head.headers.get(name).and_then(|value| value.to_str().ok());
+        value.unwrap_or("").to_owned()
     };
-    let own = match location.authority() {
-        None => true,
-        Some(named) => authority.is_some_and(|own| own.as_bytes() == named.as_str().as_bytes()),
-    };
-    let path = location.path_and_query().map_or("/", |path| path.as_str());
-    if !own || !path.starts_with('/') || path.starts_with(prefix) {
-        return;
+    let below = links.below(&text(header::LOCATION));
+    let is_page = text(header::CONTENT_TYPE).starts_with("text/html")
+        && !head.headers.contains_key(header::CONTENT_ENCODING);
+    if let Some(value) = below.and_then(|below| below.parse().ok()) {
+        head.headers.insert(header::LOCATION, value);
     }
-    if let Ok(value) = format!("{prefix}{path}").parse() {
-        headers.insert(header::LOCATION, value);
+    if !is_page {
+        let body = body.map_err(Into::into).boxed_unsync();
+        return Ok(Response::from_parts(head, body));
     }
+    let page = Limited::new(body, PAGE_BYTES_MAX).collect().await;
+    let page = page.map_err(|error| Status::internal(format!("reading a page: {error}")))?;
+    let page = links.rewrite(&page.to_bytes());
+    // A HEAD has the length of what a GET would bring, which is not known without it.
+    head.headers.remove(header::CONTENT_LENGTH);
+    Ok(Response::from_parts(head, reply::full(page)))
 }
 
 #[cfg(test)]
@@ -405,27 +427,5 @@ mod tests {
             );
         }
         assert!(is_proxyable("10.0.0.1".parse().expect("an address")));
-    }
-
-    #[test]
-    fn redirections_lead_through_the_proxy() {
-        let prefix = "/api/v1/namespaces/a/services/web/proxy";
-        let authority = HeaderValue::from_static("api:6443");
-        for (given, expected) in [
-            (
-                "/login?x=1",
-                "/api/v1/namespaces/a/services/web/proxy/login?x=1",
-            ),
-            (
-                "http://api:6443/a",
-                "/api/v1/namespaces/a/services/web/proxy/a",
-            ),
-            ("https://elsewhere/a", "https://elsewhere/a"),
-        ] {
-            let mut headers = HeaderMap::new();
-            headers.insert(header::LOCATION, HeaderValue::from_static(given));
-            lead_back(&mut headers, Some(&authority), prefix);
-            assert_eq!(headers[header::LOCATION], expected);
-        }
     }
 }
