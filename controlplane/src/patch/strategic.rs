@@ -163,9 +163,12 @@ fn merge_object(
                 if let Value::Array(entry) = entry {
                     let before = entry.clone();
                     merge_list(entry, items, slot)?;
-                    if let Some(wanted) = patch.get(&format!("{ORDER}{key}")) {
-                        order(entry, &before, list(wanted, ORDER)?, merge_key(slot));
-                    }
+                    // Without an order of its own, a patch's items come in the order in which it names them.
+                    let wanted = match patch.get(&format!("{ORDER}{key}")) {
+                        Some(wanted) => list(wanted, ORDER)?,
+                        None => items,
+                    };
+                    order(entry, &before, wanted, merge_key(slot));
                 }
             }
             other => {
@@ -326,8 +329,8 @@ mod tests {
         assert_eq!(
             patched(target, patch).unwrap(),
             json!({"containers": [
-                {"name": "a", "image": "a:2", "env": [{"name": "X", "value": "1"}, {"name": "Y", "value": "2"}], "args": ["z"]},
-                {"name": "b", "image": "b:1"}, {"name": "c"}]})
+                {"name": "a", "image": "a:2", "env": [{"name": "Y", "value": "2"}, {"name": "X", "value": "1"}], "args": ["z"]},
+                {"name": "c"}, {"name": "b", "image": "b:1"}]})
         );
     }
 
