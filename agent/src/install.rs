@@ -48,7 +48,10 @@ pub fn install_plugin(dir: &Path) -> Result<PathBuf, InstallError> {
 ///
 /// It says 1.0.0: containerd 1.6 speaks no newer version, and newer runtimes speak this one.
 pub fn write_conf_list(config: &Config) -> Result<(), InstallError> {
-    let mut plugin = json!({"type": PLUGIN});
+    let mut plugin = json!({
+        "type": PLUGIN,
+        "capabilities": {"portMappings": true, "ips": true, "mac": true, "dns": true},
+    });
     if config.socket != Path::new(keelway_cni::AGENT_SOCKET) {
         plugin["socket"] = json!(config.socket);
     }

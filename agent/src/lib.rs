@@ -22,4 +22,5 @@ pub mod routing;
 pub mod socket;
 pub mod source;
 pub mod supervisor;
+pub mod surroundings;
 pub mod worker;

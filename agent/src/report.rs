@@ -19,6 +19,9 @@ pub struct Report {
     pub ready: bool,
     /// What is missing or has failed, in words.
     pub problems: Vec<String>,
+    /// What else is on the node that may be in the way, in words.
+    #[serde(default)]
+    pub notes: Vec<String>,
     /// Kinds of which a complete list has arrived.
     pub synced: Vec<String>,
     pub socket_lb: bool,
@@ -97,6 +100,9 @@ impl fmt::Display for Report {
         )?;
         for problem in &self.problems {
             writeln!(f, "  problem: {problem}")?;
+        }
+        for note in &self.notes {
+            writeln!(f, "  note: {note}")?;
         }
         for object in &self.malformed {
             writeln!(f, "  malformed: {object}")?;

@@ -32,6 +32,7 @@ use crate::progress::Progress;
 use crate::report::{Counter, Report};
 use crate::routing::Routes;
 use crate::source::KINDS;
+use crate::surroundings::{earlier_configurations, foreign_interfaces};
 
 /// Events taken in one turn at most, so that requests do not wait behind an endless stream of changes.
 const TURN_EVENTS_MAX: usize = 20_000;
@@ -400,7 +401,8 @@ impl Worker {
         };
         // What an earlier agent left is compared, and pruned, only now that everything is known.
         let first = !self.services_applied;
-        if self.dirty.services.is_empty() && !first && !again {
+        let host_ports = self.pods.take_host_ports();
+        if self.dirty.services.is_empty() && host_ports.is_empty() && !first && !again {
             if !self.retry {
                 self.progress.nothing_to_do(taken);
             }
@@ -411,6 +413,14 @@ impl Worker {
             self.health_checks
                 .replan(&self.snapshot, &key, &self.here.node);
             let wish = plan(&self.snapshot, &key, &self.here);
+            match check(&wish) {
+                Ok(()) => node.ledger.set(&key, wish),
+                Err(violation) => {
+                    tracing::error!(%key, %violation, "a plan is unsound and is not applied")
+                }
+            }
+        }
+        for (key, wish) in host_ports {
             match check(&wish) {
                 Ok(()) => node.ledger.set(&key, wish),
                 Err(violation) => {
@@ -484,6 +494,12 @@ impl Worker {
             }
         }
         self.pods.upkeep(&mut self.kernel, self.node.as_mut());
+        if let Ok(links) = self.kernel.links() {
+            let names = links.iter().map(|link| link.name.as_str());
+            self.report.notes = foreign_interfaces(names);
+        }
+        let earlier = earlier_configurations(&self.config.cni_conf_dir);
+        self.report.notes.extend(earlier);
         self.settle_routes(true);
         self.settle_services(Instant::now(), self.retry);
     }

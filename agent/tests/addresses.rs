@@ -257,6 +257,32 @@ fn the_file_brings_the_pool_back() {
 }
 
 #[test]
+fn whenever_writing_is_cut_short_the_file_holds_one_pool_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = AddressFile::new(dir.path());
+    let (path, partial) = (
+        dir.path().join("addresses.json"),
+        dir.path().join("addresses.json.new"),
+    );
+    let mut pool = pool(&["10.244.1.0/24"]);
+    pool.allocate(&ask(1), LATER).unwrap();
+    file.save(&pool).unwrap();
+    let (old, before) = (std::fs::read(&path).unwrap(), file.load().unwrap());
+    pool.allocate(&ask(2), LATER).unwrap();
+    file.save(&pool).unwrap();
+    let (new, after) = (std::fs::read(&path).unwrap(), file.load().unwrap());
+    assert!(!partial.exists() && before != after);
+    // What a writer leaves that is killed after any number of bytes, before it renames.
+    for written in 0..=new.len() {
+        std::fs::write(&path, &old).unwrap();
+        std::fs::write(&partial, &new[..written]).unwrap();
+        assert_eq!(file.load().unwrap(), before, "after {written} bytes");
+        file.save(&pool).unwrap();
+        assert_eq!(file.load().unwrap(), after, "and then again");
+    }
+}
+
+#[test]
 fn a_file_that_cannot_be_read_is_named_and_set_aside() {
     let dir = tempfile::tempdir().unwrap();
     let file = AddressFile::new(dir.path());

@@ -54,14 +54,14 @@ pub enum PortProtocol {
 #[serde(rename_all = "camelCase")]
 pub struct Bandwidth {
     /// Bits per second.
-    #[serde(default)]
+    #[serde(default, alias = "IngressRate")]
     pub ingress_rate: u64,
     /// Bits.
-    #[serde(default)]
+    #[serde(default, alias = "IngressBurst")]
     pub ingress_burst: u64,
-    #[serde(default)]
+    #[serde(default, alias = "EgressRate")]
     pub egress_rate: u64,
-    #[serde(default)]
+    #[serde(default, alias = "EgressBurst")]
     pub egress_burst: u64,
 }
 
@@ -127,16 +127,17 @@ pub(crate) struct RawRuntimeConfig {
     dns: Option<RawDns>,
 }
 
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
+/// containerd writes the names of these fields, of bandwidth's and of name resolution's with a capital: Go does not tell them apart.
+#[derive(Deserialize, Default)]
+#[serde(rename_all = "camelCase", default)]
 struct RawPortMapping {
-    #[serde(default)]
+    #[serde(alias = "HostPort")]
     host_port: i64,
-    #[serde(default)]
+    #[serde(alias = "ContainerPort")]
     container_port: i64,
-    #[serde(default)]
+    #[serde(alias = "Protocol")]
     protocol: String,
-    #[serde(default, rename = "hostIP")]
+    #[serde(rename = "hostIP", alias = "HostIP")]
     host_ip: String,
 }
 
@@ -144,9 +145,17 @@ struct RawPortMapping {
 #[derive(Deserialize, Default)]
 #[serde(default)]
 struct RawDns {
+    #[serde(alias = "Servers", deserialize_with = "list")]
     servers: Vec<String>,
+    #[serde(alias = "Searches", deserialize_with = "list")]
     searches: Vec<String>,
+    #[serde(alias = "Options", deserialize_with = "list")]
     options: Vec<String>,
+}
+
+/// A list; null is an empty one, as Go writes it.
+fn list<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    Option::deserialize(deserializer).map(Option::unwrap_or_default)
 }
 
 impl RawRuntimeConfig {
@@ -330,6 +339,31 @@ mod tests {
         assert_eq!(
             all.mac.map(|mac| mac.to_string()).as_deref(),
             Some("02:00:00:00:00:09")
+        );
+    }
+
+    #[test]
+    fn containerds_spelling_is_understood() {
+        let config = serde_json::json!({"runtimeConfig": {
+            "portMappings": [{"HostPort": 8080, "ContainerPort": 80, "Protocol": "tcp", "HostIP": ""}],
+            "dns": {"Servers": ["10.96.0.10"], "Searches": null, "Options": ["ndots:5"]},
+        }});
+        let found = parse(config.clone(), &[]).expect("capabilities");
+        assert_eq!(
+            found.port_mappings,
+            [PortMapping {
+                host_port: 8080,
+                container_port: 80,
+                protocol: PortProtocol::Tcp,
+                host_ip: None
+            }]
+        );
+        let raw: RawRuntimeConfig =
+            serde_json::from_value(config["runtimeConfig"].clone()).expect("its shape");
+        let dns = raw.dns().expect("name resolution");
+        assert_eq!(
+            (dns.nameservers.len(), dns.search.len(), dns.options.len()),
+            (1, 0, 1)
         );
     }
 

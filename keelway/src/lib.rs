@@ -8,6 +8,7 @@ pub mod api;
 pub mod cgroup;
 pub mod checks;
 pub mod config;
+pub mod connectivity;
 pub mod containerd;
 pub mod deploy;
 pub mod down;

@@ -42,6 +42,9 @@ enum Command {
         /// Name of the cluster [default: every cluster of this machine]
         #[arg(long)]
         name: Option<ClusterName>,
+        /// Also say how each node reaches the pods of each other one, with round trips
+        #[arg(long)]
+        connectivity: bool,
         #[arg(long, short, value_enum, default_value_t = Output::Text)]
         output: Output,
     },
@@ -155,7 +158,11 @@ async fn run(command: Command) -> anyhow::Result<()> {
                 }
             }
         }
-        Command::Status { name, output } => return status(&state, name, output).await,
+        Command::Status {
+            name,
+            connectivity,
+            output,
+        } => return status(&state, name, connectivity, output).await,
         Command::Monitor { name, arguments } => {
             checks::root("monitor")?;
             monitor::run(&state.cluster(name.as_ref()), name.as_ref(), &arguments).await?;
@@ -177,12 +184,22 @@ async fn run(command: Command) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn status(state: &StateDir, name: Option<ClusterName>, output: Output) -> anyhow::Result<()> {
+async fn status(
+    state: &StateDir,
+    name: Option<ClusterName>,
+    connectivity: bool,
+    output: Output,
+) -> anyhow::Result<()> {
     let names = name.map_or_else(|| state.names(), |name| vec![name.to_string()]);
     let mut all = Vec::new();
     for name in names {
         match Status::of(&state.cluster(&name)).await {
-            Some(status) => all.push(status),
+            Some(mut status) => {
+                if connectivity {
+                    status.connect();
+                }
+                all.push(status);
+            }
             None => bail!("cluster {name} is not up"),
         }
     }

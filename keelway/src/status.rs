@@ -7,6 +7,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::api::ClusterApi;
+use crate::connectivity::Connectivity;
 use crate::node::ServiceStatus;
 use crate::state::{ClusterDir, NodeState};
 
@@ -27,6 +28,9 @@ pub struct Status {
     pub nodes: Vec<NodeStatus>,
     pub agents: Option<Ready>,
     pub dns: Option<Ready>,
+    /// How nodes reach each other's pods, when that was asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub connectivity: Option<Connectivity>,
     /// Everything that should run does.
     pub healthy: bool,
 }
@@ -96,7 +100,15 @@ impl Status {
             nodes,
             agents,
             dns,
+            connectivity: None,
         })
+    }
+
+    /// Adds how nodes reach each other's pods; a pair that does not makes the cluster unhealthy.
+    pub fn connect(&mut self) {
+        let connectivity = Connectivity::of(&self.nodes);
+        self.healthy &= connectivity.is_whole();
+        self.connectivity = Some(connectivity);
     }
 }
 
@@ -177,6 +189,9 @@ impl fmt::Display for Status {
                 }
             }
             writeln!(f)?;
+        }
+        if let Some(connectivity) = &self.connectivity {
+            write!(f, "  pods of other nodes:\n{connectivity}")?;
         }
         Ok(())
     }

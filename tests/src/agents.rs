@@ -272,6 +272,20 @@ impl AgentNode {
             .context("a process id")
     }
 
+    /// Kills supervisor and worker, as `kill -9` does, and waits for their end.
+    pub fn kill(&mut self) -> Result<()> {
+        let mut agent = self.agent.take().context("the agent runs")?;
+        agent.kill()?;
+        agent.wait()?;
+        Ok(())
+    }
+
+    /// What kills workers of this node beside everything else.
+    pub fn killable(&self) -> Result<Killable> {
+        let supervisor = self.agent.as_ref().context("the agent runs")?.id();
+        Ok(Killable { supervisor })
+    }
+
     /// Kills the worker, and says after how long there is another one.
     pub fn kill_worker(&self) -> Result<Duration> {
         let old = self.worker()?;
@@ -359,6 +373,18 @@ impl AgentNode {
         netns: Option<&Network>,
         more: Value,
     ) -> Result<Output> {
+        Ok(self
+            .begin_cni(command, container, netns, more)?
+            .wait_with_output()?)
+    }
+
+    fn begin_cni(
+        &self,
+        command: &str,
+        container: &str,
+        netns: Option<&Network>,
+        more: Value,
+    ) -> Result<Child> {
         let mut conf = self.plugin_conf();
         if let (Value::Object(conf), Value::Object(more)) = (&mut conf, more) {
             conf.extend(more);
@@ -391,7 +417,7 @@ impl AgentNode {
             .take()
             .context("stdin")?
             .write_all(conf.to_string().as_bytes())?;
-        Ok(plugin.wait_with_output()?)
+        Ok(plugin)
     }
 
     /// The plugin's configuration for this node.
@@ -400,6 +426,30 @@ impl AgentNode {
             "cniVersion": "1.0.0", "name": "keelway", "type": "keelway-cni",
             "socket": self.socket(), "spool": self.state_dir().join("deleted"),
         })
+    }
+
+    /// Calls the plugin, and kills it when it lives longer than `life`: then there is no output.
+    pub fn cni_killed(
+        &self,
+        command: &str,
+        container: &str,
+        netns: Option<&Network>,
+        life: Duration,
+    ) -> Result<Option<Output>> {
+        let mut plugin = self.begin_cni(command, container, netns, json!({}))?;
+        // How far it gets by then is what differs from call to call; there is nothing to await.
+        std::thread::sleep(life);
+        let alive = plugin.try_wait()?.is_none();
+        if alive {
+            plugin.kill()?;
+        }
+        let output = plugin.wait_with_output()?;
+        Ok(Some(output).filter(|output| output.status.code().is_some()))
+    }
+
+    /// Where the node's pins are.
+    pub fn pin_root(&self) -> PathBuf {
+        self.pins.clone()
     }
 
     /// Names of the host's interfaces that belong to pods.
@@ -468,6 +518,23 @@ impl AgentNode {
     /// What the agent has logged.
     pub fn read_log(&self) -> String {
         fs::read_to_string(self.log()).unwrap_or_default()
+    }
+}
+
+/// The worker of a node's agent, whichever it is now.
+#[derive(Clone, Copy, Debug)]
+pub struct Killable {
+    supervisor: u32,
+}
+
+impl Killable {
+    /// Kills it; `false` when there was none at this moment.
+    pub fn kill_worker(self) -> bool {
+        let supervisor = self.supervisor;
+        fs::read_to_string(format!("/proc/{supervisor}/task/{supervisor}/children"))
+            .ok()
+            .and_then(|children| children.split_whitespace().next()?.parse().ok())
+            .is_some_and(|worker| kill(Pid::from_raw(worker), Signal::SIGKILL).is_ok())
     }
 }
 

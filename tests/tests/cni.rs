@@ -480,6 +480,80 @@ fn two_hundred_at_once_are_added_and_deleted_without_a_failure() {
     until("no pins", || Ok(node.pod_pins().is_empty().then_some(()))).expect("none");
 }
 
+#[test]
+fn ports_of_the_node_lead_to_the_pod_that_asked_for_them() {
+    let Some(topology) = topology("ports_of_the_node_lead_to_the_pod", None) else {
+        return;
+    };
+    let [node, other] = &topology.nodes;
+    let wish = json!({"runtimeConfig": {"portMappings": [
+        {"hostPort": 8081, "containerPort": 7000, "protocol": "tcp"},
+    ]}});
+    let network = Network::new().expect("a network");
+    let added = node
+        .cni("ADD", "c1", Some(&network), wish.clone())
+        .expect("the plugin");
+    let addresses = addresses_of(&cni_result(&added).expect("a result")).expect("addresses");
+    let listener = network
+        .run(|| TcpListener::bind((addresses[0], 7000)))
+        .expect("a listener");
+    let serving = thread::spawn(move || {
+        for _ in 0..2 {
+            let (mut stream, client) = listener.accept().expect("a client");
+            let answer = client.ip().to_string();
+            stream.write_all(answer.as_bytes()).expect("an answer");
+        }
+    });
+    let ask = |network: &Network| {
+        network.run(|| -> Result<String> {
+            let at = SocketAddr::from(([198, 18, 0, 1], 8081));
+            let mut stream = TcpStream::connect_timeout(&at, Duration::from_secs(5))?;
+            stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            Ok(answer)
+        })
+    };
+    until("the port", || {
+        Ok((node.report()?["frontends"] == 2).then_some(()))
+    })
+    .expect("planned");
+    assert_eq!(
+        ask(&other.host).expect("an answer"),
+        "198.18.0.2",
+        "the client's address is kept"
+    );
+    let pod = other.wire("client").expect("a pod");
+    ask(&pod.network).expect("an answer");
+    serving.join().expect("no panic");
+
+    let second = Network::new().expect("a network");
+    let refused = node
+        .cni("ADD", "c2", Some(&second), wish.clone())
+        .expect("the plugin");
+    assert!(
+        text(&refused).contains("hostPort 8081 of this node is default/c1's"),
+        "{refused:?}"
+    );
+    let killed = node.kill_worker().expect("another worker");
+    node.wait("the port again", |report| {
+        report["ready"] == true && report["frontends"] == 2
+    })
+    .unwrap_or_else(|error| panic!("{error:#} after {killed:?}"));
+    assert!(
+        node.cni("DEL", "c1", None, json!({}))
+            .expect("the plugin")
+            .status
+            .success()
+    );
+    node.wait("no port", |report| report["frontends"] == 0)
+        .expect("it goes");
+    let added = node
+        .cni("ADD", "c2", Some(&second), wish)
+        .expect("the plugin");
+    cni_result(&added).expect("the port is free again");
+}
+
 /// cnitool of this machine, if there is one.
 fn cnitool() -> Option<PathBuf> {
     let named = std::env::var_os("KEELWAY_CNITOOL").map(PathBuf::from);

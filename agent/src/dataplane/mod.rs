@@ -111,6 +111,11 @@ pub struct Collected {
     pub pressure: u32,
 }
 
+/// Everything that a node's maps hold, for whoever looks from beside its agent.
+pub fn held(pin_root: &Path) -> Result<State, Error> {
+    Tables::adopt(PinnedMaps::open(&pin_root.join(format!("v{ABI_VERSION}")))?).state()
+}
+
 /// The loaded data plane of this node.
 pub struct Dataplane {
     programs: Programs,

@@ -4,10 +4,12 @@
 //! the plans of all Services, gives each service port an id, and diffs wishes against what the maps hold.
 
 mod endpoints;
+mod host_ports;
 mod ledger;
 mod routes;
 mod service;
 
+pub use host_ports::{collide, host_ports_key, plan_host_ports};
 pub use ledger::{Batch, Ledger, Refusal};
 pub use routes::{
     NodeRoute, PathKey, Probed, RouteChange, RoutePlan, Routing, diff_routes, plan_routes,

@@ -6,7 +6,9 @@ use std::time::Instant;
 
 use ipnetwork::IpNetwork;
 use keelway_cni::protocol::{Response, Wish};
-use keelway_cni::{AddResult, Attachment, CniError, Code, Interface, IpConfig, Mac, Route, spool};
+use keelway_cni::{
+    AddResult, Attachment, CniError, Code, Interface, IpConfig, Mac, PortMapping, Route, spool,
+};
 use nix::errno::Errno;
 
 use super::background::in_background;
@@ -15,6 +17,7 @@ use crate::addresses::{Ask, host_interface};
 use crate::event::{Event, Reply};
 use crate::net::{Kernel, Link, Netlink, PodWire, everything, pod_gateway, wire_pod};
 use crate::node::{Node, NodeError};
+use crate::plan::collide;
 use crate::worker::reason;
 
 impl Pods {
@@ -47,6 +50,14 @@ impl Pods {
             return Err(CniError::new(
                 Code::UnsupportedField,
                 "bandwidth: limits are set by another plugin of the chain, not by this one",
+            ));
+        }
+        if let Some((port, pod)) =
+            self.taken_port(&host_interface, &wish.capabilities.port_mappings)
+        {
+            return Err(CniError::new(
+                Code::Failed,
+                format!("hostPort {port} of this node is {pod}'s"),
             ));
         }
         // An ADD overtakes a deletion of its own past that still waits.
@@ -89,6 +100,26 @@ impl Pods {
             again: false,
         });
         Ok(())
+    }
+
+    /// A port of the node that another pod has, and whose it is.
+    fn taken_port(&self, host_interface: &str, wished: &[PortMapping]) -> Option<(u16, String)> {
+        let others = self
+            .pool
+            .allocations()
+            .filter(|one| one.host_interface != host_interface);
+        for other in others {
+            let both =
+                |wish: &&PortMapping| other.port_mappings.iter().any(|had| collide(wish, had));
+            if let Some(wish) = wished.iter().find(both) {
+                let pod = other
+                    .pod
+                    .clone()
+                    .unwrap_or_else(|| other.host_interface.clone());
+                return Some((wish.host_port, pod));
+            }
+        }
+        None
     }
 
     /// Refuses ADDs that wait for their addresses to be on disk.
@@ -183,6 +214,9 @@ impl Pods {
                 self.add_last_us =
                     u64::try_from(one.began.elapsed().as_micros()).unwrap_or(u64::MAX);
                 self.indexes.insert(host_interface.clone(), link.index);
+                if !one.wish.capabilities.port_mappings.is_empty() {
+                    self.host_ports.insert(host_interface.clone());
+                }
                 tracing::info!(%attachment, addresses = ?one.wire.addresses, took_us = self.add_last_us, "pod added");
                 Response::Added(result_of(&one.wish, &one.wire, &link))
             }

@@ -100,6 +100,9 @@ impl Pods {
         let mut addresses = Vec::new();
         for name in gone {
             if let Some(gone) = self.pool.bury(&name) {
+                if !gone.port_mappings.is_empty() {
+                    self.host_ports.insert(name.clone());
+                }
                 tracing::info!(addresses = ?gone.addresses, pod = gone.pod, "a pod went without a word");
                 addresses.extend(gone.addresses);
             }

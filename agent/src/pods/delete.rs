@@ -75,6 +75,9 @@ impl Pods {
         };
         if known {
             if let Some(gone) = self.pool.bury(name) {
+                if !gone.port_mappings.is_empty() {
+                    self.host_ports.insert(name.into());
+                }
                 tracing::info!(name, addresses = ?gone.addresses, pod = gone.pod, "pod deleted");
             }
             self.unsaved = true;

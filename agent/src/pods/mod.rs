@@ -11,13 +11,14 @@ mod collect;
 mod delete;
 mod spares;
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Instant, SystemTime};
 
+use cluster_model::ServiceKey;
 use ipnetwork::IpNetwork;
 use keelway_cni::protocol::{Request, Response, Wish};
 use keelway_cni::{Attachment, Mac};
@@ -30,6 +31,7 @@ use crate::dataplane::{LocalPod, Op};
 use crate::event::{Event, Reply};
 use crate::net::{Kernel, Link, PodWire, is_spare};
 use crate::node::{Node, NodeError};
+use crate::plan::{ServicePlan, host_ports_key, plan_host_ports};
 use crate::report::Report;
 
 /// The pods of this node and their addresses.
@@ -50,6 +52,8 @@ pub struct Pods {
     burying: HashSet<String>,
     /// Indexes of the host's interfaces.
     indexes: HashMap<String, u32>,
+    /// Interfaces of pods whose ports of the node are to be planned again.
+    host_ports: BTreeSet<String>,
     /// The pool changed since it was written.
     unsaved: bool,
     problem: Option<String>,
@@ -103,6 +107,7 @@ impl Pods {
             deletions: Vec::new(),
             burying: HashSet::new(),
             indexes: HashMap::new(),
+            host_ports: BTreeSet::new(),
             unsaved: false,
             problem,
             requests: BTreeMap::new(),
@@ -165,6 +170,9 @@ impl Pods {
             node.dataplane.attach_pod(link.index)?;
             self.indexes.insert(link.name.clone(), link.index);
             wanted.extend(allocation.addresses.iter().copied());
+            if !allocation.port_mappings.is_empty() {
+                self.host_ports.insert(link.name.clone());
+            }
             let held = routes.get(&link.index).map_or(&[][..], Vec::as_slice);
             if allocation.addresses.iter().any(|ip| !held.contains(ip)) {
                 kernel.connect_pod(
@@ -220,6 +228,19 @@ impl Pods {
         } else {
             self.refuse_waiting();
         }
+    }
+
+    /// The plans of ports of the node that changed since they were last taken; the empty one for a pod that is gone.
+    pub fn take_host_ports(&mut self) -> Vec<(ServiceKey, ServicePlan)> {
+        let names = std::mem::take(&mut self.host_ports);
+        let plan = |name: String| {
+            let plan = self
+                .pool
+                .get(&name)
+                .map(|pod| plan_host_ports(&name, &pod.addresses, &pod.port_mappings));
+            (host_ports_key(&name), plan.unwrap_or_default())
+        };
+        names.into_iter().map(plan).collect()
     }
 
     /// Why no pod can be given an address, if so.

@@ -1,0 +1,112 @@
+//! What else is on a node that could be in the way: other network plugins and what they leave behind. It is named, never touched.
+
+use std::fs;
+use std::path::Path;
+
+use crate::install::CONF_LIST;
+
+/// Interfaces of other network plugins and proxies, by name or its beginning, and whose they are.
+const INTERFACES: [(&str, &str); 14] = [
+    ("antrea-gw", "Antrea"),
+    ("cali", "Calico"),
+    ("cilium_", "Cilium"),
+    ("cni0", "the bridge plugin"),
+    ("cni-podman", "Podman"),
+    ("flannel", "Flannel"),
+    ("kube-bridge", "kube-router"),
+    ("kube-ipvs0", "kube-proxy in IPVS mode"),
+    ("lxc", "Cilium"),
+    ("nodelocaldns", "NodeLocal DNSCache"),
+    ("ovn-k8s", "OVN-Kubernetes"),
+    ("tunl0", "Calico or kube-router"),
+    ("vxlan.calico", "Calico"),
+    ("weave", "Weave Net"),
+];
+
+/// What interfaces of others are there, in words.
+pub fn foreign_interfaces<'a>(names: impl IntoIterator<Item = &'a str>) -> Vec<String> {
+    let mut found: Vec<String> = Vec::new();
+    for name in names {
+        // The longest beginning says most.
+        let owner = INTERFACES
+            .iter()
+            .filter(|(beginning, _)| name.starts_with(beginning))
+            .max_by_key(|(beginning, _)| beginning.len());
+        if let Some((_, owner)) = owner {
+            let note = format!(
+                "interface {name} is of {owner}: what it left behind may lead packets astray"
+            );
+            // Many pods of one plugin are one finding.
+            let of_owner = format!("is of {owner}:");
+            if !found.iter().any(|one| one.contains(&of_owner)) {
+                found.push(note);
+            }
+        }
+    }
+    found
+}
+
+/// Network configurations that runtimes take before ours, since they take the first by name. A folder that cannot be read has none.
+pub fn earlier_configurations(dir: &Path) -> Vec<String> {
+    let mut found: Vec<String> = fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .filter(|name| {
+            let is_configuration = [".conf", ".conflist", ".json"]
+                .iter()
+                .any(|end| name.ends_with(end));
+            is_configuration && name.as_str() < CONF_LIST
+        })
+        .map(|name| {
+            format!(
+                "{} comes before {CONF_LIST}: runtimes give pods that network instead",
+                dir.join(name).display()
+            )
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_others_left_is_named_once_each_and_ours_is_not() {
+        let names = [
+            "lo",
+            "eth0",
+            "keelway-svc",
+            "kw0123456789ab",
+            "cali12",
+            "cali13",
+            "vxlan.calico",
+            "flannel.1",
+        ];
+        let found = foreign_interfaces(names);
+        assert_eq!(found.len(), 2, "{found:?}");
+        assert!(found[0].contains("cali12 is of Calico") && found[1].contains("Flannel"));
+    }
+
+    #[test]
+    fn configurations_that_come_first_are_named() {
+        let dir = tempfile::tempdir().expect("a folder");
+        for name in [
+            "00-multus.conf",
+            "10-flannel.conflist",
+            "04-notes.txt",
+            CONF_LIST,
+        ] {
+            fs::write(dir.path().join(name), "").expect("a file");
+        }
+        let found = earlier_configurations(dir.path());
+        assert!(
+            found.len() == 1 && found[0].contains("00-multus.conf comes before"),
+            "{found:?}"
+        );
+        assert!(earlier_configurations(Path::new("/nowhere")).is_empty());
+    }
+}
