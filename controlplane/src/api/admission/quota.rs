@@ -224,6 +224,9 @@ pub fn usage(resource: &Resource, object: &Value) -> Usage {
     let mut usage = Usage::new();
     let one = Quantity::count(1);
     usage.insert(format!("count/{}", resource.qualified()), one);
+    if resource.group == "resource.k8s.io" && resource.plural == "resourceclaims" {
+        devices(object, &mut usage);
+    }
     if !resource.group.is_empty() {
         return usage;
     }
@@ -306,12 +309,51 @@ fn pod_usage(pod: &Value, usage: &mut Usage) {
     }
 }
 
+/// The most devices that one claim can be given: what a request for all of them counts as.
+const DEVICES_MAX: i64 = 32;
+
+/// Devices that a claim asks for, by class. Of alternatives, the one that asks for most counts.
+fn devices(claim: &Value, usage: &mut Usage) {
+    let asked = |request: &Value| {
+        let count = match request.text("/allocationMode") {
+            "All" => DEVICES_MAX,
+            _ => request.int("/count").max(1),
+        };
+        let class = request.text("/deviceClassName");
+        (
+            format!("{class}.deviceclass.resource.k8s.io/devices"),
+            count,
+        )
+    };
+    for request in claim.items("/spec/devices/requests") {
+        let mut most: BTreeMap<String, i64> = BTreeMap::new();
+        let exactly = request.pointer("/exactly").into_iter();
+        for (class, count) in exactly.chain(request.items("/firstAvailable")).map(asked) {
+            let entry = most.entry(class).or_default();
+            *entry = count.max(*entry);
+        }
+        for (class, count) in most {
+            let entry = usage.entry(class).or_insert(Quantity::ZERO);
+            *entry = *entry + Quantity::count(count);
+        }
+    }
+}
+
 /// Whether all scopes of a quota hold of an object. Only pods, and claims by their class, have scopes.
 pub fn covers(quota: &Value, resource: &Resource, object: &Value) -> bool {
     let scopes = quota.items("/spec/scopes");
     let expressions = quota.items("/spec/scopeSelector/matchExpressions");
     if scopes.is_empty() && expressions.is_empty() {
         return true;
+    }
+    if resource.group.is_empty() && resource.plural == "persistentvolumeclaims" {
+        let of_class = |scope: &str| scope == "VolumeAttributesClass";
+        let class = object.text("/spec/volumeAttributesClassName");
+        let mut plain = scopes.iter().filter_map(Value::as_str);
+        return plain.all(|scope| of_class(scope) && !class.is_empty())
+            && expressions.iter().all(|expression| {
+                of_class(expression.text("/scopeName")) && in_class(expression, class)
+            });
     }
     if !is_pods(resource) {
         return false;
@@ -467,6 +509,26 @@ mod tests {
             resource("pods"),
             &pod(json!({"priorityClassName": "high"}))
         ));
+    }
+
+    #[test]
+    fn claims_count_by_the_class_of_their_volume_and_devices_by_theirs() {
+        let quota = json!({"spec": {"scopeSelector": {"matchExpressions": [
+            {"scopeName": "VolumeAttributesClass", "operator": "In", "values": ["gold"]}]}}});
+        let claim = |class: &str| json!({"spec": {"volumeAttributesClassName": class}});
+        let claims = resource("persistentvolumeclaims");
+        assert!(covers(&quota, claims, &claim("gold")));
+        assert!(!covers(&quota, claims, &claim("silver")));
+        assert!(!covers(&quota, resource("pods"), &json!({})));
+        let devices = registry::resource("resource.k8s.io", "v1", "resourceclaims").expect("a row");
+        let claim = json!({"spec": {"devices": {"requests": [
+            {"exactly": {"deviceClassName": "gpu", "count": 2}},
+            {"firstAvailable": [{"deviceClassName": "gpu"}, {"deviceClassName": "gpu", "allocationMode": "All"}]}]}}});
+        let used = usage(devices, &claim);
+        assert_eq!(
+            used["gpu.deviceclass.resource.k8s.io/devices"],
+            Quantity::count(34)
+        );
     }
 
     #[test]
