@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use futures::TryStreamExt;
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::api::core::v1::{Node, Pod, ServiceAccount};
 use kube::api::{Api, DeleteParams, ObjectMeta, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::runtime::{WatchStreamExt, watcher};
@@ -141,6 +141,15 @@ impl Cluster {
             self.nodes.spawn(renew(self.client.clone(), name));
         }
         self.nodes.spawn(run_pods(self.client.clone()));
+    }
+
+    /// Waits until pods may be made: they need their namespace's account.
+    pub async fn takes_pods(&self) {
+        let accounts: Api<ServiceAccount> = self.api("default");
+        self.eventually("the default account is there", async || {
+            matches!(accounts.get_opt("default").await, Ok(Some(_)))
+        })
+        .await;
     }
 
     /// Name of the user that a token stands for, as the API server tells whoever asks with it.

@@ -71,6 +71,7 @@ async fn the_more_important_pod_gets_the_room() {
     cluster.add_nodes(1).await;
     let classes: Api<PriorityClass> = Api::all(cluster.client.clone());
     let pods: Api<Pod> = cluster.api("default");
+    cluster.takes_pods().await;
     let budgets: Api<PodDisruptionBudget> = cluster.api("default");
     for (name, value) in [("low", 1), ("high", 1000)] {
         let class = json!({"metadata": {"name": name}, "value": value});
@@ -266,6 +267,7 @@ async fn an_evicted_pod_says_so_before_it_goes() {
     let mut cluster = Cluster::start().await;
     cluster.add_nodes(1).await;
     let pods: Api<Pod> = cluster.api("default");
+    cluster.takes_pods().await;
     let pod = json!({
         "metadata": {"name": "held", "finalizers": ["acme.io/counts"]},
         "spec": {"containers": [{"name": "main", "image": "image"}]},
