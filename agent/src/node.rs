@@ -115,6 +115,13 @@ impl From<dataplane::Error> for NodeError {
     }
 }
 
+impl NodeError {
+    /// Whether the BPF file system lost what was pinned: somebody unmounted it, or removed the directory.
+    pub fn pins_are_gone(&self) -> bool {
+        matches!(self, Self::Dataplane(error) if matches!(**error, dataplane::Error::Pins { .. }))
+    }
+}
+
 /// A node whose data plane is up.
 pub struct Node {
     pub dataplane: Dataplane,
@@ -131,6 +138,8 @@ pub struct Node {
     flows: u32,
     /// The node has IPv6 pods.
     ipv6: bool,
+    /// Whose sockets are translated, if any are.
+    cgroup: Option<PathBuf>,
 }
 
 impl Node {
@@ -203,6 +212,7 @@ impl Node {
             host_addresses,
             flows: 0,
             ipv6,
+            cgroup: config.socket_lb.then(|| config.cgroup.clone()),
         };
         node.settle_host_addresses(kernel)?;
         Ok(node)
@@ -253,6 +263,10 @@ impl Node {
 
     /// Collects flows whose time is up, and follows the machine's own addresses.
     pub fn upkeep(&mut self, kernel: &mut Kernel) -> Result<(), NodeError> {
+        let repaired = self.dataplane.repair(self.cgroup.as_deref())?;
+        if !repaired.is_empty() {
+            tracing::warn!(?repaired, "programs that somebody took off hang again");
+        }
         let collected = self.dataplane.collect_flows()?;
         tracing::debug!(?collected, "flows");
         self.flows = collected.left;

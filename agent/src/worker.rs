@@ -25,7 +25,7 @@ use crate::install;
 use crate::metrics::{Extent, Measures};
 use crate::monitor::Hub;
 use crate::net::{Kernel, Netlink, NetlinkError};
-use crate::node::{Identity, IdentityFile, Node};
+use crate::node::{Identity, IdentityFile, Node, NodeError};
 use crate::plan::{Here, check, plan};
 use crate::pods::Pods;
 use crate::progress::Progress;
@@ -50,6 +50,8 @@ pub enum WorkerError {
     Netlink(#[from] NetlinkError),
     #[error("this node's addresses or ranges changed from {0} to {1}: starting over")]
     IdentityChanged(Identity, Identity),
+    #[error("the pins are gone, and with them what they held: starting over")]
+    PinsGone(#[source] NodeError),
 }
 
 /// The state of the agent.
@@ -152,7 +154,7 @@ impl Worker {
             self.settle_services(taken, false);
             self.pods.settle();
             if Instant::now() >= upkeep_due {
-                self.upkeep();
+                self.upkeep()?;
                 let pause = if self.node.is_some() {
                     UPKEEP_INTERVAL
                 } else {
@@ -289,6 +291,14 @@ impl Worker {
     /// Learns who this node is, sets it up once that is known, and keeps its routes.
     fn settle_node(&mut self) -> Result<(), WorkerError> {
         let dirty: Vec<Arc<str>> = std::mem::take(&mut self.dirty.nodes).into_iter().collect();
+        if !dirty.is_empty() {
+            // Whether a balanced address is a Service's alone depends on the nodes' own.
+            let balanced = self.snapshot.services();
+            let balanced = balanced.filter(|service| !service.load_balancer_ips.is_empty());
+            self.dirty
+                .services
+                .extend(balanced.map(|service| service.key.clone()));
+        }
         if dirty.contains(&self.here.node)
             && let Some(object) = self.snapshot.node(&self.here.node).cloned()
         {
@@ -472,7 +482,7 @@ impl Worker {
         }
     }
 
-    fn upkeep(&mut self) {
+    fn upkeep(&mut self) -> Result<(), WorkerError> {
         // A watch that goes on where it broke off does not say so while nothing happens; one that fails says so again.
         if self
             .watch_failed
@@ -487,6 +497,7 @@ impl Worker {
         if let Some(node) = &mut self.node {
             match node.upkeep(&mut self.kernel) {
                 Ok(()) => drop(self.problems.remove("upkeep")),
+                Err(error) if error.pins_are_gone() => return Err(WorkerError::PinsGone(error)),
                 Err(error) => {
                     let why = reason(&error);
                     self.problem("upkeep", why);
@@ -502,6 +513,7 @@ impl Worker {
         self.report.notes.extend(earlier);
         self.settle_routes(true);
         self.settle_services(Instant::now(), self.retry);
+        Ok(())
     }
 
     /// Whether an ADD would be served, as CNI's STATUS asks.

@@ -28,12 +28,17 @@ pub struct Caller {
     pub is_host: bool,
     /// The packet hooks translate, and reject, what the socket hook leaves alone.
     pub packet_lb: bool,
+    /// It connects a datagram socket, which will send to that address from then on without asking again.
+    pub connects_datagrams: bool,
     /// The caller's address, where it is known: the node's, for the host. A pod's is not.
     pub client: Client,
 }
 
 /// Where a socket's destination leads. `known` is what the socket was given before: a datagram socket keeps its backend
 /// as long as it is one.
+///
+/// A connected datagram socket would stay with a backend that is gone: nothing tells its owner. So these are left to the packet
+/// hooks, which choose anew, where there are any on the way.
 ///
 /// What depends on the client's address (affinity, ranges of sources) is left to the packet hooks for pods, so that there
 /// is one answer; without packet hooks, `caller.client` is whatever tells clients apart, and ranges let pods in.
@@ -44,6 +49,10 @@ pub fn destination<T: Tables>(
     frontend: &FrontendKey,
     known: Option<&SocketPeers>,
 ) -> Outcome {
+    // Of what a pod sends, the packet hooks see everything.
+    if caller.connects_datagrams && caller.packet_lb && !caller.is_host {
+        return Outcome::Leave;
+    }
     let Some(lead) = lead(tables, caller, frontend) else {
         if !rejected_by_packet(tables, caller, frontend)
             && tables
@@ -55,6 +64,9 @@ pub fn destination<T: Tables>(
         }
         return Outcome::Leave;
     };
+    if caller.connects_datagrams && rejected_by_packet(tables, caller, frontend) {
+        return Outcome::Leave;
+    }
     let service = lead.internal;
     if lead.flags & LEAD_GUARDED != 0 {
         if !caller.is_host && caller.packet_lb {
@@ -193,6 +205,7 @@ mod tests {
     const POD: Caller = Caller {
         is_host: false,
         packet_lb: true,
+        connects_datagrams: false,
         client: Client::UNKNOWN,
     };
     const POD_WITHOUT_PACKETS: Caller = Caller {
@@ -285,6 +298,58 @@ mod tests {
             translated(destination(&tables, &POD, &dns(), Some(&peers))).backend,
             addr([10, 0, 0, 9])
         );
+    }
+
+    const HOST: Caller = Caller {
+        is_host: true,
+        client: Client::at(Addr::from_v4_be(u32::from_ne_bytes([198, 18, 0, 1]))),
+        ..POD
+    };
+
+    fn at(text: &str, protocol: u8) -> FrontendKey {
+        let at: std::net::SocketAddr = text.parse().unwrap();
+        FrontendKey::new(at.ip().into(), at.port().to_be(), protocol)
+    }
+
+    #[test]
+    fn connected_datagram_sockets_are_left_to_packet_hooks_where_there_are_any() {
+        let tables = Memory::default();
+        tables.set_service(3, &["10.0.0.5:5353"], &[]);
+        tables.set_frontend("10.96.0.10:53", proto::UDP, 3);
+        tables.set_lead("0.0.0.0:30053", proto::UDP, Lead::new(3, 3, 0));
+        let connecting = |caller: Caller| Caller {
+            connects_datagrams: true,
+            ..caller
+        };
+        let left = |caller| destination(&tables, &connecting(caller), &dns(), None);
+        assert_eq!(left(POD), Outcome::Leave);
+        assert_eq!(left(HOST), Outcome::Leave);
+        translated(left(POD_WITHOUT_PACKETS));
+        // No packet hook is on the host's way to its own ports.
+        let own = at("127.0.0.1:30053", proto::UDP);
+        translated(destination(&tables, &connecting(HOST), &own, None));
+    }
+
+    #[test]
+    fn what_depends_on_a_pods_address_is_left_to_the_packet_hooks() {
+        let tables = Memory::default();
+        tables.set_service(3, &["10.0.0.5:53", "10.0.0.6:53"], &[]);
+        tables.set_affinity_timeout(3, 60);
+        tables.set_frontend("10.96.0.10:53", proto::UDP, 3);
+        assert_eq!(destination(&tables, &POD, &dns(), None), Outcome::Leave);
+        let host = translated(destination(&tables, &HOST, &dns(), None)).backend;
+        for _ in 0..20 {
+            let again = translated(destination(&tables, &HOST, &dns(), None)).backend;
+            assert_eq!(again, host);
+        }
+        tables.set_service(4, &["10.0.0.5:53"], &[]);
+        tables.set_lead("192.0.2.1:53", proto::UDP, Lead::new(4, 4, LEAD_GUARDED));
+        let guarded = at("192.0.2.1:53", proto::UDP);
+        assert_eq!(destination(&tables, &POD, &guarded, None), Outcome::Leave);
+        assert_eq!(destination(&tables, &HOST, &guarded, None), Outcome::Refuse);
+        let range = (4, addr([198, 18, 0, 0]), 96 + 24);
+        tables.ranges.borrow_mut().push(range);
+        translated(destination(&tables, &HOST, &guarded, None));
     }
 
     #[test]

@@ -4,13 +4,46 @@
 use std::{
     io::{self, Read as _, Write as _},
     net::{SocketAddr, TcpStream, UdpSocket},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// How long a client waits.
 pub const TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Carries out `tcp ADDRESS`, `udp ADDRESS` or `udp-connected ADDRESS`; by `NUMBER*tcp ADDRESS` so many times over, giving the
+/// Connects a datagram socket and asks until another server answers: the answers, each once, refusals among them.
+fn follow(at: SocketAddr) -> io::Result<String> {
+    let socket = UdpSocket::bind(any(at))?;
+    socket.connect(at)?;
+    socket.set_read_timeout(Some(Duration::from_millis(50)))?;
+    let ask = || -> io::Result<String> {
+        socket.send(b"hello")?;
+        let mut buffer = [0; 256];
+        let len = socket.recv(&mut buffer)?;
+        Ok(String::from_utf8_lossy(&buffer[..len]).into_owned())
+    };
+    let first = ask()?;
+    let mut seen = vec![first.clone()];
+    let start = Instant::now();
+    while start.elapsed() < 2 * TIMEOUT {
+        let next = match ask() {
+            Ok(answer) => answer,
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => "refused".into(),
+            Err(_) => continue,
+        };
+        if seen.last() != Some(&next) {
+            seen.push(next);
+        }
+        if seen
+            .last()
+            .is_some_and(|last| *last != first && last != "refused")
+        {
+            return Ok(seen.join(", "));
+        }
+    }
+    Err(io::Error::new(io::ErrorKind::TimedOut, seen.join(", ")))
+}
+
+/// Carries out `follow ADDRESS` (see above), `tcp ADDRESS`, `udp ADDRESS` or `udp-connected ADDRESS`; by `NUMBER*tcp ADDRESS` so many times over, giving the
 /// different answers in order.
 pub fn carry_out(request: &str) -> io::Result<String> {
     let invalid = || io::Error::new(io::ErrorKind::InvalidInput, request.to_owned());
@@ -26,6 +59,7 @@ pub fn carry_out(request: &str) -> io::Result<String> {
             "tcp" => tcp(at)?,
             "udp" => udp(at)?,
             "udp-connected" => udp_connected(at)?,
+            "follow" => follow(at)?,
             _ => return Err(invalid()),
         });
     }

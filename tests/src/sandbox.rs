@@ -85,6 +85,12 @@ impl Network {
         made.join().unwrap_or_else(|panic| resume_unwind(panic))
     }
 
+    /// The same namespace, for another thread.
+    pub fn try_clone(&self) -> Result<Self> {
+        let file = self.0.try_clone();
+        Ok(Self(file.context("cannot share the network namespace")?))
+    }
+
     /// A path that leads here, for programs that this process starts.
     pub fn path(&self) -> PathBuf {
         use std::os::fd::AsRawFd as _;

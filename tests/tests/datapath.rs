@@ -171,7 +171,60 @@ fn sockets_and_packets_together_translate_once() {
             .unwrap()
             .1
     };
-    assert_eq!(count(Reason::ServiceTranslated), 0);
+    // Connected datagram sockets are the packet hooks', so that they leave a backend that is gone.
+    assert_eq!(count(Reason::SocketTranslated), 20);
+    assert_eq!(count(Reason::ServiceTranslated), 10);
+}
+
+#[test]
+fn connected_datagram_sockets_follow_their_endpoints_also_through_none() {
+    for hooks in [PER_PACKET, BOTH] {
+        let Some((_sandbox, mut nodes)) = started("connected datagrams", hooks) else {
+            return;
+        };
+        let cgroup = hooks.socket_lb.then(|| Cgroup::new().unwrap());
+        if let Some(cgroup) = &cgroup {
+            nodes.nodes[0]
+                .dataplane()
+                .attach_cgroup(cgroup.path())
+                .unwrap();
+        }
+        for client in ["a", "node-1"] {
+            let answers = |nodes: &mut Nodes| {
+                let counters = nodes.nodes[0].dataplane().counters().unwrap();
+                let of = |(reason, count): &(Reason, u64)| {
+                    let wanted = matches!(reason, Reason::ReplyTranslated | Reason::NoBackend);
+                    wanted.then_some(*count)
+                };
+                counters.iter().filter_map(of).collect::<Vec<u64>>()
+            };
+            nodes.serve(2, "10.96.0.2:80", &["b"]).unwrap();
+            let before = answers(&mut nodes);
+            let node = &nodes.nodes[0];
+            let network = node.pods.get(client).map_or(&node.host, |pod| &pod.network);
+            let path = network.try_clone().unwrap();
+            let cgroup = cgroup.as_ref();
+            let told = thread::scope(|scope| {
+                let asking = scope.spawn(move || ask(&path, cgroup, "follow 10.96.0.2:80"));
+                let wait = |index: usize, nodes: &mut Nodes| {
+                    let start = Instant::now();
+                    while answers(nodes)[index] == before[index] && start.elapsed() < TIMEOUT {
+                        thread::yield_now();
+                    }
+                };
+                wait(0, &mut nodes);
+                nodes.serve(2, "10.96.0.2:80", &[]).unwrap();
+                wait(1, &mut nodes);
+                nodes.serve(2, "10.96.0.2:80", &["c"]).unwrap();
+                asking.join().unwrap().unwrap()
+            });
+            let names: Vec<&str> = told
+                .split(", ")
+                .map(|answer| answer.split(' ').next().unwrap())
+                .collect();
+            assert_eq!(names, ["b", "refused", "c"], "{client} with {hooks:?}");
+        }
+    }
 }
 
 #[test]

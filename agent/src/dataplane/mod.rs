@@ -207,6 +207,12 @@ impl Dataplane {
         }
     }
 
+    /// Hangs on again what somebody took off: a link that hangs nowhere though its interface is there, or the control group. Gives
+    /// the names of what was missing. Fails when the pins themselves are gone: with their file system, all that they held is.
+    pub fn repair(&mut self, cgroup: Option<&Path>) -> Result<Vec<String>, Error> {
+        self.programs.repair(cgroup)
+    }
+
     /// Counters since the maps were made, all of them, in the order of [`Reason::ALL`].
     pub fn counters(&self) -> Result<Vec<(Reason, u64)>, Error> {
         self.programs.counters()

@@ -422,6 +422,56 @@ impl Programs {
         Ok(())
     }
 
+    /// Hangs on again what hangs nowhere though it should; see [`super::Dataplane::repair`].
+    pub fn repair(&self, cgroup: Option<&Path>) -> Result<Vec<String>, Error> {
+        let mut repaired = Vec::new();
+        for path in self.pinned()? {
+            let (Some(name), Some(pin)) = (program_of(&path), path.file_name()) else {
+                continue;
+            };
+            let failed = |source| Error::Link {
+                link: path.clone(),
+                source,
+            };
+            let link = match sys::open_pinned(&path) {
+                Ok(link) => link,
+                // A thread beside the loop removed it just now, with its interface.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(failed(error)),
+            };
+            let target = sys::link_target(link.as_fd()).map_err(failed)?;
+            let pin = pin.to_string_lossy().into_owned();
+            match target {
+                LinkTarget::Interface(0) => {
+                    unlink(&path)?;
+                    let (_, ifindex) = pin.split_once('-').unwrap_or_default();
+                    let program = PacketProgram::ALL
+                        .into_iter()
+                        .find(|program| program.name() == name);
+                    let (Some(program), Ok(ifindex)) = (program, ifindex.parse()) else {
+                        continue;
+                    };
+                    match self.attach_packet(program, ifindex) {
+                        Ok(()) => repaired.push(pin),
+                        // The interface is gone, as it should be then.
+                        Err(Error::Attach { source, .. })
+                            if source.raw_os_error() == Some(libc::ENODEV) => {}
+                        Err(error) => return Err(error),
+                    }
+                }
+                LinkTarget::Cgroup(0) => {
+                    unlink(&path)?;
+                    if let Some(cgroup) = cgroup {
+                        self.attach_cgroup(cgroup)?;
+                        repaired.push(pin);
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(repaired)
+    }
+
     fn pinned(&self) -> Result<Vec<PathBuf>, Error> {
         let failed = |source| Error::Pins {
             path: self.links.clone(),

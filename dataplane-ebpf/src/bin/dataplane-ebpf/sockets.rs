@@ -93,7 +93,7 @@ fn set_port(call: *mut bpf_sock_addr, port: u16) {
 
 /// Whose call it is.
 #[inline(always)]
-fn caller(call: *mut bpf_sock_addr, asked: &Addr) -> Caller {
+fn caller(call: *mut bpf_sock_addr, asked: &Addr, connects_datagrams: bool) -> Caller {
     // SAFETY: a valid context.
     let netns = unsafe { bpf_get_netns_cookie(call.cast()) };
     let is_host = netns == HOST_NETNS.load();
@@ -112,6 +112,7 @@ fn caller(call: *mut bpf_sock_addr, asked: &Addr) -> Caller {
     Caller {
         is_host,
         packet_lb,
+        connects_datagrams,
         client,
     }
 }
@@ -131,13 +132,16 @@ fn names<F: Family>(ctx: &SockAddrContext, keeps: bool) -> i32 {
     };
     // SAFETY: the caller is a hook of the family.
     let frontend = FrontendKey::new(unsafe { F::addr(call) }, port(call), protocol);
+    // The packet hooks leave IPv6 alone so far.
+    let connects_datagrams = protocol == proto::UDP && !keeps && frontend.addr.v4_be().is_some();
+    let caller = caller(call, &frontend.addr, connects_datagrams);
     // SAFETY: null or the storage of the call's socket, which the call holds.
     let known: Option<&SocketPeers> = if keeps {
         unsafe { SOCKET_PEERS.get_ptr_mut(ctx).as_ref() }
     } else {
         None
     };
-    match destination(&Maps, &caller(call, &frontend.addr), &frontend, known) {
+    match destination(&Maps, &caller, &frontend, known) {
         Outcome::Leave => ALLOW,
         Outcome::Refuse => {
             // SAFETY: no memory arguments.

@@ -1,0 +1,664 @@
+//! Services as kube-proxy's rules have them: random sequences of Service, EndpointSlice and Node changes, planned and applied as the
+//! agent does it, and after every step both kinds of hooks are asked by every kind of client for every address. What they answer is
+//! held against a model of the rules, written from the API's documentation and KEP-1669, 1860, 2086, 2433, 2447, 3015 and 3685.
+//!
+//! The hooks are the programs' own logic over maps in memory: nothing here needs root.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::Arc,
+};
+
+use cluster_model::*;
+use dataplane_abi::{FROM_HOST, FROM_POD, FrontendKey, LEAD_GUARDED, MARKER_EXTERNAL};
+use dataplane_ebpf::{
+    balance::Client as Asking,
+    hook::{self, Features, Verdict},
+    memory::{Bytes, Memory},
+    socket::{Caller, Outcome, destination},
+};
+use ipnetwork::IpNetwork;
+use keelway_agent::{
+    dataplane::{Op, State, Vip},
+    plan::{Batch, Here, Ledger, check, plan},
+};
+use keelway_tests::packets::{tcp, tcp_flag, udp};
+use proptest::prelude::*;
+
+const NODE: &str = "node-1";
+const NODE_IP: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 11);
+const POD: Ipv4Addr = Ipv4Addr::new(10, 244, 0, 1);
+const POD_INTERFACE: u32 = 7;
+const OUTSIDE: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 9);
+
+fn here() -> Here {
+    Here {
+        node: NODE.into(),
+        zone: Some("a".into()),
+    }
+}
+
+// The model.
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Client {
+    PodHere,
+    HostHere,
+    Outside,
+}
+
+impl Client {
+    fn address(self) -> Ipv4Addr {
+        match self {
+            Client::PodHere => POD,
+            Client::HostHere => NODE_IP,
+            Client::Outside => OUTSIDE,
+        }
+    }
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Answer {
+    /// None of a Service's business.
+    Nobody,
+    Rejected,
+    Silence,
+    OneOf(BTreeSet<SocketAddr>),
+}
+
+/// By what a client reaches a port of a Service.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum By {
+    ClusterIp,
+    External { guarded: bool },
+}
+
+/// What kube-proxy would do.
+fn expected(
+    cluster: &Snapshot,
+    client: Client,
+    to: Ipv4Addr,
+    number: u16,
+    protocol: Protocol,
+) -> Answer {
+    let mut served: Vec<&Arc<Service>> = cluster.services().collect();
+    served.retain(|service| {
+        let external_name = service.service_type == ServiceType::ExternalName;
+        !service.headless && !external_name && service.proxy_name.is_none()
+    });
+    // Of Services that want the same, the first by name has it.
+    served.sort_by(|a, b| a.key.cmp(&b.key));
+    for service in &served {
+        for port in service
+            .ports
+            .iter()
+            .filter(|port| port.protocol == protocol)
+        {
+            if let Some(by) = reached(service, port, to, number) {
+                return answer(cluster, service, port, client, by);
+            }
+        }
+    }
+    let is_node = |ip: &IpAddr| cluster.nodes().any(|node| node.internal_ips.contains(ip));
+    let is_service = served.iter().any(|service| {
+        let to = IpAddr::V4(to);
+        service.cluster_ips.contains(&to)
+            || (service.service_type == ServiceType::LoadBalancer
+                && service.load_balancer_ips.contains(&to)
+                && !is_node(&to))
+    });
+    if is_service {
+        Answer::Rejected
+    } else {
+        Answer::Nobody
+    }
+}
+
+fn reached(service: &Service, port: &ServicePort, to: Ipv4Addr, number: u16) -> Option<By> {
+    let to = IpAddr::V4(to);
+    if service.cluster_ips.contains(&to) && port.port == number {
+        return Some(By::ClusterIp);
+    }
+    let balanced = service.service_type == ServiceType::LoadBalancer;
+    if balanced && service.load_balancer_ips.contains(&to) && port.port == number {
+        let guarded = !service.load_balancer_source_ranges.is_empty();
+        return Some(By::External { guarded });
+    }
+    if service.external_ips.contains(&to) && port.port == number {
+        return Some(By::External { guarded: false });
+    }
+    let has_node_port = balanced || service.service_type == ServiceType::NodePort;
+    (has_node_port && to == IpAddr::V4(NODE_IP) && port.node_port == Some(number))
+        .then_some(By::External { guarded: false })
+}
+
+fn answer(
+    cluster: &Snapshot,
+    service: &Service,
+    port: &ServicePort,
+    client: Client,
+    by: By,
+) -> Answer {
+    let from = IpAddr::V4(client.address());
+    if by == (By::External { guarded: true })
+        && !service
+            .load_balancer_source_ranges
+            .iter()
+            .any(|range| range.contains(from))
+    {
+        return Answer::Silence;
+    }
+    let policy = match (by, client) {
+        (By::ClusterIp, _) => service.internal_traffic_policy,
+        // KEP-1669's short cut: clients on a node are not bound by the external policy.
+        (By::External { .. }, Client::PodHere | Client::HostHere) => TrafficPolicy::Cluster,
+        (By::External { .. }, Client::Outside) => service.external_traffic_policy,
+    };
+    let endpoints: Vec<(SocketAddr, Endpoint)> = cluster
+        .slices(&service.key)
+        .iter()
+        .flat_map(|slice| {
+            let numbers = slice
+                .ports
+                .iter()
+                .filter(|one| one.name == port.name && one.protocol == port.protocol);
+            numbers.flat_map(|number| {
+                let at = |endpoint: &Endpoint| SocketAddr::new(endpoint.address, number.port);
+                slice
+                    .endpoints
+                    .iter()
+                    .map(move |one| (at(one), one.clone()))
+            })
+        })
+        .collect();
+    let is_ready = |one: &Endpoint| one.conditions.ready || service.publish_not_ready;
+    let is_draining =
+        |one: &Endpoint| !is_ready(one) && one.conditions.serving && one.conditions.terminating;
+    let is_here = |one: &Endpoint| one.node_name.as_deref() == Some(NODE);
+    let those = |wanted: &dyn Fn(&Endpoint) -> bool| -> BTreeSet<SocketAddr> {
+        let found = endpoints.iter().filter(|(_, one)| wanted(one));
+        found.map(|(at, _)| *at).collect()
+    };
+    let mut steps: Vec<BTreeSet<SocketAddr>> = match policy {
+        TrafficPolicy::Local => vec![
+            those(&|one| is_ready(one) && is_here(one)),
+            those(&|one| is_draining(one) && is_here(one)),
+        ],
+        TrafficPolicy::Cluster => {
+            let near = match service.traffic_distribution {
+                TrafficDistribution::Any => BTreeSet::new(),
+                TrafficDistribution::SameNode => those(&|one| is_ready(one) && is_here(one)),
+                TrafficDistribution::SameZone => {
+                    those(&|one| is_ready(one) && one.zone.as_deref() == Some("a"))
+                }
+            };
+            vec![near, those(&is_ready), those(&is_draining)]
+        }
+    };
+    steps.retain(|step| !step.is_empty());
+    if !steps.is_empty() {
+        return Answer::OneOf(steps.swap_remove(0));
+    }
+    // Somewhere there is one: packets that no rule lets through are dropped, not rejected.
+    if those(&|one| is_ready(one) || is_draining(one)).is_empty() {
+        Answer::Rejected
+    } else {
+        Answer::Silence
+    }
+}
+
+// The hooks over what the agent wrote.
+
+fn maps(state: &State) -> Memory {
+    let tables = Memory::default();
+    for (id, backends) in &state.services {
+        let list = |list: &[SocketAddr]| list.iter().map(SocketAddr::to_string).collect();
+        let (active, terminating): (Vec<String>, Vec<String>) =
+            (list(&backends.active), list(&backends.terminating));
+        tables.set_service(id.0, &texts_of(&active), &texts_of(&terminating));
+        tables.set_affinity_timeout(id.0, backends.affinity_timeout_s);
+        if backends.silent {
+            tables.set_silent(id.0);
+        }
+    }
+    for (frontend, lead) in &state.frontends {
+        let at = SocketAddr::new(frontend.addr, frontend.port).to_string();
+        let flags = if lead.guarded { LEAD_GUARDED } else { 0 };
+        let lead = dataplane_abi::Lead::new(lead.internal.0, lead.external.0, flags);
+        tables.set_lead(&at, frontend.protocol.number(), lead);
+    }
+    for (vip, kind) in &state.vips {
+        let flags = match kind {
+            Vip::Cluster => 0,
+            Vip::External => MARKER_EXTERNAL,
+        };
+        tables.frontends.borrow_mut().insert(
+            FrontendKey::marker((*vip).into()),
+            dataplane_abi::Lead::new(dataplane_abi::Lead::MARKER, 0, flags),
+        );
+    }
+    for (id, sources) in &state.sources {
+        let ranges = sources.iter().map(|range| {
+            let len = u32::from(range.prefix()) + if range.is_ipv4() { 96 } else { 0 };
+            (id.0, range.network().into(), len)
+        });
+        tables.ranges.borrow_mut().extend(ranges);
+    }
+    tables.set_local(POD.octets(), FROM_POD, POD_INTERFACE);
+    tables.set_local(NODE_IP.octets(), FROM_HOST, 0);
+    tables
+}
+
+fn texts_of(list: &[String]) -> Vec<&str> {
+    list.iter().map(String::as_str).collect()
+}
+
+/// What a packet hook makes of a client's first packet.
+fn by_packet(
+    tables: &Memory,
+    client: Client,
+    port: u16,
+    to: SocketAddr,
+    protocol: Protocol,
+) -> Answer {
+    let features = Features {
+        packet_lb: true,
+        service_veth: true,
+        masquerade: false,
+        node_v4: NODE_IP.into(),
+        node_v6: dataplane_abi::Addr { words: [0, 0] },
+    };
+    let from = SocketAddr::new(client.address().into(), port).to_string();
+    let sent = match protocol {
+        Protocol::Udp => udp(&from, &to.to_string(), b"x"),
+        _ => tcp(&from, &to.to_string(), tcp_flag::SYN, b""),
+    };
+    let mut packet = Bytes(sent.clone());
+    let verdict = match client {
+        Client::PodHere => hook::pod_ingress(&mut packet, tables, &features, POD_INTERFACE),
+        Client::HostHere => hook::service_ingress(&mut packet, tables, &features),
+        Client::Outside => hook::uplink_ingress(&mut packet, tables, &features),
+    };
+    if verdict == Verdict::Drop {
+        return Answer::Silence;
+    }
+    if packet.0 == sent {
+        return Answer::Nobody;
+    }
+    let octets: [u8; 4] = packet.0[30..34].try_into().unwrap();
+    let is_reset = packet.0[23] == 6 && packet.0[47] & tcp_flag::RST != 0;
+    let is_error = packet.0[23] == 1;
+    if is_reset || is_error {
+        assert_eq!(octets, client.address().octets(), "a refusal goes back");
+        return Answer::Rejected;
+    }
+    let port = u16::from_be_bytes([packet.0[36], packet.0[37]]);
+    Answer::OneOf([SocketAddr::new(octets.into(), port)].into())
+}
+
+/// What the socket hook makes of a connect; nothing when it leaves it to the packet hooks.
+fn at_socket(
+    tables: &Memory,
+    client: Client,
+    to: SocketAddr,
+    protocol: Protocol,
+) -> Option<Answer> {
+    let caller = Caller {
+        is_host: client == Client::HostHere,
+        packet_lb: true,
+        connects_datagrams: false,
+        client: match client {
+            Client::HostHere => Asking::at(NODE_IP.into()),
+            _ => Asking::UNKNOWN,
+        },
+    };
+    let frontend = FrontendKey::new(to.ip().into(), to.port().to_be(), protocol.number());
+    match destination(tables, &caller, &frontend, None) {
+        Outcome::Leave => None,
+        Outcome::Refuse => Some(Answer::Rejected),
+        Outcome::Translate(peer) => {
+            let at = SocketAddr::new(peer.backend.into(), u16::from_be(peer.backend_port));
+            Some(Answer::OneOf([at].into()))
+        }
+    }
+}
+
+/// Holds the hooks to the model for every client and address.
+fn compare(cluster: &Snapshot, state: &State) -> Result<(), TestCaseError> {
+    let tables = maps(state);
+    let ports = [80, 81, 30_080, 30_081];
+    let mut from_port = 40_000;
+    for to in addresses() {
+        for number in ports {
+            for protocol in [Protocol::Tcp, Protocol::Udp] {
+                let at = SocketAddr::new(to.into(), number);
+                let context = |client: Client| format!("{client:?} -> {at} {protocol}");
+                for client in [Client::PodHere, Client::HostHere, Client::Outside] {
+                    let wanted = expected(cluster, client, to, number, protocol);
+                    from_port += 1;
+                    let is_routed = state.vips.get(&IpAddr::V4(to)) == Some(&Vip::Cluster);
+                    // The host's packets come by the hook where it routes them there.
+                    if client != Client::HostHere || is_routed {
+                        let got = by_packet(&tables, client, from_port, at, protocol);
+                        prop_assert!(
+                            agree(&wanted, &got),
+                            "{}: {got:?}, not {wanted:?}, by packet",
+                            context(client)
+                        );
+                    }
+                    if client == Client::Outside {
+                        continue;
+                    }
+                    match (at_socket(&tables, client, at, protocol), &wanted) {
+                        (Some(got), wanted) => {
+                            // A host that would hear nothing is told at once, having no packet to drop.
+                            let refused = client == Client::HostHere
+                                && got == Answer::Rejected
+                                && *wanted == Answer::Silence;
+                            prop_assert!(
+                                agree(wanted, &got) || refused,
+                                "{}: {got:?}, not {wanted:?}, at the socket",
+                                context(client)
+                            );
+                        }
+                        (None, Answer::OneOf(_)) if client == Client::HostHere => {
+                            let why = format!("{}: left alone", context(client));
+                            return Err(TestCaseError::fail(why));
+                        }
+                        // What the socket leaves alone, the packet hook answered above; a host's to a balanced address is
+                        // answered at the socket or not at all.
+                        (None, Answer::Rejected) if client == Client::HostHere => {
+                            let by_host_itself = to == NODE_IP;
+                            prop_assert!(
+                                is_routed || by_host_itself,
+                                "{}: left alone",
+                                context(client)
+                            );
+                        }
+                        (None, _) => {}
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn agree(wanted: &Answer, got: &Answer) -> bool {
+    match (wanted, got) {
+        (Answer::OneOf(wanted), Answer::OneOf(got)) => got.is_subset(wanted),
+        _ => wanted == got,
+    }
+}
+
+// The cluster and its changes.
+
+fn addresses() -> Vec<Ipv4Addr> {
+    let mut all: Vec<Ipv4Addr> = (1..4).map(|last| [10, 96, 0, last].into()).collect();
+    all.extend((1..4).map(|last| Ipv4Addr::new(192, 0, 2, last)));
+    all.push(NODE_IP);
+    all
+}
+
+fn any_service() -> impl Strategy<Value = Object> {
+    let policy = || prop::sample::select(vec![TrafficPolicy::Cluster, TrafficPolicy::Local]);
+    let ports = prop::collection::btree_set(0usize..3, 0..4).prop_map(|chosen| {
+        let all = [
+            ("http", Protocol::Tcp, 80, 30_080),
+            ("dns", Protocol::Udp, 80, 30_080),
+            ("other", Protocol::Tcp, 81, 30_081),
+        ];
+        let port = |index: usize| {
+            let (name, protocol, port, node_port) = all[index];
+            ServicePort {
+                name: name.into(),
+                protocol,
+                port,
+                node_port: Some(node_port),
+                app_protocol: None,
+            }
+        };
+        chosen.into_iter().map(port).collect::<Vec<_>>()
+    });
+    let addresses = prop::collection::btree_set(1u8..4, 0..3);
+    let ranges =
+        prop::sample::subsequence(vec!["203.0.113.0/24", "10.0.0.0/8", "198.18.0.11/32"], 0..3);
+    (
+        (prop::sample::select(vec!["a", "b", "web"]), 1u8..4, ports),
+        prop::sample::select(vec![
+            ServiceType::ClusterIp,
+            ServiceType::NodePort,
+            ServiceType::LoadBalancer,
+        ]),
+        (policy(), policy(), addresses.clone(), addresses, ranges),
+        (
+            prop::sample::select(vec![
+                TrafficDistribution::Any,
+                TrafficDistribution::SameNode,
+                TrafficDistribution::SameZone,
+            ]),
+            prop::option::of(1u32..100),
+            prop::bool::weighted(0.2),
+            prop::bool::weighted(0.1),
+            prop::bool::weighted(0.1),
+        ),
+    )
+        .prop_map(|((name, ip, ports), service_type, reach, rest)| {
+            let (internal, external, external_ips, balanced_ips, ranges) = reach;
+            let (traffic_distribution, affinity_timeout_s, publish_not_ready, headless, elsewhere) =
+                rest;
+            let ips = |set: BTreeSet<u8>| -> Vec<IpAddr> {
+                set.into_iter()
+                    .map(|last| [192, 0, 2, last].into())
+                    .collect()
+            };
+            let cluster_ips = if headless {
+                vec![]
+            } else {
+                vec![[10, 96, 0, ip].into()]
+            };
+            Object::Service(Arc::new(Service {
+                key: ObjectKey::new("default", name),
+                service_type,
+                cluster_ips,
+                headless,
+                external_name: None,
+                external_ips: ips(external_ips),
+                load_balancer_ips: ips(balanced_ips),
+                load_balancer_source_ranges: ranges
+                    .iter()
+                    .map(|range| range.parse::<IpNetwork>().unwrap())
+                    .collect(),
+                ports,
+                publish_not_ready,
+                traffic_distribution,
+                affinity_timeout_s,
+                internal_traffic_policy: internal,
+                external_traffic_policy: external,
+                health_check_node_port: None,
+                proxy_name: elsewhere.then(|| "another".into()),
+            }))
+        })
+}
+
+fn any_slice() -> impl Strategy<Value = Object> {
+    let place = prop::sample::select(vec![(NODE, "a"), ("node-2", "a"), ("node-3", "b")]);
+    // The pod that asks, the node that asks, other pods, and something outside the cluster.
+    let address = prop::sample::select(vec![
+        POD,
+        NODE_IP,
+        [10, 244, 0, 2].into(),
+        [10, 244, 1, 2].into(),
+        [10, 244, 2, 2].into(),
+        [198, 51, 100, 7].into(),
+    ]);
+    let conditions =
+        (any::<bool>(), any::<bool>(), any::<bool>()).prop_map(|(ready, serving, terminating)| {
+            Conditions {
+                ready: ready && !terminating,
+                serving,
+                terminating,
+            }
+        });
+    let endpoint =
+        (address, place, conditions).prop_map(|(address, (node, zone), conditions)| Endpoint {
+            address: address.into(),
+            conditions,
+            node_name: Some(node.into()),
+            zone: Some(zone.into()),
+            hostname: None,
+            target: None,
+            for_zones: vec![],
+            for_nodes: vec![],
+        });
+    (
+        prop::sample::select(vec!["s1", "s2", "s3"]),
+        prop::sample::select(vec!["a", "b", "web"]),
+        prop::collection::vec(endpoint, 0..4),
+    )
+        .prop_map(|(name, service, endpoints)| {
+            let port = |name: &str, protocol, port| EndpointPort {
+                name: name.into(),
+                protocol,
+                port,
+                app_protocol: None,
+            };
+            Object::EndpointSlice(Arc::new(EndpointSlice {
+                key: ObjectKey::new("default", name),
+                service: Some(ObjectKey::new("default", service)),
+                ports: vec![
+                    port("http", Protocol::Tcp, 8080),
+                    port("dns", Protocol::Udp, 5353),
+                    port("other", Protocol::Tcp, 9090),
+                ],
+                endpoints,
+                refused: vec![],
+                last_change: None,
+            }))
+        })
+}
+
+/// A node, one of whose addresses may be a balancer's.
+fn any_node() -> impl Strategy<Value = Object> {
+    prop::option::of(1u8..4).prop_map(|balanced| {
+        let mut internal_ips: Vec<IpAddr> = vec![[198, 18, 0, 12].into()];
+        internal_ips.extend(balanced.map(|last| IpAddr::from([192, 0, 2, last])));
+        Object::Node(Arc::new(Node {
+            name: "node-2".into(),
+            internal_ips,
+            pod_cidrs: vec![],
+            zone: None,
+            leaving: false,
+        }))
+    })
+}
+
+fn any_change() -> impl Strategy<Value = Change> {
+    prop_oneof![
+        4 => any_service().prop_map(Change::Upsert),
+        5 => any_slice().prop_map(Change::Upsert),
+        1 => any_node().prop_map(Change::Upsert),
+        1 => any_service().prop_map(|object| Change::Remove(object.reference())),
+        1 => any_slice().prop_map(|object| Change::Remove(object.reference())),
+    ]
+}
+
+fn apply(state: &mut State, batch: &Batch) {
+    for op in &batch.ops {
+        match op {
+            Op::SetService { id, backends } => {
+                state.services.insert(*id, backends.clone());
+            }
+            Op::RemoveService { id } => {
+                state.services.remove(id);
+            }
+            Op::SetSources { id, sources } => {
+                state.sources.insert(*id, sources.clone());
+                state.sources.retain(|_, sources| !sources.is_empty());
+            }
+            Op::SetFrontend { frontend, lead } => {
+                state.frontends.insert(*frontend, *lead);
+            }
+            Op::RemoveFrontend { frontend } => {
+                state.frontends.remove(frontend);
+            }
+            Op::SetVip { addr, kind } => {
+                state.vips.insert(*addr, *kind);
+            }
+            Op::RemoveVip { addr } => {
+                state.vips.remove(addr);
+            }
+            other => panic!("{other:?} is not about Services"),
+        }
+    }
+}
+
+/// Plans some Services, or all that there are, and brings the maps to it.
+fn settle(cluster: &Snapshot, ledger: &mut Ledger, state: &mut State, keys: &BTreeSet<ServiceKey>) {
+    for key in keys {
+        let wish = plan(cluster, key, &here());
+        check(&wish).expect("a sound plan");
+        ledger.set(key, wish);
+    }
+    let batch = ledger.diff();
+    apply(state, &batch);
+    ledger.applied(&batch);
+}
+
+/// What clients see of a state: ids do not show.
+fn visible(state: &State) -> BTreeMap<String, String> {
+    let one = |id| {
+        format!(
+            "{:?} from {:?}",
+            state.services.get(id),
+            state.sources.get(id)
+        )
+    };
+    let frontends = state.frontends.iter().map(|(frontend, lead)| {
+        let ends = format!(
+            "{} | {} | {}",
+            one(&lead.internal),
+            one(&lead.external),
+            lead.guarded
+        );
+        (frontend.to_string(), ends)
+    });
+    let vips = state
+        .vips
+        .iter()
+        .map(|(vip, kind)| (vip.to_string(), format!("{kind:?}")));
+    frontends.chain(vips).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn both_hooks_answer_as_kube_proxy_would_after_every_change(
+        steps in prop::collection::vec((prop::collection::vec(any_change(), 1..5), 0u8..8), 1..10),
+    ) {
+        let (mut cluster, mut state) = (Snapshot::default(), State::default());
+        let mut ledger = Ledger::adopt(State::default());
+        for (changes, dice) in steps {
+            let mut dirty = Dirty::default();
+            for change in changes {
+                cluster.apply(change, &mut dirty);
+            }
+            let all: BTreeSet<ServiceKey> = cluster.services().map(|service| service.key.clone()).collect();
+            let mut keys: BTreeSet<ServiceKey> = dirty.services.iter().cloned().collect();
+            if dice == 0 {
+                // The agent is killed, and another one goes on with what it left.
+                ledger = Ledger::adopt(state.clone());
+                keys = all.clone();
+            } else if !dirty.nodes.is_empty() {
+                keys.extend(all.iter().cloned());
+            }
+            settle(&cluster, &mut ledger, &mut state, &keys);
+            compare(&cluster, &state)?;
+            let mut fresh = State::default();
+            settle(&cluster, &mut Ledger::adopt(State::default()), &mut fresh, &all);
+            prop_assert_eq!(visible(&state), visible(&fresh));
+        }
+    }
+}
