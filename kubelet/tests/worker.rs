@@ -301,3 +301,70 @@ async fn a_runtime_class_chooses_the_handler_and_an_unknown_one_holds_the_pod_up
     eventually("the pod is ready", || stage.is_ready("p")).await;
     assert_eq!(stage.runtime.calls()[0], "run sandbox p by vm");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_may_not_run_here_fails_at_once_and_one_without_its_isolation_waits() {
+    let stage = Stage::new();
+    let refused = stage.start(pod(
+        "refused",
+        json!({
+            "securityContext": {"sysctls": [{"name": "kernel.msgmax", "value": "1"}]},
+            "containers": [{"name": "c", "image": "img:1"}],
+        }),
+    ));
+    eventually("it has failed", || {
+        stage.cluster.phase("refused") == Some("Failed".to_owned())
+    })
+    .await;
+    let status = stage.cluster.status("refused").unwrap();
+    assert_eq!(status.reason.as_deref(), Some("SysctlForbidden"));
+    assert_eq!(stage.cluster.reasons(&refused), ["SysctlForbidden"]);
+    let unsafe_here = stage.start(pod(
+        "p",
+        json!({"hostUsers": false, "containers": [{"name": "c", "image": "img:1"}]}),
+    ));
+    eventually("the failure is on record", || {
+        let reasons = stage.cluster.reasons(&unsafe_here);
+        reasons.contains(&"FailedCreatePodSandBox")
+    })
+    .await;
+    assert_eq!(stage.runtime.calls(), Vec::<String>::new());
+}
+
+#[tokio::test(start_paused = true)]
+async fn images_are_pulled_with_the_credentials_that_fit() {
+    let stage = Stage::new();
+    let config = json!({"auths": {
+        "registry.example": {"username": "anna", "password": "p"},
+        "other.example": {"username": "otto", "password": "p"},
+    }});
+    let secret = json!({
+        "metadata": {"name": "keys"}, "type": "kubernetes.io/dockerconfigjson",
+        "data": {".dockerconfigjson": k8s_openapi::ByteString(config.to_string().into_bytes())},
+    });
+    stage
+        .cluster
+        .put_secret(serde_json::from_value(secret).unwrap());
+    stage.runtime.import("registry.example/app");
+    let object = stage.start(pod(
+        "p",
+        json!({
+            "imagePullSecrets": [{"name": "lost"}, {"name": "keys"}],
+            "containers": [{"name": "c", "image": "registry.example/app", "imagePullPolicy": "Always"}],
+        }),
+    ));
+    eventually("the pod is ready", || stage.is_ready("p")).await;
+    let pulls = |calls: Vec<String>| -> Vec<String> {
+        let pull = |call: &String| call.starts_with("pull");
+        calls.into_iter().filter(pull).collect()
+    };
+    assert_eq!(
+        pulls(stage.runtime.calls()),
+        ["pull registry.example/app as anna"]
+    );
+    let reasons = stage.cluster.reasons(&object);
+    assert!(
+        reasons.contains(&"FailedToRetrieveImagePullSecret"),
+        "what cannot be used is said: {reasons:?}"
+    );
+}

@@ -1,8 +1,11 @@
 //! One pod: what should happen next (`plan`), what to report (`status`), what to tell the runtime
 //! (`sandbox`, `container`, `env`), and the worker that does it (`worker`, `operations`, `start`).
 
+pub mod admission;
 pub mod container;
+pub mod credentials;
 pub mod env;
+mod image;
 pub mod memory;
 pub mod operations;
 pub mod plan;

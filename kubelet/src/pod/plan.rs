@@ -10,6 +10,11 @@ use super::{RestartPolicy, ended, ephemeral_containers, host_network, is_sidecar
 use crate::resources::container_limits;
 use crate::runtime::{ContainerPhase, ContainerView, PodView, SandboxView};
 
+mod outcome;
+
+use outcome::deadline;
+pub use outcome::{Outcome, outcome};
+
 /// What a pod that is already gone from the API gets to end, in seconds (upstream's least grace period).
 const GONE_GRACE_S: i64 = 2;
 /// Dead containers kept per name: the last one, and the one before it for `logs --previous`.
@@ -117,14 +122,6 @@ impl Plan {
     }
 }
 
-/// How a pod ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
-    Succeeded,
-    Failed,
-    DeadlineExceeded,
-}
-
 /// The sandbox that containers run in, if there is one that works.
 pub fn current_sandbox(view: &PodView) -> Option<&SandboxView> {
     view.sandboxes.first().filter(|sandbox| sandbox.ready)
@@ -137,48 +134,6 @@ pub fn seen<'a>(view: &'a PodView, memory: &'a Memory, name: &str) -> Option<&'a
         .into_iter()
         .chain(remembered)
         .max_by_key(|c| (c.attempt, c.created_at_ns))
-}
-
-/// Whether the pod has ended by itself: no container of it will ever run again.
-pub fn outcome(pod: &Pod, view: &PodView, memory: &Memory, now: Timestamp) -> Option<Outcome> {
-    let spec = pod.spec.as_ref()?;
-    if deadline(pod).is_some_and(|at| at <= now) {
-        return Some(Outcome::DeadlineExceeded);
-    }
-    let policy = RestartPolicy::of(spec);
-    let runs: Option<Vec<_>> = spec
-        .containers
-        .iter()
-        .map(|c| seen(view, memory, &c.name))
-        .collect();
-    if let Some(runs) = runs {
-        let over =
-            |c: &&ContainerView| c.phase == ContainerPhase::Exited && !policy.restarts(c.exit_code);
-        return match (runs.iter().all(over), runs.iter().all(|c| c.exit_code == 0)) {
-            (true, true) => Some(Outcome::Succeeded),
-            (true, false) => Some(Outcome::Failed),
-            (false, _) => None,
-        };
-    }
-    let steps = spec
-        .init_containers
-        .iter()
-        .flatten()
-        .filter(|c| !is_sidecar(c));
-    let failed = steps
-        .filter_map(|c| seen(view, memory, &c.name))
-        .any(|c| c.phase == ContainerPhase::Exited && c.exit_code != 0);
-    let started = spec
-        .containers
-        .iter()
-        .any(|c| seen(view, memory, &c.name).is_some());
-    (failed && !started && policy == RestartPolicy::Never).then_some(Outcome::Failed)
-}
-
-fn deadline(pod: &Pod) -> Option<Timestamp> {
-    let seconds = pod.spec.as_ref()?.active_deadline_seconds?;
-    let start = pod.status.as_ref()?.start_time.as_ref()?.0;
-    Some(start + SignedDuration::from_secs(seconds))
 }
 
 /// Whether a running container counts as started: its startup probe has passed, or its postStart hook has ended.

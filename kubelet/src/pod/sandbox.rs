@@ -28,6 +28,10 @@ pub enum SandboxError {
         len = .0.len()
     )]
     Hostname(String),
+    #[error(
+        "hostUsers is false: user namespaces are not supported here, and the pod is not run without"
+    )]
+    UserNamespace,
 }
 
 /// Resolv is the content of a resolv.conf.
@@ -183,6 +187,9 @@ pub fn sandbox_config(
     let key = PodKey::of(pod);
     let empty = PodSpec::default();
     let spec = pod.spec.as_ref().unwrap_or(&empty);
+    if spec.host_users == Some(false) {
+        return Err(SandboxError::UserNamespace);
+    }
     let resolv = resolv(pod, dns);
     let security = spec.security_context.as_ref();
     let mut labels: HashMap<String, String> = pod

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use k8s_cri::v1::{Mount, PodSandboxConfig};
+use k8s_cri::v1::Mount;
 use k8s_openapi::api::core::v1::{Container, LifecycleHandler};
 
 use super::container::{Start, container_config, termination_path};
@@ -14,82 +14,10 @@ use super::worker::Signal;
 use super::{find_container, host_network};
 use crate::cluster::EventKind;
 use crate::probe::{Target, run_handler};
-use crate::runtime::ImageView;
 use crate::volume::payload::env_needs;
 use crate::volume::{VolumeError, container_mounts};
 
 impl Job {
-    async fn image(
-        &self,
-        container: &Container,
-        sandbox: &PodSandboxConfig,
-    ) -> Result<ImageView, Failed> {
-        let name = container.image.clone().unwrap_or_default();
-        let event = |kind, reason, message: String| {
-            self.event(Some(&container.name), kind, reason, message)
-        };
-        let inspect = |e: crate::runtime::RuntimeError| failed("ImageInspectError", e, (10, 300));
-        let policy =
-            container
-                .image_pull_policy
-                .as_deref()
-                .unwrap_or_else(|| match name.rsplit_once(':') {
-                    Some((_, tag)) if tag != "latest" && !tag.contains('/') => "IfNotPresent",
-                    _ => "Always",
-                });
-        let present = self.context.runtime.image(&name).await.map_err(inspect)?;
-        match (policy, present) {
-            ("Never", None) => {
-                let message =
-                    format!("Container image \"{name}\" is not present with pull policy of Never");
-                event(EventKind::Warning, "ErrImageNeverPull", message.clone());
-                // Only an import can help, and that is looked for often: it costs one local call.
-                return Err(failed("ErrImageNeverPull", message, (2, 10)));
-            }
-            ("Never" | "IfNotPresent", Some(image)) => {
-                event(
-                    EventKind::Normal,
-                    "Pulled",
-                    format!("Container image \"{name}\" already present on machine"),
-                );
-                return Ok(image);
-            }
-            _ => {}
-        }
-        event(
-            EventKind::Normal,
-            "Pulling",
-            format!("Pulling image \"{name}\""),
-        );
-        let started = tokio::time::Instant::now();
-        if let Err(error) = self
-            .context
-            .runtime
-            .pull(&name, None, sandbox.clone())
-            .await
-        {
-            let message = format!("Failed to pull image \"{name}\": {error}");
-            event(EventKind::Warning, "Failed", message.clone());
-            return Err(failed("ErrImagePull", message, (10, 300)));
-        }
-        event(
-            EventKind::Normal,
-            "Pulled",
-            format!(
-                "Successfully pulled image \"{name}\" in {} ms",
-                started.elapsed().as_millis()
-            ),
-        );
-        let present = self.context.runtime.image(&name).await.map_err(inspect)?;
-        present.ok_or_else(|| {
-            failed(
-                "ImageInspectError",
-                format!("image \"{name}\" is not there after its pull"),
-                (10, 300),
-            )
-        })
-    }
-
     pub(super) async fn start_container(
         &self,
         name: &str,

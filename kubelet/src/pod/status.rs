@@ -7,6 +7,7 @@ use k8s_openapi::api::core::v1::{
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
+use super::admission::refusal;
 use super::memory::{Memory, OpKey, at_ns, restart_at};
 use super::plan::{Outcome, current_sandbox, is_ending, is_started, limits_of, outcome, seen};
 use super::{RestartPolicy, ephemeral_containers, host_network, is_sidecar};
@@ -66,6 +67,10 @@ pub fn status(report: &Report<'_>) -> PodStatus {
             Some("DeadlineExceeded".to_owned()),
             Some("Pod was active on the node longer than the specified deadline".to_owned()),
         ),
+        Some(Outcome::Refused) => refusal(report.pod).map_or((None, None), |refusal| {
+            let message = format!("Pod was rejected: {}", refusal.message);
+            (Some(refusal.reason.to_owned()), Some(message))
+        }),
         _ => (old.reason.clone(), old.message.clone()),
     };
     let mut status = PodStatus {
@@ -154,7 +159,9 @@ fn phase(
         (_, Some("Failed")) => return "Failed",
         (_, Some("Succeeded")) => return "Succeeded",
         (Some(Outcome::Succeeded), _) => return "Succeeded",
-        (Some(Outcome::Failed | Outcome::DeadlineExceeded), _) => return "Failed",
+        (Some(Outcome::Failed | Outcome::DeadlineExceeded | Outcome::Refused), _) => {
+            return "Failed";
+        }
         (None, _) => {}
     }
     let runs: Vec<_> = spec

@@ -17,6 +17,7 @@ struct State {
     reported_at: HashMap<String, Timestamp>,
     deleted: Vec<String>,
     config_maps: HashMap<String, ConfigMap>,
+    secrets: HashMap<String, Secret>,
     events: Vec<(String, &'static str)>,
 }
 
@@ -35,6 +36,11 @@ impl Default for FakeCluster {
 }
 
 impl FakeCluster {
+    pub fn put_secret(&self, secret: Secret) {
+        let name = secret.metadata.name.clone().unwrap();
+        self.state.lock().unwrap().secrets.insert(name, secret);
+    }
+
     pub fn status(&self, pod: &str) -> Option<PodStatus> {
         self.state.lock().unwrap().statuses.get(pod).cloned()
     }
@@ -119,8 +125,9 @@ impl Cluster for FakeCluster {
         Ok(self.state.lock().unwrap().config_maps.get(name).cloned())
     }
 
-    async fn secret(&self, _: &str, _: &str) -> Result<Option<Secret>, ClusterError> {
-        Ok(None)
+    async fn secret(&self, _: &str, name: &str) -> Result<Option<Secret>, ClusterError> {
+        let secrets = &self.state.lock().unwrap().secrets;
+        Ok(secrets.get(name).cloned())
     }
 
     async fn token(&self, _: &Pod, _: Option<&str>, _: i64) -> Result<Token, ClusterError> {

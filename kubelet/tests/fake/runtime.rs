@@ -246,10 +246,11 @@ impl Runtime for FakeRuntime {
     async fn pull(
         &self,
         name: &str,
-        _: Option<AuthConfig>,
+        auth: Option<AuthConfig>,
         _: PodSandboxConfig,
     ) -> Result<(), RuntimeError> {
-        self.call(format!("pull {name}"));
+        let by = auth.map_or(String::new(), |auth| format!(" as {}", auth.username));
+        self.call(format!("pull {name}{by}"));
         // What was imported is what the registry has.
         match self.image(name).await? {
             Some(_) => Ok(()),

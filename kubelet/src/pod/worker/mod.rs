@@ -13,13 +13,14 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{Mutex, mpsc};
 use tokio::time::Instant;
 
-use super::PodKey;
+use super::admission::refusal;
 use super::memory::{Memory, OpKey};
 use super::operations::{Context, Done, Failed, Job, references, shows_metadata};
 use super::plan::{Op, Situation, StopReason, current_sandbox, plan};
 use super::report::Reporter;
 use super::status::{Report, status};
-use crate::cluster::{Interest, Reference};
+use super::{PodKey, ended};
+use crate::cluster::{EventKind, Interest, Reference};
 use crate::logs;
 use crate::probe::{Finding, ProbeKind};
 use crate::runtime::{ContainerPhase, ExitSource, PodView};
@@ -137,6 +138,7 @@ impl Worker {
                         self.rotate_logs().await;
                         if std::mem::take(&mut first) {
                             self.adopt();
+                            self.tell_refusal();
                         }
                     }
                     Err(error) => tracing::warn!(pod = %self.key, %error, "cannot look at the pod"),
@@ -199,6 +201,14 @@ impl Worker {
                     self.stale |= !self.announced.is_empty() || self.next_look() <= Instant::now();
                 }
             }
+        }
+    }
+
+    /// Puts on record why the pod is not run, unless a kubelet has done so before.
+    fn tell_refusal(&self) {
+        if let Some(refusal) = refusal(&self.pod).filter(|_| !ended(&self.pod)) {
+            let (kind, cluster) = (EventKind::Warning, &self.context.cluster);
+            cluster.event(&self.pod, None, kind, refusal.reason, refusal.message);
         }
     }
 
