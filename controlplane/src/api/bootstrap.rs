@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::Api;
-use super::fields::Fields;
+use super::fields::{self, Fields};
 use super::request::{Target, WriteOptions};
 use super::status::Status;
 use super::write::Part;
@@ -33,7 +33,28 @@ pub async fn run(api: &Api) -> Result<(), Status> {
         ensure(api, "/apis/scheduling.k8s.io/v1/priorityclasses", class).await?;
     }
     roles(api).await?;
+    service_range(api).await?;
     kubernetes_service(api).await
+}
+
+/// The range that Services get their addresses from, as an object that clients can read.
+async fn service_range(api: &Api) -> Result<(), Status> {
+    let path = "/apis/networking.k8s.io/v1/servicecidrs";
+    let range = json!({"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": {"name": "kubernetes"},
+        "spec": {"cidrs": [api.config.service_cidr.to_string()]}});
+    ensure(api, path, range.clone()).await?;
+    let change = |old: &Value| {
+        let mut new = old.clone();
+        if new.items("/status/conditions").is_empty() {
+            let ready = json!({"type": "Ready", "status": "True", "reason": "",
+                "message": "Kubernetes Service CIDR is ready", "lastTransitionTime": fields::now()});
+            new.set("/status", json!({"conditions": [ready]}));
+        }
+        Ok(new)
+    };
+    api.modify(&target(path, &range)?, &options(), Part::Status, change)
+        .await
+        .map(drop)
 }
 
 /// The roles that tools expect to be there. Nothing is decided by them yet.

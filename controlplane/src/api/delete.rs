@@ -10,6 +10,7 @@ use super::reply::Answer;
 use super::request::{Form, ListOptions, Query, Target, WriteOptions};
 use super::status::{FieldError, Status};
 use super::{Api, Call, body, object, reply, strategy};
+use crate::registry::Resource;
 use crate::store::{Expect, StoreError};
 
 /// How often a deletion is tried again when others write the object meanwhile.
@@ -76,6 +77,27 @@ impl DeleteOptions {
     }
 }
 
+/// Whether a deletion is answered with the object that is gone, as upstream and its schema have it, not with a Status:
+/// clients with types refuse the other.
+fn returns_deleted(resource: &Resource) -> bool {
+    match resource.group {
+        "" => matches!(
+            resource.plural,
+            "namespaces"
+                | "persistentvolumeclaims"
+                | "persistentvolumes"
+                | "pods"
+                | "podtemplates"
+                | "resourcequotas"
+                | "serviceaccounts"
+                | "services"
+        ),
+        "storage.k8s.io" => resource.plural != "csistoragecapacities",
+        "resource.k8s.io" => true,
+        _ => false,
+    }
+}
+
 /// What became of a deletion.
 pub enum Deleted {
     Gone(Value),
@@ -95,6 +117,9 @@ impl Api {
         let options = DeleteOptions::parse(parts, &bytes, &call.query)?;
         match self.delete_object(&call.target, &options).await? {
             Deleted::Waiting(object) => {
+                Ok(reply::object(StatusCode::OK, &call.target, form, object))
+            }
+            Deleted::Gone(object) if returns_deleted(call.target.resource) => {
                 Ok(reply::object(StatusCode::OK, &call.target, form, object))
             }
             Deleted::Gone(object) => {

@@ -2,7 +2,7 @@
 
 use futures::{StreamExt, TryStreamExt};
 use http::Request;
-use k8s_openapi::api::core::v1::{ConfigMap, Pod};
+use k8s_openapi::api::core::v1::{ConfigMap, Pod, ServiceAccount};
 use kube::api::{
     Api, DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams, WatchEvent,
 };
@@ -422,6 +422,15 @@ async fn status_and_spec_are_written_apart() {
         Some(2),
         "to be put on a node is no change of what was asked for"
     );
+    // Some kinds are answered with the object that is gone, others with a Status.
+    let accounts: Api<ServiceAccount> = Api::namespaced(client.clone(), "default");
+    let robot = serde_json::from_value(json!({"metadata": {"name": "robot"}})).expect("an account");
+    accounts
+        .create(&PostParams::default(), &robot)
+        .await
+        .expect("created");
+    let gone = accounts.delete("robot", &DeleteParams::default()).await;
+    assert!(gone.expect("deleted").is_left());
     assert_eq!(
         pod.spec.and_then(|spec| spec.node_name).as_deref(),
         Some("n1")
