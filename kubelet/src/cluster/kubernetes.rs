@@ -179,7 +179,14 @@ fn status_patch(key: &PodKey, old: &PodStatus, new: &PodStatus) -> Value {
         let known = |kind: &str| old.conditions.iter().flatten().any(|c| c.type_ == kind);
         conditions.retain(|c| is_own_condition(&c.type_) || !known(&c.type_));
     }
+    let known_conditions = old.conditions.iter().flatten();
     let (old, mut changed) = (object(old), object(&own));
+    if let Some(Value::Array(conditions)) = changed.get_mut("conditions") {
+        // They merge by type: one of ours that no longer holds must be taken out by name.
+        let kept = |kind: &str| new.conditions.iter().flatten().any(|c| c.type_ == kind);
+        let gone = known_conditions.filter(|c| is_own_condition(&c.type_) && !kept(&c.type_));
+        conditions.extend(gone.map(|c| json!({"$patch": "delete", "type": c.type_})));
+    }
     for list in ["podIPs", "hostIPs"] {
         // These would merge by address, and an address that is gone would stay.
         if let Some(Value::Array(items)) = changed.get_mut(list) {
@@ -403,7 +410,7 @@ mod tests {
         };
         let condition = |kind: &str| json!({"type": kind, "status": "True"});
         let old = status(
-            json!({"phase": "Pending", "reason": "x", "conditions": [condition("example.com/gate")]}),
+            json!({"phase": "Pending", "reason": "x", "conditions": [condition("example.com/gate"), condition("PodResizeInProgress")]}),
         );
         let new = status(json!({
             "phase": "Running",
@@ -414,7 +421,7 @@ mod tests {
             "phase": "Running",
             "reason": null,
             "podIPs": [{"$patch": "replace"}, {"ip": "10.0.0.1"}],
-            "conditions": [condition("Ready"), condition("PodScheduled")],
+            "conditions": [condition("Ready"), condition("PodScheduled"), {"$patch": "delete", "type": "PodResizeInProgress"}],
         }});
         assert_eq!(status_patch(&key, &old, &new), expected);
     }

@@ -10,9 +10,12 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use super::admission::refusal;
 use super::memory::{Memory, OpKey, at_ns, restart_at};
 use super::plan::{Outcome, current_sandbox, is_ending, is_started, limits_of, outcome, seen};
-use super::{RestartPolicy, ephemeral_containers, host_network, is_sidecar};
+use super::{RestartPolicy, all_containers, ephemeral_containers, host_network, is_sidecar};
 use crate::resources::{container_limits, qos_class};
 use crate::runtime::{ContainerPhase, ContainerView, PodView};
+
+/// The condition of a pod whose containers are on their way to other resources (KEP-1287).
+const RESIZE_IN_PROGRESS: &str = "PodResizeInProgress";
 
 /// Node facts that appear in a pod's status.
 #[derive(Debug, Clone)]
@@ -293,11 +296,7 @@ fn container_status(
     };
     let started = run.is_some_and(|run| is_started(container, run, report.memory));
     // What is on its way is not there yet: the last that was reported holds until then.
-    let applied = run.is_none_or(|run| {
-        let wanted = container_limits(container.resources.as_ref()).to_string();
-        limits_of(run, report.memory).is_none_or(|present| present == wanted)
-    });
-    let resources = match applied {
+    let resources = match run.is_none_or(|run| is_resized(container, run, report.memory)) {
         true => container.resources.clone(),
         false => known.and_then(|s| s.resources.clone()),
     };
@@ -329,6 +328,44 @@ fn container_status(
         last_state,
         ..Default::default()
     }
+}
+
+/// Whether a container runs with the resources that its spec names now.
+fn is_resized(container: &Container, run: &ContainerView, memory: &Memory) -> bool {
+    let wanted = container_limits(container.resources.as_ref()).to_string();
+    limits_of(run, memory).is_none_or(|present| present == wanted)
+}
+
+/// The condition that holds while containers do not run with the resources of the spec yet.
+fn resize_in_progress(
+    report: &Report<'_>,
+    spec: &PodSpec,
+    old: &PodStatus,
+) -> Option<PodCondition> {
+    let waiting = |container: &Container| {
+        let run = report.view.latest(&container.name)?;
+        let behind = run.phase == ContainerPhase::Running
+            && !is_resized(container, run, report.memory)
+            && !is_ending(report.pod, report.removed);
+        behind.then(|| report.memory.failures.get(&OpKey::Resize(run.id.clone())))
+    };
+    let behind: Vec<_> = all_containers(spec)
+        .filter_map(|(c, _)| waiting(c))
+        .collect();
+    let failure = behind.iter().copied().flatten().next();
+    let before = old.conditions.iter().flatten();
+    let since = before
+        .filter(|c| c.type_ == RESIZE_IN_PROGRESS)
+        .find_map(|c| c.last_transition_time.clone());
+    (!behind.is_empty()).then(|| PodCondition {
+        type_: RESIZE_IN_PROGRESS.to_owned(),
+        status: "True".to_owned(),
+        reason: failure.map(|_| "Error".to_owned()),
+        message: failure.map(|failure| failure.message.clone()),
+        last_transition_time: Some(since.unwrap_or_else(|| api_time(report.now))),
+        last_probe_time: None,
+        observed_generation: report.pod.metadata.generation,
+    })
 }
 
 /// Whether a container takes traffic: it runs, is started, and its readiness probe, if it has one, says yes.
@@ -482,6 +519,7 @@ fn conditions(
             observed_generation: report.pod.metadata.generation,
         });
     }
+    conditions.extend(resize_in_progress(report, spec, old));
     let foreign = |c: &&PodCondition| !is_own_condition(&c.type_);
     let others: Vec<_> = old
         .conditions
@@ -509,6 +547,83 @@ pub fn is_own_condition(kind: &str) -> bool {
         "Initialized",
         "Ready",
         "ContainersReady",
+        RESIZE_IN_PROGRESS,
     ]
     .contains(&kind)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::SandboxView;
+    use serde_json::json;
+
+    fn running(limits: &str) -> PodView {
+        let run = ContainerView {
+            id: "c-0".to_owned(),
+            name: "c".to_owned(),
+            attempt: 0,
+            sandbox_id: "sb".to_owned(),
+            phase: ContainerPhase::Running,
+            created_at_ns: 0,
+            started_at_ns: 0,
+            finished_at_ns: 0,
+            exit_code: 0,
+            reason: String::new(),
+            message: String::new(),
+            image: String::new(),
+            image_id: String::new(),
+            spec_image: String::new(),
+            limits: limits.to_owned(),
+            backoff_s: 0,
+            log_path: String::new(),
+        };
+        let sandbox = SandboxView {
+            id: "sb".to_owned(),
+            ready: true,
+            ..Default::default()
+        };
+        PodView {
+            sandboxes: vec![sandbox],
+            containers: vec![run],
+        }
+    }
+
+    #[test]
+    fn a_resize_shows_until_the_container_runs_with_what_it_was_given() {
+        let resources = json!({"requests": {"cpu": "500m"}});
+        let pod: Pod = serde_json::from_value(json!({"metadata": {"name": "p"},
+            "spec": {"containers": [{"name": "c", "resources": resources}]}}))
+        .unwrap();
+        let wanted = container_limits(pod.spec.as_ref().unwrap().containers[0].resources.as_ref());
+        let wanted = wanted.to_string();
+        let mut failed = Memory::default();
+        let (key, now) = (OpKey::Resize("c-0".to_owned()), Timestamp::UNIX_EPOCH);
+        failed.fail(key, "ResizeError", "no room".to_owned(), now, 10, 300);
+        let done = Memory {
+            limits: [("c-0".to_owned(), wanted.clone())].into(),
+            ..Default::default()
+        };
+        for (made_with, memory, expected) in [
+            (wanted.as_str(), Memory::default(), None),
+            ("", Memory::default(), None),
+            ("1/1/1", Memory::default(), Some(None)),
+            ("1/1/1", failed, Some(Some("no room".to_owned()))),
+            ("1/1/1", done, None),
+        ] {
+            let status = status(&Report {
+                pod: &pod,
+                view: &running(made_with),
+                memory: &memory,
+                node: &NodeFacts { ips: Vec::new() },
+                runtime_name: "containerd",
+                first_seen: now,
+                now,
+                removed: false,
+            });
+            let mut conditions = status.conditions.into_iter().flatten();
+            let found = conditions.find(|c| c.type_ == RESIZE_IN_PROGRESS);
+            assert_eq!(found.map(|c| c.message), expected, "{made_with}");
+        }
+    }
 }
