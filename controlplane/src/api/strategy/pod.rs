@@ -69,11 +69,17 @@ impl Strategy for Pod {
             let why = "pod updates may not change fields other than `spec.containers[*].image`,`spec.initContainers[*].image`,`spec.activeDeadlineSeconds`,`spec.tolerations` (only additions to existing tolerations),`spec.terminationGracePeriodSeconds` (allow it to be set to 1 if it was previously negative)";
             errors.push(FieldError::forbidden("spec", why));
         }
-        let kept = pod.items("/spec/tolerations");
-        if old
-            .items("/spec/tolerations")
-            .iter()
-            .any(|toleration| !kept.contains(toleration))
+        let lasting = |toleration: &Value| {
+            let mut toleration = toleration.clone();
+            toleration.remove("/tolerationSeconds");
+            toleration
+        };
+        let kept = pod.items("/spec/tolerations").iter().map(lasting);
+        let kept: Vec<Value> = kept.collect();
+        let before = old.items("/spec/tolerations").iter();
+        if before
+            .map(lasting)
+            .any(|toleration| !kept.contains(&toleration))
         {
             errors.push(FieldError::forbidden(
                 "spec.tolerations",
@@ -178,5 +184,24 @@ mod tests {
         new.set("/spec/nodeName", "other");
         Pod.validate_update(&new, &old, &mut errors);
         assert_eq!(errors.len(), 1);
+    }
+
+    #[test]
+    fn tolerations_are_added_and_their_time_changes() {
+        let pod = |list: Value| json!({"spec": {"containers": [], "tolerations": list}});
+        let old = pod(json!([{"key": "a", "effect": "NoExecute", "tolerationSeconds": 1}]));
+        for (list, faults) in [
+            (
+                json!([{"key": "a", "effect": "NoExecute", "tolerationSeconds": 9}, {"key": "b"}]),
+                0,
+            ),
+            (json!([{"key": "a", "effect": "NoExecute"}]), 0),
+            (json!([{"key": "a", "effect": "NoSchedule"}]), 1),
+            (json!([]), 1),
+        ] {
+            let mut errors = Vec::new();
+            Pod.validate_update(&pod(list.clone()), &old, &mut errors);
+            assert_eq!(errors.len(), faults, "{list}");
+        }
     }
 }
