@@ -77,24 +77,24 @@ fn delete(node: &AgentNode, container: &str, dice: &mut Dice) -> Result<()> {
     }
 }
 
-/// Pods of one lane, until the end; the last one may stay.
+/// Pods of one lane, until the end; the last one stays.
 fn live(
     node: &AgentNode,
     lane: u32,
     seed: u64,
     end: &AtomicBool,
     lives: &AtomicU32,
-) -> Result<Option<Pod>> {
+) -> Result<Pod> {
     let mut dice = Dice::new(seed.wrapping_add(u64::from(lane) * 7919));
     let mut count = 0;
     loop {
         count += 1;
         let pod = come(node, format!("lane-{lane}-{count}"), &mut dice)?;
         lives.fetch_add(1, Ordering::Relaxed);
+        let Some(pod) = pod else { continue };
         if end.load(Ordering::Relaxed) {
             return Ok(pod);
         }
-        let Some(pod) = pod else { continue };
         match dice.below(6) {
             // The runtime was killed and knows nothing of it; the namespace goes.
             0 => drop(pod),
@@ -156,7 +156,7 @@ fn whatever_is_killed_nothing_is_leaked_and_nothing_is_doubled() {
         let began = Instant::now();
         while began.elapsed() < Duration::from_secs(seconds) {
             // The moment is what this is about; there is nothing to await.
-            thread::sleep(Duration::from_millis(100 + dice.below(1400)));
+            thread::sleep(Duration::from_millis(400 + dice.below(2400)));
             if killable.kill_worker() {
                 kills += 1;
             }
@@ -164,7 +164,7 @@ fn whatever_is_killed_nothing_is_leaked_and_nothing_is_doubled() {
         end.store(true, Ordering::Relaxed);
         lanes
             .into_iter()
-            .filter_map(|lane| lane.join().expect("no panic").expect("a lane"))
+            .map(|lane| lane.join().expect("no panic").expect("a lane"))
             .collect()
     });
     println!(
