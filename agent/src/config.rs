@@ -2,7 +2,9 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use crate::balancer::Pools;
 use cluster_model::watch::ApiOptions;
 use ipnetwork::IpNetwork;
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
@@ -45,6 +47,9 @@ pub struct RunFlags {
     /// Address for the proxy's own /healthz and /livez, as kube-proxy has them; empty for none.
     #[arg(long, default_value = "0.0.0.0:10256", value_name = "ADDR")]
     healthz_bind_address: String,
+    /// File with the pools of load balancers' addresses, instead of the ConfigMap kube-system/keelway-config.
+    #[arg(long, value_name = "FILE")]
+    load_balancer_config: Option<PathBuf>,
     /// Unix socket for the CNI plugin and `status`.
     #[arg(long, default_value = keelway_cni::AGENT_SOCKET)]
     socket: PathBuf,
@@ -85,6 +90,8 @@ pub struct Config {
     pub routing: Routing,
     pub metrics: Option<SocketAddr>,
     pub healthz: Option<SocketAddr>,
+    /// Pools from a file; without one, they are read from a ConfigMap, and followed.
+    pub pools: Option<Arc<Pools>>,
     pub socket: PathBuf,
     pub state_dir: PathBuf,
     /// Deletions that the CNI plugin wrote down while no agent answered.
@@ -108,6 +115,8 @@ pub enum ConfigError {
     NothingOn,
     #[error("--service-cidr {0}: has bits set after its prefix")]
     ServiceRange(IpNetwork),
+    #[error("--load-balancer-config {}: {why}", path.display())]
+    Pools { path: PathBuf, why: String },
     #[error("--healthz-bind-address {0:?}: not an address with a port, such as 0.0.0.0:10256")]
     Healthz(String),
     #[error("{flag} {}: not an absolute path", path.display())]
@@ -164,6 +173,11 @@ impl RunFlags {
             service_ranges: self.service_cidr,
             routing: self.routing,
             metrics: self.metrics,
+            pools: self
+                .load_balancer_config
+                .as_deref()
+                .map(pools)
+                .transpose()?,
             healthz: match self.healthz_bind_address.as_str() {
                 "" => None,
                 text => Some(
@@ -178,6 +192,16 @@ impl RunFlags {
             cni_conf_dir: self.cni_conf_dir,
         })
     }
+}
+
+fn pools(path: &Path) -> Result<Arc<Pools>, ConfigError> {
+    let failed = |why: String| ConfigError::Pools {
+        path: path.into(),
+        why,
+    };
+    let yaml = std::fs::read_to_string(path).map_err(|error| failed(error.to_string()))?;
+    let pools = Pools::parse(&yaml).map_err(|error| failed(error.to_string()))?;
+    Ok(Arc::new(pools))
 }
 
 /// The folder that was named, or the root of the v2 hierarchy: alone, or beside v1 hierarchies.

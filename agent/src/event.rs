@@ -1,6 +1,8 @@
 //! Everything that can happen to the agent.
 
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 use std::time::Instant;
 
@@ -9,6 +11,7 @@ use cluster_model::watch::Report as WatchReport;
 use keelway_cni::Attachment;
 use keelway_cni::protocol::{Request, Response};
 
+use crate::balancer::Configured;
 use crate::health::Complaint;
 use crate::inspect::{ServiceItem, View};
 use crate::net::Link;
@@ -47,6 +50,10 @@ pub enum Event {
         keys: Vec<ServiceKey>,
         reply: Reply<Vec<ServiceItem>>,
     },
+    /// The pools of load balancers' addresses, as they are configured now.
+    Pools(Configured),
+    /// The agents on the link, this one included, that can answer for load balancers' addresses.
+    Live(BTreeSet<Arc<str>>),
     /// A health check's port cannot be had, or can again.
     HealthPort(Complaint),
     /// The process shall end. What flows goes on flowing.

@@ -4,6 +4,8 @@
 //! either feeds it events ([`source`], [`socket`], [`metrics`], [`inspect`]) or does what it decided ([`net`], [`dataplane`]).
 
 pub mod addresses;
+pub mod announce;
+pub mod balancer;
 pub mod config;
 pub mod dataplane;
 pub mod event;
@@ -17,6 +19,7 @@ pub mod node;
 pub mod plan;
 pub mod pods;
 pub mod progress;
+pub mod record;
 pub mod report;
 pub mod routing;
 pub mod socket;

@@ -12,12 +12,13 @@ use std::sync::mpsc;
 
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
-use keelway_agent::config::{Config, RunFlags};
+use keelway_agent::balancer;
+use keelway_agent::config::{Config, RunFlags, Source};
 use keelway_agent::event::Event;
 use keelway_agent::health::serve_proxy;
 use keelway_agent::source::Feed;
 use keelway_agent::worker::Worker;
-use keelway_agent::{install, metrics, socket, source, supervisor};
+use keelway_agent::{install, metrics, record, socket, source, supervisor};
 use nix::sys::signal::{SigSet, Signal};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -134,6 +135,26 @@ fn work(flags: RunFlags) -> anyhow::Result<ExitCode> {
         health: worker.health(),
     };
     let measures = worker.measures();
+    if let Some(pools) = &config.pools {
+        // The loop has not begun, so it is there to hear.
+        feed.pools(Ok(pools.clone()));
+    }
+    if let Source::Api(options) = &config.source {
+        let (notes, happenings) = record::notes();
+        worker.set_notes(notes);
+        runtime.spawn(record::write(
+            options.clone(),
+            config.node_name.clone(),
+            happenings,
+        ));
+        let (options, identity) = (options.clone(), config.node_name.clone());
+        runtime.spawn(balancer::run(
+            options,
+            identity,
+            config.pools.clone(),
+            feed.clone(),
+        ));
+    }
     runtime.block_on(async {
         if let Some(address) = config.healthz {
             tokio::spawn(serve_proxy(address, feed.health.clone(), measures));

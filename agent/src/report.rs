@@ -46,6 +46,12 @@ pub struct Report {
     /// The ways to other nodes' pods.
     #[serde(default)]
     pub paths: Vec<PathReport>,
+    /// Addresses of load balancers that this node answers for on its link.
+    #[serde(default)]
+    pub announced: Vec<std::net::IpAddr>,
+    /// Agents that live on the link, this one included; empty while no pools are configured.
+    #[serde(default)]
+    pub link_nodes: Vec<String>,
     pub addresses_capacity: u64,
     /// How full the ranges of each family are, in words.
     #[serde(default)]
@@ -150,6 +156,19 @@ impl fmt::Display for Report {
                 addresses.join(" "),
                 one.host_interface,
                 one.pod.as_deref().unwrap_or("-")
+            )?;
+        }
+        if !self.link_nodes.is_empty() {
+            let announced: Vec<String> = self.announced.iter().map(ToString::to_string).collect();
+            writeln!(
+                f,
+                "Announces: {} (nodes on the link: {})",
+                if announced.is_empty() {
+                    "nothing".into()
+                } else {
+                    announced.join(", ")
+                },
+                self.link_nodes.join(", ")
             )?;
         }
         write!(f, "Maps:     ")?;

@@ -10,6 +10,7 @@ use cluster_model::{Change, Kind, Object, read_manifest};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use tokio::sync::mpsc;
 
+use crate::balancer::Configured;
 use crate::config::Source;
 use crate::event::Event;
 use crate::health::ProxyHealth;
@@ -42,6 +43,13 @@ impl Feed {
             self.health.queued(seen);
         }
         self.events.send(Event::Cluster { report, seen }).is_ok()
+    }
+}
+
+impl Feed {
+    /// The pools of load balancers' addresses are these now. False when nobody listens any more.
+    pub fn pools(&self, configured: Configured) -> bool {
+        self.events.send(Event::Pools(configured)).is_ok()
     }
 }
 

@@ -10,11 +10,12 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use cluster_model::watch::Report as WatchReport;
-use cluster_model::{Change, Dirty, Kind, ObjectRef, Rejected, Snapshot};
+use cluster_model::{Change, Dirty, Kind, ObjectRef, Rejected, ServiceKey, Snapshot};
 use dataplane_abi::Class;
 use keelway_cni::protocol::{Request, Response};
 use keelway_cni::{CniError, Code};
 
+use crate::announce::Announcements;
 use crate::config::Config;
 use crate::dataplane;
 use crate::event::Event;
@@ -26,9 +27,10 @@ use crate::metrics::{Extent, Measures};
 use crate::monitor::Hub;
 use crate::net::{Kernel, Netlink, NetlinkError};
 use crate::node::{Identity, IdentityFile, Node, NodeError};
-use crate::plan::{Here, check, plan};
+use crate::plan::{Here, Refusal, check, plan};
 use crate::pods::Pods;
 use crate::progress::Progress;
+use crate::record::{Happening, Notes, chosen};
 use crate::report::{Counter, Report};
 use crate::routing::Routes;
 use crate::source::KINDS;
@@ -40,6 +42,8 @@ const TURN_EVENTS_MAX: usize = 20_000;
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(10);
 /// How long after its last failure a watch counts as well again: longer than its pauses, and than a server takes to refuse.
 const WATCH_DOUBT: Duration = Duration::from_secs(30);
+/// Refusals of one batch whose Services are told: more come of one mistake.
+const NOTES_MAX: usize = 100;
 /// The pause between attempts to set the node up.
 const SETUP_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -76,6 +80,9 @@ pub struct Worker {
     /// When the cluster could last not be watched.
     watch_failed: Option<Instant>,
     monitor: Hub,
+    announcements: Announcements,
+    /// Where owners of Services are told what they cannot have; absent without an API server.
+    notes: Option<Notes>,
     progress: Progress,
     health_checks: HealthChecks,
     /// Objects that are malformed now: they count as absent.
@@ -91,7 +98,7 @@ impl Worker {
         let identity_file = IdentityFile::new(&config.state_dir);
         let identity = identity_file.load(&config.node_name);
         let routes = Routes::new(config.routing, events.clone());
-        let mut pods = Pods::load(&config, events);
+        let mut pods = Pods::load(&config, events.clone());
         if let Some(identity) = &identity {
             pods.set_ranges(identity.ranges.clone());
         }
@@ -113,6 +120,8 @@ impl Worker {
             retry: false,
             watch_failed: None,
             monitor: Hub::new(&config.pin_root),
+            notes: None,
+            announcements: Announcements::new(&config.node_name, events),
             progress: Progress::default(),
             health_checks: HealthChecks::default(),
             rejected: BTreeMap::new(),
@@ -152,6 +161,7 @@ impl Worker {
             let taken = Instant::now();
             self.settle_node()?;
             self.settle_services(taken, false);
+            self.settle_announcements();
             self.pods.settle();
             if Instant::now() >= upkeep_due {
                 self.upkeep()?;
@@ -206,8 +216,24 @@ impl Worker {
                 let found = keys.iter().filter_map(|key| books.service(key)).collect();
                 let _ = reply.send(found);
             }
+            Event::Pools(Ok(pools)) => {
+                self.problems.remove("load balancer");
+                self.announcements.set_pools(pools);
+            }
+            Event::Pools(Err(why)) => self.problem("load balancer", why),
+            Event::Live(live) => self.announcements.set_live(live),
             Event::HealthPort(complaint) => {
                 if let Some(why) = &complaint.error {
+                    let note = format!(
+                        "Node {} cannot listen on healthCheckNodePort {}: {why}",
+                        self.here.node, complaint.port
+                    );
+                    self.note(
+                        &complaint.service,
+                        "FailedToStartServiceHealthcheck",
+                        note,
+                        false,
+                    );
                     tracing::warn!(service = %complaint.service, port = complaint.port, why, "a health check cannot listen");
                 }
                 self.health_checks.complaint(complaint);
@@ -235,6 +261,10 @@ impl Worker {
             WatchReport::Rejected(rejected) => {
                 tracing::warn!(%rejected, "an object counts as absent");
                 self.report.rejected_objects += 1;
+                if rejected.object.kind == Kind::Service {
+                    let note = format!("It is not served: {}: {}", rejected.field, rejected.reason);
+                    self.note(&rejected.object.key, "MalformedService", note, true);
+                }
                 self.rejected.insert(rejected.object.clone(), rejected);
             }
             WatchReport::Failed { kind, error } => {
@@ -247,6 +277,29 @@ impl Worker {
     /// Whether this node's proxy works.
     pub fn health(&self) -> Arc<ProxyHealth> {
         self.progress.health.clone()
+    }
+
+    /// Owners of Services are told by these from now on.
+    pub fn set_notes(&mut self, notes: Notes) {
+        self.notes = Some(notes);
+    }
+
+    /// Tells the owner of a Service what it cannot have. What every node sees, one of them tells.
+    fn note(&self, service: &ServiceKey, reason: &'static str, note: String, everywhere: bool) {
+        let Some(notes) = &self.notes else { return };
+        let names: Vec<Arc<str>> = self
+            .snapshot
+            .nodes()
+            .map(|node| node.name.clone())
+            .collect();
+        if everywhere && chosen(service, names.iter()) != Some(&self.here.node) {
+            return;
+        }
+        notes.tell(Happening {
+            service: service.clone(),
+            reason,
+            note,
+        });
     }
 
     pub fn measures(&self) -> Measures {
@@ -323,6 +376,9 @@ impl Worker {
         if self.node.is_none() && self.identity.is_some() && !self.problems.contains_key("setup") {
             self.set_up();
         }
+        if !dirty.is_empty() {
+            self.announcements.nodes_changed();
+        }
         if !dirty.is_empty() || std::mem::take(&mut self.routes_due) {
             self.settle_routes(self.problems.contains_key("routes"));
         }
@@ -368,6 +424,17 @@ impl Worker {
                 self.settle_routes(true);
             }
             Err(error) => self.problem("setup", reason(&error)),
+        }
+    }
+
+    /// Answers on the link for what the pools, the Services and the nodes that live say.
+    fn settle_announcements(&mut self) {
+        let Some(node) = &self.node else {
+            return;
+        };
+        match self.announcements.settle(&node.uplink, &self.snapshot) {
+            Ok(()) => drop(self.problems.remove("announce")),
+            Err(error) => self.problem("announce", error.to_string()),
         }
     }
 
@@ -422,6 +489,7 @@ impl Worker {
         for key in std::mem::take(&mut self.dirty.services) {
             self.health_checks
                 .replan(&self.snapshot, &key, &self.here.node);
+            self.announcements.replan(&self.snapshot, &key);
             let wish = plan(&self.snapshot, &key, &self.here);
             match check(&wish) {
                 Ok(()) => node.ledger.set(&key, wish),
@@ -466,6 +534,17 @@ impl Worker {
                 }
                 self.problem("services", why);
             }
+        }
+        for refusal in batch.refusals.iter().take(NOTES_MAX) {
+            let (service, note) = match refusal {
+                Refusal::NoId(port) => (&port.service, refusal.to_string()),
+                Refusal::Contested {
+                    frontend,
+                    winner,
+                    loser,
+                } => (loser, format!("{frontend} belongs to Service {winner}")),
+            };
+            self.note(service, "FrontendNotAvailable", note, true);
         }
         self.report.last_batch_operations = batch.ops.len();
         self.report.last_batch_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
@@ -608,6 +687,7 @@ impl Worker {
         }
         report.paths = self.routes.report();
         self.pods.fill(&mut report);
+        self.announcements.fill(&mut report);
         report
     }
 }

@@ -33,6 +33,8 @@ pub struct Service {
     pub endpoints: Vec<(Ipv4Addr, &'static str)>,
     /// More fields of its spec.
     pub spec: Value,
+    /// Its address of a load balancer, as its status has it.
+    pub balanced: Option<Ipv4Addr>,
 }
 
 /// The file that the agents follow.
@@ -83,8 +85,14 @@ impl ClusterFile {
                 .iter()
                 .map(|(address, node)| json!({"addresses": [address], "nodeName": node, "conditions": {"ready": true}}))
                 .collect();
+            let ingress: Vec<Value> = service
+                .balanced
+                .iter()
+                .map(|ip| json!({"ip": ip}))
+                .collect();
             items.push(json!({
                 "apiVersion": "v1", "kind": "Service", "metadata": {"namespace": "default", "name": service.name}, "spec": spec,
+                "status": {"loadBalancer": {"ingress": ingress}},
             }));
             items.push(json!({
                 "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
@@ -181,6 +189,51 @@ fn lay(
         .try_into()
         .map_err(|_count| anyhow::anyhow!("two nodes"))?;
     Ok((cluster, nodes))
+}
+
+/// Two nodes and a client on one switch. The switch's ports are `p1`, `p2` and `p3`, in this order.
+pub struct Segment {
+    pub cluster: ClusterFile,
+    pub nodes: [AgentNode; 2],
+    pub client: Network,
+    pub switch: Network,
+}
+
+/// As [`two_nodes`], with a client beside them, at 198.18.0.9.
+pub fn segment(sandbox: &Sandbox, dir: &Path, flags: &[&str]) -> Result<Segment> {
+    let (cluster, nodes) = two_nodes(sandbox, dir, flags)?;
+    let (client, switch) = (Network::new()?, Network::new()?);
+    switch.run(|| -> Result<()> {
+        ip("link add switch type bridge")?;
+        ip("link set switch up")
+    })?;
+    let hosts = [&nodes[0].host, &nodes[1].host, &client];
+    for (index, host) in hosts.into_iter().enumerate() {
+        let (number, port) = (index + 1, format!("p{}", index + 1));
+        ip(&format!("link add kw-s{number} type veth peer name {port}"))?;
+        host.take(&format!("kw-s{number}"))?;
+        switch.take(&port)?;
+        switch.run(|| -> Result<()> {
+            ip(&format!("link set {port} master switch"))?;
+            ip(&format!("link set {port} up"))
+        })?;
+        let last = if index == 2 { 9 } else { number };
+        host.run(|| -> Result<()> {
+            if index == 0 {
+                // In place of the wire between the two nodes.
+                ip("link del eth0")?;
+            }
+            ip(&format!("link set kw-s{number} name eth0"))?;
+            ip(&format!("addr add 198.18.0.{last}/24 dev eth0"))?;
+            ip("link set eth0 up")
+        })?;
+    }
+    Ok(Segment {
+        cluster,
+        nodes,
+        client,
+        switch,
+    })
 }
 
 impl AgentNode {

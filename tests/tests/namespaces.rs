@@ -70,6 +70,7 @@ fn service(endpoints: &[(Ipv4Addr, &'static str)]) -> Service {
         address: WEB,
         endpoints: endpoints.to_vec(),
         spec: json!({}),
+        balanced: None,
     }
 }
 

@@ -56,6 +56,7 @@ impl Topology {
             address: WEB,
             endpoints: vec![(self.a.address, "node-1"), (self.c.address, "node-2")],
             spec: json!({}),
+            balanced: None,
         }
     }
 
