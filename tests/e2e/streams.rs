@@ -344,8 +344,8 @@ pub fn logs_come_as_their_options_ask(cluster: &Cluster) {
 }
 
 pub fn a_terminal_knows_its_size_and_its_programs_exit_code(cluster: &Cluster) {
-    // `script` gives kubectl a terminal, of which `stty` says how large it is.
-    let line = cluster.kubectl_line("exec -it client -- sh -c 'stty size; exit 9'");
+    // `script` gives kubectl a terminal, of which `stty` says how large it is: soon, as kubectl tells it when the program runs.
+    let line = cluster.kubectl_line("exec -it client -- sh -c 'for i in $(seq 100); do stty size 2>/dev/null | grep 33 && break; usleep 50000; done; exit 9'");
     let session = format!("stty rows 33 cols 77; {line}; echo code=$?");
     let said = run_with_input(&["script", "-qec", &session, "/dev/null"], &[], 30, "").ok();
     assert!(said.contains("33 77") && said.contains("code=9"), "{said}");
