@@ -186,7 +186,14 @@ fn claim<T: Tables>(tables: &T, answers: &FlowKey, entry: &Flow) -> bool {
         tables.remove_flow(answers);
     }
     match tables.insert_unreplied(answers, entry, false) {
-        Ok(()) => true,
+        // Between the look above and the insert, another CPU may have moved its flow from here to the replied table.
+        Ok(()) => match tables.flow(answers) {
+            Some(taken) if taken.get().other != entry.other => {
+                tables.remove_unreplied(answers);
+                false
+            }
+            _ => true,
+        },
         Err(Refused::Full) => false,
         Err(Refused::Exists) => match tables.unreplied(answers) {
             Some(taken) if taken.get().other != entry.other => false,

@@ -256,3 +256,7 @@ fn drop<T: Tables>(tables: &T, reason: Reason) -> Verdict {
 #[cfg(test)]
 #[path = "hook_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "hook_fuzz.rs"]
+mod fuzz;

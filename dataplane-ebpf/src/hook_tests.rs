@@ -506,3 +506,6 @@ fn a_direct_connection_may_use_the_port_of_a_flow_that_has_ended() {
         );
     }
 }
+
+#[path = "hook_outside_tests.rs"]
+mod outside;

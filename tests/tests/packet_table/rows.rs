@@ -1,95 +1,38 @@
-//! The data plane as a table: packets and map state in; verdict, packets and counters out, of the programs as the kernel
-//! loaded them. Nothing is sent: the kernel runs each program on each packet (BPF_PROG_TEST_RUN).
+//! The rows of the table.
 
-use std::collections::BTreeMap;
-
-use dataplane_abi::{Class, Reason};
+use dataplane_abi::Reason;
 use keelway_agent::dataplane::{
-    Config, Dataplane, Frontend, Lead, LocalPod, Op,
     PacketProgram::{self, PodEgress, PodIngress, ServiceIngress, UplinkIngress},
-    Protocol, ServiceBackends, ServiceId, ServiceVeth, Vip,
+    ServiceBackends,
 };
-use keelway_tests::{
-    packets::{
-        icmp, tcp,
-        tcp_flag::{ACK, FIN, RST, SYN},
-        udp,
-    },
-    sandbox::{Sandbox, is_root},
+use keelway_tests::packets::tcp_flag::{ACK, FIN, RST, SYN};
+
+use crate::packets::{
+    Fragment, backends, echo, fragment, into_the_host, port_unreachable as error, refusal, reset,
+    tcp, udp, with_byte, with_checksum_of,
 };
 
-const PASS: i32 = -1;
-const DROP: i32 = 2;
-const REDIRECT: i32 = 7;
-
-/// Pod A, behind the interface that every packet comes by: the kernel wants one that exists.
-const A: u32 = 1;
-const B: u32 = 12;
+pub const PASS: i32 = -1;
+pub const DROP: i32 = 2;
+pub const REDIRECT: i32 = 7;
 
 /// A packet through a program: verdict, and the packet after it where it matters.
-struct Step(PacketProgram, Vec<u8>, i32, Option<Vec<u8>>);
+pub struct Step(pub PacketProgram, pub Vec<u8>, pub i32, pub Option<Vec<u8>>);
 
-struct Row {
-    name: &'static str,
-    backends: ServiceBackends,
-    steps: Vec<Step>,
+pub struct Row {
+    pub name: &'static str,
+    /// Of the Service 10.96.0.1, and of what else leads to it.
+    pub backends: ServiceBackends,
+    pub steps: Vec<Step>,
     /// Counters that move; every other drop and reject stays.
-    counters: &'static [(Reason, u64)],
+    pub counters: &'static [(Reason, u64)],
 }
 
-fn to(active: &[&str]) -> ServiceBackends {
-    ServiceBackends {
-        active: active.iter().map(|at| at.parse().unwrap()).collect(),
-        ..ServiceBackends::default()
-    }
-}
-
-fn terminating(list: &[&str]) -> ServiceBackends {
-    ServiceBackends {
-        terminating: to(list).active,
-        ..ServiceBackends::default()
-    }
-}
-
-/// Pods A 10.0.0.11 and B 10.0.0.12, the host 198.18.0.1, the Service 10.96.0.1:80 (TCP and UDP).
-fn state(backends: &ServiceBackends) -> Vec<Op> {
-    let vip = "10.96.0.1".parse().unwrap();
-    let pod = |last, ifindex| Op::SetPod {
-        addr: [10, 0, 0, last].into(),
-        pod: LocalPod {
-            ifindex,
-            mac: [2; 6],
-        },
-    };
-    let frontend = |protocol| Op::SetFrontend {
-        frontend: Frontend {
-            addr: vip,
-            port: 80,
-            protocol,
-        },
-        lead: Lead::to(ServiceId(1)),
-    };
-    vec![
-        pod(11, A),
-        pod(12, B),
-        Op::SetHostAddress {
-            addr: [198, 18, 0, 1].into(),
-        },
-        Op::SetVip {
-            addr: vip,
-            kind: Vip::Cluster,
-        },
-        Op::SetService {
-            id: ServiceId(1),
-            backends: backends.clone(),
-        },
-        frontend(Protocol::Tcp),
-        frontend(Protocol::Udp),
-    ]
-}
-
-fn rows() -> Vec<Row> {
+/// The table.
+pub fn rows() -> Vec<Row> {
     use Reason::*;
+    let to = |active: &[&str]| backends(active, &[]);
+    let terminating = |list: &[&str]| backends(&[], list);
     vec![
         Row {
             name: "a pod reaches a pod of its node through a Service, and back",
@@ -305,19 +248,19 @@ fn rows() -> Vec<Row> {
                     PodIngress,
                     tcp("10.0.0.11:4000", "10.96.0.1:80", SYN, b""),
                     REDIRECT,
-                    Some(reset("10.96.0.1:80", "10.0.0.11:4000", SYN)),
+                    Some(reset("10.96.0.1:80", "10.0.0.11:4000")),
                 ),
                 Step(
                     PodIngress,
                     tcp("10.0.0.11:4000", "10.96.0.1:81", SYN, b""),
                     REDIRECT,
-                    Some(reset("10.96.0.1:81", "10.0.0.11:4000", SYN)),
+                    Some(reset("10.96.0.1:81", "10.0.0.11:4000")),
                 ),
                 Step(
                     PodIngress,
                     udp("10.0.0.11:4000", "10.96.0.1:80", b"x"),
                     REDIRECT,
-                    Some(unreachable(&udp("10.0.0.11:4000", "10.96.0.1:80", b"x"))),
+                    Some(refusal(&udp("10.0.0.11:4000", "10.96.0.1:80", b"x"))),
                 ),
                 Step(
                     ServiceIngress,
@@ -384,14 +327,9 @@ fn rows() -> Vec<Row> {
                     // The quoted transport checksum stays as it was.
                     Some(error(
                         "10.96.0.1:0",
-                        &with_byte(
-                            with_byte(
-                                udp("10.0.0.11:4000", "10.96.0.1:80", b"hello"),
-                                40,
-                                udp("10.0.0.11:4000", "10.0.1.13:8080", b"hello")[40],
-                            ),
-                            41,
-                            udp("10.0.0.11:4000", "10.0.1.13:8080", b"hello")[41],
+                        &with_checksum_of(
+                            udp("10.0.0.11:4000", "10.96.0.1:80", b"hello"),
+                            &udp("10.0.0.11:4000", "10.0.1.13:8080", b"hello"),
                         ),
                     )),
                 ),
@@ -414,18 +352,186 @@ fn rows() -> Vec<Row> {
             name: "a fragmented datagram is translated whole, and a stray fragment to a Service dropped",
             backends: to(&["10.0.0.12:8080"]),
             steps: vec![
-                Step(PodIngress, fragment(20, 0x20), REDIRECT, None),
-                Step(PodIngress, fragment(21, 9), REDIRECT, None),
-                Step(PodIngress, with_byte(fragment(21, 9), 18, 0xee), DROP, None),
+                Step(PodIngress, fragment(Fragment::First, 1), REDIRECT, None),
+                Step(PodIngress, fragment(Fragment::Later, 1), REDIRECT, None),
+                Step(PodIngress, fragment(Fragment::Later, 2), DROP, None),
             ],
             counters: &[(ServiceTranslated, 2), (FragmentUnknown, 1)],
+        },
+        Row {
+            name: "a client outside is itself to a pod of the node, which answers as the node port",
+            backends: to(&["10.0.0.11:8080"]),
+            steps: vec![
+                Step(
+                    UplinkIngress,
+                    tcp("203.0.113.9:5000", "198.18.0.1:30080", SYN, b""),
+                    REDIRECT,
+                    Some(tcp("203.0.113.9:5000", "10.0.0.11:8080", SYN, b"")),
+                ),
+                Step(
+                    PodIngress,
+                    tcp("10.0.0.11:8080", "203.0.113.9:5000", SYN | ACK, b""),
+                    REDIRECT,
+                    Some(tcp("198.18.0.1:30080", "203.0.113.9:5000", SYN | ACK, b"")),
+                ),
+                Step(
+                    UplinkIngress,
+                    udp("203.0.113.9:5000", "198.18.0.1:30080", b"x"),
+                    REDIRECT,
+                    Some(udp("203.0.113.9:5000", "10.0.0.11:8080", b"x")),
+                ),
+            ],
+            counters: &[(ServiceTranslated, 2), (ReplyTranslated, 1), (SourceNat, 0)],
+        },
+        Row {
+            name: "a client outside reaches the host's own backend by the hairpin address",
+            backends: to(&["198.18.0.1:6443"]),
+            steps: vec![
+                Step(
+                    UplinkIngress,
+                    tcp("203.0.113.9:5000", "198.18.0.1:30080", SYN, b""),
+                    REDIRECT,
+                    Some(into_the_host(tcp(
+                        "169.254.77.77:5000",
+                        "198.18.0.1:6443",
+                        SYN,
+                        b"",
+                    ))),
+                ),
+                Step(
+                    ServiceIngress,
+                    tcp("198.18.0.1:6443", "169.254.77.77:5000", SYN | ACK, b""),
+                    REDIRECT,
+                    Some(tcp("198.18.0.1:30080", "203.0.113.9:5000", SYN | ACK, b"")),
+                ),
+            ],
+            counters: &[(ServiceTranslated, 1), (ReplyTranslated, 1)],
+        },
+        Row {
+            name: "a pod reaches a node port of its node, and itself by one",
+            backends: to(&["10.0.0.11:8080"]),
+            steps: vec![
+                Step(
+                    PodIngress,
+                    tcp("10.0.0.11:4000", "198.18.0.1:30080", SYN, b""),
+                    REDIRECT,
+                    Some(tcp("169.254.77.77:4000", "10.0.0.11:8080", SYN, b"")),
+                ),
+                Step(
+                    PodIngress,
+                    tcp("10.0.0.11:8080", "169.254.77.77:4000", SYN | ACK, b""),
+                    REDIRECT,
+                    Some(tcp("198.18.0.1:30080", "10.0.0.11:4000", SYN | ACK, b"")),
+                ),
+            ],
+            counters: &[(ServiceTranslated, 1), (ReplyTranslated, 1)],
+        },
+        Row {
+            name: "with policy Local clients here get any backend, and those outside no answer without one here",
+            backends: to(&["10.0.0.11:8080"]),
+            steps: vec![
+                Step(
+                    PodIngress,
+                    udp("10.0.0.11:4000", "198.18.0.1:30081", b"x"),
+                    REDIRECT,
+                    None,
+                ),
+                Step(
+                    UplinkIngress,
+                    tcp("203.0.113.9:5000", "198.18.0.1:30081", SYN, b""),
+                    DROP,
+                    None,
+                ),
+            ],
+            counters: &[(ServiceTranslated, 1), (NoLocalBackend, 1)],
+        },
+        Row {
+            name: "a client outside is refused without endpoints, and on unknown ports of a balanced address",
+            backends: to(&[]),
+            steps: vec![
+                Step(
+                    UplinkIngress,
+                    tcp("203.0.113.9:5000", "198.18.0.1:30080", SYN, b""),
+                    REDIRECT,
+                    Some(reset("198.18.0.1:30080", "203.0.113.9:5000")),
+                ),
+                Step(
+                    UplinkIngress,
+                    udp("203.0.113.9:5000", "198.18.0.1:30080", b"x"),
+                    REDIRECT,
+                    Some(refusal(&udp("203.0.113.9:5000", "198.18.0.1:30080", b"x"))),
+                ),
+                Step(
+                    UplinkIngress,
+                    tcp("203.0.113.9:5000", "192.0.2.1:81", SYN, b""),
+                    REDIRECT,
+                    Some(reset("192.0.2.1:81", "203.0.113.9:5000")),
+                ),
+            ],
+            counters: &[(NoBackend, 2), (NoSuchPort, 1)],
+        },
+        Row {
+            name: "a balanced address lets in whom its ranges name",
+            backends: to(&["10.0.0.11:8080"]),
+            steps: vec![
+                Step(
+                    UplinkIngress,
+                    tcp("203.0.113.9:5000", "192.0.2.1:80", SYN, b""),
+                    REDIRECT,
+                    Some(tcp("203.0.113.9:5000", "10.0.0.11:8080", SYN, b"")),
+                ),
+                Step(
+                    UplinkIngress,
+                    tcp("203.0.114.9:5000", "192.0.2.1:80", SYN, b""),
+                    DROP,
+                    None,
+                ),
+                Step(
+                    PodIngress,
+                    tcp("10.0.0.11:4000", "192.0.2.1:80", SYN, b""),
+                    DROP,
+                    None,
+                ),
+            ],
+            counters: &[(ServiceTranslated, 1), (SourceRange, 2)],
+        },
+        Row {
+            name: "the node's other ports, and what opens nothing on a node port, are the host's",
+            backends: to(&["10.0.0.11:8080"]),
+            steps: vec![
+                Step(
+                    UplinkIngress,
+                    tcp("203.0.113.9:5000", "198.18.0.1:22", SYN, b""),
+                    PASS,
+                    Some(tcp("203.0.113.9:5000", "198.18.0.1:22", SYN, b"")),
+                ),
+                Step(
+                    UplinkIngress,
+                    tcp("203.0.113.9:5000", "198.18.0.1:30080", SYN | ACK, b""),
+                    PASS,
+                    Some(tcp("203.0.113.9:5000", "198.18.0.1:30080", SYN | ACK, b"")),
+                ),
+                Step(
+                    PodIngress,
+                    tcp("10.0.0.11:4000", "198.18.0.1:22", SYN, b""),
+                    PASS,
+                    Some(tcp("10.0.0.11:4000", "198.18.0.1:22", SYN, b"")),
+                ),
+                Step(
+                    UplinkIngress,
+                    echo("203.0.113.9:0", "198.18.0.1:0"),
+                    PASS,
+                    None,
+                ),
+            ],
+            counters: &[(Passed, 4), (FlowCreated, 0)],
         },
         Row {
             name: "what is not TCP or UDP to a Service is dropped with a reason",
             backends: to(&["10.0.0.12:8080"]),
             steps: vec![Step(
                 PodIngress,
-                icmp("10.0.0.11:0", "10.96.0.1:0", 8, 0, &[0; 12]),
+                echo("10.0.0.11:0", "10.96.0.1:0"),
                 DROP,
                 None,
             )],
@@ -457,160 +563,4 @@ fn rows() -> Vec<Row> {
             counters: &[(Malformed, 1)],
         },
     ]
-}
-
-/// An ICMP port unreachable from an address about a packet, to its sender.
-fn error(from: &str, about: &[u8]) -> Vec<u8> {
-    let sender = format!("{}.{}.{}.{}:0", about[26], about[27], about[28], about[29]);
-    let body: Vec<u8> = [0; 4]
-        .into_iter()
-        .chain(about[14..42].iter().copied())
-        .collect();
-    icmp(from, &sender, 3, 3, &body)
-}
-
-/// A datagram to the Service, a byte of whose fragmentation field is set.
-fn fragment(offset: usize, value: u8) -> Vec<u8> {
-    let datagram = udp("10.0.0.11:4000", "10.96.0.1:80", &[7; 64]);
-    let mut packet = with_byte(datagram, offset, value);
-    fix_sum(&mut packet);
-    packet
-}
-
-fn with_byte(mut packet: Vec<u8>, offset: usize, value: u8) -> Vec<u8> {
-    packet[offset] = value;
-    packet
-}
-
-/// The answer of a host that refuses a segment without data, as RFC 9293 has it.
-fn reset(src: &str, dst: &str, flags: u8) -> Vec<u8> {
-    assert_eq!(
-        flags, SYN,
-        "other segments are refused with their own acknowledgement"
-    );
-    let mut packet = tcp(src, dst, RST | ACK, b"");
-    let window_and_numbers = [
-        (38..42, vec![0; 4]),
-        (42..46, vec![1, 2, 3, 5]),
-        (48..50, vec![0; 2]),
-    ];
-    for (range, bytes) in window_and_numbers {
-        packet[range].copy_from_slice(&bytes);
-    }
-    fix_ip_header(&mut packet);
-    fix_checksum(&mut packet, 50, true);
-    packet
-}
-
-/// ICMP port unreachable for a datagram.
-fn unreachable(datagram: &[u8]) -> Vec<u8> {
-    let mut body = vec![0; 4];
-    body.extend(&datagram[14..42]);
-    let text = |at: usize| {
-        format!(
-            "{}.{}.{}.{}:0",
-            datagram[at],
-            datagram[at + 1],
-            datagram[at + 2],
-            datagram[at + 3]
-        )
-    };
-    let mut packet = icmp(&text(30), &text(26), 3, 3, &body);
-    fix_ip_header(&mut packet);
-    packet
-}
-
-/// What the programs write where the builders write otherwise: no identification, "don't fragment"; Ethernet as it came.
-fn fix_ip_header(packet: &mut [u8]) {
-    packet[18..22].copy_from_slice(&[0, 0, 0x40, 0]);
-    fix_sum(packet);
-}
-
-fn fix_sum(packet: &mut [u8]) {
-    packet[24..26].fill(0);
-    let sum = sum(&packet[14..34], 0);
-    packet[24..26].copy_from_slice(&sum.to_be_bytes());
-}
-
-fn fix_checksum(packet: &mut [u8], at: usize, pseudo: bool) {
-    packet[at..at + 2].fill(0);
-    let len = (packet.len() - 34) as u32;
-    let initial = if pseudo {
-        packet[23] as u32 + len + !sum(&packet[26..34], 0) as u32
-    } else {
-        0
-    };
-    let field = sum(&packet[34..], initial);
-    packet[at..at + 2].copy_from_slice(&field.to_be_bytes());
-}
-
-fn sum(bytes: &[u8], initial: u32) -> u16 {
-    let mut total: u32 = initial
-        + bytes
-            .chunks(2)
-            .map(|pair| (pair[0] as u32) << 8 | pair.get(1).map_or(0, |b| *b as u32))
-            .sum::<u32>();
-    while total >> 16 != 0 {
-        total = (total & 0xffff) + (total >> 16);
-    }
-    !(total as u16)
-}
-
-#[test]
-fn packets_leave_the_loaded_programs_as_the_table_says() {
-    if !is_root("packet table") {
-        return;
-    }
-    for row in rows() {
-        let sandbox = Sandbox::enter().unwrap();
-        let config = Config {
-            service_veth: Some(ServiceVeth { outer: 1, inner: 1 }),
-            node_v4: Some([198, 18, 0, 1].into()),
-            ..Config::new(sandbox.pin_root())
-        };
-        let mut dataplane = Dataplane::open(&config).unwrap();
-        let mut ops = state(&row.backends);
-        // A second Service of the same backends.
-        let second = Frontend {
-            addr: [10, 96, 0, 2].into(),
-            port: 80,
-            protocol: Protocol::Udp,
-        };
-        ops.push(Op::SetService {
-            id: ServiceId(2),
-            backends: row.backends.clone(),
-        });
-        ops.push(Op::SetFrontend {
-            frontend: second,
-            lead: Lead::to(ServiceId(2)),
-        });
-        dataplane.apply(&ops).unwrap();
-        for (number, Step(program, packet, verdict, out)) in row.steps.into_iter().enumerate() {
-            let run = dataplane.run(program, &packet, A, 1).unwrap();
-            let place = format!("{}: step {} at {}", row.name, number + 1, program.name());
-            assert_eq!(run.verdict, verdict, "{place}: verdict");
-            if let Some(out) = out {
-                assert_eq!(hex(&run.packet), hex(&out), "{place}: packet");
-            }
-        }
-        let counted: BTreeMap<Reason, u64> = dataplane.counters().unwrap().into_iter().collect();
-        let wanted: BTreeMap<Reason, u64> = row.counters.iter().copied().collect();
-        for (reason, count) in &counted {
-            match wanted.get(reason) {
-                Some(want) => assert_eq!(count, want, "{}: {}", row.name, reason.name()),
-                None if reason.class() != Class::Event => {
-                    assert_eq!(*count, 0, "{}: {}", row.name, reason.name())
-                }
-                None => {}
-            }
-        }
-    }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect::<Vec<_>>()
-        .join(" ")
 }

@@ -1,0 +1,176 @@
+//! Packets that nobody would send: random ones, and good ones in which bytes were changed or that were cut, through every hook.
+//! None panics, and what a hook changes is what it may change: addresses, ports, and the sums over them.
+
+use dataplane_abi::{FROM_HOST, FROM_POD, LEAD_GUARDED, Lead, proto};
+use proptest::{prelude::*, sample::Index};
+
+use super::*;
+use crate::{
+    memory::{Bytes, Memory, addr, checksums_are_right, icmp, tcp, udp},
+    packet::{ETH_LEN, parse},
+};
+
+const A: u32 = 11;
+
+const FEATURES: Features = Features {
+    packet_lb: true,
+    service_veth: true,
+    masquerade: false,
+    node_v4: Addr::from_v4_be(u32::from_ne_bytes([198, 18, 0, 1])),
+    node_v6: Addr { words: [0, 0] },
+};
+
+/// A node with everything: Services, node ports, guarded addresses, affinity, no backends.
+fn node() -> Memory {
+    let tables = Memory::default();
+    tables.set_local([10, 0, 0, 11], FROM_POD, A);
+    tables.set_local([10, 0, 0, 12], FROM_POD, 12);
+    tables.set_local([198, 18, 0, 1], FROM_HOST, 0);
+    tables.set_service(1, &["10.0.0.12:8080", "10.0.1.13:8080"], &[]);
+    tables.set_service(2, &["10.0.1.13:8080"], &["10.0.0.11:8080"]);
+    tables.set_affinity_timeout(2, 60);
+    tables.set_service(3, &[], &[]);
+    for protocol in [proto::TCP, proto::UDP] {
+        tables.set_frontend("10.96.0.1:80", protocol, 1);
+        tables.set_frontend("10.96.0.2:80", protocol, 2);
+        tables.set_frontend("10.96.0.3:80", protocol, 3);
+        tables.set_lead("0.0.0.0:30080", protocol, Lead::new(1, 3, 0));
+        tables.set_lead("192.0.2.1:80", protocol, Lead::new(1, 1, LEAD_GUARDED));
+    }
+    let all_of_them = (1, addr([203, 0, 113, 0]), 96 + 24);
+    tables.ranges.borrow_mut().push(all_of_them);
+    tables
+}
+
+/// Conversations that hooks have much to do with.
+fn good() -> impl Strategy<Value = Vec<u8>> {
+    let ends = vec![
+        "10.0.0.11:4000",
+        "10.96.0.1:80",
+        "10.96.0.2:80",
+        "10.96.0.3:80",
+        "198.18.0.1:30080",
+        "10.0.1.13:8080",
+        "10.0.0.12:8080",
+        "203.0.113.9:5000",
+        "192.0.2.1:80",
+    ];
+    let pair = (
+        prop::sample::select(ends.clone()),
+        prop::sample::select(ends),
+    );
+    let payload = prop::collection::vec(any::<u8>(), 0..40);
+    (pair, 0u8..4, any::<u8>(), payload).prop_map(|((src, dst), kind, flags, payload)| match kind {
+        0 => tcp(src, dst, flags, &payload),
+        1 => udp(src, dst, &payload),
+        2 => icmp(src, dst, [0, 3, 8, 11][flags as usize % 4], 0, &payload),
+        _ => {
+            // An error that quotes what may be a flow's.
+            let quoted = udp(dst, src, &payload);
+            let body = [&[0; 4][..], &quoted[14..]].concat();
+            icmp(src, dst, 3, 3, &body)
+        }
+    })
+}
+
+fn packet() -> impl Strategy<Value = Vec<u8>> {
+    let change = (any::<Index>(), any::<u8>());
+    prop_oneof![
+        1 => prop::collection::vec(any::<u8>(), 0..200),
+        3 => good(),
+        4 => (good(), prop::collection::vec(change, 1..4)).prop_map(|(mut bytes, changes)| {
+            for (at, value) in changes {
+                // Not the addresses of the frame, which nothing looks at.
+                let at = 12 + at.index(bytes.len() - 12);
+                bytes[at] = value;
+            }
+            bytes
+        }),
+        1 => (good(), any::<Index>()).prop_map(|(mut bytes, at)| {
+            bytes.truncate(at.index(bytes.len()));
+            bytes
+        }),
+    ]
+}
+
+/// The bytes that a translation may change, from the packet as it came.
+fn may_change(before: &[u8]) -> Vec<bool> {
+    let mut may = vec![false; before.len()];
+    let mut open = |range: core::ops::Range<usize>| {
+        let end = range.end.min(may.len());
+        may[range.start.min(end)..end].fill(true);
+    };
+    let headers = |at: usize, open: &mut dyn FnMut(core::ops::Range<usize>)| -> usize {
+        open(at + 10..at + 20);
+        at + before.get(at).map_or(0, |byte| (byte & 0x0f) as usize) * 4
+    };
+    headers(ETH_LEN, &mut open);
+    // What is no packet of ours may change nowhere.
+    let Parsed::Ip(ip) = parse(&Bytes(before.to_vec())) else {
+        return vec![false; before.len()];
+    };
+    let l4 = ip.l4;
+    match ip.key.proto {
+        proto::TCP => {
+            open(l4..l4 + 4);
+            open(l4 + 16..l4 + 18);
+        }
+        proto::UDP => open(l4..l4 + 8),
+        _ => {
+            open(l4 + 2..l4 + 6);
+            // What an error quotes.
+            let inner = headers(l4 + 8, &mut open);
+            open(inner..inner + 4);
+        }
+    }
+    may
+}
+
+fn is_refusal(before: &[u8], after: &[u8]) -> bool {
+    // A reset or an error, back to where the packet came from.
+    after.get(30..34) == before.get(26..30) && checksums_are_right(after)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn no_packet_panics_or_is_rewritten_where_it_must_not_be(
+        packets in prop::collection::vec((0u8..4, packet()), 1..8),
+    ) {
+        let tables = node();
+        for (hook, before) in packets {
+            let was_right = matches!(parse(&Bytes(before.clone())), Parsed::Ip(ip) if ip.fragment == crate::packet::Fragment::Whole && ip.l4 == 34)
+                && is_whole(&before) && checksums_are_right(&before);
+            let mut packet = Bytes(before.clone());
+            let verdict = match hook {
+                0 => pod_ingress(&mut packet, &tables, &FEATURES, A),
+                1 => pod_egress(&mut packet, &tables, &FEATURES),
+                2 => uplink_ingress(&mut packet, &tables, &FEATURES),
+                _ => service_ingress(&mut packet, &tables, &FEATURES),
+            };
+            let after = packet.0;
+            if verdict == Verdict::Drop || before == after {
+                continue;
+            }
+            if after.len() == before.len() {
+                let may = may_change(&before);
+                let wrong = (0..before.len()).find(|at| before[*at] != after[*at] && !may[*at]);
+                if let Some(at) = wrong {
+                    prop_assert!(is_refusal(&before, &after), "byte {at} of {before:02x?} became {after:02x?}");
+                    continue;
+                }
+                if was_right {
+                    prop_assert!(checksums_are_right(&after), "{before:02x?} became {after:02x?}");
+                }
+            } else {
+                prop_assert!(is_refusal(&before, &after), "{before:02x?} became {after:02x?}");
+            }
+        }
+    }
+}
+
+/// Whether a packet is as long as it says.
+fn is_whole(packet: &[u8]) -> bool {
+    u16::from_be_bytes([packet[16], packet[17]]) as usize + 14 == packet.len()
+}

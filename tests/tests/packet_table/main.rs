@@ -1,0 +1,218 @@
+//! The data plane as a table: packets and map state in; verdict, packets and counters out, of the programs as the kernel
+//! loaded them. Nothing is sent: the kernel runs each program on each packet (BPF_PROG_TEST_RUN).
+
+mod packets;
+mod random;
+mod rows;
+
+use std::{collections::BTreeMap, fs, net::SocketAddr};
+
+use dataplane_abi::{Class, Reason};
+use keelway_agent::dataplane::{
+    Config, Dataplane, Frontend, Lead, LocalPod, Op, PacketProgram, Protocol, ServiceBackends,
+    ServiceId, ServiceVeth, Vip,
+};
+use keelway_tests::{
+    packets::{checksums_are_right, tcp_flag::SYN},
+    sandbox::{Sandbox, ip, is_root},
+};
+
+use crate::{
+    packets::{backends, tcp},
+    rows::{REDIRECT, Row, Step, rows},
+};
+
+/// Pod A, behind the interface that every packet comes by: the kernel wants one that exists.
+const A: u32 = 1;
+const B: u32 = 12;
+
+/// Pods A 10.0.0.11 and B 10.0.0.12, the host 198.18.0.1; the backends are reached by the Service 10.96.0.1:80, by UDP also by
+/// 10.96.0.2:80, by the node ports 30080 and, for clients here, 30081, and from 203.0.113.0/24 by 192.0.2.1:80.
+fn state(backends: &ServiceBackends) -> Vec<Op> {
+    let (first, second, silent) = (ServiceId(1), ServiceId(2), ServiceId(3));
+    let pod = |address: &str, ifindex| Op::SetPod {
+        addr: address.parse().unwrap(),
+        pod: LocalPod {
+            ifindex,
+            mac: [2; 6],
+        },
+    };
+    let vip = |address: &str, kind| Op::SetVip {
+        addr: address.parse().unwrap(),
+        kind,
+    };
+    let service = |id, backends: &ServiceBackends| Op::SetService {
+        id,
+        backends: backends.clone(),
+    };
+    let mut ops = vec![
+        pod("10.0.0.11", A),
+        pod("10.0.0.12", B),
+        Op::SetHostAddress {
+            addr: [198, 18, 0, 1].into(),
+        },
+        vip("10.96.0.1", Vip::Cluster),
+        vip("192.0.2.1", Vip::External),
+        service(first, backends),
+        service(second, backends),
+        service(
+            silent,
+            &ServiceBackends {
+                silent: true,
+                ..ServiceBackends::default()
+            },
+        ),
+        Op::SetSources {
+            id: first,
+            sources: ["203.0.113.0/24".parse().unwrap()].into(),
+        },
+    ];
+    let everybody = Lead::to(first);
+    let local = Lead {
+        external: silent,
+        ..everybody
+    };
+    let guarded = Lead {
+        guarded: true,
+        ..everybody
+    };
+    let (tcp, udp) = (Protocol::Tcp, Protocol::Udp);
+    for (at, protocols, lead) in [
+        ("10.96.0.1:80", &[tcp, udp][..], everybody),
+        ("10.96.0.2:80", &[udp], Lead::to(second)),
+        ("0.0.0.0:30080", &[tcp, udp], everybody),
+        ("0.0.0.0:30081", &[tcp, udp], local),
+        ("192.0.2.1:80", &[tcp, udp], guarded),
+    ] {
+        let at: SocketAddr = at.parse().unwrap();
+        ops.extend(protocols.iter().map(|protocol| Op::SetFrontend {
+            frontend: Frontend {
+                addr: at.ip(),
+                port: at.port(),
+                protocol: *protocol,
+            },
+            lead,
+        }));
+    }
+    ops
+}
+
+/// A data plane of its own, with a way out: the kernel looks it up, though nothing is sent.
+fn opened(sandbox: &Sandbox) -> Dataplane {
+    ip("route add default dev lo").unwrap();
+    fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
+    Dataplane::open(&Config {
+        service_veth: Some(ServiceVeth { outer: 1, inner: 1 }),
+        node_v4: Some([198, 18, 0, 1].into()),
+        ..Config::new(sandbox.pin_root())
+    })
+    .unwrap()
+}
+
+fn run(dataplane: &Dataplane, program: PacketProgram, packet: &[u8]) -> (i32, Vec<u8>) {
+    let run = dataplane.run(program, packet, A, 1).unwrap();
+    (run.verdict, run.packet)
+}
+
+#[test]
+fn packets_leave_the_loaded_programs_as_the_table_says() {
+    if !is_root("packet table") {
+        return;
+    }
+    for row in rows() {
+        check(row);
+    }
+}
+
+fn check(row: Row) {
+    let sandbox = Sandbox::enter().unwrap();
+    let mut dataplane = opened(&sandbox);
+    dataplane.apply(&state(&row.backends)).unwrap();
+    let name = row.name;
+    for (number, Step(program, packet, verdict, out)) in row.steps.into_iter().enumerate() {
+        let place = format!("{name}: step {} at {}", number + 1, program.name());
+        let (got, packet) = run(&dataplane, program, &packet);
+        assert_eq!(got, verdict, "{place}: verdict");
+        if let Some(out) = out {
+            assert_eq!(hex(&packet), hex(&out), "{place}: packet");
+        }
+    }
+    let counted: BTreeMap<Reason, u64> = dataplane.counters().unwrap().into_iter().collect();
+    let wanted: BTreeMap<Reason, u64> = row.counters.iter().copied().collect();
+    for (reason, count) in &counted {
+        match wanted.get(reason) {
+            Some(want) => assert_eq!(count, want, "{name}: {}", reason.name()),
+            None if reason.class() != Class::Event => {
+                assert_eq!(*count, 0, "{name}: {}", reason.name())
+            }
+            None => {}
+        }
+    }
+}
+
+/// The source port that a packet leaves with.
+fn source_port(packet: &[u8]) -> u16 {
+    u16::from_be_bytes([packet[34], packet[35]])
+}
+
+#[test]
+fn the_node_stands_in_for_clients_outside_whose_answers_must_come_back_here() {
+    if !is_root("source translation") {
+        return;
+    }
+    let (client, asked, there) = ("203.0.113.9:5000", "198.18.0.1:30080", "10.0.1.13:8080");
+    let sandbox = Sandbox::enter().unwrap();
+    let mut dataplane = opened(&sandbox);
+    dataplane.apply(&state(&backends(&[there], &[]))).unwrap();
+    let uplink = PacketProgram::UplinkIngress;
+    let (verdict, out) = run(&dataplane, uplink, &tcp(client, asked, SYN, b"hi"));
+    assert_eq!(verdict, REDIRECT);
+    assert!(checksums_are_right(&out));
+    let node = format!("198.18.0.1:{}", source_port(&out));
+    assert_eq!(hex(&out), hex(&tcp(&node, there, SYN, b"hi")));
+    let (verdict, back) = run(&dataplane, uplink, &tcp(there, &node, SYN, b"you"));
+    assert_eq!(verdict, REDIRECT);
+    assert_eq!(hex(&back), hex(&tcp(asked, client, SYN, b"you")));
+    let counters: BTreeMap<Reason, u64> = dataplane.counters().unwrap().into_iter().collect();
+    assert_eq!(counters[&Reason::SourceNat], 1);
+}
+
+#[test]
+fn ports_that_are_taken_on_two_cpus_at_once_are_never_the_same() {
+    if !is_root("ports") {
+        return;
+    }
+    const CLIENTS: u16 = 1_500;
+    let sandbox = Sandbox::enter().unwrap();
+    let mut dataplane = opened(&sandbox);
+    let backends = backends(&["10.0.1.13:8080"], &[]);
+    dataplane.apply(&state(&backends)).unwrap();
+    let dataplane = &dataplane;
+    let ports: Vec<u16> = std::thread::scope(|scope| {
+        let open = |first: u16| {
+            let client = |port| {
+                let client = format!("203.0.113.9:{}", first + port);
+                let packet = tcp(&client, "198.18.0.1:30080", SYN, b"");
+                let (verdict, out) = run(dataplane, PacketProgram::UplinkIngress, &packet);
+                assert_eq!(verdict, REDIRECT, "{client}");
+                source_port(&out)
+            };
+            (0..CLIENTS).map(client).collect::<Vec<u16>>()
+        };
+        let threads = [10_000, 20_000].map(|first| scope.spawn(move || open(first)));
+        threads
+            .into_iter()
+            .flat_map(|thread| thread.join().unwrap())
+            .collect()
+    });
+    let different: std::collections::BTreeSet<&u16> = ports.iter().collect();
+    assert_eq!(different.len(), usize::from(2 * CLIENTS));
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect::<Vec<_>>()
+        .join(" ")
+}

@@ -1,0 +1,198 @@
+//! Packets that nobody would send, through the loaded programs and through the same logic on the host: both come to the same verdict,
+//! packet and counts. What holds of the one (see `hook_fuzz.rs` in dataplane-ebpf) so holds of the other.
+
+use std::collections::BTreeMap;
+
+use dataplane_abi::{Addr, FROM_HOST, FROM_POD, LEAD_GUARDED, Lead as RawLead, Reason};
+use dataplane_ebpf::{
+    hook::{self, Features, Verdict},
+    memory::{Bytes, Memory, addr},
+};
+use keelway_agent::dataplane::{
+    Dataplane,
+    PacketProgram::{self, PodEgress, PodIngress, ServiceIngress, UplinkIngress},
+    Protocol,
+};
+use keelway_tests::sandbox::{Sandbox, is_root};
+
+use crate::{
+    A, B, opened,
+    packets::{backends, echo, port_unreachable, tcp, udp},
+    rows::{DROP, PASS, REDIRECT},
+    state,
+};
+
+const PACKETS: usize = 4_000;
+
+/// Numbers that are the same in every run (xorshift).
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 20) as usize % limit
+    }
+}
+
+fn packet(numbers: &mut Numbers) -> Vec<u8> {
+    let ends = [
+        "10.0.0.11:4000",
+        "10.0.0.11:8080",
+        "10.0.0.12:8080",
+        "10.96.0.1:80",
+        "10.96.0.1:81",
+        "198.18.0.1:30080",
+        "198.18.0.1:30081",
+        "203.0.113.9:5000",
+        "192.0.2.1:80",
+        "169.254.77.77:4000",
+    ];
+    let (src, dst) = (
+        ends[numbers.below(ends.len())],
+        ends[numbers.below(ends.len())],
+    );
+    let payload: Vec<u8> = (0..numbers.below(60))
+        .map(|_| numbers.below(256) as u8)
+        .collect();
+    let mut packet = match numbers.below(5) {
+        0 | 1 => tcp(src, dst, numbers.below(32) as u8, &payload),
+        2 => udp(src, dst, &payload),
+        3 => echo(src, dst),
+        _ => port_unreachable(src, &udp(dst, src, &payload)),
+    };
+    match numbers.below(3) {
+        0 => {}
+        1 => {
+            for _ in 0..=numbers.below(3) {
+                let at = 12 + numbers.below(packet.len() - 12);
+                packet[at] = numbers.below(256) as u8;
+            }
+        }
+        // The kernel runs programs on no packet that ends within its IP header.
+        _ => packet.truncate(34 + numbers.below(packet.len() - 33)),
+    }
+    packet
+}
+
+/// The same state as [`state`] writes, in memory.
+fn memory(backend: &str) -> Memory {
+    let tables = Memory::default();
+    tables.set_local([10, 0, 0, 11], FROM_POD, A);
+    tables.set_local([10, 0, 0, 12], FROM_POD, B);
+    tables.set_local([198, 18, 0, 1], FROM_HOST, 0);
+    tables.set_service(1, &[backend], &[]);
+    tables.set_service(2, &[backend], &[]);
+    tables.set_service(3, &[], &[]);
+    tables.set_silent(3);
+    for protocol in [Protocol::Tcp.number(), Protocol::Udp.number()] {
+        tables.set_frontend("10.96.0.1:80", protocol, 1);
+        tables.set_lead("0.0.0.0:30080", protocol, RawLead::new(1, 1, 0));
+        tables.set_lead("0.0.0.0:30081", protocol, RawLead::new(1, 3, 0));
+        let guarded = RawLead::new(1, 1, LEAD_GUARDED);
+        tables.set_lead("192.0.2.1:80", protocol, guarded);
+    }
+    let udp = Protocol::Udp.number();
+    tables.set_lead("10.96.0.2:80", udp, RawLead::new(2, 2, 0));
+    tables.set_vip([192, 0, 2, 1]);
+    let range = (1, addr([203, 0, 113, 0]), 96 + 24);
+    tables.ranges.borrow_mut().push(range);
+    tables
+}
+
+fn features() -> Features {
+    Features {
+        packet_lb: true,
+        service_veth: true,
+        masquerade: false,
+        node_v4: addr([198, 18, 0, 1]),
+        node_v6: Addr { words: [0, 0] },
+    }
+}
+
+fn on_the_host(tables: &Memory, program: PacketProgram, packet: &[u8]) -> (Verdict, Vec<u8>) {
+    let (mut packet, features) = (Bytes(packet.to_vec()), features());
+    let verdict = match program {
+        PodIngress => hook::pod_ingress(&mut packet, tables, &features, A),
+        PodEgress => hook::pod_egress(&mut packet, tables, &features),
+        UplinkIngress => hook::uplink_ingress(&mut packet, tables, &features),
+        ServiceIngress => hook::service_ingress(&mut packet, tables, &features),
+    };
+    (verdict, packet.0)
+}
+
+#[test]
+fn the_loaded_programs_do_what_their_logic_does_on_the_host() {
+    if !is_root("random packets") {
+        return;
+    }
+    let sandbox = Sandbox::enter().unwrap();
+    let mut dataplane = opened(&sandbox);
+    // One backend, on this node: but for ports (see below) nothing is left to chance.
+    let backend = "10.0.0.12:8080";
+    dataplane.apply(&state(&backends(&[backend], &[]))).unwrap();
+    let tables = memory(backend);
+    let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
+    for number in 0..PACKETS {
+        let program = PacketProgram::ALL[numbers.below(PacketProgram::ALL.len())];
+        let before = packet(&mut numbers);
+        compare(&dataplane, &tables, program, &before, number);
+    }
+    let loaded: BTreeMap<Reason, u64> = dataplane.counters().unwrap().into_iter().collect();
+    // Where a route was asked for, the kernel may have none.
+    for (reason, count) in loaded
+        .iter()
+        .filter(|(reason, _)| **reason != Reason::NoRoute)
+    {
+        assert_eq!(*count, tables.counted(*reason), "{}", reason.name());
+    }
+    assert!(loaded[&Reason::ServiceTranslated] > 50 && loaded[&Reason::Malformed] > 50);
+}
+
+fn compare(
+    dataplane: &Dataplane,
+    tables: &Memory,
+    program: PacketProgram,
+    before: &[u8],
+    number: usize,
+) {
+    let run = dataplane.run(program, before, A, 1).unwrap();
+    let (verdict, after) = on_the_host(tables, program, before);
+    let agree = match verdict {
+        Verdict::Pass => run.verdict == PASS,
+        Verdict::Drop => run.verdict == DROP,
+        Verdict::Route => matches!(run.verdict, REDIRECT | DROP),
+        // Into a pod nothing is redirected from the host's side.
+        Verdict::Peer(_) | Verdict::Host => {
+            run.verdict == REDIRECT || (program == PodEgress && run.verdict == PASS)
+        }
+    };
+    let place = format!("{number}: {} of {before:02x?}", program.name());
+    assert!(agree, "{place}: {}, not {verdict:?}", run.verdict);
+    if verdict != Verdict::Drop {
+        // The frame's own addresses are the entry points' business.
+        if !differ_by_a_taken_port(&run.packet, &after) {
+            assert_eq!(run.packet[12..], after[12..], "{place}");
+        }
+    }
+}
+
+/// Whether two packets, or what they quote, have but another source port of those taken at random where the client's own leads to
+/// the backend already, and so another checksum: the kernel's numbers are not ours.
+fn differ_by_a_taken_port(loaded: &[u8], here: &[u8]) -> bool {
+    let is_taken = |word: &[u8]| matches!(word, [high, _] if (0x20..0x60).contains(high));
+    let words = |packet: &[u8]| {
+        packet[14..]
+            .chunks(2)
+            .map(<[u8]>::to_vec)
+            .collect::<Vec<_>>()
+    };
+    let different: Vec<(Vec<u8>, Vec<u8>)> = words(loaded)
+        .into_iter()
+        .zip(words(here))
+        .filter(|(a, b)| a != b)
+        .collect();
+    let ports = different.iter().filter(|(a, b)| is_taken(a) && is_taken(b));
+    loaded.len() == here.len() && different.len() <= 2 && ports.count() > 0
+}
