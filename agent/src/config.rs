@@ -41,6 +41,12 @@ pub struct RunFlags {
     /// How other nodes' pods are reached.
     #[arg(long, value_enum, default_value_t = Routing::Auto)]
     routing: Routing,
+    /// Give what pods send out of the cluster over IPv4 the node's address as its source.
+    #[arg(long, value_enum, default_value_t = Switch::Off)]
+    masquerade: Switch,
+    /// Range of destinations to which pods keep their own addresses, beside the cluster's own; may be given more than once.
+    #[arg(long, value_name = "RANGE")]
+    non_masquerade_cidr: Vec<IpNetwork>,
     /// Address for /metrics, /healthz and /readyz.
     #[arg(long)]
     metrics: Option<SocketAddr>,
@@ -88,6 +94,8 @@ pub struct Config {
     pub packet_lb: bool,
     pub service_ranges: Vec<IpNetwork>,
     pub routing: Routing,
+    pub masquerade: bool,
+    pub unmasqueraded: Vec<IpNetwork>,
     pub metrics: Option<SocketAddr>,
     pub healthz: Option<SocketAddr>,
     /// Pools from a file; without one, they are read from a ConfigMap, and followed.
@@ -113,6 +121,10 @@ pub enum ConfigError {
     NoCgroup,
     #[error("--socket-lb off and --packet-lb off: nothing would translate Service addresses")]
     NothingOn,
+    #[error(
+        "--masquerade on needs --packet-lb on: packets are given the node's address where they are balanced"
+    )]
+    MasqueradeAlone,
     #[error("--service-cidr {0}: has bits set after its prefix")]
     ServiceRange(IpNetwork),
     #[error("--load-balancer-config {}: {why}", path.display())]
@@ -132,6 +144,9 @@ impl RunFlags {
         let (socket_lb, packet_lb) = (self.socket_lb == Switch::On, self.packet_lb == Switch::On);
         if !socket_lb && !packet_lb {
             return Err(ConfigError::NothingOn);
+        }
+        if self.masquerade == Switch::On && !packet_lb {
+            return Err(ConfigError::MasqueradeAlone);
         }
         if let Some(range) = self
             .service_cidr
@@ -172,6 +187,8 @@ impl RunFlags {
             packet_lb,
             service_ranges: self.service_cidr,
             routing: self.routing,
+            masquerade: self.masquerade == Switch::On,
+            unmasqueraded: self.non_masquerade_cidr,
             metrics: self.metrics,
             pools: self
                 .load_balancer_config

@@ -134,6 +134,7 @@ pub struct Node {
     /// The node's own addresses in its pod ranges, of each family.
     reserved: Vec<Reserved>,
     host_addresses: BTreeSet<IpAddr>,
+    unmasqueraded: BTreeSet<IpNetwork>,
     /// Entries of answered flows that the last collection left.
     flows: u32,
     /// The node has IPv6 pods.
@@ -189,7 +190,7 @@ impl Node {
                 IpAddr::V4(_) => None,
                 IpAddr::V6(v6) => Some(*v6),
             }),
-            masquerade: false,
+            masquerade: config.masquerade,
         })?;
         let found = dataplane.state()?;
         if config.socket_lb {
@@ -202,6 +203,7 @@ impl Node {
         }
         let ledger = Ledger::adopt(found.clone());
         let host_addresses = found.host_addresses.clone();
+        let unmasqueraded = found.unmasqueraded.clone();
         let mut node = Self {
             dataplane,
             ledger,
@@ -210,6 +212,7 @@ impl Node {
             overlay,
             reserved,
             host_addresses,
+            unmasqueraded,
             flows: 0,
             ipv6,
             cgroup: config.socket_lb.then(|| config.cgroup.clone()),
@@ -271,6 +274,17 @@ impl Node {
         tracing::debug!(?collected, "flows");
         self.flows = collected.left;
         self.settle_host_addresses(kernel)
+    }
+
+    /// The destinations to which pods keep their own addresses.
+    pub fn settle_unmasqueraded(&mut self, wished: BTreeSet<IpNetwork>) -> Result<(), NodeError> {
+        if self.unmasqueraded != wished {
+            self.apply(&[Op::SetUnmasqueraded {
+                ranges: wished.clone(),
+            }])?;
+            self.unmasqueraded = wished;
+        }
+        Ok(())
     }
 
     /// How full the maps are that a cluster or its traffic can fill.

@@ -27,7 +27,7 @@ use crate::metrics::{Extent, Measures};
 use crate::monitor::Hub;
 use crate::net::{Kernel, Netlink, NetlinkError};
 use crate::node::{Identity, IdentityFile, Node, NodeError};
-use crate::plan::{Here, Refusal, check, plan};
+use crate::plan::{Here, Refusal, check, plan, plan_unmasqueraded};
 use crate::pods::Pods;
 use crate::progress::Progress;
 use crate::record::{Happening, Notes, chosen};
@@ -438,8 +438,25 @@ impl Worker {
         }
     }
 
+    fn settle_unmasqueraded(&mut self) {
+        let Some(node) = self
+            .node
+            .as_mut()
+            .filter(|_| self.config.masquerade && self.snapshot.synced(Kind::Node))
+        else {
+            return;
+        };
+        let configured = self.config.unmasqueraded.iter();
+        let configured = configured.chain(&self.config.service_ranges).copied();
+        match node.settle_unmasqueraded(plan_unmasqueraded(&self.snapshot, configured)) {
+            Ok(()) => drop(self.problems.remove("masquerade")),
+            Err(error) => self.problem("masquerade", reason(&error)),
+        }
+    }
+
     /// `again` compares the kernel's table also when the plan is what it was.
     fn settle_routes(&mut self, again: bool) {
+        self.settle_unmasqueraded();
         let Some(node) = self
             .node
             .as_ref()

@@ -7,7 +7,7 @@ use cluster_model::*;
 use keelway_agent::dataplane::{self, Lead, Op, ServiceBackends, ServiceId, Sources, State, Vip};
 use keelway_agent::plan::{
     Batch, Here, Ledger, NodeRoute, PortKey, Refusal, Route, RouteChange, Routing, check,
-    diff_routes, plan, plan_routes,
+    diff_routes, plan, plan_routes, plan_unmasqueraded,
 };
 use proptest::prelude::*;
 
@@ -784,6 +784,29 @@ fn node(name: &str, ip: u8, range: &str) -> Object {
         zone: None,
         leaving: false,
     }))
+}
+
+#[test]
+fn pods_keep_their_addresses_in_the_cluster_and_where_it_is_configured() {
+    let (mut snapshot, mut dirty) = (Snapshot::default(), Dirty::default());
+    let nodes = vec![
+        node("node-1", 11, "10.244.1.0/24"),
+        node("node-2", 12, "10.244.2.0/24"),
+    ];
+    snapshot.apply(Change::Replace(Kind::Node, nodes), &mut dirty);
+    // A range may be written with bits after its prefix.
+    let configured = ["10.96.0.0/16", "192.0.2.7/24"].map(|range| range.parse().unwrap());
+    let wanted = [
+        "10.244.1.0/24",
+        "10.244.2.0/24",
+        "198.18.0.11/32",
+        "198.18.0.12/32",
+        "169.254.0.0/16",
+        "10.96.0.0/16",
+        "192.0.2.0/24",
+    ];
+    let wanted = wanted.map(|range| range.parse().unwrap()).into();
+    assert_eq!(plan_unmasqueraded(&snapshot, configured), wanted);
 }
 
 #[test]

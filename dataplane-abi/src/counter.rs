@@ -57,6 +57,8 @@ reasons! {
     FlowPortChanged = "flow_port_changed", Event;
     /// A packet was given the node's address as source, for its answer to come back here.
     SourceNat = "source_nat", Event;
+    /// A pod's packet left the cluster with the node's address as source.
+    Masqueraded = "masqueraded", Event;
     /// A client was led to the backend that it had before, as its Service asks.
     AffinityKept = "affinity_kept", Event;
     /// A terminating backend was used, none being active.

@@ -2,6 +2,7 @@
 
 use dataplane_abi::{
     Addr, FlowKey, FragmentPorts, FrontendKey, LEAD_GUARDED, Lead, Reason, SEEN_REPLY, SEEN_SYN,
+    proto,
 };
 
 use crate::{
@@ -9,7 +10,7 @@ use crate::{
     flow,
     hook::{Features, Place, hairpin, same},
     icmp,
-    packet::{Fragment, Ip, Packet},
+    packet::{Echo, Fragment, Ip, Packet},
     reject::reject,
     tables::{FlowEntry, Tables},
     translate::translate,
@@ -52,7 +53,8 @@ pub(crate) fn follow<P: Packet, T: Tables>(
     side: Side,
     at_host: bool,
 ) -> Followed {
-    if !ip.has_ports() {
+    let is_followed = ip.has_ports() || (features.masquerade && may_be_echo(ip));
+    if !is_followed {
         return portless(packet, tables, ip, side, at_host);
     }
     match ip.fragment {
@@ -96,7 +98,7 @@ pub(crate) fn follow<P: Packet, T: Tables>(
         }
         if side != Side::Answers {
             if let Some(answers) = resume(tables, ip, &entry, seen) {
-                return forward(packet, tables, ip, &answers);
+                return forward(packet, tables, ip, &answers, flow.service);
             }
             let answers = flow.other;
             flow::forget(tables, &ip.key, &answers);
@@ -131,47 +133,88 @@ fn open<P: Packet, T: Tables>(
     at_host: bool,
     seen: u32,
 ) -> Followed {
-    let Some(lead) = lead(tables, ip, at_host) else {
+    // Without a frontend it is for nobody's, unless it leaves the cluster: then it is a flow of no service, whose backend is where
+    // it goes anyway.
+    let mut service = NO_SERVICE;
+    let mut backend = Picked {
+        addr: ip.key.dst,
+        port: ip.key.dport,
+        generation: 0,
+        slot: 0,
+    };
+    let mut source = Source {
+        addr: features.node(&ip.key.src),
+        is_node: true,
+    };
+    if let Some(lead) = lead(tables, ip, at_host) {
+        service = match side {
+            Side::Outside => lead.external,
+            _ => lead.internal,
+        };
+        if lead.flags & LEAD_GUARDED != 0 && !tables.in_range(service, &ip.key.src) {
+            return dropped(tables, Reason::SourceRange);
+        }
+        backend = match balance::pick(tables, service, &Client::at(ip.key.src)) {
+            Pick::Backend(backend) => backend,
+            Pick::None => return refused(packet, tables, ip, Reason::NoBackend),
+            Pick::Silent => return dropped(tables, Reason::NoLocalBackend),
+            Pick::Torn | Pick::ClientUnknown => return dropped(tables, Reason::ServiceTorn),
+        };
+        source = seen_by(tables, features, ip, side, &backend);
+        if is_zero(&source.addr) {
+            return dropped(tables, Reason::NoNodeAddress);
+        }
+    } else {
         if !at_host && is_vip(tables, &ip.key.dst) {
+            if !ip.has_ports() {
+                return dropped(tables, Reason::ServiceProtocol);
+            }
             return refused(packet, tables, ip, Reason::NoSuchPort);
         }
-        return Followed::Untouched;
-    };
-    let service = match side {
-        Side::Outside => lead.external,
-        _ => lead.internal,
-    };
-    if lead.flags & LEAD_GUARDED != 0 && !tables.in_range(service, &ip.key.src) {
-        return dropped(tables, Reason::SourceRange);
-    }
-    let backend = match balance::pick(tables, service, &Client::at(ip.key.src)) {
-        Pick::Backend(backend) => backend,
-        Pick::None => return refused(packet, tables, ip, Reason::NoBackend),
-        Pick::Silent => return dropped(tables, Reason::NoLocalBackend),
-        Pick::Torn | Pick::ClientUnknown => return dropped(tables, Reason::ServiceTorn),
-    };
-    let source = source(tables, features, ip, side, &backend);
-    if source.addr.words[1] == 0 && source.addr.words[0] == 0 {
-        return dropped(tables, Reason::NoNodeAddress);
+        let leaves = features.masquerade && side == Side::Pod && !at_host;
+        // Without an address there is nothing to give; an echo's answer opens nothing.
+        let is_answer = matches!(ip.echo, Echo::Reply);
+        if !leaves || is_answer || is_zero(&source.addr) || keeps_source(tables, &ip.key.dst) {
+            return Followed::Untouched;
+        }
     }
     if source.is_node {
         tables.count(Reason::SourceNat);
     }
-    match flow::open(
-        tables,
-        &flow::Opening {
-            key: &ip.key,
-            service,
-            backend: &backend,
-            src: source.addr,
-            fresh_port: source.is_node,
-            seen,
-        },
-    ) {
-        Ok(answers) => forward(packet, tables, ip, &answers),
+    let opening = flow::Opening {
+        key: &ip.key,
+        service,
+        backend: &backend,
+        src: source.addr,
+        fresh_port: source.is_node,
+        seen,
+    };
+    match flow::open(tables, &opening) {
+        Ok(answers) => forward(packet, tables, ip, &answers, service),
         Err(reason) => dropped(tables, reason),
     }
 }
+
+/// Whether a packet is an ICMP echo or its answer, or a later fragment of what may be one.
+#[inline(always)]
+fn may_be_echo(ip: &Ip) -> bool {
+    ip.is_echo() || (ip.key.proto == proto::ICMP && matches!(ip.fragment, Fragment::Later))
+}
+
+#[inline(always)]
+fn is_zero(addr: &Addr) -> bool {
+    addr.words[0] == 0 && addr.words[1] == 0
+}
+
+/// Whether pods keep their addresses towards a destination: in the ranges for that, and to groups.
+#[inline(always)]
+fn keeps_source<T: Tables>(tables: &T, dst: &Addr) -> bool {
+    let is_group = matches!(dst.v4_be(), Some(be) if be.to_ne_bytes()[0] >= 224);
+    is_group || tables.in_range(NO_SERVICE, dst)
+}
+
+/// [`dataplane_abi::Flow::service`] of what is masqueraded, and the owner of ranges without.
+const NO_SERVICE: u32 = 0;
 
 /// The source that a backend is to see.
 struct Source {
@@ -184,7 +227,7 @@ struct Source {
 /// The client's own address where the answers pass a hook anyway; the hairpin address where a backend would answer its client
 /// without (a pod itself, the host the host, the host a client outside); the node's where the answers would go elsewhere.
 #[inline(always)]
-fn source<T: Tables>(
+fn seen_by<T: Tables>(
     tables: &T,
     features: &Features,
     ip: &Ip,
@@ -200,16 +243,18 @@ fn source<T: Tables>(
         is_node: false,
     };
     if side == Side::Pod {
-        return if same(&backend.addr, &ip.key.src) {
-            hairpinned
-        } else {
-            kept
-        };
+        if same(&backend.addr, &ip.key.src) {
+            return hairpinned;
+        }
+        // An endpoint outside the cluster is like any other destination there.
+        if !features.masquerade || keeps_source(tables, &backend.addr) {
+            return kept;
+        }
     }
     let there = Place::of(tables, &backend.addr);
-    if there.is_host() {
+    if there.is_host() && side != Side::Pod {
         hairpinned
-    } else if side == Side::Host || there.is_pod() {
+    } else if side == Side::Host || there.kind != 0 {
         kept
     } else {
         Source {
@@ -231,9 +276,11 @@ fn resume<T: Tables>(tables: &T, ip: &Ip, entry: &T::Entry, seen: u32) -> Option
             generation: flow.generation,
             slot: flow.slot,
         };
-        let found = balance::find(tables, flow.service, &known)?;
-        if found.generation != known.generation {
-            entry.locate(found.generation, found.slot);
+        if flow.service != NO_SERVICE {
+            let found = balance::find(tables, flow.service, &known)?;
+            if found.generation != known.generation {
+                entry.locate(found.generation, found.slot);
+            }
         }
         if ip.is_tcp() && flow::is_closing(tables, flow) {
             return None;
@@ -249,9 +296,14 @@ fn forward<P: Packet, T: Tables>(
     tables: &T,
     ip: &Ip,
     answers: &FlowKey,
+    service: u32,
 ) -> Followed {
     let to = answers.mirrored();
-    match rewrite(packet, tables, ip, &to, Reason::ServiceTranslated) {
+    let reason = match service {
+        NO_SERVICE => Reason::Masqueraded,
+        _ => Reason::ServiceTranslated,
+    };
+    match rewrite(packet, tables, ip, &to, reason) {
         true => Followed::ToBackend(to),
         false => Followed::Dropped,
     }

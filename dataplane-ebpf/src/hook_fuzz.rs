@@ -37,8 +37,11 @@ fn node() -> Memory {
         tables.set_lead("0.0.0.0:30080", protocol, Lead::new(1, 3, 0));
         tables.set_lead("192.0.2.1:80", protocol, Lead::new(1, 1, LEAD_GUARDED));
     }
-    let all_of_them = (1, addr([203, 0, 113, 0]), 96 + 24);
-    tables.ranges.borrow_mut().push(all_of_them);
+    let ranges = [
+        (1, addr([203, 0, 113, 0]), 96 + 24),
+        (0, addr([10, 0, 0, 0]), 96 + 8),
+    ];
+    tables.ranges.borrow_mut().extend(ranges);
     tables
 }
 
@@ -136,18 +139,19 @@ proptest! {
 
     #[test]
     fn no_packet_panics_or_is_rewritten_where_it_must_not_be(
-        packets in prop::collection::vec((0u8..4, packet()), 1..8),
+        packets in prop::collection::vec((0u8..4, packet()), 1..8), masquerade: bool,
     ) {
         let tables = node();
+        let features = Features { masquerade, ..FEATURES };
         for (hook, before) in packets {
             let was_right = matches!(parse(&Bytes(before.clone())), Parsed::Ip(ip) if ip.fragment == crate::packet::Fragment::Whole && ip.l4 == 34)
                 && is_whole(&before) && checksums_are_right(&before);
             let mut packet = Bytes(before.clone());
             let verdict = match hook {
-                0 => pod_ingress(&mut packet, &tables, &FEATURES, A),
-                1 => pod_egress(&mut packet, &tables, &FEATURES),
-                2 => uplink_ingress(&mut packet, &tables, &FEATURES),
-                _ => service_ingress(&mut packet, &tables, &FEATURES),
+                0 => pod_ingress(&mut packet, &tables, &features, A),
+                1 => pod_egress(&mut packet, &tables, &features),
+                2 => uplink_ingress(&mut packet, &tables, &features),
+                _ => service_ingress(&mut packet, &tables, &features),
             };
             let after = packet.0;
             if verdict == Verdict::Drop || before == after {

@@ -195,3 +195,82 @@ fn ports_that_are_all_taken_are_a_drop_with_a_reason() {
     assert_eq!(verdict, Verdict::Drop);
     assert_eq!(tables.counted(Reason::FlowPortsExhausted), 1);
 }
+
+const MASQUERADING: Features = Features {
+    masquerade: true,
+    ..FEATURES
+};
+
+fn masqueraded(tables: &Memory, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
+    let mut packet = Bytes(bytes);
+    let verdict = pod_ingress(&mut packet, tables, &MASQUERADING, A);
+    (verdict, packet.0)
+}
+
+fn back(tables: &Memory, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
+    let mut packet = Bytes(bytes);
+    let verdict = uplink_ingress(&mut packet, tables, &MASQUERADING);
+    (verdict, packet.0)
+}
+
+/// A node of a cluster in 10.0.0.0/8.
+fn in_a_cluster() -> Memory {
+    let tables = exposed(&[], &[]);
+    let cluster = (0, addr([10, 0, 0, 0]), 96 + 8);
+    tables.ranges.borrow_mut().push(cluster);
+    tables
+}
+
+#[test]
+fn a_pod_leaves_the_cluster_as_the_node_and_hears_its_answers() {
+    let tables = in_a_cluster();
+    let (pod, there) = ("10.0.0.11:4000", "192.0.2.99:443");
+    for flags in [SYN, ACK] {
+        let (verdict, out) = masqueraded(&tables, tcp(pod, there, flags, b"x"));
+        assert_eq!(verdict, Verdict::Route);
+        let port = u16::from_be_bytes([out[34], out[35]]);
+        let outer = format!("198.18.0.1:{port}");
+        assert_eq!(out, tcp(&outer, there, flags, b"x"));
+        assert_eq!(
+            back(&tables, tcp(there, &outer, flags | ACK, b"y")),
+            (Verdict::Peer(A), tcp(there, pod, flags | ACK, b"y"))
+        );
+    }
+    assert_eq!(tables.counted(Reason::Masqueraded), 2);
+    assert_eq!(tables.counted(Reason::SourceNat), 1);
+}
+
+#[test]
+fn in_the_cluster_and_towards_groups_a_pod_stays_who_it_is() {
+    let tables = in_a_cluster();
+    for packet in [
+        tcp("10.0.0.11:4000", "10.0.1.13:80", SYN, b""),
+        udp("10.0.0.11:4000", "239.1.2.3:80", b"x"),
+        tcp("10.0.0.11:4000", "198.18.0.1:22", SYN, b""),
+        icmp("10.0.0.11:0", "10.0.1.13:0", 8, 0, &[1, 2, 0, 1]),
+        icmp("10.0.0.11:0", "192.0.2.99:0", 0, 0, &[1, 2, 0, 1]),
+    ] {
+        let out = masqueraded(&tables, packet.clone());
+        assert_eq!(out, (Verdict::Pass, packet));
+    }
+    assert_eq!(tables.counted(Reason::Masqueraded), 0);
+}
+
+#[test]
+fn an_echo_leaves_the_cluster_under_an_identifier_of_the_nodes() {
+    let tables = in_a_cluster();
+    let (pod, there, node) = ("10.0.0.11:0", "192.0.2.99:0", "198.18.0.1:0");
+    for id in [[1, 2], [0, 0]] {
+        let asked = [id[0], id[1], 0, 1, 9];
+        let (verdict, out) = masqueraded(&tables, icmp(pod, there, 8, 0, &asked));
+        assert_eq!(verdict, Verdict::Route);
+        let taken = [out[38], out[39]];
+        assert_ne!(taken, id);
+        let body = [taken[0], taken[1], 0, 1, 9];
+        assert_eq!(out, icmp(node, there, 8, 0, &body));
+        assert_eq!(
+            back(&tables, icmp(there, node, 0, 0, &body)),
+            (Verdict::Peer(A), icmp(there, pod, 0, 0, &asked))
+        );
+    }
+}

@@ -10,6 +10,10 @@ pub const IPV4_LEN: usize = 20;
 const ETHERTYPE_OFFSET: usize = 12;
 const ETHERTYPE_IPV4: u16 = u16::from_ne_bytes([0x08, 0x00]);
 
+/// Types of ICMP messages.
+const ECHO_REQUEST: u8 = 8;
+const ECHO_REPLY: u8 = 0;
+
 /// TCP flag bits.
 pub mod tcp_flag {
     pub const FIN: u8 = 1;
@@ -57,6 +61,16 @@ pub enum Fragment {
     Later,
 }
 
+/// Whether a packet is an ICMP echo.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Echo {
+    None,
+    /// Its identifier is the key's source port; the other is 0.
+    Request,
+    /// Its identifier is the key's destination port; the other is 0.
+    Reply,
+}
+
 /// A packet's coordinates.
 #[derive(Clone, Copy, Debug)]
 pub struct Ip {
@@ -73,6 +87,7 @@ pub struct Ip {
     pub checksum: u16,
     /// IP total length, host order.
     pub total_len: u16,
+    pub echo: Echo,
 }
 
 /// What a packet turned out to be.
@@ -117,7 +132,7 @@ fn parse_ipv4<P: Packet>(packet: &P) -> Option<Ip> {
         _ => Fragment::Later,
     };
     let l4 = ETH_LEN + header_len;
-    let (mut ports, mut tcp_flags) = ([0u16; 2], 0);
+    let (mut ports, mut tcp_flags, mut echo) = ([0u16; 2], 0, Echo::None);
     if !matches!(fragment, Fragment::Later) {
         let needed = match protocol {
             proto::TCP => {
@@ -129,6 +144,17 @@ fn parse_ipv4<P: Packet>(packet: &P) -> Option<Ip> {
             proto::UDP => {
                 ports = packet.read(l4)?;
                 8
+            }
+            proto::ICMP => {
+                // RFC 792: type and code, checksum, identifier.
+                let message = packet.read::<[u16; 3]>(l4).unwrap_or([u16::MAX; 3]);
+                let [kind, _code] = message[0].to_ne_bytes();
+                if kind == ECHO_REQUEST {
+                    (echo, ports[0]) = (Echo::Request, message[2]);
+                } else if kind == ECHO_REPLY {
+                    (echo, ports[1]) = (Echo::Reply, message[2]);
+                }
+                0
             }
             _ => 0,
         };
@@ -150,6 +176,7 @@ fn parse_ipv4<P: Packet>(packet: &P) -> Option<Ip> {
         tcp_flags,
         checksum: words[5],
         total_len,
+        echo,
     })
 }
 
@@ -182,6 +209,11 @@ impl Ip {
     #[inline(always)]
     pub fn has_ports(&self) -> bool {
         matches!(self.key.proto, proto::TCP | proto::UDP)
+    }
+
+    #[inline(always)]
+    pub fn is_echo(&self) -> bool {
+        !matches!(self.echo, Echo::None)
     }
 
     /// Whether it opens a TCP connection.

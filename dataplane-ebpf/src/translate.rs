@@ -29,16 +29,20 @@ pub fn translate<P: Packet>(packet: &mut P, ip: &Ip, to: &FlowKey) -> bool {
         let (field, optional) = match from.proto {
             proto::TCP => (ip.l4 + 16, false),
             proto::UDP => (ip.l4 + 6, true),
+            proto::ICMP if ip.is_echo() => (ip.l4 + 2, false),
             _ => return false,
         };
-        if !packet.patch_checksum(
-            field,
-            ChecksumChange {
-                difference: addresses,
-                pseudo_header: true,
-                optional,
-            },
-        ) {
+        // ICMP's covers no addresses.
+        if !ip.is_echo()
+            && !packet.patch_checksum(
+                field,
+                ChecksumChange {
+                    difference: addresses,
+                    pseudo_header: true,
+                    optional,
+                },
+            )
+        {
             return false;
         }
         if from.sport != to.sport || from.dport != to.dport {
@@ -50,8 +54,16 @@ pub fn translate<P: Packet>(packet: &mut P, ip: &Ip, to: &FlowKey) -> bool {
                     pseudo_header: false,
                     optional,
                 },
-            ) || !packet.write(ip.l4, &[to.sport, to.dport])
-            {
+            ) {
+                return false;
+            }
+            let written = if ip.is_echo() {
+                // The identifier; the other of the two is 0, as it was.
+                packet.write(ip.l4 + 4, &(to.sport | to.dport))
+            } else {
+                packet.write(ip.l4, &[to.sport, to.dport])
+            };
+            if !written {
                 return false;
             }
         }

@@ -11,6 +11,7 @@ use std::{
 use dataplane_abi::Reason;
 use keelway_agent::dataplane::{Frontend, Lead, Op, Protocol, ServiceBackends, ServiceId, Vip};
 use keelway_tests::{
+    agents,
     nodes::{self, Cgroup, ECHO_PORT, Hooks, Nodes, ask},
     requests,
     sandbox::{Network, Sandbox, ip, is_root},
@@ -414,4 +415,87 @@ fn connect_from(port: u16, to: &str) -> TcpStream {
     let to: std::net::SocketAddrV4 = to.parse().unwrap();
     connect(fd.as_raw_fd(), &SockaddrIn::from(to)).unwrap();
     TcpStream::from(fd)
+}
+
+#[test]
+fn with_masquerade_pods_leave_the_cluster_as_their_node() {
+    let Some((_sandbox, mut nodes, _cgroup)) = started("masquerade", PER_PACKET) else {
+        return;
+    };
+    let first = &mut nodes.nodes[0];
+    first.close();
+    first.config.masquerade = true;
+    first.open().unwrap();
+    let dataplane = first.dataplane.as_mut().unwrap();
+    for pod in first.pods.values() {
+        first
+            .host
+            .run(|| dataplane.attach_pod(pod.ifindex))
+            .unwrap();
+    }
+    let cluster = ["10.244.0.0/16".parse().unwrap()].into();
+    let ranges = Op::SetUnmasqueraded { ranges: cluster };
+    dataplane.apply(&[ranges]).unwrap();
+    let mut failures = String::new();
+    for protocol in ["tcp", "udp", "udp-connected", "20*tcp"] {
+        for (pod, own) in [("a", "10.244.1.11"), ("b", "10.244.1.12")] {
+            // The other node's host is outside the ranges, its pod in them; the pod's own node needs no other address.
+            for (there, wanted) in [
+                ("198.18.0.2:8080", "node-2 198.18.0.1 from 198.18.0.2:8080"),
+                (
+                    "198.18.0.1:30005",
+                    "node-2 198.18.0.1 from 198.18.0.1:30005",
+                ),
+                (
+                    "10.244.2.11:8080",
+                    &*format!("c {own} from 10.244.2.11:8080"),
+                ),
+                (
+                    "198.18.0.1:8080",
+                    &*format!("node-1 {own} from 198.18.0.1:8080"),
+                ),
+            ] {
+                let network = &nodes.nodes[0].pods[pod].network;
+                let answer = ask(network, None, &format!("{protocol} {there}")).unwrap();
+                if answer != wanted {
+                    writeln!(failures, "{pod}: {protocol} {there}: {answer:?}").unwrap();
+                }
+            }
+        }
+    }
+    assert!(failures.is_empty(), "{failures}{}", drops(&mut nodes));
+    assert!(counted(&mut nodes, Reason::Masqueraded) > 0);
+}
+
+#[test]
+fn an_agent_that_masquerades_lets_pods_reach_who_knows_no_way_to_them() {
+    if !is_root("masquerading agents") {
+        return;
+    }
+    let sandbox = Sandbox::enter().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let flags = ["--masquerade", "on"];
+    let mut segment = agents::segment(&sandbox, dir.path(), &flags).unwrap();
+    nodes::echo(&segment.client, "outside").unwrap();
+    segment.cluster.write(&[]).unwrap();
+    for node in &mut segment.nodes {
+        node.start().unwrap();
+    }
+    let [a, b] = ["a", "b"].map(|name| {
+        let node = &segment.nodes[usize::from(name == "b")];
+        node.add_pod(name).unwrap()
+    });
+    for protocol in ["tcp", "udp", "udp-connected"] {
+        for (there, wanted) in [
+            ("198.18.0.9".to_owned(), "outside 198.18.0.1".to_owned()),
+            // The ranges are those that the agent has from the Nodes.
+            ("198.18.0.2".to_owned(), format!("node-2 {}", a.address)),
+            (b.address.to_string(), format!("b {}", a.address)),
+        ] {
+            let request = format!("{protocol} {there}:{ECHO_PORT}");
+            let answer = ask(&a.network, None, &request).unwrap();
+            let wanted = format!("{wanted} from {there}:{ECHO_PORT}");
+            assert_eq!(answer, wanted, "{request}");
+        }
+    }
 }

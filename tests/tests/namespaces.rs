@@ -615,6 +615,10 @@ fn a_second_agent_waits_and_wrong_flags_are_refused() -> Result<()> {
             &["--socket-lb", "off", "--packet-lb", "off"],
             "nothing would translate",
         ),
+        (
+            &["--masquerade", "on", "--packet-lb", "off"],
+            "needs --packet-lb on",
+        ),
         (&["--socket", "agent.sock"], "not an absolute path"),
     ] {
         let output = keelway_tests::agents::agent_run(flags)?;

@@ -8,6 +8,7 @@ mod host_ports;
 mod ledger;
 mod routes;
 mod service;
+mod unmasqueraded;
 
 pub use host_ports::{collide, host_ports_key, plan_host_ports};
 pub use ledger::{Batch, Ledger, Refusal};
@@ -15,3 +16,4 @@ pub use routes::{
     NodeRoute, PathKey, Probed, RouteChange, RoutePlan, Routing, diff_routes, plan_routes,
 };
 pub use service::{Here, Policy, PortKey, PortPlan, Route, ServicePlan, Violation, check, plan};
+pub use unmasqueraded::plan_unmasqueraded;

@@ -13,13 +13,13 @@ use keelway_agent::dataplane::{
     ServiceId, ServiceVeth, Vip,
 };
 use keelway_tests::{
-    packets::{checksums_are_right, tcp_flag::SYN},
+    packets::{checksums_are_right, icmp, tcp_flag::SYN},
     sandbox::{Sandbox, ip, is_root},
 };
 
 use crate::{
-    packets::{backends, tcp},
-    rows::{REDIRECT, Row, Step, rows},
+    packets::{backends, port_unreachable, tcp, udp},
+    rows::{PASS, REDIRECT, Row, Step, rows},
 };
 
 /// Pod A, behind the interface that every packet comes by: the kernel wants one that exists.
@@ -62,6 +62,9 @@ fn state(backends: &ServiceBackends) -> Vec<Op> {
                 ..ServiceBackends::default()
             },
         ),
+        Op::SetUnmasqueraded {
+            ranges: ["10.0.0.0/8".parse().unwrap()].into(),
+        },
         Op::SetSources {
             id: first,
             sources: ["203.0.113.0/24".parse().unwrap()].into(),
@@ -98,12 +101,13 @@ fn state(backends: &ServiceBackends) -> Vec<Op> {
 }
 
 /// A data plane of its own, with a way out: the kernel looks it up, though nothing is sent.
-fn opened(sandbox: &Sandbox) -> Dataplane {
+fn opened(sandbox: &Sandbox, masquerade: bool) -> Dataplane {
     ip("route add default dev lo").unwrap();
     fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
     Dataplane::open(&Config {
         service_veth: Some(ServiceVeth { outer: 1, inner: 1 }),
         node_v4: Some([198, 18, 0, 1].into()),
+        masquerade,
         ..Config::new(sandbox.pin_root())
     })
     .unwrap()
@@ -126,7 +130,7 @@ fn packets_leave_the_loaded_programs_as_the_table_says() {
 
 fn check(row: Row) {
     let sandbox = Sandbox::enter().unwrap();
-    let mut dataplane = opened(&sandbox);
+    let mut dataplane = opened(&sandbox, false);
     dataplane.apply(&state(&row.backends)).unwrap();
     let name = row.name;
     for (number, Step(program, packet, verdict, out)) in row.steps.into_iter().enumerate() {
@@ -162,7 +166,7 @@ fn the_node_stands_in_for_clients_outside_whose_answers_must_come_back_here() {
     }
     let (client, asked, there) = ("203.0.113.9:5000", "198.18.0.1:30080", "10.0.1.13:8080");
     let sandbox = Sandbox::enter().unwrap();
-    let mut dataplane = opened(&sandbox);
+    let mut dataplane = opened(&sandbox, false);
     dataplane.apply(&state(&backends(&[there], &[]))).unwrap();
     let uplink = PacketProgram::UplinkIngress;
     let (verdict, out) = run(&dataplane, uplink, &tcp(client, asked, SYN, b"hi"));
@@ -178,13 +182,59 @@ fn the_node_stands_in_for_clients_outside_whose_answers_must_come_back_here() {
 }
 
 #[test]
+fn a_pod_leaves_the_cluster_as_the_node() {
+    if !is_root("masquerade") {
+        return;
+    }
+    use PacketProgram::{PodIngress, UplinkIngress};
+    let (pod, there) = ("10.0.0.11:4000", "198.51.100.1:443");
+    let sandbox = Sandbox::enter().unwrap();
+    let mut dataplane = opened(&sandbox, true);
+    dataplane.apply(&state(&backends(&[], &[]))).unwrap();
+    let segment = |src: &str, dst: &str, text: &[u8]| tcp(src, dst, SYN, text);
+    let datagram = |src: &str, dst: &str, text: &[u8]| udp(src, dst, text);
+    for build in [&segment as &dyn Fn(&str, &str, &[u8]) -> Vec<u8>, &datagram] {
+        let (verdict, out) = run(&dataplane, PodIngress, &build(pod, there, b"odd"));
+        assert_eq!(verdict, REDIRECT);
+        let node = format!("198.18.0.1:{}", source_port(&out));
+        assert_ne!(source_port(&out), 4000);
+        assert_eq!(hex(&out), hex(&build(&node, there, b"odd")));
+        let (verdict, back) = run(&dataplane, UplinkIngress, &build(there, &node, b"you"));
+        assert_eq!(verdict, REDIRECT);
+        assert_eq!(hex(&back), hex(&build(there, pod, b"you")));
+    }
+    // An echo under another identifier.
+    let (node, request) = ("198.18.0.1:0", icmp(pod, there, 8, 0, &[1, 2, 0, 7, 9]));
+    let (verdict, out) = run(&dataplane, PodIngress, &request);
+    assert_eq!(verdict, REDIRECT);
+    let body = [out[38], out[39], 0, 7, 9];
+    assert_ne!(body[..2], [1, 2]);
+    assert_eq!(hex(&out), hex(&icmp(node, there, 8, 0, &body)));
+    let answer = icmp(there, node, 0, 0, &body);
+    let (verdict, back) = run(&dataplane, UplinkIngress, &answer);
+    assert_eq!(verdict, REDIRECT);
+    assert_eq!(hex(&back), hex(&icmp(there, pod, 0, 0, &[1, 2, 0, 7, 9])));
+    // A router's error about what left is the pod's.
+    let (_, out) = run(&dataplane, PodIngress, &segment(pod, there, b"odd"));
+    let error = port_unreachable("198.18.0.9:0", &out);
+    let (verdict, back) = run(&dataplane, UplinkIngress, &error);
+    assert_eq!((verdict, &back[30..34]), (REDIRECT, &[10, 0, 0, 11][..]));
+    assert!(checksums_are_right(&back));
+    // What stays in the cluster stays as it is.
+    let inside = segment(pod, "10.0.1.13:80", b"");
+    assert_eq!(run(&dataplane, PodIngress, &inside), (PASS, inside.clone()));
+    let counters: BTreeMap<Reason, u64> = dataplane.counters().unwrap().into_iter().collect();
+    assert_eq!(counters[&Reason::Masqueraded], 4);
+}
+
+#[test]
 fn ports_that_are_taken_on_two_cpus_at_once_are_never_the_same() {
     if !is_root("ports") {
         return;
     }
     const CLIENTS: u16 = 1_500;
     let sandbox = Sandbox::enter().unwrap();
-    let mut dataplane = opened(&sandbox);
+    let mut dataplane = opened(&sandbox, false);
     let backends = backends(&["10.0.1.13:8080"], &[]);
     dataplane.apply(&state(&backends)).unwrap();
     let dataplane = &dataplane;

@@ -96,28 +96,36 @@ fn memory(backend: &str) -> Memory {
     let udp = Protocol::Udp.number();
     tables.set_lead("10.96.0.2:80", udp, RawLead::new(2, 2, 0));
     tables.set_vip([192, 0, 2, 1]);
-    let range = (1, addr([203, 0, 113, 0]), 96 + 24);
-    tables.ranges.borrow_mut().push(range);
+    let ranges = [
+        (1, addr([203, 0, 113, 0]), 96 + 24),
+        (0, addr([10, 0, 0, 0]), 96 + 8),
+    ];
+    tables.ranges.borrow_mut().extend(ranges);
     tables
 }
 
-fn features() -> Features {
+fn features(masquerade: bool) -> Features {
     Features {
         packet_lb: true,
         service_veth: true,
-        masquerade: false,
+        masquerade,
         node_v4: addr([198, 18, 0, 1]),
         node_v6: Addr { words: [0, 0] },
     }
 }
 
-fn on_the_host(tables: &Memory, program: PacketProgram, packet: &[u8]) -> (Verdict, Vec<u8>) {
-    let (mut packet, features) = (Bytes(packet.to_vec()), features());
+fn on_the_host(
+    tables: &Memory,
+    features: &Features,
+    program: PacketProgram,
+    packet: &[u8],
+) -> (Verdict, Vec<u8>) {
+    let mut packet = Bytes(packet.to_vec());
     let verdict = match program {
-        PodIngress => hook::pod_ingress(&mut packet, tables, &features, A),
-        PodEgress => hook::pod_egress(&mut packet, tables, &features),
-        UplinkIngress => hook::uplink_ingress(&mut packet, tables, &features),
-        ServiceIngress => hook::service_ingress(&mut packet, tables, &features),
+        PodIngress => hook::pod_ingress(&mut packet, tables, features, A),
+        PodEgress => hook::pod_egress(&mut packet, tables, features),
+        UplinkIngress => hook::uplink_ingress(&mut packet, tables, features),
+        ServiceIngress => hook::service_ingress(&mut packet, tables, features),
     };
     (verdict, packet.0)
 }
@@ -127,38 +135,49 @@ fn the_loaded_programs_do_what_their_logic_does_on_the_host() {
     if !is_root("random packets") {
         return;
     }
-    let sandbox = Sandbox::enter().unwrap();
-    let mut dataplane = opened(&sandbox);
-    // One backend, on this node: but for ports (see below) nothing is left to chance.
-    let backend = "10.0.0.12:8080";
-    dataplane.apply(&state(&backends(&[backend], &[]))).unwrap();
-    let tables = memory(backend);
-    let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
-    for number in 0..PACKETS {
-        let program = PacketProgram::ALL[numbers.below(PacketProgram::ALL.len())];
-        let before = packet(&mut numbers);
-        compare(&dataplane, &tables, program, &before, number);
+    for masquerade in [false, true] {
+        let sandbox = Sandbox::enter().unwrap();
+        let mut dataplane = opened(&sandbox, masquerade);
+        // One backend, on this node: but for ports (see below) nothing is left to chance.
+        let backend = "10.0.0.12:8080";
+        dataplane.apply(&state(&backends(&[backend], &[]))).unwrap();
+        let tables = memory(backend);
+        let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
+        for number in 0..PACKETS {
+            let program = PacketProgram::ALL[numbers.below(PacketProgram::ALL.len())];
+            let before = packet(&mut numbers);
+            compare(
+                &dataplane,
+                &tables,
+                &features(masquerade),
+                program,
+                &before,
+                number,
+            );
+        }
+        let loaded: BTreeMap<Reason, u64> = dataplane.counters().unwrap().into_iter().collect();
+        // Where a route was asked for, the kernel may have none.
+        for (reason, count) in loaded
+            .iter()
+            .filter(|(reason, _)| **reason != Reason::NoRoute)
+        {
+            assert_eq!(*count, tables.counted(*reason), "{}", reason.name());
+        }
+        assert!(loaded[&Reason::ServiceTranslated] > 50 && loaded[&Reason::Malformed] > 50);
+        assert_eq!(loaded[&Reason::Masqueraded] > 50, masquerade);
     }
-    let loaded: BTreeMap<Reason, u64> = dataplane.counters().unwrap().into_iter().collect();
-    // Where a route was asked for, the kernel may have none.
-    for (reason, count) in loaded
-        .iter()
-        .filter(|(reason, _)| **reason != Reason::NoRoute)
-    {
-        assert_eq!(*count, tables.counted(*reason), "{}", reason.name());
-    }
-    assert!(loaded[&Reason::ServiceTranslated] > 50 && loaded[&Reason::Malformed] > 50);
 }
 
 fn compare(
     dataplane: &Dataplane,
     tables: &Memory,
+    features: &Features,
     program: PacketProgram,
     before: &[u8],
     number: usize,
 ) {
     let run = dataplane.run(program, before, A, 1).unwrap();
-    let (verdict, after) = on_the_host(tables, program, before);
+    let (verdict, after) = on_the_host(tables, features, program, before);
     let agree = match verdict {
         Verdict::Pass => run.verdict == PASS,
         Verdict::Drop => run.verdict == DROP,
