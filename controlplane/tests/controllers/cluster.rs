@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use futures::TryStreamExt;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Node, Pod, ServiceAccount};
-use kube::api::{Api, DeleteParams, ObjectMeta, Patch, PatchParams, PostParams};
+use kube::api::{Api, DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Client, Config};
@@ -143,11 +143,24 @@ impl Cluster {
         self.nodes.spawn(run_pods(self.client.clone()));
     }
 
-    /// Waits until pods may be made: they need their namespace's account.
+    /// Waits until pods may be made, which need their namespace's account, and until every node takes them: a new one is
+    /// tainted as not ready until a controller has seen that it is.
     pub async fn takes_pods(&self) {
         let accounts: Api<ServiceAccount> = self.api("default");
         self.eventually("the default account is there", async || {
             matches!(accounts.get_opt("default").await, Ok(Some(_)))
+        })
+        .await;
+        let nodes: Api<Node> = Api::all(self.client.clone());
+        self.eventually("no node is tainted", async || {
+            let Ok(nodes) = nodes.list(&ListParams::default()).await else {
+                return false;
+            };
+            let taints = |node: &Node| node.spec.as_ref().and_then(|spec| spec.taints.clone());
+            nodes
+                .items
+                .iter()
+                .all(|node| taints(node).unwrap_or_default().is_empty())
         })
         .await;
     }

@@ -83,6 +83,7 @@ async fn rolled_out(deployments: &Api<Deployment>, name: &str) -> bool {
 async fn a_deployment_is_spread_served_rolled_and_cleaned_up() {
     let mut cluster = Cluster::start().await;
     cluster.add_nodes(3).await;
+    cluster.takes_pods().await;
     let deployments: Api<Deployment> = cluster.api("default");
     let pods: Api<Pod> = cluster.api("default");
     let slices: Api<EndpointSlice> = cluster.api("default");
