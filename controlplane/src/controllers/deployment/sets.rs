@@ -26,12 +26,11 @@ struct Pods {
 
 impl Sets {
     pub fn of(view: &View<'_>, deployment: &Deployment, mut sets: Vec<Arc<ReplicaSet>>) -> Self {
-        let seconds = deployment
-            .spec
-            .as_ref()
-            .and_then(|spec| spec.min_ready_seconds)
-            .unwrap_or(0);
         let pods = sets.iter().map(|set| {
+            // The set's own, as its status has it: an older set whose pods have served all the time is not to be held to what the
+            // Deployment asks of its next template.
+            let seconds = set.spec.as_ref().and_then(|spec| spec.min_ready_seconds);
+            let seconds = seconds.unwrap_or(0);
             let uid = set.metadata.uid.clone().unwrap_or_default();
             let mut count = Pods::default();
             for pod in view.snapshot.pods_owned_by(&uid) {

@@ -370,6 +370,35 @@ fn min_ready_seconds_delay_availability() {
 }
 
 #[test]
+fn an_adopted_set_serves_until_the_slow_new_pods_are_available() {
+    let mut cluster = cluster();
+    let old = Key::new("default", "web");
+    cluster.add(set("default", "web", 1));
+    cluster.roll_out();
+    let mut slow = deployment("default", "web", 1);
+    slow.spec.as_mut().unwrap().min_ready_seconds = Some(10);
+    cluster.add(slow);
+    set_image(&mut cluster, "none:1");
+    cluster.settle();
+    set_image(&mut cluster, "good:1");
+    let serving = |cluster: &Cluster| replicas(cluster.snapshot.replica_sets.get(&old).unwrap());
+    cluster.settle();
+    assert_eq!(serving(&cluster), 1, "nothing else is there");
+    cluster.roll_out();
+    assert_eq!(
+        serving(&cluster),
+        1,
+        "the new pod is ready, not yet available"
+    );
+    cluster.advance(10);
+    cluster.roll_out();
+    cluster.advance(10);
+    cluster.roll_out();
+    assert_eq!(serving(&cluster), 0);
+    assert!(rolled_out(&cluster));
+}
+
+#[test]
 fn a_set_adopts_matching_orphans_and_lets_go_of_pods_that_no_longer_match() {
     let mut cluster = cluster();
     let mut orphan = pod("default", "orphan");
