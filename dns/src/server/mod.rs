@@ -9,7 +9,7 @@ mod udp;
 
 use std::collections::HashMap;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -134,22 +134,10 @@ pub async fn start(
     address: SocketAddr,
     threads: usize,
 ) -> Result<SocketAddr, ServerError> {
-    let bind = |transport, address| {
-        move |source| ServerError::Bind {
-            transport,
-            address,
-            source,
-        }
-    };
-    let first = sys::bind(address).map_err(bind("udp", address))?;
-    // With port 0 the kernel chose one; everything else must have the same.
-    let address = first.local_addr().map_err(bind("udp", address))?;
-    let listener = TcpListener::bind(address)
-        .await
-        .map_err(bind("tcp", address))?;
+    let (first, listener, address) = bind(address).await?;
     let mut sockets = vec![first];
     while sockets.len() < threads {
-        sockets.push(sys::bind(address).map_err(bind("udp", address))?);
+        sockets.push(sys::bind(address).map_err(refused("udp", address))?);
     }
     let runtime = tokio::runtime::Handle::current();
     shared.serving.fetch_add(sockets.len(), Ordering::Relaxed);
@@ -163,4 +151,33 @@ pub async fn start(
     tokio::spawn(tcp::serve(shared.clone(), listener));
     shared.probes.send(&shared.settings.load());
     Ok(address)
+}
+
+/// How often port 0 is tried: the port that the kernel gives to UDP may be another's by TCP.
+const PORT_TRIES: usize = 16;
+
+/// One socket of each transport on one port.
+async fn bind(wanted: SocketAddr) -> Result<(UdpSocket, TcpListener, SocketAddr), ServerError> {
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let udp = sys::bind(wanted).map_err(refused("udp", wanted))?;
+        let address = udp.local_addr().map_err(refused("udp", wanted))?;
+        match TcpListener::bind(address).await {
+            Ok(tcp) => return Ok((udp, tcp, address)),
+            Err(error)
+                if wanted.port() == 0
+                    && error.kind() == io::ErrorKind::AddrInUse
+                    && tries < PORT_TRIES => {}
+            Err(error) => return Err(refused("tcp", address)(error)),
+        }
+    }
+}
+
+fn refused(transport: &'static str, address: SocketAddr) -> impl FnOnce(io::Error) -> ServerError {
+    move |source| ServerError::Bind {
+        transport,
+        address,
+        source,
+    }
 }

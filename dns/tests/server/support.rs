@@ -197,16 +197,26 @@ pub struct Upstream {
 /// What an upstream does with a query that came by UDP or, if `true`, TCP: the messages that it sends, each after a while.
 pub type Script = dyn Fn(&Message, bool) -> Vec<(Duration, Vec<u8>)> + Send + Sync;
 
+/// A port that is free in both transports: what the kernel gives to UDP may be another's by TCP.
+async fn one_port() -> (UdpSocket, TcpListener) {
+    for _ in 0..16 {
+        let socket = UdpSocket::bind("127.0.0.1:0").await.expect("a free port");
+        let address = socket.local_addr().expect("an address");
+        if let Ok(listener) = TcpListener::bind(address).await {
+            return (socket, listener);
+        }
+    }
+    panic!("16 ports in a row were free for UDP and taken for TCP");
+}
+
 impl Upstream {
     pub async fn start(
         script: impl Fn(&Message, bool) -> Vec<(Duration, Vec<u8>)> + Send + Sync + 'static,
     ) -> Self {
         let script: Arc<Script> = Arc::new(script);
-        let socket = Arc::new(UdpSocket::bind("127.0.0.1:0").await.expect("a free port"));
+        let (socket, listener) = one_port().await;
         let address = socket.local_addr().expect("an address");
-        let listener = TcpListener::bind(address)
-            .await
-            .expect("the same port for TCP");
+        let socket = Arc::new(socket);
         let asked = Arc::new(AtomicUsize::new(0));
         let (count, say) = (asked.clone(), script.clone());
         tokio::spawn(async move {
