@@ -1,0 +1,251 @@
+//! The event loop that owns the agent's state.
+//!
+//! It hears ([`hear`]), brings the node to what is known ([`settle`]), and tells ([`tell`]).
+//!
+//! Events come in one at a time and are taken many at a time; a turn of the loop plans what became dirty, once, and applies it
+//! as one batch. So a burst of ten thousand changes is one batch, and the loop works at its own pace.
+
+mod hear;
+mod settle;
+mod tell;
+
+use std::collections::BTreeMap;
+use std::error::Error as StdError;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
+use std::time::{Duration, Instant};
+
+use cluster_model::{Dirty, ObjectRef, Rejected, Snapshot};
+
+use crate::announce::Announcements;
+use crate::config::Config;
+use crate::event::Event;
+use crate::health::{Complaint, HealthChecks, ProxyHealth, Servers};
+use crate::metrics::Measures;
+use crate::monitor::Hub;
+use crate::net::{Kernel, Netlink, NetlinkError};
+use crate::node::{Identity, IdentityFile, Node, NodeError};
+use crate::plan::Here;
+use crate::pods::Pods;
+use crate::progress::Progress;
+use crate::record::Notes;
+use crate::report::Report;
+use crate::routing::Routes;
+use crate::surroundings::{earlier_configurations, foreign_interfaces};
+
+/// Events taken in one turn at most, so that requests do not wait behind an endless stream of changes.
+const TURN_EVENTS_MAX: usize = 20_000;
+/// The pause between rounds of upkeep: collecting flows, looking for pods that went without a word, trying again.
+const UPKEEP_INTERVAL: Duration = Duration::from_secs(10);
+/// How long after its last failure a watch counts as well again: longer than its pauses, and than a server takes to refuse.
+const WATCH_DOUBT: Duration = Duration::from_secs(30);
+/// The pause between attempts to set the node up.
+const SETUP_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Why the worker ends: another one may fare better.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+    #[error("this node's addresses or ranges changed from {0} to {1}: starting over")]
+    IdentityChanged(Identity, Identity),
+    #[error("the pins are gone, and with them what they held: starting over")]
+    PinsGone(#[source] NodeError),
+}
+
+/// The state of the agent.
+pub struct Worker {
+    config: Config,
+    kernel: Kernel,
+    snapshot: Snapshot,
+    dirty: Dirty,
+    here: Here,
+    identity_file: IdentityFile,
+    identity: Option<Identity>,
+    /// There once the data plane is up.
+    node: Option<Node>,
+    pods: Pods,
+    routes: Routes,
+    /// The ways to other nodes are to be looked at.
+    routes_due: bool,
+    /// Services have been planned and applied at least once since this process began.
+    services_applied: bool,
+    /// The last batch failed: what the maps lack is tried again with the next upkeep.
+    retry: bool,
+    /// When the cluster could last not be watched.
+    watch_failed: Option<Instant>,
+    monitor: Hub,
+    announcements: Announcements,
+    /// Where owners of Services are told what they cannot have; absent without an API server.
+    notes: Option<Notes>,
+    progress: Progress,
+    health_checks: HealthChecks,
+    /// Objects that are malformed now: they count as absent.
+    rejected: BTreeMap<ObjectRef, Rejected>,
+    /// What is wrong now, by the part that is concerned.
+    problems: BTreeMap<&'static str, String>,
+    report: Report,
+}
+
+impl Worker {
+    /// A worker that has touched nothing yet. `events` is where its own helpers send what they did.
+    pub fn new(config: Config, events: Sender<Event>) -> Result<Self, WorkerError> {
+        let identity_file = IdentityFile::new(&config.state_dir);
+        let identity = identity_file.load(&config.node_name);
+        let routes = Routes::new(config.routing, events.clone());
+        let mut pods = Pods::load(&config, events.clone());
+        if let Some(identity) = &identity {
+            pods.set_ranges(identity.ranges.clone());
+        }
+        Ok(Self {
+            kernel: Kernel::new(Netlink::open()?),
+            snapshot: Snapshot::default(),
+            dirty: Dirty::default(),
+            here: Here {
+                node: config.node_name.as_str().into(),
+                zone: None,
+            },
+            identity_file,
+            identity,
+            node: None,
+            pods,
+            routes,
+            routes_due: false,
+            services_applied: false,
+            retry: false,
+            watch_failed: None,
+            monitor: Hub::new(&config.pin_root),
+            notes: None,
+            announcements: Announcements::new(&config.node_name, events),
+            progress: Progress::default(),
+            health_checks: HealthChecks::default(),
+            rejected: BTreeMap::new(),
+            problems: BTreeMap::new(),
+            report: Report {
+                version: env!("CARGO_PKG_VERSION").into(),
+                node: config.node_name.clone(),
+                socket_lb: config.socket_lb,
+                packet_lb: config.packet_lb,
+                ..Report::default()
+            },
+            config,
+        })
+    }
+
+    /// Runs until it is told to stop.
+    pub fn run(mut self, events: &Receiver<Event>) -> Result<(), WorkerError> {
+        let mut upkeep_due = Instant::now();
+        loop {
+            let first =
+                match events.recv_timeout(upkeep_due.saturating_duration_since(Instant::now())) {
+                    Ok(event) => Some(event),
+                    Err(RecvTimeoutError::Timeout) => None,
+                    Err(RecvTimeoutError::Disconnected) => return Ok(()),
+                };
+            for event in first
+                .into_iter()
+                .chain(events.try_iter())
+                .take(TURN_EVENTS_MAX)
+            {
+                if matches!(event, Event::Stop) {
+                    return Ok(());
+                }
+                self.take(event);
+            }
+            // What is taken up to here is in the batch; what comes in from now on waits for the next.
+            let taken = Instant::now();
+            self.settle_node()?;
+            self.settle_services(taken, false);
+            self.settle_announcements();
+            self.pods.settle();
+            if Instant::now() >= upkeep_due {
+                self.upkeep()?;
+                let pause = if self.node.is_some() {
+                    UPKEEP_INTERVAL
+                } else {
+                    SETUP_INTERVAL
+                };
+                upkeep_due = Instant::now() + pause;
+            }
+        }
+    }
+
+    /// Whether this node's proxy works.
+    pub fn health(&self) -> Arc<ProxyHealth> {
+        self.progress.health.clone()
+    }
+
+    /// Owners of Services are told by these from now on.
+    pub fn set_notes(&mut self, notes: Notes) {
+        self.notes = Some(notes);
+    }
+
+    pub fn measures(&self) -> Measures {
+        self.progress.measures.clone()
+    }
+
+    /// Lets health checks be served by a runtime. `complain` is told of ports that cannot be had.
+    pub fn serve_health(
+        &mut self,
+        runtime: tokio::runtime::Handle,
+        complain: impl Fn(Complaint) + Send + Sync + 'static,
+    ) {
+        let servers = Servers::new(runtime, self.health(), complain);
+        self.health_checks.serve(servers);
+    }
+
+    fn upkeep(&mut self) -> Result<(), WorkerError> {
+        // A watch that goes on where it broke off does not say so while nothing happens; one that fails says so again.
+        if self
+            .watch_failed
+            .is_some_and(|when| when.elapsed() > WATCH_DOUBT)
+        {
+            self.watch_failed = None;
+            self.problems.remove("watch");
+        }
+        if self.node.is_none() {
+            self.set_up();
+        }
+        if let Some(node) = &mut self.node {
+            match node.upkeep(&mut self.kernel) {
+                Ok(()) => drop(self.problems.remove("upkeep")),
+                Err(error) if error.pins_are_gone() => return Err(WorkerError::PinsGone(error)),
+                Err(error) => {
+                    let why = reason(&error);
+                    self.problem("upkeep", why);
+                }
+            }
+        }
+        self.pods.upkeep(&mut self.kernel, self.node.as_mut());
+        if let Ok(links) = self.kernel.links() {
+            let names = links.iter().map(|link| link.name.as_str());
+            self.report.notes = foreign_interfaces(names);
+        }
+        let earlier = earlier_configurations(&self.config.cni_conf_dir);
+        self.report.notes.extend(earlier);
+        self.settle_routes(true);
+        self.settle_services(Instant::now(), self.retry);
+        Ok(())
+    }
+
+    fn problem(&mut self, part: &'static str, why: String) {
+        if self.problems.get(part) != Some(&why) {
+            tracing::warn!(part, why, "problem");
+            self.problems.insert(part, why);
+        }
+    }
+}
+
+/// An error with everything that caused it, on one line.
+pub(crate) fn reason(error: &dyn StdError) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        next = cause.source();
+    }
+    text
+}

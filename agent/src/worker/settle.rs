@@ -1,0 +1,255 @@
+//! Bringing the node to what is known: who it is, its routes, its Services, and what it answers for on the link.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use cluster_model::Kind;
+
+use super::{Worker, WorkerError, reason};
+use crate::dataplane;
+use crate::install;
+use crate::metrics::Extent;
+use crate::node::{Identity, Node};
+use crate::plan::{Refusal, check, plan, plan_unmasqueraded};
+
+/// Refusals of one batch whose Services are told: more come of one mistake.
+const NOTES_MAX: usize = 100;
+
+impl Worker {
+    /// Learns who this node is, sets it up once that is known, and keeps its routes.
+    pub(super) fn settle_node(&mut self) -> Result<(), WorkerError> {
+        let dirty: Vec<Arc<str>> = std::mem::take(&mut self.dirty.nodes).into_iter().collect();
+        if !dirty.is_empty() {
+            // Whether a balanced address is a Service's alone depends on the nodes' own.
+            let balanced = self.snapshot.services();
+            let balanced = balanced.filter(|service| !service.load_balancer_ips.is_empty());
+            self.dirty
+                .services
+                .extend(balanced.map(|service| service.key.clone()));
+        }
+        if dirty.contains(&self.here.node)
+            && let Some(object) = self.snapshot.node(&self.here.node).cloned()
+        {
+            if self.here.zone != object.zone {
+                self.here.zone = object.zone.clone();
+                self.dirty
+                    .services
+                    .extend(self.snapshot.services().map(|service| service.key.clone()));
+            }
+            self.progress.health.set_leaving(object.leaving);
+            match Identity::of(&object) {
+                Ok(identity) => self.take_identity(identity)?,
+                Err(why) => self.problem("node", why),
+            }
+        } else if self.snapshot.synced(Kind::Node) && self.snapshot.node(&self.here.node).is_none()
+        {
+            self.problem(
+                "node",
+                format!("there is no Node {:?} in the cluster", self.here.node),
+            );
+        }
+        if self.node.is_none() && self.identity.is_some() && !self.problems.contains_key("setup") {
+            self.set_up();
+        }
+        if !dirty.is_empty() {
+            self.announcements.nodes_changed();
+        }
+        if !dirty.is_empty() || std::mem::take(&mut self.routes_due) {
+            self.settle_routes(self.problems.contains_key("routes"));
+        }
+        Ok(())
+    }
+
+    fn take_identity(&mut self, identity: Identity) -> Result<(), WorkerError> {
+        self.problems.remove("node");
+        if self.identity.as_ref() == Some(&identity) {
+            return Ok(());
+        }
+        self.pods.set_ranges(identity.ranges.clone());
+        if let Err(error) = self.identity_file.save(&self.config.node_name, &identity) {
+            self.problem("identity", error.to_string());
+        }
+        let old = self.identity.replace(identity.clone());
+        match (old, &self.node) {
+            (Some(old), Some(_)) => Err(WorkerError::IdentityChanged(old, identity)),
+            _ => {
+                self.problems.remove("setup");
+                Ok(())
+            }
+        }
+    }
+
+    pub(super) fn set_up(&mut self) {
+        let Some(identity) = &self.identity else {
+            return;
+        };
+        let began = Instant::now();
+        let set_up = Node::set_up(&self.config, identity, &mut self.kernel)
+            .and_then(|mut node| self.pods.adopt(&mut self.kernel, &mut node).map(|()| node));
+        match set_up {
+            Ok(node) => {
+                tracing::info!(addresses = ?identity.addresses, took_ms = began.elapsed().as_millis(), "the data plane is up");
+                self.problems.remove("setup");
+                // Whoever listened to an earlier worker is gone.
+                if let Err(error) = dataplane::quiet(&self.config.pin_root) {
+                    tracing::warn!(error = reason(&error), "the monitor cannot be reset");
+                }
+                self.node = Some(node);
+                // Routes were left alone until now.
+                self.settle_routes(true);
+            }
+            Err(error) => self.problem("setup", reason(&error)),
+        }
+    }
+
+    /// Answers on the link for what the pools, the Services and the nodes that live say.
+    pub(super) fn settle_announcements(&mut self) {
+        let Some(node) = &self.node else {
+            return;
+        };
+        match self.announcements.settle(&node.uplink, &self.snapshot) {
+            Ok(()) => drop(self.problems.remove("announce")),
+            Err(error) => self.problem("announce", error.to_string()),
+        }
+    }
+
+    fn settle_unmasqueraded(&mut self) {
+        let Some(node) = self
+            .node
+            .as_mut()
+            .filter(|_| self.config.masquerade && self.snapshot.synced(Kind::Node))
+        else {
+            return;
+        };
+        let configured = self.config.unmasqueraded.iter();
+        let configured = configured.chain(&self.config.service_ranges).copied();
+        match node.settle_unmasqueraded(plan_unmasqueraded(&self.snapshot, configured)) {
+            Ok(()) => drop(self.problems.remove("masquerade")),
+            Err(error) => self.problem("masquerade", reason(&error)),
+        }
+    }
+
+    /// `again` compares the kernel's table also when the plan is what it was.
+    pub(super) fn settle_routes(&mut self, again: bool) {
+        self.settle_unmasqueraded();
+        let Some(node) = self
+            .node
+            .as_ref()
+            .filter(|_| self.snapshot.synced(Kind::Node))
+        else {
+            return;
+        };
+        let settled = self.routes.settle(
+            &self.snapshot,
+            &self.here.node,
+            node,
+            &mut self.kernel,
+            again,
+        );
+        self.report.routes = self.routes.count();
+        let unreachable: Vec<String> = self
+            .routes
+            .problems()
+            .iter()
+            .map(|(node, why)| format!("{node}: {why}"))
+            .collect();
+        match settled {
+            Err(error) => self.problem("routes", reason(&error)),
+            Ok(()) if !unreachable.is_empty() => self.problem("routes", unreachable.join("; ")),
+            Ok(()) => drop(self.problems.remove("routes")),
+        }
+    }
+
+    /// Plans the Services that became dirty and brings the maps to it. `again` is for what failed: a full map is not tried with every
+    /// event.
+    pub(super) fn settle_services(&mut self, taken: Instant, again: bool) {
+        let synced =
+            self.snapshot.synced(Kind::Service) && self.snapshot.synced(Kind::EndpointSlice);
+        let Some(node) = self.node.as_mut().filter(|_| synced) else {
+            return;
+        };
+        // What an earlier agent left is compared, and pruned, only now that everything is known.
+        let first = !self.services_applied;
+        let host_ports = self.pods.take_host_ports();
+        if self.dirty.services.is_empty() && host_ports.is_empty() && !first && !again {
+            if !self.retry {
+                self.progress.nothing_to_do(taken);
+            }
+            return;
+        }
+        let began = taken;
+        for key in std::mem::take(&mut self.dirty.services) {
+            self.health_checks
+                .replan(&self.snapshot, &key, &self.here.node);
+            self.announcements.replan(&self.snapshot, &key);
+            let wish = plan(&self.snapshot, &key, &self.here);
+            match check(&wish) {
+                Ok(()) => node.ledger.set(&key, wish),
+                Err(violation) => {
+                    tracing::error!(%key, %violation, "a plan is unsound and is not applied")
+                }
+            }
+        }
+        for (key, wish) in host_ports {
+            match check(&wish) {
+                Ok(()) => node.ledger.set(&key, wish),
+                Err(violation) => {
+                    tracing::error!(%key, %violation, "a plan is unsound and is not applied")
+                }
+            }
+        }
+        self.health_checks.settle();
+        let batch = node.ledger.diff();
+        for refusal in &batch.refusals {
+            tracing::warn!(%refusal, "a Service cannot have what it wants");
+        }
+        self.report.refusals += batch.refusals.len() as u64;
+        self.report.batches += 1;
+        self.retry = false;
+        match node.apply(&batch.ops) {
+            Ok(()) => {
+                node.ledger.applied(&batch);
+                self.problems.remove("services");
+                self.services_applied = true;
+                let extent = if first { Extent::Full } else { Extent::Partial };
+                self.progress.synced(extent, began);
+            }
+            Err(error) => {
+                let why = reason(&error);
+                self.retry = true;
+                self.report.batches_failed += 1;
+                match node.dataplane.state() {
+                    Ok(held) => node.ledger.hold(held),
+                    Err(error) => {
+                        tracing::error!(error = reason(&error), "the maps cannot be read back")
+                    }
+                }
+                self.problem("services", why);
+            }
+        }
+        for refusal in batch.refusals.iter().take(NOTES_MAX) {
+            let (service, note) = match refusal {
+                Refusal::NoId(port) => (&port.service, refusal.to_string()),
+                Refusal::Contested {
+                    frontend,
+                    winner,
+                    loser,
+                } => (loser, format!("{frontend} belongs to Service {winner}")),
+            };
+            self.note(service, "FrontendNotAvailable", note, true);
+        }
+        self.report.last_batch_operations = batch.ops.len();
+        self.report.last_batch_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        if first && self.services_applied {
+            tracing::info!(
+                operations = batch.ops.len(),
+                took_us = self.report.last_batch_us,
+                "all Services are in the maps"
+            );
+            match install::write_conf_list(&self.config) {
+                Ok(()) => drop(self.problems.remove("cni configuration")),
+                Err(error) => self.problem("cni configuration", error.to_string()),
+            }
+        }
+    }
+}

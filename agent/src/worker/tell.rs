@@ -1,0 +1,141 @@
+//! What the loop tells of itself: to operators, to the CNI plugin, to metrics.
+
+use cluster_model::Kind;
+use dataplane_abi::Class;
+use keelway_cni::protocol::Response;
+use keelway_cni::{CniError, Code};
+
+use super::{Worker, reason};
+use crate::inspect::View;
+use crate::inspect::service::Books;
+use crate::report::{Counter, Report};
+use crate::source::KINDS;
+
+impl Worker {
+    pub(super) fn books(&self) -> Books<'_> {
+        Books {
+            snapshot: &self.snapshot,
+            ledger: self.node.as_ref().map(|node| &node.ledger),
+            here: &self.here,
+            rejected: &self.rejected,
+            health_checks: &self.health_checks,
+        }
+    }
+
+    pub(super) fn view(&self) -> View {
+        let owners = self.node.as_ref().map(|node| node.ledger.owners().clone());
+        let mut report = Report::default();
+        self.pods.fill(&mut report);
+        View {
+            node: self.here.node.clone(),
+            snapshot: self.snapshot.clone(),
+            allocations: report.allocations,
+            owners: owners.unwrap_or_default(),
+            services: self.books().services(),
+            pin_root: self.config.pin_root.clone(),
+            monitor: self.monitor.clone(),
+        }
+    }
+
+    /// Whether an ADD would be served, as CNI's STATUS asks.
+    pub(super) fn status(&self) -> Response {
+        let refuse = |code, what: &str, why: String| {
+            Response::Error(CniError::new(code, what).with_details(why))
+        };
+        let what = "the Keelway agent is not ready";
+        match (self.not_ready(), self.pods.exhausted()) {
+            // What pods have goes on working; what they are to get does not come.
+            (Some(why), _) if self.pods.count() > 0 => refuse(Code::LimitedConnectivity, what, why),
+            (Some(why), _) => refuse(Code::NotAvailable, what, why),
+            (None, Some(why)) => refuse(
+                Code::NotAvailable,
+                "no pod address of this node is free",
+                why,
+            ),
+            (None, None) => Response::Done,
+        }
+    }
+
+    /// Why pods cannot be served, if so.
+    fn not_ready(&self) -> Option<String> {
+        if let (Some(_), true) = (&self.node, self.services_applied) {
+            return None;
+        }
+        let waiting = || {
+            let missing = KINDS
+                .into_iter()
+                .filter(|kind| !self.snapshot.synced(*kind))
+                .map(Kind::name);
+            let missing: Vec<&str> = missing.collect();
+            if missing.is_empty() {
+                "setting up".into()
+            } else {
+                format!("waiting for {}", missing.join(", "))
+            }
+        };
+        let problems: Vec<&str> = self.problems.values().map(String::as_str).collect();
+        Some(if problems.is_empty() {
+            waiting()
+        } else {
+            problems.join("; ")
+        })
+    }
+
+    pub(super) fn current_report(&self) -> Report {
+        let mut report = self.report.clone();
+        let not_ready = self.not_ready();
+        report.ready = not_ready.is_none();
+        report.problems = self
+            .problems
+            .iter()
+            .map(|(part, why)| format!("{part}: {why}"))
+            .collect();
+        if report.problems.is_empty() {
+            report.problems.extend(not_ready);
+        }
+        report.synced = KINDS
+            .into_iter()
+            .filter(|kind| self.snapshot.synced(*kind))
+            .map(|kind| kind.to_string())
+            .collect();
+        report.malformed = self.rejected.values().map(ToString::to_string).collect();
+        report.measures = self.measures();
+        report.services = self.snapshot.count(Kind::Service);
+        report.endpoint_slices = self.snapshot.count(Kind::EndpointSlice);
+        report.nodes = self.snapshot.count(Kind::Node);
+        if let Some(node) = &self.node {
+            let held = node.ledger.held();
+            report.service_ports = held.services.len();
+            report.frontends = held.frontends.len();
+            report.backends = held
+                .services
+                .values()
+                .map(|one| one.active.len() + one.terminating.len())
+                .sum();
+            report.maps = node.fills();
+            match node.dataplane.counters() {
+                Ok(counters) => report.counters = counters.into_iter().map(counter).collect(),
+                Err(error) => report
+                    .problems
+                    .push(format!("counters: {}", reason(&error))),
+            }
+        }
+        report.paths = self.routes.report();
+        self.pods.fill(&mut report);
+        self.announcements.fill(&mut report);
+        report
+    }
+}
+
+fn counter((named, packets): (dataplane_abi::Reason, u64)) -> Counter {
+    let class = match named.class() {
+        Class::Event => "event",
+        Class::Drop => "drop",
+        Class::Reject => "reject",
+    };
+    Counter {
+        reason: named.name().into(),
+        class: class.into(),
+        packets,
+    }
+}
