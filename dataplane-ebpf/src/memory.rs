@@ -348,7 +348,9 @@ fn pseudo(packet: &[u8], len: usize) -> u32 {
 }
 
 fn ipv4(src: SocketAddrV4, dst: SocketAddrV4, protocol: u8, transport: &[u8]) -> Vec<u8> {
-    let mut packet = Vec::from([2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 8, 0]);
+    // To the loopback's hardware address: by that interface the kernel runs programs for tests, and a frame for another machine is none
+    // of ours.
+    let mut packet = Vec::from([0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 1, 8, 0]);
     packet.extend([0x45, 0]);
     packet.extend((20 + transport.len() as u16).to_be_bytes());
     packet.extend([0x12, 0x34, 0, 0, 64, protocol, 0, 0]);

@@ -1,12 +1,21 @@
 //! Addresses of load balancers on a link: who answers for them, and who does when that one is gone.
 
-use std::net::Ipv4Addr;
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use keelway_tests::agents::{Segment, Service, segment, until};
-use keelway_tests::sandbox::{Sandbox, is_root};
+use keelway_agent::net::{Kernel, Netlink};
+use keelway_tests::agents::{Pod, Segment, Service, segment, until};
+use keelway_tests::sandbox::{Network, Sandbox, ip, is_root};
 use serde_json::json;
 
 const VIP: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 200);
+/// Within this another node answers for what one answered for that died.
+const MOVED_WITHIN: Duration = Duration::from_secs(2);
 
 fn web(endpoints: Vec<(Ipv4Addr, &'static str)>, policy: &str) -> Service {
     Service {
@@ -85,6 +94,195 @@ fn an_agent_that_stops_hands_over_and_policy_local_stays_with_endpoints() {
     segment.nodes[1 - answering]
         .wait("silence", |report| report["announced"] == json!([]))
         .expect("silence");
+}
+
+/// A client that connects to the address and asks, again and again.
+struct Asking {
+    end: Arc<AtomicBool>,
+    /// When each question was begun, and whether it was answered.
+    asked: Arc<Mutex<Vec<(Instant, bool)>>>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Asking {
+    /// `patience` is how long one question may take.
+    fn from(client: &Network, patience: Duration) -> Self {
+        let (end, asked) = (Arc::default(), Arc::default());
+        let (stop, heard): (Arc<AtomicBool>, Arc<Mutex<Vec<_>>>) =
+            (Arc::clone(&end), Arc::clone(&asked));
+        let client = client.try_clone().expect("the client's network");
+        let thread = thread::spawn(move || {
+            client.run(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    let began = Instant::now();
+                    let answered = ask(patience).is_ok();
+                    heard.lock().expect("the list").push((began, answered));
+                }
+            });
+        });
+        Self {
+            end,
+            asked,
+            thread: Some(thread),
+        }
+    }
+
+    /// How long after a moment a question was begun that was answered.
+    fn answered_after(&self, moment: Instant) -> Duration {
+        until("an answer", || {
+            let asked = self.asked.lock().expect("the list");
+            let mut later = asked
+                .iter()
+                .filter(|(began, answered)| *answered && *began >= moment);
+            Ok(later.next().map(|(began, _)| *began - moment))
+        })
+        .expect("an answer")
+    }
+
+    /// Ends it: how many questions were answered, and how many were not.
+    fn finish(mut self) -> (usize, usize) {
+        self.end.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            thread.join().expect("no panic");
+        }
+        let asked = self.asked.lock().expect("the list");
+        let answered = asked.iter().filter(|(_, answered)| *answered).count();
+        (answered, asked.len() - answered)
+    }
+}
+
+fn ask(patience: Duration) -> std::io::Result<()> {
+    let mut stream = TcpStream::connect_timeout(&SocketAddr::from((VIP, 80)), patience)?;
+    stream.set_read_timeout(Some(patience))?;
+    stream.write_all(b"hello")?;
+    let mut buffer = [0; 64];
+    match stream.read(&mut buffer)? {
+        0 => Err(std::io::ErrorKind::UnexpectedEof.into()),
+        _ => Ok(()),
+    }
+}
+
+/// Which node's hardware address the client knows for the balanced address.
+fn known_to(client: &Network, segment: &Segment) -> Option<usize> {
+    let shown = client.run(|| {
+        let address = VIP.to_string();
+        let words = ["neigh", "show", &address];
+        Command::new("ip").args(words).output().expect("ip")
+    });
+    let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+    segment.nodes.iter().position(|node| {
+        let links = node.host.run(|| {
+            let mut kernel = Kernel::new(Netlink::open().expect("netlink"));
+            kernel.links().expect("links")
+        });
+        let uplink = links.into_iter().find(|link| link.name == "eth0");
+        let mac = uplink.and_then(|link| link.mac).expect("an address");
+        let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
+        shown.contains(&mac)
+    })
+}
+
+/// The one node that announces the address.
+fn announcer(segment: &Segment) -> usize {
+    until("one node", || {
+        let announce = |node: usize| {
+            let report = segment.nodes[node].report().expect("a report");
+            report["announced"] == json!([VIP])
+        };
+        Ok(match (announce(0), announce(1)) {
+            (true, false) => Some(0),
+            (false, true) => Some(1),
+            _ => None,
+        })
+    })
+    .expect("a node")
+}
+
+/// A Service whose one endpoint is not on the node that answers for its address. Gives that node, and the endpoint.
+fn served_from_the_other_node(segment: &Segment) -> (usize, Pod) {
+    segment
+        .cluster
+        .write(&[web(Vec::new(), "Cluster")])
+        .expect("the file");
+    let first = announcer(segment);
+    let other = &segment.nodes[1 - first];
+    let pod = other.add_pod("p").expect("a pod");
+    let endpoints = vec![(pod.address, other.name)];
+    segment
+        .cluster
+        .write(&[web(endpoints, "Cluster")])
+        .expect("the file");
+    segment
+        .client
+        .run(|| until("an answer", || Ok(ask(Duration::from_secs(1)).ok())))
+        .expect("an answer");
+    (first, pod)
+}
+
+#[test]
+fn when_the_answering_nodes_agent_is_killed_another_answers_and_no_connection_fails() {
+    let test = "when_the_answering_nodes_agent_is_killed_another_answers_and_no_connection_fails";
+    let Some((_sandbox, _dir, mut segment)) = topology(test) else {
+        return;
+    };
+    let (first, _pod) = served_from_the_other_node(&segment);
+    assert_eq!(known_to(&segment.client, &segment), Some(first));
+    // Programs stay when the agent goes: whoever still knows the old way is served by it.
+    let asking = Asking::from(&segment.client, Duration::from_secs(3));
+    asking.answered_after(Instant::now());
+    let killed = Instant::now();
+    segment.nodes[first].kill().expect("killed");
+    until("the other node's address", || {
+        Ok(known_to(&segment.client, &segment).filter(|node| *node == 1 - first))
+    })
+    .expect("it");
+    let moved = killed.elapsed();
+    asking.answered_after(Instant::now());
+    let (answered, failed) = asking.finish();
+    println!("moved {moved:?} after the kill; {answered} connections answered, {failed} failed");
+    assert!(moved < MOVED_WITHIN, "moved after {moved:?}");
+    assert_eq!(failed, 0, "of {}", answered + failed);
+}
+
+#[test]
+fn when_the_answering_node_is_cut_off_another_serves_the_address() {
+    let test = "when_the_answering_node_is_cut_off_another_serves_the_address";
+    let Some((_sandbox, _dir, segment)) = topology(test) else {
+        return;
+    };
+    let (first, _pod) = served_from_the_other_node(&segment);
+    let port = format!("p{}", first + 1);
+    let link = |state: &str| {
+        let words = format!("link set {port} {state}");
+        segment.switch.run(|| ip(&words)).expect("the switch");
+    };
+    let mut fastest = Duration::MAX;
+    for _ in 0..3 {
+        until("the first node's address", || {
+            Ok(known_to(&segment.client, &segment).filter(|node| *node == first))
+        })
+        .expect("it");
+        let asking = Asking::from(&segment.client, Duration::from_millis(150));
+        asking.answered_after(Instant::now());
+        link("down");
+        let cut = Instant::now();
+        let moved = asking.answered_after(cut);
+        let (answered, failed) = asking.finish();
+        println!("served {moved:?} after the cut; {answered} answered, {failed} not");
+        // Otherwise nothing was cut: the switch floods frames whose receiver is gone, and they are not the other node's.
+        assert!(failed > 0, "no connection was lost");
+        assert_eq!(known_to(&segment.client, &segment), Some(1 - first));
+        fastest = fastest.min(moved);
+        link("up");
+        for node in &segment.nodes {
+            node.wait("both on the link", |report| {
+                report["linkNodes"] == json!(["node-1", "node-2"])
+            })
+            .expect("both");
+        }
+        assert_eq!(announcer(&segment), first, "it is its own again");
+    }
+    assert!(fastest < MOVED_WITHIN, "served after {fastest:?} at best");
 }
 
 #[test]

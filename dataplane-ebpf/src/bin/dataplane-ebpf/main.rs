@@ -89,6 +89,9 @@ pub fn pod_egress(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn uplink_ingress(ctx: TcContext) -> i32 {
     let mut skb = Skb::new(&ctx);
+    if skb.is_for_another() {
+        return packets::NEXT;
+    }
     let tables = Watched::new(&skb, Hook::UplinkIngress);
     let verdict = hook::uplink_ingress(&mut skb, &tables, &features());
     act(&mut skb, verdict)

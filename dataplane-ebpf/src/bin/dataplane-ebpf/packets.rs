@@ -30,6 +30,8 @@ const HEADERS_MIN: u32 = 54;
 /// The same with the longest options.
 const HEADERS_MAX: u32 = 14 + 60 + 60;
 const AF_INET: u8 = 2;
+/// `PACKET_OTHERHOST`: the frame names another machine's hardware address.
+const FOR_ANOTHER: u32 = 3;
 
 /// A socket buffer.
 pub struct Skb(*mut __sk_buff);
@@ -60,6 +62,14 @@ impl Skb {
     pub fn ifindex(&self) -> u32 {
         // SAFETY: a valid context.
         unsafe { (*self.0).ifindex }
+    }
+
+    /// Whether the frame names another machine, and came because a switch did not know where that is, or somebody listens to all:
+    /// the stack drops it, and two nodes must not both answer one client.
+    #[inline(always)]
+    pub fn is_for_another(&self) -> bool {
+        // SAFETY: a valid context.
+        unsafe { (*self.0).pkt_type == FOR_ANOTHER }
     }
 }
 
