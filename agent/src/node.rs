@@ -177,7 +177,7 @@ impl Node {
             kernel.add_own_address(pair.outer, own.probe)?;
         }
         let overlay = make_overlay(config.routing, &uplink, kernel)?;
-        let mut dataplane = Dataplane::open(&dataplane::Config {
+        let dataplane = Dataplane::open(&dataplane::Config {
             pin_root: config.pin_root.clone(),
             socket_lb: config.socket_lb,
             packet_lb: config.packet_lb,
@@ -193,31 +193,29 @@ impl Node {
             masquerade: config.masquerade,
         })?;
         let found = dataplane.state()?;
-        if config.socket_lb {
-            dataplane.attach_cgroup(&config.cgroup)?;
-        }
-        dataplane.attach_service_veth()?;
-        dataplane.attach_uplink(uplink.link.index)?;
-        if let Some(overlay) = &overlay {
-            dataplane.attach_uplink(overlay.index)?;
-        }
-        let ledger = Ledger::adopt(found.clone());
-        let host_addresses = found.host_addresses.clone();
-        let unmasqueraded = found.unmasqueraded.clone();
         let mut node = Self {
+            ledger: Ledger::adopt(found.clone()),
+            host_addresses: found.host_addresses.clone(),
+            unmasqueraded: found.unmasqueraded.clone(),
             dataplane,
-            ledger,
             uplink,
             found,
             overlay,
             reserved,
-            host_addresses,
-            unmasqueraded,
             flows: 0,
             ipv6,
             cgroup: config.socket_lb.then(|| config.cgroup.clone()),
         };
+        // What programs judge packets by is there before they see one.
         node.settle_host_addresses(kernel)?;
+        if let Some(cgroup) = &node.cgroup {
+            node.dataplane.attach_cgroup(cgroup)?;
+        }
+        node.dataplane.attach_service_veth()?;
+        node.dataplane.attach_uplink(node.uplink.link.index)?;
+        if let Some(overlay) = &node.overlay {
+            node.dataplane.attach_uplink(overlay.index)?;
+        }
         Ok(node)
     }
 

@@ -139,7 +139,10 @@ impl Dataplane {
             return Err(Error::NotBpffs { path: dir });
         }
         let programs = Programs::load(&dir, config)?;
-        let tables = Tables::adopt(PinnedMaps::open(&dir)?);
+        let mut tables = Tables::adopt(PinnedMaps::open(&dir)?);
+        if config.masquerade {
+            tables.hold_masquerade_back(Instant::now())?;
+        }
         programs.adopt_links(config.socket_lb)?;
         Ok(Self {
             programs,

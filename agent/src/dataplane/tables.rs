@@ -307,6 +307,21 @@ impl<M: MapIo> Tables<M> {
         Ok(removed)
     }
 
+    /// Lets pods keep their addresses everywhere, unless it is known where they do. Programs that masquerade must not see a packet
+    /// before that: what one pod sends to another would leave as the node.
+    pub fn hold_masquerade_back(&mut self, now: Instant) -> Result<(), Error> {
+        if self.io.ranges()?.iter().any(|key| key.service == 0) {
+            return Ok(());
+        }
+        let everywhere = [IpAddr::from([0; 4]), IpAddr::from([0; 16])];
+        let ranges = everywhere
+            .into_iter()
+            .filter_map(|any| IpNetwork::new(any, 0).ok())
+            .collect();
+        self.apply(&[Op::SetUnmasqueraded { ranges }], now)
+            .map(drop)
+    }
+
     /// Cells that services have, and those that rest.
     pub fn cells_used(&self) -> u32 {
         limits::CELLS - self.extents.available()

@@ -377,3 +377,26 @@ fn a_service_that_leads_to_anothers_extent_is_not_adopted() {
     assert_eq!(next.io.service(5), ServiceRef::default());
     assert!(next.placed.contains_key(&1));
 }
+
+#[test]
+fn pods_keep_their_addresses_everywhere_until_it_is_known_where() {
+    let mut tables = Tables::adopt(Memory::default());
+    let now = Instant::now();
+    let held = |tables: &Tables<Memory>| {
+        let ranges = tables.state().unwrap().unmasqueraded;
+        ranges.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    tables.hold_masquerade_back(now).unwrap();
+    assert_eq!(held(&tables), ["0.0.0.0/0", "::/0"]);
+    let ranges = ["10.244.0.0/16".parse().unwrap()].into();
+    let op = Op::SetUnmasqueraded { ranges };
+    tables.io.log.clear();
+    tables.apply(&[op], now).unwrap();
+    assert_eq!(held(&tables), ["10.244.0.0/16"]);
+    let ranges = |log: &&str| log.contains("ranges");
+    let order: Vec<&str> = tables.io.log.iter().copied().filter(ranges).collect();
+    assert_eq!(order, ["set ranges", "remove ranges"]);
+    // A worker that is replaced knows from the maps, and changes nothing.
+    tables.hold_masquerade_back(now).unwrap();
+    assert_eq!(held(&tables), ["10.244.0.0/16"]);
+}

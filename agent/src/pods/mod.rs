@@ -161,13 +161,13 @@ impl Pods {
         }
         self.forget_gone(&pods);
 
-        let mut ops = Vec::new();
+        let (mut ops, mut found) = (Vec::new(), Vec::new());
         let mut wanted = HashSet::new();
         for allocation in self.pool.allocations() {
             let Some(link) = pods.get(allocation.host_interface.as_str()) else {
                 continue;
             };
-            node.dataplane.attach_pod(link.index)?;
+            found.push(link.index);
             self.indexes.insert(link.name.clone(), link.index);
             wanted.extend(allocation.addresses.iter().copied());
             if !allocation.port_mappings.is_empty() {
@@ -190,7 +190,11 @@ impl Pods {
         let gone = node.found.pods.keys().filter(|addr| !wanted.contains(addr));
         ops.extend(gone.map(|addr| Op::RemovePod { addr: *addr }));
         let_go(&[], &links, node)?;
+        // First the addresses: a program that does not know them takes what a pod sends for somebody else's.
         node.apply(&ops)?;
+        for index in found {
+            node.dataplane.attach_pod(index)?;
+        }
         self.spares = Some(Spares::start(node.dataplane.pod_hooks()?, node.pod_mtu())?);
         Ok(())
     }
