@@ -16,6 +16,7 @@ pub mod metrics;
 pub mod monitor;
 pub mod net;
 pub mod node;
+pub mod node_ports;
 pub mod plan;
 pub mod pods;
 pub mod progress;

@@ -17,7 +17,8 @@ use keelway_agent::config::{Config, RunFlags, Source};
 use keelway_agent::event::Event;
 use keelway_agent::health::serve_proxy;
 use keelway_agent::source::Feed;
-use keelway_agent::worker::Worker;
+use keelway_agent::supervisor::Predecessors;
+use keelway_agent::worker::{LastWords, Worker, reason};
 use keelway_agent::{install, metrics, record, socket, source, supervisor};
 use nix::sys::signal::{SigSet, Signal};
 use tokio::signal::unix::{SignalKind, signal};
@@ -120,6 +121,11 @@ fn work(flags: RunFlags) -> anyhow::Result<ExitCode> {
 
     let (events, inbox) = mpsc::channel();
     let mut worker = Worker::new(config.clone(), events.clone())?;
+    let predecessors = std::env::var(supervisor::PREDECESSORS).unwrap_or_default();
+    worker.follow(
+        Predecessors::parse(&predecessors),
+        LastWords::new(&config.state_dir).take(),
+    );
     socket::serve(listener, events.clone()).context("serve the agent's socket")?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -177,6 +183,9 @@ fn work(flags: RunFlags) -> anyhow::Result<ExitCode> {
         anyhow::Ok(())
     })?;
     let ended = worker.run(&inbox);
+    if let Err(error) = &ended {
+        LastWords::new(&config.state_dir).leave(&reason(error));
+    }
     // Watches and sockets end with the process; what flows does not depend on them.
     runtime.shutdown_background();
     ended?;

@@ -22,6 +22,12 @@ pub struct Report {
     /// What else is on the node that may be in the way, in words.
     #[serde(default)]
     pub notes: Vec<String>,
+    /// Workers of this agent that ended before this one.
+    #[serde(default)]
+    pub restarts: u32,
+    /// How the last of them ended, in words.
+    #[serde(default)]
+    pub last_end: Option<String>,
     /// Kinds of which a complete list has arrived.
     pub synced: Vec<String>,
     pub socket_lb: bool,
@@ -38,6 +44,9 @@ pub struct Report {
     pub backends: usize,
     /// Frontends that more than one Service wants, and the like.
     pub refusals: u64,
+    /// Node ports that a process of the node listens on too.
+    #[serde(default)]
+    pub node_ports_shared: usize,
     pub batches: u64,
     pub batches_failed: u64,
     pub last_batch_operations: usize,
@@ -110,6 +119,14 @@ impl fmt::Display for Report {
         for note in &self.notes {
             writeln!(f, "  note: {note}")?;
         }
+        if let Some(end) = &self.last_end {
+            let count = self.restarts;
+            writeln!(
+                f,
+                "  note: worker {} of this agent; the one before: {end}",
+                count + 1
+            )?;
+        }
         for object in &self.malformed {
             writeln!(f, "  malformed: {object}")?;
         }
@@ -133,6 +150,13 @@ impl fmt::Display for Report {
             "Services:  {} ({} ports, {} frontends, {} backends), {} slices",
             self.services, self.service_ports, self.frontends, self.backends, self.endpoint_slices
         )?;
+        if self.node_ports_shared > 0 {
+            writeln!(
+                f,
+                "           {} node ports are also a process's: see `keelway-agent service show`",
+                self.node_ports_shared
+            )?;
+        }
         writeln!(f, "Nodes:     {} ({} routes)", self.nodes, self.routes)?;
         writeln!(
             f,

@@ -17,6 +17,8 @@ use nix::unistd::Pid;
 
 use crate::socket;
 
+/// By which a worker is told how many there were before it, and how the last one ended: `<count> <words>`.
+pub const PREDECESSORS: &str = "KEELWAY_AGENT_PREDECESSORS";
 /// Exit code of a worker whose configuration is wrong (sysexits' EX_CONFIG): another one would fare no better.
 pub const EXIT_CONFIG: u8 = 78;
 /// A worker that lived no longer than this died of itself, perhaps.
@@ -54,10 +56,11 @@ pub fn run(socket_path: &Path, arguments: &[OsString]) -> Result<ExitCode, Super
     let program = program();
     let mut stopping = false;
     let mut short_lives = 0;
+    let mut predecessors = Predecessors::default();
     loop {
         let began = Instant::now();
-        let mut worker =
-            spawn(&program, &listener, arguments).map_err(system("start the worker"))?;
+        let mut worker = spawn(&program, &listener, arguments, &predecessors)
+            .map_err(system("start the worker"))?;
         let status = loop {
             match signals
                 .wait()
@@ -83,6 +86,10 @@ pub fn run(socket_path: &Path, arguments: &[OsString]) -> Result<ExitCode, Super
             return Ok(ExitCode::from(EXIT_CONFIG));
         }
         tracing::warn!(%status, "the worker ended; another one begins");
+        predecessors = Predecessors {
+            count: predecessors.count.saturating_add(1),
+            last_end: Some(status.to_string()),
+        };
         short_lives = if began.elapsed() < SHORT_LIFE {
             short_lives + 1
         } else {
@@ -90,6 +97,30 @@ pub fn run(socket_path: &Path, arguments: &[OsString]) -> Result<ExitCode, Super
         };
         if short_lives >= SHORT_LIVES {
             std::thread::sleep(PAUSE);
+        }
+    }
+}
+
+/// The workers that came before one.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Predecessors {
+    pub count: u32,
+    /// How the last one ended, in words.
+    pub last_end: Option<String>,
+}
+
+impl Predecessors {
+    /// Reads what [`PREDECESSORS`] says; anything else is none.
+    pub fn parse(text: &str) -> Self {
+        let parsed = text
+            .split_once(' ')
+            .and_then(|(count, words)| Some((count.parse().ok()?, words)));
+        match parsed {
+            Some((count, words)) => Self {
+                count,
+                last_end: Some(words.to_owned()),
+            },
+            None => Self::default(),
         }
     }
 }
@@ -122,14 +153,23 @@ fn program() -> PathBuf {
         .unwrap_or_else(|| "/proc/self/exe".into())
 }
 
-fn spawn(program: &Path, listener: &UnixListener, arguments: &[OsString]) -> io::Result<Child> {
+fn spawn(
+    program: &Path,
+    listener: &UnixListener,
+    arguments: &[OsString],
+    predecessors: &Predecessors,
+) -> io::Result<Child> {
     // The socket travels as standard input: a descriptor whose number needs no agreement.
     let socket = OwnedFd::from(listener.try_clone()?);
-    Command::new(program)
+    let mut command = Command::new(program);
+    command
         .arg("worker")
         .args(arguments)
-        .stdin(Stdio::from(socket))
-        .spawn()
+        .stdin(Stdio::from(socket));
+    if let Some(words) = &predecessors.last_end {
+        command.env(PREDECESSORS, format!("{} {words}", predecessors.count));
+    }
+    command.spawn()
 }
 
 fn stop(worker: &Child, signal: Signal) {
@@ -138,5 +178,22 @@ fn stop(worker: &Child, signal: Signal) {
     };
     if let Err(errno) = kill(Pid::from_raw(pid), signal) {
         tracing::warn!(%errno, "the worker could not be told to stop");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_learns_of_those_before_it_and_takes_nonsense_for_none() {
+        let told = Predecessors::parse("3 signal: 9 (SIGKILL)");
+        assert_eq!(
+            (told.count, told.last_end.as_deref()),
+            (3, Some("signal: 9 (SIGKILL)"))
+        );
+        for nonsense in ["", "3", "x y", "-1 y"] {
+            assert_eq!(Predecessors::parse(nonsense), Predecessors::default());
+        }
     }
 }

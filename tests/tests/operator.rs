@@ -450,3 +450,83 @@ fn a_health_check_whose_port_is_taken_is_told_and_had_when_it_is_free() {
     let (status, ..) = health(&topology.nodes[1].host, at, "/").expect("an answer");
     assert_eq!(status, 200);
 }
+
+#[test]
+fn a_node_port_that_a_process_listens_on_is_told_and_serves_the_service() {
+    let test = "a_node_port_that_a_process_listens_on_is_told_and_serves_the_service";
+    let Some(topology) = topology(test) else {
+        return;
+    };
+    const NODE_PORT: u16 = 30_080;
+    let node = &topology.nodes[0];
+    let at = SocketAddr::from((node.address, NODE_PORT));
+    let squatter = node
+        .host
+        .run(|| std::net::TcpListener::bind(("0.0.0.0", NODE_PORT)))
+        .expect("the port");
+    let web = Service {
+        endpoints: vec![(topology.a.address, "node-1")],
+        spec: json!({"type": "NodePort", "ports": [{"name": "tcp", "port": 80, "protocol": "TCP", "nodePort": NODE_PORT}]}),
+        ..topology.web()
+    };
+    let shown = topology.write(&[web], "web", |shown| {
+        all_installed(shown) && shown["warnings"].to_string().contains("30080")
+    });
+    assert_eq!(shown["refused"], json!([]));
+    let report = node.report().expect("a report");
+    assert_eq!(report["nodePortsShared"], 1);
+    let text = node.command(&["service", "show", "web"]).expect("it").ok();
+    assert!(
+        text.contains("Warning:") && text.contains("hidden"),
+        "{text}"
+    );
+    // The other node has the port for itself.
+    let other = topology.nodes[1].report().expect("a report");
+    assert_eq!(other["nodePortsShared"], 0);
+    // As with kube-proxy, whoever comes from outside reaches the Service.
+    let mut stream = connect(&topology.nodes[1].host, at);
+    let answer = exchange(&mut stream).expect("an answer");
+    assert!(answer.starts_with("a "), "{answer}");
+    drop(squatter);
+    node.wait("the port for itself", |report| {
+        report["nodePortsShared"] == 0
+    })
+    .expect("it");
+}
+
+#[test]
+fn endpoints_that_cannot_be_used_are_told_and_the_others_serve() {
+    let Some(topology) = topology("endpoints_that_cannot_be_used_are_told_and_the_others_serve")
+    else {
+        return;
+    };
+    let before = topology.nodes[0].report().expect("a report")["refusals"].as_u64();
+    let bad = [
+        [127, 0, 0, 1],
+        [224, 0, 0, 1],
+        [169, 254, 1, 1],
+        [0, 0, 0, 0],
+    ];
+    let mut endpoints = vec![(topology.a.address, "node-1")];
+    endpoints.extend(bad.map(|address| (Ipv4Addr::from(address), "node-1")));
+    // A node's own address is an endpoint like any other: a process of the host.
+    endpoints.push((topology.nodes[0].address, "node-1"));
+    let web = Service {
+        endpoints,
+        ..topology.web()
+    };
+    let shown = topology.write(&[web], "web", |shown| {
+        shown["ports"][0]["active"].as_array().map(Vec::len) == Some(2)
+    });
+    assert_ne!(shown["refused"], json!([]), "{shown}");
+    let after = topology.nodes[0].report().expect("a report")["refusals"].as_u64();
+    assert!(after > before, "{before:?} {after:?}");
+    let answers: std::collections::BTreeSet<String> = (0..40)
+        .map(|_| {
+            let mut stream = connect(&topology.b.network, SocketAddr::from((WEB, 80)));
+            let answer = exchange(&mut stream).expect("an answer");
+            answer.split(' ').next().unwrap_or_default().to_owned()
+        })
+        .collect();
+    assert_eq!(answers, ["a", "node-1"].map(str::to_owned).into());
+}

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::dataplane::ServiceId;
 use crate::health::HealthChecks;
+use crate::node_ports::NodePorts;
 use crate::plan::{Here, Ledger, Policy, PortKey, PortPlan, ServicePlan};
 
 /// One Service.
@@ -34,6 +35,9 @@ pub struct ServiceItem {
     pub endpoints: Vec<EndpointItem>,
     /// What it wants and cannot have, in words.
     pub refused: Vec<String>,
+    /// What it has to somebody else's harm.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
 }
 
 /// A port of a Service in one address family.
@@ -134,6 +138,7 @@ pub struct Books<'a> {
     /// Objects that were refused as malformed.
     pub rejected: &'a BTreeMap<ObjectRef, Rejected>,
     pub health_checks: &'a HealthChecks,
+    pub node_ports: &'a NodePorts,
 }
 
 impl Books<'_> {
@@ -201,6 +206,7 @@ impl Books<'_> {
         }
         item.refused
             .extend(self.health_checks.refusal(&service.key));
+        item.warnings = self.node_ports.shared_of(&service.key);
         let slices = self.snapshot.slices(&service.key);
         for slice in slices {
             let named = |bad: &String| format!("EndpointSlice {}: {bad}", slice.key.name);

@@ -128,6 +128,9 @@ pub fn service<W: Write>(screen: &mut Screen<W>, service: &ServiceItem) -> io::R
     for why in &service.refused {
         field(screen, "Refused", why, Tone::Bad)?;
     }
+    for why in &service.warnings {
+        field(screen, "Warning", why, Tone::Warning)?;
+    }
     for port in &service.ports {
         screen.line("", Tone::Plain)?;
         port_text(screen, port, &service.endpoints)?;

@@ -31,7 +31,7 @@ pub(super) fn render(report: &Report) -> Result<String, std::fmt::Error> {
     let mut all = Registry::default();
     report.measures.register(&mut all);
     let registry = all.sub_registry_with_prefix("keelway");
-    let gauges: [(&str, &str, i64); 12] = [
+    let gauges: [(&str, &str, i64); 13] = [
         (
             "problems",
             "Things that are wrong now, as `keelway-agent status` lists them",
@@ -54,6 +54,11 @@ pub(super) fn render(report: &Report) -> Result<String, std::fmt::Error> {
             signed(report.endpoint_slices),
         ),
         ("nodes", "Nodes known", signed(report.nodes)),
+        (
+            "node_ports_shared",
+            "Node ports that a process of the node listens on too",
+            signed(report.node_ports_shared),
+        ),
         (
             "service_ports",
             "Service ports in the maps",
@@ -101,6 +106,11 @@ pub(super) fn render(report: &Report) -> Result<String, std::fmt::Error> {
             "objects_rejected",
             "Objects of the API that were malformed",
             report.rejected_objects,
+        ),
+        (
+            "worker_restarts",
+            "Workers of this agent that ended and were replaced",
+            u64::from(report.restarts),
         ),
         (
             "refusals",

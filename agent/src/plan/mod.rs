@@ -6,12 +6,14 @@
 mod endpoints;
 mod host_ports;
 mod ledger;
+mod lifeline;
 mod routes;
 mod service;
 mod unmasqueraded;
 
 pub use host_ports::{collide, host_ports_key, plan_host_ports};
 pub use ledger::{Batch, Ledger, Refusal};
+pub use lifeline::{is_lifeline, keep_backends};
 pub use routes::{
     NodeRoute, PathKey, Probed, RouteChange, RoutePlan, Routing, diff_routes, plan_routes,
 };

@@ -11,11 +11,12 @@ mod tell;
 
 use std::collections::BTreeMap;
 use std::error::Error as StdError;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
-use cluster_model::{Dirty, ObjectRef, Rejected, Snapshot};
+use cluster_model::{Dirty, ObjectRef, Rejected, ServiceKey, Snapshot};
 
 use crate::announce::Announcements;
 use crate::config::Config;
@@ -25,12 +26,14 @@ use crate::metrics::Measures;
 use crate::monitor::Hub;
 use crate::net::{Kernel, Netlink, NetlinkError};
 use crate::node::{Identity, IdentityFile, Node, NodeError};
+use crate::node_ports::NodePorts;
 use crate::plan::Here;
 use crate::pods::Pods;
 use crate::progress::Progress;
 use crate::record::Notes;
 use crate::report::Report;
 use crate::routing::Routes;
+use crate::supervisor::Predecessors;
 use crate::surroundings::{earlier_configurations, foreign_interfaces};
 
 /// Events taken in one turn at most, so that requests do not wait behind an endless stream of changes.
@@ -80,6 +83,9 @@ pub struct Worker {
     notes: Option<Notes>,
     progress: Progress,
     health_checks: HealthChecks,
+    node_ports: NodePorts,
+    /// Endpoints of Services that are left out, in words.
+    left_out: BTreeMap<ServiceKey, String>,
     /// Objects that are malformed now: they count as absent.
     rejected: BTreeMap<ObjectRef, Rejected>,
     /// What is wrong now, by the part that is concerned.
@@ -119,6 +125,8 @@ impl Worker {
             announcements: Announcements::new(&config.node_name, events),
             progress: Progress::default(),
             health_checks: HealthChecks::default(),
+            node_ports: NodePorts::default(),
+            left_out: BTreeMap::new(),
             rejected: BTreeMap::new(),
             problems: BTreeMap::new(),
             report: Report {
@@ -156,6 +164,7 @@ impl Worker {
             let taken = Instant::now();
             self.settle_node()?;
             self.settle_services(taken, false);
+            self.settle_node_ports(false);
             self.settle_announcements();
             self.pods.settle();
             if Instant::now() >= upkeep_due {
@@ -178,6 +187,14 @@ impl Worker {
     /// Owners of Services are told by these from now on.
     pub fn set_notes(&mut self, notes: Notes) {
         self.notes = Some(notes);
+    }
+
+    /// Tells from now on of the workers before this one, and in what words the last one ended, if it left any.
+    pub fn follow(&mut self, predecessors: Predecessors, last_words: Option<String>) {
+        self.report.restarts = predecessors.count;
+        // Words that were left before the node itself began anew are of no worker before this one.
+        let last_end = predecessors.last_end;
+        self.report.last_end = last_end.map(|status| last_words.unwrap_or(status));
     }
 
     pub fn measures(&self) -> Measures {
@@ -225,6 +242,7 @@ impl Worker {
         self.report.notes.extend(earlier);
         self.settle_routes(true);
         self.settle_services(Instant::now(), self.retry);
+        self.settle_node_ports(true);
         Ok(())
     }
 
@@ -236,8 +254,35 @@ impl Worker {
     }
 }
 
+/// Where a worker that gives up leaves the reason, for the next one to tell: an exit status says too little.
+pub struct LastWords {
+    path: PathBuf,
+}
+
+impl LastWords {
+    pub fn new(state_dir: &Path) -> Self {
+        Self {
+            path: state_dir.join("last-words"),
+        }
+    }
+
+    pub fn leave(&self, words: &str) {
+        if let Err(error) = std::fs::write(&self.path, words) {
+            tracing::warn!(path = %self.path.display(), %error, "the reason cannot be left");
+        }
+    }
+
+    /// What the last worker left. Told once.
+    pub fn take(&self) -> Option<String> {
+        let words = std::fs::read_to_string(&self.path).ok()?;
+        // Left again, it would be told of another worker, which is no harm.
+        let _ = std::fs::remove_file(&self.path);
+        Some(words)
+    }
+}
+
 /// An error with everything that caused it, on one line.
-pub(crate) fn reason(error: &dyn StdError) -> String {
+pub fn reason(error: &dyn StdError) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {

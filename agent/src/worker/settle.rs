@@ -1,19 +1,25 @@
 //! Bringing the node to what is known: who it is, its routes, its Services, and what it answers for on the link.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use cluster_model::Kind;
+use cluster_model::{Kind, ServiceKey, Snapshot};
 
 use super::{Worker, WorkerError, reason};
 use crate::dataplane;
 use crate::install;
 use crate::metrics::Extent;
 use crate::node::{Identity, Node};
-use crate::plan::{Refusal, check, plan, plan_unmasqueraded};
+use crate::node_ports::{NodePort, listeners};
+use crate::plan::{
+    Refusal, ServicePlan, check, is_lifeline, keep_backends, plan, plan_unmasqueraded,
+};
 
 /// Refusals of one batch whose Services are told: more come of one mistake.
 const NOTES_MAX: usize = 100;
+/// Complaints about the endpoints of one Service: an event has room for a thousand bytes.
+const UNUSABLE_MAX: usize = 5;
 
 impl Worker {
     /// Learns who this node is, sets it up once that is known, and keeps its routes.
@@ -160,6 +166,31 @@ impl Worker {
         }
     }
 
+    /// Looks whether processes of the node listen on node ports. `again` looks also when no node port is new.
+    pub(super) fn settle_node_ports(&mut self, again: bool) {
+        if !self.node_ports.take_due(again) {
+            return;
+        }
+        let Some(node) = &self.node else { return };
+        let listeners = match listeners(Path::new("/proc/self/net")) {
+            Ok(listeners) => listeners,
+            Err(error) => {
+                self.problem("node ports", format!("/proc/self/net: {error}"));
+                return;
+            }
+        };
+        self.problems.remove("node ports");
+        for (service, port) in self.node_ports.compare(&listeners, &node.ledger) {
+            let NodePort { protocol, port, .. } = port;
+            let note = format!(
+                "Node {}: a process listens on {protocol} node port {port}, and is hidden by this Service",
+                self.here.node
+            );
+            tracing::warn!(%service, note, "a node port is a process's too");
+            self.note(&service, "NodePortInUse", note, false);
+        }
+    }
+
     /// Plans the Services that became dirty and brings the maps to it. `again` is for what failed: a full map is not tried with every
     /// event.
     pub(super) fn settle_services(&mut self, taken: Instant, again: bool) {
@@ -178,13 +209,38 @@ impl Worker {
             return;
         }
         let began = taken;
+        let mut left_out = Vec::new();
         for key in std::mem::take(&mut self.dirty.services) {
             self.health_checks
                 .replan(&self.snapshot, &key, &self.here.node);
             self.announcements.replan(&self.snapshot, &key);
-            let wish = plan(&self.snapshot, &key, &self.here);
+            let mut wish = plan(&self.snapshot, &key, &self.here);
+            if is_lifeline(&key) {
+                let known = node.ledger.service(&key).is_some();
+                let gone = wish == ServicePlan::default() && known;
+                if gone || keep_backends(&mut wish, node.ledger.held()) {
+                    let why = "has no endpoint; pods are led to its last ones";
+                    self.problems.insert("default/kubernetes", why.into());
+                } else {
+                    self.problems.remove("default/kubernetes");
+                }
+                if gone {
+                    continue;
+                }
+            }
+            if let Some(words) = unusable(&self.snapshot, &key, &wish) {
+                if self.left_out.get(&key) != Some(&words) {
+                    self.left_out.insert(key.clone(), words.clone());
+                    left_out.push((key.clone(), words));
+                }
+            } else {
+                self.left_out.remove(&key);
+            }
             match check(&wish) {
-                Ok(()) => node.ledger.set(&key, wish),
+                Ok(()) => {
+                    self.node_ports.replan(&key, &wish);
+                    node.ledger.set(&key, wish);
+                }
                 Err(violation) => {
                     tracing::error!(%key, %violation, "a plan is unsound and is not applied")
                 }
@@ -203,7 +259,7 @@ impl Worker {
         for refusal in &batch.refusals {
             tracing::warn!(%refusal, "a Service cannot have what it wants");
         }
-        self.report.refusals += batch.refusals.len() as u64;
+        self.report.refusals += (batch.refusals.len() + left_out.len()) as u64;
         self.report.batches += 1;
         self.retry = false;
         match node.apply(&batch.ops) {
@@ -238,6 +294,10 @@ impl Worker {
             };
             self.note(service, "FrontendNotAvailable", note, true);
         }
+        for (service, words) in left_out.into_iter().take(NOTES_MAX) {
+            tracing::warn!(%service, words, "endpoints are left out");
+            self.note(&service, "EndpointsLeftOut", words, true);
+        }
         self.report.last_batch_operations = batch.ops.len();
         self.report.last_batch_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
         if first && self.services_applied {
@@ -252,4 +312,22 @@ impl Worker {
             }
         }
     }
+}
+
+/// Which endpoints of a Service are not used because they cannot be, in words.
+fn unusable(snapshot: &Snapshot, key: &ServiceKey, wish: &ServicePlan) -> Option<String> {
+    let ports = wish.ports.iter().filter(|(_, port)| port.left_out > 0);
+    let ports = ports.map(|(key, port)| {
+        format!(
+            "{key}: {} are left out, being of no use to others, or more than a port can have",
+            port.left_out
+        )
+    });
+    let slices = snapshot.slices(key).iter();
+    let slices = slices.flat_map(|slice| {
+        let named = move |bad: &String| format!("EndpointSlice {}: {bad}", slice.key.name);
+        slice.refused.iter().map(named)
+    });
+    let all: Vec<String> = ports.chain(slices).take(UNUSABLE_MAX).collect();
+    (!all.is_empty()).then(|| all.join("; "))
 }

@@ -19,6 +19,7 @@ impl Worker {
             here: &self.here,
             rejected: &self.rejected,
             health_checks: &self.health_checks,
+            node_ports: &self.node_ports,
         }
     }
 
@@ -100,6 +101,7 @@ impl Worker {
             .collect();
         report.malformed = self.rejected.values().map(ToString::to_string).collect();
         report.measures = self.measures();
+        report.node_ports_shared = self.node_ports.count();
         report.services = self.snapshot.count(Kind::Service);
         report.endpoint_slices = self.snapshot.count(Kind::EndpointSlice);
         report.nodes = self.snapshot.count(Kind::Node);

@@ -1,0 +1,259 @@
+//! Nodes in trouble: what an agent stands on is gone, or it cannot know what it should. Traffic stays up or comes back by itself, and
+//! `status` says what happened.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::time::Duration;
+
+use keelway_agent::dataplane::held;
+use keelway_tests::agents::{AgentNode, ClusterFile, Pod, Service, two_nodes, until};
+use keelway_tests::sandbox::{Network, Sandbox, is_root};
+use serde_json::{Value, json};
+
+const TIMEOUT: Duration = Duration::from_secs(2);
+const WEB: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 7);
+
+/// Two nodes with agents; pods a and b on the first, c on the second.
+struct Topology {
+    cluster: ClusterFile,
+    nodes: [AgentNode; 2],
+    a: Pod,
+    b: Pod,
+    c: Pod,
+    /// Last, so that it is there until the agents have ended.
+    _dir: tempfile::TempDir,
+    _sandbox: Sandbox,
+}
+
+fn topology(test: &str, flags: &[&str]) -> Option<Topology> {
+    if !is_root(test) {
+        return None;
+    }
+    let sandbox = Sandbox::enter().expect("a sandbox");
+    let dir = tempfile::tempdir().expect("a folder");
+    let (cluster, mut nodes) = two_nodes(&sandbox, dir.path(), flags).expect("two nodes");
+    cluster.write(&[]).expect("the cluster's file");
+    for node in &mut nodes {
+        node.start().expect("an agent");
+    }
+    let [a, b] = ["a", "b"].map(|name| nodes[0].add_pod(name).expect("a pod"));
+    let c = nodes[1].add_pod("c").expect("a pod");
+    Some(Topology {
+        cluster,
+        nodes,
+        a,
+        b,
+        c,
+        _dir: dir,
+        _sandbox: sandbox,
+    })
+}
+
+impl Topology {
+    fn web(&self) -> Service {
+        Service {
+            name: "web",
+            address: WEB,
+            endpoints: vec![(self.a.address, "node-1"), (self.c.address, "node-2")],
+            spec: json!({}),
+            balanced: None,
+        }
+    }
+
+    /// Writes Services, and waits until pod b is served by both endpoints of the first.
+    fn serve(&self, services: &[Service]) {
+        self.cluster.write(services).expect("the cluster's file");
+        self.is_served("both endpoints");
+    }
+
+    fn is_served(&self, what: &str) {
+        until(what, || {
+            let answers = (0..20).map(|_| ask(&self.b.network, (WEB, 80)));
+            let names: std::io::Result<BTreeSet<String>> = answers.collect();
+            Ok(names.ok().filter(|names| names.len() == 2))
+        })
+        .expect(what);
+    }
+}
+
+/// The name of the server that answers, after a connection of its own.
+fn ask(from: &Network, at: (Ipv4Addr, u16)) -> std::io::Result<String> {
+    let answer = whole_answer(from, at)?;
+    Ok(answer.split(' ').next().unwrap_or_default().to_owned())
+}
+
+/// The server's name, and whom it takes the client to be.
+fn whole_answer(from: &Network, at: (Ipv4Addr, u16)) -> std::io::Result<String> {
+    let stream = from.run(|| TcpStream::connect_timeout(&SocketAddr::from(at), TIMEOUT));
+    exchange(&mut stream?)
+}
+
+fn exchange(stream: &mut TcpStream) -> std::io::Result<String> {
+    stream.set_read_timeout(Some(TIMEOUT))?;
+    stream.write_all(b"hello")?;
+    let mut buffer = [0; 256];
+    match stream.read(&mut buffer)? {
+        0 => Err(std::io::ErrorKind::UnexpectedEof.into()),
+        len => Ok(String::from_utf8_lossy(&buffer[..len]).into_owned()),
+    }
+}
+
+fn problems(report: &Value) -> String {
+    report["problems"].to_string()
+}
+
+#[test]
+fn pins_that_are_removed_under_an_agent_come_back_and_status_says_so() {
+    let test = "pins_that_are_removed_under_an_agent_come_back_and_status_says_so";
+    let Some(topology) = topology(test, &[]) else {
+        return;
+    };
+    topology.serve(&[topology.web()]);
+    let node = &topology.nodes[0];
+    let worker = node.worker().expect("a worker");
+    fs::remove_dir_all(node.pin_root()).expect("the pins");
+    let report = node
+        .wait("another worker that is ready", |report| {
+            report["ready"] == true && report["restarts"].as_u64() > Some(0)
+        })
+        .expect("it");
+    assert_ne!(node.worker().expect("a worker"), worker);
+    let why = report["lastEnd"].as_str().unwrap_or_default();
+    assert!(why.contains("pins are gone"), "{report}");
+    topology.is_served("both endpoints again");
+    let shown = node.command(&["status"]).expect("it").ok();
+    assert!(shown.contains("pins are gone"), "{shown}");
+    // A pod that comes now has a network too.
+    let pod = node.add_pod("d").expect("a pod");
+    ask(&pod.network, (WEB, 80)).expect("an answer");
+}
+
+#[test]
+fn without_an_api_server_a_new_worker_leaves_traffic_as_it_is_and_says_what_it_lacks() {
+    let test = "without_an_api_server_a_new_worker_leaves_traffic_as_it_is_and_says_what_it_lacks";
+    // Per packet, so that a flow's entry is what keeps the connection.
+    let Some(topology) = topology(test, &["--socket-lb", "off"]) else {
+        return;
+    };
+    topology.serve(&[topology.web()]);
+    let node = &topology.nodes[0];
+    let at = SocketAddr::from((WEB, 80));
+    let open = topology
+        .b
+        .network
+        .run(|| TcpStream::connect_timeout(&at, TIMEOUT));
+    let mut open = open.expect("a connection");
+    let server = exchange(&mut open).expect("an answer");
+    let aside = topology.cluster.path.with_extension("aside");
+    fs::rename(&topology.cluster.path, &aside).expect("no cluster to be known");
+    for _ in 0..3 {
+        node.kill_worker().expect("another worker");
+        let report = node
+            .wait("a worker that knows nothing", |report| {
+                problems(report).contains("cannot be watched")
+            })
+            .expect("it");
+        assert_eq!(report["ready"], false);
+        assert!(
+            report["lastEnd"].to_string().contains("SIGKILL"),
+            "{report}"
+        );
+        topology.is_served("both endpoints as before");
+        assert_eq!(exchange(&mut open).expect("the same connection"), server);
+    }
+    // What changed meanwhile is caught up with.
+    fs::rename(&aside, &topology.cluster.path).expect("the cluster");
+    let web = Service {
+        endpoints: vec![(topology.c.address, "node-2")],
+        ..topology.web()
+    };
+    topology.cluster.write(&[web]).expect("the file");
+    node.wait("ready", |report| report["ready"] == true)
+        .expect("ready");
+    until("the other endpoint alone", || {
+        let answers: BTreeSet<String> = (0..10)
+            .map(|_| ask(&topology.b.network, (WEB, 80)).expect("an answer"))
+            .collect();
+        Ok((answers == ["c".to_owned()].into()).then_some(()))
+    })
+    .expect("it");
+    assert_eq!(exchange(&mut open).expect("the same connection"), server);
+}
+
+#[test]
+fn nothing_is_masqueraded_before_it_is_known_what_must_not_be() {
+    let test = "nothing_is_masqueraded_before_it_is_known_what_must_not_be";
+    let Some(mut topology) = topology(test, &["--masquerade", "on"]) else {
+        return;
+    };
+    topology.serve(&[topology.web()]);
+    let (b, c) = (topology.b.address.to_string(), topology.c.address);
+    let seen = |topology: &Topology| {
+        let answer = whole_answer(&topology.b.network, (c, 8080)).expect("an answer");
+        answer.split(' ').nth(1).unwrap_or_default().to_owned()
+    };
+    assert_eq!(seen(&topology), b);
+    // As after the machine was started anew: the agent knows its own node from its file, and no other.
+    topology.nodes[0].kill().expect("killed");
+    fs::remove_dir_all(topology.nodes[0].pin_root()).expect("the pins");
+    let aside = topology.cluster.path.with_extension("aside");
+    fs::rename(&topology.cluster.path, &aside).expect("no cluster to be known");
+    let agent = topology.nodes[0].spawn().expect("an agent");
+    topology.nodes[0].adopt(agent);
+    let node = &topology.nodes[0];
+    let ranges = || {
+        let state = held(&node.pin_root()).ok()?;
+        let ranges = state.unmasqueraded.iter().map(ToString::to_string);
+        Some(ranges.collect::<Vec<_>>())
+    };
+    until("programs at the pods", || {
+        Ok((node.pod_pins().len() >= 4).then_some(()))
+    })
+    .expect("programs");
+    assert_eq!(ranges(), Some(vec!["0.0.0.0/0".into(), "::/0".into()]));
+    assert_eq!(seen(&topology), b);
+    fs::rename(&aside, &topology.cluster.path).expect("the cluster");
+    until("what is known", || {
+        Ok(ranges().filter(|ranges| ranges.contains(&"10.244.2.0/24".into())))
+    })
+    .expect("ranges");
+    assert!(!ranges().expect("ranges").contains(&"0.0.0.0/0".into()));
+    assert_eq!(seen(&topology), b);
+}
+
+#[test]
+fn the_api_servers_service_keeps_its_last_backends() {
+    let test = "the_api_servers_service_keeps_its_last_backends";
+    let Some(topology) = topology(test, &[]) else {
+        return;
+    };
+    let kubernetes = |endpoints| Service {
+        name: "kubernetes",
+        endpoints,
+        ..topology.web()
+    };
+    topology.serve(&[kubernetes(topology.web().endpoints)]);
+    let node = &topology.nodes[0];
+    for services in [vec![kubernetes(Vec::new())], Vec::new()] {
+        topology.cluster.write(&services).expect("the file");
+        node.wait("what is kept", |report| {
+            problems(report).contains("default/kubernetes")
+        })
+        .expect("it");
+        topology.is_served("its last endpoints");
+        // Another worker finds them in the maps.
+        if !services.is_empty() {
+            node.kill_worker().expect("another worker");
+            node.wait("what is kept, by another worker", |report| {
+                report["ready"] == true && problems(report).contains("default/kubernetes")
+            })
+            .expect("it");
+            topology.is_served("its last endpoints");
+        }
+    }
+    topology.serve(&[kubernetes(topology.web().endpoints)]);
+    node.wait("no problem", |report| report["problems"] == json!([]))
+        .expect("none");
+}
