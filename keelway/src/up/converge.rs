@@ -1,0 +1,125 @@
+//! From started nodes to a cluster whose DNS answers.
+
+use std::path::Path;
+
+use super::{API, CLUSTER_DNS, CLUSTER_DOMAIN, IMAGES, Plan, UpError};
+use crate::api::ClusterApi;
+use crate::deploy;
+use crate::node::launch::Nodes;
+use crate::seed::{self, Seed};
+use crate::state::NodeState;
+
+impl Plan<'_> {
+    /// From started nodes to a cluster whose DNS answers.
+    pub(super) async fn converge(&self, api: &ClusterApi, nodes: &Nodes) -> Result<(), UpError> {
+        let workers: Vec<&NodeState> = self
+            .state
+            .nodes
+            .iter()
+            .filter(|node| !node.control_plane)
+            .collect();
+        let names: Vec<String> = workers.iter().map(|node| node.name.clone()).collect();
+        let server = async {
+            let step = self.progress.step("API server");
+            api.ready().await;
+            nodes.tell(API).await?;
+            step.done();
+            Ok::<_, UpError>(())
+        };
+        let runtimes = async {
+            self.plant_images(&workers).await?;
+            nodes.tell(IMAGES).await?;
+            let step = self.progress.step("containerd on every node");
+            nodes
+                .wait(|board| {
+                    names
+                        .iter()
+                        .all(|node| board.is_ready(node, "containerd"))
+                        .then_some(())
+                })
+                .await?;
+            step.done();
+            Ok::<_, UpError>(())
+        };
+        tokio::try_join!(server, runtimes)?;
+
+        let step = self.progress.step("agent and DNS deployed");
+        for object in deploy::objects(&self.settings())? {
+            api.create(&object).await?;
+        }
+        step.done();
+        let ready = self.progress.step("nodes Ready");
+        let agent = self.progress.step("agent ready on every node");
+        let dns = self.progress.step("cluster DNS ready on every node");
+        let nodes_ready = async {
+            api.nodes_ready(&names).await?;
+            ready.done();
+            Ok::<_, UpError>(())
+        };
+        let agent_ready = async {
+            api.daemon_set_ready("keelway-agent", self.config.nodes)
+                .await;
+            agent.done();
+            Ok(())
+        };
+        let dns_ready = async {
+            api.daemon_set_ready("keelway-dns", self.config.nodes).await;
+            dns.done();
+            Ok(())
+        };
+        tokio::try_join!(nodes_ready, agent_ready, dns_ready)?;
+        Ok(())
+    }
+
+    /// Gives every worker's containerd, before it starts, all images.
+    async fn plant_images(&self, workers: &[&NodeState]) -> Result<(), UpError> {
+        let config = self.containerd_config();
+        let source = seed::Source {
+            archives: &self.config.archives,
+            keelway: &self.config.binaries.keelway,
+            machine: self.machine,
+            cluster: &self.dir,
+            snapshotter: self.snapshotter,
+            containerd_config: &config,
+        };
+        let seed = match Seed::find(&source) {
+            Some(seed) => seed,
+            None => {
+                let step = self.progress.step("images imported, once for this build");
+                let seed = Seed::make(&source).await?;
+                step.done();
+                seed
+            }
+        };
+        let step = self.progress.step("images on every node");
+        for node in workers {
+            seed.plant(&self.dir.node(&node.name).join("var/lib/containerd"))?;
+        }
+        step.done();
+        Ok(())
+    }
+
+    fn settings(&self) -> deploy::Settings {
+        // The agent's pod has the machine's /sys/fs/cgroup at /host/cgroup.
+        let v2 = self.machine.hierarchies.v2_mount();
+        let beside_v1 = v2.strip_prefix("/sys/fs/cgroup").unwrap_or(Path::new(""));
+        let cgroup = Path::new("/host/cgroup")
+            .join(beside_v1)
+            .join("keelway")
+            .join(&self.state.name)
+            .join("$(NODE_NAME)");
+        deploy::Settings {
+            api_server: self.api_server(),
+            cgroup: cgroup.display().to_string(),
+            cluster_dns: CLUSTER_DNS.into(),
+            cluster_domain: CLUSTER_DOMAIN.into(),
+            agent_args: self.config.agent_args.clone(),
+            dns_args: self
+                .config
+                .dns_upstreams
+                .iter()
+                .map(|server| format!("--upstream={server}"))
+                .collect(),
+        }
+    }
+}

@@ -1,0 +1,333 @@
+//! `keelway up`: makes a cluster, step by step, and takes it down again when a step fails.
+//!
+//! What does not depend on each other happens at once: while the API server starts, so do the nodes' containerds, with
+//! their images. Steps wait for events (readiness messages of PID 1, watches), not for time.
+
+mod converge;
+mod failure;
+mod specs;
+
+use std::fs;
+use std::io;
+use std::net::{Ipv4Addr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::api::{ApiError, ClusterApi};
+use crate::cgroup::CgroupError;
+use crate::checks::{CheckError, Machine};
+use crate::config::{ClusterConfig, ConfigError};
+use crate::containerd::Snapshotter;
+use crate::deploy::DeployError;
+use crate::down::{self, DownError};
+use crate::kubeconfig::{self, KubeconfigError};
+use crate::network::{self, NetworkError, Subnet, Underlay};
+use crate::node::launch::{LaunchError, Nodes};
+use crate::pki::{ClusterPki, PkiError, Subjects};
+use crate::progress::Progress;
+use crate::seed::SeedError;
+use crate::state::{ClusterDir, ClusterState, NodeState, StateDir, StateError};
+
+pub const CONTROL_PLANE: &str = "control-plane";
+const API_PORT: u16 = 6443;
+const SERVICE_CIDR: &str = "10.96.0.0/16";
+const API_SERVICE: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
+const CLUSTER_CIDR: (Ipv4Addr, u8) = (Ipv4Addr::new(10, 244, 0, 0), 16);
+const CLUSTER_DNS: &str = "10.96.0.10";
+const CLUSTER_DOMAIN: &str = "cluster.local";
+/// What services wait for, told by [`Nodes::tell`].
+const NETWORK: &str = "network";
+const API: &str = "api";
+const IMAGES: &str = "images";
+
+#[derive(Debug, thiserror::Error)]
+pub enum UpError {
+    #[error(transparent)]
+    Check(#[from] CheckError),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    #[error(transparent)]
+    Pki(#[from] PkiError),
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    #[error(transparent)]
+    Seed(#[from] SeedError),
+    #[error(transparent)]
+    Api(#[from] ApiError),
+    #[error(transparent)]
+    Deploy(#[from] DeployError),
+    #[error(transparent)]
+    Kubeconfig(#[from] KubeconfigError),
+    #[error(transparent)]
+    Down(#[from] DownError),
+    #[error(
+        "cluster `{0}` is up already; take it down with `keelway down --name {0}`, or choose another --name"
+    )]
+    AlreadyUp(String),
+    #[error(
+        "cluster `{0}` is here, but does not run (was the machine restarted?); `keelway down --name {0}` removes it"
+    )]
+    NotRunning(String),
+    #[error(
+        "processes of a cluster `{0}` run that this state folder does not know; `keelway down --name {0}` ends them"
+    )]
+    Unknown(String),
+    #[error("cannot listen on 127.0.0.1:{port}: {source}")]
+    Listen { port: u16, source: io::Error },
+    #[error("cannot write {path}: {source}")]
+    Write { path: PathBuf, source: io::Error },
+    #[error("the cluster did not come up within {0:?}; --timeout allows it more")]
+    Timeout(Duration),
+    #[error("interrupted")]
+    Interrupted,
+    #[error("a task of `up` panicked")]
+    Panicked,
+}
+
+/// A cluster while it is made.
+struct Plan<'a> {
+    config: &'a ClusterConfig,
+    machine: &'a Machine,
+    dir: ClusterDir,
+    state: ClusterState,
+    subnet: Subnet,
+    snapshotter: Snapshotter,
+    progress: Progress,
+}
+
+/// Makes the cluster. Returns when its DNS answers on every node.
+///
+/// # Errors
+/// Names the step's failure. Unless `keep_on_error` is set, nothing is left of what was made.
+pub async fn run(
+    config: &ClusterConfig,
+    machine: &Machine,
+    state_dir: &StateDir,
+) -> Result<(), UpError> {
+    let progress = Progress::default();
+    let user_files = kubeconfig::Files::from_environment()?;
+    let name = config.name.as_ref();
+    let (dir, _lock) = claim(name, machine, state_dir)?;
+
+    let mut nodes = Nodes::default();
+    let outcome = async {
+        let mut state = ClusterState {
+            name: name.to_owned(),
+            subnet: 0,
+            api_port: 0,
+            kubeconfig: Some(user_files.for_writing().to_owned()),
+            complete: false,
+            nodes: Vec::new(),
+        };
+        let subnet = state_dir.claim_subnet(&dir, &mut state)?;
+        let snapshotter = Snapshotter::for_folder(&dir.path);
+        let mut plan = Plan {
+            config,
+            machine,
+            dir: dir.clone(),
+            state,
+            subnet,
+            snapshotter,
+            progress: progress.clone(),
+        };
+        tokio::select! {
+            made = plan.make(&mut nodes, user_files.for_writing()) => made,
+            () = tokio::time::sleep(config.timeout) => Err(UpError::Timeout(config.timeout)),
+            _ = tokio::signal::ctrl_c() => Err(UpError::Interrupted),
+        }
+    }
+    .await;
+
+    if let Err(error) = outcome {
+        failure::explain(&dir).await;
+        if config.keep_on_error {
+            // A node that is gone already cannot be told, and is kept all the same.
+            let _ = nodes.detach().await;
+            eprintln!(
+                "kept for you to look at: {}; `keelway down --name {name}` removes it",
+                dir.path.display()
+            );
+        } else {
+            down::remove(&dir, &machine.hierarchies)?;
+            state_dir.remove_if_empty();
+        }
+        return Err(error);
+    }
+    nodes.detach().await?;
+    let context = kubeconfig::context_name(name);
+    println!(
+        "Cluster {name} is up after {:.2} s: {} nodes, kubectl context {context}.",
+        progress.elapsed().as_secs_f64(),
+        config.nodes
+    );
+    println!("Try:");
+    println!("  kubectl get nodes -o wide");
+    println!("  kubectl apply -f examples/hello.yaml && kubectl rollout status deploy/hello");
+    println!("  kubectl exec client -- wget -qO- http://hello/");
+    Ok(())
+}
+
+/// The cluster's folder, new and locked. What an `up` left that was killed is removed first.
+fn claim(
+    name: &str,
+    machine: &Machine,
+    state_dir: &StateDir,
+) -> Result<(ClusterDir, crate::state::ClusterLock), UpError> {
+    let dir = state_dir.cluster(name);
+    let fresh = !dir.path.exists();
+    let lock = dir.create()?;
+    match dir.read() {
+        Some(known) if known.complete => {
+            let runs = known.nodes.iter().any(NodeState::is_running);
+            return Err(if runs {
+                UpError::AlreadyUp(name.into())
+            } else {
+                UpError::NotRunning(name.into())
+            });
+        }
+        None if fresh && !machine.hierarchies.pids(name).is_empty() => {
+            dir.remove()?;
+            state_dir.remove_if_empty();
+            return Err(UpError::Unknown(name.into()));
+        }
+        None if fresh => return Ok((dir, lock)),
+        _ => {}
+    }
+    eprintln!("removing what an unfinished `keelway up` of cluster {name} left");
+    down::remove(&dir, &machine.hierarchies)?;
+    drop(lock);
+    let lock = dir.create()?;
+    Ok((dir, lock))
+}
+
+impl Plan<'_> {
+    async fn make(&mut self, nodes: &mut Nodes, user_file: &Path) -> Result<(), UpError> {
+        let name = self.config.name.as_ref().to_owned();
+        let step = self.progress.step("credentials and folders");
+        let listener =
+            TcpListener::bind((Ipv4Addr::LOCALHOST, self.config.api_port)).map_err(|source| {
+                UpError::Listen {
+                    port: self.config.api_port,
+                    source,
+                }
+            })?;
+        let port = listener
+            .local_addr()
+            .map_or(self.config.api_port, |address| address.port());
+        let workers: Vec<(String, Ipv4Addr)> = (1..=self.config.nodes)
+            .map(|number| (format!("node-{number}"), self.subnet.worker(number)))
+            .collect();
+        self.state.api_port = port;
+        self.state.nodes = std::iter::once((CONTROL_PLANE.to_owned(), self.subnet.control_plane()))
+            .chain(workers.iter().cloned())
+            .map(|(name, address)| NodeState {
+                control_plane: name == CONTROL_PLANE,
+                name,
+                address,
+                init: None,
+            })
+            .collect();
+        self.dir.write(&self.state)?;
+
+        let subjects = Subjects {
+            cluster: &name,
+            control_plane: self.subnet.control_plane(),
+            service: API_SERVICE,
+            workers: workers.clone(),
+        };
+        let pki = ClusterPki::new(&subjects)?;
+        let context = kubeconfig::context_name(&name);
+        let admin = kubeconfig::single(
+            &context,
+            &format!("https://127.0.0.1:{port}"),
+            &pki.ca.certificate,
+            &pki.admin,
+        );
+        specs::write_private(&self.dir.kubeconfig(), &kubeconfig::to_yaml(&admin))?;
+        let mut specs = Vec::new();
+        for node in &self.state.nodes {
+            self.machine.hierarchies.create(&name, &node.name)?;
+            let spec = if node.control_plane {
+                self.control_plane(node, &pki)?
+            } else {
+                self.worker(node, &pki)?
+            };
+            specs.push(spec);
+        }
+        step.done();
+
+        let step = self.progress.step("nodes");
+        let mut listener = Some(listener);
+        for spec in &specs {
+            let file = spec.dir.join("node.json");
+            let text = serde_json::to_vec_pretty(spec).map_err(|error| UpError::Write {
+                path: file.clone(),
+                source: error.into(),
+            })?;
+            fs::write(&file, text).map_err(|source| UpError::Write {
+                path: file.clone(),
+                source,
+            })?;
+            let listener = if spec.name == CONTROL_PLANE {
+                listener.take().map(Into::into)
+            } else {
+                None
+            };
+            nodes.start(&self.config.binaries.keelway, spec, &file, listener)?;
+        }
+        let names: Vec<String> = specs.iter().map(|spec| spec.name.clone()).collect();
+        let inits = nodes
+            .wait(|board| {
+                names
+                    .iter()
+                    .map(|name| board.init(name))
+                    .collect::<Option<Vec<_>>>()
+            })
+            .await?;
+        for (node, init) in self.state.nodes.iter_mut().zip(inits) {
+            node.init = Some(init);
+        }
+        self.dir.write(&self.state)?;
+        self.connect().await?;
+        nodes
+            .wait(|board| names.iter().all(|name| board.is_booted(name)).then_some(()))
+            .await?;
+        nodes.tell(NETWORK).await?;
+        step.done();
+
+        let api = ClusterApi::new(&admin).await?;
+        nodes.while_well(self.converge(&api, nodes)).await?;
+
+        self.state.complete = true;
+        self.dir.write(&self.state)?;
+        kubeconfig::merge_into(user_file, &admin)?;
+        Ok(())
+    }
+
+    async fn connect(&self) -> Result<(), UpError> {
+        let mut ends = self
+            .state
+            .nodes
+            .iter()
+            .filter_map(|node| Some((node.init?.pid, node.address)));
+        let Some(control_plane) = ends.next() else {
+            return Ok(());
+        };
+        let underlay = Underlay {
+            pods: CLUSTER_CIDR,
+            control_plane,
+            workers: ends.collect(),
+        };
+        // It moves threads between namespaces, so it has threads of its own.
+        tokio::task::spawn_blocking(move || network::connect(&underlay))
+            .await
+            .map_err(|_| UpError::Panicked)??;
+        Ok(())
+    }
+}

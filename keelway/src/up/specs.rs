@@ -1,0 +1,241 @@
+//! What the nodes of a cluster are made of: their files, credentials and services.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use super::{
+    API, API_PORT, CLUSTER_CIDR, CLUSTER_DNS, CLUSTER_DOMAIN, IMAGES, NETWORK, Plan, SERVICE_CIDR,
+    UpError,
+};
+use crate::containerd;
+use crate::kubeconfig;
+use crate::node::{BIN_DIR, Bind, NodeSpec, ServiceSpec};
+use crate::pki::{ClusterPki, Credential};
+use crate::seed;
+use crate::state::NodeState;
+
+impl Plan<'_> {
+    pub(super) fn containerd_config(&self) -> String {
+        let pause = format!("localhost/keelway/pause:{}", env!("CARGO_PKG_VERSION"));
+        containerd::config(&pause, self.snapshotter)
+    }
+
+    pub(super) fn api_server(&self) -> String {
+        format!("https://{}:{API_PORT}", self.subnet.control_plane())
+    }
+
+    pub(super) fn control_plane(
+        &self,
+        node: &NodeState,
+        pki: &ClusterPki,
+    ) -> Result<NodeSpec, UpError> {
+        let local = format!("https://127.0.0.1:{API_PORT}");
+        let controllers =
+            kubeconfig::single("controllers", &local, &pki.ca.certificate, &pki.controllers);
+        let (token_key, token_public) = &pki.service_accounts;
+        let credentials = self.credentials(
+            node,
+            &[
+                ("ca.crt", &pki.ca.certificate),
+                ("ca.key", &pki.ca.key),
+                ("apiserver.crt", &pki.apiserver.certificate),
+                ("apiserver.key", &pki.apiserver.key),
+                (
+                    "apiserver-kubelet-client.crt",
+                    &pki.apiserver_kubelet_client.certificate,
+                ),
+                (
+                    "apiserver-kubelet-client.key",
+                    &pki.apiserver_kubelet_client.key,
+                ),
+                ("sa.key", token_key),
+                ("sa.pub", token_public),
+                ("controllers.kubeconfig", &kubeconfig::to_yaml(&controllers)),
+            ],
+        )?;
+        let program = Path::new(BIN_DIR).join("keelway-controlplane");
+        let server = service(
+            "controlplane",
+            &program,
+            &[
+                ("--data-dir", "/var/lib/keelway/controlplane"),
+                ("--pki-dir", "/etc/keelway"),
+                ("--bind", &format!("0.0.0.0:{API_PORT}")),
+                ("--advertise-address", &node.address.to_string()),
+                ("--service-cidr", SERVICE_CIDR),
+                (
+                    "--cluster-cidr",
+                    &format!("{}/{}", CLUSTER_CIDR.0, CLUSTER_CIDR.1),
+                ),
+            ],
+        );
+        // It binds to every address, so it need not wait for the network.
+        let server = ServiceSpec {
+            listens: true,
+            ..server
+        };
+        let binaries = [(self.config.binaries.controlplane.clone(), program)];
+        Ok(self.spec(node, credentials, binaries.into(), Vec::new(), vec![server]))
+    }
+
+    pub(super) fn worker(&self, node: &NodeState, pki: &ClusterPki) -> Result<NodeSpec, UpError> {
+        let number = self
+            .state
+            .nodes
+            .iter()
+            .position(|other| other.name == node.name)
+            .unwrap_or_default();
+        let Some((client, serving)) = number
+            .checked_sub(1)
+            .and_then(|index| pki.kubelets.get(index))
+        else {
+            return Err(UpError::Panicked);
+        };
+        let kubelet =
+            kubeconfig::single(&node.name, &self.api_server(), &pki.ca.certificate, client);
+        let Credential { certificate, key } = serving;
+        let credentials = self.credentials(
+            node,
+            &[
+                ("ca.crt", &pki.ca.certificate),
+                ("kubelet.kubeconfig", &kubeconfig::to_yaml(&kubelet)),
+                ("kubelet.crt", certificate),
+                ("kubelet.key", key),
+            ],
+        )?;
+        let containerd = ServiceSpec {
+            after: vec![IMAGES.to_owned()],
+            ..seed::containerd_service()
+        };
+        let program = Path::new(BIN_DIR).join("keelway-kubelet");
+        let kubelet = service(
+            "kubelet",
+            &program,
+            &[
+                ("--node-name", &node.name),
+                ("--node-ip", &node.address.to_string()),
+                ("--kubeconfig", "/etc/keelway/kubelet.kubeconfig"),
+                ("--runtime-endpoint", containerd::SOCKET),
+                (
+                    "--cgroup-root",
+                    &format!("/keelway/{}/{}", self.state.name, node.name),
+                ),
+                ("--tls-cert", "/etc/keelway/kubelet.crt"),
+                ("--tls-key", "/etc/keelway/kubelet.key"),
+                ("--client-ca", "/etc/keelway/ca.crt"),
+                ("--cluster-dns", CLUSTER_DNS),
+                ("--cluster-domain", CLUSTER_DOMAIN),
+                ("--root-dir", "/var/lib/kubelet"),
+            ],
+        );
+        let kubelet = ServiceSpec {
+            after: [NETWORK, API, "containerd"].map(String::from).to_vec(),
+            ..kubelet
+        };
+        let binaries = [(self.config.binaries.kubelet.clone(), program)];
+        let files = vec![(PathBuf::from(containerd::CONFIG), self.containerd_config())];
+        Ok(self.spec(
+            node,
+            credentials,
+            binaries.into(),
+            files,
+            vec![containerd, kubelet],
+        ))
+    }
+
+    /// Writes a node's credentials into a folder that only root can read, which the node sees as /etc/keelway.
+    fn credentials(&self, node: &NodeState, files: &[(&str, &str)]) -> Result<Bind, UpError> {
+        let folder = self.dir.node(&node.name).join("credentials");
+        fs::create_dir_all(&folder).map_err(|source| UpError::Write {
+            path: folder.clone(),
+            source,
+        })?;
+        for (name, contents) in files {
+            write_private(&folder.join(name), contents)?;
+        }
+        Ok(Bind {
+            from: folder,
+            to: "/etc/keelway".into(),
+            read_only: true,
+        })
+    }
+
+    fn spec(
+        &self,
+        node: &NodeState,
+        credentials: Bind,
+        binaries: Vec<(PathBuf, PathBuf)>,
+        files: Vec<(PathBuf, String)>,
+        services: Vec<ServiceSpec>,
+    ) -> NodeSpec {
+        let own = (
+            self.config.binaries.keelway.clone(),
+            Path::new(BIN_DIR).join("keelway"),
+        );
+        let mut binds = vec![credentials];
+        binds.extend(binaries.into_iter().chain([own]).map(|(from, to)| Bind {
+            from,
+            to,
+            read_only: true,
+        }));
+        let mut hosts = String::from("127.0.0.1 localhost\n::1 localhost\n");
+        for other in &self.state.nodes {
+            hosts.push_str(&format!("{} {}\n", other.address, other.name));
+        }
+        let mut all_files = BTreeMap::from([
+            ("/etc/hosts".into(), hosts),
+            ("/etc/hostname".into(), format!("{}\n", node.name)),
+            (
+                "/etc/resolv.conf".into(),
+                "# A node has no name server: nothing leaves this cluster's namespaces.\n"
+                    .to_owned(),
+            ),
+        ]);
+        all_files.extend(files);
+        NodeSpec {
+            cluster: self.state.name.clone(),
+            name: node.name.clone(),
+            dir: self.dir.node(&node.name),
+            binds,
+            files: all_files,
+            net_sysctls: BTreeMap::from([("ipv4/ip_forward".to_owned(), "1".to_owned())]),
+            path: self.machine.path.clone(),
+            services,
+        }
+    }
+}
+
+fn service(name: &str, program: &Path, flags: &[(&str, &str)]) -> ServiceSpec {
+    let mut argv = vec![program.display().to_string()];
+    argv.extend(
+        flags
+            .iter()
+            .flat_map(|(flag, value)| [(*flag).to_owned(), (*value).to_owned()]),
+    );
+    ServiceSpec {
+        name: name.into(),
+        argv,
+        env: BTreeMap::new(),
+        after: Vec::new(),
+        notifies: false,
+        listens: false,
+    }
+}
+
+pub(super) fn write_private(path: &Path, contents: &str) -> Result<(), UpError> {
+    let failed = |source| UpError::Write {
+        path: path.to_owned(),
+        source,
+    };
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(failed)?;
+    file.write_all(contents.as_bytes()).map_err(failed)
+}
