@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
-use ipnetwork::Ipv4Network;
+use ipnetwork::IpNetwork;
 use keelway_controlplane::store::{Embedded, EmbeddedConfig};
 use keelway_controlplane::{api, controllers, scheduler, sys};
 use tokio::net::TcpListener;
@@ -30,12 +30,22 @@ struct Flags {
     /// The address at which the cluster reaches the API server.
     #[arg(long, value_name = "IP")]
     advertise_address: IpAddr,
-    /// The range of Service addresses.
-    #[arg(long, value_name = "CIDR", default_value = "10.96.0.0/16")]
-    service_cidr: Ipv4Network,
-    /// The range of pod addresses.
-    #[arg(long, value_name = "CIDR", default_value = "10.244.0.0/16")]
-    cluster_cidr: Ipv4Network,
+    /// The range of Service addresses; with two, one of each family, the first is the primary one.
+    #[arg(
+        long,
+        value_name = "CIDR[,CIDR]",
+        value_delimiter = ',',
+        default_value = "10.96.0.0/16"
+    )]
+    service_cidr: Vec<IpNetwork>,
+    /// The range of pod addresses; with two, one of each family, every node gets a part of both.
+    #[arg(
+        long,
+        value_name = "CIDR[,CIDR]",
+        value_delimiter = ',',
+        default_value = "10.244.0.0/16"
+    )]
+    cluster_cidr: Vec<IpNetwork>,
     /// Which parts run in this process.
     #[arg(
         long,
@@ -63,15 +73,50 @@ fn main() -> Result<()> {
         .with_writer(std::io::stderr)
         .init();
     let flags = Flags::parse();
+    check_ranges("--service-cidr", &flags.service_cidr, (28, 64..=124))?;
+    check_ranges("--cluster-cidr", &flags.cluster_cidr, (24, 48..=64))?;
     ensure!(
-        flags.service_cidr.prefix() <= 28,
-        "--service-cidr {} is too small: at most /28",
-        flags.service_cidr
+        flags.advertise_address.is_ipv4() == flags.service_cidr[0].is_ipv4(),
+        "--advertise-address {} is not of the family of the first --service-cidr {}",
+        flags.advertise_address,
+        flags.service_cidr[0]
     );
     tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?
         .block_on(run(flags, passed))
+}
+
+/// One range, or one of each family, of prefixes that make sense: at most so long with IPv4, so long with IPv6.
+fn check_ranges(
+    flag: &str,
+    ranges: &[IpNetwork],
+    (v4, v6): (u8, std::ops::RangeInclusive<u8>),
+) -> Result<()> {
+    let families = ranges.iter().filter(|range| range.is_ipv4()).count();
+    ensure!(
+        matches!((ranges.len(), families), (1, _) | (2, 1)),
+        "{flag} takes one range, or one of each family"
+    );
+    for range in ranges {
+        ensure!(
+            range.ip() == range.network(),
+            "{flag} {range} has bits set behind its prefix; the range is {}/{}",
+            range.network(),
+            range.prefix()
+        );
+        let fits = match range {
+            IpNetwork::V4(range) => (1..=v4).contains(&range.prefix()),
+            IpNetwork::V6(range) => v6.contains(&range.prefix()),
+        };
+        ensure!(
+            fits,
+            "{flag} {range}: its prefix is to be at most /{v4} with IPv4, /{} to /{} with IPv6",
+            v6.start(),
+            v6.end()
+        );
+    }
+    Ok(())
 }
 
 async fn run(flags: Flags, passed: Vec<std::net::TcpListener>) -> Result<()> {
@@ -84,13 +129,13 @@ async fn run(flags: Flags, passed: Vec<std::net::TcpListener>) -> Result<()> {
     }
     // Both are clients of the API like any other: they wait until it answers, and end with the process.
     let kubeconfig = flags.pki_dir.join("controllers.kubeconfig");
-    let identity = format!("{}:{}", flags.advertise_address, flags.bind.port());
+    let identity = SocketAddr::new(flags.advertise_address, flags.bind.port()).to_string();
     if flags.components.contains(&Component::Controllers) {
         let config = controllers::Config {
             kubeconfig: kubeconfig.clone(),
             ca_file: flags.pki_dir.join("ca.crt"),
             ca_key_file: flags.pki_dir.join("ca.key"),
-            cluster_cidr: flags.cluster_cidr,
+            cluster_cidrs: flags.cluster_cidr,
             identity: identity.clone(),
         };
         let stop = stop.clone();
@@ -150,7 +195,7 @@ async fn start_api(
         pki_dir: flags.pki_dir.clone(),
         advertise_address: flags.advertise_address,
         advertise_port: bound.local_addr()?.port(),
-        service_cidr: flags.service_cidr,
+        service_cidrs: flags.service_cidr.clone(),
     };
     let server = api::Api::start(config, Arc::new(store), stop.clone()).await?;
     tracing::info!(address = %bound.local_addr()?, passed = passed.len(), "the API server listens");

@@ -1,9 +1,11 @@
 //! The cluster's API, as `up` and `status` use it.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::Duration;
 
 use futures::future::try_join_all;
+use ipnetwork::IpNetwork;
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::api::{ListParams, PostParams};
@@ -176,6 +178,29 @@ impl ClusterApi {
                 (
                     node.metadata.name.clone().unwrap_or_default(),
                     is_ready(node),
+                )
+            })
+            .collect())
+    }
+
+    /// The ranges of pod addresses of each node.
+    ///
+    /// # Errors
+    /// When the server does not answer.
+    pub async fn pod_ranges(&self) -> Result<BTreeMap<String, Vec<IpNetwork>>, ApiError> {
+        let api: Api<Node> = Api::all(self.client.clone());
+        let list = api.list(&ListParams::default()).await;
+        let nodes = list.map_err(request("list nodes"))?.items.into_iter();
+        let ranges = |node: &Node| {
+            let ranges = node.spec.as_ref().and_then(|spec| spec.pod_cidrs.as_ref());
+            let ranges = ranges.into_iter().flatten();
+            ranges.filter_map(|range| range.parse().ok()).collect()
+        };
+        Ok(nodes
+            .map(|node| {
+                (
+                    node.metadata.name.clone().unwrap_or_default(),
+                    ranges(&node),
                 )
             })
             .collect())

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::cgroup::{CgroupError, Hierarchies};
+use crate::family::IpFamily;
 
 /// The oldest kernel that the data plane loads on.
 const KERNEL_MIN: (u32, u32) = (5, 15);
@@ -88,6 +89,16 @@ pub fn machine() -> Result<Machine, CheckError> {
         .collect::<Vec<_>>()
         .join(":");
     Ok(Machine { hierarchies, path })
+}
+
+/// # Errors
+/// When the kernel has no IPv6, and the cluster is to have it.
+pub fn family(family: IpFamily) -> Result<(), CheckError> {
+    if family.has_v6() && !Path::new("/proc/sys/net/ipv6").exists() {
+        let what = "IPv6 (was it started with ipv6.disable=1?); use --ip-family ipv4";
+        return Err(CheckError::Kernel(what.to_owned()));
+    }
+    Ok(())
 }
 
 fn kernel() -> Result<(), CheckError> {

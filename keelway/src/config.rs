@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use crate::family::IpFamily;
+
 /// Workers of one cluster: their /24 networks and addresses have to fit into the cluster's, with room to spare.
 pub const NODES_MAX: u8 = 100;
 const NODES_DEFAULT: u8 = 3;
@@ -88,6 +90,9 @@ pub struct UpFlags {
     /// Worker nodes [default: 3]
     #[arg(long)]
     pub nodes: Option<u8>,
+    /// Addresses of nodes, pods and Services: IPv4, IPv6, or both with IPv4 first [default: ipv4]
+    #[arg(long, value_name = "FAMILY")]
+    pub ip_family: Option<IpFamily>,
     /// Port of the API server on 127.0.0.1 [default: a free one]
     #[arg(long)]
     pub api_port: Option<u16>,
@@ -114,6 +119,7 @@ pub struct UpFlags {
 struct File {
     name: Option<ClusterName>,
     nodes: Option<u8>,
+    ip_family: Option<IpFamily>,
     api_port: Option<u16>,
     image_dir: Option<PathBuf>,
     images: Vec<PathBuf>,
@@ -139,6 +145,7 @@ struct DnsFile {
 pub struct ClusterConfig {
     pub name: ClusterName,
     pub nodes: u8,
+    pub ip_family: IpFamily,
     /// 0: any free port.
     pub api_port: u16,
     pub archives: Vec<PathBuf>,
@@ -191,6 +198,7 @@ impl ClusterConfig {
         Ok(ClusterConfig {
             name: flags.name.clone().or(file.name).unwrap_or_default(),
             nodes,
+            ip_family: flags.ip_family.or(file.ip_family).unwrap_or_default(),
             api_port: flags.api_port.or(file.api_port).unwrap_or(0),
             archives,
             binaries: Binaries {
@@ -317,11 +325,14 @@ mod tests {
             ..UpFlags::default()
         };
         let config = with_file(
-            "name: dev\nnodes: 7\nagent:\n  extraArgs: [--socket-lb=off]\n",
+            "name: dev\nnodes: 7\nipFamily: dual\nagent:\n  extraArgs: [--socket-lb=off]\n",
             flags,
         )
         .expect("valid");
-        assert_eq!((config.name.as_ref(), config.nodes), ("dev", 2));
+        assert_eq!(
+            (config.name.as_ref(), config.nodes, config.ip_family),
+            ("dev", 2, IpFamily::Dual)
+        );
         assert_eq!(config.agent_args, ["--socket-lb=off"]);
     }
 
@@ -329,6 +340,7 @@ mod tests {
     fn wrong_files_are_refused_and_named() {
         for (text, part) in [
             ("nodez: 3", "nodez"),
+            ("ipFamily: ipv5", "ipv5"),
             ("nodes: many", "config.yaml"),
             ("nodes: 0", "1 to 100"),
             ("name: Not-A-Label", "lower-case"),

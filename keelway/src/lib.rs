@@ -12,6 +12,7 @@ pub mod connectivity;
 pub mod containerd;
 pub mod deploy;
 pub mod down;
+pub mod family;
 pub mod kubeconfig;
 pub mod monitor;
 pub mod network;

@@ -138,6 +138,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
             let program = std::env::current_exe().context("cannot find this program")?;
             let config = ClusterConfig::new(&flags, &program)?;
             let machine = checks::machine()?;
+            checks::family(config.ip_family)?;
             up::run(&config, &machine, &state).await?;
         }
         Command::Down { name, all } => {

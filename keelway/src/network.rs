@@ -5,10 +5,12 @@
 use std::fs::File;
 use std::future::Future;
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsRawFd;
 
 use futures::TryStreamExt;
+use ipnetwork::{IpNetwork, Ipv6Network};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags};
 use netlink_packet_route::link::{InfoData, InfoKind, InfoVeth};
 use netlink_packet_route::route::RouteScope;
 use nix::sched::{CloneFlags, setns};
@@ -16,13 +18,17 @@ use rtnetlink::{
     Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
 };
 
+use crate::family::IpFamily;
+
 /// The bridge in the control plane's node; it also holds that node's address.
 const BRIDGE: &str = "underlay";
 /// The interface of a worker.
 const UPLINK: &str = "eth0";
 /// Clusters that can be up at one time: 198.18.0.0/15 (RFC 2544, for benchmarks) has this many /24 networks.
 pub const SUBNETS: u16 = 512;
-const PREFIX: u8 = 24;
+const PREFIX_V4: u8 = 24;
+/// 2001:2::/48 (RFC 5180, for benchmarks as well) has a /64 network for each of them.
+const PREFIX_V6: u8 = 64;
 
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
@@ -49,23 +55,27 @@ fn system(action: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
     }
 }
 
-/// One of the [`SUBNETS`] /24 networks that underlays are made of.
+/// One of the [`SUBNETS`] networks that underlays are made of, in either family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Subnet(pub u16);
 
 impl Subnet {
-    fn host(self, last: u8) -> Ipv4Addr {
+    fn host(self, family: IpFamily, last: u8) -> Vec<IpAddr> {
         let [high, low] = self.0.to_be_bytes();
-        Ipv4Addr::new(198, 18 + high, low, last)
+        family.choose(
+            Ipv4Addr::new(198, 18 + high, low, last),
+            Ipv6Addr::new(0x2001, 2, 0, self.0, 0, 0, 0, last.into()),
+        )
     }
 
-    pub fn control_plane(self) -> Ipv4Addr {
-        self.host(2)
+    /// Addresses of the control plane's node, the primary family's first.
+    pub fn control_plane(self, family: IpFamily) -> Vec<IpAddr> {
+        self.host(family, 2)
     }
 
-    /// The address of worker `number`, counted from 1.
-    pub fn worker(self, number: u8) -> Ipv4Addr {
-        self.host(10 + number)
+    /// Addresses of worker `number`, counted from 1.
+    pub fn worker(self, family: IpFamily, number: u8) -> Vec<IpAddr> {
+        self.host(family, 10 + number)
     }
 }
 
@@ -80,24 +90,24 @@ pub fn loopback_up() -> Result<(), NetworkError> {
     })
 }
 
-/// The nodes to connect: each by the number of its PID 1, and its address.
+/// The nodes to connect: each by the number of its PID 1, and its addresses.
 #[derive(Debug, Clone)]
 pub struct Underlay {
-    /// The range of pod addresses. The control plane reaches pods (its own clients among them) over the underlay.
-    pub pods: (Ipv4Addr, u8),
-    pub control_plane: (u32, Ipv4Addr),
-    pub workers: Vec<(u32, Ipv4Addr)>,
+    /// The ranges of pod addresses. The control plane reaches pods (its own clients among them) over the underlay.
+    pub pods: Vec<IpNetwork>,
+    pub control_plane: (u32, Vec<IpAddr>),
+    pub workers: Vec<(u32, Vec<IpAddr>)>,
 }
 
-/// Makes the bridge and the veth pairs, and gives every node its address.
+/// Makes the bridge and the veth pairs, and gives every node its addresses.
 ///
 /// # Errors
 /// Names the interface that could not be made. What was made before goes with its namespaces.
 pub fn connect(underlay: &Underlay) -> Result<(), NetworkError> {
     let bridge_namespace = namespace_of(underlay.control_plane.0)?;
     let mut workers = Vec::new();
-    for (number, (pid, address)) in (1_u8..).zip(&underlay.workers) {
-        workers.push((format!("node-{number}"), namespace_of(*pid)?, *address));
+    for (number, (pid, addresses)) in (1_u8..).zip(&underlay.workers) {
+        workers.push((format!("node-{number}"), namespace_of(*pid)?, addresses));
     }
     std::thread::scope(|scope| {
         let bridge = scope.spawn(|| {
@@ -112,12 +122,12 @@ pub fn connect(underlay: &Underlay) -> Result<(), NetworkError> {
         })?;
         let uplinks: Vec<_> = workers
             .iter()
-            .map(|(_, namespace, address)| {
+            .map(|(_, namespace, addresses)| {
                 scope.spawn(move || {
                     enter(namespace)?;
                     block_on(|handle| async move {
                         let uplink = index(&handle, UPLINK).await?;
-                        add_address(&handle, uplink, *address).await?;
+                        add_addresses(&handle, uplink, addresses).await?;
                         answer_for_pods()?;
                         up(&handle, uplink, UPLINK).await
                     })
@@ -138,7 +148,7 @@ pub fn connect(underlay: &Underlay) -> Result<(), NetworkError> {
 async fn make_bridge(
     handle: &Handle,
     underlay: &Underlay,
-    workers: &[(String, File, Ipv4Addr)],
+    workers: &[(String, File, &Vec<IpAddr>)],
 ) -> Result<(), NetworkError> {
     let made = handle
         .link()
@@ -147,16 +157,20 @@ async fn make_bridge(
         .await;
     made.map_err(netlink(format!("make bridge {BRIDGE}")))?;
     let bridge = index(handle, BRIDGE).await?;
-    add_address(handle, bridge, underlay.control_plane.1).await?;
+    add_addresses(handle, bridge, &underlay.control_plane.1).await?;
     // Which node has which pods is not known here, and changes; each worker answers for its own (see `answer_for_pods`).
-    let (range, prefix) = underlay.pods;
-    let route = RouteMessageBuilder::<Ipv4Addr>::new()
-        .destination_prefix(range, prefix)
-        .output_interface(bridge)
-        .scope(RouteScope::Link)
-        .build();
-    let added = handle.route().add(route).execute().await;
-    added.map_err(netlink(format!("add a route to {range}/{prefix}")))?;
+    for range in underlay.pods.iter() {
+        let IpNetwork::V4(range) = range else {
+            continue;
+        };
+        let route = RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(range.network(), range.prefix())
+            .output_interface(bridge)
+            .scope(RouteScope::Link)
+            .build();
+        let added = handle.route().add(route).execute().await;
+        added.map_err(netlink(format!("add a route to {range}")))?;
+    }
     for (port, namespace, _) in workers {
         // The far end is made in the worker's namespace at once, so its name cannot meet another one here.
         let peer = LinkMessageBuilder::<LinkUnspec>::new()
@@ -207,13 +221,66 @@ async fn index(handle: &Handle, name: &str) -> Result<u32, NetworkError> {
         .ok_or_else(|| system(action())(io::ErrorKind::NotFound.into()))
 }
 
-async fn add_address(handle: &Handle, link: u32, address: Ipv4Addr) -> Result<(), NetworkError> {
-    let added = handle
-        .address()
-        .add(link, address.into(), PREFIX)
-        .execute()
-        .await;
-    added.map_err(netlink(format!("add address {address}/{PREFIX}")))
+async fn add_addresses(
+    handle: &Handle,
+    link: u32,
+    addresses: &[IpAddr],
+) -> Result<(), NetworkError> {
+    for address in addresses {
+        let prefix = if address.is_ipv4() {
+            PREFIX_V4
+        } else {
+            PREFIX_V6
+        };
+        let mut add = handle.address().add(link, *address, prefix);
+        if address.is_ipv6() {
+            // Nobody else has it, and nothing may use it for a second while the kernel asks around.
+            let flags = AddressFlags::Nodad;
+            add.message_mut().header.flags = AddressHeaderFlags::Nodad;
+            let attributes = &mut add.message_mut().attributes;
+            attributes.push(AddressAttribute::Flags(flags));
+        }
+        let added = add.execute().await;
+        added.map_err(netlink(format!("add address {address}/{prefix}")))?;
+    }
+    Ok(())
+}
+
+/// A node's range of pod addresses, and the node's address to reach it by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PodRoute {
+    pub range: Ipv6Network,
+    pub node: Ipv6Addr,
+}
+
+/// Gives the control plane's node, by the number of its PID 1, routes to pods' IPv6 addresses. With IPv4 workers answer for
+/// whatever they forward ([`answer_for_pods`]); neighbour discovery has no such setting, only a list of addresses.
+///
+/// # Errors
+/// Names the range whose route could not be made.
+pub fn route_pods(control_plane: u32, routes: &[PodRoute]) -> Result<(), NetworkError> {
+    let namespace = namespace_of(control_plane)?;
+    std::thread::scope(|scope| {
+        let add = || {
+            enter(&namespace)?;
+            block_on(|handle| async move {
+                for PodRoute { range, node } in routes {
+                    let route = RouteMessageBuilder::<Ipv6Addr>::new()
+                        .destination_prefix(range.network(), range.prefix())
+                        .gateway(*node)
+                        .build();
+                    let added = handle.route().add(route).replace().execute().await;
+                    added.map_err(netlink(format!("add a route to {range} by {node}")))?;
+                }
+                Ok(())
+            })
+        };
+        scope.spawn(add).join().unwrap_or_else(|_| {
+            Err(system("add routes to pods")(io::Error::other(
+                "the thread panicked",
+            )))
+        })
+    })
 }
 
 async fn up(handle: &Handle, link: u32, name: &str) -> Result<(), NetworkError> {
@@ -258,16 +325,22 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::family;
 
     #[test]
-    fn subnets_are_cut_from_the_benchmark_range() {
-        assert_eq!(Subnet(0).control_plane(), Ipv4Addr::new(198, 18, 0, 2));
-        assert_eq!(Subnet(0).worker(1), Ipv4Addr::new(198, 18, 0, 11));
-        assert_eq!(Subnet(255).worker(2), Ipv4Addr::new(198, 18, 255, 12));
-        assert_eq!(Subnet(256).worker(1), Ipv4Addr::new(198, 19, 0, 11));
+    fn subnets_are_cut_from_the_benchmark_ranges() {
+        for (subnet, worker, expected) in [
+            (0, 1, "198.18.0.11,2001:2::b"),
+            (255, 2, "198.18.255.12,2001:2:0:ff::c"),
+            (256, 1, "198.19.0.11,2001:2:0:100::b"),
+            (SUBNETS - 1, 1, "198.19.255.11,2001:2:0:1ff::b"),
+        ] {
+            let addresses = Subnet(subnet).worker(IpFamily::Dual, worker);
+            assert_eq!(family::list(&addresses), expected);
+        }
         assert_eq!(
-            Subnet(SUBNETS - 1).worker(1),
-            Ipv4Addr::new(198, 19, 255, 11)
+            family::list(&Subnet(0).control_plane(IpFamily::Ipv6)),
+            "2001:2::2"
         );
     }
 }

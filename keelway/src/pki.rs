@@ -2,7 +2,7 @@
 //!
 //! Names follow kubeadm's where clients or authorizers look at them: `system:masters`, `system:nodes`, `system:node:<name>`.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use jiff::ToSpan;
 use rcgen::{
@@ -175,10 +175,18 @@ pub struct ClusterPki {
 #[derive(Debug, Clone)]
 pub struct Subjects<'a> {
     pub cluster: &'a str,
-    pub control_plane: Ipv4Addr,
-    /// The first address of the Service range, `default/kubernetes`.
-    pub service: Ipv4Addr,
-    pub workers: Vec<(String, Ipv4Addr)>,
+    pub control_plane: Vec<IpAddr>,
+    /// The first address of each Service range, `default/kubernetes`.
+    pub services: Vec<IpAddr>,
+    pub workers: Vec<(String, Vec<IpAddr>)>,
+}
+
+fn with_loopback(mut addresses: Vec<IpAddr>) -> Vec<IpAddr> {
+    addresses.extend([
+        IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(Ipv6Addr::LOCALHOST),
+    ]);
+    addresses
 }
 
 impl ClusterPki {
@@ -198,23 +206,17 @@ impl ClusterPki {
             ]
             .map(String::from)
             .to_vec(),
-            addresses: [
-                subjects.service,
-                subjects.control_plane,
-                Ipv4Addr::LOCALHOST,
-            ]
-            .map(IpAddr::V4)
-            .to_vec(),
+            addresses: with_loopback([&subjects.services[..], &subjects.control_plane].concat()),
         };
         let tokens = KeyPair::generate().map_err(make("service accounts"))?;
         let kubelets = subjects
             .workers
             .iter()
-            .map(|(name, address)| {
+            .map(|(name, addresses)| {
                 let user = format!("system:node:{name}");
                 let names = Names {
                     dns: vec![name.clone()],
-                    addresses: vec![IpAddr::V4(*address), IpAddr::V4(Ipv4Addr::LOCALHOST)],
+                    addresses: with_loopback(addresses.clone()),
                 };
                 Ok((
                     authority.client(&user, "system:nodes")?,
@@ -241,13 +243,18 @@ mod tests {
     use x509_parser::prelude::*;
 
     fn cluster() -> ClusterPki {
-        let workers = vec![("node-1".to_owned(), Ipv4Addr::new(198, 18, 0, 11))];
-        let (control_plane, service) = (Ipv4Addr::new(198, 18, 0, 2), Ipv4Addr::new(10, 96, 0, 1));
+        let addresses = |texts: &[&str]| -> Vec<IpAddr> {
+            let parsed = texts.iter().map(|text| text.parse().expect("an address"));
+            parsed.collect()
+        };
         ClusterPki::new(&Subjects {
             cluster: "test",
-            control_plane,
-            service,
-            workers,
+            control_plane: addresses(&["198.18.0.2", "2001:2::2"]),
+            services: addresses(&["10.96.0.1", "fd00:10:96::1"]),
+            workers: vec![(
+                "node-1".to_owned(),
+                addresses(&["198.18.0.11", "2001:2::b"]),
+            )],
         })
         .expect("made")
     }
@@ -320,11 +327,11 @@ mod tests {
                 .iter()
                 .map(|name| match name {
                     GeneralName::DNSName(name) => (*name).to_owned(),
-                    GeneralName::IPAddress(bytes) => bytes
-                        .iter()
-                        .map(u8::to_string)
-                        .collect::<Vec<_>>()
-                        .join("."),
+                    GeneralName::IPAddress(bytes) => match <[u8; 4]>::try_from(*bytes) {
+                        Ok(v4) => Ipv4Addr::from(v4).to_string(),
+                        Err(_) => Ipv6Addr::from(<[u8; 16]>::try_from(*bytes).expect("16 bytes"))
+                            .to_string(),
+                    },
                     other => format!("{other:?}"),
                 })
                 .collect();
@@ -332,6 +339,9 @@ mod tests {
                 "10.96.0.1",
                 "198.18.0.2",
                 "127.0.0.1",
+                "fd00:10:96::1",
+                "2001:2::2",
+                "::1",
                 "localhost",
                 "kubernetes",
                 "kubernetes.default.svc.cluster.local",

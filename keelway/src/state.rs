@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -45,7 +45,7 @@ fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StateErr
 #[serde(rename_all = "camelCase")]
 pub struct ClusterState {
     pub name: String,
-    /// Which /24 its underlay has, see [`Subnet`].
+    /// Which network its underlay has, see [`Subnet`].
     pub subnet: u16,
     /// Where the API server listens on 127.0.0.1.
     pub api_port: u16,
@@ -60,13 +60,24 @@ pub struct ClusterState {
 #[serde(rename_all = "camelCase")]
 pub struct NodeState {
     pub name: String,
-    pub address: Ipv4Addr,
+    /// Its address of the cluster's primary family.
+    pub address: IpAddr,
+    /// That of the other one, in a cluster of both.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub second_address: Option<IpAddr>,
     pub control_plane: bool,
     /// Its PID 1, as the machine numbers it.
     pub init: Option<Process>,
 }
 
 impl NodeState {
+    /// Its addresses, the primary family's first.
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        std::iter::once(self.address)
+            .chain(self.second_address)
+            .collect()
+    }
+
     pub fn is_running(&self) -> bool {
         self.init.is_some_and(|init| init.is_alive())
     }

@@ -40,6 +40,9 @@ pub struct Status {
 pub struct NodeStatus {
     pub name: String,
     pub address: String,
+    /// In a cluster of both families, that of the second one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub second_address: Option<String>,
     pub control_plane: bool,
     /// Whether its PID 1 runs.
     pub running: bool,
@@ -127,6 +130,7 @@ fn node_status(dir: &ClusterDir, node: &NodeState, known: &[(String, bool)]) -> 
     NodeStatus {
         name: node.name.clone(),
         address: node.address.to_string(),
+        second_address: node.second_address.map(|address| address.to_string()),
         control_plane: node.control_plane,
         running,
         ready: if node.control_plane {
@@ -176,7 +180,11 @@ impl fmt::Display for Status {
                 (true, Some(true)) => "Ready",
                 (true, Some(false)) => "NotReady",
             };
-            write!(f, "  {:<13}  {:<15} {state:<9}", node.name, node.address)?;
+            let address = match &node.second_address {
+                Some(second) => format!("{} {second}", node.address),
+                None => node.address.clone(),
+            };
+            write!(f, "  {:<13}  {address:<15} {state:<9}", node.name)?;
             for service in &node.services {
                 let state = if service.pid.is_some() && node.running {
                     ""

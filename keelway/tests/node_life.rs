@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use keelway::cgroup::Hierarchies;
+use keelway::family::IpFamily;
 use keelway::network::{self, Subnet, Underlay};
 use keelway::node::launch::Nodes;
 use keelway::node::{BIN_DIR, Bind, NodeSpec, ServiceSpec, ServiceStatus};
@@ -301,14 +302,16 @@ async fn nodes_reach_each_other_over_the_underlay() {
         return;
     }
     let cluster = Cluster::new("underlay");
-    let subnet = Subnet(300);
+    let (subnet, family) = (Subnet(300), IpFamily::Dual);
+    let other = subnet.worker(family, 2);
     let mut nodes = Nodes::default();
     let mut specs = Vec::new();
     let mut ping = shell(
         "ping",
         &format!(
-            "ping -c 1 -W 5 {} > /var/tmp/out 2>&1; echo $? >> /var/tmp/out; exec sleep 1000",
-            subnet.worker(2)
+            "ping -c 1 -W 5 {} > /var/tmp/out 2>&1 && ping -6 -c 1 -W 5 {} >> /var/tmp/out 2>&1; \
+             echo $? >> /var/tmp/out; exec sleep 1000",
+            other[0], other[1]
         ),
     );
     ping.after = vec!["network".into()];
@@ -335,9 +338,9 @@ async fn nodes_reach_each_other_over_the_underlay() {
         .await
         .expect("all have a PID 1");
     let underlay = Underlay {
-        pods: (Ipv4Addr::new(10, 244, 0, 0), 16),
-        control_plane: (inits[0], subnet.control_plane()),
-        workers: vec![(inits[1], subnet.worker(1)), (inits[2], subnet.worker(2))],
+        pods: family.pods(),
+        control_plane: (inits[0], subnet.control_plane(family)),
+        workers: vec![(inits[1], subnet.worker(family, 1)), (inits[2], other)],
     };
     network::connect(&underlay).expect("connected");
     nodes.tell("network").await.expect("told");

@@ -16,9 +16,10 @@ pub struct Flags {
     /// Name of the Node object
     #[arg(long)]
     pub node_name: String,
-    /// Address of the node: its InternalIP, and where the server listens
-    #[arg(long)]
-    pub node_ip: IpAddr,
+    /// Address of the node: its InternalIP, and where the server listens. With two, one of each family, the first one's
+    /// family comes first in pods' addresses too
+    #[arg(long, value_name = "IP[,IP]", value_delimiter = ',', required = true)]
+    pub node_ip: Vec<IpAddr>,
     /// Credentials for the API server
     #[arg(long)]
     pub kubeconfig: PathBuf,
@@ -74,6 +75,8 @@ pub enum ConfigError {
         path: PathBuf,
         source: std::io::Error,
     },
+    #[error("--node-ip takes one address, or one of each family, and none of them unspecified")]
+    NodeIps,
     #[error("--cgroup-root {0}: must be an absolute path without `..`")]
     CgroupRoot(String),
     #[error("--{flag} {path}: must be an absolute path")]
@@ -84,7 +87,8 @@ pub enum ConfigError {
 #[derive(Debug, Clone)]
 pub struct Config {
     pub node_name: String,
-    pub node_ip: IpAddr,
+    /// One, or one of each family, the primary one first.
+    pub node_ips: Vec<IpAddr>,
     pub kubeconfig: PathBuf,
     pub runtime_socket: PathBuf,
     /// Absolute, without a trailing slash; empty for the root of the hierarchy.
@@ -112,6 +116,12 @@ impl TryFrom<Flags> for Config {
             .unwrap_or(&flags.runtime_endpoint);
         if !socket.starts_with('/') {
             return Err(ConfigError::Endpoint(flags.runtime_endpoint));
+        }
+        let families = flags.node_ip.iter().filter(|ip| ip.is_ipv4()).count();
+        if !matches!((flags.node_ip.len(), families), (1, _) | (2, 1))
+            || flags.node_ip.iter().any(IpAddr::is_unspecified)
+        {
+            return Err(ConfigError::NodeIps);
         }
         if !flags.cgroup_root.starts_with('/')
             || flags.cgroup_root.split('/').any(|part| part == "..")
@@ -142,7 +152,7 @@ impl TryFrom<Flags> for Config {
             runtime_socket: PathBuf::from(socket),
             cgroup_root: flags.cgroup_root.trim_end_matches('/').to_owned(),
             node_name: flags.node_name,
-            node_ip: flags.node_ip,
+            node_ips: flags.node_ip,
             kubeconfig: flags.kubeconfig,
             tls_cert: flags.tls_cert,
             tls_key: flags.tls_key,

@@ -169,12 +169,9 @@ impl Registration {
                 .await?;
         }
         let status = self.status(&node, runtime, Timestamp::now());
-        api.patch_status(
-            name,
-            &PatchParams::default(),
-            &Patch::Strategic(serde_json::json!({"status": status})),
-        )
-        .await
+        let patch = serde_json::json!({"status": replacing_addresses(&status)});
+        api.patch_status(name, &PatchParams::default(), &Patch::Strategic(patch))
+            .await
     }
 
     fn metadata(&self) -> ObjectMeta {
@@ -221,14 +218,14 @@ impl Registration {
             type_: type_.to_owned(),
             address,
         };
+        let internal = self.config.node_ips.iter();
+        let internal = internal.map(|ip| address("InternalIP", ip.to_string()));
+        let hostname = address("Hostname", self.config.node_name.clone());
         let before = old.conditions.clone().unwrap_or_default();
         NodeStatus {
             capacity: quantities(self.machine.memory_bytes),
             allocatable: quantities(allocatable_memory_bytes(&self.machine)),
-            addresses: Some(vec![
-                address("InternalIP", self.config.node_ip.to_string()),
-                address("Hostname", self.config.node_name.clone()),
-            ]),
+            addresses: Some(internal.chain([hostname]).collect()),
             conditions: Some(conditions(runtime, &before, now)),
             daemon_endpoints: Some(NodeDaemonEndpoints {
                 kubelet_endpoint: Some(DaemonEndpoint {
@@ -320,6 +317,16 @@ impl Registration {
         };
         api.create(&PostParams::default(), &lease).await.map(drop)
     }
+}
+
+/// A status as a strategic patch. The API merges addresses by their type, of which two addresses have the same: so they are
+/// replaced as a whole.
+fn replacing_addresses(status: &NodeStatus) -> serde_json::Value {
+    let mut patch = serde_json::json!(status);
+    if let Some(addresses) = patch["addresses"].as_array_mut() {
+        addresses.push(serde_json::json!({"$patch": "replace"}));
+    }
+    patch
 }
 
 /// The conditions of the node. A transition keeps its time for as long as the condition keeps its value.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use futures::future::join_all;
 use k8s_openapi::api::core::v1::Node;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client};
@@ -40,10 +41,12 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     cgroups.make_classes()?;
     let client = connect(&config).await?;
 
-    let https = SocketAddr::new(config.node_ip, config.port);
-    let https_listener = server::bind(https)
-        .await
-        .with_context(|| format!("cannot listen on {https}"))?;
+    let mut https = Vec::new();
+    for ip in &config.node_ips {
+        let address = SocketAddr::new(*ip, config.port);
+        let listener = server::bind(address).await;
+        https.push(listener.with_context(|| format!("cannot listen on {address}"))?);
+    }
     let health_listener = server::bind(config.healthz)
         .await
         .with_context(|| format!("cannot listen on {}", config.healthz))?;
@@ -64,7 +67,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         clock: Arc::new(SystemClock),
         cgroups,
         node: NodeFacts {
-            ips: vec![config.node_ip.to_string()],
+            ips: config.node_ips.iter().map(ToString::to_string).collect(),
         },
         runtime_name: runtime_version
             .split_once("://")
@@ -88,7 +91,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         recorder: cluster.recorder(),
     };
 
-    tracing::info!(node = config.node_name, %https, runtime = runtime_version, "kubelet starts");
+    tracing::info!(node = config.node_name, addresses = ?config.node_ips, port = config.port, runtime = runtime_version, "kubelet starts");
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     tokio::select! {
@@ -96,7 +99,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         () = watch_changes(runtime, changes, exit_source) => {}
         () = registration.run(status) => {}
         () = Dispatcher::new(context, registry).run(client, changed) => {}
-        () = server::serve(server, https_listener, tls) => {}
+        _ = join_all(https.into_iter().map(|listener| server::serve(server.clone(), listener, tls.clone()))) => {}
         () = server::serve_health(health_listener) => {}
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}

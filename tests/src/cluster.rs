@@ -73,6 +73,25 @@ impl Cluster {
         Some(cluster)
     }
 
+    /// A cluster that is made for the caller, whatever the rest of the suite works on. None, with a word about it, where there is
+    /// none to be had.
+    pub fn own(name: &str, arguments: &[&str]) -> Option<Cluster> {
+        if !nix::unistd::geteuid().is_root() {
+            println!("skipped: needs root");
+            return None;
+        }
+        let folder = tempfile::tempdir().expect("there is room for a temporary folder");
+        let mut cluster = Cluster {
+            name: name.to_owned(),
+            kubeconfig: folder.path().join("kubeconfig"),
+            origin: Origin::Found,
+            _folder: Some(folder),
+        };
+        print!("{}", cluster.up(arguments).ok());
+        cluster.origin = Origin::Own;
+        Some(cluster)
+    }
+
     /// `keelway up` for this cluster's name, with its contexts in a file of its own.
     pub fn up(&self, arguments: &[&str]) -> Finished {
         let keelway = keelway().display().to_string();
@@ -207,6 +226,12 @@ pub fn client(name: &str) -> String {
     let own = std::env::var_os(CLIENTS).map(|folder| PathBuf::from(folder).join(name));
     own.filter(|program| program.is_file())
         .map_or_else(|| name.to_owned(), |program| program.display().to_string())
+}
+
+/// The folder with Keelway's own images, as archives.
+pub fn images() -> PathBuf {
+    std::env::var_os("KEELWAY_IMAGES_DIR")
+        .map_or_else(|| project().join("target/images"), PathBuf::from)
 }
 
 /// The keelway binary.

@@ -37,12 +37,28 @@ pub async fn run(api: &Api) -> Result<(), Status> {
     kubernetes_service(api).await
 }
 
-/// The range that Services get their addresses from, as an object that clients can read.
+/// The ranges that Services get their addresses from, as an object that clients can read. A cluster may gain a second family;
+/// its first range stays.
 async fn service_range(api: &Api) -> Result<(), Status> {
     let path = "/apis/networking.k8s.io/v1/servicecidrs";
+    let ranges = api.config.service_cidrs.iter().map(ToString::to_string);
+    let cidrs: Vec<String> = ranges.collect();
     let range = json!({"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": {"name": "kubernetes"},
-        "spec": {"cidrs": [api.config.service_cidr.to_string()]}});
+        "spec": {"cidrs": cidrs}});
     ensure(api, path, range.clone()).await?;
+    let grow = |old: &Value| {
+        let mut new = old.clone();
+        let known = old.items("/spec/cidrs");
+        if known.len() < cidrs.len() && known.iter().zip(&cidrs).all(|(known, cidr)| known == cidr)
+        {
+            new.set("/spec/cidrs", cidrs.clone());
+        } else if known != cidrs {
+            tracing::warn!(known = %json!(known), given = ?cidrs, "ServiceCIDR kubernetes has other ranges than --service-cidr; it stays as it is");
+        }
+        Ok(new)
+    };
+    api.modify(&target(path, &range)?, &options(), Part::Main, grow)
+        .await?;
     let change = |old: &Value| {
         let mut new = old.clone();
         if new.items("/status/conditions").is_empty() {
@@ -85,7 +101,7 @@ async fn kubernetes_service(api: &Api) -> Result<(), Status> {
     let address = api.config.advertise_address.to_string();
     let service = json!({"apiVersion": "v1", "kind": "Service",
         "metadata": {"name": "kubernetes", "labels": {"component": "apiserver", "provider": "kubernetes"}},
-        "spec": {"clusterIP": api.config.kubernetes_ip().to_string(), "type": "ClusterIP",
+        "spec": {"clusterIP": api.config.kubernetes_ip().map(|ip| ip.to_string()), "type": "ClusterIP",
             "ports": [{"name": "https", "port": 443, "protocol": "TCP", "targetPort": port}]}});
     ensure(api, "/api/v1/namespaces/default/services", service).await?;
 

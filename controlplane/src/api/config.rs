@@ -1,9 +1,9 @@
 //! What the API server is told at start.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
-use ipnetwork::Ipv4Network;
+use ipnetwork::IpNetwork;
 
 /// The issuer and the default audience of ServiceAccount tokens.
 pub const TOKEN_ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
@@ -24,14 +24,13 @@ pub struct Config {
     pub advertise_address: IpAddr,
     /// The port at that address.
     pub advertise_port: u16,
-    pub service_cidr: Ipv4Network,
+    /// Ranges of Service addresses: one, or one of each family, the primary family's first.
+    pub service_cidrs: Vec<IpNetwork>,
 }
 
 impl Config {
-    /// The ClusterIP of `default/kubernetes`: the first address of the range.
-    pub fn kubernetes_ip(&self) -> Ipv4Addr {
-        self.service_cidr
-            .nth(1)
-            .unwrap_or(self.service_cidr.network())
+    /// The ClusterIP of `default/kubernetes`: the first address of the first range.
+    pub fn kubernetes_ip(&self) -> Option<IpAddr> {
+        self.service_cidrs.first()?.iter().nth(1)
     }
 }

@@ -124,7 +124,7 @@ impl Api {
         )?;
         let served = served();
         let api = Arc::new(Self {
-            services: allocation::ServiceAllocator::new(config.service_cidr),
+            services: allocation::ServiceAllocator::new(config.service_cidrs.clone()),
             kubelets: kubelet::Kubelets::new(&config.pki_dir)?,
             documents: documents::Documents::default(),
             events: Arc::default(),

@@ -382,7 +382,11 @@ impl Api {
             // Last, because a first state follows from what admission made of the object: a pod's quality of service.
             strategy.prepare_create(new);
         }
-        let reservation = self.services.reserve(write.target, new, old)?;
+        let reservation = if main {
+            self.services.reserve(write.target, new, old)?
+        } else {
+            self.services.nothing()
+        };
         check(write, new, old)?;
         Ok(reservation)
     }

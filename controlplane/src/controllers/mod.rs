@@ -44,12 +44,13 @@ pub(crate) mod watch;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use ipnetwork::Ipv4Network;
+use ipnetwork::IpNetwork;
 
 pub use cronjob::{Schedule, ScheduleError};
 pub use runner::run;
 
 use certificates::Authority;
+use nodeipam::Pool;
 use plan::Controller;
 
 /// All controllers, in no order that matters.
@@ -89,8 +90,8 @@ pub struct Config {
     pub ca_file: PathBuf,
     /// PEM file of that CA's key. Where it is missing, certificates that clients ask for are signed elsewhere.
     pub ca_key_file: PathBuf,
-    /// Range of all pod addresses.
-    pub cluster_cidr: Ipv4Network,
+    /// Ranges of all pod addresses: one, or one of each family.
+    pub cluster_cidrs: Vec<IpNetwork>,
     /// Name of this control plane in leader elections: unique among them, and the same after a restart, so that a control
     /// plane that was killed takes its lease up again at once.
     pub identity: String,
@@ -99,9 +100,8 @@ pub struct Config {
 /// What plans depend on beside the snapshot.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    pub cluster_cidr: Ipv4Network,
-    /// Prefix length of one node's range of pod addresses.
-    pub node_prefix: u8,
+    /// What every node gets a part of, from each.
+    pub pools: Vec<Pool>,
     /// PEM of the CA that pods are to trust the API server by.
     pub root_ca: String,
     /// Signs certificates that clients ask for.
@@ -124,7 +124,9 @@ pub enum Error {
     #[error("controllers: {0}")]
     Authority(#[from] certificates::Error),
     #[error("controllers: --cluster-cidr {0} has no room for a /{1} per node")]
-    ClusterCidr(Ipv4Network, u8),
+    ClusterCidr(IpNetwork, u8),
+    #[error("controllers: --cluster-cidr {0} is too large: its nodes are to be at most 2^{1}")]
+    ClusterCidrSize(IpNetwork, u8),
     #[error(transparent)]
     Client(#[from] watch::ClientError),
 }

@@ -1,17 +1,23 @@
-//! Node addresses: gives every node its own range of pod addresses out of the cluster's.
+//! Node addresses: gives every node its own ranges of pod addresses out of the cluster's, one of each family.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use ipnetwork::Ipv4Network;
+use ipnetwork::IpNetwork;
 use k8s_openapi::api::core::v1::Node;
 use serde_json::json;
 
+use super::Error;
 use super::object::{Key, Object, Target};
 use super::plan::{Action, Controller, Keys, Note, Plan, View};
 use super::snapshot::{Change, Snapshot};
 
 const REPORTER: &str = "cidrAllocator";
+/// Prefix length of a node's part, as upstream's defaults.
+const PART_PREFIX_V4: u8 = 24;
+const PART_PREFIX_V6: u8 = 64;
+/// A pool has at most this many parts, as a power of two: upstream's bound.
+const PART_BITS_MAX: u8 = 16;
 
 pub const CONTROLLER: Controller = Controller {
     name: "node-ipam",
@@ -53,10 +59,83 @@ fn ranges_of(node: &Node) -> Vec<String> {
     }
 }
 
+/// A range of pod addresses, and how long the prefix of one node's part of it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pool {
+    range: IpNetwork,
+    part_prefix: u8,
+}
+
+impl Pool {
+    /// # Errors
+    /// When there is no room for one node, or for more than anyone will ever have.
+    pub fn new(range: IpNetwork) -> Result<Self, Error> {
+        let part_prefix = if range.is_ipv4() {
+            PART_PREFIX_V4
+        } else {
+            PART_PREFIX_V6
+        };
+        match part_prefix.checked_sub(range.prefix()) {
+            None => Err(Error::ClusterCidr(range, part_prefix)),
+            Some(bits) if bits > PART_BITS_MAX => Err(Error::ClusterCidrSize(range, PART_BITS_MAX)),
+            Some(_) => Ok(Self { range, part_prefix }),
+        }
+    }
+
+    fn address_bits(&self) -> u32 {
+        if self.range.is_ipv4() { 32 } else { 128 }
+    }
+
+    /// Addresses of one part.
+    fn step(&self) -> u128 {
+        1 << (self.address_bits() - u32::from(self.part_prefix))
+    }
+
+    /// First addresses of the pool's parts, in order.
+    fn parts(&self) -> impl Iterator<Item = IpAddr> + use<> {
+        let (first, step, v4) = (
+            number(self.range.network()),
+            self.step(),
+            self.range.is_ipv4(),
+        );
+        let count = 1_u128 << (self.part_prefix - self.range.prefix());
+        (0..count).map(move |part| address(first + part * step, v4))
+    }
+
+    /// The pool's parts that a range covers or lies in.
+    fn parts_of(&self, range: IpNetwork) -> Vec<IpAddr> {
+        let covers = |outer: IpNetwork, inner: IpNetwork| {
+            outer.is_ipv4() == inner.is_ipv4() && outer.contains(inner.network())
+        };
+        if covers(self.range, range) && range.prefix() >= self.part_prefix {
+            let first = number(range.network()) & !(self.step() - 1);
+            return vec![address(first, range.is_ipv4())];
+        }
+        if !covers(self.range, range) && !covers(range, self.range) {
+            return Vec::new();
+        }
+        self.parts().filter(|part| range.contains(*part)).collect()
+    }
+}
+
+fn number(address: IpAddr) -> u128 {
+    match address {
+        IpAddr::V4(address) => u32::from(address).into(),
+        IpAddr::V6(address) => address.into(),
+    }
+}
+
+fn address(number: u128, v4: bool) -> IpAddr {
+    match u32::try_from(number) {
+        Ok(number) if v4 => Ipv4Addr::from(number).into(),
+        _ => Ipv6Addr::from(number).into(),
+    }
+}
+
 fn plan(view: &View<'_>, _: &Key) -> Plan {
     let mut plan = Plan::nothing();
-    let pool = view.settings.cluster_cidr;
-    let mut taken: BTreeMap<Ipv4Addr, &str> = BTreeMap::new();
+    let pools = &view.settings.pools;
+    let mut taken: BTreeMap<IpAddr, &str> = BTreeMap::new();
     let mut without: Vec<&Node> = Vec::new();
     // The oldest node keeps a range that two claim. What a node has is immutable, so the other is told, not changed.
     let mut nodes: Vec<_> = view.snapshot.nodes.values().collect();
@@ -77,9 +156,9 @@ fn plan(view: &View<'_>, _: &Key) -> Plan {
         let name = node.metadata.name.as_deref().unwrap_or_default();
         for range in ranges
             .iter()
-            .filter_map(|range| range.parse::<Ipv4Network>().ok())
+            .filter_map(|range| range.parse::<IpNetwork>().ok())
         {
-            for part in parts_of(range, view.settings.node_prefix, pool) {
+            for part in pools.iter().flat_map(|pool| pool.parts_of(range)) {
                 match taken.get(&part) {
                     Some(other) => plan.note(Note::warning(
                         &Target::of(&***node),
@@ -94,61 +173,41 @@ fn plan(view: &View<'_>, _: &Key) -> Plan {
             }
         }
     }
-    let taken: BTreeSet<Ipv4Addr> = taken.into_keys().collect();
-    let mut free = all_parts(pool, view.settings.node_prefix).filter(|part| !taken.contains(part));
+    let taken: BTreeSet<IpAddr> = taken.into_keys().collect();
+    let mut free: Vec<_> = pools
+        .iter()
+        .map(|pool| (pool, pool.parts().filter(|part| !taken.contains(part))))
+        .collect();
     for node in without {
-        let Some(part) = free.next() else {
-            let message = format!(
-                "No range of /{} is left in {pool} for this node's pods",
-                view.settings.node_prefix
-            );
-            plan.note(Note::warning(
-                &Target::of(node),
-                REPORTER,
-                "CIDRNotAvailable",
-                message,
-            ));
+        // A part of every pool, or nothing: what a node once has never changes.
+        let mut ranges = Vec::new();
+        for (pool, free) in &mut free {
+            match free.next() {
+                Some(part) => ranges.push(format!("{part}/{}", pool.part_prefix)),
+                None => plan.note(Note::warning(
+                    &Target::of(node),
+                    REPORTER,
+                    "CIDRNotAvailable",
+                    format!(
+                        "No range of /{} is left in {} for this node's pods",
+                        pool.part_prefix, pool.range
+                    ),
+                )),
+            }
+        }
+        if ranges.len() < pools.len() || ranges.is_empty() {
             continue;
-        };
-        let range = format!("{part}/{}", view.settings.node_prefix);
+        }
         plan.push(Action::Patch {
             target: Target::of(node),
             subresource: None,
             body: json!({
                 "metadata": {"uid": node.metadata.uid},
-                "spec": {"podCIDR": range, "podCIDRs": [range]},
+                "spec": {"podCIDR": ranges[0], "podCIDRs": ranges},
             }),
         });
     }
     plan
-}
-
-/// First addresses of the pool's parts, in order.
-fn all_parts(pool: Ipv4Network, prefix: u8) -> impl Iterator<Item = Ipv4Addr> {
-    let step = 1u64 << (32 - u32::from(prefix));
-    let first = u64::from(u32::from(pool.network()));
-    let end = first + (1u64 << (32 - u32::from(pool.prefix())));
-    (first..end)
-        .step_by(step as usize)
-        .filter_map(|address| u32::try_from(address).ok())
-        .map(Ipv4Addr::from)
-}
-
-/// The pool's parts that a range covers or lies in.
-fn parts_of(range: Ipv4Network, prefix: u8, pool: Ipv4Network) -> Vec<Ipv4Addr> {
-    if !pool.overlaps(range) {
-        return Vec::new();
-    }
-    let inside = if range.prefix() < pool.prefix() {
-        pool
-    } else {
-        range
-    };
-    if inside.prefix() >= prefix {
-        let mask = u32::MAX.checked_shl(32 - u32::from(prefix)).unwrap_or(0);
-        return vec![Ipv4Addr::from(u32::from(inside.network()) & mask)];
-    }
-    all_parts(inside, prefix).collect()
 }
 
 #[cfg(test)]
@@ -166,6 +225,48 @@ mod tests {
 
     fn given(cluster: &Cluster, name: &str) -> Vec<String> {
         ranges_of(cluster.snapshot.nodes.get(&Key::cluster(name)).unwrap())
+    }
+
+    fn pools(ranges: &[&str]) -> Vec<Pool> {
+        let pools = ranges.iter().map(|range| Pool::new(range.parse().unwrap()));
+        pools.collect::<Result<_, _>>().unwrap()
+    }
+
+    #[test]
+    fn a_pool_holds_whole_parts_and_no_absurd_number_of_them() {
+        for (range, fits) in [
+            ("10.0.0.0/8", true),
+            ("10.0.0.0/7", false),
+            ("10.0.0.0/25", false),
+            ("fd00:10:244::/56", true),
+            ("fd00::/47", false),
+            ("fd00::/65", false),
+        ] {
+            assert_eq!(Pool::new(range.parse().unwrap()).is_ok(), fits, "{range}");
+        }
+    }
+
+    #[test]
+    fn nodes_get_a_range_of_each_family_or_none() {
+        let mut cluster = Cluster::new(&[CONTROLLER]);
+        cluster.settings.pools = pools(&["10.244.0.0/23", "fd00:10:244::/56"]);
+        cluster.add(with_range("old", "fd00:10:244::/63"));
+        for name in ["a", "b", "c"] {
+            cluster.add(node(name));
+        }
+        cluster.settle();
+        let mut all: Vec<_> = ["a", "b", "c"].map(|name| given(&cluster, name)).to_vec();
+        all.sort();
+        assert_eq!(
+            all,
+            [
+                vec![],
+                vec!["10.244.0.0/24".to_owned(), "fd00:10:244:2::/64".to_owned()],
+                vec!["10.244.1.0/24".to_owned(), "fd00:10:244:3::/64".to_owned()],
+            ]
+        );
+        let full = |note: &Note| note.reason == "CIDRNotAvailable" && note.message.contains("/23");
+        assert!(cluster.notes.iter().any(full), "{:?}", cluster.notes);
     }
 
     #[test]
@@ -202,7 +303,7 @@ mod tests {
     #[test]
     fn a_full_pool_is_said_and_a_deleted_node_makes_room() {
         let mut cluster = Cluster::new(&[CONTROLLER]);
-        cluster.settings.cluster_cidr = "10.0.0.0/24".parse().unwrap();
+        cluster.settings.pools = pools(&["10.0.0.0/24"]);
         cluster.add(node("a"));
         cluster.settle();
         cluster.add(node("b"));

@@ -20,6 +20,7 @@ use super::events::{Happening, Recorder};
 use super::execute::{Outcome, execute};
 use super::intake::Intake;
 use super::lease::Candidate;
+use super::nodeipam::Pool;
 use super::object::{Key, Kind, ResourceType};
 use super::plan::{Action, Keys, Note, Plan, View, Write};
 use super::snapshot::Change;
@@ -28,7 +29,6 @@ use super::{ALL, Config, Error, Settings};
 
 /// Upstream's name, so that an upstream controller manager waits while this one leads.
 const LEASE: &str = "kube-controller-manager";
-const NODE_PREFIX: u8 = 24;
 /// Writes on their way at a time, of all controllers and of one key.
 const WRITES_MAX: usize = 64;
 const WRITES_PER_KEY_MAX: usize = 32;
@@ -44,9 +44,8 @@ pub async fn run(config: Config) -> Result<Infallible, Error> {
         path: config.ca_file.clone(),
         source,
     })?;
-    if config.cluster_cidr.prefix() > NODE_PREFIX {
-        return Err(Error::ClusterCidr(config.cluster_cidr, NODE_PREFIX));
-    }
+    let pools = config.cluster_cidrs.into_iter().map(Pool::new);
+    let pools = pools.collect::<Result<Vec<_>, _>>()?;
     let authority = match std::fs::read_to_string(&config.ca_key_file) {
         Ok(key) => Some(Arc::new(Authority::new(&root_ca, &key)?)),
         // Not every control plane is trusted with it.
@@ -60,8 +59,7 @@ pub async fn run(config: Config) -> Result<Infallible, Error> {
     };
     let settings = Settings {
         authority,
-        cluster_cidr: config.cluster_cidr,
-        node_prefix: NODE_PREFIX,
+        pools,
         root_ca,
     };
     let api = Api::from_kubeconfig(&config.kubeconfig).await?;

@@ -11,6 +11,7 @@ use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
 use super::garbage::{FOREGROUND, ORPHAN};
+use super::nodeipam::Pool;
 use super::object::{Key, Kind, Object, Target, Typed};
 use super::plan::{Action, Controller, Keys, Note, Plan, Propagation, View};
 use super::pods;
@@ -44,8 +45,7 @@ impl Cluster {
         Self {
             snapshot: Snapshot::default(),
             settings: Settings {
-                cluster_cidr: "10.244.0.0/16".parse().unwrap(),
-                node_prefix: 24,
+                pools: vec![Pool::new("10.244.0.0/16".parse().unwrap()).unwrap()],
                 root_ca: "the root ca".into(),
                 authority: None,
             },

@@ -1,10 +1,14 @@
 //! From started nodes to a cluster whose DNS answers.
 
+use std::net::IpAddr;
 use std::path::Path;
 
-use super::{API, CLUSTER_DNS, CLUSTER_DOMAIN, IMAGES, Plan, UpError};
+use ipnetwork::IpNetwork;
+
+use super::{API, CLUSTER_DOMAIN, IMAGES, Plan, UpError};
 use crate::api::ClusterApi;
 use crate::deploy;
+use crate::network::{self, PodRoute};
 use crate::node::launch::Nodes;
 use crate::seed::{self, Seed};
 use crate::state::NodeState;
@@ -53,6 +57,7 @@ impl Plan<'_> {
         let dns = self.progress.step("cluster DNS ready on every node");
         let nodes_ready = async {
             api.nodes_ready(&names).await?;
+            self.route_pods(api).await?;
             ready.done();
             Ok::<_, UpError>(())
         };
@@ -68,6 +73,43 @@ impl Plan<'_> {
             Ok(())
         };
         tokio::try_join!(nodes_ready, agent_ready, dns_ready)?;
+        Ok(())
+    }
+
+    /// Tells the control plane's node where pods' IPv6 addresses are, once nodes have their ranges.
+    async fn route_pods(&self, api: &ClusterApi) -> Result<(), UpError> {
+        if !self.config.ip_family.has_v6() {
+            return Ok(());
+        }
+        let ranges = api.pod_ranges().await?;
+        let of_node = |node: &NodeState| {
+            let node_address = node
+                .addresses()
+                .into_iter()
+                .find_map(|address| match address {
+                    IpAddr::V6(address) => Some(address),
+                    IpAddr::V4(_) => None,
+                })?;
+            let range = ranges
+                .get(&node.name)?
+                .iter()
+                .find_map(|range| match range {
+                    IpNetwork::V6(range) => Some(*range),
+                    IpNetwork::V4(_) => None,
+                })?;
+            Some(PodRoute {
+                range,
+                node: node_address,
+            })
+        };
+        let routes: Vec<PodRoute> = self.state.nodes.iter().filter_map(of_node).collect();
+        let control_plane = self.state.nodes.iter().find(|node| node.control_plane);
+        let Some(init) = control_plane.and_then(|node| node.init) else {
+            return Ok(());
+        };
+        tokio::task::spawn_blocking(move || network::route_pods(init.pid, &routes))
+            .await
+            .map_err(|_| UpError::Panicked)??;
         Ok(())
     }
 
@@ -108,18 +150,35 @@ impl Plan<'_> {
             .join("keelway")
             .join(&self.state.name)
             .join("$(NODE_NAME)");
+        let family = self.config.ip_family;
+        let services = family.services();
+        let mut agent_args: Vec<String> = services
+            .iter()
+            .map(|range| format!("--service-cidr={range}"))
+            .collect();
+        let mut dns_args = Vec::new();
+        if family.has_v6() {
+            let flag = "--healthz-bind-address";
+            if !self
+                .config
+                .agent_args
+                .iter()
+                .any(|arg| arg.starts_with(flag))
+            {
+                agent_args.push(format!("{flag}=[::]:10256"));
+            }
+            dns_args.extend(["--listen=[::]:53", "--health=[::]:8181"].map(str::to_owned));
+        }
+        agent_args.extend(self.config.agent_args.iter().cloned());
+        let upstreams = self.config.dns_upstreams.iter();
+        dns_args.extend(upstreams.map(|server| format!("--upstream={server}")));
         deploy::Settings {
             api_server: self.api_server(),
             cgroup: cgroup.display().to_string(),
-            cluster_dns: CLUSTER_DNS.into(),
+            cluster_dns: family.cluster_dns().to_string(),
             cluster_domain: CLUSTER_DOMAIN.into(),
-            agent_args: self.config.agent_args.clone(),
-            dns_args: self
-                .config
-                .dns_upstreams
-                .iter()
-                .map(|server| format!("--upstream={server}"))
-                .collect(),
+            agent_args,
+            dns_args,
         }
     }
 }

@@ -9,7 +9,7 @@ mod specs;
 
 use std::fs;
 use std::io;
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -30,10 +30,6 @@ use crate::state::{ClusterDir, ClusterState, NodeState, StateDir, StateError};
 
 pub const CONTROL_PLANE: &str = "control-plane";
 const API_PORT: u16 = 6443;
-const SERVICE_CIDR: &str = "10.96.0.0/16";
-const API_SERVICE: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
-const CLUSTER_CIDR: (Ipv4Addr, u8) = (Ipv4Addr::new(10, 244, 0, 0), 16);
-const CLUSTER_DNS: &str = "10.96.0.10";
 const CLUSTER_DOMAIN: &str = "cluster.local";
 /// What services wait for, told by [`Nodes::tell`].
 const NETWORK: &str = "network";
@@ -220,16 +216,19 @@ impl Plan<'_> {
         let port = listener
             .local_addr()
             .map_or(self.config.api_port, |address| address.port());
-        let workers: Vec<(String, Ipv4Addr)> = (1..=self.config.nodes)
-            .map(|number| (format!("node-{number}"), self.subnet.worker(number)))
+        let family = self.config.ip_family;
+        let control_plane = self.subnet.control_plane(family);
+        let workers: Vec<(String, Vec<IpAddr>)> = (1..=self.config.nodes)
+            .map(|number| (format!("node-{number}"), self.subnet.worker(family, number)))
             .collect();
         self.state.api_port = port;
-        self.state.nodes = std::iter::once((CONTROL_PLANE.to_owned(), self.subnet.control_plane()))
+        self.state.nodes = std::iter::once((CONTROL_PLANE.to_owned(), control_plane.clone()))
             .chain(workers.iter().cloned())
-            .map(|(name, address)| NodeState {
+            .map(|(name, addresses)| NodeState {
                 control_plane: name == CONTROL_PLANE,
                 name,
-                address,
+                address: addresses[0],
+                second_address: addresses.get(1).copied(),
                 init: None,
             })
             .collect();
@@ -237,9 +236,9 @@ impl Plan<'_> {
 
         let subjects = Subjects {
             cluster: &name,
-            control_plane: self.subnet.control_plane(),
-            service: API_SERVICE,
-            workers: workers.clone(),
+            control_plane,
+            services: family.api_services(),
+            workers,
         };
         let pki = ClusterPki::new(&subjects)?;
         let context = kubeconfig::context_name(&name);
@@ -315,12 +314,12 @@ impl Plan<'_> {
             .state
             .nodes
             .iter()
-            .filter_map(|node| Some((node.init?.pid, node.address)));
+            .filter_map(|node| Some((node.init?.pid, node.addresses())));
         let Some(control_plane) = ends.next() else {
             return Ok(());
         };
         let underlay = Underlay {
-            pods: CLUSTER_CIDR,
+            pods: self.config.ip_family.pods(),
             control_plane,
             workers: ends.collect(),
         };

@@ -3,14 +3,13 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
+use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use super::{
-    API, API_PORT, CLUSTER_CIDR, CLUSTER_DNS, CLUSTER_DOMAIN, IMAGES, NETWORK, Plan, SERVICE_CIDR,
-    UpError,
-};
+use super::{API, API_PORT, CLUSTER_DOMAIN, IMAGES, NETWORK, Plan, UpError};
 use crate::containerd;
+use crate::family;
 use crate::kubeconfig;
 use crate::node::{BIN_DIR, Bind, NodeSpec, ServiceSpec};
 use crate::pki::{ClusterPki, Credential};
@@ -24,7 +23,8 @@ impl Plan<'_> {
     }
 
     pub(super) fn api_server(&self) -> String {
-        format!("https://{}:{API_PORT}", self.subnet.control_plane())
+        let addresses = self.subnet.control_plane(self.config.ip_family);
+        format!("https://{}", SocketAddr::new(addresses[0], API_PORT))
     }
 
     pub(super) fn control_plane(
@@ -57,19 +57,23 @@ impl Plan<'_> {
             ],
         )?;
         let program = Path::new(BIN_DIR).join("keelway-controlplane");
+        let ip_family = self.config.ip_family;
+        // A socket of [::] takes IPv4 connections too, but only where there is IPv6.
+        let everywhere = if ip_family.has_v6() {
+            "[::]"
+        } else {
+            "0.0.0.0"
+        };
         let server = service(
             "controlplane",
             &program,
             &[
                 ("--data-dir", "/var/lib/keelway/controlplane"),
                 ("--pki-dir", "/etc/keelway"),
-                ("--bind", &format!("0.0.0.0:{API_PORT}")),
+                ("--bind", &format!("{everywhere}:{API_PORT}")),
                 ("--advertise-address", &node.address.to_string()),
-                ("--service-cidr", SERVICE_CIDR),
-                (
-                    "--cluster-cidr",
-                    &format!("{}/{}", CLUSTER_CIDR.0, CLUSTER_CIDR.1),
-                ),
+                ("--service-cidr", &family::list(&ip_family.services())),
+                ("--cluster-cidr", &family::list(&ip_family.pods())),
             ],
         );
         // It binds to every address, so it need not wait for the network.
@@ -116,7 +120,7 @@ impl Plan<'_> {
             &program,
             &[
                 ("--node-name", &node.name),
-                ("--node-ip", &node.address.to_string()),
+                ("--node-ip", &family::list(&node.addresses())),
                 ("--kubeconfig", "/etc/keelway/kubelet.kubeconfig"),
                 ("--runtime-endpoint", containerd::SOCKET),
                 (
@@ -126,7 +130,10 @@ impl Plan<'_> {
                 ("--tls-cert", "/etc/keelway/kubelet.crt"),
                 ("--tls-key", "/etc/keelway/kubelet.key"),
                 ("--client-ca", "/etc/keelway/ca.crt"),
-                ("--cluster-dns", CLUSTER_DNS),
+                (
+                    "--cluster-dns",
+                    &self.config.ip_family.cluster_dns().to_string(),
+                ),
                 ("--cluster-domain", CLUSTER_DOMAIN),
                 ("--root-dir", "/var/lib/kubelet"),
             ],
@@ -183,7 +190,9 @@ impl Plan<'_> {
         }));
         let mut hosts = String::from("127.0.0.1 localhost\n::1 localhost\n");
         for other in &self.state.nodes {
-            hosts.push_str(&format!("{} {}\n", other.address, other.name));
+            for address in other.addresses() {
+                hosts.push_str(&format!("{address} {}\n", other.name));
+            }
         }
         let mut all_files = BTreeMap::from([
             ("/etc/hosts".into(), hosts),
@@ -195,13 +204,25 @@ impl Plan<'_> {
             ),
         ]);
         all_files.extend(files);
+        let mut net_sysctls = vec![("ipv4/ip_forward", "1")];
+        if self.config.ip_family.has_v6() {
+            // Whatever new namespaces of this machine begin with.
+            net_sysctls.extend([
+                ("ipv6/conf/all/disable_ipv6", "0"),
+                ("ipv6/conf/default/disable_ipv6", "0"),
+                ("ipv6/conf/all/forwarding", "1"),
+            ]);
+        }
         NodeSpec {
             cluster: self.state.name.clone(),
             name: node.name.clone(),
             dir: self.dir.node(&node.name),
             binds,
             files: all_files,
-            net_sysctls: BTreeMap::from([("ipv4/ip_forward".to_owned(), "1".to_owned())]),
+            net_sysctls: net_sysctls
+                .into_iter()
+                .map(|(name, value)| (name.to_owned(), value.to_owned()))
+                .collect(),
             path: self.machine.path.clone(),
             services,
         }

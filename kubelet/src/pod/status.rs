@@ -20,7 +20,18 @@ const RESIZE_IN_PROGRESS: &str = "PodResizeInProgress";
 /// Node facts that appear in a pod's status.
 #[derive(Debug, Clone)]
 pub struct NodeFacts {
+    /// The primary family's first.
     pub ips: Vec<String>,
+}
+
+impl NodeFacts {
+    /// Puts a pod's addresses of the node's primary family before the others: runtimes give them in any order.
+    pub fn order(&self, ips: &mut [String]) {
+        let v6 = |ip: &String| ip.contains(':');
+        if let Some(first) = self.ips.first() {
+            ips.sort_by_key(|ip| v6(ip) != v6(first));
+        }
+    }
 }
 
 /// What a status is made from.
@@ -586,6 +597,19 @@ mod tests {
         PodView {
             sandboxes: vec![sandbox],
             containers: vec![run],
+        }
+    }
+
+    #[test]
+    fn addresses_of_the_nodes_primary_family_come_first() {
+        for (node, expected) in [
+            (vec!["192.0.2.1", "2001:db8::1"], ["10.0.0.1", "fd00::1"]),
+            (vec!["2001:db8::1"], ["fd00::1", "10.0.0.1"]),
+        ] {
+            let mut ips = ["fd00::1", "10.0.0.1"].map(str::to_owned);
+            let ips_of_node = node.iter().map(ToString::to_string).collect();
+            NodeFacts { ips: ips_of_node }.order(&mut ips);
+            assert_eq!(ips, expected);
         }
     }
 

@@ -103,7 +103,7 @@ impl Stage {
         let path = |name: &str| folder.path().join(name);
         let config = Config {
             node_name: "n1".to_owned(),
-            node_ip: "192.0.2.1".parse().unwrap(),
+            node_ips: vec!["192.0.2.1".parse().unwrap()],
             kubeconfig: PathBuf::new(),
             runtime_socket: PathBuf::new(),
             cgroup_root: String::new(),

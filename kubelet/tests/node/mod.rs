@@ -167,7 +167,7 @@ impl Node {
         let context = Arc::new(Context {
             config: Arc::new(Config {
                 node_name: "n1".to_owned(),
-                node_ip: "127.0.0.1".parse().unwrap(),
+                node_ips: vec!["127.0.0.1".parse().unwrap()],
                 kubeconfig: PathBuf::new(),
                 runtime_socket: socket.clone(),
                 cgroup_root: cgroup_root(folder),

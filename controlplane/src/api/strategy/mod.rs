@@ -5,6 +5,7 @@ mod batch;
 mod certificate;
 mod configuration;
 mod endpoints;
+pub(super) mod families;
 mod metadata;
 mod namespace;
 mod networking;

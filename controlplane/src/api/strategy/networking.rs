@@ -352,7 +352,15 @@ impl Strategy for ServiceCidr {
 
     fn validate_update(&self, ranges: &Value, old: &Value, errors: &mut Errors) {
         let cidrs = |ranges| Place::root(ranges).field("spec.cidrs");
-        cidrs(ranges).unchanged(&cidrs(old), errors);
+        let (now, before) = (cidrs(ranges), cidrs(old));
+        // A second family may come, nothing else may change.
+        let grown = before.len() == 1
+            && now.len() == 2
+            && now.items().next().map(|cidr| cidr.text())
+                == before.items().next().map(|cidr| cidr.text());
+        if !grown {
+            now.unchanged(&before, errors);
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::metadata::dns_subdomain;
 use super::place::Place;
-use super::{Errors, NameRule, Strategy, dns_label, qualified_name};
+use super::{Errors, NameRule, Strategy, dns_label, families, qualified_name};
 use crate::api::fields::Fields;
 use crate::api::status::FieldError;
 
@@ -62,10 +62,6 @@ impl Strategy for Service {
                 if kind == "LoadBalancer" {
                     service.default("/spec/allocateLoadBalancerNodePorts", true);
                 }
-                service.default("/spec/ipFamilyPolicy", "SingleStack");
-                if service.items("/spec/ipFamilies").is_empty() {
-                    service.set("/spec/ipFamilies", json!(["IPv4"]));
-                }
             }
         }
     }
@@ -75,32 +71,7 @@ impl Strategy for Service {
     }
 
     fn prepare_update(&self, service: &mut Value, old: &Value) {
-        let has_address = |service: &Value| service.text("/spec/type") != "ExternalName";
-        if has_address(service) && has_address(old) {
-            // Clients that do not know the address keep it.
-            if service.text("/spec/clusterIP").is_empty()
-                && service.items("/spec/clusterIPs").is_empty()
-            {
-                for field in ["/spec/clusterIP", "/spec/clusterIPs"] {
-                    if let Some(value) = old.pointer(field) {
-                        service.set(field, value.clone());
-                    }
-                }
-            }
-        } else if !has_address(service) {
-            // Turning to an ExternalName gives the address back, unless the client says one.
-            if service.text("/spec/clusterIP") == old.text("/spec/clusterIP") {
-                for field in [
-                    "clusterIP",
-                    "clusterIPs",
-                    "ipFamilies",
-                    "ipFamilyPolicy",
-                    "internalTrafficPolicy",
-                ] {
-                    service.remove(&format!("/spec/{field}"));
-                }
-            }
-        }
+        families::drop_for_external_name(service, old);
         if !wants_node_ports(service) {
             // Turning away from node ports gives them back where the client only carried them along.
             for port in service.items_mut("/spec/ports") {
@@ -152,13 +123,16 @@ impl Strategy for Service {
             let name = spec.field("externalName");
             let plain = |text: &str| dns_subdomain(text.strip_suffix('.').unwrap_or(text));
             name.require_name(plain, errors);
-            if !headless && !spec.field("clusterIP").is_empty() {
-                let why = "may not be set for ExternalName services";
-                spec.field("clusterIP").forbidden(why, errors);
+            for field in ["clusterIPs", "ipFamilies", "ipFamilyPolicy"] {
+                if !spec.field(field).is_empty() {
+                    let why = "may not be set for ExternalName services";
+                    spec.field(field).forbidden(why, errors);
+                }
             }
         }
         validate_ports(&spec, kind, errors);
         validate_addresses(&spec, errors);
+        families::validate(service, errors);
         validate_policies(&spec, kind, errors);
         super::metadata::validate_labels(service.object("/spec/selector"), "spec.selector", errors);
     }
@@ -168,22 +142,7 @@ impl Strategy for Service {
             Place::root(service).field("spec"),
             Place::root(old).field("spec"),
         );
-        let addressed = |spec: &Place<'_>| spec.field("type").text() != "ExternalName";
-        if addressed(&spec) && addressed(&before) {
-            let address = before.field("clusterIP");
-            if !address.is_empty() && spec.field("clusterIP").value() != address.value() {
-                let given = spec.field("clusterIPs").value().clone();
-                let why = "may not change once set";
-                errors.push(FieldError::invalid("spec.clusterIPs[0]", given, why));
-            }
-            let families = [&spec, &before].map(|spec| spec.field("ipFamilies").items().next());
-            let [family, was] = families;
-            if let (Some(family), Some(was)) = (family, was)
-                && family.value() != was.value()
-            {
-                family.invalid("may not change once set", errors);
-            }
-        }
+        families::validate_update(service, old, errors);
         let balanced = |spec: &Place<'_>| spec.field("type").text() == "LoadBalancer";
         if balanced(&spec) && balanced(&before) {
             let class = spec.field("loadBalancerClass");
@@ -208,7 +167,7 @@ impl Strategy for Service {
 }
 
 /// Fields that have one of a few values, where they are there.
-const CHOICES: [(&str, &[&str]); 6] = [
+const CHOICES: [(&str, &[&str]); 5] = [
     (
         "type",
         &["ClusterIP", "ExternalName", "LoadBalancer", "NodePort"],
@@ -219,10 +178,6 @@ const CHOICES: [(&str, &[&str]); 6] = [
     (
         "trafficDistribution",
         &["PreferClose", "PreferSameNode", "PreferSameZone"],
-    ),
-    (
-        "ipFamilyPolicy",
-        &["PreferDualStack", "RequireDualStack", "SingleStack"],
     ),
 ];
 
@@ -286,15 +241,6 @@ fn validate_addresses(spec: &Place<'_>, errors: &mut Errors) {
             address.invalid(why, errors);
         }
     }
-    let addresses = spec.field("clusterIPs");
-    let first = addresses.items().next();
-    if first.is_some_and(|first| first.text() != spec.field("clusterIP").text()) {
-        errors.push(FieldError::invalid(
-            addresses.path(),
-            addresses.value().clone(),
-            "first value must match `clusterIP`",
-        ));
-    }
     for range in spec.field("loadBalancerSourceRanges").items() {
         let trimmed = Value::from(range.text().trim());
         Place::at(&trimmed, range.path()).cidr(errors);
@@ -350,19 +296,6 @@ mod tests {
         );
         assert_eq!(service["spec"]["ports"][1]["targetPort"], "dns");
         assert_eq!(service["spec"]["type"], "ClusterIP");
-        assert_eq!(service["spec"]["ipFamilies"], json!(["IPv4"]));
-    }
-
-    #[test]
-    fn an_update_without_the_address_keeps_it_and_another_one_is_refused() {
-        let old = json!({"spec": {"type": "ClusterIP", "clusterIP": "10.96.0.5", "clusterIPs": ["10.96.0.5"]}});
-        let mut new = json!({"spec": {"type": "ClusterIP"}});
-        Service.prepare_update(&mut new, &old);
-        assert_eq!(new["spec"]["clusterIP"], "10.96.0.5");
-        let mut errors = Vec::new();
-        let other = json!({"spec": {"type": "ClusterIP", "clusterIP": "10.96.0.6", "clusterIPs": ["10.96.0.6"]}});
-        Service.validate_update(&other, &old, &mut errors);
-        assert_eq!(errors.len(), 1);
     }
 
     #[test]

@@ -97,6 +97,9 @@ impl Worker {
                     .any(|key| matches!(key, OpKey::Start(_)))
         });
         self.view = view;
+        for sandbox in &mut self.view.sandboxes {
+            self.context.node.order(&mut sandbox.ips);
+        }
         let view = &self.view;
         let starting = !self.memory.in_flight.is_empty();
         self.announced.retain(|id, looks| {

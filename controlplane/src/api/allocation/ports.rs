@@ -1,0 +1,130 @@
+//! Node ports: those of a service's ports, and the one at which nodes tell of a balancer's local backends.
+
+use std::collections::{BTreeSet, HashSet};
+
+use rand::RngExt;
+use serde_json::Value;
+
+use crate::api::config::NODE_PORTS;
+use crate::api::fields::Fields;
+use crate::api::status::FieldError;
+use crate::api::strategy;
+
+/// Gives a service the node ports that it asks for or lacks. `held` are those it has had; what it gets beside them is added to
+/// `taken` and `new`.
+pub fn give(
+    service: &mut Value,
+    old: Option<&Value>,
+    held: &BTreeSet<u16>,
+    taken: &mut HashSet<u16>,
+    new: &mut BTreeSet<u16>,
+    errors: &mut Vec<FieldError>,
+) {
+    let mut book = Book { held, taken, new };
+    let wanted = strategy::wants_node_ports(service);
+    let asked: Vec<(i64, i64)> = service
+        .items("/spec/ports")
+        .iter()
+        .map(|port| (port.int("/port"), port.int("/nodePort")))
+        .collect();
+    let mut given: Vec<(i64, u16)> = Vec::new();
+    for (at, port) in service.items_mut("/spec/ports").iter_mut().enumerate() {
+        let field = format!("spec.ports[{at}].nodePort");
+        let number = port.int("/port");
+        match port.int("/nodePort") {
+            0 if !wanted => {}
+            0 => {
+                // One port by two protocols of a new service has one number; a given one, where there is one.
+                let shared = asked
+                    .iter()
+                    .find(|(port, node)| old.is_none() && *port == number && *node != 0)
+                    .and_then(|(_, node)| u16::try_from(*node).ok())
+                    .or_else(|| {
+                        let same = |(port, _): &&(i64, u16)| old.is_none() && *port == number;
+                        given.iter().find(same).map(|(_, node)| *node)
+                    });
+                match shared.or_else(|| book.any()) {
+                    Some(node) => {
+                        given.push((number, node));
+                        port.set("/nodePort", node);
+                    }
+                    None => errors.push(FieldError::invalid(field, 0, "range is full")),
+                }
+            }
+            asked => {
+                if let Err(why) = book.take(asked) {
+                    errors.push(FieldError::invalid(field, asked, why));
+                }
+            }
+        }
+    }
+    health_check(service, &mut book, errors);
+}
+
+/// A balancer that leads to local backends only has a port at which its nodes say whether they have any.
+fn health_check(service: &mut Value, book: &mut Book<'_>, errors: &mut Vec<FieldError>) {
+    let path = "/spec/healthCheckNodePort";
+    let needed = service.text("/spec/type") == "LoadBalancer"
+        && service.text("/spec/externalTrafficPolicy") == "Local";
+    let asked = service.int(path);
+    match (needed, u16::try_from(asked)) {
+        // It had one, and carries it along.
+        (false, Ok(asked)) if asked != 0 && book.held.contains(&asked) => {
+            service.remove(path);
+        }
+        (true, _) if asked == 0 => match book.any() {
+            Some(number) => service.set(path, number),
+            None => {
+                let field = "spec.healthCheckNodePort";
+                errors.push(FieldError::invalid(field, 0, "range is full"));
+            }
+        },
+        (true, _) => {
+            if let Err(why) = book.take(asked) {
+                let why =
+                    format!("failed to allocate requested HealthCheck NodePort {asked}: {why}");
+                errors.push(FieldError::invalid("spec.healthCheckNodePort", asked, why));
+            }
+        }
+        (false, _) => {}
+    }
+}
+
+/// What one service has, and what all have.
+struct Book<'a> {
+    held: &'a BTreeSet<u16>,
+    taken: &'a mut HashSet<u16>,
+    new: &'a mut BTreeSet<u16>,
+}
+
+impl Book<'_> {
+    /// A free port.
+    fn any(&mut self) -> Option<u16> {
+        let start = rand::rng().random_range(NODE_PORTS);
+        let free = (start..=*NODE_PORTS.end())
+            .chain(*NODE_PORTS.start()..start)
+            .find(|port| !self.taken.contains(port))?;
+        self.taken.insert(free);
+        self.new.insert(free);
+        Some(free)
+    }
+
+    /// The port that is asked for; the same number may serve two protocols of one service.
+    fn take(&mut self, asked: i64) -> Result<(), String> {
+        let number = u16::try_from(asked).ok();
+        let Some(number) = number.filter(|number| NODE_PORTS.contains(number)) else {
+            let (first, last) = (NODE_PORTS.start(), NODE_PORTS.end());
+            return Err(format!(
+                "provided port is not in the valid range. The range of valid ports is {first}-{last}"
+            ));
+        };
+        if self.held.contains(&number) || self.new.contains(&number) {
+            return Ok(());
+        }
+        if !self.taken.insert(number) {
+            return Err("provided port is already allocated".to_owned());
+        }
+        self.new.insert(number);
+        Ok(())
+    }
+}
