@@ -117,6 +117,12 @@ async fn connect(config: &Config) -> anyhow::Result<Client> {
         .await
         .with_context(|| format!("cannot use {}", path.display()))?;
     client_config.connect_timeout = Some(CONNECT_TIMEOUT);
+    // What managedFields name the writer by.
+    let program = concat!("kubelet/", env!("CARGO_PKG_VERSION"));
+    let agent = http::HeaderValue::from_static(program);
+    client_config
+        .headers
+        .push((http::header::USER_AGENT, agent));
     let client = Client::try_from(client_config)
         .with_context(|| format!("cannot use {}", path.display()))?;
     // Not fatal: the API server may come up later, and pods that run go on meanwhile.

@@ -33,8 +33,14 @@ fn affected(snapshot: &Snapshot, change: &Change, keys: &mut Keys) {
             Some(Object::ResourceQuota(quota)) => quota.spec.clone(),
             _ => None,
         };
-        if change.new.is_some() && (change.old.is_none() || spec(&change.old) != spec(&change.new))
-        {
+        // A status that somebody else wrote is put right at once.
+        let hard = quota.spec.as_ref().and_then(|spec| spec.hard.as_ref());
+        let shown = quota
+            .status
+            .as_ref()
+            .and_then(|status| status.hard.as_ref());
+        let differs = change.old.is_none() || spec(&change.old) != spec(&change.new);
+        if change.new.is_some() && (differs || hard != shown) {
             keys.insert(Key::of(&quota.metadata));
         }
     }

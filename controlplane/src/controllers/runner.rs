@@ -62,7 +62,7 @@ pub async fn run(config: Config) -> Result<Infallible, Error> {
         pools,
         root_ca,
     };
-    let api = Api::from_kubeconfig(&config.kubeconfig).await?;
+    let api = Api::from_kubeconfig(&config.kubeconfig, "kube-controller-manager").await?;
     loop {
         let mut candidate = Candidate::new(api.clone(), LEASE, &config.identity);
         candidate.lead().await;

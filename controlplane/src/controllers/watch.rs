@@ -78,16 +78,20 @@ pub struct Api {
 }
 
 impl Api {
-    /// Reads the kubeconfig; nothing is asked of the server yet.
-    pub async fn from_kubeconfig(path: &Path) -> Result<Self, ClientError> {
+    /// Reads the kubeconfig; nothing is asked of the server yet. `program` is what managedFields and logs name the caller by.
+    pub async fn from_kubeconfig(path: &Path, program: &str) -> Result<Self, ClientError> {
         let config = async {
             let kubeconfig = Kubeconfig::read_from(path)?;
             kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await
         };
-        let config = config.await.map_err(|source| ClientError::Kubeconfig {
+        let mut config = config.await.map_err(|source| ClientError::Kubeconfig {
             path: path.into(),
             source,
         })?;
+        let agent = format!("{program}/{}", env!("CARGO_PKG_VERSION"));
+        if let Ok(agent) = http::HeaderValue::try_from(agent) {
+            config.headers.push((http::header::USER_AGENT, agent));
+        }
         let client = connect(config).map_err(|source| ClientError::Client {
             path: path.into(),
             source,

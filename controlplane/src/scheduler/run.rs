@@ -53,7 +53,7 @@ pub struct Config {
 
 /// Runs the scheduler whenever this control plane leads; returns only if it cannot run at all.
 pub async fn run(config: Config) -> Result<Infallible, ClientError> {
-    let api = Api::from_kubeconfig(&config.kubeconfig).await?;
+    let api = Api::from_kubeconfig(&config.kubeconfig, "kube-scheduler").await?;
     loop {
         let mut candidate = Candidate::new(api.clone(), LEASE, &config.identity);
         candidate.lead().await;
