@@ -1,5 +1,7 @@
 //! Bodies of requests: read up to a limit, decoded, and held to what the path says.
 
+use std::time::Duration;
+
 use bytes::{Bytes, BytesMut};
 use http::{StatusCode, header, request::Parts};
 use http_body_util::BodyExt;
@@ -8,7 +10,7 @@ use serde_json::Value;
 
 use super::config;
 use super::fields::{self, Fields};
-use super::request::Target;
+use super::request::{Query, Target};
 use super::status::Status;
 use crate::codec::{self, Decoded, FieldValidation, MediaType};
 
@@ -16,8 +18,22 @@ use crate::codec::{self, Decoded, FieldValidation, MediaType};
 /// answer that says why.
 const REFUSED_BYTES_MAX: usize = 64 << 20;
 
-/// Reads a body up to the limit.
-pub async fn read_body(mut body: Incoming) -> Result<Bytes, Status> {
+/// How long a body may take, unless the client asks for less: upstream's default for a whole request.
+const BODY_PATIENCE: Duration = Duration::from_secs(60);
+
+/// Reads a body up to the limit, as long as the request says that it may take.
+pub async fn read_body(parts: &Parts, body: Incoming) -> Result<Bytes, Status> {
+    let query = Query::parse(parts.uri.query().unwrap_or(""));
+    let asked = query.duration("timeout")?.filter(|asked| !asked.is_zero());
+    let patience = asked.map_or(BODY_PATIENCE, |asked| asked.min(BODY_PATIENCE));
+    let read = tokio::time::timeout(patience, read_whole(body)).await;
+    read.unwrap_or_else(|_| {
+        let why = "request did not complete within requested timeout - context deadline exceeded";
+        Err(Status::timeout(why))
+    })
+}
+
+async fn read_whole(mut body: Incoming) -> Result<Bytes, Status> {
     let mut kept = BytesMut::new();
     let mut length = 0;
     while let Some(frame) = body.frame().await {

@@ -18,7 +18,7 @@ use super::reply::Answer;
 use super::request::{Query, percent_encode};
 use super::status::{FieldError, Status};
 use super::{Api, Call, forward};
-use crate::streams::{self, Channels, Protocol};
+use crate::streams::{self, Channels, Framing, Protocol};
 
 /// The most of a kubelet's error text that is passed on.
 const ERROR_BYTES_MAX: usize = 64 << 10;
@@ -93,18 +93,47 @@ impl Api {
                 .translate(translation, &parts, upgrade, kubelet, &path, wanted)
                 .await;
         }
+        if subresource == "log" {
+            let verify = !call.query.flag("insecureSkipTLSVerifyBackend");
+            return self.log(&parts, upgrade, kubelet, &path, verify).await;
+        }
         let mut request = Request::new(body);
         *request.method_mut() = parts.method.clone();
         *request.headers_mut() =
             forward::request_headers(&parts.headers, forward::asks_for_upgrade(&parts.headers));
-        // Logs are passed on as they are; nothing here would undo an encoding.
         request.headers_mut().remove(header::ACCEPT_ENCODING);
-        let unverified = subresource == "log" && call.query.flag("insecureSkipTLSVerifyBackend");
-        let response = self.ask(kubelet, &path, request, !unverified).await?;
-        if subresource == "log" && !response.status().is_success() {
+        let response = self.ask(kubelet, &path, request, true).await?;
+        forward::pass_back(response, upgrade, &self.stop)
+    }
+
+    /// A log as it comes from the kubelet, or in the messages of a WebSocket.
+    async fn log(
+        &self,
+        parts: &Parts,
+        upgrade: Option<OnUpgrade>,
+        kubelet: KubeletAddress,
+        path: &str,
+        verify: bool,
+    ) -> Result<Answer, Status> {
+        let websocket = forward::asks_for_websocket(&parts.headers);
+        let offered = forward::websocket_protocols(&parts.headers);
+        let framing = Framing::choose(&offered).ok_or_else(|| {
+            let offered = offered.join(", ");
+            Status::bad_request(format!(
+                "the subprotocols {offered} are not supported for logs; binary.k8s.io and base64.binary.k8s.io are"
+            ))
+        })?;
+        // Logs are passed on as they are; nothing here would undo an encoding.
+        let request = Request::new(Empty::<Bytes>::new());
+        let response = self.ask(kubelet, path, request, verify).await?;
+        if !response.status().is_success() {
             return Err(refused(response).await);
         }
-        forward::pass_back(response, upgrade, &self.stop)
+        let answer = forward::pass_back(response, None, &self.stop)?;
+        if !websocket {
+            return Ok(answer);
+        }
+        forward::over_websocket(answer, parts, upgrade, framing, &self.stop)
     }
 
     /// Sends a request to a kubelet.
@@ -155,7 +184,7 @@ impl Api {
         if response.status() != StatusCode::SWITCHING_PROTOCOLS {
             return Err(refused(response).await);
         }
-        let answer = forward::accept_websocket(&parts.headers, outer)?;
+        let answer = forward::accept_websocket(&parts.headers, Some(outer))?;
         let server = hyper::upgrade::on(&mut response);
         let stop = self.stop.clone();
         tokio::spawn(async move {

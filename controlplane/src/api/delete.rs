@@ -59,20 +59,35 @@ impl DeleteOptions {
                 propagation,
                 &["Background", "Foreground", "Orphan"],
             );
-            return Err(Status::invalid("", "DeleteOptions", "", vec![error]));
+            return Err(Status::invalid(
+                "meta.k8s.io",
+                "DeleteOptions",
+                "",
+                vec![error],
+            ));
         }
         let grace_s = match body.pointer("/gracePeriodSeconds").and_then(Value::as_i64) {
             Some(grace) => Some(grace),
             None => query.number("gracePeriodSeconds")?,
         };
+        let sent = body.items("/dryRun").iter().filter_map(Value::as_str);
+        let dry_run: Vec<&str> = query.all("dryRun").chain(sent).collect();
+        if let Some(other) = dry_run.iter().find(|value| **value != "All") {
+            let error = FieldError::unsupported("dryRun", *other, &["All"]);
+            return Err(Status::invalid(
+                "meta.k8s.io",
+                "DeleteOptions",
+                "",
+                vec![error],
+            ));
+        }
         Ok(Self {
             // A negative period means at once, one second is the least that upstream gives.
             grace_s: grace_s.map(|grace| if grace < 0 { 1 } else { grace }),
             uid: body.text("/preconditions/uid").to_owned(),
             resource_version: body.text("/preconditions/resourceVersion").to_owned(),
             propagation,
-            dry_run: query.get("dryRun") == "All"
-                || body.items("/dryRun").iter().any(|value| value == "All"),
+            dry_run: !dry_run.is_empty(),
         })
     }
 }
@@ -113,7 +128,7 @@ impl Api {
         body: Incoming,
     ) -> Result<Answer, Status> {
         let form = Form::negotiate(&parts.headers, &call.query)?;
-        let bytes = body::read_body(body).await?;
+        let bytes = body::read_body(parts, body).await?;
         let options = DeleteOptions::parse(parts, &bytes, &call.query)?;
         match self.delete_object(&call.target, &options).await? {
             Deleted::Waiting(object) => {
@@ -140,7 +155,7 @@ impl Api {
         parts: &Parts,
         body: Incoming,
     ) -> Result<Answer, Status> {
-        let bytes = body::read_body(body).await?;
+        let bytes = body::read_body(parts, body).await?;
         let options = DeleteOptions::parse(parts, &bytes, &call.query)?;
         let selected = ListOptions::parse(&call.query, call.target.resource)?;
         strategy::check_selectable(&call.target, &selected.fields)?;

@@ -67,6 +67,11 @@ impl Api {
             ["openapi", "v2"] => Ok(kept(&self.documents.openapi_v2, parts, || {
                 openapi::v2(&self.served)
             })),
+            [".well-known", "openid-configuration"] => Ok(self.issuer_configuration()),
+            ["openid", "v1", "jwks"] => Ok(public_keys(
+                "application/jwk-set+json",
+                self.tokens.key_set(),
+            )),
             _ => return None,
         };
         if !matches!(parts.method, Method::GET | Method::HEAD) {
@@ -84,11 +89,13 @@ impl Api {
             }
         }
         let more = [
+            "/.well-known/openid-configuration",
             "/healthz",
             "/livez",
             "/metrics",
             "/openapi/v2",
             "/openapi/v3",
+            "/openid/v1/jwks",
             "/readyz",
             "/version",
         ];
@@ -96,6 +103,23 @@ impl Api {
         paths.sort();
         paths.dedup();
         reply::json(StatusCode::OK, &json!({ "paths": paths }))
+    }
+
+    /// Who issues ServiceAccount tokens, for whom they are shown to (OpenID Connect Discovery 1.0, section 3).
+    fn issuer_configuration(&self) -> Answer {
+        let address = match self.config.advertise_address {
+            std::net::IpAddr::V4(address) => address.to_string(),
+            std::net::IpAddr::V6(address) => format!("[{address}]"),
+        };
+        let port = self.config.advertise_port;
+        let document = json!({
+            "issuer": self.tokens.issuer(),
+            "jwks_uri": format!("https://{address}:{port}/openid/v1/jwks"),
+            "response_types_supported": ["id_token"],
+            "subject_types_supported": ["public"],
+            "id_token_signing_alg_values_supported": self.tokens.algorithms(),
+        });
+        public_keys("application/json", document)
     }
 
     fn found(&self, document: Option<Value>) -> Result<Answer, Status> {
@@ -179,6 +203,14 @@ impl Api {
         };
         Ok(reply::json(StatusCode::OK, &document))
     }
+}
+
+/// What verifiers of tokens may keep for an hour.
+fn public_keys(content_type: &str, document: Value) -> Answer {
+    let mut answer = reply::bytes(StatusCode::OK, content_type, document.to_string());
+    let hour = header::HeaderValue::from_static("public, max-age=3600");
+    answer.headers_mut().insert(header::CACHE_CONTROL, hour);
+    answer
 }
 
 /// Whether OpenAPI v2 is asked for as protobuf. Clients write `@` before the version, which no media type may have in an

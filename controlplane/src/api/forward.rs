@@ -2,6 +2,7 @@
 //! passed back.
 
 use bytes::Bytes;
+use http::request::Parts;
 use http::{HeaderMap, HeaderName, Request, Response, StatusCode, header};
 use http_body_util::BodyExt;
 use hyper::body::{Body as HttpBody, Incoming};
@@ -15,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::reply::{self, Answer, Body};
 use super::status::Status;
+use crate::streams::{self, Framing};
 
 /// The largest message of a client: what is typed or copied comes in pieces of some KiB.
 const MESSAGE_BYTES_MAX: usize = 4 << 20;
@@ -49,14 +51,15 @@ pub fn asks_for_upgrade(headers: &HeaderMap) -> bool {
     headers.contains_key(header::UPGRADE)
 }
 
+pub fn asks_for_websocket(headers: &HeaderMap) -> bool {
+    let upgrade = headers.get(header::UPGRADE);
+    headers.contains_key(header::SEC_WEBSOCKET_KEY)
+        && upgrade.is_some_and(|to| to.as_bytes().eq_ignore_ascii_case(b"websocket"))
+}
+
 /// The protocol that a WebSocket client offers to speak inside; empty for other clients.
 pub fn websocket_protocols(headers: &HeaderMap) -> Vec<&str> {
-    let text = |value: &'_ http::HeaderValue| value.to_str().ok().map(str::to_owned);
-    let websocket = headers
-        .get(header::UPGRADE)
-        .and_then(text)
-        .is_some_and(|protocol| protocol.eq_ignore_ascii_case("websocket"));
-    if !websocket || !headers.contains_key(header::SEC_WEBSOCKET_KEY) {
+    if !asks_for_websocket(headers) {
         return Vec::new();
     }
     let offers = headers.get_all(header::SEC_WEBSOCKET_PROTOCOL).iter();
@@ -140,7 +143,10 @@ pub async fn both(
 }
 
 /// The 101 that makes a client's connection a WebSocket of the given subprotocol.
-pub fn accept_websocket(headers: &HeaderMap, protocol: &'static str) -> Result<Answer, Status> {
+pub fn accept_websocket(
+    headers: &HeaderMap,
+    protocol: Option<&'static str>,
+) -> Result<Answer, Status> {
     let key = headers
         .get(header::SEC_WEBSOCKET_KEY)
         .ok_or_else(|| Status::bad_request("Sec-WebSocket-Key is missing"))?;
@@ -156,13 +162,43 @@ pub fn accept_websocket(headers: &HeaderMap, protocol: &'static str) -> Result<A
         header::UPGRADE,
         header::HeaderValue::from_static("websocket"),
     );
-    headers.insert(
-        header::SEC_WEBSOCKET_PROTOCOL,
-        header::HeaderValue::from_static(protocol),
-    );
+    if let Some(protocol) = protocol {
+        let protocol = header::HeaderValue::from_static(protocol);
+        headers.insert(header::SEC_WEBSOCKET_PROTOCOL, protocol);
+    }
     let accepted = accepted.parse().map_err(Status::internal)?;
     headers.insert(header::SEC_WEBSOCKET_ACCEPT, accepted);
     Ok(answer)
+}
+
+/// Gives a client the body of an answer in the messages of a WebSocket: logs and watches may be asked for that way.
+pub fn over_websocket(
+    answer: Answer,
+    parts: &Parts,
+    upgrade: Option<OnUpgrade>,
+    (framing, protocol): (Framing, Option<&'static str>),
+    stop: &CancellationToken,
+) -> Result<Answer, Status> {
+    if !answer.status().is_success() {
+        return Ok(answer);
+    }
+    let upgrade = upgrade.ok_or_else(cannot_upgrade)?;
+    let accepted = accept_websocket(&parts.headers, protocol)?;
+    let body = answer.into_body().into_data_stream();
+    let stop = stop.clone();
+    tokio::spawn(async move {
+        match upgrade.await {
+            Ok(client) => {
+                let client = websocket(client).await;
+                tokio::select! {
+                    () = stop.cancelled() => {}
+                    () = streams::send(client, body, framing) => {}
+                }
+            }
+            Err(error) => tracing::debug!(%error, "a WebSocket ended before it began"),
+        }
+    });
+    Ok(accepted)
 }
 
 /// The server's end of an accepted WebSocket.

@@ -10,6 +10,7 @@ mod body;
 pub mod bootstrap;
 mod change;
 mod components;
+mod compression;
 mod config;
 mod connect;
 mod conversion;
@@ -17,6 +18,7 @@ mod delete;
 mod documents;
 mod fields;
 mod forward;
+mod health;
 mod kubelet;
 mod listener;
 mod metrics;
@@ -49,6 +51,7 @@ use tokio_util::sync::CancellationToken;
 use crate::auth::{Identity, TokenKeys};
 use crate::registry::{self, Resource};
 use crate::store::{Store, StoreError};
+use crate::streams;
 
 pub(crate) use admission::{Usage, covers, usage};
 pub use config::{Config, TOKEN_ISSUER};
@@ -156,6 +159,7 @@ impl Api {
         let seen = metrics::Seen::of(&parts);
         let query = Query::parse(parts.uri.query().unwrap_or(""));
         let encoding = Encoding::negotiate(&parts.headers, &query).unwrap_or(Encoding::Json);
+        let gzip = compression::wanted(&parts);
         let routed = AssertUnwindSafe(self.route(peer, parts, body))
             .catch_unwind()
             .await;
@@ -171,10 +175,11 @@ impl Api {
                 Status::internal("the request made the server panic; its log says where").into()
             }
         };
-        let mut answer = reply::encode(answer, encoding).await;
+        let mut answer = reply::encode(answer, encoding, gzip).await;
         if let Some(warning) = deprecation(&seen.path) {
             reply::warn(&mut answer, &[warning.to_owned()]);
         }
+        reply::finish(&mut answer);
         self.metrics
             .observe(&seen, answer.status(), started.elapsed());
         answer
@@ -183,17 +188,16 @@ impl Api {
     async fn route(&self, peer: &Peer, mut parts: Parts, body: Incoming) -> Result<Answer, Status> {
         let path = parts.uri.path().to_owned();
         let path = path.as_str();
-        match path {
-            "/readyz" if self.stop.is_cancelled() => {
-                return Err(Status::unavailable("the server is stopping"));
-            }
-            "/livez" | "/readyz" | "/healthz" => return Ok(reply::text(StatusCode::OK, "ok")),
-            "/version" | "/version/" => {
-                return Ok(reply::json(StatusCode::OK, &documents::version()));
-            }
-            _ => {}
+        if let Some(health) = self.health(&parts).await {
+            return health;
+        }
+        if matches!(path, "/version" | "/version/") {
+            return Ok(reply::json(StatusCode::OK, &documents::version()));
         }
         let identity = self.authenticate(peer, &parts).await?;
+        if let Some(check) = self.health_check(path).await {
+            return check;
+        }
         if path == "/metrics" {
             let content = "application/openmetrics-text; version=1.0.0; charset=utf-8";
             return Ok(reply::bytes(
@@ -219,6 +223,7 @@ impl Api {
             query,
         };
         call.check_verb(&parts.method)?;
+        call.query.duration("timeout")?;
         if let Some(subresource) = call.target.subresource.as_deref() {
             let connects = matches!(
                 subresource,
@@ -253,11 +258,17 @@ impl Api {
                             .map_err(|error| Status::bad_request(error.to_string()))?;
                 }
                 strategy::check_selectable(&call.target, &options.fields)?;
-                if options.watch {
+                if options.watch && forward::asks_for_websocket(&parts.headers) {
+                    let upgrade = parts.extensions.remove::<hyper::upgrade::OnUpgrade>();
+                    let events = self.watch(&call, (form, Encoding::Json), options).await?;
+                    let framing = (streams::Framing::Lines, None);
+                    forward::over_websocket(events, &parts, upgrade, framing, &self.stop)
+                } else if options.watch {
                     let encoding = Encoding::negotiate_stream(&parts.headers, &call.query)?;
                     self.watch(&call, (form, encoding), options).await
                 } else {
-                    self.list(&call, form, options).await
+                    let encoding = Encoding::negotiate(&parts.headers, &call.query)?;
+                    self.list(&call, (form, encoding), options).await
                 }
             }
             (Method::POST, false) => self.create(&call, &parts, body).await,

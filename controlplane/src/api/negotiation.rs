@@ -27,9 +27,8 @@ pub enum Encoding {
 impl Encoding {
     /// The encoding of an answer as a whole.
     pub fn negotiate(headers: &HeaderMap, query: &Query) -> Result<Self, Status> {
-        let supported = [JSON, YAML, PROTOBUF];
         let accepted = negotiate(headers, query).map(|(encoding, _)| encoding);
-        accepted.ok_or_else(|| Status::not_acceptable(&supported))
+        accepted.ok_or_else(|| Status::not_acceptable(&MEDIA_TYPES))
     }
 
     /// The encoding of the events of a watch, which YAML does not have.
@@ -58,13 +57,15 @@ impl Form {
     /// The form of the best offer of the Accept header.
     pub fn negotiate(headers: &HeaderMap, query: &Query) -> Result<Self, Status> {
         let accepted = negotiate(headers, query).map(|(_, form)| form);
-        accepted.ok_or_else(|| Status::not_acceptable(&[JSON, YAML, PROTOBUF]))
+        accepted.ok_or_else(|| Status::not_acceptable(&MEDIA_TYPES))
     }
 }
 
 const JSON: &str = "application/json";
 const YAML: &str = "application/yaml";
 const PROTOBUF: &str = "application/vnd.kubernetes.protobuf";
+/// What objects are served as.
+pub const MEDIA_TYPES: [&str; 3] = [JSON, YAML, PROTOBUF];
 
 /// The first offer of the Accept header, by weight and then by place, that can be met.
 fn negotiate(headers: &HeaderMap, query: &Query) -> Option<(Encoding, Form)> {

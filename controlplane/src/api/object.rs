@@ -84,6 +84,12 @@ pub fn write_item(out: &mut Vec<u8>, record: &Record) {
     write_fields(out, record, record.revision);
 }
 
+/// How many bytes [`write_item`] appends.
+pub fn item_length(record: &Record) -> usize {
+    let digits = record.revision.0.checked_ilog10().unwrap_or(0) as usize + 1;
+    br#""resourceVersion":"","#.len() + digits + record.value.len()
+}
+
 fn write_fields(out: &mut Vec<u8>, record: &Record, revision: Revision) {
     out.extend_from_slice(&HEAD[1..]);
     out.extend_from_slice(br#""resourceVersion":""#);
@@ -144,6 +150,7 @@ mod tests {
         assert_eq!(decode(&record, "Pod", "v1").expect("decoded"), expected);
         let mut item = Vec::new();
         write_item(&mut item, &record);
+        assert_eq!(item.len(), item_length(&record));
         assert_eq!(
             item,
             br#"{"metadata":{"resourceVersion":"7","name":"b"},"spec":{"x":1}}"#

@@ -121,7 +121,8 @@ fn keep_part(applied: &mut Value, target: &Target) {
     }
 }
 
-fn patch_failed(error: patch::PatchError) -> Status {
+/// A patch that failed, as clients are told of it.
+pub fn patch_failed(error: patch::PatchError) -> Status {
     let message = error.to_string();
     match error {
         patch::PatchError::Invalid(_) => Status::bad_request(message),

@@ -6,13 +6,17 @@ use http::{StatusCode, request::Parts};
 use serde_json::{Value, json};
 
 use super::reply::Answer;
-use super::request::{Form, ListOptions, Target};
+use super::request::{Encoding, Form, ListOptions, Target};
 use super::status::Status;
 use super::{Api, Call, object, reply, table};
+use crate::codec::transcode;
 use crate::store::{Page, Range, Record, Revision, StoreError};
 
 /// How many records are read at once when a selector picks few of them.
 const SCAN_RECORDS: usize = 500;
+/// How long a list may take from its first page to its last: etcd keeps old states as long under a kube-apiserver, so a client
+/// that is slower learns it everywhere alike.
+const CONTINUE_LIFETIME_S: i64 = 300;
 
 impl Api {
     /// The stored record of the target, or 404.
@@ -37,6 +41,7 @@ impl Api {
                 resource.kind,
                 &resource.api_version(),
             );
+            out.push(b'\n');
             return Ok(reply::bytes(StatusCode::OK, "application/json", out));
         }
         Ok(reply::object(
@@ -59,35 +64,27 @@ impl Api {
     pub(super) async fn list(
         &self,
         call: &Call,
-        form: Form,
+        (form, encoding): (Form, Encoding),
         options: ListOptions,
     ) -> Result<Answer, Status> {
         let listing = self.select(&call.target, &options).await?;
         let resource = call.target.resource;
         if form == Form::Object && !object::converts(resource) {
-            let size: usize = listing
-                .records
-                .iter()
-                .map(|record| record.value.len() + 48)
-                .sum();
-            let mut out = Vec::with_capacity(size + 256);
-            out.extend_from_slice(
-                format!(
-                    r#"{{"kind":"{}List","apiVersion":"{}","metadata":{},"items":["#,
-                    resource.kind,
-                    resource.api_version(),
-                    listing.metadata()
-                )
-                .as_bytes(),
-            );
-            for (at, record) in listing.records.iter().enumerate() {
-                if at > 0 {
-                    out.push(b',');
+            let (kind, api_version) = (format!("{}List", resource.kind), resource.api_version());
+            let metadata = listing.metadata().to_string();
+            if encoding == Encoding::Protobuf {
+                let ty = resource.ty.get();
+                let items = listing.records.iter();
+                let items = items.map(|record| |out: &mut Vec<u8>| object::write_item(out, record));
+                let list = transcode::list(&api_version, &kind, ty, metadata.as_bytes(), items);
+                if let Some(list) = list {
+                    return Ok(reply::protobuf(list));
                 }
-                object::write_item(&mut out, record);
             }
-            out.extend_from_slice(b"]}");
-            return Ok(reply::bytes(StatusCode::OK, "application/json", out));
+            let head = format!(
+                r#"{{"kind":"{kind}","apiVersion":"{api_version}","metadata":{metadata},"items":["#
+            );
+            return Ok(reply::records(head, listing.records));
         }
         let objects: Result<Vec<Value>, Status> = listing
             .records
@@ -128,16 +125,22 @@ impl Api {
     ) -> Result<Listing, Status> {
         let prefix = target.prefix();
         self.not_ahead(options.resource_version)?;
-        let (after, mut at) = match options.continue_token.as_str() {
+        let now = jiff::Timestamp::now().as_second();
+        let (after, mut at, mut since) = match options.continue_token.as_str() {
             "" if options.resource_version_match == "Exact" => {
-                (None, options.resource_version.map(Revision))
+                (None, options.resource_version.map(Revision), now)
             }
-            "" => (None, None),
+            "" => (None, None, now),
             token => {
-                let (revision, start) = read_continue(token, &prefix)?;
-                (Some(start), revision)
+                let token = Continue::read(token, &prefix)?;
+                (Some(token.start), token.revision, token.since)
             }
         };
+        if at.is_none() {
+            since = now;
+        } else if now.saturating_sub(since) > CONTINUE_LIFETIME_S {
+            return Err(expired_continue(after.as_deref().unwrap_or(""), &prefix));
+        }
         let mut records: Vec<Record> = Vec::new();
         let mut last = after;
         loop {
@@ -173,23 +176,25 @@ impl Api {
                 }
                 if options.limit == Some(records.len()) {
                     let left = found.len() - index - 1 + remaining;
-                    return Ok(Listing::cut(
+                    if left == 0 {
+                        return Ok(Listing::whole(records, revision));
+                    }
+                    let token = Continue {
+                        revision: Some(revision),
+                        start: record.key.to_string(),
+                        since,
+                    };
+                    return Ok(Listing {
                         records,
                         revision,
-                        left,
-                        &record.key,
-                        &prefix,
-                        options,
-                    ));
+                        // With a selector, how many of the rest match is not known.
+                        remaining: options.selects_all().then_some(left),
+                        continue_token: Some(token.write(&prefix)),
+                    });
                 }
             }
             if remaining == 0 || found_last.is_none() {
-                return Ok(Listing {
-                    records,
-                    revision,
-                    remaining: None,
-                    continue_token: None,
-                });
+                return Ok(Listing::whole(records, revision));
             }
             last = found_last;
         }
@@ -213,31 +218,12 @@ pub(super) struct Listing {
 }
 
 impl Listing {
-    fn cut(
-        records: Vec<Record>,
-        revision: Revision,
-        left: usize,
-        last_key: &str,
-        prefix: &str,
-        options: &ListOptions,
-    ) -> Self {
-        if left == 0 {
-            return Self {
-                records,
-                revision,
-                remaining: None,
-                continue_token: None,
-            };
-        }
-        let start = last_key.strip_prefix(prefix).unwrap_or(last_key);
-        let token = write_continue(Some(revision), start);
-        // With a selector, how many of the rest match is not known.
-        let remaining = options.selects_all().then_some(left);
+    fn whole(records: Vec<Record>, revision: Revision) -> Self {
         Self {
             records,
             revision,
-            remaining,
-            continue_token: Some(token),
+            remaining: None,
+            continue_token: None,
         }
     }
 
@@ -253,27 +239,44 @@ impl Listing {
     }
 }
 
-/// A continue token: the revision the list is at (-1: whatever is newest) and the last key given out.
-fn write_continue(revision: Option<Revision>, start: &str) -> String {
-    let revision = revision.map_or(-1, |revision| i64::try_from(revision.0).unwrap_or(-1));
-    URL_SAFE_NO_PAD
-        .encode(json!({"v": "meta.k8s.io/v1", "rv": revision, "start": start}).to_string())
+/// Continue is what a continue token says.
+#[derive(Debug, PartialEq, Eq)]
+struct Continue {
+    /// What the list is of; whatever is newest when there is none.
+    revision: Option<Revision>,
+    /// The last key given out.
+    start: String,
+    /// When the first page was given out, in seconds since the epoch.
+    since: i64,
 }
 
-fn read_continue(token: &str, prefix: &str) -> Result<(Option<Revision>, String), Status> {
-    let refused =
-        || Status::bad_request("continue key is not valid: it was not given out by this server");
-    let bytes = URL_SAFE_NO_PAD.decode(token).map_err(|_| refused())?;
-    let token: Value = serde_json::from_slice(&bytes).map_err(|_| refused())?;
-    let start = token["start"]
-        .as_str()
-        .filter(|start| !start.is_empty())
-        .ok_or_else(refused)?;
-    let revision = token["rv"].as_i64().ok_or_else(refused)?;
-    Ok((
-        u64::try_from(revision).ok().map(Revision),
-        format!("{prefix}{start}"),
-    ))
+impl Continue {
+    fn write(&self, prefix: &str) -> String {
+        let revision = self.revision.map(|revision| i64::try_from(revision.0));
+        let revision = revision.and_then(Result::ok).unwrap_or(-1);
+        let start = self.start.strip_prefix(prefix).unwrap_or(&self.start);
+        let token =
+            json!({"v": "meta.k8s.io/v1", "rv": revision, "start": start, "since": self.since});
+        URL_SAFE_NO_PAD.encode(token.to_string())
+    }
+
+    fn read(token: &str, prefix: &str) -> Result<Self, Status> {
+        let refused = || {
+            Status::bad_request("continue key is not valid: it was not given out by this server")
+        };
+        let bytes = URL_SAFE_NO_PAD.decode(token).map_err(|_| refused())?;
+        let token: Value = serde_json::from_slice(&bytes).map_err(|_| refused())?;
+        let start = token["start"]
+            .as_str()
+            .filter(|start| !start.is_empty())
+            .ok_or_else(refused)?;
+        let revision = token["rv"].as_i64().ok_or_else(refused)?;
+        Ok(Self {
+            revision: u64::try_from(revision).ok().map(Revision),
+            start: format!("{prefix}{start}"),
+            since: token["since"].as_i64().ok_or_else(refused)?,
+        })
+    }
 }
 
 /// 410, with a token that goes on from the same place in the newest state.
@@ -284,8 +287,12 @@ fn expired_continue(last: &str, prefix: &str) -> Status {
          results. Continuing with the provided token results in an inconsistent list - objects that were created, \
          modified, or deleted between the time the first chunk was returned and now may show up in the list.",
     );
-    let start = last.strip_prefix(prefix).unwrap_or(last);
-    status.continue_token = Some(write_continue(None, start));
+    let token = Continue {
+        revision: None,
+        start: last.to_owned(),
+        since: 0,
+    };
+    status.continue_token = Some(token.write(prefix));
     status
 }
 
@@ -295,26 +302,24 @@ mod tests {
 
     #[test]
     fn continue_tokens_come_back_as_given_out_and_others_are_refused() {
-        let token = write_continue(Some(Revision(12)), "ns/name");
-        let (revision, start) = read_continue(&token, "/core/pods/").expect("our own token");
-        assert_eq!(
-            (revision, start.as_str()),
-            (Some(Revision(12)), "/core/pods/ns/name")
-        );
-        assert_eq!(
-            read_continue(&write_continue(None, "x"), "/")
-                .expect("inconsistent")
-                .0,
-            None
-        );
-        assert_eq!(read_continue("!!", "/").expect_err("refused").code, 400);
+        let given = |revision| Continue {
+            revision,
+            start: "/core/pods/ns/name".to_owned(),
+            since: 7,
+        };
+        for revision in [Some(Revision(12)), None] {
+            let token = given(revision).write("/core/pods/");
+            let read = Continue::read(&token, "/core/pods/").expect("our own token");
+            assert_eq!(read, given(revision));
+        }
+        assert_eq!(Continue::read("!!", "/").expect_err("refused").code, 400);
     }
 
     proptest::proptest! {
         #[test]
         fn no_token_makes_the_server_panic(text in ".{0,60}", json in "[{}\"a-z:,0-9-]{0,60}") {
-            let _ = read_continue(&text, "/core/pods/");
-            let _ = read_continue(&URL_SAFE_NO_PAD.encode(json), "/core/pods/");
+            let _ = Continue::read(&text, "/core/pods/");
+            let _ = Continue::read(&URL_SAFE_NO_PAD.encode(json), "/core/pods/");
         }
     }
 }

@@ -10,8 +10,9 @@ use serde_json::Value;
 
 use super::request::{Encoding, Form, Target};
 use super::status::Status;
-use super::{object, table};
+use super::{compression, object, table};
 use crate::codec::transcode;
+use crate::store::Record;
 
 /// The body of an answer.
 pub type Body = UnsyncBoxBody<Bytes, BodyError>;
@@ -31,16 +32,32 @@ pub fn streamed(chunks: impl futures::Stream<Item = Bytes> + Send + 'static) -> 
     StreamBody::new(chunks.map(|chunk| Ok::<_, BodyError>(Frame::data(chunk)))).boxed_unsync()
 }
 
-/// Marks an answer whose body is JSON of our own: it can be encoded in another way. What is passed on from elsewhere
-/// stays as it is.
+/// Marks an answer whose body is of our own: it can be encoded in another way. What is passed on from elsewhere stays as
+/// it is.
 #[derive(Clone, Copy)]
 struct Own;
 
-/// The answer in the encoding asked for. What has no protobuf form (tables of our own, OpenAPI) stays JSON.
-pub async fn encode(mut answer: Answer, encoding: Encoding) -> Answer {
-    if encoding == Encoding::Json || answer.extensions_mut().remove::<Own>().is_none() {
+/// The answer in the encoding asked for, compressed where that is asked for and pays.
+pub async fn encode(mut answer: Answer, encoding: Encoding, gzip: bool) -> Answer {
+    if answer.extensions_mut().remove::<Own>().is_none() {
         return answer;
     }
+    if encoding != Encoding::Json && media_type(&answer) == Encoding::Json.media_type() {
+        answer = transcoded(answer, encoding).await;
+    }
+    match gzip {
+        true => compression::gzip(answer),
+        false => answer,
+    }
+}
+
+fn media_type(answer: &Answer) -> &str {
+    let given = answer.headers().get(header::CONTENT_TYPE);
+    given.and_then(|given| given.to_str().ok()).unwrap_or("")
+}
+
+/// What has no protobuf form (tables of our own, OpenAPI) stays JSON.
+async fn transcoded(answer: Answer, encoding: Encoding) -> Answer {
     let (mut head, body) = answer.into_parts();
     let json = match body.collect().await {
         Ok(collected) => collected.to_bytes(),
@@ -59,7 +76,59 @@ pub async fn encode(mut answer: Answer, encoding: Encoding) -> Answer {
     };
     let content_type = header::HeaderValue::from_static(encoding.media_type());
     head.headers.insert(header::CONTENT_TYPE, content_type);
+    head.headers.remove(header::CONTENT_LENGTH);
     Answer::from_parts(head, full(encoded))
+}
+
+/// A list of stored records in the chunks of a stream, so that it is never there as a whole.
+pub fn records(head: String, records: Vec<Record>) -> Answer {
+    /// As much goes into one chunk, give or take a record.
+    const CHUNK_BYTES: usize = 64 << 10;
+    let items: usize = records
+        .iter()
+        .map(|record| object::item_length(record) + 1)
+        .sum();
+    let end = b"]}\n";
+    let length = head.len() + items - usize::from(!records.is_empty()) + end.len();
+    let mut first = Some(head);
+    let mut records = records.into_iter().peekable();
+    let mut ended = false;
+    let mut chunk = move || {
+        let mut out = Vec::with_capacity(CHUNK_BYTES.min(length) + 1024);
+        out.extend_from_slice(first.take().unwrap_or_default().as_bytes());
+        while out.len() < CHUNK_BYTES && !ended {
+            match records.next() {
+                Some(record) => object::write_item(&mut out, &record),
+                None => ended = true,
+            }
+            if records.peek().is_some() {
+                out.push(b',');
+            }
+        }
+        if ended {
+            out.extend_from_slice(end);
+        }
+        (Bytes::from(out), ended)
+    };
+    let mut answer = bytes(StatusCode::OK, "application/json", Bytes::new());
+    *answer.body_mut() = match length <= CHUNK_BYTES {
+        true => full(chunk().0),
+        false => streamed(futures::stream::unfold(false, move |over| {
+            let next = (!over).then(&mut chunk);
+            std::future::ready(next)
+        })),
+    };
+    answer
+        .headers_mut()
+        .insert(header::CONTENT_LENGTH, length.into());
+    answer
+}
+
+/// Protobuf that was not made from an answer in JSON.
+pub fn protobuf(message: Vec<u8>) -> Answer {
+    let mut answer = bytes(StatusCode::OK, Encoding::Protobuf.media_type(), message);
+    answer.extensions_mut().insert(Own);
+    answer
 }
 
 pub fn bytes(code: StatusCode, content_type: &str, body: impl Into<Bytes>) -> Answer {
@@ -82,7 +151,20 @@ pub fn text(code: StatusCode, body: impl Into<Bytes>) -> Answer {
 }
 
 pub fn json(code: StatusCode, value: &Value) -> Answer {
-    bytes(code, "application/json", value.to_string())
+    let mut text = value.to_string();
+    // As upstream: whoever prints a body to a terminal is glad of it.
+    text.push('\n');
+    bytes(code, "application/json", text)
+}
+
+/// What goes with every answer.
+pub fn finish(answer: &mut Answer) {
+    let headers = answer.headers_mut();
+    let uncached = header::HeaderValue::from_static("no-cache, private");
+    headers.entry(header::CACHE_CONTROL).or_insert(uncached);
+    if let Ok(id) = uuid::Uuid::new_v4().to_string().parse() {
+        headers.insert("audit-id", id);
+    }
 }
 
 impl From<Status> for Answer {

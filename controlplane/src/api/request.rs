@@ -1,15 +1,18 @@
 //! What a request asks for: its path, query and headers, checked once.
 
 use std::borrow::Cow;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use http::{HeaderMap, Method, header};
+use http::request::Parts;
+use http::{Method, header};
 
 use super::status::{FieldError, Status, Subject};
 use crate::codec::FieldValidation;
 use crate::registry::{self, Resource};
 use crate::selector::{FieldSelector, LabelSelector};
 
-pub use super::negotiation::{Encoding, Form};
+pub use super::negotiation::{Encoding, Form, MEDIA_TYPES};
 
 /// The resource, object or part of an object that a path names.
 #[derive(Debug, Clone)]
@@ -140,6 +143,11 @@ impl Query {
             .map(|(_, value)| value.as_str())
     }
 
+    /// Whether a key is given at all, with or without a value.
+    pub fn has(&self, key: &str) -> bool {
+        self.0.iter().any(|(name, _)| name == key)
+    }
+
     pub fn flag(&self, key: &str) -> bool {
         matches!(self.get(key), "true" | "True" | "TRUE" | "1" | "t")
     }
@@ -154,6 +162,48 @@ impl Query {
             }),
         }
     }
+}
+
+impl Query {
+    /// A duration as Go writes them: `1m30s`, `500ms`.
+    pub fn duration(&self, key: &str) -> Result<Option<Duration>, Status> {
+        match self.get(key) {
+            "" => Ok(None),
+            text => duration(text).map(Some).ok_or_else(|| {
+                Status::bad_request(format!(
+                    "invalid {key} specified in the request URL - time: invalid duration {text:?}"
+                ))
+            }),
+        }
+    }
+}
+
+fn duration(text: &str) -> Option<Duration> {
+    if text == "0" {
+        return Some(Duration::ZERO);
+    }
+    let (mut total, mut rest) = (Duration::ZERO, text);
+    while !rest.is_empty() {
+        let number = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
+        let (amount, after) = rest.split_at(number);
+        let unit = after
+            .find(|c: char| c.is_ascii_digit() || c == '.')
+            .unwrap_or(after.len());
+        let (unit, after) = after.split_at(unit);
+        let seconds = match unit {
+            "ns" => 1e-9,
+            "us" | "µs" => 1e-6,
+            "ms" => 1e-3,
+            "s" => 1.0,
+            "m" => 60.0,
+            "h" => 3600.0,
+            _ => return None,
+        };
+        let amount: f64 = amount.parse().ok()?;
+        total = total.checked_add(Duration::try_from_secs_f64(amount * seconds).ok()?)?;
+        rest = after;
+    }
+    (!text.is_empty()).then_some(total)
 }
 
 /// What a list or watch is asked for.
@@ -277,10 +327,31 @@ pub struct WriteOptions {
     pub validation: FieldValidation,
     pub manager: String,
     pub force: bool,
+    pub warnings: Warnings,
+}
+
+/// What a client is told beside the answer, each once: a write that is tried again says the same again.
+#[derive(Debug, Clone, Default)]
+pub struct Warnings(Arc<Mutex<Vec<String>>>);
+
+impl Warnings {
+    pub fn add(&self, warnings: impl IntoIterator<Item = String>) {
+        let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for warning in warnings {
+            if !told.contains(&warning) {
+                told.push(warning);
+            }
+        }
+    }
+
+    pub fn take(&self) -> Vec<String> {
+        std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
 }
 
 impl WriteOptions {
-    pub fn parse(query: &Query, headers: &HeaderMap) -> Result<Self, Status> {
+    pub fn parse(query: &Query, parts: &Parts) -> Result<Self, Status> {
+        let headers = &parts.headers;
         let mut errors = Vec::new();
         let mut dry_run = false;
         for value in query.all("dryRun") {
@@ -314,7 +385,7 @@ impl WriteOptions {
             .get(header::CONTENT_TYPE)
             .and_then(|content| content.to_str().ok())
             .unwrap_or("");
-        let patches = media.contains("patch+");
+        let patches = parts.method == Method::PATCH;
         let applies = media.starts_with("application/apply-patch");
         if applies && query.get("fieldManager").is_empty() {
             errors.push(FieldError::required(
@@ -327,10 +398,10 @@ impl WriteOptions {
             errors.push(FieldError::forbidden("force", why));
         }
         if !errors.is_empty() {
-            let kind = if patches {
-                "PatchOptions"
-            } else {
-                "CreateOptions"
+            let kind = match parts.method {
+                Method::PATCH => "PatchOptions",
+                Method::PUT => "UpdateOptions",
+                _ => "CreateOptions",
             };
             return Err(Status::invalid("meta.k8s.io", kind, "", errors));
         }
@@ -339,6 +410,7 @@ impl WriteOptions {
             validation: validation.unwrap_or_default(),
             manager: manager.to_owned(),
             force: query.flag("force"),
+            warnings: Warnings::default(),
         })
     }
 }
@@ -410,6 +482,24 @@ mod tests {
             Query::parse("labelSelector=a%3Db+c&watch=1").get("labelSelector"),
             "a=b c"
         );
+    }
+
+    #[test]
+    fn durations_are_read_as_go_writes_them() {
+        for (text, millis) in [
+            ("1s", Some(1000)),
+            ("1m30s", Some(90_000)),
+            ("1.5s", Some(1500)),
+            ("500ms", Some(500)),
+            ("0", Some(0)),
+            ("5", None),
+            ("-1s", None),
+            ("1d", None),
+            ("s", None),
+        ] {
+            let expected = millis.map(Duration::from_millis);
+            assert_eq!(duration(text), expected, "{text}");
+        }
     }
 
     #[test]

@@ -11,7 +11,7 @@ use super::body::{decode, read_body};
 use super::config::TOKEN_ISSUER;
 use super::fields::Fields;
 use super::reply::Answer;
-use super::request::WriteOptions;
+use super::request::{Form, MEDIA_TYPES, WriteOptions};
 use super::status::{FieldError, Status};
 use super::{Api, Call, reply};
 use crate::registry::Resource;
@@ -44,9 +44,13 @@ impl Api {
         parts: Parts,
         body: Incoming,
     ) -> Result<Answer, Status> {
-        let options = WriteOptions::parse(&call.query, &parts.headers)?;
+        // An answer has nothing to print a table or metadata of.
+        if Form::negotiate(&parts.headers, &call.query)? != Form::Object {
+            return Err(Status::not_acceptable(&MEDIA_TYPES));
+        }
+        let options = WriteOptions::parse(&call.query, &parts)?;
         let resource = call.target.resource;
-        let body = read_body(body).await?;
+        let body = read_body(&parts, body).await?;
         let mut review = decode(
             &parts,
             &body,

@@ -281,6 +281,11 @@ impl Status {
         Self::new(StatusCode::GONE, "Expired", message)
     }
 
+    pub fn timeout(message: &str) -> Self {
+        let message = format!("Timeout: {message}");
+        Self::new(StatusCode::GATEWAY_TIMEOUT, "Timeout", message)
+    }
+
     /// The revision asked for has not been reached yet; clients retry.
     pub fn revision_ahead(asked: u64, current: u64) -> Self {
         let mut status = Self::new(

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use http::{StatusCode, request::Parts};
 use hyper::body::Incoming;
 use rand::RngExt;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::allocation::Reservation;
 use super::body::{check_name, decode, read_body, settle_namespace};
@@ -113,9 +113,9 @@ impl Api {
         body: Incoming,
     ) -> Result<Answer, Status> {
         let form = Form::negotiate(&parts.headers, &call.query)?;
-        let options = WriteOptions::parse(&call.query, &parts.headers)?;
+        let options = WriteOptions::parse(&call.query, parts)?;
         let resource = call.target.resource;
-        let body = read_body(body).await?;
+        let body = read_body(parts, body).await?;
         let decoded = decode(
             parts,
             &body,
@@ -130,6 +130,7 @@ impl Api {
         let created = self.insert(&call.target, object, &options).await?;
         let mut answer = reply::object(StatusCode::CREATED, &call.target, form, created);
         reply::warn(&mut answer, &decoded.warnings);
+        reply::warn(&mut answer, &options.warnings.take());
         Ok(answer)
     }
 
@@ -150,9 +151,9 @@ impl Api {
         part: Part,
     ) -> Result<Answer, Status> {
         let form = Form::negotiate(&parts.headers, &call.query)?;
-        let options = WriteOptions::parse(&call.query, &parts.headers)?;
+        let options = WriteOptions::parse(&call.query, parts)?;
         let resource = call.target.resource;
-        let body = read_body(body).await?;
+        let body = read_body(parts, body).await?;
         let decoded = decode(
             parts,
             &body,
@@ -163,11 +164,29 @@ impl Api {
         let mut wanted = object::to_stored(decoded.value, resource);
         settle_namespace(&mut wanted, &call.target)?;
         check_name(&mut wanted, call.target.object_name()?)?;
-        let outcome = self
+        let mut outcome = self
             .modify(&call.target, &options, part, |_| Ok(wanted.clone()))
-            .await?;
-        let mut answer = reply::object(StatusCode::OK, &call.target, form, outcome.into_object());
+            .await;
+        let mut code = StatusCode::OK;
+        let absent = matches!(&outcome, Err(status) if status.code == StatusCode::NOT_FOUND);
+        if absent && part == Part::Main && strategy::of(resource).creates_on_update() {
+            // Who names a version or an identity means an object that was there.
+            check_preconditions(&call.target, &wanted, &json!({}))?;
+            match self.insert(&call.target, wanted.clone(), &options).await {
+                // Somebody else was faster: then it is a change of theirs.
+                Err(status) if status.reason == "AlreadyExists" => {
+                    let change = |_: &Value| Ok(wanted.clone());
+                    outcome = self.modify(&call.target, &options, part, change).await;
+                }
+                created => {
+                    outcome = created.map(Outcome::Kept);
+                    code = StatusCode::CREATED;
+                }
+            }
+        }
+        let mut answer = reply::object(code, &call.target, form, outcome?.into_object());
         reply::warn(&mut answer, &decoded.warnings);
+        reply::warn(&mut answer, &options.warnings.take());
         Ok(answer)
     }
 
@@ -188,9 +207,9 @@ impl Api {
         part: Part,
     ) -> Result<Answer, Status> {
         let form = Form::negotiate(&parts.headers, &call.query)?;
-        let options = WriteOptions::parse(&call.query, &parts.headers)?;
+        let options = WriteOptions::parse(&call.query, parts)?;
         let target = &call.target;
-        let patch = Patch::parse(parts, &read_body(body).await?, target, &options)?;
+        let patch = Patch::parse(parts, &read_body(parts, body).await?, target, &options)?;
         let mut warnings = patch.warnings().to_vec();
         let applies = matches!(patch, Patch::Apply(_));
         let write = match Write::new(target, &options, part) {
@@ -205,6 +224,7 @@ impl Api {
                 Err(status) if status.reason == "AlreadyExists" => {}
                 outcome => {
                     let mut answer = reply::object(StatusCode::CREATED, target, form, outcome?);
+                    warnings.append(&mut options.warnings.take());
                     reply::warn(&mut answer, &warnings);
                     return Ok(answer);
                 }
@@ -225,6 +245,7 @@ impl Api {
             })
             .await?;
         warnings.append(&mut found);
+        warnings.append(&mut options.warnings.take());
         let mut answer = reply::object(StatusCode::OK, target, form, outcome.into_object());
         reply::warn(&mut answer, &warnings);
         Ok(answer)
@@ -308,6 +329,18 @@ impl Api {
             .await
     }
 
+    /// As [`Api::modify`], for a change that has noted in managedFields itself who made it.
+    pub(super) async fn apply_part(
+        &self,
+        target: &Target,
+        options: &WriteOptions,
+        part: Part,
+        change: impl FnMut(&Value) -> Result<Value, Status>,
+    ) -> Result<Outcome, Status> {
+        self.modify_as(Write::new(target, options, part).tracked(), change)
+            .await
+    }
+
     async fn modify_as(
         &self,
         write: Write<'_>,
@@ -374,9 +407,16 @@ impl Api {
         if let Some(old) = old.filter(|_| main) {
             strategy.prepare_update(new, old);
         }
+        if let Some(old) = old.filter(|_| write.part == Part::Status) {
+            strategy.prepare_status(new, old);
+        }
         strategy.default(new);
+        let warnings = &write.options.warnings;
         if main {
-            admission::admit(self, write.target, new, old).await?;
+            admission::admit(self, write.target, new, old, warnings).await?;
+            warnings.add(strategy::warnings(write.target.resource, new, old));
+        } else if write.part == Part::Exact("ephemeralcontainers") {
+            admission::admit_containers(self, write.target, new, warnings).await?;
         }
         if old.is_none() {
             // Last, because a first state follows from what admission made of the object: a pod's quality of service.

@@ -8,7 +8,9 @@ use ring::signature::{
 };
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{PrivateKeyDer, SubjectPublicKeyInfoDer};
+use serde_json::{Value, json};
 use x509_parser::prelude::{FromDer, SubjectPublicKeyInfo};
+use x509_parser::public_key::PublicKey;
 
 use super::AuthError;
 use super::token::base64_url;
@@ -33,6 +35,38 @@ struct Verifier {
     algorithm: &'static str,
     scheme: &'static dyn VerificationAlgorithm,
     key: Vec<u8>,
+    /// What a JSON Web Key says of it (RFC 7518, section 6).
+    parameters: Vec<(&'static str, String)>,
+}
+
+/// The coordinates of a point of P-256, or modulus and exponent of RSA.
+fn parameters(spki: &SubjectPublicKeyInfo<'_>) -> Result<Vec<(&'static str, String)>, AuthError> {
+    let plain = |kind: &str| kind.to_owned();
+    let integer = |bytes: &[u8]| {
+        let leading = bytes.iter().take_while(|byte| **byte == 0).count();
+        base64_url(&bytes[leading..])
+    };
+    match spki.parsed() {
+        Ok(PublicKey::EC(point)) => {
+            // Uncompressed: a 4 before both coordinates.
+            let (x, y) = match point.data() {
+                [4, both @ ..] if both.len() == 64 => both.split_at(32),
+                _ => return Err(AuthError::Key("is not on P-256".to_owned())),
+            };
+            Ok(vec![
+                ("kty", plain("EC")),
+                ("crv", plain("P-256")),
+                ("x", base64_url(x)),
+                ("y", base64_url(y)),
+            ])
+        }
+        Ok(PublicKey::RSA(key)) => Ok(vec![
+            ("kty", plain("RSA")),
+            ("n", integer(key.modulus)),
+            ("e", integer(key.exponent)),
+        ]),
+        _ => Err(AuthError::Key("has an unreadable public part".to_owned())),
+    }
 }
 
 impl Verifier {
@@ -57,6 +91,7 @@ impl Verifier {
             algorithm,
             scheme,
             key,
+            parameters: parameters(&spki)?,
         })
     }
 }
@@ -133,6 +168,26 @@ impl TokenKeys {
                 Ok(signature)
             }
         }
+    }
+
+    /// The algorithms of the keys that verify, each once.
+    pub fn algorithms(&self) -> Vec<&'static str> {
+        let mut names: Vec<_> = self.verifiers.iter().map(|v| v.algorithm).collect();
+        names.sort_unstable();
+        names.dedup();
+        names
+    }
+
+    /// The keys that verify, as a JSON Web Key Set (RFC 7517) for others who are shown our tokens.
+    pub fn key_set(&self) -> Value {
+        let keys = self.verifiers.iter().map(|verifier| {
+            let mut key = json!({"use": "sig", "kid": verifier.id, "alg": verifier.algorithm});
+            for (name, value) in &verifier.parameters {
+                key[*name] = value.as_str().into();
+            }
+            key
+        });
+        json!({"keys": keys.collect::<Vec<_>>()})
     }
 
     /// The algorithm must be that of the key: a token does not choose how it is verified.

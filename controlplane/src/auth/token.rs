@@ -252,12 +252,13 @@ impl TokenKeys {
     }
 
     /// Grants a TokenRequest: `request` is the body, `account` the ServiceAccount, `bound` the object that
-    /// `spec.boundObjectRef` names (the caller looks it up). Returns the TokenRequest with its status.
+    /// `spec.boundObjectRef` names, and `node` the one that a pod so named runs on (the caller looks both up). Returns the
+    /// TokenRequest with its status.
     pub fn grant(
         &self,
         request: &Value,
         account: &Value,
-        bound: Option<&Value>,
+        (bound, node): (Option<&Value>, Option<&Value>),
         now: i64,
     ) -> Result<Value, AuthError> {
         let refuse = |field, reason: &str| {
@@ -309,7 +310,7 @@ impl TokenKeys {
         };
         let reference = &spec["boundObjectRef"];
         if reference.is_object() {
-            bind(&mut token, reference, bound)?;
+            bind(&mut token, reference, bound, node)?;
         }
         let expires =
             jiff::Timestamp::from_second(token.expires_at).map_err(|e| AuthError::Request {
@@ -324,7 +325,12 @@ impl TokenKeys {
     }
 }
 
-fn bind(token: &mut TokenSpec, reference: &Value, bound: Option<&Value>) -> Result<(), AuthError> {
+fn bind(
+    token: &mut TokenSpec,
+    reference: &Value,
+    bound: Option<&Value>,
+    node: Option<&Value>,
+) -> Result<(), AuthError> {
     let refuse = |field, reason: String| Err(AuthError::Request { field, reason });
     let text = |key: &str| reference[key].as_str().unwrap_or_default();
     let (kind, name) = (text("kind"), text("name"));
@@ -355,10 +361,10 @@ fn bind(token: &mut TokenSpec, reference: &Value, bound: Option<&Value>) -> Resu
                 );
                 return refuse("spec.boundObjectRef", reason);
             }
-            let node = bound["spec"]["nodeName"].as_str().filter(|n| !n.is_empty());
-            token.node = node.map(|name| ObjectRef {
+            let name = bound["spec"]["nodeName"].as_str().filter(|n| !n.is_empty());
+            token.node = name.map(|name| ObjectRef {
                 name: name.to_owned(),
-                uid: String::new(),
+                uid: node.map(|node| ObjectRef::of(node).uid).unwrap_or_default(),
             });
             token.pod = Some(object);
         }
@@ -395,13 +401,19 @@ mod tests {
         json!({"metadata": {"name": "default", "namespace": "shop", "uid": "sa-uid"}})
     }
 
+    fn node() -> Value {
+        json!({"metadata": {"name": "node-1", "uid": "node-uid"}})
+    }
+
     fn pod() -> Value {
         json!({"metadata": {"name": "p", "uid": "pod-uid"}, "spec": {"serviceAccountName": "default", "nodeName": "node-1"}})
     }
 
     fn token(keys: &TokenKeys) -> String {
         let request = json!({"spec": {"expirationSeconds": 600, "boundObjectRef": {"kind": "Pod", "apiVersion": "v1", "name": "p", "uid": "pod-uid"}}});
-        let granted = keys.grant(&request, &account(), Some(&pod()), NOW).unwrap();
+        let granted = keys
+            .grant(&request, &account(), (Some(&pod()), Some(&node())), NOW)
+            .unwrap();
         assert_eq!(
             granted["status"]["expirationTimestamp"],
             "2027-01-15T08:10:00Z"
@@ -515,7 +527,7 @@ mod tests {
         let field = |spec: Value, bound: Option<&Value>| match keys.grant(
             &json!({"spec": spec}),
             &account(),
-            bound,
+            (bound, None),
             NOW,
         ) {
             Err(AuthError::Request { field, .. }) => field,

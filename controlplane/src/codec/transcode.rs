@@ -32,6 +32,56 @@ pub fn transcode(json: &[u8]) -> Option<Vec<u8>> {
     Some(out.out)
 }
 
+/// A list with its envelope: its metadata is JSON, each item is written as JSON into the buffer that the iterator is handed.
+/// The JSON of the whole is never there. None as for [`transcode`].
+pub fn list<I>(
+    api_version: &str,
+    list_kind: &str,
+    item: &'static Type,
+    metadata: &[u8],
+    items: impl Iterator<Item = I>,
+) -> Option<Vec<u8>>
+where
+    I: FnOnce(&mut Vec<u8>),
+{
+    let (group, version) = split_api_version(api_version);
+    let ty = type_of(group, version, list_kind)?;
+    let (about, listed) = (place(ty, "metadata")?, place(ty, "items")?);
+    let FieldType::Ref(about_type) = about.ty else {
+        return None;
+    };
+    let mut out = Writer::default();
+    envelope(api_version, list_kind, &mut out);
+    let mut buffer = Vec::new();
+    let nest = |out: &mut Writer, tag: u16, ty: &'static Type, json: &[u8]| {
+        out.nested(tag, |out| {
+            let mut json = serde_json::Deserializer::from_slice(json);
+            Message { ty, out }.deserialize(&mut json).ok()
+        })
+    };
+    out.nested(2, |raw| {
+        nest(raw, about.tag, about_type.get(), metadata)?;
+        for write in items {
+            buffer.clear();
+            write(&mut buffer);
+            nest(raw, listed.tag, item, &buffer)?;
+        }
+        Some(())
+    })?;
+    out.bytes(3, b"");
+    out.bytes(4, b"");
+    Some(out.out)
+}
+
+/// What says that protobuf follows, and of which kind it is.
+fn envelope(api_version: &str, kind: &str, out: &mut Writer) {
+    out.out.extend_from_slice(MAGIC);
+    out.message(1, |meta| {
+        meta.bytes(1, api_version.as_bytes());
+        meta.bytes(2, kind.as_bytes());
+    });
+}
+
 /// One event of a watch: four bytes of length (big endian), then a `WatchEvent` {1: type, 2: RawExtension {1: object}}
 /// without an envelope of its own. None as for [`transcode`].
 pub fn watch_frame(event_type: &str, json: &[u8]) -> Option<Vec<u8>> {
@@ -52,11 +102,7 @@ fn write_object(json: &[u8], out: &mut Writer) -> Option<()> {
     let head: Head<'_> = serde_json::from_slice(json).ok()?;
     let (group, version) = split_api_version(head.api_version);
     let ty = type_of(group, version, head.kind)?;
-    out.out.extend_from_slice(MAGIC);
-    out.message(1, |meta| {
-        meta.bytes(1, head.api_version.as_bytes());
-        meta.bytes(2, head.kind.as_bytes());
-    });
+    envelope(head.api_version, head.kind, out);
     out.nested(2, |raw| {
         let mut json = serde_json::Deserializer::from_slice(json);
         Message { ty, out: raw }.deserialize(&mut json).ok()

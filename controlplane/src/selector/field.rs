@@ -70,10 +70,10 @@ impl FieldSelector {
     /// By the object's fields; an absent one counts as the zero of its type.
     pub fn matches(&self, object: &Value) -> bool {
         self.requirements.iter().all(|requirement| {
-            let found = requirement
-                .path
-                .split('.')
-                .try_fold(object, |value, step| value.get(step));
+            let found = match requirement.path.as_str() {
+                "source" => source(object),
+                path => at(object, path),
+            };
             let equal = match found {
                 None | Some(Value::Null) => requirement.value == zero(&requirement.path),
                 Some(Value::String(text)) => *text == requirement.value,
@@ -84,6 +84,18 @@ impl FieldSelector {
             equal == requirement.equal
         })
     }
+}
+
+fn at<'a>(object: &'a Value, path: &str) -> Option<&'a Value> {
+    path.split('.')
+        .try_fold(object, |value, step| value.get(step))
+}
+
+/// Who an Event comes from: newer ones say it in another field.
+fn source(event: &Value) -> Option<&Value> {
+    at(event, "source.component")
+        .filter(|component| *component != "")
+        .or_else(|| at(event, "reportingComponent"))
 }
 
 /// What a field that an object leaves out is compared as: most are text.
@@ -156,6 +168,16 @@ mod tests {
                 "{selector}"
             );
         }
+    }
+
+    #[test]
+    fn an_event_comes_from_its_source_or_its_reporter() {
+        let older = json!({"source": {"component": "kubelet"}, "reportingComponent": "x"});
+        let newer = json!({"source": {}, "reportingComponent": "scheduler"});
+        let matches =
+            |selector: &str, event| FieldSelector::parse(selector).unwrap().matches(event);
+        assert!(matches("source=kubelet", &older) && !matches("source=x", &older));
+        assert!(matches("source=scheduler", &newer) && matches("source!=kubelet", &newer));
     }
 
     #[test]

@@ -4,10 +4,12 @@
 //! store: both ends are connections that have been upgraded already.
 
 mod channels;
+mod messages;
 mod spdy;
 mod tunnel;
 
 pub use channels::{Channels, Protocol, relay};
+pub use messages::{Framing, send};
 pub use spdy::{Session, SpdyError};
 pub use tunnel::tunnel;
 

@@ -146,3 +146,58 @@ fn a_namespace_that_is_restricted_takes_careful_pods_only() {
         crate::server::text(&taken.stderr)
     );
 }
+
+#[test]
+fn what_would_break_a_level_is_told_and_done() {
+    let server = started();
+    let told = |words: &[&str], input: &str| {
+        let output = server.kubectl_with(words, input);
+        let said = crate::server::text(&output.stderr);
+        assert!(output.status.success(), "{said}");
+        said
+    };
+    let label = |label: &str| told(&["label", "namespace", "default", "--overwrite", label], "");
+    assert_eq!(label("pod-security.kubernetes.io/warn=restricted"), "");
+    let words = ["create", "-f", "-"];
+    let said = told(
+        &words,
+        &pod(
+            "plain",
+            "hostNetwork: true, containers: [{name: c, image: i}]",
+        ),
+    );
+    assert!(
+        said.contains(r#"Warning: would violate PodSecurity "restricted:latest": host namespaces (hostNetwork=true)"#),
+        "{said}"
+    );
+    // What makes pods is warned of too, and never refused.
+    let said = told(&words, crate::kubectl::WEB);
+    assert_eq!(
+        said.matches("would violate PodSecurity").count(),
+        1,
+        "{said}"
+    );
+    let said = label("pod-security.kubernetes.io/enforce=baseline");
+    for line in [
+        r#"Warning: existing pods in namespace "default" violate the new PodSecurity enforce level "baseline:latest""#,
+        "Warning: plain: host namespaces",
+    ] {
+        assert!(said.contains(line), "{said}");
+    }
+    let refused = server.kubectl_fails(
+        "label namespace default --overwrite pod-security.kubernetes.io/enforce=strict",
+        "",
+    );
+    assert!(
+        refused.contains("must be one of privileged, baseline, restricted"),
+        "{refused}"
+    );
+    // Other things that are seldom meant.
+    let twice = "---\n{apiVersion: v1, kind: Pod, metadata: {name: twice}, spec: {containers: [{name: c, image: i, \
+                 env: [{name: A, value: x}, {name: A, value: y}]}]}}";
+    let said = told(&words, twice);
+    assert!(
+        said.contains(r#"Warning: spec.containers[0].env[1]: hides previous definition of "A""#),
+        "{said}"
+    );
+}

@@ -241,6 +241,21 @@ async fn logs_come_from_the_kubelet_and_so_do_its_complaints() {
     assert_eq!(server.kubectl("logs talker -c c --tail=5"), "one\ntwo\n");
     let (request, certificate) = asked.lock().expect("asked")[0].clone();
     assert_eq!(request, "GET /containerLogs/default/talker/c?tailLines=5");
+    let log = "/api/v1/namespaces/default/pods/talker/log?container=c";
+    for (protocol, expected) in [
+        ("binary.k8s.io", Message::binary("one\ntwo\n")),
+        ("base64.binary.k8s.io", Message::text("b25lCnR3bwo=")),
+    ] {
+        assert_eq!(websocket(&server, log, Some(protocol)).await, [expected]);
+    }
+    let watch = "/api/v1/nodes?watch=true&timeoutSeconds=1";
+    let events = websocket(&server, watch, None).await;
+    let event: serde_json::Value =
+        serde_json::from_str(events[0].to_text().expect("text")).expect("an event");
+    assert_eq!(
+        (&event["type"], &event["object"]["metadata"]["name"]),
+        (&"ADDED".into(), &"n1".into())
+    );
     assert!(certificate > 0, "the API server shows who it is");
     let said = server.kubectl_fails("logs talker -c d", "");
     assert!(
@@ -275,7 +290,7 @@ async fn a_kubelet_that_nobody_vouches_for_is_asked_only_when_the_caller_insists
 }
 
 /// A connection of the administrator to the API server, and its address.
-async fn connected(server: &Server) -> (tokio_rustls::client::TlsStream<TcpStream>, String) {
+pub async fn connected(server: &Server) -> (tokio_rustls::client::TlsStream<TcpStream>, String) {
     let (certificates, key) = pem(server, "admin");
     let config = rustls::ClientConfig::builder()
         .with_root_certificates(roots(server))
@@ -289,6 +304,33 @@ async fn connected(server: &Server) -> (tokio_rustls::client::TlsStream<TcpStrea
         .await
         .expect("TLS");
     (stream, address)
+}
+
+/// What comes over a WebSocket until the server closes it.
+async fn websocket(server: &Server, path: &str, protocol: Option<&'static str>) -> Vec<Message> {
+    let (stream, address) = connected(server).await;
+    let url = format!("wss://{address}{path}");
+    let mut request = url.into_client_request().expect("a request");
+    if let Some(protocol) = protocol {
+        let name = header::SEC_WEBSOCKET_PROTOCOL;
+        let protocol = http::HeaderValue::from_static(protocol);
+        request.headers_mut().insert(name, protocol);
+    }
+    let (mut socket, answer) = tokio_tungstenite::client_async(request, stream)
+        .await
+        .expect("a WebSocket");
+    let agreed = answer.headers().get(header::SEC_WEBSOCKET_PROTOCOL);
+    assert_eq!(
+        agreed.map(|agreed| agreed.to_str().ok()),
+        protocol.map(Some)
+    );
+    let mut heard = Vec::new();
+    while let Some(Ok(message)) = socket.next().await {
+        if !message.is_close() {
+            heard.push(message);
+        }
+    }
+    heard
 }
 
 /// Asks the API server to upgrade an exec, and returns the connection and the first line of the answer.

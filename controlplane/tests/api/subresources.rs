@@ -114,6 +114,53 @@ fn a_request_for_a_certificate_is_decided_once() {
 }
 
 #[test]
+fn a_put_creates_what_upstream_lets_it_create_and_nothing_else() {
+    let server = Server::start();
+    let put = |path: &str, object: &Value| {
+        let text = object.to_string();
+        let words = [
+            "-X",
+            "PUT",
+            "-H",
+            "Content-Type: application/json",
+            "--data",
+            &text,
+        ];
+        let (code, _, body) = server.curl(&words, path);
+        let answer: Value = serde_json::from_slice(&body).expect("JSON");
+        (code, answer)
+    };
+    let lease = json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "l"}, "spec": {"holderIdentity": "a"}});
+    let path = "/apis/coordination.k8s.io/v1/namespaces/default/leases/l";
+    let (code, made) = put(path, &lease);
+    assert_eq!(
+        (code, made["metadata"]["uid"].is_string()),
+        (201, true),
+        "{made}"
+    );
+    let (code, same) = put(path, &lease);
+    assert_eq!(
+        (code, &same["metadata"]["uid"]),
+        (200, &made["metadata"]["uid"])
+    );
+    server.kubectl("delete lease l");
+    // Who means the one that was there does not get another.
+    let (code, refused) = put(path, &made);
+    assert_eq!((code, &refused["reason"]), (409, &json!("Conflict")));
+    let map = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "m"}});
+    let (code, refused) = put("/api/v1/namespaces/default/configmaps/m", &map);
+    assert_eq!((code, &refused["reason"]), (404, &json!("NotFound")));
+    // Wrong options are named by the kind of the request.
+    let (code, refused) = put(&format!("{path}?dryRun=Some"), &lease);
+    assert_eq!(code, 422);
+    let message = refused["message"].as_str().unwrap_or("");
+    assert!(
+        message.starts_with("UpdateOptions.meta.k8s.io \"\" is invalid"),
+        "{message}"
+    );
+}
+
+#[test]
 fn pods_are_bound_by_either_path_and_only_once() {
     let server = start();
     for name in ["one", "two"] {

@@ -1,5 +1,6 @@
 //! Lists and watches, as informers use them.
 
+use base64::Engine;
 use futures::{StreamExt, TryStreamExt};
 use http::Request;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, ServiceAccount};
@@ -200,6 +201,14 @@ async fn revisions_out_of_reach_are_told() {
         token.to_owned()
     };
     let first = token(&server.raw(path).1);
+    // A list takes minutes at most, whether anything was written meanwhile or not.
+    let engine = base64::engine::general_purpose::URL_SAFE_NO_PAD;
+    let said = engine.decode(&first).expect("base64");
+    let mut old: Value = serde_json::from_slice(&said).expect("JSON");
+    old["since"] = (old["since"].as_i64().expect("a time") - 301).into();
+    let old = engine.encode(old.to_string());
+    let (code, expired) = server.raw(&format!("{path}&continue={old}"));
+    assert_eq!((code, &expired["reason"]), (410, &json!("Expired")));
     // A change after it: the revision that the page is of is not the present one any more.
     maps.create(&PostParams::default(), &config_map("z", "a"))
         .await

@@ -2,6 +2,7 @@
 //! LimitRanger, ServiceAccount, TaintNodesByCondition, PodSecurity, Priority, DefaultTolerationSeconds, DefaultStorageClass,
 //! RuntimeClass, and after validation ResourceQuota.
 
+mod levels;
 mod limits;
 mod pod;
 mod quota;
@@ -11,7 +12,7 @@ mod storage;
 use serde_json::{Value, json};
 
 use super::fields::{self, Fields};
-use super::request::Target;
+use super::request::{Target, Warnings};
 use super::status::{Status, Subject};
 use super::{Api, object};
 use crate::registry;
@@ -28,12 +29,12 @@ pub async fn admit(
     target: &Target,
     object: &mut Value,
     old: Option<&Value>,
+    warnings: &Warnings,
 ) -> Result<(), Status> {
     let creates = old.is_none();
-    let namespace = match creates {
-        true => check_namespace(api, target, object).await?,
-        false => Value::Null,
-    };
+    if creates {
+        check_namespace(api, target, object).await?;
+    }
     match (target.resource.group, target.resource.plural) {
         ("", "pods") if creates => {
             limits::default_pod(api, target, object).await?;
@@ -41,11 +42,17 @@ pub async fn admit(
             pod::priority(api, target, object).await?;
             pod::tolerate_absent_nodes(object);
             pod::runtime_class(api, target, object).await?;
-            security::check(target, &namespace, object)?;
+            security::check_pod(api, target, object, warnings).await?;
             limits::check_pod(api, target, object).await?;
         }
-        // A client that sends its own list in place of all leaves them out.
-        ("", "pods") => pod::tolerate_absent_nodes(object),
+        ("", "pods") => {
+            // A client that sends its own list in place of all leaves them out.
+            pod::tolerate_absent_nodes(object);
+            if old.is_some_and(|old| security::matters(object, old)) {
+                security::check_pod(api, target, object, warnings).await?;
+            }
+        }
+        ("", "namespaces") => security::check_namespace(api, object, old, warnings).await?,
         ("", "nodes") if creates => taint_until_ready(object),
         ("", "persistentvolumeclaims") => {
             if creates {
@@ -62,9 +69,19 @@ pub async fn admit(
         ("networking.k8s.io", "ingresses") if creates => {
             storage::default_ingress_class(api, object).await?;
         }
-        _ => {}
+        _ => security::check_template(api, target, object, warnings).await?,
     }
     Ok(())
+}
+
+/// Admits containers that are added to a pod that runs.
+pub async fn admit_containers(
+    api: &Api,
+    target: &Target,
+    pod: &Value,
+    warnings: &Warnings,
+) -> Result<(), Status> {
+    security::check_pod(api, target, pod, warnings).await
 }
 
 /// All stored objects of a resource (of version v1), as clients see them.
@@ -83,10 +100,10 @@ async fn stored(
     page.records.iter().map(decode).collect()
 }
 
-/// The namespace, which must exist and must not be going away; null of what has none.
-async fn check_namespace(api: &Api, target: &Target, object: &Value) -> Result<Value, Status> {
+/// The namespace must exist and must not be going away.
+async fn check_namespace(api: &Api, target: &Target, object: &Value) -> Result<(), Status> {
     let Some(namespace) = target.namespace.as_deref() else {
-        return Ok(Value::Null);
+        return Ok(());
     };
     let found = api.lookup("", "namespaces", None, namespace).await?;
     let Some(found) = found else {
@@ -108,7 +125,7 @@ async fn check_namespace(api: &Api, target: &Target, object: &Value) -> Result<V
         status.details.insert("causes".into(), json!([cause]));
         return Err(status);
     }
-    Ok(found)
+    Ok(())
 }
 
 /// A new node takes no pods before it has said that it is ready.

@@ -1,331 +1,209 @@
-//! PodSecurity: the level that a namespace's label enforces, and what of a pod breaks it.
+//! PodSecurity: the levels that a namespace's labels name, enforced for pods and told of for what makes pods.
+
+use std::collections::BTreeMap;
 
 use serde_json::Value;
 
+use super::levels::violations;
+use super::stored;
+use crate::api::Api;
 use crate::api::fields::{self, Fields};
-use crate::api::request::Target;
-use crate::api::status::Status;
+use crate::api::request::{Target, Warnings};
+use crate::api::status::{FieldError, Status};
+use crate::api::strategy;
 
-const ENFORCE: &str = "/metadata/labels/pod-security.kubernetes.io~1enforce";
-const ENFORCE_VERSION: &str = "/metadata/labels/pod-security.kubernetes.io~1enforce-version";
+const LEVELS: [&str; 3] = ["privileged", "baseline", "restricted"];
+/// Of a namespace whose level becomes stricter, as many pods are looked at, as upstream.
+const PODS_CHECKED_MAX: usize = 3000;
 
-/// Capabilities that the baseline lets containers have.
-const CAPABILITIES: [&str; 13] = [
-    "AUDIT_WRITE",
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "MKNOD",
-    "NET_BIND_SERVICE",
-    "SETFCAP",
-    "SETGID",
-    "SETPCAP",
-    "SETUID",
-    "SYS_CHROOT",
-];
-/// Sysctls that belong to the pod's own namespaces.
-const SYSCTLS: [&str; 10] = [
-    "kernel.shm_rmid_forced",
-    "net.ipv4.ip_local_port_range",
-    "net.ipv4.ip_local_reserved_ports",
-    "net.ipv4.ip_unprivileged_port_start",
-    "net.ipv4.ping_group_range",
-    "net.ipv4.tcp_fin_timeout",
-    "net.ipv4.tcp_keepalive_intvl",
-    "net.ipv4.tcp_keepalive_probes",
-    "net.ipv4.tcp_keepalive_time",
-    "net.ipv4.tcp_syncookies",
-];
-/// Volumes that hold nothing of the node.
-const VOLUMES: [&str; 9] = [
-    "configMap",
-    "csi",
-    "downwardAPI",
-    "emptyDir",
-    "ephemeral",
-    "image",
-    "persistentVolumeClaim",
-    "projected",
-    "secret",
-];
-const SELINUX_TYPES: [&str; 5] = [
-    "",
-    "container_engine_t",
-    "container_init_t",
-    "container_kvm_t",
-    "container_t",
-];
+/// What one of a namespace's labels asks for, and by the rules of which version.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Policy {
+    level: String,
+    version: String,
+}
 
-/// Refuses a pod that breaks the level its namespace enforces.
-pub fn check(target: &Target, namespace: &Value, pod: &Value) -> Result<(), Status> {
-    let level = namespace.text(ENFORCE);
-    let faults = violations(level, pod);
-    if faults.is_empty() {
+impl Policy {
+    /// Of `enforce`, `warn` or `audit`. Without a label nothing is asked for; a level that is not known is the strictest.
+    fn of(namespace: &Value, mode: &str) -> Self {
+        let label = |name: &str| {
+            let pointer = format!("/metadata/labels/pod-security.kubernetes.io~1{name}");
+            namespace.text(&pointer).to_owned()
+        };
+        let level = match label(mode) {
+            level if level.is_empty() => "privileged".to_owned(),
+            level if LEVELS.contains(&level.as_str()) => level,
+            _ => "restricted".to_owned(),
+        };
+        let version = match label(&format!("{mode}-version")) {
+            version if version_is_valid(&version) => version,
+            _ => "latest".to_owned(),
+        };
+        Self { level, version }
+    }
+
+    /// What of a pod breaks it, after some words.
+    fn verdict(&self, pod: &Value, words: &str) -> Option<String> {
+        let faults = violations(&self.level, pod);
+        let Self { level, version } = self;
+        let faults = Some(faults.join(", ")).filter(|faults| !faults.is_empty())?;
+        Some(format!(
+            "{words} PodSecurity \"{level}:{version}\": {faults}"
+        ))
+    }
+}
+
+fn version_is_valid(version: &str) -> bool {
+    let minor = version.strip_prefix("v1.");
+    version == "latest"
+        || minor.is_some_and(|minor| {
+            minor.parse::<u16>().is_ok() && (minor == "0" || !minor.starts_with(['0', '+']))
+        })
+}
+
+async fn namespace_of(api: &Api, target: &Target) -> Result<Value, Status> {
+    let name = target.namespace.as_deref().unwrap_or("");
+    let found = api.lookup("", "namespaces", None, name).await?;
+    Ok(found.unwrap_or_default())
+}
+
+/// Refuses a pod that breaks the level its namespace enforces, and tells of the one it warns of.
+pub async fn check_pod(
+    api: &Api,
+    target: &Target,
+    pod: &Value,
+    warnings: &Warnings,
+) -> Result<(), Status> {
+    let namespace = namespace_of(api, target).await?;
+    if let Some(why) = Policy::of(&namespace, "enforce").verdict(pod, "violates") {
+        let subject = target.subject_named(fields::name(pod));
+        return Err(Status::forbidden(subject, why));
+    }
+    warnings.add(Policy::of(&namespace, "warn").verdict(pod, "would violate"));
+    Ok(())
+}
+
+/// Tells of what makes pods that would break the level that its namespace warns of. The pods themselves are refused.
+pub async fn check_template(
+    api: &Api,
+    target: &Target,
+    object: &Value,
+    warnings: &Warnings,
+) -> Result<(), Status> {
+    let template = strategy::pod_at(target.resource)
+        .and_then(|(pointer, _)| object.pointer(pointer))
+        .filter(|template| template.has("/spec"));
+    if let Some(template) = template {
+        let namespace = namespace_of(api, target).await?;
+        warnings.add(Policy::of(&namespace, "warn").verdict(template, "would violate"));
+    }
+    Ok(())
+}
+
+/// Whether a change of a pod can make a difference to its level: little of a pod can change.
+pub fn matters(pod: &Value, old: &Value) -> bool {
+    let looked_at = |pod: &Value| {
+        let lists = ["initContainers", "containers"].map(|list| {
+            let containers = pod.items(&format!("/spec/{list}")).iter();
+            let images = containers.map(|container| container.text("/image").to_owned());
+            images.collect::<Vec<_>>()
+        });
+        let annotations = pod.object("/metadata/annotations").into_iter().flatten();
+        let seccomp: Vec<_> = annotations
+            .filter(|(key, _)| key.contains("seccomp") || key.contains("apparmor"))
+            .map(|(key, value)| (key.clone(), value.clone()))
+            .collect();
+        (lists, seccomp)
+    };
+    looked_at(pod) != looked_at(old)
+}
+
+/// A namespace's labels must name levels that there are; pods that break a new level are told of.
+pub async fn check_namespace(
+    api: &Api,
+    namespace: &Value,
+    old: Option<&Value>,
+    warnings: &Warnings,
+) -> Result<(), Status> {
+    let errors = faults_of_labels(namespace);
+    let known = old.map(faults_of_labels).unwrap_or_default();
+    if !errors.is_empty() && errors != known {
+        let name = fields::name(namespace);
+        return Err(Status::invalid("", "Namespace", name, errors));
+    }
+    let Some(old) = old else { return Ok(()) };
+    let (new, before) = (Policy::of(namespace, "enforce"), Policy::of(old, "enforce"));
+    let rank = |policy: &Policy| LEVELS.iter().position(|level| *level == policy.level);
+    if new == before || rank(&new) <= rank(&before) {
         return Ok(());
     }
-    let version = match namespace.text(ENFORCE_VERSION) {
-        "" => "latest",
-        version => version,
-    };
-    let faults = faults.join(", ");
-    let why = format!("violates PodSecurity \"{level}:{version}\": {faults}");
-    Err(Status::forbidden(
-        target.subject_named(fields::name(pod)),
-        why,
-    ))
+    let name = fields::name(namespace);
+    let pods = stored(api, "", "pods", Some(name)).await?;
+    warnings.add(broken_by(&new, name, &pods));
+    Ok(())
 }
 
-/// What breaks a level, in the words of upstream.
-fn violations(level: &str, pod: &Value) -> Vec<String> {
-    let mut faults = Vec::new();
-    if matches!(level, "baseline" | "restricted") {
-        baseline(pod, level, &mut faults);
-    }
-    if level == "restricted" {
-        restricted(pod, &mut faults);
-    }
-    faults
+fn faults_of_labels(namespace: &Value) -> Vec<FieldError> {
+    let labels = namespace.object("/metadata/labels").into_iter().flatten();
+    let faults = labels.filter_map(|(key, value)| {
+        let mode = key.strip_prefix("pod-security.kubernetes.io/")?;
+        let value = value.as_str().unwrap_or("");
+        let why = match mode {
+            "enforce" | "warn" | "audit" if !LEVELS.contains(&value) => {
+                "must be one of privileged, baseline, restricted"
+            }
+            "enforce-version" | "warn-version" | "audit-version" if !version_is_valid(value) => {
+                "must be \"latest\" or \"v1.x\""
+            }
+            _ => return None,
+        };
+        Some(FieldError::invalid(
+            format!("metadata.labels[{key}]"),
+            value,
+            why,
+        ))
+    });
+    faults.collect()
 }
 
-fn containers(pod: &Value) -> impl Iterator<Item = &Value> {
-    ["initContainers", "containers", "ephemeralContainers"]
+/// What to say of pods that are there and break a new level: by what they break, with the first pod's name.
+fn broken_by(policy: &Policy, namespace: &str, pods: &[Value]) -> Vec<String> {
+    let mut told = Vec::new();
+    let mut broken: BTreeMap<String, (String, usize)> = BTreeMap::new();
+    for pod in pods.iter().take(PODS_CHECKED_MAX) {
+        let faults = violations(&policy.level, pod);
+        let reasons: Vec<&str> = faults
+            .iter()
+            .map(|fault| fault.split(" (").next().unwrap_or(fault))
+            .collect();
+        if !reasons.is_empty() {
+            let first = || (fields::name(pod).to_owned(), 0);
+            broken.entry(reasons.join(", ")).or_insert_with(first).1 += 1;
+        }
+    }
+    if pods.len() > PODS_CHECKED_MAX {
+        told.push(format!(
+            "new PodSecurity enforce level only checked against the first {PODS_CHECKED_MAX} of {} existing pods",
+            pods.len()
+        ));
+    }
+    if !broken.is_empty() {
+        let Policy { level, version } = policy;
+        told.push(format!(
+            "existing pods in namespace {namespace:?} violate the new PodSecurity enforce level \"{level}:{version}\""
+        ));
+    }
+    let mut lines: Vec<String> = broken
         .into_iter()
-        .flat_map(|list| pod.items(&format!("/spec/{list}")))
-}
-
-/// `container "a"`, `containers "a", "b"`.
-fn named(names: &[&str]) -> String {
-    let quoted: Vec<String> = names.iter().map(|name| format!("{name:?}")).collect();
-    let plural = if names.len() == 1 { "" } else { "s" };
-    format!("container{plural} {}", quoted.join(", "))
-}
-
-/// The names of the containers of which something holds.
-fn those(pod: &Value, holds: impl Fn(&Value) -> bool) -> Vec<&str> {
-    containers(pod)
-        .filter(|container| holds(container))
-        .map(|container| container.text("/name"))
-        .collect()
-}
-
-fn baseline(pod: &Value, level: &str, faults: &mut Vec<String>) {
-    let host: Vec<String> = ["hostNetwork", "hostPID", "hostIPC"]
-        .into_iter()
-        .filter(|field| pod.flag(&format!("/spec/{field}")))
-        .map(|field| format!("{field}=true"))
+        .map(|(reasons, (pod, count))| match count {
+            1 => format!("{pod}: {reasons}"),
+            2 => format!("{pod} (and 1 other pod): {reasons}"),
+            count => format!("{pod} (and {} other pods): {reasons}", count - 1),
+        })
         .collect();
-    if !host.is_empty() {
-        faults.push(format!("host namespaces ({})", host.join(", ")));
-    }
-    let privileged = those(pod, |c| c.flag("/securityContext/privileged"));
-    if !privileged.is_empty() {
-        let who = named(&privileged);
-        faults.push(format!(
-            "privileged ({who} must not set securityContext.privileged=true)"
-        ));
-    }
-    if level == "baseline" {
-        added_capabilities(pod, &CAPABILITIES, "non-default capabilities", None, faults);
-    }
-    let paths: Vec<String> = pod
-        .items("/spec/volumes")
-        .iter()
-        .filter(|volume| volume.has("/hostPath"))
-        .map(|volume| format!("{:?}", volume.text("/name")))
-        .collect();
-    if !paths.is_empty() && level == "baseline" {
-        let plural = if paths.len() == 1 { "" } else { "s" };
-        faults.push(format!(
-            "hostPath volumes (volume{plural} {})",
-            paths.join(", ")
-        ));
-    }
-    let ports: Vec<String> = containers(pod)
-        .flat_map(|container| container.items("/ports"))
-        .map(|port| port.int("/hostPort"))
-        .filter(|port| *port != 0)
-        .map(|port| port.to_string())
-        .collect();
-    if !ports.is_empty() {
-        let uses = |c: &Value| {
-            c.items("/ports")
-                .iter()
-                .any(|port| port.int("/hostPort") != 0)
-        };
-        let (who, plural) = (those(pod, uses), if ports.len() == 1 { "" } else { "s" });
-        let verb = if who.len() == 1 { "uses" } else { "use" };
-        faults.push(format!(
-            "hostPort ({} {verb} hostPort{plural} {})",
-            named(&who),
-            ports.join(", ")
-        ));
-    }
-    let mislabelled = |of: &Value, at: &str| {
-        let options = format!("{at}/seLinuxOptions");
-        !SELINUX_TYPES.contains(&of.text(&format!("{options}/type")))
-            || !of.text(&format!("{options}/user")).is_empty()
-            || !of.text(&format!("{options}/role")).is_empty()
-    };
-    let who = those(pod, |c| mislabelled(c, "/securityContext"));
-    if !who.is_empty() || mislabelled(pod, "/spec/securityContext") {
-        let who = if who.is_empty() {
-            "pod".to_owned()
-        } else {
-            named(&who)
-        };
-        faults.push(format!(
-            "seLinuxOptions ({who} set forbidden securityContext.seLinuxOptions)"
-        ));
-    }
-    let unmasked = those(pod, |c| c.text("/securityContext/procMount") == "Unmasked");
-    if !unmasked.is_empty() {
-        let who = named(&unmasked);
-        faults.push(format!(
-            "procMount ({who} must not set securityContext.procMount to \"Unmasked\")"
-        ));
-    }
-    if level == "baseline" {
-        let unconfined =
-            |of: &Value, at: &str| of.text(&format!("{at}/seccompProfile/type")) == "Unconfined";
-        let who = those(pod, |c| unconfined(c, "/securityContext"));
-        if unconfined(pod, "/spec/securityContext") || !who.is_empty() {
-            let who = if who.is_empty() {
-                "pod".to_owned()
-            } else {
-                named(&who)
-            };
-            faults.push(format!(
-                "seccompProfile ({who} must not set securityContext.seccompProfile.type to \"Unconfined\")"
-            ));
-        }
-    }
-    let sysctls: Vec<&str> = pod
-        .items("/spec/securityContext/sysctls")
-        .iter()
-        .map(|sysctl| sysctl.text("/name"))
-        .filter(|name| !SYSCTLS.contains(name))
-        .collect();
-    if !sysctls.is_empty() {
-        faults.push(format!("forbidden sysctls ({})", sysctls.join(", ")));
-    }
-}
-
-/// Capabilities beyond those allowed; `also` is said in the same breath.
-fn added_capabilities(
-    pod: &Value,
-    allowed: &[&str],
-    what: &str,
-    also: Option<String>,
-    faults: &mut Vec<String>,
-) {
-    let beyond = |container: &Value| -> Vec<String> {
-        let added = container.items("/securityContext/capabilities/add").iter();
-        added
-            .filter_map(Value::as_str)
-            .filter(|name| !allowed.contains(name))
-            .map(|name| format!("{name:?}"))
-            .collect()
-    };
-    let who = those(pod, |container| !beyond(container).is_empty());
-    let mut parts: Vec<String> = also.into_iter().collect();
-    if !who.is_empty() {
-        let mut names: Vec<String> = containers(pod).flat_map(beyond).collect();
-        names.sort();
-        names.dedup();
-        parts.push(format!(
-            "{} must not include {} in securityContext.capabilities.add",
-            named(&who),
-            names.join(", ")
-        ));
-    }
-    if !parts.is_empty() {
-        faults.push(format!("{what} ({})", parts.join("; ")));
-    }
-}
-
-fn restricted(pod: &Value, faults: &mut Vec<String>) {
-    let mut volumes = Vec::new();
-    for volume in pod.items("/spec/volumes") {
-        let source = volume
-            .as_object()
-            .into_iter()
-            .flatten()
-            .map(|(key, _)| key.as_str());
-        if let Some(source) = source
-            .filter(|key| *key != "name")
-            .find(|key| !VOLUMES.contains(key))
-        {
-            volumes.push(format!(
-                "volume {:?} uses restricted volume type {source:?}",
-                volume.text("/name")
-            ));
-        }
-    }
-    if !volumes.is_empty() {
-        faults.push(format!("restricted volume types ({})", volumes.join("; ")));
-    }
-    let escalates = those(pod, |container| {
-        container.pointer("/securityContext/allowPrivilegeEscalation") != Some(&Value::Bool(false))
-    });
-    if !escalates.is_empty() {
-        let who = named(&escalates);
-        faults.push(format!(
-            "allowPrivilegeEscalation != false ({who} must set securityContext.allowPrivilegeEscalation=false)"
-        ));
-    }
-    let keeps = those(pod, |container| {
-        let dropped = container.items("/securityContext/capabilities/drop");
-        !dropped.iter().any(|name| name == "ALL")
-    });
-    let also = (!keeps.is_empty()).then(|| {
-        format!(
-            "{} must set securityContext.capabilities.drop=[\"ALL\"]",
-            named(&keeps)
-        )
-    });
-    let allowed = ["NET_BIND_SERVICE"];
-    added_capabilities(pod, &allowed, "unrestricted capabilities", also, faults);
-    let whole = pod.pointer("/spec/securityContext/runAsNonRoot") == Some(&Value::Bool(true));
-    let may_be_root = those(pod, |container| {
-        match container.pointer("/securityContext/runAsNonRoot") {
-            Some(Value::Bool(says)) => !says,
-            _ => !whole,
-        }
-    });
-    if !may_be_root.is_empty() {
-        let who = named(&may_be_root);
-        faults.push(format!(
-            "runAsNonRoot != true (pod or {who} must set securityContext.runAsNonRoot=true)"
-        ));
-    }
-    let root = |of: &Value, at: &str| of.has(at) && of.int(at) == 0;
-    let who = those(pod, |container| {
-        root(container, "/securityContext/runAsUser")
-    });
-    if root(pod, "/spec/securityContext/runAsUser") || !who.is_empty() {
-        let who = if who.is_empty() {
-            "pod".to_owned()
-        } else {
-            named(&who)
-        };
-        faults.push(format!("runAsUser=0 ({who} must not set runAsUser=0)"));
-    }
-    let confined = |kind: &str| matches!(kind, "RuntimeDefault" | "Localhost");
-    let whole = confined(pod.text("/spec/securityContext/seccompProfile/type"));
-    let free = those(pod, |container| {
-        match container.text("/securityContext/seccompProfile/type") {
-            "" => !whole,
-            kind => !confined(kind),
-        }
-    });
-    if !free.is_empty() {
-        let who = named(&free);
-        faults.push(format!(
-            "seccompProfile (pod or {who} must set securityContext.seccompProfile.type to \"RuntimeDefault\" or \"Localhost\")"
-        ));
-    }
+    lines.sort();
+    told.append(&mut lines);
+    told
 }
 
 #[cfg(test)]
@@ -334,40 +212,44 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn a_plain_pod_keeps_to_the_baseline_and_not_to_restricted() {
-        let pod = json!({"spec": {"containers": [{"name": "c"}]}});
-        assert_eq!(violations("", &pod), Vec::<String>::new());
-        assert_eq!(violations("privileged", &pod), Vec::<String>::new());
-        assert_eq!(violations("baseline", &pod), Vec::<String>::new());
+    fn labels_name_levels_and_versions_that_there_are() {
+        let namespace = |labels: Value| json!({"metadata": {"name": "n", "labels": labels}});
+        let good = json!({"pod-security.kubernetes.io/enforce": "baseline",
+            "pod-security.kubernetes.io/enforce-version": "v1.36", "pod-security.kubernetes.io/warn": "restricted", "x": "y"});
+        assert!(faults_of_labels(&namespace(good)).is_empty());
+        let bad = namespace(json!({"pod-security.kubernetes.io/enforce": "strict",
+            "pod-security.kubernetes.io/warn-version": "1.36"}));
+        let faults = faults_of_labels(&bad);
+        assert_eq!(faults.len(), 2);
         assert_eq!(
-            violations("restricted", &pod),
-            [
-                r#"allowPrivilegeEscalation != false (container "c" must set securityContext.allowPrivilegeEscalation=false)"#,
-                r#"unrestricted capabilities (container "c" must set securityContext.capabilities.drop=["ALL"])"#,
-                r#"runAsNonRoot != true (pod or container "c" must set securityContext.runAsNonRoot=true)"#,
-                r#"seccompProfile (pod or container "c" must set securityContext.seccompProfile.type to "RuntimeDefault" or "Localhost")"#,
-            ]
+            faults[0].message,
+            "Invalid value: \"strict\": must be one of privileged, baseline, restricted"
         );
-        let careful = json!({"spec": {"securityContext": {"runAsNonRoot": true, "seccompProfile": {"type": "RuntimeDefault"}},
-            "volumes": [{"name": "v", "emptyDir": {}}],
-            "containers": [{"name": "c", "securityContext": {"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}}}]}});
-        assert_eq!(violations("restricted", &careful), Vec::<String>::new());
+        let policy = Policy::of(&bad, "enforce");
+        assert_eq!(
+            policy.level, "restricted",
+            "what is not known is taken to be strict"
+        );
     }
 
     #[test]
-    fn what_reaches_the_node_breaks_the_baseline() {
-        let pod = json!({"spec": {"hostNetwork": true, "hostPID": true, "volumes": [{"name": "v", "hostPath": {"path": "/"}}],
-            "containers": [
-                {"name": "a", "securityContext": {"privileged": true, "capabilities": {"add": ["NET_ADMIN", "CHOWN"]}}},
-                {"name": "b", "ports": [{"containerPort": 80, "hostPort": 80}]}]}});
+    fn pods_that_break_a_new_level_are_named_once_per_reason() {
+        let pod = |name: &str, spec: Value| json!({"metadata": {"name": name}, "spec": spec});
+        let host = json!({"hostNetwork": true, "containers": []});
+        let pods = [
+            pod("a", host.clone()),
+            pod("b", host),
+            pod("c", json!({"containers": [{"name": "c"}]})),
+        ];
+        let policy = Policy {
+            level: "baseline".into(),
+            version: "latest".into(),
+        };
         assert_eq!(
-            violations("baseline", &pod),
+            broken_by(&policy, "shop", &pods),
             [
-                "host namespaces (hostNetwork=true, hostPID=true)",
-                r#"privileged (container "a" must not set securityContext.privileged=true)"#,
-                r#"non-default capabilities (container "a" must not include "NET_ADMIN" in securityContext.capabilities.add)"#,
-                r#"hostPath volumes (volume "v")"#,
-                r#"hostPort (container "b" uses hostPort 80)"#,
+                "existing pods in namespace \"shop\" violate the new PodSecurity enforce level \"baseline:latest\"",
+                "a (and 1 other pod): host namespaces",
             ]
         );
     }

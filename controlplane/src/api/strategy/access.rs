@@ -12,6 +12,10 @@ const GROUP: &str = "rbac.authorization.k8s.io";
 pub struct Role;
 
 impl Strategy for Role {
+    fn creates_on_update(&self) -> bool {
+        true
+    }
+
     fn default(&self, role: &mut Value) {
         if !role.has("/rules") {
             role.set("/rules", json!([]));
@@ -62,6 +66,10 @@ impl Strategy for Role {
 pub struct Binding;
 
 impl Strategy for Binding {
+    fn creates_on_update(&self) -> bool {
+        true
+    }
+
     fn default(&self, binding: &mut Value) {
         binding.default("/roleRef/apiGroup", GROUP);
         for subject in binding.items_mut("/subjects") {

@@ -22,6 +22,25 @@ impl Strategy for SigningRequest {
         spec(request).unchanged(&spec(old), errors);
     }
 
+    /// Decisions are made by `approval` alone.
+    fn prepare_status(&self, request: &mut Value, old: &Value) {
+        let mut conditions = request.items("/status/conditions").to_vec();
+        for kind in ["Approved", "Denied"] {
+            let of_kind = |condition: &Value| condition.text("/type") == kind;
+            let made = old.items("/status/conditions").iter().find(|c| of_kind(c));
+            match (made, conditions.iter().position(of_kind)) {
+                (Some(made), Some(at)) => conditions[at] = made.clone(),
+                (Some(made), None) => conditions.push(made.clone()),
+                (None, _) => conditions.retain(|condition| !of_kind(condition)),
+            }
+        }
+        if conditions.is_empty() {
+            request.remove("/status/conditions");
+        } else {
+            request.set("/status/conditions", conditions);
+        }
+    }
+
     fn selectable(&self) -> &'static [&'static str] {
         &["spec.signerName"]
     }
@@ -47,6 +66,33 @@ pub fn asked_by(request: &mut Value, caller: &Identity) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_status_write_decides_nothing() {
+        let with = |conditions: Value| json!({"status": {"conditions": conditions}});
+        let approved = json!({"type": "Approved", "status": "True", "reason": "x"});
+        let (denied, issued) = (
+            json!({"type": "Denied", "status": "True"}),
+            json!({"type": "Issued", "status": "True"}),
+        );
+        for (sent, before, after) in [
+            (json!([denied, issued]), json!([]), json!([issued])),
+            (
+                json!([issued]),
+                json!([approved]),
+                json!([issued, approved]),
+            ),
+            (
+                json!([{"type": "Approved", "status": "True"}, issued]),
+                json!([approved]),
+                json!([approved, issued]),
+            ),
+        ] {
+            let mut request = with(sent);
+            SigningRequest.prepare_status(&mut request, &with(before));
+            assert_eq!(request, with(after));
+        }
+    }
 
     #[test]
     fn nobody_asks_in_the_name_of_another() {

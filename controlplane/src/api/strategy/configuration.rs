@@ -126,6 +126,10 @@ impl Strategy for Secret {
 pub struct Event;
 
 impl Strategy for Event {
+    fn creates_on_update(&self) -> bool {
+        true
+    }
+
     fn default(&self, event: &mut Value) {
         for field in ["source", "reportingComponent", "reportingInstance"] {
             let empty: Value = if field == "source" {
@@ -171,6 +175,10 @@ impl Strategy for Event {
 pub struct Lease;
 
 impl Strategy for Lease {
+    fn creates_on_update(&self) -> bool {
+        true
+    }
+
     fn default(&self, lease: &mut Value) {
         lease.object_mut("/spec");
     }

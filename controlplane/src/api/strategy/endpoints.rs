@@ -47,6 +47,10 @@ fn usable(address: &Place<'_>, errors: &mut Errors) {
 pub struct Endpoints;
 
 impl Strategy for Endpoints {
+    fn creates_on_update(&self) -> bool {
+        true
+    }
+
     fn default(&self, endpoints: &mut Value) {
         for subset in endpoints.items_mut("/subsets") {
             for port in subset.items_mut("/ports") {

@@ -4,8 +4,10 @@ mod access;
 mod batch;
 mod certificate;
 mod configuration;
+mod device;
 mod endpoints;
 pub(super) mod families;
+mod flow;
 mod metadata;
 mod namespace;
 mod networking;
@@ -18,6 +20,7 @@ mod policy;
 mod properties;
 mod service;
 mod storage;
+mod warnings;
 mod workload;
 
 use serde_json::Value;
@@ -31,6 +34,7 @@ pub use certificate::asked_by;
 pub use metadata::{dns_label, qualified_name, validate_metadata};
 pub use pod::qos_class;
 pub use service::wants_node_ports;
+pub use warnings::{pod_at, warnings};
 
 pub type Errors = Vec<FieldError>;
 
@@ -48,6 +52,9 @@ pub trait Strategy: Sync {
     /// Puts back what clients may leave out of an update.
     fn prepare_update(&self, _object: &mut Value, _old: &Value) {}
 
+    /// Puts back what a write of the status may not change of it.
+    fn prepare_status(&self, _object: &mut Value, _old: &Value) {}
+
     fn validate(&self, _object: &Value, _errors: &mut Errors) {}
 
     fn validate_update(&self, _object: &Value, _old: &Value, _errors: &mut Errors) {}
@@ -59,6 +66,11 @@ pub trait Strategy: Sync {
 
     /// Whether a client may create the object together with its status.
     fn keeps_status(&self) -> bool {
+        false
+    }
+
+    /// Whether a PUT creates an object that is not there.
+    fn creates_on_update(&self) -> bool {
         false
     }
 
@@ -150,13 +162,13 @@ pub fn of(resource: &Resource) -> &'static dyn Strategy {
         ("networking.k8s.io", "servicecidrs") => &networking::ServiceCidr,
         ("rbac.authorization.k8s.io", "roles" | "clusterroles") => &access::Role,
         ("rbac.authorization.k8s.io", "rolebindings" | "clusterrolebindings") => &access::Binding,
-        (
-            "admissionregistration.k8s.io"
-            | "apiextensions.k8s.io"
-            | "flowcontrol.apiserver.k8s.io"
-            | "resource.k8s.io",
-            _,
-        ) => &Counted,
+        ("flowcontrol.apiserver.k8s.io", "flowschemas") => &flow::FlowSchema,
+        ("flowcontrol.apiserver.k8s.io", "prioritylevelconfigurations") => &flow::PriorityLevel,
+        ("resource.k8s.io", "deviceclasses") => &device::Class,
+        ("resource.k8s.io", "resourceclaims") => &device::Claim,
+        ("resource.k8s.io", "resourceclaimtemplates") => &device::ClaimTemplate,
+        ("resource.k8s.io", "resourceslices") => &device::Slice,
+        ("admissionregistration.k8s.io" | "apiextensions.k8s.io", _) => &Counted,
         _ => &Plain,
     }
 }

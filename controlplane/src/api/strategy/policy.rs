@@ -120,6 +120,10 @@ impl Strategy for Quota {
 pub struct LimitRange;
 
 impl Strategy for LimitRange {
+    fn creates_on_update(&self) -> bool {
+        true
+    }
+
     fn default(&self, range: &mut Value) {
         for limit in range.items_mut("/spec/limits") {
             if limit.text("/type") != "Container" {
@@ -348,6 +352,10 @@ impl Strategy for Autoscaler {
 pub struct RuntimeClass;
 
 impl Strategy for RuntimeClass {
+    fn creates_on_update(&self) -> bool {
+        true
+    }
+
     fn validate(&self, class: &Value, errors: &mut Errors) {
         let root = Place::root(class);
         root.field("handler").require_name(dns_label, errors);

@@ -2,7 +2,7 @@
 //! the same the second time, and what is stored is served in every form.
 
 use proptest::prelude::*;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::of;
 use crate::api::change::{carry_over, drop_empty, spec_differs};
@@ -31,6 +31,64 @@ fn pair() -> impl Strategy<Value = (Value, Value)> {
         .collect();
     prop::sample::select(stored)
         .prop_flat_map(|resource| (object_of(resource), object_of(resource)))
+}
+
+/// A place in a document, and what a client that means harm puts there: directives, other types, operations of a JSON patch.
+fn twist() -> impl Strategy<Value = (prop::sample::Index, Value)> {
+    let with = prop::sample::select(vec![
+        json!(null),
+        json!(-1),
+        json!(""),
+        json!([]),
+        json!({}),
+        json!([null]),
+        json!({"$patch": "delete"}),
+        json!({"$patch": "replace", "name": "a"}),
+        json!({"$patch": "no such"}),
+        json!({"$retainKeys": ["a", 1]}),
+        json!([{"$patch": "delete", "name": "a"}, {"$patch": "replace"}]),
+        json!({"$deleteFromPrimitiveList/finalizers": ["a"], "$setElementOrder/containers": [{"name": "a"}, 1]}),
+        json!({"op": "add", "path": "/metadata/labels/-", "value": 1}),
+        json!({"op": "move", "from": "/spec", "path": "/spec/x"}),
+        json!({"op": "test", "path": "", "value": null}),
+        json!({"op": "remove", "path": "/~2"}),
+        json!([[[[[[[[1]]]]]]]]),
+        json!(1e300),
+    ]);
+    (any::<prop::sample::Index>(), with)
+}
+
+/// Replaces one of the values of a document, the document itself left out.
+fn twisted(document: &mut Value, at: prop::sample::Index, with: &Value) {
+    fn places(value: &Value, path: String, found: &mut Vec<String>) {
+        let inner: Vec<(String, &Value)> = match value {
+            Value::Object(fields) => fields
+                .iter()
+                .map(|(key, value)| (key.replace('~', "~0").replace('/', "~1"), value))
+                .collect(),
+            Value::Array(items) => items
+                .iter()
+                .enumerate()
+                .map(|(index, value)| (index.to_string(), value))
+                .collect(),
+            _ => Vec::new(),
+        };
+        for (key, value) in inner {
+            let path = format!("{path}/{key}");
+            found.push(path.clone());
+            places(value, path, found);
+        }
+    }
+    let mut found = Vec::new();
+    places(document, String::new(), &mut found);
+    // What a document says that it is has been looked at before it comes here.
+    found.retain(|path| path != "/kind" && path != "/apiVersion");
+    if found.is_empty() {
+        return;
+    }
+    if let Some(place) = document.pointer_mut(&found[at.index(found.len())]) {
+        *place = with.clone();
+    }
 }
 
 proptest! {
@@ -85,6 +143,29 @@ proptest! {
             // What was applied is there, and applying it again changes nothing.
             let again = patch::apply(Some(&applied), &patch, ty, manager, false);
             prop_assert_eq!(again.ok(), Some(applied));
+        }
+    }
+
+    #[test]
+    fn no_twisted_patch_makes_the_server_panic((mut patch, old) in pair(), twists in prop::collection::vec(twist(), 1..6)) {
+        let ty = resource_of(&old).ty.get();
+        for (at, with) in &twists {
+            twisted(&mut patch, *at, with);
+        }
+        let manager = patch::Manager { name: "kubectl", subresource: "", now: "2026-01-01T00:00:00Z" };
+        let _ = patch::strategic(&mut old.clone(), &patch, ty);
+        patch::merge(&mut old.clone(), &patch);
+        let operations = Value::Array(twists.into_iter().map(|(_, with)| with).collect());
+        let _ = patch::json(&mut old.clone(), &operations);
+        let _ = patch::apply(Some(&old), &patch, ty, manager, true);
+        // What was stored before rules became stricter must not make tracking panic either.
+        let mut new = patch.clone();
+        patch::track_update(Some(&old), &mut new, ty, manager);
+        if let Ok(decoded) = codec::validate(patch, FieldValidation::Ignore) {
+            let (new, resource) = (decoded.value, resource_of(&old));
+            let mut errors = Vec::new();
+            of(resource).validate(&new, &mut errors);
+            of(resource).validate_update(&new, &old, &mut errors);
         }
     }
 

@@ -29,6 +29,10 @@ pub fn wants_node_ports(service: &Value) -> bool {
 }
 
 impl Strategy for Service {
+    fn creates_on_update(&self) -> bool {
+        true
+    }
+
     fn default(&self, service: &mut Value) {
         service.default("/spec/type", "ClusterIP");
         service.default("/spec/sessionAffinity", "None");

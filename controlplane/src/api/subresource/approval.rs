@@ -1,51 +1,43 @@
-//! `approval` of a certificate signing request: its conditions of type Approved and Denied, of which neither is taken back.
+//! `approval` of a certificate signing request: its conditions, of which a decision is never taken back.
 
 use serde_json::Value;
 
 use crate::api::fields::{self, Fields};
 use crate::api::status::{FieldError, Status};
 
-const DECISIONS: [&str; 2] = ["Approved", "Denied"];
+/// Conditions that stay once they are there, and can only be true.
+const FINAL: [&str; 3] = ["Approved", "Denied", "Failed"];
 
-/// Takes over the decision that was sent, with the times it was made at.
+/// Takes over the conditions that were sent, with the times they were made at, and labels and annotations.
 pub fn decision(old: &Value, wanted: &Value) -> Result<Value, Status> {
+    let before = old.items("/status/conditions");
+    let mut conditions = wanted.items("/status/conditions").to_vec();
     let mut errors = Vec::new();
-    let mut conditions = old.items("/status/conditions").to_vec();
-    let sent = wanted.items("/status/conditions");
-    let find = |list: &[Value], kind: &str| list.iter().find(|c| c.text("/type") == kind).cloned();
-    for kind in DECISIONS {
-        let before = find(&conditions, kind);
-        let after = find(sent, kind);
-        match (before, after) {
-            (Some(_), None) => {
-                let why = format!("updates may not remove a condition of type {kind:?}");
-                errors.push(FieldError::forbidden("status.conditions", &why));
-            }
-            (before, Some(mut after)) => {
-                if after.text("/status") != "True" {
-                    let field = "status.conditions.status";
-                    errors.push(FieldError::unsupported(
-                        field,
-                        after.text("/status"),
-                        &["True"],
-                    ));
-                }
-                let now = fields::now();
-                after.default("/lastUpdateTime", now.as_str());
-                let since = before
-                    .as_ref()
-                    .map(|before| before["lastTransitionTime"].clone());
-                after.default("/lastTransitionTime", since.unwrap_or_else(|| now.into()));
-                conditions.retain(|condition| condition.text("/type") != kind);
-                conditions.push(after);
-            }
-            (None, None) => {}
+    for (at, condition) in conditions.iter_mut().enumerate() {
+        let known = find(before, condition.text("/type"));
+        let kept = known.filter(|known| known.text("/status") == condition.text("/status"));
+        let since = kept.map(|known| known["lastTransitionTime"].clone());
+        let now = fields::now();
+        condition.default("/lastUpdateTime", now.as_str());
+        condition.default("/lastTransitionTime", since.unwrap_or_else(|| now.into()));
+        check(condition, &format!("status.conditions[{at}]"), &mut errors);
+    }
+    for (at, condition) in conditions.iter().enumerate() {
+        let kind = condition.text("/type");
+        if find(&conditions[..at], kind).is_some() {
+            errors.push(FieldError::duplicate(
+                format!("status.conditions[{at}].type"),
+                kind,
+            ));
         }
     }
-    if DECISIONS
-        .iter()
-        .all(|kind| conditions.iter().any(|c| c.text("/type") == *kind))
-    {
+    for kind in FINAL {
+        if find(before, kind).is_some() && find(&conditions, kind).is_none() {
+            let why = format!("updates may not remove a condition of type {kind:?}");
+            errors.push(FieldError::forbidden("status.conditions", &why));
+        }
+    }
+    if find(&conditions, "Approved").is_some() && find(&conditions, "Denied").is_some() {
         let why = "Approved and Denied conditions are mutually exclusive";
         errors.push(FieldError::invalid("status.conditions", "Denied", why));
     }
@@ -59,10 +51,48 @@ pub fn decision(old: &Value, wanted: &Value) -> Result<Value, Status> {
         ));
     }
     let mut new = old.clone();
-    if !conditions.is_empty() {
+    for field in ["labels", "annotations"] {
+        let pointer = format!("/metadata/{field}");
+        match wanted.pointer(&pointer) {
+            Some(value) => new.set(&pointer, value.clone()),
+            None => _ = new.remove(&pointer),
+        }
+    }
+    if conditions.is_empty() {
+        new.remove("/status/conditions");
+    } else {
         new.set("/status/conditions", conditions);
     }
     Ok(new)
+}
+
+fn find<'a>(conditions: &'a [Value], kind: &str) -> Option<&'a Value> {
+    conditions
+        .iter()
+        .find(|condition| condition.text("/type") == kind)
+}
+
+fn check(condition: &Value, at: &str, errors: &mut Vec<FieldError>) {
+    let kind = condition.text("/type");
+    if kind.is_empty() {
+        errors.push(FieldError::required(format!("{at}.type"), ""));
+    }
+    let known: &[&str] = if FINAL.contains(&kind) {
+        &["True"]
+    } else {
+        &["True", "False", "Unknown"]
+    };
+    match condition.text("/status") {
+        "" => errors.push(FieldError::required(format!("{at}.status"), "")),
+        status if !known.contains(&status) => {
+            errors.push(FieldError::unsupported(
+                format!("{at}.status"),
+                status,
+                known,
+            ));
+        }
+        _ => {}
+    }
 }
 
 #[cfg(test)]
@@ -84,6 +114,10 @@ mod tests {
         assert_eq!(new["spec"]["request"], "x", "nothing else changes");
         assert_eq!(new["status"]["conditions"][0]["reason"], "KubectlApprove");
         assert!(new["status"]["conditions"][0]["lastTransitionTime"].is_string());
+        let other = json!({"type": "Reviewed", "status": "False"});
+        let more =
+            decision(&new, &with(json!([other, approved]))).expect("other conditions are free");
+        assert_eq!(more["status"]["conditions"][0]["type"], "Reviewed");
         let denied = json!({"type": "Denied", "status": "True"});
         for (sent, message) in [
             (with(json!([])), "may not remove a condition"),

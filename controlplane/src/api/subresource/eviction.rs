@@ -26,8 +26,8 @@ impl Api {
         parts: &Parts,
         body: Incoming,
     ) -> Result<Answer, Status> {
-        let mut options = WriteOptions::parse(&call.query, &parts.headers)?;
-        let body = read_body(body).await?;
+        let mut options = WriteOptions::parse(&call.query, parts)?;
+        let body = read_body(parts, body).await?;
         let eviction = decode(parts, &body, "policy/v1", "Eviction", options.validation)?.value;
         let target = &call.target;
         let name = target.object_name()?;

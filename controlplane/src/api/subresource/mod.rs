@@ -82,11 +82,11 @@ impl Api {
         body: Incoming,
     ) -> Result<Answer, Status> {
         let form = Form::negotiate(&parts.headers, &call.query)?;
-        let options = WriteOptions::parse(&call.query, &parts.headers)?;
+        let options = WriteOptions::parse(&call.query, parts)?;
         let target = &call.target;
         let resource = target.resource;
         let part = Part::Exact(name);
-        let body = read_body(body).await?;
+        let body = read_body(parts, body).await?;
         let mut warnings = Vec::new();
         let sent = if parts.method == Method::PATCH {
             Sent::Patch(Patch::parse(parts, &body, target, &options)?)
@@ -116,6 +116,7 @@ impl Api {
             })
             .await?;
         let mut answer = reply::object(StatusCode::OK, target, form, outcome.into_object());
+        warnings.append(&mut options.warnings.take());
         reply::warn(&mut answer, &warnings);
         Ok(answer)
     }

@@ -22,10 +22,10 @@ impl Api {
         parts: &Parts,
         body: Incoming,
     ) -> Result<Answer, Status> {
-        let options = WriteOptions::parse(&call.query, &parts.headers)?;
+        let options = WriteOptions::parse(&call.query, parts)?;
         let binding = decode(
             parts,
-            &read_body(body).await?,
+            &read_body(parts, body).await?,
             "v1",
             "Binding",
             options.validation,

@@ -4,13 +4,15 @@ use http::{Method, StatusCode, request::Parts};
 use hyper::body::Incoming;
 use serde_json::{Value, json};
 
-use crate::api::body::{content_type, decode, read_body};
+use crate::api::body::{check_kind, check_name, content_type, decode, read_body, settle_namespace};
 use crate::api::fields::{self, Fields};
+use crate::api::patching::patch_failed;
 use crate::api::reply::{self, Answer};
-use crate::api::request::WriteOptions;
+use crate::api::request::{Target, WriteOptions};
 use crate::api::status::{FieldError, Status};
-use crate::api::write::Part;
+use crate::api::write::{Outcome, Part};
 use crate::api::{Api, Call};
+use crate::codec::{self, MediaType};
 use crate::patch;
 
 impl Api {
@@ -26,8 +28,8 @@ impl Api {
         if parts.method == Method::GET {
             return Ok(answer(&target.decode(&self.record(target).await?)?));
         }
-        let options = WriteOptions::parse(&call.query, &parts.headers)?;
-        let body = read_body(body).await?;
+        let options = WriteOptions::parse(&call.query, parts)?;
+        let body = read_body(parts, body).await?;
         let wanted: ScaleChange = if parts.method == Method::PUT {
             let decoded = decode(parts, &body, "autoscaling/v1", "Scale", options.validation)?;
             Box::new(move |_| Ok(decoded.value.clone()))
@@ -38,6 +40,10 @@ impl Api {
                 .unwrap_or("")
                 .trim()
                 .to_owned();
+            if given == "application/apply-patch+yaml" {
+                let outcome = self.apply_scale(target, &options, &body).await?;
+                return Ok(answer(&outcome.into_object()));
+            }
             let change: Value = serde_json::from_slice(&body).map_err(|error| {
                 Status::bad_request(format!("the patch is not valid JSON: {error}"))
             })?;
@@ -56,6 +62,7 @@ impl Api {
                         let supported = [
                             "application/json-patch+json",
                             "application/merge-patch+json",
+                            "application/apply-patch+yaml",
                         ];
                         return Err(Status::unsupported_media_type(&supported));
                     }
@@ -70,19 +77,7 @@ impl Api {
                 return Err(Status::modified(target.subject()));
             }
             let replicas = scale.int("/spec/replicas");
-            if replicas < 0 {
-                let error = FieldError::invalid(
-                    "spec.replicas",
-                    replicas,
-                    "must be greater than or equal to 0",
-                );
-                return Err(Status::invalid(
-                    "autoscaling",
-                    "Scale",
-                    fields::name(old),
-                    vec![error],
-                ));
-            }
+            check(replicas, fields::name(old))?;
             let mut new = old.clone();
             new.set("/spec/replicas", replicas);
             Ok(new)
@@ -92,6 +87,67 @@ impl Api {
             .await?;
         Ok(answer(&outcome.into_object()))
     }
+}
+
+impl Api {
+    /// Server-side apply of a Scale: it owns the replicas of the object behind it, by way of this subresource.
+    async fn apply_scale(
+        &self,
+        target: &Target,
+        options: &WriteOptions,
+        body: &[u8],
+    ) -> Result<Outcome, Status> {
+        let name = target.object_name()?;
+        let (group, kind) = ("autoscaling/v1", "Scale");
+        let mut scale = codec::decode(body, MediaType::Yaml, group, kind, options.validation)
+            .map_err(|error| Status::bad_request(error.message))?
+            .value;
+        check_kind(&scale, group, kind)?;
+        settle_namespace(&mut scale, target)?;
+        check_name(&mut scale, name)?;
+        if scale.has("/metadata/managedFields") {
+            return Err(Status::bad_request("metadata.managedFields must be nil"));
+        }
+        let resource = target.resource;
+        let mut applied = json!({"apiVersion": resource.api_version(), "kind": resource.kind,
+            "metadata": {"name": name}});
+        if let Some(namespace) = &target.namespace {
+            applied["metadata"]["namespace"] = namespace.as_str().into();
+        }
+        if scale.has("/spec/replicas") {
+            check(scale.int("/spec/replicas"), name)?;
+            applied["spec"] = json!({"replicas": scale["spec"]["replicas"]});
+        }
+        let now = fields::now();
+        let manager = patch::Manager {
+            name: &options.manager,
+            subresource: "scale",
+            now: &now,
+        };
+        let revision = scale.text("/metadata/resourceVersion");
+        let uid = scale.text("/metadata/uid");
+        self.apply_part(target, options, Part::Exact("scale"), |old| {
+            let ty = resource.ty.get();
+            let mut new = patch::apply(Some(old), &applied, ty, manager, options.force)
+                .map_err(patch_failed)?;
+            for (field, given) in [("resourceVersion", revision), ("uid", uid)] {
+                if !given.is_empty() {
+                    new.set(&format!("/metadata/{field}"), given);
+                }
+            }
+            Ok(new)
+        })
+        .await
+    }
+}
+
+fn check(replicas: i64, name: &str) -> Result<(), Status> {
+    if replicas >= 0 {
+        return Ok(());
+    }
+    let why = "must be greater than or equal to 0";
+    let error = FieldError::invalid("spec.replicas", replicas, why);
+    Err(Status::invalid("autoscaling", "Scale", name, vec![error]))
 }
 
 /// What a request makes of a Scale.

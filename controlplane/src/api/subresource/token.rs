@@ -19,8 +19,8 @@ impl Api {
         parts: &Parts,
         body: Incoming,
     ) -> Result<Answer, Status> {
-        let options = WriteOptions::parse(&call.query, &parts.headers)?;
-        let body = read_body(body).await?;
+        let options = WriteOptions::parse(&call.query, parts)?;
+        let body = read_body(parts, body).await?;
         let request = decode(
             parts,
             &body,
@@ -63,10 +63,16 @@ impl Api {
                 ));
             }
         };
+        let node = match bound.as_ref().map(|bound| bound.text("/spec/nodeName")) {
+            Some(node) if kind == "Pod" && !node.is_empty() => {
+                self.lookup("", "nodes", None, node).await?
+            }
+            _ => None,
+        };
         let now = jiff::Timestamp::now().as_second();
         let granted = self
             .tokens
-            .grant(&request, &account, bound.as_ref(), now)
+            .grant(&request, &account, (bound.as_ref(), node.as_ref()), now)
             .map_err(|error| match error {
                 AuthError::Request { field, reason } => {
                     let given = request

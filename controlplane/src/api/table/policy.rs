@@ -64,32 +64,6 @@ pub(super) static CRON_JOB: Printer = Printer {
     },
 };
 
-pub(super) static REPLICATION_CONTROLLER: Printer = Printer {
-    columns: &[
-        column("Name"),
-        count("Desired"),
-        count("Current"),
-        count("Ready"),
-        column("Age"),
-        wide("Containers"),
-        wide("Images"),
-        wide("Selector"),
-    ],
-    cells: |controller| {
-        let (names, images) = containers(controller.pointer("/spec/template"));
-        vec![
-            name(controller),
-            controller.int("/spec/replicas").into(),
-            controller.int("/status/replicas").into(),
-            controller.int("/status/readyReplicas").into(),
-            created(controller),
-            names,
-            images,
-            pairs(controller.object("/spec/selector")).into(),
-        ]
-    },
-};
-
 pub(super) static POD_TEMPLATE: Printer = Printer {
     columns: &[
         column("Name"),

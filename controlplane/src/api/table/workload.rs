@@ -51,6 +51,7 @@ pub(super) static DEPLOYMENT: Printer = Printer {
     },
 };
 
+/// ReplicationControllers print the same.
 pub(super) static REPLICA_SET: Printer = Printer {
     columns: &[
         column("Name"),

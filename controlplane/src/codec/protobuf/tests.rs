@@ -269,6 +269,24 @@ proptest! {
     }
 
     #[test]
+    fn a_list_is_the_same_item_by_item_as_whole(object in object(), count in 0..4usize) {
+        let (api_version, kind) = (object["apiVersion"].as_str().unwrap(), object["kind"].as_str().unwrap());
+        let list_kind = format!("{kind}List");
+        let (group, version) = split_api_version(api_version);
+        let mut item = object.clone();
+        for field in ["kind", "apiVersion"] {
+            item.as_object_mut().unwrap().remove(field);
+        }
+        let metadata = json!({"resourceVersion": "7", "continue": "x"});
+        let whole = json!({"kind": list_kind, "apiVersion": api_version, "metadata": metadata, "items": vec![item.clone(); count]});
+        let ty = type_of(group, version, kind).unwrap();
+        let text = item.to_string();
+        let items = (0..count).map(|_| |out: &mut Vec<u8>| out.extend_from_slice(text.as_bytes()));
+        let list = crate::codec::transcode::list(api_version, &list_kind, ty, metadata.to_string().as_bytes(), items);
+        prop_assert_eq!(list, transcode(whole.to_string().as_bytes()));
+    }
+
+    #[test]
     fn what_protobuf_decodes_to_passes_the_check_of_json(object in object()) {
         let text = object.to_string();
         let decoded = crate::codec::decode(text.as_bytes(), MediaType::Json, "", "", FieldValidation::Strict).unwrap();
