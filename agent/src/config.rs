@@ -59,6 +59,9 @@ pub struct RunFlags {
     /// Unix socket for the CNI plugin and `status`.
     #[arg(long, default_value = keelway_cni::AGENT_SOCKET)]
     socket: PathBuf,
+    /// Unix socket by which processes of the node, such as its DNS server, are told of the cluster; cluster/watch.sock beside --socket by default.
+    #[arg(long, value_name = "PATH")]
+    share_socket: Option<PathBuf>,
     /// Directory for what must survive a reboot.
     #[arg(long, default_value = "/var/lib/keelway/agent")]
     state_dir: PathBuf,
@@ -101,6 +104,8 @@ pub struct Config {
     /// Pools from a file; without one, they are read from a ConfigMap, and followed.
     pub pools: Option<Arc<Pools>>,
     pub socket: PathBuf,
+    /// By which others of the node are told of the cluster.
+    pub share: PathBuf,
     pub state_dir: PathBuf,
     /// Deletions that the CNI plugin wrote down while no agent answered.
     pub spool: PathBuf,
@@ -160,6 +165,10 @@ impl RunFlags {
             ("--state-dir", &self.state_dir),
             ("--pin-root", &self.pin_root),
             ("--cni-conf-dir", &self.cni_conf_dir),
+            (
+                "--share-socket",
+                self.share_socket.as_ref().unwrap_or(&self.socket),
+            ),
         ] {
             if !path.is_absolute() {
                 return Err(ConfigError::Relative {
@@ -202,6 +211,9 @@ impl RunFlags {
                         .map_err(|_| ConfigError::Healthz(text.into()))?,
                 ),
             },
+            share: self
+                .share_socket
+                .unwrap_or_else(|| share_beside(&self.socket)),
             socket: self.socket,
             spool: self.state_dir.join("deleted"),
             state_dir: self.state_dir,
@@ -209,6 +221,11 @@ impl RunFlags {
             cni_conf_dir: self.cni_conf_dir,
         })
     }
+}
+
+/// In a folder of its own, so that a container can be given this socket without the other one.
+fn share_beside(socket: &Path) -> PathBuf {
+    socket.with_file_name("cluster").join("watch.sock")
 }
 
 fn pools(path: &Path) -> Result<Arc<Pools>, ConfigError> {

@@ -17,6 +17,7 @@ use crate::inspect::{ServiceItem, View};
 use crate::net::Link;
 use crate::node::NodeError;
 use crate::report::Report;
+use crate::share::Told;
 
 /// Where the answer to a request goes. Whoever waits has given up when sending fails, and is not missed.
 pub type Reply<T> = SyncSender<T>;
@@ -50,6 +51,8 @@ pub enum Event {
         keys: Vec<ServiceKey>,
         reply: Reply<Vec<ServiceItem>>,
     },
+    /// A process of the node wants to be told of the cluster; nothing before all of it is known.
+    Share { reply: Reply<Option<Told>> },
     /// The pools of load balancers' addresses, as they are configured now.
     Pools(Configured),
     /// The agents on the link, this one included, that can answer for load balancers' addresses.

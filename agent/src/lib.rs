@@ -1,7 +1,7 @@
 //! The per-node daemon: plans what the data plane shall hold, wires pods, keeps routes, and answers for all of it.
 //!
 //! [`supervisor`] keeps a worker running. The worker is one event loop ([`worker`]) that owns all state; everything else
-//! either feeds it events ([`source`], [`socket`], [`metrics`], [`inspect`]) or does what it decided ([`net`], [`dataplane`]).
+//! either feeds it events ([`source`], [`socket`], [`metrics`], [`inspect`], [`share`]) or does what it decided ([`net`], [`dataplane`]).
 
 pub mod addresses;
 pub mod announce;
@@ -23,6 +23,7 @@ pub mod progress;
 pub mod record;
 pub mod report;
 pub mod routing;
+pub mod share;
 pub mod socket;
 pub mod source;
 pub mod supervisor;

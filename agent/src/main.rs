@@ -19,7 +19,7 @@ use keelway_agent::health::serve_proxy;
 use keelway_agent::source::Feed;
 use keelway_agent::supervisor::Predecessors;
 use keelway_agent::worker::{LastWords, Worker, reason};
-use keelway_agent::{install, metrics, record, socket, source, supervisor};
+use keelway_agent::{install, metrics, record, share, socket, source, supervisor};
 use nix::sys::signal::{SigSet, Signal};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -127,6 +127,10 @@ fn work(flags: RunFlags) -> anyhow::Result<ExitCode> {
         LastWords::new(&config.state_dir).take(),
     );
     socket::serve(listener, events.clone()).context("serve the agent's socket")?;
+    // Nobody's network depends on it: others of the node can watch the cluster by themselves.
+    if let Err(error) = share::serve(&config.share, events.clone()) {
+        tracing::warn!(socket = %config.share.display(), %error, "the cluster is not shared");
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()

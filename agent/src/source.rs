@@ -37,7 +37,7 @@ impl Feed {
             Report::Change(Change::Upsert(object)) => concerns_maps(object.kind()),
             Report::Change(Change::Remove(gone)) => concerns_maps(gone.kind),
             Report::Change(Change::Replace(kind, _)) => concerns_maps(*kind),
-            Report::Rejected(_) | Report::Failed { .. } => false,
+            Report::Rejected(_) | Report::Reached { .. } | Report::Failed { .. } => false,
         };
         if concerns_maps {
             self.health.queued(seen);

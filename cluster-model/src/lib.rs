@@ -14,6 +14,7 @@ mod node;
 mod object;
 mod reject;
 mod service;
+pub mod share;
 mod snapshot;
 #[cfg(feature = "watch")]
 pub mod watch;

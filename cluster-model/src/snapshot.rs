@@ -64,6 +64,11 @@ impl Snapshot {
             .map_or(&[], |slices| slices.as_slice())
     }
 
+    /// All slices, in no particular order.
+    pub fn all_slices(&self) -> impl Iterator<Item = &Arc<EndpointSlice>> {
+        self.slices.values()
+    }
+
     pub fn node(&self, name: &str) -> Option<&Arc<Node>> {
         self.nodes.get(name)
     }

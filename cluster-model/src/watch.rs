@@ -15,7 +15,7 @@ use kube::{Api, Client, Config};
 use tokio::sync::mpsc;
 
 use crate::{
-    Change, EndpointSlice, Kind, Node, Object, ObjectKey, ObjectRef, Pod, Rejected, Service,
+    Change, EndpointSlice, Kind, Node, Object, ObjectKey, ObjectRef, Pod, Rejected, Service, share,
 };
 
 pub use kube;
@@ -107,6 +107,11 @@ pub enum Report {
     Change(Change),
     /// An object was malformed; the `Change` before, which removes it or lists the others, has made it absent.
     Rejected(Rejected),
+    /// Of this kind everything up to a resourceVersion has been reported: the end of what one event brought.
+    Reached {
+        kind: Kind,
+        version: u64,
+    },
     /// The server could not be asked. The watch goes on, with growing pauses.
     Failed {
         kind: Kind,
@@ -117,31 +122,110 @@ pub enum Report {
 /// Lists and watches the kinds, and sends what it learns until the receiver is gone. A kind's first complete list
 /// arrives as one `Change::Replace`; so does every list after a watch was lost.
 pub async fn watch(client: Client, kinds: &[Kind], reports: mpsc::Sender<Report>) {
-    watch_part(client, kinds, |object| object, reports).await;
+    follow(client, kinds, List::Objects(Vec::new()), reports).await;
 }
 
-/// As [`watch`], with `part` taken of each object as it arrives: a list is then never held with what nobody needs of it.
+/// As [`watch`], for those who need only what names are made of, and `part` of that. Lists are held as bytes until they are complete: kept
+/// between the pages that they are read from, small objects would leave as much memory free as they take.
 pub async fn watch_part(
     client: Client,
     kinds: &[Kind],
     part: fn(Object) -> Object,
     reports: mpsc::Sender<Report>,
 ) {
-    let streams = kinds.iter().map(|kind| match kind {
-        Kind::Service => stream::<core::Service, Service>(&client, *kind, Object::Service, part),
-        Kind::EndpointSlice => stream::<discovery::EndpointSlice, EndpointSlice>(
-            &client,
-            *kind,
-            Object::EndpointSlice,
-            part,
-        ),
-        Kind::Node => stream::<core::Node, Node>(&client, *kind, Object::Node, part),
-        Kind::Pod => stream::<core::Pod, Pod>(&client, *kind, Object::Pod, part),
+    let list = List::Packed {
+        part,
+        frames: Vec::new(),
+        others: Vec::new(),
+    };
+    follow(client, kinds, list, reports).await;
+}
+
+async fn follow(client: Client, kinds: &[Kind], list: List, reports: mpsc::Sender<Report>) {
+    let streams = kinds.iter().map(|kind| {
+        let list = list.clone();
+        match kind {
+            Kind::Service => {
+                stream::<core::Service, Service>(&client, *kind, Object::Service, list)
+            }
+            Kind::EndpointSlice => stream::<discovery::EndpointSlice, EndpointSlice>(
+                &client,
+                *kind,
+                Object::EndpointSlice,
+                list,
+            ),
+            Kind::Node => stream::<core::Node, Node>(&client, *kind, Object::Node, list),
+            Kind::Pod => stream::<core::Pod, Pod>(&client, *kind, Object::Pod, list),
+        }
     });
     let mut all = futures::stream::select_all(streams);
     while let Some(report) = all.next().await {
         if reports.send(report).await.is_err() {
             return;
+        }
+    }
+}
+
+/// A list that is not complete yet.
+#[derive(Clone)]
+enum List {
+    Objects(Vec<Object>),
+    Packed {
+        part: fn(Object) -> Object,
+        frames: Vec<u8>,
+        /// Of kinds that have no frames.
+        others: Vec<Object>,
+    },
+}
+
+impl List {
+    /// What is wanted of an object.
+    fn part(&self, object: Object) -> Object {
+        match self {
+            List::Objects(_) => object,
+            List::Packed { part, .. } => part(object),
+        }
+    }
+
+    fn clear(&mut self) {
+        match self {
+            List::Objects(objects) => objects.clear(),
+            List::Packed { frames, others, .. } => {
+                frames.clear();
+                others.clear();
+            }
+        }
+    }
+
+    fn push(&mut self, object: Object) {
+        let object = self.part(object);
+        match self {
+            List::Objects(objects) => objects.push(object),
+            List::Packed { frames, others, .. } if share::KINDS.contains(&object.kind()) => {
+                share::put(frames, &share::Message::Listed(object));
+            }
+            List::Packed { others, .. } => others.push(object),
+        }
+    }
+
+    fn take(&mut self) -> Vec<Object> {
+        match self {
+            List::Objects(objects) => std::mem::take(objects),
+            List::Packed {
+                part,
+                frames,
+                others,
+            } => {
+                let frames = std::mem::take(frames);
+                let mut objects = std::mem::take(others);
+                let mut rest = &frames[..];
+                while let Some(message) = share::next(&mut rest) {
+                    if let share::Message::Listed(object) = message {
+                        objects.push(part(object));
+                    }
+                }
+                objects
+            }
         }
     }
 }
@@ -174,14 +258,13 @@ impl Backoff for Pauses {
     }
 }
 
+fn version_of(text: Option<&str>) -> u64 {
+    text.and_then(|text| text.parse().ok()).unwrap_or_default()
+}
+
 type Reports = std::pin::Pin<Box<dyn Stream<Item = Report> + Send>>;
 
-fn stream<K, T>(
-    client: &Client,
-    kind: Kind,
-    wrap: fn(Arc<T>) -> Object,
-    part: fn(Object) -> Object,
-) -> Reports
+fn stream<K, T>(client: &Client, kind: Kind, wrap: fn(Arc<T>) -> Object, mut list: List) -> Reports
 where
     K: kube::Resource<DynamicType = ()>
         + Clone
@@ -193,29 +276,42 @@ where
 {
     let events = watcher(Api::<K>::all(client.clone()), watcher::Config::default())
         .backoff(Pauses::default());
-    let mut list: Vec<Object> = Vec::new();
     let mut malformed: Vec<Report> = Vec::new();
+    let mut reached = 0;
     let reports = events.flat_map(move |event| {
-        let mut out = Vec::with_capacity(1);
+        let mut out = Vec::with_capacity(2);
+        let told = match &event {
+            Ok(
+                watcher::Event::InitApply(object)
+                | watcher::Event::Apply(object)
+                | watcher::Event::Delete(object),
+            ) => version_of(object.meta().resource_version.as_deref()),
+            _ => 0,
+        };
+        // Versions of one resource are numbers that grow (KEP-5504); a server of another mind counts as having none.
+        reached = told.max(reached);
+        let listing = matches!(
+            event,
+            Ok(watcher::Event::Init | watcher::Event::InitApply(_))
+        );
         match event {
             Ok(watcher::Event::Init) => {
                 list.clear();
                 malformed.clear();
             }
             Ok(watcher::Event::InitApply(object)) => match T::try_from(object) {
-                Ok(object) => list.push(part(wrap(Arc::new(object)))),
+                Ok(object) => list.push(wrap(Arc::new(object))),
                 Err(rejected) => malformed.push(Report::Rejected(rejected)),
             },
             Ok(watcher::Event::InitDone) => {
-                out.push(Report::Change(Change::Replace(
-                    kind,
-                    std::mem::take(&mut list),
-                )));
+                out.push(Report::Change(Change::Replace(kind, list.take())));
                 out.append(&mut malformed);
             }
             Ok(watcher::Event::Apply(object)) => match T::try_from(object) {
                 Ok(object) => {
-                    out.push(Report::Change(Change::Upsert(part(wrap(Arc::new(object))))));
+                    out.push(Report::Change(Change::Upsert(
+                        list.part(wrap(Arc::new(object))),
+                    )));
                 }
                 Err(rejected) => {
                     let gone = rejected.object.clone();
@@ -241,6 +337,12 @@ where
                     error: error.to_string(),
                 });
             }
+        }
+        if !listing {
+            out.push(Report::Reached {
+                kind,
+                version: reached,
+            });
         }
         futures::stream::iter(out)
     });

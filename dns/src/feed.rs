@@ -5,16 +5,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cluster_model::watch::{ApiError, Report, client, watch_part};
-use cluster_model::{Change, Dirty, Kind, Object, Snapshot, read_manifest};
+use cluster_model::{Change, Dirty, Kind, Object, read_manifest, share};
 use tokio::sync::{mpsc, watch as latest};
 use tokio::time::sleep;
 
 use crate::config::Source;
-use crate::parked::Parked;
+use crate::kept::Kept;
 use crate::server::Shared;
 use crate::slim::{slim, slim_with_pods};
+use crate::sources::Sources;
 use crate::sys;
-use crate::zone::{Zone, ZoneSettings};
+use crate::zone::ZoneSettings;
 
 /// Reports that may wait: a burst becomes few batches, and the watch is slowed down rather than buffered.
 const REPORTS_MAX: usize = 4096;
@@ -24,8 +25,7 @@ const LOOK: Duration = Duration::from_secs(1);
 /// What is kept of the cluster, and with which settings.
 pub struct Feed {
     shared: Arc<Shared>,
-    snapshot: Snapshot,
-    parked: Parked,
+    kept: Kept,
     sender: mpsc::Sender<Report>,
     reports: mpsc::Receiver<Report>,
     source: Source,
@@ -38,14 +38,13 @@ impl Feed {
         let (sender, reports) = mpsc::channel(REPORTS_MAX);
         let mut feed = Self {
             shared,
-            snapshot: Snapshot::default(),
-            parked: Parked::default(),
+            kept: Kept::default(),
             sender,
             reports,
             source,
             pods_watched: false,
         };
-        feed.watch(&[Kind::Service, Kind::EndpointSlice]).await?;
+        feed.watch(&share::KINDS).await?;
         feed.watch_pods().await?;
         Ok(feed)
     }
@@ -55,9 +54,22 @@ impl Feed {
         let named_by_pods = self.shared.settings.load().zone().endpoint_pod_names;
         let part = if named_by_pods { slim_with_pods } else { slim };
         match &self.source {
-            Source::Api(options) => {
+            Source::Api { options, agent } => {
                 let client = client(options).await?;
-                tokio::spawn(async move { watch_part(client, kinds, part, sender).await });
+                match agent {
+                    Some(socket) if *kinds == share::KINDS => {
+                        let sources = Sources {
+                            client,
+                            socket: socket.clone(),
+                            part,
+                            metrics: self.shared.metrics.clone(),
+                        };
+                        tokio::spawn(sources.run(sender));
+                    }
+                    _ => {
+                        tokio::spawn(async move { watch_part(client, kinds, part, sender).await });
+                    }
+                }
             }
             Source::File(path) => {
                 tokio::spawn(follow(path.clone(), kinds, part, sender));
@@ -94,7 +106,7 @@ impl Feed {
                     if let Err(error) = self.watch_pods().await {
                         tracing::error!(%error, "pods can't be watched");
                     }
-                    let zone = Zone::of(new, &self.snapshot);
+                    let zone = self.kept.zone(new);
                     self.shared.zone.store(Arc::new(zone));
                 }
             }
@@ -107,10 +119,9 @@ impl Feed {
             match report {
                 Report::Change(change) => {
                     listed |= matches!(change, Change::Replace(..));
-                    for change in self.parked.sort(change, &self.snapshot) {
-                        self.snapshot.apply(change, &mut dirty);
-                    }
+                    self.kept.apply(change, &mut dirty);
                 }
+                Report::Reached { .. } => {}
                 Report::Rejected(rejected) => tracing::warn!(%rejected, "left out"),
                 Report::Failed { kind, error } => {
                     tracing::warn!(%kind, error, "watching; it is tried again")
@@ -126,11 +137,11 @@ impl Feed {
         }
     }
 
-    fn update(&self, dirty: &Dirty) {
+    fn update(&mut self, dirty: &Dirty) {
         let mut zone = (**self.shared.zone.load()).clone();
         let was_synced = zone.synced();
-        zone.update(&self.snapshot, dirty);
-        let services = self.snapshot.count(Kind::Service);
+        self.kept.update(&mut zone, dirty);
+        let services = self.kept.services();
         self.shared.metrics.services.set(services as i64);
         self.shared.metrics.synced.set(i64::from(zone.synced()));
         if zone.synced() && !was_synced {

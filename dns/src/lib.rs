@@ -5,6 +5,7 @@
 //! said, `feed` follows the API.
 #![deny(unsafe_code)]
 
+mod agent;
 pub mod answer;
 pub mod ask;
 mod autopath;
@@ -13,14 +14,16 @@ pub mod config;
 mod explain;
 pub mod feed;
 mod fetch;
+mod few;
 pub mod forward;
 pub mod health;
 pub mod hosts;
+mod kept;
 pub mod log;
 pub mod message;
 pub mod metrics;
 pub mod name;
-mod parked;
+mod names;
 mod plan;
 pub mod query;
 pub mod reload;
@@ -28,6 +31,7 @@ pub mod rewrite;
 pub mod server;
 pub mod settings;
 mod slim;
+mod sources;
 mod sys;
 pub mod zone;
 

@@ -34,8 +34,15 @@ enum Command {
 /// How long queries that have come may still take when the server ends.
 const DRAIN: Duration = Duration::from_secs(5);
 
-#[tokio::main]
-async fn main() -> anyhow::Result<()> {
+fn main() -> anyhow::Result<()> {
+    server::prepare_process();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    runtime.block_on(run())
+}
+
+async fn run() -> anyhow::Result<()> {
     let filter =
         tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
     tracing_subscriber::fmt()
@@ -61,7 +68,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let metrics = Metrics::default();
     let settings = Settings::build(config.spec.clone(), &metrics, None)?;
     let (zone, zone_changes) = watch::channel(settings.zone().clone());
-    let shared = Shared::new(settings, metrics);
+    let shared = Shared::limited(settings, metrics, config.amplified_s);
     let address = server::start(&shared, config.listen, config.threads).await?;
     for address in config.http {
         health::start(shared.clone(), address)

@@ -16,7 +16,7 @@ use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
-use prometheus_client::registry::{Registry, Unit};
+use prometheus_client::registry::{Metric, Registry, Unit};
 
 use crate::answer::{Rcode, Transport};
 use crate::query::rtype;
@@ -235,7 +235,7 @@ impl Collector for Shown {
 }
 
 /// What is counted of the caches.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Caching {
     hits: Family<TypeLabels, Counter>,
     pub misses: Counter,
@@ -249,6 +249,26 @@ const SUCCESS: TypeLabels = TypeLabels { r#type: "success" };
 const DENIAL: TypeLabels = TypeLabels { r#type: "denial" };
 
 impl Caching {
+    fn registered(all: &mut Registering) -> Self {
+        Self {
+            hits: all.metric("coredns_cache_hits", "Answers from the cache"),
+            misses: all.metric(
+                "coredns_cache_misses",
+                "Questions that the cache could not answer",
+            ),
+            prefetches: all.metric("coredns_cache_prefetch", "Entries renewed before their end"),
+            served_stale: all.metric(
+                "coredns_cache_served_stale",
+                "Answers from entries past their end",
+            ),
+            entries: all.metric("coredns_cache_entries", "Entries of the caches"),
+            evictions: all.metric(
+                "keelway_dns_cache_evictions",
+                "Entries that had to make room since the last reload",
+            ),
+        }
+    }
+
     pub fn hit(&self, rcode: Rcode) {
         let labels = if rcode == Rcode::NoError {
             &SUCCESS
@@ -280,15 +300,28 @@ pub struct UpstreamMetrics {
 }
 
 impl Forwarding {
-    fn new() -> Self {
+    fn registered(all: &mut Registering) -> Self {
         fn histogram() -> Histogram {
             Histogram::new([0.001, 0.004, 0.016, 0.064, 0.256, 1.024, 4.096])
         }
         Self {
-            answers: Family::new_with_constructor(histogram),
-            failed_checks: Family::default(),
-            rejected: Counter::default(),
-            all_down: Counter::default(),
+            answers: all.add(
+                "coredns_proxy_request_duration_seconds",
+                "Time that upstreams took to answer",
+                Family::new_with_constructor(histogram as fn() -> Histogram),
+            ),
+            failed_checks: all.metric(
+                "coredns_proxy_healthcheck_failures",
+                "Health checks of upstreams that failed",
+            ),
+            rejected: all.metric(
+                "coredns_forward_max_concurrent_rejects",
+                "Queries refused because too many were in flight",
+            ),
+            all_down: all.metric(
+                "coredns_forward_healthcheck_broken",
+                "Questions asked while every upstream counted as down",
+            ),
         }
     }
 
@@ -326,114 +359,72 @@ pub struct Metrics {
     pub failed_reloads: Counter,
     /// Queries that were not answered: no query, or their client has too many.
     pub dropped: Counter,
+    /// Answers that were cut because their client had been sent enough.
+    pub limited: Counter,
+    pub queue_drops: Counter,
+    pub held_back: Counter,
     pub unlogged: Counter,
-    /// From a change of a Service's endpoints to the zone that has it.
     pub services: Gauge,
     pub synced: Gauge,
+    pub from_agent: Gauge,
 }
 
 impl Default for Metrics {
     fn default() -> Self {
-        let mut registry = Registry::default();
+        let mut all = Registering(Registry::default());
         let queries = Shown::default();
-        registry.register_collector(Box::new(queries.clone()));
-        let caching = Caching::default();
-        registry.register(
-            "coredns_cache_hits",
-            "Answers from the cache",
-            caching.hits.clone(),
-        );
-        registry.register(
-            "coredns_cache_misses",
-            "Questions that the cache could not answer",
-            caching.misses.clone(),
-        );
-        registry.register(
-            "coredns_cache_prefetch",
-            "Entries renewed before their end",
-            caching.prefetches.clone(),
-        );
-        registry.register(
-            "coredns_cache_served_stale",
-            "Answers from entries past their end",
-            caching.served_stale.clone(),
-        );
-        registry.register(
-            "coredns_cache_entries",
-            "Entries of the caches",
-            caching.entries.clone(),
-        );
-        registry.register(
-            "keelway_dns_cache_evictions",
-            "Entries that had to make room since the last reload",
-            caching.evictions.clone(),
-        );
-        let forwarding = Forwarding::new();
-        registry.register(
-            "coredns_proxy_request_duration_seconds",
-            "Time that upstreams took to answer",
-            forwarding.answers.clone(),
-        );
-        registry.register(
-            "coredns_proxy_healthcheck_failures",
-            "Health checks of upstreams that failed",
-            forwarding.failed_checks.clone(),
-        );
-        registry.register(
-            "coredns_forward_max_concurrent_rejects",
-            "Queries refused because too many were in flight",
-            forwarding.rejected.clone(),
-        );
-        registry.register(
-            "coredns_forward_healthcheck_broken",
-            "Questions asked while every upstream counted as down",
-            forwarding.all_down.clone(),
-        );
-        let [reloads, failed_reloads, dropped, unlogged] =
-            std::array::from_fn(|_| Counter::default());
-        registry.register(
-            "keelway_dns_reloads",
-            "Configurations taken over",
-            reloads.clone(),
-        );
-        registry.register(
-            "coredns_reload_failed",
-            "Configurations that were not taken over because of an error",
-            failed_reloads.clone(),
-        );
-        registry.register(
-            "keelway_dns_dropped",
-            "Messages that were deliberately not answered",
-            dropped.clone(),
-        );
-        registry.register(
-            "keelway_dns_unlogged",
-            "Lines of the query log that were left out because the log is too slow",
-            unlogged.clone(),
-        );
-        let (services, synced) = (Gauge::default(), Gauge::default());
-        registry.register(
-            "keelway_dns_services",
-            "Services in the zone",
-            services.clone(),
-        );
-        registry.register(
-            "keelway_dns_synced",
-            "Whether the zone is complete",
-            synced.clone(),
-        );
+        all.0.register_collector(Box::new(queries.clone()));
         Self {
-            registry,
+            caching: Caching::registered(&mut all),
+            forwarding: Forwarding::registered(&mut all),
+            reloads: all.metric("keelway_dns_reloads", "Configurations taken over"),
+            failed_reloads: all.metric(
+                "coredns_reload_failed",
+                "Configurations that were not taken over because of an error",
+            ),
+            dropped: all.metric(
+                "keelway_dns_dropped",
+                "Messages that were deliberately not answered",
+            ),
+            limited: all.metric(
+                "keelway_dns_rate_limited",
+                "Answers that were cut to send the client to TCP, since it had been sent much more than it sent",
+            ),
+            queue_drops: all.metric(
+                "keelway_dns_queue_drops",
+                "Datagrams that the kernel dropped because they came faster than they were read",
+            ),
+            held_back: all.metric(
+                "keelway_dns_held_back",
+                "Times that a client was kept from filling the queue",
+            ),
+            unlogged: all.metric(
+                "keelway_dns_unlogged",
+                "Lines of the query log that were left out because the log is too slow",
+            ),
+            services: all.metric("keelway_dns_services", "Services in the zone"),
+            synced: all.metric("keelway_dns_synced", "Whether the zone is complete"),
+            from_agent: all.metric(
+                "keelway_dns_from_agent",
+                "Whether the agent of the node tells of the cluster, so that it is not watched from here",
+            ),
             queries,
-            caching,
-            forwarding,
-            reloads,
-            failed_reloads,
-            dropped,
-            unlogged,
-            services,
-            synced,
+            registry: all.0,
         }
+    }
+}
+
+/// A registry that is being filled.
+struct Registering(Registry);
+
+impl Registering {
+    fn metric<M: Metric + Clone + Default>(&mut self, name: &str, help: &str) -> M {
+        self.add(name, help, M::default())
+    }
+
+    fn add<M: Metric + Clone>(&mut self, name: &str, help: &str, metric: M) -> M {
+        self.0.register(name, help, metric.clone());
+        metric
     }
 }
 

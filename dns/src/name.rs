@@ -88,6 +88,11 @@ impl Name {
         &self.0
     }
 
+    /// The same, for others to keep.
+    pub(crate) fn shared(&self) -> &Arc<[u8]> {
+        &self.0
+    }
+
     /// This name and every one above it, the root last, each as wire format.
     pub fn and_ancestors(&self) -> impl Iterator<Item = &[u8]> {
         std::iter::successors(Some(self.wire()), |name| parent(name))
@@ -147,6 +152,11 @@ impl Relative {
     }
 
     pub fn wire(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// The same, for others to keep.
+    pub(crate) fn shared(&self) -> &Arc<[u8]> {
         &self.0
     }
 

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use cluster_model::{Endpoint, EndpointPort, EndpointSlice, Object};
+use cluster_model::{
+    Endpoint, EndpointPort, EndpointSlice, Object, Service, ServicePort, TrafficDistribution,
+    TrafficPolicy,
+};
 
 /// An object without what no record is made of: nodes, zones and hints of endpoints.
 pub fn slim(object: Object) -> Object {
@@ -17,7 +20,35 @@ pub fn slim_with_pods(object: Object) -> Object {
 fn slim_but(object: Object, pods: bool) -> Object {
     match object {
         Object::EndpointSlice(slice) => Object::EndpointSlice(Arc::new(slim_slice(&slice, pods))),
+        Object::Service(service) => Object::Service(Arc::new(slim_service(&service))),
         other => other,
+    }
+}
+
+/// Without what balances: node ports, policies, other addresses.
+fn slim_service(service: &Service) -> Service {
+    let port = |port: &ServicePort| ServicePort {
+        node_port: None,
+        app_protocol: None,
+        ..port.clone()
+    };
+    Service {
+        key: service.key.clone(),
+        service_type: service.service_type,
+        cluster_ips: service.cluster_ips.clone(),
+        headless: service.headless,
+        external_name: service.external_name.clone(),
+        external_ips: Vec::new(),
+        load_balancer_ips: Vec::new(),
+        load_balancer_source_ranges: Vec::new(),
+        ports: service.ports.iter().map(port).collect(),
+        publish_not_ready: service.publish_not_ready,
+        traffic_distribution: TrafficDistribution::Any,
+        affinity_timeout_s: None,
+        internal_traffic_policy: TrafficPolicy::Cluster,
+        external_traffic_policy: TrafficPolicy::Cluster,
+        health_check_node_port: None,
+        proxy_name: None,
     }
 }
 

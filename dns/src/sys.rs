@@ -6,9 +6,22 @@
 
 use std::io;
 use std::mem;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
+
+/// Has the allocator keep little of what was freed: one pool for all threads (each would keep its own otherwise, and those that answer
+/// allocate nothing), large pieces by pages of their own for good (their bound would grow with the first list), and a small rest at the end.
+pub fn keep_memory_small() {
+    const LARGE_BYTES: i32 = 64 << 10;
+    const REST_BYTES: i32 = 256 << 10;
+    // SAFETY: these only set numbers of the allocator; a refused one leaves it as it was.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE_BYTES);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, REST_BYTES);
+    }
+}
 
 /// Gives memory that was freed back to the system.
 pub fn give_memory_back() {
@@ -76,7 +89,7 @@ fn set_value<T: Copy>(socket: &OwnedFd, option: i32, value: &T) -> io::Result<()
     set(socket, libc::SOL_SOCKET, option, value)
 }
 
-fn set<T: Copy>(socket: &OwnedFd, level: i32, option: i32, value: &T) -> io::Result<()> {
+fn set<T: Copy>(socket: &impl AsRawFd, level: i32, option: i32, value: &T) -> io::Result<()> {
     // SAFETY: the kernel reads the bytes of one `T` behind the pointer; callers pass the type that the option has.
     let set = unsafe {
         libc::setsockopt(
@@ -127,6 +140,75 @@ fn sockaddr(address: SocketAddr) -> (libc::sockaddr_storage, libc::socklen_t) {
         }
     };
     (storage, length as libc::socklen_t)
+}
+
+/// Datagrams that the kernel has dropped at a socket since it was made: those that found its queue full, and those kept out of it.
+pub fn drops(socket: &UdpSocket) -> io::Result<u32> {
+    const VALUES: usize = 9;
+    const DROPS: usize = 8;
+    let mut values = [0_u32; VALUES];
+    let mut bytes = size_of_val(&values) as libc::socklen_t;
+    // SAFETY: the kernel writes at most `bytes` bytes, which is what `values` has.
+    let read = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MEMINFO,
+            values.as_mut_ptr().cast(),
+            &raw mut bytes,
+        )
+    };
+    if read < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(values[DROPS])
+    }
+}
+
+/// Lets one of `share` (a power of two) datagrams of a client into a socket's queue, and all of everyone else's.
+pub fn hold(socket: &UdpSocket, client: IpAddr, share: u32) -> io::Result<()> {
+    // Classic BPF, which needs no privilege; the kernel drops before it queues or wakes anyone.
+    const LOAD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
+    const EQUAL: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
+    const AND: u16 = (libc::BPF_ALU | libc::BPF_AND | libc::BPF_K) as u16;
+    const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
+    let network = |offset: i32| (libc::SKF_NET_OFF + offset) as u32;
+    let (at, words): (i32, Vec<u32>) = match client {
+        IpAddr::V4(v4) => (12, vec![v4.to_bits()]),
+        IpAddr::V6(v6) => {
+            let words = v6.octets();
+            let words = words.chunks_exact(4);
+            let word = |bytes: &[u8]| u32::from_be_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+            (8, words.map(word).collect())
+        }
+    };
+    let line = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+    let mut program = Vec::new();
+    for (i, word) in words.iter().enumerate() {
+        // To the acceptance behind the rest of the words, the random number, the mask and the last comparison.
+        let accept = 2 * (words.len() - 1 - i) + 3;
+        program.push(line(LOAD, 0, 0, network(at + 4 * i as i32)));
+        program.push(line(EQUAL, 0, accept as u8, *word));
+    }
+    let random = (libc::SKF_AD_OFF + libc::SKF_AD_RANDOM) as u32;
+    program.extend([
+        line(LOAD, 0, 0, random),
+        line(AND, 0, 0, share - 1),
+        line(EQUAL, 0, 1, 0),
+        line(RETURN, 0, 0, u32::MAX),
+        line(RETURN, 0, 0, 0),
+    ]);
+    let filter = libc::sock_fprog {
+        len: program.len() as u16,
+        filter: program.as_mut_ptr(),
+    };
+    // The program is copied by the call.
+    set(socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &filter)
+}
+
+/// Lets everyone into a socket's queue again.
+pub fn release(socket: &UdpSocket) -> io::Result<()> {
+    set(socket, libc::SOL_SOCKET, libc::SO_DETACH_FILTER, &0_i32)
 }
 
 #[repr(align(8))]
@@ -348,5 +430,59 @@ impl Batch {
                 message = libc::CMSG_NXTHDR(header, message);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+    use std::time::Duration;
+
+    use super::*;
+
+    fn heard(server: &UdpSocket, clients: &[&UdpSocket]) -> Vec<IpAddr> {
+        for client in clients {
+            client.send(b"?").expect("sent");
+        }
+        let mut from = Vec::new();
+        while let Ok((_, peer)) = server.recv_from(&mut [0; 8]) {
+            from.push(peer.ip());
+        }
+        from
+    }
+
+    fn held_back(of: [IpAddr; 2]) {
+        let server = bind((of[0], 0).into()).expect("a socket");
+        server
+            .set_read_timeout(Some(Duration::from_millis(50)))
+            .expect("a timeout");
+        let client = |ip: IpAddr| {
+            let client = UdpSocket::bind((ip, 0)).expect("a socket");
+            client
+                .connect(server.local_addr().expect("an address"))
+                .expect("connected");
+            client
+        };
+        let [hog, other] = of.map(client);
+        assert_eq!(heard(&server, &[&hog, &other]).len(), 2);
+        assert_eq!(drops(&server).expect("a number"), 0);
+        // One of four thousand million: none of these.
+        hold(&server, of[0], 1 << 31).expect("a filter");
+        let several = [&hog, &hog, &other, &hog];
+        assert_eq!(heard(&server, &several), [of[1]]);
+        assert_eq!(drops(&server).expect("a number"), 3);
+        hold(&server, of[0], 1).expect("a filter");
+        assert_eq!(heard(&server, &several).len(), 4);
+        hold(&server, of[0], 1 << 31).expect("a filter");
+        release(&server).expect("no filter");
+        assert_eq!(heard(&server, &several).len(), 4);
+    }
+
+    #[test]
+    fn a_client_that_is_held_back_is_not_heard_and_others_are() {
+        held_back([
+            Ipv4Addr::new(127, 0, 0, 1).into(),
+            Ipv4Addr::new(127, 0, 0, 2).into(),
+        ]);
     }
 }

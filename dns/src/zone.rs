@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use cluster_model::{Dirty, Kind, ObjectKey, Snapshot};
 
+use crate::few::Few;
 use crate::name::{Name, Relative, before, parent};
+use crate::names::NameMap;
 use crate::plan::{Naming, Owner, Record, Records, plan, plan_pod, undashed};
 
 /// Version of the Kubernetes DNS specification that `dns-version.<domain>` names.
@@ -70,7 +72,7 @@ pub struct Zone {
     settings: Arc<ZoneSettings>,
     /// By relative name for what is below the origins, by absolute name for reversed addresses: the closing root label tells
     /// them apart.
-    nodes: Map<Key, Arc<Node>>,
+    nodes: NameMap<Arc<Node>>,
     /// The names that each object contributed to, to take them away again.
     planned: Map<Arc<Object>, Arc<[Key]>>,
     /// The pods that each address belongs to; several where one has ended and its address has been given again.
@@ -95,13 +97,13 @@ pub struct Node {
     /// Names with records below this one.
     below: u32,
     /// Records by who contributed them: two Services may share an endpoint, and so a PTR name.
-    sets: Box<[Set]>,
+    sets: Few<Set>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
 struct Set {
     by: Arc<Object>,
-    records: Box<[Record]>,
+    records: Few<Record>,
 }
 
 impl Node {
@@ -153,7 +155,7 @@ impl Zone {
     pub fn new(settings: ZoneSettings) -> Self {
         let mut zone = Self {
             settings: Arc::new(settings),
-            nodes: Map::default(),
+            nodes: NameMap::default(),
             planned: Map::default(),
             clients: Map::default(),
             addresses_of: Map::default(),
@@ -262,14 +264,15 @@ impl Zone {
         let mut changed = false;
         let mut names = Vec::with_capacity(records.len());
         for (owner, mut records) in records {
-            let wire: &[u8] = match &owner {
-                Owner::Cluster(name) => name.wire(),
-                Owner::Reverse(name) => name.wire(),
+            let shared = match &owner {
+                Owner::Cluster(name) => name.shared(),
+                Owner::Reverse(name) => name.shared(),
             };
             // Sorted, so that what is stored does not depend on the order of arrival.
             records.sort_unstable();
-            let name = old.iter().find(|name| &***name == wire);
-            let name: Arc<[u8]> = name.cloned().unwrap_or_else(|| wire.into());
+            let name = old.iter().find(|name| **name == *shared);
+            // Records of a Service name each other: one allocation serves them all.
+            let name = name.unwrap_or(shared).clone();
             changed |= self.put(&name, &by, records);
             names.push(name);
         }
@@ -292,7 +295,7 @@ impl Zone {
             return false;
         }
         let first = node.is_none_or(|node| node.sets.is_empty());
-        let node = Arc::make_mut(self.nodes.entry(name.clone()).or_default());
+        let node = Arc::make_mut(self.nodes.get_or_insert(name, Arc::default));
         let mut sets = std::mem::take(&mut node.sets).into_vec();
         sets.retain(|set| set.by != *by);
         sets.push(Set {
@@ -302,16 +305,11 @@ impl Zone {
         node.sets = sets.into();
         if first {
             for above in above(name) {
-                match self.nodes.get_mut(above) {
-                    Some(node) => Arc::make_mut(node).below += 1,
-                    None => {
-                        let node = Node {
-                            below: 1,
-                            ..Node::default()
-                        };
-                        self.nodes.insert(above.into(), Arc::new(node));
-                    }
-                }
+                let node = match self.nodes.get_mut(above) {
+                    Some(node) => node,
+                    None => self.nodes.get_or_insert(&above.into(), Arc::default),
+                };
+                Arc::make_mut(node).below += 1;
             }
         }
         true

@@ -54,6 +54,10 @@ impl Worker {
                 let found = keys.iter().filter_map(|key| books.service(key)).collect();
                 let _ = reply.send(found);
             }
+            Event::Share { reply } => {
+                // Whoever waited has left when this fails, and with the answer goes what it was to be told by.
+                let _ = reply.send(self.shares.add(&self.snapshot));
+            }
             Event::Pools(Ok(pools)) => {
                 self.problems.remove("load balancer");
                 self.announcements.set_pools(pools);
@@ -94,8 +98,10 @@ impl Worker {
                         self.rejected.retain(|object, _| object.kind != *kind)
                     }
                 }
+                self.shares.change(&change);
                 self.snapshot.apply(change, &mut self.dirty);
             }
+            WatchReport::Reached { kind, version } => self.shares.reached(kind, version),
             WatchReport::Rejected(rejected) => {
                 tracing::warn!(%rejected, "an object counts as absent");
                 self.report.rejected_objects += 1;
@@ -107,6 +113,7 @@ impl Worker {
             }
             WatchReport::Failed { kind, error } => {
                 self.watch_failed = Some(Instant::now());
+                self.shares.failed(kind, &error);
                 self.problem("watch", format!("{kind}s cannot be watched: {error}"));
             }
         }

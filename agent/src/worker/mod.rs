@@ -33,6 +33,7 @@ use crate::progress::Progress;
 use crate::record::Notes;
 use crate::report::Report;
 use crate::routing::Routes;
+use crate::share::Shares;
 use crate::supervisor::Predecessors;
 use crate::surroundings::{earlier_configurations, foreign_interfaces};
 
@@ -79,6 +80,7 @@ pub struct Worker {
     watch_failed: Option<Instant>,
     monitor: Hub,
     announcements: Announcements,
+    shares: Shares,
     /// Where owners of Services are told what they cannot have; absent without an API server.
     notes: Option<Notes>,
     progress: Progress,
@@ -122,6 +124,7 @@ impl Worker {
             watch_failed: None,
             monitor: Hub::new(&config.pin_root),
             notes: None,
+            shares: Shares::default(),
             announcements: Announcements::new(&config.node_name, events),
             progress: Progress::default(),
             health_checks: HealthChecks::default(),
@@ -212,6 +215,7 @@ impl Worker {
     }
 
     fn upkeep(&mut self) -> Result<(), WorkerError> {
+        self.shares.alive();
         // A watch that goes on where it broke off does not say so while nothing happens; one that fails says so again.
         if self
             .watch_failed

@@ -43,7 +43,8 @@ impl Subject {
             .arg("--kubeconfig")
             .arg(kubeconfig)
             .args(["--listen", &address.to_string(), "--health", "127.0.0.1:0"])
-            .args(["--upstream", &upstream.to_string()])
+            // An agent of this machine knows another cluster.
+            .args(["--agent", "", "--upstream", &upstream.to_string()])
             .args(["--threads", &cpus.len().to_string()])
             .env("RUST_LOG", "warn")
             .stdin(Stdio::null())

@@ -313,6 +313,25 @@ fn header_only(message: &[u8], rcode: Rcode, out: &mut [u8]) -> Verdict {
     }
 }
 
+/// Takes everything out of a reply but what says that there is more of it by TCP. Returns the bytes that are left.
+pub fn cut(message: &[u8], reply: &mut [u8]) -> usize {
+    let flags = [reply[2], reply[3]];
+    let Ok(query) = Query::parse(message) else {
+        return reply.len();
+    };
+    let mut out = [0; 512];
+    let mut writer = Writer::start(&query, &Policy::default(), &mut out);
+    writer.truncate();
+    let Verdict::Reply { bytes, .. } = writer.finish(Rcode::NoError) else {
+        return reply.len();
+    };
+    out[2] |= flags[0];
+    out[3] = flags[1];
+    let bytes = bytes.min(reply.len());
+    reply[..bytes].copy_from_slice(&out[..bytes]);
+    bytes
+}
+
 /// An answer without records, for a query that can't be served.
 pub fn failure(policy: &Policy, message: &[u8], rcode: Rcode, out: &mut [u8]) -> Verdict {
     match Query::parse(message) {

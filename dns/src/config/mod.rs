@@ -17,6 +17,7 @@ use crate::cache::CacheRules;
 use crate::forward::ForwardRules;
 use crate::log::{Classes, LogRules};
 use crate::name::{BadName, Name};
+use crate::server::rates::BYTES_S;
 use crate::zone::{Pods, ZoneSettings};
 use corefile::SyntaxError;
 pub use plugins::read_spec;
@@ -54,6 +55,13 @@ pub struct Flags {
     /// Follow this file (what `kubectl get services,endpointslices,pods -A -o json` prints) in place of an API server.
     #[arg(long, conflicts_with_all = ["kubeconfig", "api_server"])]
     snapshot: Option<PathBuf>,
+    /// Socket of the node's agent, which is listened to in place of an API server while it is there; empty for none.
+    #[arg(
+        long,
+        value_name = "PATH",
+        default_value = "/run/keelway/cluster/watch.sock"
+    )]
+    agent: String,
     /// Time to live of the cluster's records, in seconds.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(0..=3600))]
     ttl: u32,
@@ -66,6 +74,10 @@ pub struct Flags {
     /// Keep no answers of others.
     #[arg(long)]
     no_cache: bool,
+    /// Bytes per second by which a client's answers by UDP may be longer than its questions; what is beyond is truncated, so that the
+    /// client asks by TCP, where addresses can't be forged. 0 for no limit.
+    #[arg(long, value_name = "BYTES", default_value_t = BYTES_S)]
+    amplification: u32,
     /// UDP threads; one per CPU by default.
     #[arg(long)]
     threads: Option<NonZeroUsize>,
@@ -81,6 +93,8 @@ pub struct Config {
     pub http: Vec<SocketAddr>,
     pub source: Source,
     pub threads: usize,
+    /// Bytes per second by which a client's answers may be longer than its questions; 0 for no limit.
+    pub amplified_s: u32,
     pub lameduck: Duration,
     /// Where `spec` came from, to be read again.
     pub file: Option<PathBuf>,
@@ -90,7 +104,11 @@ pub struct Config {
 /// Where the cluster is learnt from.
 #[derive(Clone, Debug)]
 pub enum Source {
-    Api(ApiOptions),
+    Api {
+        options: ApiOptions,
+        /// The socket of the agent that is listened to in its place.
+        agent: Option<PathBuf>,
+    },
     File(PathBuf),
 }
 
@@ -122,15 +140,21 @@ impl TryFrom<Flags> for Config {
         let mut http = vec![flags.health];
         http.extend(spec.http.iter().filter(|address| **address != flags.health));
         let lameduck = flags.lameduck.map(Duration::from_secs).or(spec.lameduck);
-        let api = ApiOptions {
-            kubeconfig: flags.kubeconfig,
-            api_server: flags.api_server,
+        let api = Source::Api {
+            options: ApiOptions {
+                kubeconfig: flags.kubeconfig,
+                api_server: flags.api_server,
+            },
+            agent: Some(flags.agent)
+                .filter(|path| !path.is_empty())
+                .map(PathBuf::from),
         };
         Ok(Self {
             listen: flags.listen.unwrap_or((Ipv4Addr::UNSPECIFIED, port).into()),
             http,
-            source: flags.snapshot.map_or(Source::Api(api), Source::File),
+            source: flags.snapshot.map_or(api, Source::File),
             threads: flags.threads.map_or_else(cpus, NonZeroUsize::get),
+            amplified_s: flags.amplification,
             lameduck: lameduck.unwrap_or(Duration::from_secs(5)),
             file: flags.config,
             spec,

@@ -1,7 +1,9 @@
 //! The server: UDP threads over the zone and the cache, TCP, and what takes longer.
 
 pub mod at_once;
+mod crowd;
 mod limits;
+pub mod rates;
 mod slow;
 mod tcp;
 pub mod transfer;
@@ -9,7 +11,7 @@ mod udp;
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -18,13 +20,14 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 use tokio::net::TcpListener;
 
-use crate::answer::Policy;
+use crate::answer::{Policy, cut};
 use crate::forward::Upstream;
 use crate::metrics::Metrics;
 use crate::settings::Settings;
 use crate::sys;
 use crate::zone::Zone;
 use limits::Limits;
+use rates::Rates;
 
 /// The largest UDP answer; more is what TCP is for.
 pub const REPLY_BYTES_MAX: usize = 4096;
@@ -38,6 +41,10 @@ pub struct Shared {
     bare: Policy,
     turn: AtomicUsize,
     limits: Arc<Limits>,
+    /// Bytes per second by which a client's answers may be longer than its questions, by UDP; 0 for no limit.
+    amplified_s: u32,
+    /// For the answers that come late.
+    slow_rates: Mutex<Option<Rates>>,
     probes: Probes,
     /// It is about to stop: readiness says no.
     stopping: AtomicBool,
@@ -49,6 +56,11 @@ pub struct Shared {
 
 impl Shared {
     pub fn new(settings: Settings, metrics: Metrics) -> Arc<Self> {
+        Self::limited(settings, metrics, rates::BYTES_S)
+    }
+
+    /// With another limit on what is sent to one client beyond what it sends, in bytes per second; 0 for none.
+    pub fn limited(settings: Settings, metrics: Metrics, amplified_s: u32) -> Arc<Self> {
         Arc::new(Self {
             zone: ArcSwap::from_pointee(Zone::new(settings.zone().clone())),
             settings: ArcSwap::from_pointee(settings),
@@ -56,11 +68,27 @@ impl Shared {
             bare: Policy::default(),
             turn: AtomicUsize::new(0),
             limits: Arc::default(),
+            amplified_s,
+            slow_rates: Mutex::new(Rates::new(amplified_s)),
             probes: Probes::default(),
             stopping: AtomicBool::new(false),
             draining: AtomicBool::new(false),
             serving: AtomicUsize::new(0),
         })
+    }
+
+    /// Cuts a late answer, where its client may not have it in full by UDP.
+    fn limit_slow(&self, client: IpAddr, query: &[u8], reply: &mut Vec<u8>) {
+        let mut rates = self
+            .slow_rates
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let Some(rates) = rates.as_mut() else { return };
+        if !rates.may(client, query.len(), reply.len(), Instant::now()) {
+            self.metrics.limited.inc();
+            let bytes = cut(query, reply);
+            reply.truncate(bytes);
+        }
     }
 
     fn turn(&self) -> usize {
@@ -125,6 +153,11 @@ pub enum ServerError {
         address: SocketAddr,
         source: io::Error,
     },
+}
+
+/// Sets up the process for a server's needs; to be called before threads are started.
+pub fn prepare_process() {
+    sys::keep_memory_small();
 }
 
 /// Binds `address` for UDP, once per thread, and for TCP, and serves until the process ends or it is drained. Must be called

@@ -7,9 +7,10 @@ use std::time::Instant;
 use hickory_proto::op::{Message, ResponseCode};
 use hickory_proto::rr::{DNSClass, Name as ProtoName, RData, Record, rdata::CNAME};
 
-use super::Shared;
+use super::{REPLY_BYTES_MAX, Shared};
 use crate::answer::{CNAMES_MAX, Policy, Rcode, Transport, Verdict, accept, answer, failure, room};
 use crate::autopath;
+use crate::cache::Entry;
 use crate::fetch::{code_of, fetch};
 use crate::forward::{ForwardError, Question};
 use crate::name::Name;
@@ -23,6 +24,12 @@ struct Looked {
     message: Message,
     /// The code of the last name of a chain.
     rcode: ResponseCode,
+}
+
+/// What is to be said.
+enum Found {
+    Entry(Arc<Entry>),
+    Looked(Box<Looked>),
 }
 
 /// One slow query, with the zone and settings of the moment when it came.
@@ -47,25 +54,45 @@ impl Slow {
 
     /// The reply to a message; `None` when there is nothing to say.
     pub async fn resolve(&self, message: &[u8]) -> Option<Vec<u8>> {
-        let mut out = vec![0; usize::from(u16::MAX)];
-        let bytes = match self.reply(message, &mut out).await {
-            Verdict::Reply { bytes, .. } => bytes,
-            _ => return None,
+        // Nothing large is held while others are waited for: thousands may wait.
+        let looked = match self.look(message).await {
+            Ok(looked) => looked,
+            Err(reply) => return reply,
+        };
+        let mut out = match self.transport {
+            Transport::Udp => vec![0; REPLY_BYTES_MAX],
+            Transport::Tcp => vec![0; usize::from(u16::MAX)],
+        };
+        let verdict = self.reply(message, looked, &mut out);
+        let Verdict::Reply { bytes, .. } = verdict else {
+            return None;
         };
         out.truncate(bytes);
+        out.shrink_to_fit();
         Some(out)
     }
 
-    async fn reply(&self, message: &[u8], out: &mut [u8]) -> Verdict {
-        let query = match accept(message, &self.shared.bare, out) {
-            Ok(query) => query,
-            Err(verdict) => return verdict,
+    /// What is to be said to a message, or the reply that needs no more than a few bytes.
+    async fn look(&self, message: &[u8]) -> Result<Found, Option<Vec<u8>>> {
+        let small = |answer: &dyn Fn(&mut [u8]) -> Verdict| {
+            let mut out = [0; 512];
+            match answer(&mut out) {
+                Verdict::Reply { bytes, .. } => Some(out[..bytes].to_vec()),
+                _ => None,
+            }
+        };
+        let refused = |policy: &Policy| small(&|out| failure(policy, message, Rcode::Refused, out));
+        let bare = &self.shared.bare;
+        let Ok(query) = Query::parse(message) else {
+            return Err(small(&|out| {
+                accept(message, bare, out).err().unwrap_or(Verdict::Ignore)
+            }));
         };
         let Some(block) = self.settings.block(query.name()) else {
-            return failure(&self.shared.bare, message, Rcode::Refused, out);
+            return Err(refused(bare));
         };
         if query.rtype == rtype::HINFO && self.shared.probes.came_back(query.name()) {
-            return failure(&block.policy, message, Rcode::Refused, out);
+            return Err(refused(&block.policy));
         }
         let asked = Name::from_wire(query.name());
         let new = rewrite(&block.spec.rewrites, &asked);
@@ -79,32 +106,39 @@ impl Slow {
         let looked = if new.is_none() && !self.is_ours(block, &query) {
             // The usual case: bytes from the cache or an upstream, copied.
             match fetch(block, &self.shared.metrics, &question).await {
-                Ok(entry) => {
-                    let (turn, now) = (self.shared.turn(), Instant::now());
-                    return entry.compose(&query, &block.policy, self.transport, now, turn, out);
-                }
+                Ok(entry) => return Ok(Found::Entry(entry)),
                 Err(error) => Err(error),
             }
         } else {
             self.look_up(question.clone()).await
         };
-        let looked = match looked {
-            Ok(looked) if looked.rcode == ResponseCode::NXDomain => {
-                match self.follow_path(block, &question).await {
-                    Some(found) => Ok(found),
-                    None => Ok(looked),
-                }
-            }
-            looked => looked,
+        let failed = |error: &ForwardError| {
+            small(&|out| failure(&block.policy, message, code_of(error), out))
         };
-        match looked {
-            Ok(mut looked) => {
-                if let (Some(new), Some(asked)) = (&new, proto_name(&asked)) {
-                    looked.rename(new, &asked);
-                }
-                looked.finish(message, &query, &block.policy, self.transport, out)
+        let mut looked = looked.map_err(|error| failed(&error))?;
+        if looked.rcode == ResponseCode::NXDomain
+            && let Some(found) = self.follow_path(block, &question).await
+        {
+            looked = found;
+        }
+        if let (Some(new), Some(asked)) = (&new, proto_name(&asked)) {
+            looked.rename(new, &asked);
+        }
+        Ok(Found::Looked(Box::new(looked)))
+    }
+
+    fn reply(&self, message: &[u8], found: Found, out: &mut [u8]) -> Verdict {
+        let Ok(query) = Query::parse(message) else {
+            return Verdict::Ignore;
+        };
+        let block = self.settings.block(query.name());
+        let policy = block.map_or(&self.shared.bare, |block| &block.policy);
+        match found {
+            Found::Entry(entry) => {
+                let (turn, now) = (self.shared.turn(), Instant::now());
+                entry.compose(&query, policy, self.transport, now, turn, out)
             }
-            Err(error) => failure(&block.policy, message, code_of(&error), out),
+            Found::Looked(looked) => looked.finish(message, &query, policy, self.transport, out),
         }
     }
 

@@ -8,13 +8,15 @@ use std::time::Instant;
 
 use super::Shared;
 use super::at_once::{Outcome, View, at_once};
+use super::crowd::{Crowd, Order};
+use super::rates::Rates;
 use super::slow::Slow;
-use crate::answer::{Rcode, Transport, Verdict, failure};
+use crate::answer::{Rcode, Transport, Verdict, cut, failure};
 use crate::fetch::renew;
 use crate::forward::Question;
 use crate::metrics::Queries;
 use crate::query::Query;
-use crate::sys::{BATCH, Batch};
+use crate::sys::{self, BATCH, Batch};
 
 /// Serves until the server is drained or the socket is broken.
 pub(super) fn serve(
@@ -27,6 +29,7 @@ pub(super) fn serve(
     let mut batch = Batch::new();
     let mut turn = 0_usize;
     let mut answered = [(0_u16, Rcode::NoError, [0; 2]); BATCH];
+    let (mut rates, mut crowd) = (Rates::new(shared.amplified_s), Crowd::default());
     loop {
         let count = match batch.receive(socket) {
             Ok(count) => count,
@@ -50,9 +53,13 @@ pub(super) fn serve(
             now: Instant::now(),
         };
         let mut answers = 0;
+        keep_room(shared, socket, &mut crowd, count == BATCH, view.now);
         for i in 0..count {
             turn = turn.wrapping_add(1);
             let Some(peer) = batch.peer(i) else { continue };
+            if let Some(order) = crowd.saw(peer.ip(), view.now) {
+                obey(shared, socket, order);
+            }
             let (query, out) = batch.exchange(i);
             match at_once(shared, &view, query, peer.ip(), Transport::Udp, turn, out) {
                 Outcome::Reply {
@@ -60,6 +67,15 @@ pub(super) fn serve(
                     rcode,
                     renew,
                 } => {
+                    let may = rates
+                        .as_mut()
+                        .is_none_or(|rates| rates.may(peer.ip(), query.len(), bytes, view.now));
+                    let bytes = if may {
+                        bytes
+                    } else {
+                        shared.metrics.limited.inc();
+                        cut(query, &mut out[..bytes])
+                    };
                     answered[answers] = (type_of(query), rcode, [query.len(), bytes]);
                     answers += 1;
                     if renew {
@@ -76,7 +92,8 @@ pub(super) fn serve(
                         let slow = Slow::of(shared, peer, Transport::Udp);
                         let (counters, begun) = (counters.clone(), view.now);
                         runtime.spawn(async move {
-                            if let Some(reply) = slow.resolve(&query).await {
+                            if let Some(mut reply) = slow.resolve(&query).await {
+                                slow.shared.limit_slow(peer.ip(), &query, &mut reply);
                                 let _ = socket.send(&reply);
                                 count_slow(&counters, &slow, &query, &reply, begun);
                             }
@@ -106,6 +123,35 @@ pub(super) fn serve(
             tracing::error!(%error, "sending; this socket is given up");
             return;
         }
+    }
+}
+
+/// Sees to it that the socket's queue has room for everyone, where one client fills it.
+fn keep_room(shared: &Shared, socket: &UdpSocket, crowd: &mut Crowd, full: bool, now: Instant) {
+    if let Some(order) = crowd.release(now) {
+        obey(shared, socket, order);
+    }
+    if crowd.wants_drops(full)
+        && let Ok(dropped) = sys::drops(socket)
+    {
+        shared
+            .metrics
+            .queue_drops
+            .inc_by(crowd.drops(dropped).into());
+    }
+}
+
+fn obey(shared: &Shared, socket: &UdpSocket, order: Order) {
+    let done = match order {
+        Order::Hold(client, share) => {
+            shared.metrics.held_back.inc();
+            tracing::warn!(%client, share, "a client sends more than can be answered: part of it is not heard for a second");
+            sys::hold(socket, client, share)
+        }
+        Order::Release => sys::release(socket),
+    };
+    if let Err(error) = done {
+        tracing::warn!(%error, "the socket's queue");
     }
 }
 

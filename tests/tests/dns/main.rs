@@ -1,206 +1,22 @@
 //! `keelway-dns` as a process, through what clusters do to it: outages and relists of the API server, restarts, rollouts and
 //! changed configurations. Names that exist are never denied.
 
+mod agent;
+mod hostile;
+mod support;
+
 use std::fs;
-use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::net::Ipv4Addr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use keelway_tests::cluster::program;
-use keelway_tests::lists::{ListServer, services};
+use keelway_tests::lists::services;
 use keelway_tests::process::eventually;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 
-struct Server {
-    child: Child,
-    address: SocketAddr,
-    health: SocketAddr,
-}
-
-fn free_port() -> SocketAddr {
-    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a free port");
-    socket.local_addr().expect("an address")
-}
-
-impl Server {
-    fn start(kubeconfig: &Path, arguments: &[&str]) -> Self {
-        let (address, health) = (free_port(), free_port());
-        let child = Command::new(program("keelway-dns"))
-            .arg("serve")
-            .arg("--kubeconfig")
-            .arg(kubeconfig)
-            .args([
-                "--listen",
-                &address.to_string(),
-                "--health",
-                &health.to_string(),
-            ])
-            .args(arguments)
-            .env("RUST_LOG", "keelway_dns=error")
-            .stdin(Stdio::null())
-            .spawn()
-            .expect("keelway-dns starts");
-        Self {
-            child,
-            address,
-            health,
-        }
-    }
-
-    fn http(&self, path: &str) -> Result<String, String> {
-        let failed = |error: std::io::Error| error.to_string();
-        let mut stream = TcpStream::connect(self.health).map_err(failed)?;
-        let request = format!("GET {path} HTTP/1.0\r\nHost: dns\r\n\r\n");
-        stream.write_all(request.as_bytes()).map_err(failed)?;
-        let mut response = String::new();
-        stream.read_to_string(&mut response).map_err(failed)?;
-        let (head, body) = response.split_once("\r\n\r\n").ok_or("no response")?;
-        if head.contains(" 200 ") {
-            Ok(body.to_owned())
-        } else {
-            Err(body.to_owned())
-        }
-    }
-
-    fn wait_ready(&self) {
-        eventually("a server that is ready", Duration::from_secs(60), || {
-            self.http("/readyz")
-        });
-    }
-
-    fn memory_most_mb(&self) -> f64 {
-        let status =
-            fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("it runs");
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmHWM:"))
-            .expect("VmHWM");
-        let kilobytes: f64 = line
-            .split_whitespace()
-            .next()
-            .expect("a number")
-            .parse()
-            .expect("a number");
-        kilobytes / 1000.0
-    }
-
-    fn signal(&self, signal: Signal) {
-        let pid = i32::try_from(self.child.id()).expect("a pid");
-        kill(Pid::from_raw(pid), signal).expect("it can be signalled");
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn question(id: u16, name: &str) -> Vec<u8> {
-    let mut wire = id.to_be_bytes().to_vec();
-    wire.extend([1, 0, 0, 1, 0, 0, 0, 0, 0, 0]);
-    for label in name.split('.') {
-        wire.push(label.len() as u8);
-        wire.extend(label.bytes());
-    }
-    wire.extend([0, 0, 1, 0, 1]);
-    wire
-}
-
-/// Code and number of answers; `None` when nothing came in time.
-fn ask(server: SocketAddr, name: &str) -> Option<(u8, u8)> {
-    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).ok()?;
-    socket.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
-    socket.connect(server).ok()?;
-    socket.send(&question(7, name)).ok()?;
-    let mut reply = [0; 1500];
-    let bytes = socket.recv(&mut reply).ok()?;
-    (bytes > 12 && reply[..2] == [0, 7]).then(|| (reply[3] & 15, reply[7]))
-}
-
-const NOERROR: u8 = 0;
-const SERVFAIL: u8 = 2;
-const NXDOMAIN: u8 = 3;
-
-fn service_name(i: usize) -> String {
-    format!("svc-{i}.ns-{}.svc.cluster.local", i % 50)
-}
-
-/// Clients that ask for existing names until they are told to stop, and what they were told.
-struct Clients {
-    stop: Arc<AtomicBool>,
-    threads: Vec<thread::JoinHandle<Counts>>,
-}
-
-#[derive(Debug, Default)]
-struct Counts {
-    good: usize,
-    servfail: usize,
-    denied: usize,
-    unanswered: usize,
-}
-
-impl Clients {
-    fn start(
-        count: usize,
-        services: usize,
-        server: impl Fn() -> SocketAddr + Send + Clone + 'static,
-    ) -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let client = |number: usize| {
-            let (stop, server) = (stop.clone(), server.clone());
-            thread::spawn(move || {
-                let mut counts = Counts::default();
-                let mut i = number;
-                while !stop.load(Ordering::Relaxed) {
-                    i = (i + 7919) % services;
-                    match ask(server(), &service_name(i)) {
-                        Some((NOERROR, 1..)) => counts.good += 1,
-                        Some((SERVFAIL, _)) => counts.servfail += 1,
-                        Some(_) => counts.denied += 1,
-                        None => counts.unanswered += 1,
-                    }
-                }
-                counts
-            })
-        };
-        let threads = (0..count).map(client).collect();
-        Self { stop, threads }
-    }
-
-    fn finish(self) -> Counts {
-        self.stop.store(true, Ordering::Relaxed);
-        let mut all = Counts::default();
-        for thread in self.threads {
-            let one = thread.join().expect("a client");
-            all.good += one.good;
-            all.servfail += one.servfail;
-            all.denied += one.denied;
-            all.unanswered += one.unanswered;
-        }
-        all
-    }
-}
-
-fn api(
-    services_count: usize,
-    endpoints: usize,
-) -> (ListServer, tempfile::TempDir, std::path::PathBuf) {
-    let api = ListServer::start().expect("a free port");
-    let [listed, slices] = services(services_count, endpoints);
-    api.set("services", listed);
-    api.set("endpointslices", slices);
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    let kubeconfig = api.kubeconfig(folder.path()).expect("a kubeconfig");
-    (api, folder, kubeconfig)
-}
+use support::{Clients, NOERROR, NXDOMAIN, SERVFAIL, Server, api, ask, free_port, service_name};
 
 #[test]
 fn names_are_answered_while_the_api_server_is_away_and_news_are_taken_when_it_is_back() {
@@ -210,12 +26,14 @@ fn names_are_answered_while_the_api_server_is_away_and_news_are_taken_when_it_is
     api.go_away();
     let address = server.address;
     let clients = Clients::start(2, 200, move || address);
-    // Long enough for every watch to have failed and been tried again several times.
+    // Long enough for every watch to have failed and been tried again several times; or as long as one likes.
+    let away_s = std::env::var("KEELWAY_DNS_AWAY_S").ok();
+    let away_s = away_s.map_or(8, |text| text.parse().expect("seconds"));
     let [mut listed, slices] = services(201, 2);
     listed.remove(0);
     api.set("services", listed);
     api.set("endpointslices", slices);
-    let until = Instant::now() + Duration::from_secs(8);
+    let until = Instant::now() + Duration::from_secs(away_s);
     while Instant::now() < until {
         assert_eq!(
             ask(address, &service_name(0)),
@@ -225,6 +43,7 @@ fn names_are_answered_while_the_api_server_is_away_and_news_are_taken_when_it_is
         assert!(server.http("/readyz").is_ok(), "it serves, so it is ready");
     }
     let counts = clients.finish();
+    println!("away for {away_s} s: {counts:?}");
     assert!(
         counts.good > 1000 && counts.denied + counts.servfail + counts.unanswered == 0,
         "{counts:?}"
