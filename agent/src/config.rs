@@ -3,12 +3,14 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::balancer::Pools;
 use cluster_model::watch::ApiOptions;
 use ipnetwork::IpNetwork;
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
+use crate::node_ranges::{ClusterRange, ClusterRangeError};
 use crate::plan::Routing;
 
 /// Flags of `keelway-agent run`.
@@ -41,6 +43,16 @@ pub struct RunFlags {
     /// How other nodes' pods are reached.
     #[arg(long, value_enum, default_value_t = Routing::Auto)]
     routing: Routing,
+    /// Range of all pods of the cluster: nodes that have no range of their own get one out of it, by one of the agents. For clusters whose
+    /// controller manager gives none; one for each family at most.
+    #[arg(long, value_name = "RANGE")]
+    cluster_cidr: Vec<IpNetwork>,
+    /// Prefix length of the nodes' ranges out of an IPv4 --cluster-cidr.
+    #[arg(long, default_value_t = 24, value_name = "BITS")]
+    node_cidr_mask_size_ipv4: u8,
+    /// Prefix length of the nodes' ranges out of an IPv6 --cluster-cidr.
+    #[arg(long, default_value_t = 64, value_name = "BITS")]
+    node_cidr_mask_size_ipv6: u8,
     /// Give what pods send out of the cluster over IPv4 the node's address as its source.
     #[arg(long, value_enum, default_value_t = Switch::Off)]
     masquerade: Switch,
@@ -56,6 +68,14 @@ pub struct RunFlags {
     /// File with the pools of load balancers' addresses, instead of the ConfigMap kube-system/keelway-config.
     #[arg(long, value_name = "FILE")]
     load_balancer_config: Option<PathBuf>,
+    /// CRI socket of a container runtime of this node: pods that it has not had for a while have their addresses collected. May be given
+    /// more than once; all runtimes that make pods here have to be named, those that are not there do no harm.
+    #[arg(long, value_name = "SOCKET")]
+    runtime_endpoint: Vec<PathBuf>,
+    /// How long a runtime must have been without a pod's sandbox before its addresses are collected, in seconds: longer than it takes to
+    /// make one.
+    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
+    collect_after: u64,
     /// Unix socket for the CNI plugin and `status`.
     #[arg(long, default_value = keelway_cni::AGENT_SOCKET)]
     socket: PathBuf,
@@ -97,12 +117,17 @@ pub struct Config {
     pub packet_lb: bool,
     pub service_ranges: Vec<IpNetwork>,
     pub routing: Routing,
+    /// What nodes get their ranges out of, where the cluster gives them none.
+    pub cluster_ranges: Vec<ClusterRange>,
     pub masquerade: bool,
     pub unmasqueraded: Vec<IpNetwork>,
     pub metrics: Option<SocketAddr>,
     pub healthz: Option<SocketAddr>,
     /// Pools from a file; without one, they are read from a ConfigMap, and followed.
     pub pools: Option<Arc<Pools>>,
+    /// CRI sockets of the runtimes that make pods here.
+    pub runtimes: Vec<PathBuf>,
+    pub collect_after: Duration,
     pub socket: PathBuf,
     /// By which others of the node are told of the cluster.
     pub share: PathBuf,
@@ -132,6 +157,8 @@ pub enum ConfigError {
     MasqueradeAlone,
     #[error("--service-cidr {0}: has bits set after its prefix")]
     ServiceRange(IpNetwork),
+    #[error("--cluster-cidr {0}")]
+    ClusterRange(#[from] ClusterRangeError),
     #[error("--load-balancer-config {}: {why}", path.display())]
     Pools { path: PathBuf, why: String },
     #[error("--healthz-bind-address {0:?}: not an address with a port, such as 0.0.0.0:10256")]
@@ -160,6 +187,19 @@ impl RunFlags {
         {
             return Err(ConfigError::ServiceRange(*range));
         }
+        let cluster_ranges: Vec<ClusterRange> = self
+            .cluster_cidr
+            .iter()
+            .map(|range| {
+                let prefix = if range.is_ipv4() {
+                    self.node_cidr_mask_size_ipv4
+                } else {
+                    self.node_cidr_mask_size_ipv6
+                };
+                ClusterRange::new(*range, prefix)
+            })
+            .collect::<Result<_, _>>()?;
+        ClusterRange::one_of_each(&cluster_ranges)?;
         for (flag, path) in [
             ("--socket", &self.socket),
             ("--state-dir", &self.state_dir),
@@ -169,7 +209,13 @@ impl RunFlags {
                 "--share-socket",
                 self.share_socket.as_ref().unwrap_or(&self.socket),
             ),
-        ] {
+        ]
+        .into_iter()
+        .chain(
+            self.runtime_endpoint
+                .iter()
+                .map(|path| ("--runtime-endpoint", path)),
+        ) {
             if !path.is_absolute() {
                 return Err(ConfigError::Relative {
                     flag,
@@ -196,6 +242,7 @@ impl RunFlags {
             packet_lb,
             service_ranges: self.service_cidr,
             routing: self.routing,
+            cluster_ranges,
             masquerade: self.masquerade == Switch::On,
             unmasqueraded: self.non_masquerade_cidr,
             metrics: self.metrics,
@@ -214,6 +261,8 @@ impl RunFlags {
             share: self
                 .share_socket
                 .unwrap_or_else(|| share_beside(&self.socket)),
+            runtimes: self.runtime_endpoint,
+            collect_after: Duration::from_secs(self.collect_after),
             socket: self.socket,
             spool: self.state_dir.join("deleted"),
             state_dir: self.state_dir,
@@ -224,7 +273,7 @@ impl RunFlags {
 }
 
 /// In a folder of its own, so that a container can be given this socket without the other one.
-fn share_beside(socket: &Path) -> PathBuf {
+pub fn share_beside(socket: &Path) -> PathBuf {
     socket.with_file_name("cluster").join("watch.sock")
 }
 

@@ -1,6 +1,6 @@
 //! Everything that can happen to the agent.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
@@ -40,6 +40,8 @@ pub enum Event {
     },
     /// The interfaces of deleted pods have been removed, or could not be.
     Buried { outcome: Result<(), NodeError> },
+    /// The sandboxes that the container runtimes have, by id, or why that is not known; none when there is no runtime to ask.
+    Sandboxes(Result<Option<HashSet<String>>, String>),
     /// Probes have found that a way to another node is direct, or is not any more.
     PathsChanged,
     /// Somebody asks how the agent is.

@@ -19,7 +19,9 @@ use keelway_agent::health::serve_proxy;
 use keelway_agent::source::Feed;
 use keelway_agent::supervisor::Predecessors;
 use keelway_agent::worker::{LastWords, Worker, reason};
-use keelway_agent::{install, metrics, record, share, socket, source, supervisor};
+use keelway_agent::{
+    install, metrics, node_ranges, record, sandboxes, share, socket, source, supervisor, uninstall,
+};
 use nix::sys::signal::{SigSet, Signal};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -45,6 +47,8 @@ enum Command {
         #[arg(long, default_value = "/opt/cni/bin")]
         bin_dir: PathBuf,
     },
+    /// Take away what agents have left on this node: plugin, configuration, programs, maps, interfaces, routes and state.
+    Uninstall(uninstall::Places),
 }
 
 fn main() -> ExitCode {
@@ -64,6 +68,14 @@ fn main() -> ExitCode {
         Command::Install { bin_dir } => install::install_plugin(&bin_dir)
             .map(|path| {
                 println!("{}", path.display());
+                ExitCode::SUCCESS
+            })
+            .map_err(Into::into),
+        Command::Uninstall(places) => uninstall::uninstall(&places)
+            .map(|removed| {
+                for one in removed {
+                    println!("removed {one}");
+                }
                 ExitCode::SUCCESS
             })
             .map_err(Into::into),
@@ -158,6 +170,13 @@ fn work(flags: RunFlags) -> anyhow::Result<ExitCode> {
             happenings,
         ));
         let (options, identity) = (options.clone(), config.node_name.clone());
+        if !config.cluster_ranges.is_empty() {
+            runtime.spawn(node_ranges::run(
+                options.clone(),
+                identity.clone(),
+                config.cluster_ranges.clone(),
+            ));
+        }
         runtime.spawn(balancer::run(
             options,
             identity,
@@ -174,6 +193,9 @@ fn work(flags: RunFlags) -> anyhow::Result<ExitCode> {
                 .await
                 .with_context(|| format!("--metrics {address}"))?;
             tokio::spawn(metrics::serve(listener, events.clone()));
+        }
+        if !config.runtimes.is_empty() {
+            tokio::spawn(sandboxes::follow(config.runtimes.clone(), events.clone()));
         }
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::addresses::Reserved;
 use crate::config::Config;
-use crate::dataplane::{self, Dataplane, Op, State};
+use crate::dataplane::{self, Dataplane, Op, ServiceVeth, State};
 use crate::net::{self, Kernel, Link, NetlinkError, Uplink};
 use crate::plan::{Ledger, Routing};
 use crate::report::Fill;
@@ -47,7 +47,7 @@ impl Identity {
         }
         if node.pod_cidrs.is_empty() {
             return Err(format!(
-                "Node {:?} has no range in spec.podCIDRs yet",
+                "Node {:?} has no range in spec.podCIDRs yet; if the cluster's controller manager gives none, --cluster-cidr does",
                 node.name
             ));
         }
@@ -103,6 +103,8 @@ pub enum NodeError {
     NoUplink(Vec<IpAddr>),
     #[error("cannot switch {} on", path.display())]
     Sysctl { path: PathBuf, source: io::Error },
+    #[error("the pair of interfaces {} was removed, and is made anew", net::OUTER)]
+    ServiceVeth,
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
     #[error(transparent)]
@@ -116,9 +118,14 @@ impl From<dataplane::Error> for NodeError {
 }
 
 impl NodeError {
-    /// Whether the BPF file system lost what was pinned: somebody unmounted it, or removed the directory.
-    pub fn pins_are_gone(&self) -> bool {
-        matches!(self, Self::Dataplane(error) if matches!(**error, dataplane::Error::Pins { .. }))
+    /// Whether another worker has to make anew what is gone: the BPF file system lost what was pinned (somebody unmounted it, or removed
+    /// the directory), or an interface that programs hang on was removed.
+    pub fn asks_for_another_worker(&self) -> bool {
+        match self {
+            Self::Dataplane(error) => matches!(**error, dataplane::Error::Pins { .. }),
+            Self::ServiceVeth => true,
+            _ => false,
+        }
     }
 }
 
@@ -141,6 +148,9 @@ pub struct Node {
     ipv6: bool,
     /// Whose sockets are translated, if any are.
     cgroup: Option<PathBuf>,
+    service_veth: ServiceVeth,
+    service_ranges: Vec<IpNetwork>,
+    routing: Routing,
 }
 
 impl Node {
@@ -205,6 +215,9 @@ impl Node {
             flows: 0,
             ipv6,
             cgroup: config.socket_lb.then(|| config.cgroup.clone()),
+            service_veth: pair,
+            service_ranges: config.service_ranges.clone(),
+            routing: config.routing,
         };
         // What programs judge packets by is there before they see one.
         node.settle_host_addresses(kernel)?;
@@ -271,7 +284,43 @@ impl Node {
         let collected = self.dataplane.collect_flows()?;
         tracing::debug!(?collected, "flows");
         self.flows = collected.left;
+        self.keep_service_veth(kernel)?;
+        if self.overlay.is_some() {
+            for interface in [self.uplink.link.name.as_str(), net::OVERLAY] {
+                loosen_reverse_path_filter(interface)?;
+            }
+        }
         self.settle_host_addresses(kernel)
+    }
+
+    /// Puts right what somebody did to the pair into which Service ranges are routed: programs that keep the host's network take away
+    /// what they did not make.
+    fn keep_service_veth(&mut self, kernel: &mut Kernel) -> Result<(), NodeError> {
+        if net::service_veth_is_whole(kernel, &self.service_veth, &self.service_ranges)? {
+            let there = kernel.addresses()?;
+            let missing = self
+                .reserved
+                .iter()
+                .flat_map(|own| [own.host, own.probe])
+                .filter(|own| !there.iter().any(|(_, ip, _)| ip == own));
+            for own in missing.collect::<Vec<_>>() {
+                tracing::warn!(%own, "an address of this node's own was taken away; it is back");
+                kernel.add_own_address(self.service_veth.outer, own)?;
+            }
+            return Ok(());
+        }
+        tracing::warn!("the way of Service addresses was changed; it is made as it was");
+        let made = net::make_service_veth(
+            kernel,
+            &self.service_ranges,
+            &self.uplink.addresses,
+            pod_mtu(self.routing, &self.uplink),
+        )?;
+        if made != self.service_veth {
+            // Programs hang on the old pair; a new worker hangs them on this one.
+            return Err(NodeError::ServiceVeth);
+        }
+        Ok(())
     }
 
     /// The destinations to which pods keep their own addresses.

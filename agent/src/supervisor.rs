@@ -145,6 +145,20 @@ pub fn lock(socket_path: &Path) -> Result<File, SupervisorError> {
     })
 }
 
+/// The right to be this node's agent, if nobody has it.
+pub fn try_lock(socket_path: &Path) -> io::Result<Option<File>> {
+    let path = socket_path.with_extension("lock");
+    if let Some(dir) = path.parent() {
+        std::fs::create_dir_all(dir)?;
+    }
+    let file = File::create(&path)?;
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(std::fs::TryLockError::WouldBlock) => Ok(None),
+        Err(std::fs::TryLockError::Error(error)) => Err(error),
+    }
+}
+
 /// This program, by its path, so that a worker is seen under its name; by its open file, when the path is gone.
 fn program() -> PathBuf {
     std::env::current_exe()

@@ -79,6 +79,7 @@ const SCENARIOS: &[Scenario] = scenarios![
     wrong_input::a_broken_cni_call_gets_an_error_of_the_specification "nodes",
     rollout::scaling_deleting_and_restarting_lose_no_request,
     names::a_rollout_of_the_dns_loses_no_query,
+    rollout::an_upgrade_of_the_agent_loses_no_request,
     faults::a_killed_agent_is_replaced_while_traffic_goes_on "nodes",
     faults::a_killed_control_plane_keeps_traffic_and_every_answered_write "nodes",
     services::either_hook_alone_carries_all_traffic "nodes",

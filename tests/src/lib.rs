@@ -4,6 +4,7 @@
 pub mod agents;
 pub mod audit;
 pub mod cluster;
+pub mod dice;
 pub mod fabric;
 pub mod lists;
 pub mod machine;
@@ -11,6 +12,8 @@ pub mod nodes;
 pub mod process;
 pub mod requests;
 pub mod sandbox;
+#[cfg(target_arch = "x86_64")]
+pub mod steps;
 
 /// Builders of packets whose checksums are right.
 pub mod packets {

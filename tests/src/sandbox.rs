@@ -14,6 +14,7 @@ use anyhow::{Context as _, Result, ensure};
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, setns, unshare},
+    sys::statfs::{NSFS_MAGIC, fstatfs},
 };
 
 /// Says whether a test may make namespaces; else prints that it is skipped.
@@ -83,6 +84,14 @@ impl Network {
             Self::current()
         });
         made.join().unwrap_or_else(|panic| resume_unwind(panic))
+    }
+
+    /// One that a path leads to.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).with_context(|| path.display().to_string())?;
+        let is_namespace = fstatfs(&file)?.filesystem_type() == NSFS_MAGIC;
+        ensure!(is_namespace, "{} is no namespace", path.display());
+        Ok(Self(file))
     }
 
     /// The same namespace, for another thread.

@@ -299,3 +299,73 @@ fn nodes_go_come_and_get_other_ranges() {
     lab.pods[2] = pod;
     lab.all_pairs("after it was renumbered");
 }
+
+/// A cluster's largest size, of which this node is real, and its neighbour.
+const NODES: u16 = 5000;
+
+#[test]
+fn five_thousand_nodes_come_flap_and_go() {
+    if !is_root("five_thousand_nodes_come_flap_and_go") {
+        return;
+    }
+    let sandbox = Sandbox::enter().expect("a sandbox");
+    let dir = tempfile::tempdir().expect("a folder");
+    let (mut cluster, [mut node, mut neighbour]) =
+        keelway_tests::agents::two_nodes(&sandbox, dir.path(), &[]).expect("two nodes");
+    for number in 3..=NODES {
+        let [high, low] = number.to_be_bytes();
+        let underlay = IpAddr::from([198, 19, high, low]);
+        let range = format!("10.{}.{low}.0/24", 64 + high);
+        cluster.nodes.push(node_object(
+            &format!("node-{number}"),
+            &[underlay],
+            &[range],
+        ));
+    }
+    cluster.write(&[]).expect("the cluster's file");
+    for node in [&mut node, &mut neighbour] {
+        node.start().expect("an agent");
+    }
+    let ways = |what: &str, wished: usize| {
+        let report = node
+            .wait(what, |report| {
+                let paths = report["paths"].as_array().map(Vec::len);
+                paths == Some(wished) && report["problems"] == serde_json::json!([])
+            })
+            .expect("a report");
+        // In the kernel too, one for each, and one that closes the node's own range.
+        let routes = node.host.run(|| {
+            let mut kernel = keelway_agent::net::Kernel::new(keelway_agent::net::Netlink::open()?);
+            let overlay = kernel.link("keelway-vx")?.map(|link| link.index);
+            kernel.node_routes(overlay)
+        });
+        let ranges = routes
+            .expect("routes")
+            .into_iter()
+            .filter(|route| route.range().prefix() == 24)
+            .count();
+        assert_eq!(ranges, wished + 1, "{what}: {}", report["problems"]);
+    };
+    let all = usize::from(NODES) - 1;
+    ways("all nodes", all);
+    let (a, b) = (
+        node.wire("a").expect("a pod"),
+        neighbour.wire("b").expect("a pod"),
+    );
+    let pass = || transfer(&b.network, b.addresses[0], &a.network).expect("a transfer");
+    pass();
+    // A tenth of the cluster loses its power, and has it again.
+    let there = cluster.nodes.clone();
+    cluster.nodes.truncate(there.len() * 9 / 10);
+    cluster.write(&[]).expect("the cluster's file");
+    ways("without a tenth", cluster.nodes.len() - 1);
+    pass();
+    cluster.nodes = there;
+    cluster.write(&[]).expect("the cluster's file");
+    ways("all nodes again", all);
+    pass();
+    cluster.nodes.truncate(2);
+    cluster.write(&[]).expect("the cluster's file");
+    ways("the neighbour alone", 1);
+    pass();
+}

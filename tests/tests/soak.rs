@@ -11,31 +11,12 @@ use keelway_tests::agents::{
     AgentNode, Pod, addresses_of, cni_result, two_dual_stack_nodes, until,
 };
 use keelway_tests::audit::audit;
+use keelway_tests::dice::{Dice, number};
 use keelway_tests::sandbox::{Network, Sandbox, ip, is_root};
 use serde_json::json;
 
 /// Containers that come and go beside each other.
 const LANES: u32 = 6;
-
-/// Numbers that look random (xorshift64*, Vigna 2016), the same for the same seed.
-struct Dice(u64);
-
-impl Dice {
-    fn new(seed: u64) -> Self {
-        Self(seed | 1)
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) % limit
-    }
-}
-
-fn number(variable: &str) -> Option<u64> {
-    std::env::var(variable).ok()?.parse().ok()
-}
 
 /// Adds a pod; sometimes its plugin is killed. What is not added is deleted.
 fn come(node: &AgentNode, container: String, dice: &mut Dice) -> Result<Option<Pod>> {

@@ -22,7 +22,7 @@ use futures::StreamExt;
 use tokio::sync::watch as channel;
 
 use crate::source::Feed;
-use lease::Candidate;
+pub(crate) use lease::Candidate;
 pub use pools::Pools;
 
 const NAMESPACE: &str = "kube-system";

@@ -33,6 +33,8 @@ pub(super) fn family(ip: IpAddr) -> AddressFamily {
 #[derive(Default)]
 pub(super) struct LinkChange<'a> {
     pub netns: Option<BorrowedFd<'a>>,
+    /// Its index in that namespace.
+    pub index: Option<u32>,
     pub mac: Option<[u8; 6]>,
     pub mtu: Option<u32>,
     pub name: Option<&'a str>,
@@ -52,6 +54,10 @@ pub(super) fn change_link(index: u32, change: &LinkChange<'_>) -> Step {
             change
                 .netns
                 .map(|netns| LinkAttribute::NetNsFd(netns.as_raw_fd())),
+            change
+                .index
+                .and_then(|index| i32::try_from(index).ok())
+                .map(LinkAttribute::NewIfIndex),
             change.mac.map(|mac| LinkAttribute::Address(mac.to_vec())),
             change.mtu.map(LinkAttribute::Mtu),
             change.name.map(|name| LinkAttribute::IfName(name.into())),

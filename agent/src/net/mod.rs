@@ -3,6 +3,7 @@
 mod kernel;
 mod message;
 mod netlink;
+pub mod nftables;
 mod overlay;
 mod pod;
 mod route;
@@ -13,5 +14,5 @@ pub use kernel::{Kernel, Link, Uplink};
 pub use netlink::{Netlink, NetlinkError};
 pub use overlay::{OVERLAY, OverlayPeer, overhead, overlay_mac};
 pub use pod::{PodWire, check_pod, everything, pod_gateway, pod_mac, wire_pod};
-pub use service_veth::{INNER, OUTER, make_service_veth};
+pub use service_veth::{INNER, OUTER, make_service_veth, service_veth_is_whole};
 pub use spare::{Spare, SpareNetwork, is_spare};

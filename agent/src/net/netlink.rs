@@ -4,8 +4,9 @@
 //! fewest system calls, and requests that do not depend on each other's answers travel together. netlink-packet-route has the
 //! messages.
 
+use std::fs::File;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
@@ -73,23 +74,19 @@ impl Netlink {
         open().map_err(|source| NetlinkError::new("open a netlink socket", source))
     }
 
-    /// A socket of another network namespace. A socket stays with the namespace that it was made in, so only a thread
-    /// that ends right after enters it.
+    /// A socket of another network namespace. A socket stays with the namespace that it was made in, so the calling thread enters it for a
+    /// moment only: a thread of its own costs more than everything else that is done to a pod.
     pub fn open_in(netns: BorrowedFd<'_>) -> Result<Self, NetlinkError> {
-        std::thread::scope(|scope| {
-            let entering = scope.spawn(|| {
-                setns(netns, CloneFlags::CLONE_NEWNET).map_err(|errno| {
-                    NetlinkError::new("enter the network namespace", errno.into())
-                })?;
-                Self::open()
-            });
-            entering.join().unwrap_or_else(|_| {
-                Err(NetlinkError::new(
-                    "enter the network namespace",
-                    io::Error::other("the thread panicked"),
-                ))
-            })
-        })
+        let failed = |source| NetlinkError::new("enter the network namespace", source);
+        let home = File::open("/proc/thread-self/ns/net").map_err(failed)?;
+        let enter = |to: BorrowedFd<'_>| {
+            setns(to, CloneFlags::CLONE_NEWNET).map_err(|errno| failed(errno.into()))
+        };
+        enter(netns)?;
+        let opened = Self::open();
+        // The way back to where this thread came from is open; if it were not, nothing of the thread's work could go on.
+        enter(home.as_fd())?;
+        opened
     }
 
     /// Sends requests in one go, and waits until the kernel has done all of them. It goes on behind one that fails; the first that

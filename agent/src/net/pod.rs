@@ -5,6 +5,7 @@ use std::os::fd::BorrowedFd;
 
 use dataplane_abi::HOST_VETH_MAC;
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
+use nix::net::if_::if_nametoindex;
 use sha2::{Digest, Sha256};
 
 use super::kernel::{VethEnd, pod_steps};
@@ -73,7 +74,10 @@ pub fn wire_pod(
     wire: &PodWire,
     spare: Option<(&SpareNetwork, &Spare)>,
 ) -> Result<Link, NetlinkError> {
-    host.delete_link(&wire.host_interface)?;
+    // Asking takes no lock of the kernel's, removing one that is not there does.
+    if if_nametoindex(wire.host_interface.as_str()).is_ok() {
+        host.delete_link(&wire.host_interface)?;
+    }
     let mut pod = Kernel::new(Netlink::open_in(netns)?);
     let made = match spare {
         Some((network, spare)) => move_in(host, &mut pod, netns, wire, network, spare),
@@ -129,9 +133,8 @@ fn move_in(
 ) -> Result<Link, NetlinkError> {
     // The host's side first: until the pod's has moved, the pair goes with this process.
     configure_host(host, spare.host_index, wire, Some(&wire.host_interface))?;
-    network.give(spare, netns, wire)?;
-    let inside = pod.known_link(&wire.interface)?;
-    configure_pod(pod, inside.index, wire)?;
+    let inside = network.give(spare, netns, pod, wire)?;
+    configure_pod(pod, inside, wire)?;
     Ok(Link {
         index: spare.host_index,
         name: wire.host_interface.clone(),

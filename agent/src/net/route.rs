@@ -108,6 +108,55 @@ impl Kernel {
         Ok(routes.iter().filter_map(read).collect())
     }
 
+    /// Where routes of ours lead: ranges, and interfaces that they name.
+    pub fn leads(&mut self) -> Result<BTreeSet<(IpNetwork, u32)>, NetlinkError> {
+        let routes = self.our_routes()?;
+        let read = |route: &RouteMessage| {
+            let oif = route.attributes.iter().find_map(|one| match one {
+                RouteAttribute::Oif(index) => Some(*index),
+                _ => None,
+            });
+            Some((destination(route)?, oif?))
+        };
+        Ok(routes.iter().filter_map(read).collect())
+    }
+
+    /// How many routes of ours there are.
+    pub fn count_routes(&mut self) -> Result<usize, NetlinkError> {
+        Ok(self.our_routes()?.len())
+    }
+
+    /// Removes every route of ours.
+    pub fn remove_routes(&mut self) -> Result<(), NetlinkError> {
+        for found in self.our_routes()? {
+            let mut gone = RouteMessage::default();
+            gone.header = found.header.clone();
+            gone.header.flags = RouteFlags::empty();
+            // What tells routes of one destination apart; the kernel takes no more than it needs.
+            gone.attributes = found.attributes;
+            gone.attributes.retain(|attribute| {
+                matches!(
+                    attribute,
+                    RouteAttribute::Destination(_)
+                        | RouteAttribute::Oif(_)
+                        | RouteAttribute::Gateway(_)
+                        | RouteAttribute::Priority(_)
+                )
+            });
+            let removed = self.netlink.request(
+                || format!("remove route {:?}", gone.attributes),
+                RouteNetlinkMessage::DelRoute(gone.clone()),
+                0,
+            );
+            match removed {
+                // It went with its interface just now.
+                Err(error) if error.errno() == Some(Errno::ESRCH) => {}
+                removed => removed?,
+            }
+        }
+        Ok(())
+    }
+
     fn our_routes(&mut self) -> Result<Vec<RouteMessage>, NetlinkError> {
         let mut routes = self.all_routes()?;
         routes.retain(|route| route.header.protocol == RouteProtocol::from(ROUTE_PROTOCOL));

@@ -42,7 +42,6 @@ pub fn make_service_veth(
             host.set_up(link.index)?;
         }
     }
-    let hairpin = IpNetwork::from(IpAddr::from(Ipv4Addr::from(HAIRPIN_V4)));
     let mut steps = vec![message::set_neighbour(
         outer.index,
         GATEWAY_V4.into(),
@@ -55,7 +54,7 @@ pub fn make_service_veth(
             HOST_VETH_MAC,
         ));
     }
-    for range in ranges.iter().copied().chain([hairpin]) {
+    for range in routed(ranges) {
         let source = node_addresses
             .iter()
             .copied()
@@ -72,4 +71,29 @@ pub fn make_service_veth(
         outer: outer.index,
         inner: inner.index,
     })
+}
+
+/// What is routed into the pair: the Service ranges, and the address that stands for a client that is its own backend.
+fn routed(ranges: &[IpNetwork]) -> impl Iterator<Item = IpNetwork> {
+    let hairpin = IpNetwork::from(IpAddr::from(Ipv4Addr::from(HAIRPIN_V4)));
+    ranges.iter().copied().chain([hairpin])
+}
+
+/// Whether the pair is as it was made: somebody may have set it down, or taken its routes away.
+pub fn service_veth_is_whole(
+    host: &mut Kernel,
+    pair: &ServiceVeth,
+    ranges: &[IpNetwork],
+) -> Result<bool, NetlinkError> {
+    let ends = [(OUTER, pair.outer), (INNER, pair.inner)];
+    for (name, index) in ends {
+        if !host
+            .link(name)?
+            .is_some_and(|link| link.up && link.index == index)
+        {
+            return Ok(false);
+        }
+    }
+    let leads = host.leads()?;
+    Ok(routed(ranges).all(|range| leads.contains(&(range, pair.outer))))
 }

@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
 use dataplane_abi::HOST_VETH_MAC;
+use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
 
 use super::kernel::VethEnd;
@@ -84,22 +85,35 @@ impl SpareNetwork {
         })
     }
 
-    /// Moves the pod's side into the pod, and gives it its name and MAC address there.
+    /// Moves the pod's side into the pod, gives it its name and MAC address there, and returns its index.
     pub(super) fn give(
         &self,
         spare: &Spare,
         netns: BorrowedFd<'_>,
+        pod: &mut Kernel,
         wire: &PodWire,
-    ) -> Result<(), NetlinkError> {
-        let change = LinkChange {
+    ) -> Result<u32, NetlinkError> {
+        let change = |index: Option<u32>| LinkChange {
             netns: Some(netns),
+            index,
             mac: Some(wire.mac),
             mtu: Some(wire.mtu),
             name: Some(&wire.interface),
             ..LinkChange::default()
         };
-        self.kernel()
-            .run(vec![message::change_link(spare.pod_index, &change)])
+        let give = |index| {
+            self.kernel()
+                .run(vec![message::change_link(spare.pod_index, &change(index))])
+        };
+        // It keeps its index unless the pod has an interface of that: so nobody has to ask for it.
+        match give(Some(spare.pod_index)) {
+            Ok(()) => Ok(spare.pod_index),
+            Err(error) if error.errno() == Some(Errno::EBUSY) => {
+                give(None)?;
+                Ok(pod.known_link(&wire.interface)?.index)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     fn kernel(&self) -> std::sync::MutexGuard<'_, Kernel> {

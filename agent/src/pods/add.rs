@@ -194,6 +194,9 @@ impl Pods {
         let Some(Wiring { mut one, deletions }) = self.wiring.remove(&host_interface) else {
             return;
         };
+        if let Some(spares) = &self.spares {
+            spares.wired();
+        }
         // The pod's namespace may still have the interface of a deleted attachment under that name.
         let taken =
             matches!(&made, Err(NodeError::Netlink(error)) if error.errno() == Some(Errno::EEXIST));

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
+use std::time::Instant;
 
 use keelway_cni::protocol::Response;
 use keelway_cni::{Attachment, CniError, Code, spool};
@@ -57,6 +58,39 @@ impl Pods {
         self.respond("GC", reply, response);
     }
 
+    /// Deletes pods that no runtime has had a sandbox of for a while: one that died while it made them, and forgot them. Pods that no
+    /// runtime of Kubernetes made are not its business, and without a runtime's word everybody lives.
+    pub fn compare(
+        &mut self,
+        sandboxes: Option<&HashSet<String>>,
+        kernel: &mut Kernel,
+        mut node: Option<&mut Node>,
+    ) {
+        let Some(sandboxes) = sandboxes else {
+            // Time in which the runtime could not be asked is no time in which it had no such sandbox.
+            self.orphans.clear();
+            return;
+        };
+        let missing: HashMap<String, Attachment> = self
+            .pool
+            .allocations()
+            .filter(|one| one.pod.is_some())
+            .filter_map(|one| Some((one.host_interface.clone(), one.attachment.clone()?)))
+            .filter(|(_, attachment)| !sandboxes.contains(&attachment.container_id))
+            .collect();
+        self.orphans.retain(|name, _| missing.contains_key(name));
+        let now = Instant::now();
+        for (name, attachment) in missing {
+            let since = *self.orphans.entry(name.clone()).or_insert(now);
+            if now.duration_since(since) < self.collect_after {
+                continue;
+            }
+            tracing::warn!(%attachment, "no container runtime has its sandbox: collecting it");
+            self.orphans.remove(&name);
+            self.delete(attachment, None, kernel, node.as_deref_mut());
+        }
+    }
+
     /// Does deletions that wait, and forgets pods whose interface went with their network namespace.
     pub fn upkeep(&mut self, kernel: &mut Kernel, mut node: Option<&mut Node>) {
         match spool::list(&self.spool) {
@@ -70,12 +104,49 @@ impl Pods {
         }
         let Some(node) = node else { return };
         let compared = kernel.links().map_err(NodeError::from).and_then(|links| {
-            let gone = self.forget_gone(&pod_links(&links));
-            let_go(&gone, &links, node)
+            let links_of_pods = pod_links(&links);
+            let gone = self.forget_gone(&links_of_pods);
+            let_go(&gone, &links, node)?;
+            self.keep_routes(&links_of_pods, kernel, node)
         });
         if let Err(error) = compared {
             self.problem = Some(reason(&error));
         }
+    }
+
+    /// Puts back what leads the host to its pods: programs that keep the host's network take away what they did not make.
+    fn keep_routes(
+        &self,
+        links: &HashMap<&str, &Link>,
+        kernel: &mut Kernel,
+        node: &Node,
+    ) -> Result<(), NodeError> {
+        let routes: HashSet<(u32, IpAddr)> = kernel.pod_routes()?.into_iter().collect();
+        for allocation in self.pool.allocations() {
+            // One that is being made has its routes when it is done.
+            if self.wiring.contains_key(&allocation.host_interface) {
+                continue;
+            }
+            let Some(link) = links.get(allocation.host_interface.as_str()) else {
+                continue;
+            };
+            let led = |ip: &IpAddr| routes.contains(&(link.index, *ip));
+            if link.up && allocation.addresses.iter().all(led) {
+                continue;
+            }
+            tracing::warn!(
+                interface = link.name,
+                "what leads to a pod was taken away; it is back"
+            );
+            kernel.set_up(link.index)?;
+            kernel.connect_pod(
+                link.index,
+                &allocation.addresses,
+                allocation.mac(),
+                &node.uplink.addresses,
+            )?;
+        }
+        Ok(())
     }
 
     /// Writes off the pods that have no interface any more, and returns the addresses that they had.

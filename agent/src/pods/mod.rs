@@ -16,7 +16,7 @@ use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use cluster_model::ServiceKey;
 use ipnetwork::IpNetwork;
@@ -54,6 +54,9 @@ pub struct Pods {
     indexes: HashMap<String, u32>,
     /// Interfaces of pods whose ports of the node are to be planned again.
     host_ports: BTreeSet<String>,
+    /// Pods that no runtime has a sandbox of, by the host's interface, and since when.
+    orphans: HashMap<String, Instant>,
+    collect_after: Duration,
     /// The pool changed since it was written.
     unsaved: bool,
     problem: Option<String>,
@@ -108,6 +111,8 @@ impl Pods {
             burying: HashSet::new(),
             indexes: HashMap::new(),
             host_ports: BTreeSet::new(),
+            orphans: HashMap::new(),
+            collect_after: config.collect_after,
             unsaved: false,
             problem,
             requests: BTreeMap::new(),

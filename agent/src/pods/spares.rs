@@ -11,11 +11,11 @@ use crate::node::NodeError;
 use crate::worker::reason;
 
 /// Pairs that lie ready: a burst of this many pods waits for nothing.
-const READY: usize = 24;
-/// Making a pair holds a lock of the kernel that pods in the making want too: it waits until so long after the last one,
+const READY: usize = 64;
+/// Making a pair holds a lock of the kernel that pods in the making want too: it waits until no pod is, and so long after the last one,
 const QUIET: Duration = Duration::from_millis(60);
 /// but not for ever.
-const QUIET_MAX: Duration = Duration::from_millis(500);
+const QUIET_MAX: Duration = Duration::from_secs(2);
 /// The pause after one that could not be made.
 const RETRY: Duration = Duration::from_secs(5);
 
@@ -34,7 +34,10 @@ struct Shared {
 
 struct State {
     ready: VecDeque<Spare>,
-    taken: Instant,
+    /// Pods in the making.
+    wired: usize,
+    /// When a pod was last begun or ended.
+    last: Instant,
     stop: bool,
 }
 
@@ -50,7 +53,8 @@ impl Spares {
             mtu,
             state: Mutex::new(State {
                 ready: VecDeque::new(),
-                taken: Instant::now(),
+                wired: 0,
+                last: Instant::now(),
                 stop: false,
             }),
             changed: Condvar::new(),
@@ -66,10 +70,19 @@ impl Spares {
     /// A pair that lies ready, if there is one.
     pub fn take(&self) -> Option<Spare> {
         let mut state = self.shared.state();
-        state.taken = Instant::now();
+        state.last = Instant::now();
+        state.wired += 1;
         let spare = state.ready.pop_front();
         self.shared.changed.notify_all();
         spare
+    }
+
+    /// The pod that [`Spares::take`] was for is made, or is not going to be.
+    pub fn wired(&self) {
+        let mut state = self.shared.state();
+        state.last = Instant::now();
+        state.wired = state.wired.saturating_sub(1);
+        self.shared.changed.notify_all();
     }
 
     /// How many pairs lie ready, and how many there are to be.
@@ -143,8 +156,12 @@ impl Shared {
                 continue;
             }
             let since = *wanted.get_or_insert_with(Instant::now);
-            let quiet = QUIET.saturating_sub(state.taken.elapsed());
-            let left = quiet.min(QUIET_MAX.saturating_sub(since.elapsed()));
+            let bounded = QUIET_MAX.saturating_sub(since.elapsed());
+            let left = if state.wired > 0 {
+                bounded
+            } else {
+                QUIET.saturating_sub(state.last.elapsed()).min(bounded)
+            };
             if left.is_zero() {
                 return true;
             }

@@ -42,6 +42,11 @@ impl Worker {
                     .wired(&attachment, made, &mut self.kernel, self.node.as_mut());
             }
             Event::Buried { outcome } => self.pods.buried(outcome, self.node.as_mut()),
+            Event::Sandboxes(sandboxes) => {
+                let known = sandboxes.ok().flatten();
+                self.pods
+                    .compare(known.as_ref(), &mut self.kernel, self.node.as_mut());
+            }
             Event::PathsChanged => self.routes_due = true,
             Event::Report { reply } => {
                 let _ = reply.send(Box::new(self.current_report()));

@@ -35,7 +35,7 @@ use crate::report::Report;
 use crate::routing::Routes;
 use crate::share::Shares;
 use crate::supervisor::Predecessors;
-use crate::surroundings::{earlier_configurations, foreign_interfaces};
+use crate::surroundings;
 
 /// Events taken in one turn at most, so that requests do not wait behind an endless stream of changes.
 const TURN_EVENTS_MAX: usize = 20_000;
@@ -53,8 +53,8 @@ pub enum WorkerError {
     Netlink(#[from] NetlinkError),
     #[error("this node's addresses or ranges changed from {0} to {1}: starting over")]
     IdentityChanged(Identity, Identity),
-    #[error("the pins are gone, and with them what they held: starting over")]
-    PinsGone(#[source] NodeError),
+    #[error("what programs hang on is gone: starting over")]
+    Gone(#[source] NodeError),
 }
 
 /// The state of the agent.
@@ -230,7 +230,9 @@ impl Worker {
         if let Some(node) = &mut self.node {
             match node.upkeep(&mut self.kernel) {
                 Ok(()) => drop(self.problems.remove("upkeep")),
-                Err(error) if error.pins_are_gone() => return Err(WorkerError::PinsGone(error)),
+                Err(error) if error.asks_for_another_worker() => {
+                    return Err(WorkerError::Gone(error));
+                }
                 Err(error) => {
                     let why = reason(&error);
                     self.problem("upkeep", why);
@@ -239,15 +241,31 @@ impl Worker {
         }
         self.pods.upkeep(&mut self.kernel, self.node.as_mut());
         if let Ok(links) = self.kernel.links() {
-            let names = links.iter().map(|link| link.name.as_str());
-            self.report.notes = foreign_interfaces(names);
+            let proc = Path::new("/proc");
+            self.report.notes = surroundings::look(&links, &self.config.cni_conf_dir, proc);
+            let outside = self.outside_service_ranges();
+            self.report.notes.extend(outside);
         }
-        let earlier = earlier_configurations(&self.config.cni_conf_dir);
-        self.report.notes.extend(earlier);
         self.settle_routes(true);
         self.settle_services(Instant::now(), self.retry);
         self.settle_node_ports(true);
         Ok(())
+    }
+
+    /// A Service whose address is in none of the ranges that this agent was told: the host's own packets do not find it.
+    fn outside_service_ranges(&self) -> Option<String> {
+        let ranges = &self.config.service_ranges;
+        let mut addresses = self.snapshot.services().flat_map(|service| {
+            let key = &service.key;
+            service.cluster_ips.iter().map(move |ip| (key, *ip))
+        });
+        let (key, ip) =
+            addresses.find(|(_, ip)| !ranges.iter().any(|range| range.contains(*ip)))?;
+        let told: Vec<String> = ranges.iter().map(ToString::to_string).collect();
+        Some(format!(
+            "Service {key} has the address {ip}, and --service-cidr is {}: name every range of Services",
+            told.join(", ")
+        ))
     }
 
     fn problem(&mut self, part: &'static str, why: String) {

@@ -1,9 +1,10 @@
-//! What else is on a node that could be in the way: other network plugins and what they leave behind. It is named, never touched.
+//! Other network plugins and proxies, and what they leave behind: interfaces, configurations, rules.
 
 use std::fs;
 use std::path::Path;
 
 use crate::install::CONF_LIST;
+use crate::net::nftables::Chain;
 
 /// Interfaces of other network plugins and proxies, by name or its beginning, and whose they are.
 const INTERFACES: [(&str, &str); 14] = [
@@ -70,9 +71,73 @@ pub fn earlier_configurations(dir: &Path) -> Vec<String> {
     found
 }
 
+/// Chains and tables of others, by their name or its beginning, whose they are, and how they go.
+const RULES: [(&str, &str, &str); 7] = [
+    (
+        "KUBE-SERVICES",
+        "kube-proxy",
+        "Services are Keelway's now; `kube-proxy --cleanup` removes them",
+    ),
+    (
+        "kube-proxy",
+        "kube-proxy",
+        "Services are Keelway's now; `kube-proxy --cleanup` removes them",
+    ),
+    (
+        "KUBE-ROUTER",
+        "kube-router",
+        "`kube-router --cleanup-config` removes them",
+    ),
+    (
+        "cali",
+        "Calico",
+        "restart the node, or remove them by its documentation",
+    ),
+    (
+        "CILIUM",
+        "Cilium",
+        "`cilium-dbg post-uninstall-cleanup` removes them",
+    ),
+    (
+        "FLANNEL",
+        "Flannel",
+        "restart the node, or remove them by its documentation",
+    ),
+    (
+        "CNI-HOSTPORT",
+        "the portmap plugin",
+        "they go with the pods that it served",
+    ),
+];
+
+/// Whose rules are in the packet filter, in words: those of proxies and network plugins that work no more, or work against this one.
+pub fn foreign_rules(chains: &[Chain]) -> Vec<String> {
+    let mut found = Vec::new();
+    for (beginning, owner, advice) in RULES {
+        let of_owner = chains
+            .iter()
+            .find(|chain| chain.name.starts_with(beginning) || chain.table == beginning);
+        let of_owner = of_owner.map(|chain| {
+            format!(
+                "rules of {owner} are in the packet filter (table {} {}): {advice}",
+                chain.family.name(),
+                chain.table
+            )
+        });
+        let known = format!("rules of {owner} ");
+        if let Some(note) = of_owner
+            && !found.iter().any(|one: &String| one.starts_with(&known))
+        {
+            found.push(note);
+        }
+    }
+    found
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net::nftables::Family;
 
     #[test]
     fn what_others_left_is_named_once_each_and_ours_is_not() {
@@ -108,5 +173,27 @@ mod tests {
             "{found:?}"
         );
         assert!(earlier_configurations(Path::new("/nowhere")).is_empty());
+    }
+
+    #[test]
+    fn rules_of_others_are_named_once_for_each_owner() {
+        let chain = |table: &str, name: &str| Chain {
+            family: Family::IPV4,
+            table: table.into(),
+            name: name.into(),
+            forwards: false,
+            drops: false,
+        };
+        let found = foreign_rules(&[
+            chain("nat", "KUBE-SERVICES"),
+            chain("nat", "KUBE-SVC-1"),
+            chain("kube-proxy", "services"),
+            // The kubelet's own, which do no harm.
+            chain("mangle", "KUBE-KUBELET-CANARY"),
+            chain("filter", "cali-FORWARD"),
+        ]);
+        assert_eq!(found.len(), 2, "{found:?}");
+        assert!(found[0].contains("kube-proxy") && found[0].contains("table ip nat"));
+        assert!(found[1].contains("Calico"));
     }
 }
