@@ -1,6 +1,6 @@
 //! How the agent was told to run: flags, validated once.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,6 +12,9 @@ use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
 use crate::node_ranges::{ClusterRange, ClusterRangeError};
 use crate::plan::Routing;
+
+/// By which pods are told of the API server: its Service's address.
+const SERVICE_HOST: &str = "KUBERNETES_SERVICE_HOST";
 
 /// Flags of `keelway-agent run`.
 #[derive(Clone, Debug, clap::Args)]
@@ -159,6 +162,14 @@ pub enum ConfigError {
     ServiceRange(IpNetwork),
     #[error("--cluster-cidr {0}")]
     ClusterRange(#[from] ClusterRangeError),
+    #[error(
+        "{from} {address} is a Service's address (--service-cidr {range}): the agent makes Services work and must not need one to reach the API server; pass --api-server with a node's address"
+    )]
+    ApiServer {
+        from: &'static str,
+        address: IpAddr,
+        range: IpNetwork,
+    },
     #[error("--load-balancer-config {}: {why}", path.display())]
     Pools { path: PathBuf, why: String },
     #[error("--healthz-bind-address {0:?}: not an address with a port, such as 0.0.0.0:10256")]
@@ -223,6 +234,7 @@ impl RunFlags {
                 });
             }
         }
+        self.reach_api_server()?;
         let source = match self.snapshot {
             Some(file) => Source::File(file),
             None => Source::Api(ApiOptions {
@@ -269,6 +281,42 @@ impl RunFlags {
             pin_root: self.pin_root,
             cni_conf_dir: self.cni_conf_dir,
         })
+    }
+}
+
+impl RunFlags {
+    /// Refuses an address of the API server that is a Service's, as pods have it in their environment. Names are not looked up.
+    fn reach_api_server(&self) -> Result<(), ConfigError> {
+        let (from, host) = match (&self.snapshot, &self.api_server, &self.kubeconfig) {
+            (None, Some(url), _) => {
+                let host = url.parse::<hyper::Uri>().ok();
+                (
+                    "--api-server",
+                    host.and_then(|uri| uri.host().map(str::to_owned)),
+                )
+            }
+            (None, None, None) => {
+                let host = std::env::var(SERVICE_HOST).ok();
+                (SERVICE_HOST, host)
+            }
+            _ => return Ok(()),
+        };
+        let host = host.unwrap_or_default();
+        let Ok(address) = host.trim_matches(['[', ']']).parse::<IpAddr>() else {
+            return Ok(());
+        };
+        match self
+            .service_cidr
+            .iter()
+            .find(|range| range.contains(address))
+        {
+            Some(range) => Err(ConfigError::ApiServer {
+                from,
+                address,
+                range: *range,
+            }),
+            None => Ok(()),
+        }
     }
 }
 

@@ -221,15 +221,21 @@ impl Node {
         };
         // What programs judge packets by is there before they see one.
         node.settle_host_addresses(kernel)?;
-        if let Some(cgroup) = &node.cgroup {
-            node.dataplane.attach_cgroup(cgroup)?;
-        }
-        node.dataplane.attach_service_veth()?;
-        node.dataplane.attach_uplink(node.uplink.link.index)?;
-        if let Some(overlay) = &node.overlay {
-            node.dataplane.attach_uplink(overlay.index)?;
-        }
+        node.attach()?;
         Ok(node)
+    }
+
+    /// Hangs the programs on what is not a pod's. Idempotent.
+    fn attach(&mut self) -> Result<(), NodeError> {
+        if let Some(cgroup) = &self.cgroup {
+            self.dataplane.attach_cgroup(cgroup)?;
+        }
+        self.dataplane.attach_service_veth()?;
+        self.dataplane.attach_uplink(self.uplink.link.index)?;
+        if let Some(overlay) = &self.overlay {
+            self.dataplane.attach_uplink(overlay.index)?;
+        }
+        Ok(())
     }
 
     /// The MTU of pods' interfaces: what fits every way that their packets may take.
@@ -254,33 +260,37 @@ impl Node {
         if ops.is_empty() {
             return Ok(());
         }
-        match self.dataplane.apply(ops) {
-            Ok(_) => Ok(()),
-            Err(
-                error @ (dataplane::Error::Full { .. } | dataplane::Error::TooManyBackends { .. }),
-            ) => {
-                for op in ops {
-                    match self.dataplane.apply(std::slice::from_ref(op)) {
-                        Ok(_)
-                        | Err(
+        let error = match self.dataplane.apply(ops) {
+            Ok(_) => return Ok(()),
+            Err(error) => error,
+        };
+        let is_limit = matches!(
+            error,
+            dataplane::Error::Full { .. } | dataplane::Error::TooManyBackends { .. }
+        );
+        if is_limit && ops.len() > 1 {
+            // By halves: most of a large batch fits, and one call for each change would take long.
+            let (first, rest) = ops.split_at(ops.len() / 2);
+            for half in [first, rest] {
+                match self.apply(half) {
+                    Ok(()) => {}
+                    Err(NodeError::Dataplane(half))
+                        if matches!(
+                            *half,
                             dataplane::Error::Full { .. }
-                            | dataplane::Error::TooManyBackends { .. },
+                                | dataplane::Error::TooManyBackends { .. }
                         ) => {}
-                        Err(other) => return Err(other.into()),
-                    }
+                    Err(other) => return Err(other),
                 }
-                Err(error.into())
             }
-            Err(error) => Err(error.into()),
         }
+        Err(error.into())
     }
 
-    /// Collects flows whose time is up, and follows the machine's own addresses.
-    pub fn upkeep(&mut self, kernel: &mut Kernel) -> Result<(), NodeError> {
+    /// Hangs on again what somebody took off, collects flows whose time is up, and follows the machine's own addresses. Gives the
+    /// names of what was hung on again.
+    pub fn upkeep(&mut self, kernel: &mut Kernel) -> Result<Vec<String>, NodeError> {
         let repaired = self.dataplane.repair(self.cgroup.as_deref())?;
-        if !repaired.is_empty() {
-            tracing::warn!(?repaired, "programs that somebody took off hang again");
-        }
         let collected = self.dataplane.collect_flows()?;
         tracing::debug!(?collected, "flows");
         self.flows = collected.left;
@@ -290,7 +300,10 @@ impl Node {
                 loosen_reverse_path_filter(interface)?;
             }
         }
-        self.settle_host_addresses(kernel)
+        self.settle_host_addresses(kernel)?;
+        // A pin that somebody removed took its link along, and left nothing to be found.
+        self.attach()?;
+        Ok(repaired)
     }
 
     /// Puts right what somebody did to the pair into which Service ranges are routed: programs that keep the host's network take away

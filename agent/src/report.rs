@@ -28,6 +28,11 @@ pub struct Report {
     /// How the last of them ended, in words.
     #[serde(default)]
     pub last_end: Option<String>,
+    /// Programs that somebody took off and that were hung on again since this worker began, and the last of them.
+    #[serde(default)]
+    pub rehung: u64,
+    #[serde(default)]
+    pub last_rehung: Vec<String>,
     /// Kinds of which a complete list has arrived.
     pub synced: Vec<String>,
     pub socket_lb: bool,
@@ -125,6 +130,13 @@ impl fmt::Display for Report {
                 f,
                 "  note: worker {} of this agent; the one before: {end}",
                 count + 1
+            )?;
+        }
+        if !self.last_rehung.is_empty() {
+            let last = self.last_rehung.join(", ");
+            writeln!(
+                f,
+                "  note: somebody took programs off; they hang again: {last}"
             )?;
         }
         for object in &self.malformed {

@@ -5,10 +5,12 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::path::PathBuf;
 use std::time::Duration;
 
+use dataplane_abi::limits;
 use keelway_agent::dataplane::held;
-use keelway_tests::agents::{AgentNode, ClusterFile, Pod, Service, two_nodes, until};
+use keelway_tests::agents::{AgentNode, ClusterFile, Pod, Service, agent_run, two_nodes, until};
 use keelway_tests::sandbox::{Network, Sandbox, is_root};
 use serde_json::{Value, json};
 
@@ -128,6 +130,48 @@ fn pins_that_are_removed_under_an_agent_come_back_and_status_says_so() {
     // A pod that comes now has a network too.
     let pod = node.add_pod("d").expect("a pod");
     ask(&pod.network, (WEB, 80)).expect("an answer");
+}
+
+#[test]
+fn a_program_that_is_taken_off_is_hung_on_again() {
+    let Some(topology) = topology("a_program_that_is_taken_off_is_hung_on_again", &[]) else {
+        return;
+    };
+    topology.serve(&[topology.web()]);
+    let node = &topology.nodes[0];
+    let uplinks = || -> Vec<PathBuf> {
+        let mut folders = vec![node.pin_root()];
+        let mut found = Vec::new();
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(folder).expect("a folder").flatten() {
+                let path = entry.path();
+                if path.is_dir() {
+                    folders.push(path);
+                } else if entry
+                    .file_name()
+                    .to_string_lossy()
+                    .starts_with("uplink_ingress-")
+                {
+                    found.push(path);
+                }
+            }
+        }
+        found.sort();
+        found
+    };
+    let before = uplinks();
+    assert!(!before.is_empty());
+    let worker = node.worker().expect("a worker");
+    for pin in &before {
+        fs::remove_file(pin).expect("the pin, and the link with it");
+    }
+    until("the programs", || Ok((uplinks() == before).then_some(()))).expect("programs");
+    topology.is_served("both endpoints");
+    assert_eq!(
+        node.worker().expect("a worker"),
+        worker,
+        "no new one was needed"
+    );
 }
 
 #[test]
@@ -256,4 +300,100 @@ fn the_api_servers_service_keeps_its_last_backends() {
     topology.serve(&[kubernetes(topology.web().endpoints)]);
     node.wait("no problem", |report| report["problems"] == json!([]))
         .expect("none");
+}
+
+#[test]
+fn a_full_map_is_told_and_keeps_nobody_elses_service_from_working() {
+    let test = "a_full_map_is_told_and_keeps_nobody_elses_service_from_working";
+    let Some(topology) = topology(test, &[]) else {
+        return;
+    };
+    // More ranges of sources than all Services can have together.
+    let ranges: Vec<String> = (0..=limits::RANGES)
+        .map(|number| format!("{}/32", Ipv4Addr::from(0xc000_0000 + number)))
+        .collect();
+    let big = Service {
+        name: "big",
+        address: Ipv4Addr::new(10, 96, 0, 8),
+        spec: json!({"type": "LoadBalancer", "loadBalancerSourceRanges": ranges}),
+        balanced: Some(Ipv4Addr::new(203, 0, 113, 1)),
+        ..topology.web()
+    };
+    topology.serve(&[topology.web()]);
+    topology
+        .cluster
+        .write(&[big, topology.web()])
+        .expect("the file");
+    let node = &topology.nodes[0];
+    let report = node
+        .wait("a full map", |report| problems(report).contains("full"))
+        .expect("it");
+    assert!(report["batchesFailed"].as_u64() > Some(0), "{report}");
+    // What is in the same batch, and what comes later, works.
+    ask(&topology.b.network, (Ipv4Addr::new(10, 96, 0, 8), 80)).expect("an answer");
+    topology.is_served("both endpoints");
+    // What goes makes room.
+    topology.serve(&[topology.web()]);
+    node.wait("no problem", |report| report["problems"] == json!([]))
+        .expect("none");
+}
+
+#[test]
+fn a_service_of_thousands_of_ports_is_served_at_each() {
+    let Some(topology) = topology("a_service_of_thousands_of_ports_is_served_at_each", &[]) else {
+        return;
+    };
+    const PORTS: u16 = 2_000;
+    let ports: Vec<_> = (1..=PORTS)
+        .map(|port| json!({"name": format!("p{port}"), "port": port, "protocol": "TCP"}))
+        .collect();
+    let slice_ports: Vec<_> = (1..=PORTS)
+        .map(|port| json!({"name": format!("p{port}"), "port": 8080, "protocol": "TCP"}))
+        .collect();
+    let mut items = topology.cluster.nodes.clone();
+    items.push(json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"namespace": "default", "name": "wide"},
+        "spec": {"clusterIP": WEB, "clusterIPs": [WEB], "ports": ports},
+    }));
+    // Slices have a hundred ports each, as the API allows.
+    for (number, ports) in slice_ports.chunks(100).enumerate() {
+        items.push(json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {
+                "namespace": "default", "name": format!("wide-{number}"),
+                "labels": {"kubernetes.io/service-name": "wide"},
+            },
+            "ports": ports,
+            "endpoints": [{"addresses": [topology.a.address], "nodeName": "node-1", "conditions": {"ready": true}}],
+        }));
+    }
+    let partial = topology.cluster.path.with_extension("new");
+    let list = json!({"kind": "List", "apiVersion": "v1", "items": items});
+    fs::write(&partial, list.to_string()).expect("the file");
+    fs::rename(&partial, &topology.cluster.path).expect("the file");
+    for port in [1, PORTS / 2, PORTS] {
+        until("an answer", || {
+            Ok(ask(&topology.b.network, (WEB, port)).ok())
+        })
+        .expect("an answer");
+    }
+    let report = topology.nodes[0].report().expect("a report");
+    assert_eq!(report["servicePorts"], PORTS, "{report}");
+    assert_eq!(report["problems"], json!([]));
+}
+
+#[test]
+fn an_agent_that_would_need_a_service_to_reach_the_api_server_is_refused() {
+    for (url, range) in [
+        ("https://10.96.0.1:443", "10.96.0.0/16"),
+        ("https://[fd00:96::1]", "fd00:96::/112"),
+    ] {
+        let output = agent_run(&["--api-server", url, "--service-cidr", range]).expect("an agent");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success());
+        assert!(
+            said.contains("--api-server") && said.contains(range),
+            "{said}"
+        );
+    }
 }

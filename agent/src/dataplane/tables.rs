@@ -294,6 +294,15 @@ impl<M: MapIo> Tables<M> {
             set.extend(wish.difference(had).copied());
             removed.extend(had.difference(wish).copied());
         }
+        let total: usize = held.values().map(BTreeSet::len).sum();
+        if total + set.len() > limits::RANGES as usize {
+            // The kernel would take some of them, and a trie of this size takes seconds to be read back.
+            self.ranges = Some(held);
+            return Err(Error::Full {
+                map: dataplane_abi::map::RANGES,
+                limit: limits::RANGES,
+            });
+        }
         // On an error nothing is known of what is there, and it is read again.
         self.io.set_ranges(&set)?;
         for (service, wish) in wished {

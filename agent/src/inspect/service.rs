@@ -4,15 +4,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use cluster_model::{
-    Endpoint, Kind, ObjectRef, Rejected, Service, ServiceKey, ServiceType, Snapshot,
-    TrafficDistribution, TrafficPolicy,
+    Endpoint, Kind, ObjectRef, Protocol, Rejected, Service, ServiceKey, ServicePort, ServiceType,
+    Snapshot, TrafficDistribution, TrafficPolicy,
 };
 use serde::{Deserialize, Serialize};
 
-use crate::dataplane::ServiceId;
+use crate::dataplane::{Frontend, ServiceId};
 use crate::health::HealthChecks;
 use crate::node_ports::NodePorts;
-use crate::plan::{Here, Ledger, Policy, PortKey, PortPlan, ServicePlan};
+use crate::plan::{Here, Ledger, Policy, PortKey, PortPlan, Route, ServicePlan};
 
 /// One Service.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -197,13 +197,24 @@ impl Books<'_> {
             && let Some((plan, ids)) = ledger.service(&service.key)
         {
             let ids: BTreeMap<&PortKey, ServiceId> = ids.into_iter().collect();
+            let mut frontends: BTreeMap<&PortKey, Vec<(&Frontend, &Route)>> = BTreeMap::new();
+            for (frontend, route) in &plan.frontends {
+                let mut lead = |key| frontends.entry(key).or_default().push((frontend, route));
+                lead(&route.internal);
+                if route.external != route.internal {
+                    lead(&route.external);
+                }
+            }
             for (key, port) in &plan.ports {
                 let id = ids.get(key).copied();
-                item.ports.push(port_item(ledger, key, plan, port, id));
+                let frontends = frontends.remove(key).unwrap_or_default();
+                item.ports
+                    .push(port_item(ledger, key, &frontends, port, id));
             }
             item.refused
                 .extend(refusals(ledger, &service.key, plan, &ids));
         }
+        item.refused.extend(unserved_ports(service));
         item.refused
             .extend(self.health_checks.refusal(&service.key));
         item.warnings = self.node_ports.shared_of(&service.key);
@@ -287,6 +298,23 @@ impl Books<'_> {
     }
 }
 
+/// Ports of a Service with an address that no frontend can be had for, in words: their protocol is not spoken.
+pub fn unserved_ports(service: &Service) -> Vec<String> {
+    if not_served(service).is_some() {
+        return Vec::new();
+    }
+    let unspoken = |port: &&ServicePort| port.protocol == Protocol::Sctp;
+    let ports = service.ports.iter().filter(unspoken);
+    ports
+        .map(|port| {
+            format!(
+                "SCTP port {} is not served: endpoints are reached directly alone",
+                port.port
+            )
+        })
+        .collect()
+}
+
 fn policies(service: &Service) -> BTreeMap<String, String> {
     let mut found = BTreeMap::new();
     let mut say = |name: &str, value: String| {
@@ -343,12 +371,12 @@ fn not_served(service: &Service) -> Option<String> {
 fn port_item(
     ledger: &Ledger,
     key: &PortKey,
-    plan: &ServicePlan,
+    frontends: &[(&Frontend, &Route)],
     port: &PortPlan,
     id: Option<ServiceId>,
 ) -> PortItem {
     let held = id.and_then(|id| ledger.held().services.get(&id));
-    let frontends = plan.frontends.iter().filter_map(|(frontend, route)| {
+    let frontends = frontends.iter().filter_map(|(frontend, route)| {
         let clients = match (route.internal == *key, route.external == *key) {
             (true, true) => Clients::All,
             (true, false) => Clients::Internal,

@@ -113,6 +113,11 @@ pub(super) fn render(report: &Report) -> Result<String, std::fmt::Error> {
             u64::from(report.restarts),
         ),
         (
+            "programs_rehung",
+            "Programs that somebody took off and that were hung on again",
+            report.rehung,
+        ),
+        (
             "refusals",
             "Wishes that could not be met, such as a frontend of two Services",
             report.refusals,

@@ -314,9 +314,13 @@ impl Ledger {
     /// Taking comes first, so that a port under a new name gets the id that its frontend leads to.
     fn settle_ids(&mut self) -> Vec<Refusal> {
         let touched = std::mem::take(&mut self.touched.ports);
-        let (reached, unreached): (Vec<&PortKey>, Vec<&PortKey>) = touched
-            .iter()
-            .partition(|port| self.won(port).next().is_some());
+        let services: BTreeSet<&ServiceKey> = touched.iter().map(|port| &port.service).collect();
+        let won: HashMap<PortKey, Vec<(Frontend, Ends)>> = services
+            .into_iter()
+            .flat_map(|service| self.won(service))
+            .collect();
+        let (reached, unreached): (Vec<&PortKey>, Vec<&PortKey>) =
+            touched.iter().partition(|port| won.contains_key(port));
         for port in unreached {
             if let Some(id) = self.ids.remove(port) {
                 self.owners.remove(&id);
@@ -325,7 +329,11 @@ impl Ledger {
         }
         let mut refusals = Vec::new();
         for port in reached {
-            let id = self.ids.get(port).copied().or_else(|| self.new_id(port));
+            let id = self
+                .ids
+                .get(port)
+                .copied()
+                .or_else(|| self.new_id(won.get(port).map_or(&[][..], Vec::as_slice)));
             match id {
                 Some(id) => {
                     self.ids.insert(port.clone(), id);
@@ -338,19 +346,28 @@ impl Ledger {
         refusals
     }
 
-    /// The frontends that lead to a service port and are its Service's.
-    fn won<'a>(&'a self, port: &'a PortKey) -> impl Iterator<Item = (&'a Frontend, Ends)> {
-        let plan = self.plans.get(&port.service);
-        let wanted = plan.into_iter().flat_map(|plan| &plan.frontends);
-        wanted.filter_map(move |(frontend, route)| {
-            let ends = Ends {
+    /// The frontends that a Service wants and has, by the service port that they lead to. One pass for all ports: there may be
+    /// thousands.
+    fn won(&self, service: &ServiceKey) -> HashMap<PortKey, Vec<(Frontend, Ends)>> {
+        let mut won: HashMap<PortKey, Vec<(Frontend, Ends)>> = HashMap::new();
+        let plan = self.plans.get(service);
+        for (frontend, route) in plan.into_iter().flat_map(|plan| &plan.frontends) {
+            if self.claims.get(frontend).and_then(BTreeSet::first) != Some(service) {
+                continue;
+            }
+            let ends = |port: &PortKey| Ends {
                 internal: route.internal == *port,
-                external: route.external == *port,
             };
-            let winner = self.claims.get(frontend).and_then(BTreeSet::first);
-            let is_its = winner == Some(&port.service) && (ends.internal || ends.external);
-            is_its.then_some((frontend, ends))
-        })
+            let mut lead = |port: &PortKey| {
+                let end = (*frontend, ends(port));
+                won.entry(port.clone()).or_default().push(end);
+            };
+            lead(&route.internal);
+            if route.external != route.internal {
+                lead(&route.external);
+            }
+        }
+        won
     }
 
     fn wished(&self, id: ServiceId) -> Option<&PortPlan> {
@@ -376,9 +393,9 @@ impl Ledger {
         })
     }
 
-    /// The id that one of the port's frontends leads to already, when nobody owns it; else a free one.
-    fn new_id(&mut self, port: &PortKey) -> Option<ServiceId> {
-        let leads_to = self.won(port).filter_map(|(frontend, ends)| {
+    /// The id that one of a port's frontends leads to already, when nobody owns it; else a free one.
+    fn new_id(&mut self, won: &[(Frontend, Ends)]) -> Option<ServiceId> {
+        let leads_to = won.iter().filter_map(|(frontend, ends)| {
             let held = self.held.frontends.get(frontend)?;
             Some(if ends.internal {
                 held.internal
@@ -406,9 +423,9 @@ impl Ledger {
     }
 }
 
-/// Which clients of a frontend a service port is for.
+/// For which clients of a frontend a service port is.
 #[derive(Clone, Copy)]
 struct Ends {
+    /// Those of the node; else those outside alone.
     internal: bool,
-    external: bool,
 }

@@ -110,6 +110,8 @@ pub fn plan(snapshot: &Snapshot, key: &ServiceKey, here: &Here) -> ServicePlan {
                 ipv4,
                 policy,
             };
+            // What frontends of this port lead to, and whether one of them is guarded.
+            let mut asked: BTreeMap<PortKey, bool> = BTreeMap::new();
             for (addr, number, reach) in addresses(service, port, ipv4) {
                 let frontend = Frontend {
                     addr,
@@ -137,12 +139,18 @@ pub fn plan(snapshot: &Snapshot, key: &ServiceKey, here: &Here) -> ServicePlan {
                             .any(|range| range.is_ipv4() == ipv4),
                 };
                 // An address may be there twice: an external address that a load balancer gave, say. The stricter way wins.
-                plan.frontends
+                let there = plan
+                    .frontends
                     .entry(frontend)
                     .and_modify(|there| there.guarded |= route.guarded)
                     .or_insert(route);
+                for key in [&there.internal, &there.external] {
+                    if key.port == port.name {
+                        *asked.entry(key.clone()).or_insert(false) |= there.guarded;
+                    }
+                }
             }
-            plan_ports(snapshot, service, port, ipv4, here, &mut plan);
+            plan_ports(snapshot, service, port, here, asked, &mut plan);
         }
     }
     plan
@@ -204,30 +212,18 @@ fn vips(snapshot: &Snapshot, service: &Service) -> BTreeMap<IpAddr, Vip> {
     vips
 }
 
-/// Plans what the frontends of a port lead to, under each policy that one of them asks for.
+/// Plans what the frontends of a port lead to in one family, under each policy that one of them asks for.
 fn plan_ports(
     snapshot: &Snapshot,
     service: &Service,
     port: &ServicePort,
-    ipv4: bool,
     here: &Here,
+    asked: BTreeMap<PortKey, bool>,
     plan: &mut ServicePlan,
 ) {
-    let asked: BTreeMap<PortKey, bool> = {
-        let mut asked = BTreeMap::new();
-        let of_port = |key: &PortKey| key.port == port.name && key.ipv4 == ipv4;
-        for route in plan.frontends.values() {
-            for key in [&route.internal, &route.external] {
-                if of_port(key) {
-                    *asked.entry(key.clone()).or_insert(false) |= route.guarded;
-                }
-            }
-        }
-        asked
-    };
-    if asked.is_empty() {
+    let Some(ipv4) = asked.keys().next().map(|key| key.ipv4) else {
         return;
-    }
+    };
     let endpoints = Endpoints::of(snapshot.slices(&service.key), service, port, ipv4);
     for (key, guarded) in asked {
         let mut backends = endpoints.by(key.policy, service, here);

@@ -86,8 +86,8 @@ pub struct Worker {
     progress: Progress,
     health_checks: HealthChecks,
     node_ports: NodePorts,
-    /// Endpoints of Services that are left out, in words.
-    left_out: BTreeMap<ServiceKey, String>,
+    /// What of Services is not served, as reasons and notes of events.
+    left_out: BTreeMap<ServiceKey, Vec<(&'static str, String)>>,
     /// Objects that are malformed now: they count as absent.
     rejected: BTreeMap<ObjectRef, Rejected>,
     /// What is wrong now, by the part that is concerned.
@@ -229,7 +229,14 @@ impl Worker {
         }
         if let Some(node) = &mut self.node {
             match node.upkeep(&mut self.kernel) {
-                Ok(()) => drop(self.problems.remove("upkeep")),
+                Ok(repaired) => {
+                    self.problems.remove("upkeep");
+                    if !repaired.is_empty() {
+                        tracing::warn!(?repaired, "programs that somebody took off hang again");
+                        self.report.rehung += repaired.len() as u64;
+                        self.report.last_rehung = repaired;
+                    }
+                }
                 Err(error) if error.asks_for_another_worker() => {
                     return Err(WorkerError::Gone(error));
                 }

@@ -8,6 +8,7 @@ use cluster_model::{Kind, ServiceKey, Snapshot};
 
 use super::{Worker, WorkerError, reason};
 use crate::dataplane;
+use crate::inspect::service::unserved_ports;
 use crate::install;
 use crate::metrics::Extent;
 use crate::node::{Identity, Node};
@@ -228,14 +229,14 @@ impl Worker {
                     continue;
                 }
             }
-            if let Some(words) = unusable(&self.snapshot, &key, &wish) {
-                if self.left_out.get(&key) != Some(&words) {
-                    self.left_out.insert(key.clone(), words.clone());
-                    left_out.push((key.clone(), words));
-                }
-            } else {
-                self.left_out.remove(&key);
-            }
+            let complaints = complaints(&self.snapshot, &key, &wish);
+            let before = match complaints.is_empty() {
+                true => self.left_out.remove(&key),
+                false => self.left_out.insert(key.clone(), complaints.clone()),
+            };
+            let before = before.unwrap_or_default();
+            let new = complaints.into_iter().filter(|one| !before.contains(one));
+            left_out.extend(new.map(|(reason, words)| (key.clone(), reason, words)));
             match check(&wish) {
                 Ok(()) => {
                     self.node_ports.replan(&key, &wish);
@@ -294,9 +295,9 @@ impl Worker {
             };
             self.note(service, "FrontendNotAvailable", note, true);
         }
-        for (service, words) in left_out.into_iter().take(NOTES_MAX) {
-            tracing::warn!(%service, words, "endpoints are left out");
-            self.note(&service, "EndpointsLeftOut", words, true);
+        for (service, reason, words) in left_out.into_iter().take(NOTES_MAX) {
+            tracing::warn!(%service, reason, words, "a Service is not served whole");
+            self.note(&service, reason, words, true);
         }
         self.report.last_batch_operations = batch.ops.len();
         self.report.last_batch_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
@@ -314,8 +315,12 @@ impl Worker {
     }
 }
 
-/// Which endpoints of a Service are not used because they cannot be, in words.
-fn unusable(snapshot: &Snapshot, key: &ServiceKey, wish: &ServicePlan) -> Option<String> {
+/// What of a Service is not served, as reasons and notes of events.
+fn complaints(
+    snapshot: &Snapshot,
+    key: &ServiceKey,
+    wish: &ServicePlan,
+) -> Vec<(&'static str, String)> {
     let ports = wish.ports.iter().filter(|(_, port)| port.left_out > 0);
     let ports = ports.map(|(key, port)| {
         format!(
@@ -328,6 +333,14 @@ fn unusable(snapshot: &Snapshot, key: &ServiceKey, wish: &ServicePlan) -> Option
         let named = move |bad: &String| format!("EndpointSlice {}: {bad}", slice.key.name);
         slice.refused.iter().map(named)
     });
-    let all: Vec<String> = ports.chain(slices).take(UNUSABLE_MAX).collect();
-    (!all.is_empty()).then(|| all.join("; "))
+    let endpoints: Vec<String> = ports.chain(slices).take(UNUSABLE_MAX).collect();
+    let unserved: Vec<String> = snapshot
+        .service(key)
+        .map(|service| unserved_ports(service))
+        .unwrap_or_default();
+    [("EndpointsLeftOut", endpoints), ("PortNotServed", unserved)]
+        .into_iter()
+        .filter(|(_, words)| !words.is_empty())
+        .map(|(reason, words)| (reason, words.join("; ")))
+        .collect()
 }
