@@ -104,6 +104,18 @@ impl Strategy for Service {
                 }
             }
         }
+        if old.text("/spec/type") == "LoadBalancer" && service.text("/spec/type") != "LoadBalancer"
+        {
+            // As above: what only the old type can have goes with it, unless the client set it anew.
+            for field in [
+                "/spec/allocateLoadBalancerNodePorts",
+                "/spec/loadBalancerClass",
+            ] {
+                if service.pointer(field) == old.pointer(field) {
+                    service.remove(field);
+                }
+            }
+        }
         if !old.has("/status") {
             service.default("/status", json!({"loadBalancer": {}}));
         }
@@ -300,6 +312,26 @@ mod tests {
         );
         assert_eq!(service["spec"]["ports"][1]["targetPort"], "dns");
         assert_eq!(service["spec"]["type"], "ClusterIP");
+    }
+
+    #[test]
+    fn a_type_that_changes_takes_along_what_only_it_can_have() {
+        let mut old = json!({"spec": {
+            "type": "LoadBalancer", "loadBalancerClass": "example.com/a", "ports": [{"port": 80, "nodePort": 30000}],
+        }});
+        Service.default(&mut old);
+        let mut service = old.clone();
+        service["spec"]["type"] = "ClusterIP".into();
+        Service.default(&mut service);
+        Service.prepare_update(&mut service, &old);
+        let mut errors = Vec::new();
+        Service.validate(&service, &mut errors);
+        assert!(errors.is_empty(), "{errors:?}");
+        // What is set anew is wrong, and is said to be.
+        service["spec"]["loadBalancerClass"] = "example.com/b".into();
+        Service.prepare_update(&mut service, &old);
+        Service.validate(&service, &mut errors);
+        assert_eq!(errors.len(), 1, "{errors:?}");
     }
 
     #[test]
