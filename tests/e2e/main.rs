@@ -6,11 +6,13 @@
 //! `KEELWAY_E2E_ONLY` runs those whose name contains it, or one of several with commas between them.
 #![forbid(unsafe_code)]
 
+mod balancer;
 mod changes;
 mod faults;
 mod helm;
 mod kubectl;
 mod names;
+mod operate;
 mod rollout;
 mod services;
 mod streams;
@@ -47,6 +49,10 @@ const SCENARIOS: &[Scenario] = scenarios![
     services::pods_reach_each_other_and_their_node_across_nodes "nodes",
     services::a_service_without_endpoints_refuses_at_once,
     services::cluster_dns_answers_services_pods_and_reverse_names,
+    operate::services_are_listed_and_shown_with_their_pods,
+    operate::flows_are_listed_by_name_and_flushed "nodes",
+    operate::services_that_cannot_have_what_they_want_are_told_so "nodes",
+    balancer::a_service_gets_an_address_that_answers_from_outside "nodes",
     names::every_resolver_finds_services_by_every_spelling "nodes",
     names::a_headless_name_of_a_thousand_endpoints_is_resolved_whole "nodes",
     kubectl::get_all_lists_what_was_made,

@@ -155,7 +155,7 @@ fn control_groups(cluster: &str, node: &str) -> String {
 }
 
 /// Runs a script in a node's network namespace. WGET and NC in it are the programs of our client image.
-fn on_node(pid: i64, script: &str) -> Finished {
+pub fn on_node(pid: i64, script: &str) -> Finished {
     let path = |name| program(name).display().to_string();
     let script = script
         .replace("WGET", &path("wget"))

@@ -195,12 +195,24 @@ impl Cluster {
     /// Worker nodes: name and PID 1, as the machine numbers it.
     #[track_caller]
     pub fn workers(&self) -> Vec<(String, i64)> {
+        self.nodes(false)
+    }
+
+    /// The control plane's node, which is beside the workers on their link: name and PID 1.
+    #[track_caller]
+    pub fn control_plane(&self) -> (String, i64) {
+        let found = self.nodes(true).into_iter().next();
+        found.expect("a cluster has a control plane")
+    }
+
+    #[track_caller]
+    fn nodes(&self, control_plane: bool) -> Vec<(String, i64)> {
         let status = self.status();
         status["nodes"]
             .as_array()
             .expect("a status has nodes")
             .iter()
-            .filter(|node| node["controlPlane"] == false)
+            .filter(|node| node["controlPlane"] == control_plane)
             .map(|node| {
                 let name = node["name"].as_str().expect("a node has a name");
                 (name.to_owned(), node["pid"].as_i64().expect("a node runs"))
