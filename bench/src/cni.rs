@@ -418,6 +418,7 @@ impl Report {
             name: name.into(),
             target: format!("<{limit}ms"),
             figure,
+            spread: None,
             ok: figure < limit,
         })
         .collect();
@@ -425,6 +426,7 @@ impl Report {
             name: "cni.burst-200.failures".into(),
             target: "=0".into(),
             figure: burst_failures as f64,
+            spread: None,
             ok: burst_failures == 0,
         });
         Self {

@@ -5,16 +5,14 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Write};
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::time::Duration;
 
 use nix::sched::{CloneFlags, CpuSet, sched_setaffinity, setns};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
-use crate::load::{self, Metric, Sample};
+use crate::load::{self, Order, Sample};
 
 /// Where a peer lives.
 #[derive(Clone, Debug, clap::Args)]
@@ -25,7 +23,7 @@ pub struct Place {
     /// cgroup v2 folder to join: whether socket hooks see this peer is decided by it.
     #[arg(long)]
     pub cgroup: PathBuf,
-    /// CPU to run on.
+    /// CPU to run on; a client goes where its order says.
     #[arg(long)]
     pub cpu: usize,
 }
@@ -34,13 +32,6 @@ pub struct Place {
 pub enum Role {
     Server,
     Client,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-struct Order {
-    metric: Metric,
-    target: SocketAddr,
-    duration_ms: u64,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -59,10 +50,9 @@ pub enum PeerError {
     Pipe { place: PathBuf, source: io::Error },
     #[error("peer in {place} said {said:?}, which is not a reply")]
     Protocol { place: PathBuf, said: String },
-    #[error("{metric:?} to {target} from {place} failed: {reason}")]
+    #[error("{order:?} from {place} failed: {reason}")]
     Run {
-        metric: Metric,
-        target: SocketAddr,
+        order: Box<Order>,
         place: PathBuf,
         reason: String,
     },
@@ -118,18 +108,8 @@ impl Peer {
     ///
     /// # Errors
     /// When the peer is gone or the measurement failed.
-    pub fn measure(
-        &mut self,
-        metric: Metric,
-        target: SocketAddr,
-        duration: Duration,
-    ) -> Result<Sample, PeerError> {
-        let order = Order {
-            metric,
-            target,
-            duration_ms: duration.as_millis() as u64,
-        };
-        let line = serde_json::to_string(&order).map_err(io::Error::other);
+    pub fn measure(&mut self, order: &Order) -> Result<Sample, PeerError> {
+        let line = serde_json::to_string(order).map_err(io::Error::other);
         let sent = line.and_then(|line| match &mut self.orders {
             Some(pipe) => writeln!(pipe, "{line}"),
             None => Err(io::ErrorKind::BrokenPipe.into()),
@@ -141,8 +121,7 @@ impl Peer {
         match self.reply()? {
             Reply::Sample(sample) => Ok(sample),
             Reply::Failed(reason) => Err(PeerError::Run {
-                metric,
-                target,
+                order: Box::new(*order),
                 place: self.place.clone(),
                 reason,
             }),
@@ -194,8 +173,8 @@ pub fn live(place: &Place, role: Role) -> anyhow::Result<()> {
     say(&mut out, &Reply::Ready)?;
     for line in io::stdin().lock().lines() {
         let order: Order = serde_json::from_str(&line?)?;
-        let duration = Duration::from_millis(order.duration_ms);
-        let reply = match load::run(order.metric, order.target, duration) {
+        pin(order.cpu)?;
+        let reply = match load::run(&order) {
             Ok(sample) => Reply::Sample(sample),
             Err(error) => Reply::Failed(error.to_string()),
         };
@@ -215,11 +194,14 @@ fn enter(place: &Place) -> anyhow::Result<()> {
     fs::write(&procs, std::process::id().to_string())
         .with_context(|| format!("joining {}", procs.display()))?;
     enter_netns(&place.netns)?;
+    pin(place.cpu)
+}
+
+fn pin(cpu: usize) -> anyhow::Result<()> {
+    use anyhow::Context as _;
     let mut cpus = CpuSet::new();
-    cpus.set(place.cpu)
-        .with_context(|| format!("CPU {}", place.cpu))?;
-    sched_setaffinity(Pid::from_raw(0), &cpus)
-        .with_context(|| format!("pinning to CPU {}", place.cpu))
+    cpus.set(cpu).with_context(|| format!("CPU {cpu}"))?;
+    sched_setaffinity(Pid::from_raw(0), &cpus).with_context(|| format!("pinning to CPU {cpu}"))
 }
 
 fn enter_netns(path: &Path) -> anyhow::Result<()> {

@@ -332,6 +332,7 @@ fn held(rows: &[Row], memory: &[Memory]) -> Vec<Held> {
             name: format!("dns.cluster.per-core.{}", row.services),
             target: format!(">={PER_CORE}"),
             figure,
+            spread: None,
             ok: figure >= PER_CORE,
         });
         let figure = row.p99_to_p50.median;
@@ -339,6 +340,7 @@ fn held(rows: &[Row], memory: &[Memory]) -> Vec<Held> {
             name: format!("dns.cluster.p99-to-p50.{}", row.services),
             target: format!("<={P99_TO_P50}"),
             figure,
+            spread: None,
             ok: figure <= P99_TO_P50,
         });
     }
@@ -349,6 +351,7 @@ fn held(rows: &[Row], memory: &[Memory]) -> Vec<Held> {
                 name: format!("dns.memory-mb.{services}"),
                 target: format!("<{MEMORY_MB}"),
                 figure,
+                spread: None,
                 ok: figure < MEMORY_MB,
             });
         }

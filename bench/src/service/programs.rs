@@ -8,7 +8,7 @@ use keelway_agent::dataplane::{
 use keelway_tests::packets::{tcp, tcp_flag::ACK};
 use keelway_tests::sandbox::Sandbox;
 
-use crate::report::ProgramCost;
+use crate::report::{Better, Figure};
 use crate::stats::Spread;
 
 const ROUNDS: usize = 7;
@@ -33,7 +33,7 @@ struct Row {
 }
 
 /// Costs of every program on its usual packets. Loads a data plane of its own, which goes again.
-pub fn measure() -> Result<Vec<ProgramCost>> {
+pub fn measure() -> Result<Vec<Figure>> {
     // On a thread of its own: the sandbox changes the namespaces of the thread that enters it.
     std::thread::scope(|scope| {
         let measured = scope.spawn(|| {
@@ -141,7 +141,7 @@ fn rows() -> Vec<Row> {
     ]
 }
 
-fn cost(dataplane: &Dataplane, row: &Row) -> Result<ProgramCost> {
+fn cost(dataplane: &Dataplane, row: &Row) -> Result<Figure> {
     let run = |repeat| {
         dataplane
             .run(row.program, &row.packet, LOOPBACK, repeat)
@@ -158,13 +158,16 @@ fn cost(dataplane: &Dataplane, row: &Row) -> Result<ProgramCost> {
             Ok(Spread::of(calls).context("no call was made")?.median)
         })
         .collect::<Result<Vec<_>>>()?;
-    Ok(ProgramCost {
-        program: row.program.name().to_owned(),
-        packet: if row.translated {
-            format!("{} (single runs)", row.what)
-        } else {
-            row.what.to_owned()
-        },
-        nanos: Spread::of(rounds).context("no round was run")?,
-    })
+    let runs = if row.translated {
+        "one by one"
+    } else {
+        "in a row"
+    };
+    let labels = [
+        ("program", row.program.name().to_owned()),
+        ("packet", row.what.to_owned()),
+        ("runs", runs.to_owned()),
+    ];
+    Figure::new("programs", &labels, ("time", "ns", Better::Lower), rounds)
+        .context("no round was run")
 }

@@ -1,11 +1,10 @@
-//! What is measured: two nodes as network namespaces, each with a real agent, and pods that the real CNI plugin wired.
+//! Keelway itself: two nodes as network namespaces, each with a real agent, and pods that the real CNI plugin wired.
 //!
 //! Whether the socket hooks see a client is decided by the control group it is in, so that both ways through a Service are
 //! measured on one set-up, round by round.
 
 use std::fs;
 use std::io::Write as _;
-use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -15,85 +14,38 @@ use keelway_agent::report::Report;
 use keelway_tests::sandbox::{Network, Sandbox, ip};
 use serde_json::{Value, json};
 
+use crate::control_groups::ControlGroups;
+
+use super::cluster::{MEASURED, Pod, SERVICE_RANGE, Service, node_address, services};
 use crate::load::Metric;
 
 /// Longest wait for an agent to have done what it was given.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Service addresses: the one that is measured on the client's node, the one across, then those that only take up room.
-const FIRST_SERVICE: u32 = u32::from_be_bytes([10, 96, 0, 100]);
 
-/// Two nodes, ready to be measured on. Takes everything it made with it.
-pub struct Lab {
+/// Two nodes, ready to be measured on.
+pub struct Keelway {
     nodes: Vec<Node>,
     pub client: Pod,
     /// A server beside the client, and one on the other node.
     pub servers: [Pod; 2],
-    groups: ControlGroups,
     bin_dir: PathBuf,
+    snapshot: PathBuf,
     _folder: tempfile::TempDir,
-    _sandbox: Sandbox,
 }
 
 struct Node {
     name: String,
-    /// Lives as long as the node does.
-    _network: Network,
+    network: Network,
     agent: Child,
     socket: PathBuf,
 }
 
-/// A pod without containers: a namespace with an address.
-pub struct Pod {
-    pub network: Network,
-    pub address: Ipv4Addr,
-}
-
-/// Inside and outside of what the socket hooks are attached to.
-struct ControlGroups {
-    root: PathBuf,
-}
-
-impl ControlGroups {
-    fn make() -> Result<Self> {
-        let hierarchy = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"]
-            .into_iter()
-            .map(Path::new)
-            .find(|path| path.join("cgroup.controllers").exists())
-            .context("no cgroup v2 hierarchy at /sys/fs/cgroup or /sys/fs/cgroup/unified")?;
-        let groups = Self {
-            root: hierarchy.join(format!("keelway-bench-{}", std::process::id())),
-        };
-        for group in [groups.hooked(), groups.plain()] {
-            fs::create_dir_all(&group).with_context(|| format!("making {}", group.display()))?;
-        }
-        Ok(groups)
-    }
-
-    fn hooked(&self) -> PathBuf {
-        self.root.join("hooked")
-    }
-
-    fn plain(&self) -> PathBuf {
-        self.root.join("plain")
-    }
-}
-
-impl Drop for ControlGroups {
-    fn drop(&mut self) {
-        for group in [self.hooked(), self.plain(), self.root.clone()] {
-            let _ = fs::remove_dir(group);
-        }
-    }
-}
-
-impl Lab {
-    /// Builds the lab with this many Services, of which two lead to the servers.
-    pub fn build(bin_dir: &Path, services: usize) -> Result<Self> {
-        let sandbox = Sandbox::enter()?;
-        let groups = ControlGroups::make()?;
+impl Keelway {
+    /// Builds the nodes, without any Service.
+    pub fn build(sandbox: &Sandbox, groups: &ControlGroups, bin_dir: &Path) -> Result<Self> {
         let folder = tempfile::tempdir().context("making a folder for the agents' files")?;
-        let mut nodes = Vec::new();
         ip("link add up1 type veth peer name up2")?;
+        let mut networks = Vec::new();
         for number in [1_u8, 2] {
             let network = Network::new()?;
             network.take(&format!("up{number}"))?;
@@ -102,11 +54,11 @@ impl Lab {
                 ip(&format!("addr add {}/24 dev eth0", node_address(number)))?;
                 ip("link set eth0 up")
             })?;
-            nodes.push((number, network));
+            networks.push((number, network));
         }
         let snapshot = folder.path().join("snapshot.json");
         write_snapshot(&snapshot, &[])?;
-        let nodes = nodes
+        let nodes = networks
             .into_iter()
             .map(|(number, network)| {
                 Node::start(
@@ -128,51 +80,36 @@ impl Lab {
             nodes[0].add_pod(bin_dir, "near")?,
             nodes[1].add_pod(bin_dir, "far")?,
         ];
-        let lab = Self {
+        Ok(Self {
             nodes,
             client,
             servers,
-            groups,
             bin_dir: bin_dir.into(),
+            snapshot,
             _folder: folder,
-            _sandbox: sandbox,
-        };
-        lab.load_services(&snapshot, services)?;
-        Ok(lab)
+        })
     }
 
-    fn load_services(&self, snapshot: &Path, services: usize) -> Result<()> {
-        let addresses: Vec<Ipv4Addr> = self.servers.iter().map(|server| server.address).collect();
-        let objects: Vec<Value> = (0..services)
-            .flat_map(|index| {
-                service(
-                    index,
-                    addresses[index % addresses.len()],
-                    index % addresses.len(),
-                )
-            })
-            .collect();
-        write_snapshot(snapshot, &objects)?;
+    /// Replaces all Services by so many, of which the first lead to the servers.
+    pub fn load(&self, count: usize) -> Result<()> {
+        let servers = self.servers.each_ref().map(|server| server.address);
+        let mut objects = Vec::new();
+        for (index, service) in services(count, servers).iter().enumerate() {
+            objects.extend(manifests(index, service));
+        }
+        write_snapshot(&self.snapshot, &objects)?;
+        let ports = MEASURED * Metric::ALL.len() + count - MEASURED;
         for node in &self.nodes {
             node.wait(&self.bin_dir, "to have every Service", |report| {
-                report.services == services && report.service_ports == services * Metric::ALL.len()
+                report.services == count && report.service_ports == ports
             })?;
         }
         Ok(())
     }
 
-    /// The Service address that leads to `servers[index]`.
-    pub fn service_address(&self, index: usize) -> Ipv4Addr {
-        service_address(index)
-    }
-
-    /// Control group for a client whose sockets are translated (or not).
-    pub fn group(&self, hooked: bool) -> PathBuf {
-        if hooked {
-            self.groups.hooked()
-        } else {
-            self.groups.plain()
-        }
+    /// The host of the node that the client is not on: a client outside, for the first node.
+    pub fn outside(&self) -> &Network {
+        &self.nodes[1].network
     }
 }
 
@@ -207,6 +144,11 @@ impl Node {
             .arg(pin_root.with_file_name(&name))
             .arg("--cni-conf-dir")
             .arg(own.join("net.d"))
+            .args(["--service-cidr", SERVICE_RANGE])
+            // What a probe finds, and when, must not be in the figures.
+            .args(["--routing", "direct"])
+            // Many nodes of this machine would want the port.
+            .args(["--healthz-bind-address", "127.0.0.1:10256"])
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
@@ -216,7 +158,7 @@ impl Node {
             .with_context(|| format!("starting {}", bin_dir.join("keelway-agent").display()))?;
         Ok(Self {
             name,
-            _network: network,
+            network,
             agent,
             socket,
         })
@@ -300,14 +242,6 @@ impl Drop for Node {
     }
 }
 
-fn node_address(number: u8) -> Ipv4Addr {
-    Ipv4Addr::new(198, 18, 0, 10 + number)
-}
-
-fn service_address(index: usize) -> Ipv4Addr {
-    Ipv4Addr::from_bits(FIRST_SERVICE + index as u32)
-}
-
 fn write_snapshot(path: &Path, objects: &[Value]) -> Result<()> {
     let nodes = [1_u8, 2].map(|number| {
         json!({
@@ -324,22 +258,39 @@ fn write_snapshot(path: &Path, objects: &[Value]) -> Result<()> {
     fs::rename(&partial, path).with_context(|| format!("writing {}", path.display()))
 }
 
-/// A Service with a port per metric, and the slice that leads it to a server.
-fn service(index: usize, server: Ipv4Addr, node: usize) -> [Value; 2] {
+/// A Service, and the slice that leads it to its server.
+fn manifests(index: usize, service: &Service) -> [Value; 2] {
     let name = format!("bench-{index}");
-    let port = |metric: Metric| json!({"name": format!("p{}", metric.port()), "port": metric.port(), "protocol": "TCP"});
-    let ports: Vec<Value> = Metric::ALL.into_iter().map(port).collect();
-    let address = service_address(index);
+    let ports: Vec<Value> = service
+        .ports
+        .iter()
+        .map(|port| {
+            json!({
+                "name": format!("p{}", port.number), "port": port.number, "targetPort": port.number,
+                "protocol": port.protocol, "nodePort": port.node_port,
+            })
+        })
+        .collect();
+    let endpoint_ports: Vec<Value> = service
+        .ports
+        .iter()
+        .map(|port| {
+            json!({"name": format!("p{}", port.number), "port": port.number, "protocol": port.protocol})
+        })
+        .collect();
     [
         json!({
             "apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "bench"},
-            "spec": {"type": "ClusterIP", "clusterIP": address, "clusterIPs": [address], "ports": ports},
+            "spec": {
+                "type": if service.ports.iter().any(|port| port.node_port.is_some()) { "NodePort" } else { "ClusterIP" },
+                "clusterIP": service.address, "clusterIPs": [service.address], "ports": ports,
+            },
         }),
         json!({
             "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
             "metadata": {"name": format!("{name}-1"), "namespace": "bench", "labels": {"kubernetes.io/service-name": name}},
-            "ports": ports,
-            "endpoints": [{"addresses": [server], "conditions": {"ready": true}, "nodeName": format!("node-{}", node + 1)}],
+            "ports": endpoint_ports,
+            "endpoints": [{"addresses": [service.endpoint], "conditions": {"ready": true}, "nodeName": service.node}],
         }),
     ]
 }

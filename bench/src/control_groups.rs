@@ -1,0 +1,44 @@
+//! Control groups that only a bench uses, on any machine that has the second version of them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+
+/// Inside and outside of what the socket hooks are attached to.
+pub struct ControlGroups {
+    root: PathBuf,
+}
+
+impl ControlGroups {
+    pub fn make() -> Result<Self> {
+        let hierarchy = ["/sys/fs/cgroup/unified", "/sys/fs/cgroup"]
+            .into_iter()
+            .map(Path::new)
+            .find(|path| path.join("cgroup.controllers").exists())
+            .context("no cgroup v2 hierarchy at /sys/fs/cgroup or /sys/fs/cgroup/unified")?;
+        let groups = Self {
+            root: hierarchy.join(format!("keelway-bench-{}", std::process::id())),
+        };
+        for group in [groups.hooked(), groups.plain()] {
+            fs::create_dir_all(&group).with_context(|| format!("making {}", group.display()))?;
+        }
+        Ok(groups)
+    }
+
+    pub fn hooked(&self) -> PathBuf {
+        self.root.join("hooked")
+    }
+
+    pub fn plain(&self) -> PathBuf {
+        self.root.join("plain")
+    }
+}
+
+impl Drop for ControlGroups {
+    fn drop(&mut self) {
+        for group in [self.hooked(), self.plain(), self.root.clone()] {
+            let _ = fs::remove_dir(group);
+        }
+    }
+}

@@ -1,0 +1,426 @@
+//! `keelway-bench service`: what it costs to reach a server through a Service, beside reaching it directly and beside what does the
+//! same elsewhere.
+
+mod cluster;
+mod findings;
+mod keelway;
+mod plain;
+mod programs;
+mod route;
+mod rules;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use indicatif::{ProgressBar, ProgressStyle};
+use keelway_tests::sandbox::{Network, Sandbox};
+
+use self::cluster::{node_address, service_address, services};
+use self::findings::Findings;
+use self::keelway::Keelway;
+use self::plain::Plain;
+use self::route::{Cpus, DIRECT, Ends, Route, Task, tasks};
+use self::rules::Rules;
+use crate::control_groups::ControlGroups;
+use crate::load::Order;
+use crate::machine::Machine;
+use crate::peer::{Peer, Place, Role};
+use crate::report::{Output, Report};
+
+#[derive(Debug, clap::Args)]
+pub struct Flags {
+    /// Three short rounds and fewer sizes: under three minutes.
+    #[arg(long)]
+    quick: bool,
+    /// Services in the cluster; may be repeated, in rising order. Everything is measured at the first, what may depend on it at
+    /// the others. [default: 10, 1000, 10000, 100000; without the last by --quick]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(2..=100_000))]
+    services: Vec<u32>,
+    /// Rounds, in place of nine, or of three by --quick.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=100))]
+    rounds: Option<u32>,
+    /// Milliseconds of each measurement, in place of 500, or of 150 by --quick.
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(20..=10_000))]
+    duration_ms: Option<u64>,
+    /// CPUs of client and server where they have two; where they have one it is the server's. [default: the last but one, the last]
+    #[arg(long, num_args = 2, value_names = ["CLIENT", "SERVER"])]
+    cpus: Option<Vec<usize>>,
+    /// Most Services that iptables and nftables are given: loading more takes them minutes.
+    #[arg(long, default_value_t = 10_000)]
+    rules_max: u32,
+    #[command(flatten)]
+    output: Output,
+    /// Folder with keelway-agent and keelway-cni; where this program is by default.
+    #[arg(long, env = "KEELWAY_BIN_DIR")]
+    bin_dir: Option<PathBuf>,
+}
+
+/// Flags, validated.
+struct Settings {
+    services: Vec<usize>,
+    rules_max: usize,
+    rounds: u32,
+    duration: Duration,
+    client_cpu: usize,
+    server_cpu: usize,
+    bin_dir: PathBuf,
+}
+
+impl Settings {
+    fn of(flags: &Flags) -> Result<Self> {
+        let cpus = std::thread::available_parallelism()?.get();
+        let (rounds, duration_ms, sizes): (u32, u64, &[u32]) = if flags.quick {
+            (3, 150, &[10, 1000, 10_000])
+        } else {
+            (9, 500, &[10, 1000, 10_000, 100_000])
+        };
+        let sizes = if flags.services.is_empty() {
+            sizes
+        } else {
+            &flags.services
+        };
+        ensure!(
+            sizes.is_sorted_by(|a, b| a < b),
+            "--services are to rise: {sizes:?}"
+        );
+        let (client_cpu, server_cpu) = match flags.cpus.as_deref() {
+            Some(&[client, server]) => (client, server),
+            _ => (cpus.saturating_sub(2), cpus - 1),
+        };
+        ensure!(
+            client_cpu < cpus && server_cpu < cpus,
+            "--cpus {client_cpu} {server_cpu}: this machine has CPUs 0 to {}",
+            cpus - 1
+        );
+        Ok(Self {
+            services: sizes.iter().map(|size| *size as usize).collect(),
+            rules_max: flags.rules_max as usize,
+            rounds: flags.rounds.unwrap_or(rounds),
+            duration: Duration::from_millis(flags.duration_ms.unwrap_or(duration_ms)),
+            client_cpu,
+            server_cpu,
+            bin_dir: match &flags.bin_dir {
+                Some(folder) => folder.clone(),
+                None => crate::beside_this_program()?,
+            },
+        })
+    }
+}
+
+/// Measures and prints.
+pub fn run(flags: &Flags) -> Result<()> {
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "this needs root: it makes namespaces and loads eBPF programs"
+    );
+    flags.output.check()?;
+    let settings = Settings::of(flags)?;
+    let machine = Machine::describe()?;
+    let began = Instant::now();
+    let progress = ProgressBar::new(1);
+    progress.set_style(ProgressStyle::with_template(
+        "{msg:44} {bar:30} {pos}/{len} {eta}",
+    )?);
+    let mut findings = Findings::default();
+    let mut notes = Vec::new();
+    let mut arena = Arena::build(&settings, &progress, &mut notes)?;
+    for (number, size) in settings.services.iter().enumerate() {
+        arena.load(*size, &settings, &progress, &mut notes)?;
+        arena.measure(*size, number == 0, &settings, &progress, &mut findings)?;
+    }
+    crate::say(&progress, "programs by themselves".into());
+    let programs = programs::measure()?;
+    progress.finish_and_clear();
+
+    let mut report = Report::new("service", machine);
+    report.set("services", format!("{:?}", settings.services));
+    report.set("rounds", settings.rounds);
+    report.set("durationMs", settings.duration.as_millis());
+    report.set("clientCpu", settings.client_cpu);
+    report.set("serverCpu", settings.server_cpu);
+    report.set("tookSeconds", began.elapsed().as_secs());
+    findings.fill(&mut report);
+    report.figures.extend(programs);
+    report.notes = notes;
+    flags.output.show(&report)
+}
+
+/// All subjects with their clients and servers, side by side.
+struct Arena {
+    keelway: Keelway,
+    ruled: Vec<(Rules, Plain)>,
+    /// Nobody is in the hosts' namespaces, which would end.
+    _routed: Plain,
+    routes: Vec<Route>,
+    clients: Vec<Peer>,
+    _servers: Vec<Peer>,
+    /// Last: peers leave their groups before these go.
+    _groups: ControlGroups,
+    _sandbox: Sandbox,
+}
+
+impl Arena {
+    fn build(settings: &Settings, progress: &ProgressBar, notes: &mut Vec<String>) -> Result<Self> {
+        let sandbox = Sandbox::enter()?;
+        let groups = ControlGroups::make()?;
+        let mut crew = Crew {
+            settings,
+            groups: &groups,
+            clients: Vec::new(),
+            servers: Vec::new(),
+            routes: Vec::new(),
+        };
+        crate::say(progress, "building Keelway's nodes".into());
+        let keelway = Keelway::build(&sandbox, &groups, &settings.bin_dir)?;
+        crew.keelway(&keelway)?;
+        crate::say(progress, "building the others' nodes".into());
+        let [client, server] = plain::bare_pair()?;
+        crew.server(&server.network)?;
+        let at = crew.client(&client.network, false)?;
+        crew.route("veth", Ends::SameNode, at, server.address);
+        let routed = Plain::build()?;
+        crew.plain("routed", &routed, false)?;
+        let mut ruled = Vec::new();
+        for rules in Rules::ALL {
+            if rules.loader().is_none() {
+                notes.push(format!(
+                    "{}: this machine has no program to load its rules with (Debian's package {0})",
+                    rules.name()
+                ));
+                continue;
+            }
+            let plain = Plain::build()?;
+            crew.plain(rules.name(), &plain, true)?;
+            ruled.push((rules, plain));
+        }
+        let Crew {
+            clients,
+            servers,
+            routes,
+            ..
+        } = crew;
+        Ok(Self {
+            keelway,
+            ruled,
+            _routed: routed,
+            routes,
+            clients,
+            _servers: servers,
+            _groups: groups,
+            _sandbox: sandbox,
+        })
+    }
+
+    /// Gives every subject so many Services.
+    fn load(
+        &mut self,
+        size: usize,
+        settings: &Settings,
+        progress: &ProgressBar,
+        notes: &mut Vec<String>,
+    ) -> Result<()> {
+        crate::say(progress, format!("loading {size} Services: keelway"));
+        self.keelway.load(size)?;
+        for (rules, plain) in &self.ruled {
+            if size > settings.rules_max {
+                notes.push(format!(
+                    "{} at {size} Services: more than --rules-max",
+                    rules.name()
+                ));
+                continue;
+            }
+            crate::say(
+                progress,
+                format!("loading {size} Services: {}", rules.name()),
+            );
+            let servers = plain.servers.each_ref().map(|server| server.address);
+            rules.load(&plain.hosts[0], &services(size, servers))?;
+        }
+        Ok(())
+    }
+
+    /// All rounds of everything at the number of Services that is loaded.
+    fn measure(
+        &mut self,
+        size: usize,
+        is_first: bool,
+        settings: &Settings,
+        progress: &ProgressBar,
+        findings: &mut Findings,
+    ) -> Result<()> {
+        let is_loaded = |route: &Route| {
+            size <= settings.rules_max || Rules::ALL.iter().all(|rules| rules.name() != route.path)
+        };
+        let cpus = std::thread::available_parallelism()?.get();
+        let mut work: Vec<(usize, Task)> = Vec::new();
+        for (index, route) in self.routes.iter().enumerate() {
+            if is_loaded(route) {
+                let tasks = tasks(route, is_first, cpus);
+                work.extend(tasks.into_iter().map(|task| (index, task)));
+            }
+        }
+        // Paths that are compared follow each other within milliseconds.
+        work.sort_by_key(|(index, task)| {
+            let route = &self.routes[*index];
+            (task.metric, task.cpus, route.ends, task.open.is_some())
+        });
+        crate::say(progress, format!("measuring with {size} Services"));
+        progress.set_length(work.len() as u64 * u64::from(settings.rounds));
+        progress.set_position(0);
+        for round in 0..settings.rounds {
+            // Back and forth, so that nobody is always first after somebody else.
+            let in_order: Box<dyn Iterator<Item = &(usize, Task)>> = if round % 2 == 0 {
+                Box::new(work.iter())
+            } else {
+                Box::new(work.iter().rev())
+            };
+            for (index, task) in in_order {
+                let route = &self.routes[*index];
+                progress.set_message(format!(
+                    "{size} Services: {} {} {}",
+                    task.metric.name(),
+                    route.path,
+                    route.ends.name()
+                ));
+                let sample = self.clients[route.client]
+                    .measure(&order(settings, route, *task, findings, size)?)?;
+                findings.push(size, route, *task, sample);
+                progress.inc(1);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn order(
+    settings: &Settings,
+    route: &Route,
+    task: Task,
+    findings: &Findings,
+    size: usize,
+) -> Result<Order> {
+    let rate = match task.open {
+        None => None,
+        Some(share) => {
+            let direct = findings.rate(size, DIRECT, route.ends, Task { open: None, ..task });
+            Some(share * direct.context("an open load comes before the closed one")?)
+        }
+    };
+    Ok(Order {
+        metric: task.metric,
+        target: route.target(task.metric),
+        duration: settings.duration,
+        cpu: match task.cpus {
+            Cpus::One => settings.server_cpu,
+            Cpus::Two => settings.client_cpu,
+        },
+        rate,
+    })
+}
+
+/// Starts clients and servers, and says what they are there for.
+struct Crew<'a> {
+    settings: &'a Settings,
+    groups: &'a ControlGroups,
+    clients: Vec<Peer>,
+    servers: Vec<Peer>,
+    routes: Vec<Route>,
+}
+
+impl Crew<'_> {
+    fn place(&self, network: &Network, hooked: bool) -> Place {
+        Place {
+            netns: network.path(),
+            cgroup: if hooked {
+                self.groups.hooked()
+            } else {
+                self.groups.plain()
+            },
+            cpu: self.settings.server_cpu,
+        }
+    }
+
+    fn server(&mut self, network: &Network) -> Result<()> {
+        let peer = Peer::start(&self.place(network, false), Role::Server)?;
+        self.servers.push(peer);
+        Ok(())
+    }
+
+    fn client(&mut self, network: &Network, hooked: bool) -> Result<usize> {
+        let peer = Peer::start(&self.place(network, hooked), Role::Client)?;
+        self.clients.push(peer);
+        Ok(self.clients.len() - 1)
+    }
+
+    /// A path that does not depend on Services.
+    fn route(&mut self, path: &str, ends: Ends, client: usize, address: std::net::Ipv4Addr) {
+        self.routes.push(Route {
+            path: path.into(),
+            ends,
+            client,
+            address,
+            by_node_port: false,
+            is_constant: true,
+        });
+    }
+
+    /// A path by a Service.
+    fn service(&mut self, path: &str, ends: Ends, client: usize) {
+        let by_node_port = ends == Ends::Outside;
+        self.routes.push(Route {
+            path: path.into(),
+            ends,
+            client,
+            address: if by_node_port {
+                node_address(1)
+            } else {
+                service_address(usize::from(ends == Ends::AcrossNodes))
+            },
+            by_node_port,
+            is_constant: false,
+        });
+    }
+
+    fn keelway(&mut self, lab: &Keelway) -> Result<()> {
+        for server in &lab.servers {
+            self.server(&server.network)?;
+        }
+        let plain = self.client(&lab.client.network, false)?;
+        let hooked = self.client(&lab.client.network, true)?;
+        let outside = self.client(lab.outside(), false)?;
+        for (ends, server) in [Ends::SameNode, Ends::AcrossNodes]
+            .into_iter()
+            .zip(&lab.servers)
+        {
+            self.route(DIRECT, ends, plain, server.address);
+            self.service("socket", ends, hooked);
+            self.service("packet", ends, plain);
+        }
+        self.route(DIRECT, Ends::Outside, outside, lab.servers[0].address);
+        self.service("node-port", Ends::Outside, outside);
+        Ok(())
+    }
+
+    /// The kernel's own routing, or a Service of rules on top of it.
+    fn plain(&mut self, path: &str, lab: &Plain, with_rules: bool) -> Result<()> {
+        for server in &lab.servers {
+            self.server(&server.network)?;
+        }
+        let inside = self.client(&lab.client.network, false)?;
+        let outside = self.client(&lab.hosts[1], false)?;
+        let all = [
+            (Ends::SameNode, inside, &lab.servers[0]),
+            (Ends::AcrossNodes, inside, &lab.servers[1]),
+            (Ends::Outside, outside, &lab.servers[0]),
+        ];
+        for (ends, client, server) in all {
+            if with_rules {
+                self.service(path, ends, client);
+            } else {
+                self.route(path, ends, client, server.address);
+            }
+        }
+        Ok(())
+    }
+}

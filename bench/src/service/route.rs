@@ -1,0 +1,115 @@
+//! Everything that is measured, and in which order.
+
+use std::net::{Ipv4Addr, SocketAddr};
+
+use serde::Serialize;
+
+use super::cluster::node_port;
+use crate::load::Metric;
+
+/// Where the two ends are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub enum Ends {
+    SameNode,
+    AcrossNodes,
+    /// The client is no pod, but another machine on the node's link.
+    Outside,
+}
+
+impl Ends {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Ends::SameNode => "same-node",
+            Ends::AcrossNodes => "across",
+            Ends::Outside => "outside",
+        }
+    }
+}
+
+/// How a client's packets get to the server.
+#[derive(Clone, Debug)]
+pub struct Route {
+    /// `direct`, `socket`, `packet` and `node-port` are Keelway's; the others name what serves them.
+    pub path: String,
+    pub ends: Ends,
+    /// Which client takes it.
+    pub client: usize,
+    pub address: Ipv4Addr,
+    /// By a port of the node, not by the server's own.
+    pub by_node_port: bool,
+    /// It does not depend on the number of Services.
+    pub is_constant: bool,
+}
+
+/// The path that the others are compared with.
+pub const DIRECT: &str = "direct";
+
+impl Route {
+    pub fn target(&self, metric: Metric) -> SocketAddr {
+        let port = if self.by_node_port {
+            node_port(metric)
+        } else {
+            metric.port()
+        };
+        SocketAddr::from((self.address, port))
+    }
+}
+
+/// Whether both ends run on one CPU. With two, waking the other one hides the path, and shows what a machine with idle CPUs has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Cpus {
+    One,
+    Two,
+}
+
+/// What is measured of a route.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Task {
+    pub metric: Metric,
+    pub cpus: Cpus,
+    /// Share of the direct path's rate that comes in, whatever becomes of it.
+    pub open: Option<f64>,
+}
+
+impl Task {
+    pub const fn closed(metric: Metric, cpus: Cpus) -> Self {
+        Self {
+            metric,
+            cpus,
+            open: None,
+        }
+    }
+}
+
+/// What is measured of a route at a number of Services: everything at the first, what may depend on it at the others.
+pub fn tasks(route: &Route, is_first: bool, cpus: usize) -> Vec<Task> {
+    if !is_first {
+        let once = [Metric::RoundTrip, Metric::Connect];
+        let is_reference = route.path == DIRECT;
+        let depends = !route.is_constant || is_reference;
+        return once
+            .into_iter()
+            .filter(|_| depends && route.ends == Ends::SameNode)
+            .map(|metric| Task::closed(metric, Cpus::One))
+            .collect();
+    }
+    let mut tasks: Vec<Task> = Metric::ALL
+        .into_iter()
+        .map(|metric| Task::closed(metric, Cpus::One))
+        .collect();
+    if route.ends == Ends::SameNode {
+        tasks.push(Task {
+            metric: Metric::Http,
+            cpus: Cpus::One,
+            open: Some(OPEN_SHARE),
+        });
+        if cpus > 1 {
+            let metrics = [Metric::RoundTrip, Metric::Throughput];
+            tasks.extend(metrics.map(|metric| Task::closed(metric, Cpus::Two)));
+        }
+    }
+    tasks
+}
+
+/// Half of what the direct path can do: queues are short, so the latency is the path's and not the queue's.
+const OPEN_SHARE: f64 = 0.5;
