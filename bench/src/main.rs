@@ -12,6 +12,7 @@ mod peer;
 mod report;
 mod service;
 mod stats;
+mod sync;
 
 use std::process::ExitCode;
 
@@ -32,6 +33,8 @@ struct Cli {
 enum Command {
     /// Service traffic, on one node, across two and from outside, beside direct traffic and other ways to do it
     Service(service::Flags),
+    /// How long the maps lag behind the cluster, and what keeping them costs
+    Sync(sync::Flags),
     /// ADD and DEL of a pod's network, beside ptp and bridge with host-local
     Cni(cni::Flags),
     /// Queries per second, latency and memory of the cluster DNS, or of any other server beside it
@@ -51,7 +54,7 @@ fn main() -> anyhow::Result<ExitCode> {
     match Cli::parse().command {
         Some(command) => run(command),
         None => {
-            for name in ["service"] {
+            for name in ["service", "sync"] {
                 let whole = Cli::parse_from(["keelway-bench", name]);
                 whole.command.map_or(Ok(ExitCode::SUCCESS), run)?;
             }
@@ -63,6 +66,7 @@ fn main() -> anyhow::Result<ExitCode> {
 fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Service(flags) => service::run(&flags)?,
+        Command::Sync(flags) => sync::run(&flags)?,
         Command::Cni(flags) => cni::run(&flags)?,
         Command::Dns(flags) => dns::run(&flags)?,
         Command::Compare(flags) => return compare::run(&flags),
