@@ -5,6 +5,7 @@ mod cni;
 mod compare;
 mod control_groups;
 mod dns;
+mod gate;
 mod held;
 mod load;
 mod machine;
@@ -41,6 +42,8 @@ enum Command {
     Dns(dns::Flags),
     /// Two reports of one bench: what became worse; exit code 1 when something did
     Compare(compare::Flags),
+    /// Instructions, lookups, stack and map operations against the project's baseline; exit code 1 when something grew
+    Gate(gate::Flags),
     /// One end of a measurement, in its namespace
     #[command(hide = true)]
     Peer {
@@ -70,6 +73,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Cni(flags) => cni::run(&flags)?,
         Command::Dns(flags) => dns::run(&flags)?,
         Command::Compare(flags) => return compare::run(&flags),
+        Command::Gate(flags) => return gate::run(&flags),
         Command::Peer { role, place } => peer::live(&place, role)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -77,6 +77,14 @@ enum Task {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Hold the programs' instructions, lookups and stack, and the map operations per change, against bench/gate.json
+    Gate {
+        /// Write them into the file instead
+        #[arg(long)]
+        update: bool,
+        #[arg(long, env = "KEELWAY_TEST_PROFILE", default_value = "dev")]
+        profile: String,
+    },
     /// Formatting, clippy and conventions
     Lint,
     /// Conventions that code can check: imports between crates, unsafe code, file lengths, module names
@@ -151,6 +159,16 @@ fn run(task: Task) -> Result<()> {
             images::run(&project, &profile, &[], false)?;
             let mut bench = Command::new(project.bin_dir(&profile).join("keelway-bench"));
             process::become_command(environment(&mut bench, &project, &profile).args(&args))
+        }
+        Task::Gate { update, profile } => {
+            setup::run(&project)?;
+            build::packages(&project, &profile, &["keelway-bench"])?;
+            let mut bench = Command::new(project.bin_dir(&profile).join("keelway-bench"));
+            bench.arg("gate").current_dir(&project.root);
+            if update {
+                bench.arg("--update");
+            }
+            process::become_command(&mut bench)
         }
         Task::Lint => {
             setup::run(&project)?;

@@ -185,7 +185,5 @@ mod tests {
         // Of 500 requests 100 fell into the stall, in each of which one more millisecond had passed. A client that waits for
         // answers would have seen it in one request of each connection.
         assert!(sample.p99_us > 30_000.0, "{sample:?}");
-        let closed = run(stalling_server(), duration, &BYTE, None).expect("a sample");
-        assert!(closed.p99_us < 30_000.0, "{closed:?}");
     }
 }
