@@ -802,6 +802,7 @@ fn pods_keep_their_addresses_in_the_cluster_and_where_it_is_configured() {
         "198.18.0.11/32",
         "198.18.0.12/32",
         "169.254.0.0/16",
+        "fe80::/10",
         "10.96.0.0/16",
         "192.0.2.0/24",
     ];

@@ -15,6 +15,9 @@ pub struct FlowKey {
 plain!(FlowKey, 40, { src: 0, dst: 16, sport: 32, dport: 34, proto: 36, pad: 37 });
 
 impl FlowKey {
+    /// Nobody's.
+    pub const NONE: Self = Self::new(Addr { words: [0, 0] }, Addr { words: [0, 0] }, 0, 0, 0);
+
     #[inline(always)]
     pub const fn new(src: Addr, dst: Addr, sport_be: u16, dport_be: u16, proto: u8) -> Self {
         Self {

@@ -121,10 +121,21 @@ pub const HOST_VETH_MAC: [u8; 6] = [0x0a, 0x6b, 0x77, 0x00, 0x00, 0x01];
 /// Source address that a packet takes when its backend is its own sender (a pod, or the host, that reaches itself through
 /// a Service): with its own address as source, the reply would never come back to be translated. Routed into the service veth.
 pub const HAIRPIN_V4: [u8; 4] = [169, 254, 77, 77];
+/// The same for IPv6: a unique local address (RFC 4193), since a link-local one would belong to one interface.
+pub const HAIRPIN_V6: [u8; 16] = [
+    0xfd, 0x6b, 0x77, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x77, 0, 0x77,
+];
 
 /// IP protocol numbers.
 pub mod proto {
     pub const ICMP: u8 = 1;
     pub const TCP: u8 = 6;
     pub const UDP: u8 = 17;
+    pub const ICMPV6: u8 = 58;
+
+    /// The ICMP of a family.
+    #[inline(always)]
+    pub const fn icmp(is_v6: bool) -> u8 {
+        if is_v6 { ICMPV6 } else { ICMP }
+    }
 }

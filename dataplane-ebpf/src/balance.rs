@@ -16,6 +16,19 @@ pub struct Picked {
     pub slot: u32,
 }
 
+impl Picked {
+    /// Nothing yet.
+    #[inline(always)]
+    const fn none(client: &Client) -> Self {
+        Self {
+            addr: client.addr,
+            port: 0,
+            generation: 0,
+            slot: 0,
+        }
+    }
+}
+
 /// What choosing came to.
 #[derive(Clone, Copy, Debug)]
 pub enum Pick {
@@ -80,12 +93,50 @@ struct Torn;
 /// terminating one when none is active.
 #[inline(always)]
 pub fn pick<T: Tables>(tables: &T, service: u32, client: &Client) -> Pick {
+    let mut picked = Picked::none(client);
+    let came_to = choose(tables, service, client, &mut picked);
+    pick_of(came_to, picked)
+}
+
+/// As [`pick`], by a function of its own, for the stack (see [`crate::reject::reject`]).
+#[inline(always)]
+pub fn pick_apart<T: Tables>(tables: &T, service: u32, client: &Client) -> Pick {
+    let mut picked = Picked::none(client);
+    let came_to = choose_apart(tables, service, client, &mut picked);
+    pick_of(came_to, picked)
+}
+
+#[inline(always)]
+fn pick_of(came_to: u32, picked: Picked) -> Pick {
+    match came_to {
+        CHOSEN => Pick::Backend(picked),
+        NONE => Pick::None,
+        SILENT => Pick::Silent,
+        CLIENT_UNKNOWN => Pick::ClientUnknown,
+        _ => Pick::Torn,
+    }
+}
+
+/// What choosing came to: a number, since only such come back from a function in a register.
+const CHOSEN: u32 = 0;
+const NONE: u32 = 1;
+const SILENT: u32 = 2;
+const CLIENT_UNKNOWN: u32 = 3;
+const TORN: u32 = 4;
+
+#[inline(never)]
+fn choose_apart<T: Tables>(tables: &T, service: u32, client: &Client, picked: &mut Picked) -> u32 {
+    choose(tables, service, client, picked)
+}
+
+#[inline(always)]
+fn choose<T: Tables>(tables: &T, service: u32, client: &Client, picked: &mut Picked) -> u32 {
     let mut attempt = 0;
     while attempt < 2 {
         attempt += 1;
         let (reference, header) = match extent(tables, service) {
             Ok(Some(found)) => found,
-            Ok(None) => return Pick::None,
+            Ok(None) => return NONE,
             Err(Torn) => continue,
         };
         let candidates = if header.active > 0 {
@@ -95,20 +146,20 @@ pub fn pick<T: Tables>(tables: &T, service: u32, client: &Client) -> Pick {
         };
         if candidates == 0 {
             return if header.flags & SERVICE_SILENT != 0 {
-                Pick::Silent
+                SILENT
             } else {
-                Pick::None
+                NONE
             };
         }
         if header.affinity_timeout_s != 0 {
-            return pick_again(tables, service, client, &reference, &header, candidates);
+            return choose_again(tables, client, &reference, &header, candidates, picked);
         }
-        match draw(tables, &reference, &header, candidates) {
-            Some(picked) => return Pick::Backend(picked),
-            None => continue,
+        if let Some(drawn) = draw(tables, &reference, &header, candidates) {
+            *picked = drawn;
+            return CHOSEN;
         }
     }
-    Pick::Torn
+    TORN
 }
 
 /// One of the first `candidates` backends, at random.
@@ -137,46 +188,40 @@ fn draw<T: Tables>(
 /// The backend that the client had, while it is one of the candidates and the client came back in time; else another, which is
 /// remembered.
 #[inline(always)]
-fn pick_again<T: Tables>(
+fn choose_again<T: Tables>(
     tables: &T,
-    service: u32,
     client: &Client,
     reference: &ServiceRef,
     header: &ExtentHeader,
     candidates: u32,
-) -> Pick {
+    picked: &mut Picked,
+) -> u32 {
     if !client.known {
-        return Pick::ClientUnknown;
+        return CLIENT_UNKNOWN;
     }
-    let key = AffinityKey::new(client.addr, service);
+    let key = AffinityKey::new(client.addr, header.service);
     let now_s = tables.now_s();
     let mut kept = false;
-    let mut picked = Picked {
-        addr: client.addr,
-        port: 0,
-        generation: 0,
-        slot: 0,
-    };
     if let Some(had) = tables.affinity(&key)
         && now_s.wrapping_sub(had.last_seen_s) <= header.affinity_timeout_s
     {
-        picked = Picked {
+        *picked = Picked {
             addr: had.backend,
             port: had.port,
             generation: 0,
             slot: had.slot,
         };
-        if let Some(found) = search(tables, reference, header, &picked) {
+        if let Some(found) = search(tables, reference, header, picked) {
             kept = found.slot < candidates;
-            picked = found;
+            *picked = found;
         }
     }
     if kept {
         tables.count(Reason::AffinityKept);
     } else {
         match draw(tables, reference, header, candidates) {
-            Some(drawn) => picked = drawn,
-            None => return Pick::Torn,
+            Some(drawn) => *picked = drawn,
+            None => return TORN,
         }
     }
     let affinity = Affinity {
@@ -188,7 +233,37 @@ fn pick_again<T: Tables>(
         pad2: 0,
     };
     tables.set_affinity(&key, &affinity);
-    Pick::Backend(picked)
+    CHOSEN
+}
+
+/// Where a service's backend is now, or nothing when it is not among its backends any more.
+#[inline(always)]
+pub fn find_for<const V6: bool, T: Tables>(
+    tables: &T,
+    service: u32,
+    known: &Picked,
+) -> Option<Picked> {
+    if !V6 {
+        return find(tables, service, known);
+    }
+    match find_apart(tables, service, known) {
+        0 => None,
+        place => Some(Picked {
+            generation: (place >> 32) as u32,
+            slot: place as u32,
+            ..*known
+        }),
+    }
+}
+
+/// As [`find`]: generation, which is never 0, and slot in one number, since only such come back from a function in a register. A
+/// function of its own, for the stack (see [`crate::hook::Notes`]).
+#[inline(never)]
+fn find_apart<T: Tables>(tables: &T, service: u32, known: &Picked) -> u64 {
+    match find(tables, service, known) {
+        Some(found) => (found.generation as u64) << 32 | found.slot as u64,
+        None => 0,
+    }
 }
 
 /// Where a service's backend is now, or nothing when it is not among its backends any more.

@@ -76,26 +76,39 @@ pub fn has_ended<T: Tables>(tables: &T, entry: &Flow) -> bool {
 
 /// Moves a flow to the replied table, when `reply` arrived under `key` and found it unreplied.
 #[inline(always)]
-pub fn promote<T: Tables>(tables: &T, key: &FlowKey, reply: &Flow, seen: u32) {
+pub fn promote<const V6: bool, T: Tables>(tables: &T, key: &FlowKey, reply: &Flow, seen: u32) {
+    if V6 {
+        promote_apart(tables, key, reply, seen);
+    } else {
+        advance(tables, key, reply, seen);
+    }
+}
+
+/// A function of its own, for the stack (see [`crate::reject::reject`]).
+#[inline(never)]
+fn promote_apart<T: Tables>(tables: &T, key: &FlowKey, reply: &Flow, seen: u32) {
+    advance(tables, key, reply, seen);
+}
+
+#[inline(always)]
+fn advance<T: Tables>(tables: &T, key: &FlowKey, reply: &Flow, seen: u32) {
     let now_s = tables.now_s();
     // The client's side is rebuilt from this one: what it had seen was an opening, else it would not be unreplied.
-    let client = Flow {
+    let mut entry = Flow {
         other: *key,
         last_seen_s: now_s,
         seen: SEEN_SYN | SEEN_REPLY,
         reply: 0,
         ..*reply
     };
-    if tables.insert_flow(&reply.other, &client).is_err() {
+    if tables.insert_flow(&reply.other, &entry).is_err() {
         tables.count(Reason::FlowTableFull);
         return;
     }
-    let answer = Flow {
-        last_seen_s: now_s,
-        seen: seen | SEEN_REPLY,
-        ..*reply
-    };
-    if tables.insert_flow(key, &answer).is_err() {
+    entry.other = reply.other;
+    entry.seen = seen | SEEN_REPLY;
+    entry.reply = reply.reply;
+    if tables.insert_flow(key, &entry).is_err() {
         tables.remove_flow(&reply.other);
         tables.count(Reason::FlowTableFull);
         return;
@@ -121,15 +134,45 @@ pub struct Opening<'a> {
 /// Enters a flow in the unreplied table and gives the key of its answers, whose mirror is what the packet becomes. Takes another source port when
 /// the client's already leads to the same backend through another Service.
 #[inline(always)]
-pub fn open<T: Tables>(tables: &T, opening: &Opening<'_>) -> Result<FlowKey, Reason> {
+pub fn open<const V6: bool, T: Tables>(
+    tables: &T,
+    opening: &Opening<'_>,
+    answers: &mut FlowKey,
+) -> Result<(), Reason> {
     let Opening { key, backend, .. } = *opening;
-    let mut answers = FlowKey::new(
+    *answers = FlowKey::new(
         backend.addr,
         opening.src,
         backend.port,
         key.sport,
         key.proto,
     );
+    let entered = if V6 {
+        enter_apart(tables, opening, answers)
+    } else {
+        enter(tables, opening, answers)
+    };
+    match entered {
+        ENTERED => Ok(()),
+        REFUSED => Err(Reason::FlowRefused),
+        _ => Err(Reason::FlowPortsExhausted),
+    }
+}
+
+/// What became of a flow to be entered: a number, since only such come back from a function in a register.
+const ENTERED: u32 = 0;
+const REFUSED: u32 = 1;
+const NO_PORT: u32 = 2;
+
+/// A function of its own, for the stack (see [`crate::reject::reject`]).
+#[inline(never)]
+fn enter_apart<T: Tables>(tables: &T, opening: &Opening<'_>, answers: &mut FlowKey) -> u32 {
+    enter(tables, opening, answers)
+}
+
+#[inline(always)]
+fn enter<T: Tables>(tables: &T, opening: &Opening<'_>, answers: &mut FlowKey) -> u32 {
+    let Opening { key, backend, .. } = *opening;
     let mut entry = Flow {
         other: *key,
         last_seen_s: tables.now_s(),
@@ -144,27 +187,27 @@ pub fn open<T: Tables>(tables: &T, opening: &Opening<'_>) -> Result<FlowKey, Rea
     }
     let mut attempt = 0;
     loop {
-        if claim(tables, &answers, &entry) {
+        if claim(tables, answers, &entry) {
             break;
         }
         attempt += 1;
         if attempt > PORT_ATTEMPTS {
-            return Err(Reason::FlowPortsExhausted);
+            return NO_PORT;
         }
         if attempt == 1 && !opening.fresh_port {
             tables.count(Reason::FlowPortChanged);
         }
         answers.dport = random_port(tables);
     }
-    entry.other = answers;
+    entry.other = *answers;
     entry.seen = opening.seen;
     entry.reply = 0;
     match tables.insert_unreplied(key, &entry, true) {
         Ok(()) => {
             tables.count(Reason::FlowCreated);
-            Ok(answers)
+            ENTERED
         }
-        Err(_) => Err(Reason::FlowRefused),
+        Err(_) => REFUSED,
     }
 }
 
@@ -236,22 +279,21 @@ mod tests {
             generation: 1,
             slot: 0,
         };
-        open(
-            tables,
-            &Opening {
-                key: &key(vip),
-                service: vip as u32,
-                backend: &backend,
-                src: addr(CLIENT),
-                fresh_port: false,
-                seen: SEEN_SYN,
-            },
-        )
+        let mut answers = FlowKey::NONE;
+        let opening = Opening {
+            key: &key(vip),
+            service: vip as u32,
+            backend: &backend,
+            src: addr(CLIENT),
+            fresh_port: false,
+            seen: SEEN_SYN,
+        };
+        open::<false, _>(tables, &opening, &mut answers).map(|()| answers)
     }
 
     fn answer(tables: &Memory, answers: &FlowKey, seen: u32) {
         let reply = *lookup(tables, answers).unwrap().get();
-        promote(tables, answers, &reply, seen);
+        promote::<false, _>(tables, answers, &reply, seen);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use dataplane_abi::{
 use crate::{
     balance::{self, Client, Pick, Picked},
     flow,
-    hook::{Features, Place, hairpin, same},
+    hook::{Aside, Features, Notes, Place, hairpin, same},
     icmp,
     packet::{Echo, Fragment, Ip, Packet},
     reject::reject,
@@ -33,29 +33,31 @@ pub(crate) enum Side {
 pub(crate) enum Followed {
     /// Nothing of theirs.
     Untouched,
-    /// A client's, which now goes to a backend under this key.
-    ToBackend(FlowKey),
-    /// A backend's, which now goes to the client under this key.
-    ToClient(FlowKey),
+    /// A client's, which now goes to a backend.
+    ToBackend,
+    /// A backend's, which now goes to the client.
+    ToClient,
     /// It has become the refusal of what it was.
     Rejected,
     /// Counted already.
     Dropped,
 }
 
-/// Finds out what a packet is to Services and translates it. `at_host` says that it is for an address of the node.
+/// Finds out what a packet is to Services and translates it; its new key is [`Notes::to`] then. `at_host` says that it is for an
+/// address of the node.
 #[inline(always)]
-pub(crate) fn follow<P: Packet, T: Tables>(
+pub(crate) fn follow<const V6: bool, P: Packet, T: Tables>(
     packet: &mut P,
     tables: &T,
     features: &Features,
-    ip: &mut Ip,
+    notes: &mut Notes,
     side: Side,
     at_host: bool,
 ) -> Followed {
-    let is_followed = ip.has_ports() || (features.masquerade && may_be_echo(ip));
+    let ip = &mut notes.ip;
+    let is_followed = ip.has_ports() || (features.masquerade && may_be_echo::<V6>(ip));
     if !is_followed {
-        return portless(packet, tables, ip, side, at_host);
+        return portless::<V6, P, T>(packet, tables, notes, side, at_host);
     }
     match ip.fragment {
         Fragment::Whole => {}
@@ -81,27 +83,30 @@ pub(crate) fn follow<P: Packet, T: Tables>(
             // An opening's answer on a flow that has ended belongs to a connection that came to the backend directly, by the
             // socket hook say, and from a port that the flow had: translated, it would be nobody's.
             if seen & SEEN_SYN != 0 && flow::has_ended(tables, flow) {
-                let client = flow.other;
-                flow::forget(tables, &client, &ip.key);
+                let client = &mut notes.aside.about;
+                *client = flow.other;
+                flow::forget(tables, client, &ip.key);
                 return Followed::Untouched;
             }
-            let to = flow.other.mirrored();
+            notes.to = flow.other.mirrored();
             if flow.seen & SEEN_REPLY == 0 {
-                flow::promote(tables, &ip.key, flow, seen);
+                flow::promote::<V6, T>(tables, &ip.key, flow, seen);
             } else {
                 entry.touch(tables.now_s(), seen);
             }
-            return match rewrite(packet, tables, ip, &to, Reason::ReplyTranslated) {
-                true => Followed::ToClient(to),
+            return match rewrite::<V6, P, T>(packet, tables, notes, Reason::ReplyTranslated) {
+                true => Followed::ToClient,
                 false => Followed::Dropped,
             };
         }
         if side != Side::Answers {
-            if let Some(answers) = resume(tables, ip, &entry, seen) {
-                return forward(packet, tables, ip, &answers, flow.service);
+            if resume::<V6, T>(tables, ip, &entry, seen) {
+                notes.to = flow.other.mirrored();
+                return forward::<V6, P, T>(packet, tables, notes, flow.service);
             }
-            let answers = flow.other;
-            flow::forget(tables, &ip.key, &answers);
+            let answers = &mut notes.aside.about;
+            *answers = flow.other;
+            flow::forget(tables, &ip.key, answers);
         }
     }
     // Only an opening may take a connection from the host's own listeners: what the host itself opened from a port that
@@ -109,7 +114,7 @@ pub(crate) fn follow<P: Packet, T: Tables>(
     if side == Side::Answers || (side == Side::Outside && at_host && ip.is_tcp() && !ip.is_syn()) {
         return Followed::Untouched;
     }
-    open(packet, tables, features, ip, side, at_host, seen)
+    open::<V6, P, T>(packet, tables, features, notes, side, at_host, seen)
 }
 
 /// Where a packet's destination leads, when it is a frontend: its address and port, or the port of every address of the node.
@@ -124,15 +129,16 @@ fn lead<T: Tables>(tables: &T, ip: &Ip, at_host: bool) -> Option<Lead> {
 
 /// Opens a flow when the packet is for a Service.
 #[inline(always)]
-fn open<P: Packet, T: Tables>(
+fn open<const V6: bool, P: Packet, T: Tables>(
     packet: &mut P,
     tables: &T,
     features: &Features,
-    ip: &Ip,
+    notes: &mut Notes,
     side: Side,
     at_host: bool,
     seen: u32,
 ) -> Followed {
+    let ip = &notes.ip;
     // Without a frontend it is for nobody's, unless it leaves the cluster: then it is a flow of no service, whose backend is where
     // it goes anyway.
     let mut service = NO_SERVICE;
@@ -143,7 +149,7 @@ fn open<P: Packet, T: Tables>(
         slot: 0,
     };
     let mut source = Source {
-        addr: features.node(&ip.key.src),
+        addr: features.node::<V6>(),
         is_node: true,
     };
     if let Some(lead) = lead(tables, ip, at_host) {
@@ -154,13 +160,19 @@ fn open<P: Packet, T: Tables>(
         if lead.flags & LEAD_GUARDED != 0 && !tables.in_range(service, &ip.key.src) {
             return dropped(tables, Reason::SourceRange);
         }
-        backend = match balance::pick(tables, service, &Client::at(ip.key.src)) {
+        let client = Client::at(ip.key.src);
+        let picked = if V6 {
+            balance::pick_apart(tables, service, &client)
+        } else {
+            balance::pick(tables, service, &client)
+        };
+        backend = match picked {
             Pick::Backend(backend) => backend,
-            Pick::None => return refused(packet, tables, ip, Reason::NoBackend),
+            Pick::None => return refused::<V6, P, T>(packet, tables, ip, Reason::NoBackend),
             Pick::Silent => return dropped(tables, Reason::NoLocalBackend),
             Pick::Torn | Pick::ClientUnknown => return dropped(tables, Reason::ServiceTorn),
         };
-        source = seen_by(tables, features, ip, side, &backend);
+        source = seen_by::<V6, T>(tables, features, ip, side, &backend);
         if is_zero(&source.addr) {
             return dropped(tables, Reason::NoNodeAddress);
         }
@@ -169,12 +181,12 @@ fn open<P: Packet, T: Tables>(
             if !ip.has_ports() {
                 return dropped(tables, Reason::ServiceProtocol);
             }
-            return refused(packet, tables, ip, Reason::NoSuchPort);
+            return refused::<V6, P, T>(packet, tables, ip, Reason::NoSuchPort);
         }
         let leaves = features.masquerade && side == Side::Pod && !at_host;
-        // Without an address there is nothing to give; an echo's answer opens nothing.
+        // Without an address of the family there is nothing to give; an echo's answer opens nothing.
         let is_answer = matches!(ip.echo, Echo::Reply);
-        if !leaves || is_answer || is_zero(&source.addr) || keeps_source(tables, &ip.key.dst) {
+        if !leaves || is_zero(&source.addr) || is_answer || keeps_source(tables, &ip.key.dst) {
             return Followed::Untouched;
         }
     }
@@ -189,16 +201,21 @@ fn open<P: Packet, T: Tables>(
         fresh_port: source.is_node,
         seen,
     };
-    match flow::open(tables, &opening) {
-        Ok(answers) => forward(packet, tables, ip, &answers, service),
+    let answers = &mut notes.aside.about;
+    match flow::open::<V6, T>(tables, &opening, answers) {
+        Ok(()) => {
+            notes.to = answers.mirrored();
+            forward::<V6, P, T>(packet, tables, notes, service)
+        }
         Err(reason) => dropped(tables, reason),
     }
 }
 
 /// Whether a packet is an ICMP echo or its answer, or a later fragment of what may be one.
 #[inline(always)]
-fn may_be_echo(ip: &Ip) -> bool {
-    ip.is_echo() || (ip.key.proto == proto::ICMP && matches!(ip.fragment, Fragment::Later))
+fn may_be_echo<const V6: bool>(ip: &Ip) -> bool {
+    let is_later = matches!(ip.fragment, Fragment::Later);
+    ip.is_echo() || (ip.key.proto == proto::icmp(V6) && is_later)
 }
 
 #[inline(always)]
@@ -209,7 +226,10 @@ fn is_zero(addr: &Addr) -> bool {
 /// Whether pods keep their addresses towards a destination: in the ranges for that, and to groups.
 #[inline(always)]
 fn keeps_source<T: Tables>(tables: &T, dst: &Addr) -> bool {
-    let is_group = matches!(dst.v4_be(), Some(be) if be.to_ne_bytes()[0] >= 224);
+    let is_group = match dst.v4_be() {
+        Some(be) => be.to_ne_bytes()[0] >= 224,
+        None => dst.words[0].to_ne_bytes()[0] == 0xff,
+    };
     is_group || tables.in_range(NO_SERVICE, dst)
 }
 
@@ -227,7 +247,7 @@ struct Source {
 /// The client's own address where the answers pass a hook anyway; the hairpin address where a backend would answer its client
 /// without (a pod itself, the host the host, the host a client outside); the node's where the answers would go elsewhere.
 #[inline(always)]
-fn seen_by<T: Tables>(
+fn seen_by<const V6: bool, T: Tables>(
     tables: &T,
     features: &Features,
     ip: &Ip,
@@ -239,7 +259,7 @@ fn seen_by<T: Tables>(
         is_node: false,
     };
     let hairpinned = Source {
-        addr: hairpin(&ip.key.src),
+        addr: hairpin::<V6>(),
         is_node: false,
     };
     if side == Side::Pod {
@@ -258,16 +278,16 @@ fn seen_by<T: Tables>(
         kept
     } else {
         Source {
-            addr: features.node(&ip.key.src),
+            addr: features.node::<V6>(),
             is_node: true,
         }
     }
 }
 
-/// The key of a flow's answers when the flow may go on. A datagram's backend must still be one: nothing else tells its
+/// Whether a client's flow may go on. A datagram's backend must still be one: nothing else tells its
 /// sender that it is gone. An established TCP connection is left to end by itself; a new one needs a backend that is one.
 #[inline(always)]
-fn resume<T: Tables>(tables: &T, ip: &Ip, entry: &T::Entry, seen: u32) -> Option<FlowKey> {
+fn resume<const V6: bool, T: Tables>(tables: &T, ip: &Ip, entry: &T::Entry, seen: u32) -> bool {
     let flow = entry.get();
     if !ip.is_tcp() || ip.is_syn() {
         let known = Picked {
@@ -277,85 +297,138 @@ fn resume<T: Tables>(tables: &T, ip: &Ip, entry: &T::Entry, seen: u32) -> Option
             slot: flow.slot,
         };
         if flow.service != NO_SERVICE {
-            let found = balance::find(tables, flow.service, &known)?;
+            let Some(found) = balance::find_for::<V6, T>(tables, flow.service, &known) else {
+                return false;
+            };
             if found.generation != known.generation {
                 entry.locate(found.generation, found.slot);
             }
         }
         if ip.is_tcp() && flow::is_closing(tables, flow) {
-            return None;
+            return false;
         }
     }
     entry.touch(tables.now_s(), seen);
-    Some(flow.other)
+    true
 }
 
+/// Sends a client's packet on.
 #[inline(always)]
-fn forward<P: Packet, T: Tables>(
+fn forward<const V6: bool, P: Packet, T: Tables>(
     packet: &mut P,
     tables: &T,
-    ip: &Ip,
-    answers: &FlowKey,
+    notes: &mut Notes,
     service: u32,
 ) -> Followed {
-    let to = answers.mirrored();
     let reason = match service {
         NO_SERVICE => Reason::Masqueraded,
         _ => Reason::ServiceTranslated,
     };
-    match rewrite(packet, tables, ip, &to, reason) {
-        true => Followed::ToBackend(to),
+    match rewrite::<V6, P, T>(packet, tables, notes, reason) {
+        true => Followed::ToBackend,
         false => Followed::Dropped,
     }
 }
 
 #[inline(always)]
-fn rewrite<P: Packet, T: Tables>(
+fn rewrite<const V6: bool, P: Packet, T: Tables>(
     packet: &mut P,
     tables: &T,
-    ip: &Ip,
-    to: &FlowKey,
+    notes: &Notes,
     reason: Reason,
 ) -> bool {
-    let done = translate(packet, ip, to);
+    let done = translate::<V6, P>(packet, &notes.ip, &notes.to);
     tables.count(if done { reason } else { Reason::RewriteFailed });
     done
 }
 
 /// Protocols without ports are not spoken by Services, but ICMP errors may be about what Services translated.
 #[inline(always)]
-fn portless<P: Packet, T: Tables>(
+fn portless<const V6: bool, P: Packet, T: Tables>(
     packet: &mut P,
     tables: &T,
-    ip: &Ip,
+    notes: &mut Notes,
     side: Side,
     at_host: bool,
 ) -> Followed {
-    if let Some(quoted) = icmp::quoted(packet, ip)
-        && let Some(entry) = flow::lookup(tables, &quoted.key.mirrored())
-    {
-        let (about, reply) = (entry.get().other, entry.get().reply);
-        // The outer addresses follow the inner ones that they equal; a router's own stays.
-        let follows = |outer: &Addr, inner: &Addr, becomes: &Addr| {
-            if same(outer, inner) { *becomes } else { *outer }
-        };
-        let src = follows(&ip.key.src, &quoted.key.dst, &about.dst);
-        let dst = follows(&ip.key.dst, &quoted.key.src, &about.src);
-        let to = FlowKey::new(src, dst, 0, 0, ip.key.proto);
-        if !icmp::translate(packet, ip, &quoted, &to, &about) {
-            return dropped(tables, Reason::RewriteFailed);
+    let Notes { ip, to, aside } = notes;
+    let came_to = if V6 {
+        error_apart(packet, tables, ip, to, aside)
+    } else {
+        error::<false, P, T>(packet, tables, ip, to, aside)
+    };
+    match came_to {
+        ABOUT_ANSWER | ABOUT_REQUEST => {
+            tables.count(Reason::IcmpTranslated);
+            return match came_to {
+                ABOUT_ANSWER => Followed::ToBackend,
+                _ => Followed::ToClient,
+            };
         }
-        tables.count(Reason::IcmpTranslated);
-        return if reply == 1 {
-            Followed::ToClient(to)
-        } else {
-            Followed::ToBackend(to)
-        };
+        UNWRITTEN => return dropped(tables, Reason::RewriteFailed),
+        _ => {}
     }
-    if side != Side::Answers && !at_host && is_vip(tables, &ip.key.dst) {
+    let ip = &notes.ip;
+    if side != Side::Answers
+        && !at_host
+        && is_vip(tables, &ip.key.dst)
+        // Somebody on the link answers for the address, and is asked whether he still does.
+        && !(V6 && icmp::is_discovery(packet, ip))
+    {
         return dropped(tables, Reason::ServiceProtocol);
     }
     Followed::Untouched
+}
+
+/// What an ICMP error was about, and what became of it: a number, since only such come back from a function in a register.
+const NO_FLOW: u32 = 0;
+const ABOUT_REQUEST: u32 = 1;
+const ABOUT_ANSWER: u32 = 2;
+const UNWRITTEN: u32 = 3;
+
+/// As [`error`], for IPv6: a function of its own, for the stack (see [`Notes`]).
+#[inline(never)]
+fn error_apart<P: Packet, T: Tables>(
+    packet: &mut P,
+    tables: &T,
+    ip: &Ip,
+    to: &mut FlowKey,
+    aside: &mut Aside,
+) -> u32 {
+    error::<true, P, T>(packet, tables, ip, to, aside)
+}
+
+/// Translates an ICMP error about a flow.
+#[inline(always)]
+fn error<const V6: bool, P: Packet, T: Tables>(
+    packet: &mut P,
+    tables: &T,
+    ip: &Ip,
+    to: &mut FlowKey,
+    aside: &mut Aside,
+) -> u32 {
+    let Aside { about, quoted } = aside;
+    let Some(place) = icmp::quoted::<V6, P>(packet, ip, quoted) else {
+        return NO_FLOW;
+    };
+    *about = quoted.mirrored();
+    let Some(entry) = flow::lookup(tables, about) else {
+        return NO_FLOW;
+    };
+    let reply = entry.get().reply;
+    *about = entry.get().other;
+    // The outer addresses follow the inner ones that they equal; a router's own stays.
+    let follows = |outer: &Addr, inner: &Addr, becomes: &Addr| {
+        if same(outer, inner) { *becomes } else { *outer }
+    };
+    let src = follows(&ip.key.src, &quoted.dst, &about.dst);
+    let dst = follows(&ip.key.dst, &quoted.src, &about.src);
+    *to = FlowKey::new(src, dst, 0, 0, ip.key.proto);
+    match icmp::translate::<V6, P>(packet, ip, &place, quoted, to, about) {
+        false => UNWRITTEN,
+        true if reply == 1 => ABOUT_REQUEST,
+        true => ABOUT_ANSWER,
+    }
 }
 
 #[inline(always)]
@@ -364,9 +437,14 @@ fn is_vip<T: Tables>(tables: &T, addr: &Addr) -> bool {
 }
 
 #[inline(always)]
-fn refused<P: Packet, T: Tables>(packet: &mut P, tables: &T, ip: &Ip, reason: Reason) -> Followed {
+fn refused<const V6: bool, P: Packet, T: Tables>(
+    packet: &mut P,
+    tables: &T,
+    ip: &Ip,
+    reason: Reason,
+) -> Followed {
     tables.count(reason);
-    match reject(packet, ip) {
+    match reject::<V6, P>(packet, ip) {
         true => Followed::Rejected,
         false => Followed::Dropped,
     }

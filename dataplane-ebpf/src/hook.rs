@@ -1,10 +1,13 @@
-//! What each tc hook does with a packet.
+//! What each tc hook does with a packet of one family: of the other it passes everything on. A program asks which it is first, so
+//! that the verifier sees each family by itself, and what the one needs of the stack does not add to the other's.
 
-use dataplane_abi::{Addr, FROM_HOST, FROM_POD, FlowKey, HAIRPIN_V4, LocalAddress, Reason};
+use dataplane_abi::{
+    Addr, FROM_HOST, FROM_POD, FlowKey, HAIRPIN_V4, HAIRPIN_V6, LocalAddress, Reason, proto,
+};
 
 use crate::{
     follow::{Followed, Side, follow},
-    packet::{Packet, Parsed, parse},
+    packet::{Ip, Packet, Parsed, parse},
     tables::Tables,
 };
 
@@ -37,14 +40,42 @@ pub struct Features {
 }
 
 impl Features {
-    /// The node's address of the same family; zero without one.
+    /// The node's address of the family; zero without one.
     #[inline(always)]
-    pub fn node(&self, like: &Addr) -> Addr {
-        match like.v4_be() {
-            Some(_) => self.node_v4,
-            None => self.node_v6,
-        }
+    pub fn node<const V6: bool>(&self) -> Addr {
+        if V6 { self.node_v6 } else { self.node_v4 }
     }
+}
+
+/// Where a hook writes down what it finds of a packet. In the kernel this is memory of the CPU: a program and the functions that it
+/// calls share 512 bytes of stack, too few for IPv6's long addresses; and nothing need be cleared for a packet.
+#[derive(Debug)]
+pub struct Notes {
+    pub ip: Ip,
+    /// What the packet was translated to.
+    pub to: FlowKey,
+    pub aside: Aside,
+}
+
+/// Keys that are needed for a moment.
+#[derive(Debug)]
+pub struct Aside {
+    /// Of the other side of a flow that is opened or forgotten, or of what an ICMP error is about.
+    pub about: FlowKey,
+    /// Of what an ICMP error quotes.
+    pub quoted: FlowKey,
+}
+
+impl Notes {
+    /// Of no packet yet.
+    pub const NONE: Self = Self {
+        ip: Ip::NONE,
+        to: FlowKey::NONE,
+        aside: Aside {
+            about: FlowKey::NONE,
+            quoted: FlowKey::NONE,
+        },
+    };
 }
 
 /// Where an address is: its [`LocalAddress::kind`], 0 when it is elsewhere, and the interface of a pod.
@@ -80,10 +111,22 @@ impl Place {
     }
 }
 
-/// The address that hairpinned packets take as their source, of the same family.
+/// The address that hairpinned packets take as their source.
 #[inline(always)]
-pub(crate) fn hairpin(_like: &Addr) -> Addr {
-    Addr::from_v4_be(u32::from_ne_bytes(HAIRPIN_V4))
+pub(crate) fn hairpin<const V6: bool>() -> Addr {
+    if V6 {
+        const { Addr::from_octets(HAIRPIN_V6) }
+    } else {
+        Addr::from_v4_be(u32::from_ne_bytes(HAIRPIN_V4))
+    }
+}
+
+/// Whether an IPv6 address is good on its link only: link-local, multicast, or none yet.
+#[inline(always)]
+fn is_of_link(addr: &Addr) -> bool {
+    let [a, b, ..] = addr.words[0].to_ne_bytes();
+    let unspecified = addr.words[0] == 0 && addr.words[1] == 0;
+    unspecified || a == 0xff || (a == 0xfe && b & 0xc0 == 0x80)
 }
 
 #[inline(always)]
@@ -93,22 +136,32 @@ pub(crate) fn same(a: &Addr, b: &Addr) -> bool {
 
 /// Packets that a pod sends: ingress of the host's side of its veth, `ifindex`.
 #[inline(always)]
-pub fn pod_ingress<P: Packet, T: Tables>(
+pub fn pod_ingress<const V6: bool, P: Packet, T: Tables>(
     packet: &mut P,
     tables: &T,
     features: &Features,
+    notes: &mut Notes,
     ifindex: u32,
 ) -> Verdict {
-    let mut ip = match parse(packet) {
-        Parsed::Ip(ip) => ip,
+    match parse::<V6, P>(packet, &mut notes.ip) {
+        Parsed::Ip => {}
         Parsed::Other => return pass(tables),
         Parsed::Malformed => return drop(tables, Reason::Malformed),
-    };
-    let owner = Place::of(tables, &ip.key.src);
+    }
+    let owner = Place::of(tables, &notes.ip.key.src);
     if !owner.is_pod() || owner.ifindex != ifindex {
+        // Neighbours are found, and groups joined, from addresses of the link. What that says of others' addresses is not believed:
+        // the host's entries for pods are permanent.
+        if V6
+            && notes.ip.key.proto == proto::ICMPV6
+            && is_of_link(&notes.ip.key.src)
+            && is_of_link(&notes.ip.key.dst)
+        {
+            return pass(tables);
+        }
         return drop(tables, Reason::SourceAddress);
     }
-    let at = Place::of(tables, &ip.key.dst);
+    let at = Place::of(tables, &notes.ip.key.dst);
     if features.packet_lb {
         // What is sent to a pod may be an answer, but asks no Service.
         let side = if at.is_pod() {
@@ -116,16 +169,16 @@ pub fn pod_ingress<P: Packet, T: Tables>(
         } else {
             Side::Pod
         };
-        match follow(packet, tables, features, &mut ip, side, at.is_host()) {
+        match follow::<V6, P, T>(packet, tables, features, notes, side, at.is_host()) {
             Followed::Untouched => {}
-            Followed::ToBackend(to) => {
-                let there = Place::of(tables, &to.dst);
-                if !there.is_pod() && !same(&to.src, &ip.key.src) {
+            Followed::ToBackend => {
+                let there = Place::of(tables, &notes.to.dst);
+                if !there.is_pod() && !same(&notes.to.src, &notes.ip.key.src) {
                     return Verdict::Route;
                 }
                 return deliver(tables, &there);
             }
-            Followed::ToClient(to) => return onward(tables, &to, features),
+            Followed::ToClient => return onward(tables, &notes.to, features),
             Followed::Rejected => return Verdict::Peer(ifindex),
             Followed::Dropped => return Verdict::Drop,
         }
@@ -136,18 +189,19 @@ pub fn pod_ingress<P: Packet, T: Tables>(
 /// Packets that the host sends to a pod: egress of the host's side of its veth. Answers of the host's own backends are
 /// translated back here.
 #[inline(always)]
-pub fn pod_egress<P: Packet, T: Tables>(
+pub fn pod_egress<const V6: bool, P: Packet, T: Tables>(
     packet: &mut P,
     tables: &T,
     features: &Features,
+    notes: &mut Notes,
 ) -> Verdict {
     if !features.packet_lb {
         return Verdict::Pass;
     }
-    let Parsed::Ip(mut ip) = parse(packet) else {
+    if parse::<V6, P>(packet, &mut notes.ip) != Parsed::Ip {
         return Verdict::Pass;
-    };
-    match follow(packet, tables, features, &mut ip, Side::Answers, false) {
+    }
+    match follow::<V6, P, T>(packet, tables, features, notes, Side::Answers, false) {
         Followed::Dropped => Verdict::Drop,
         _ => Verdict::Pass,
     }
@@ -156,31 +210,32 @@ pub fn pod_egress<P: Packet, T: Tables>(
 /// Packets that come from outside: ingress of an uplink. Those for pods are delivered; those for the node's ports and for
 /// addresses of Services are balanced.
 #[inline(always)]
-pub fn uplink_ingress<P: Packet, T: Tables>(
+pub fn uplink_ingress<const V6: bool, P: Packet, T: Tables>(
     packet: &mut P,
     tables: &T,
     features: &Features,
+    notes: &mut Notes,
 ) -> Verdict {
-    let mut ip = match parse(packet) {
-        Parsed::Ip(ip) => ip,
+    match parse::<V6, P>(packet, &mut notes.ip) {
+        Parsed::Ip => {}
         // The stack judges what is not ours.
         Parsed::Other | Parsed::Malformed => return pass(tables),
-    };
-    let at = Place::of(tables, &ip.key.dst);
+    }
+    let at = Place::of(tables, &notes.ip.key.dst);
     if features.packet_lb {
         let side = if at.is_pod() {
             Side::Answers
         } else {
             Side::Outside
         };
-        match follow(packet, tables, features, &mut ip, side, at.is_host()) {
+        match follow::<V6, P, T>(packet, tables, features, notes, side, at.is_host()) {
             Followed::Untouched => {}
-            Followed::ToBackend(to) => return onward(tables, &to, features),
-            Followed::ToClient(to) => {
-                if at.is_pod() && same(&to.dst, &ip.key.dst) {
+            Followed::ToBackend => return onward(tables, &notes.to, features),
+            Followed::ToClient => {
+                if at.is_pod() && same(&notes.to.dst, &notes.ip.key.dst) {
                     return deliver(tables, &at);
                 }
-                return onward(tables, &to, features);
+                return onward(tables, &notes.to, features);
             }
             Followed::Rejected => return Verdict::Route,
             Followed::Dropped => return Verdict::Drop,
@@ -192,20 +247,21 @@ pub fn uplink_ingress<P: Packet, T: Tables>(
 /// Packets that the host routed to a Service address: ingress of the inner end of the service veth pair. So come the answers of
 /// the host's own backends to what was hairpinned to them.
 #[inline(always)]
-pub fn service_ingress<P: Packet, T: Tables>(
+pub fn service_ingress<const V6: bool, P: Packet, T: Tables>(
     packet: &mut P,
     tables: &T,
     features: &Features,
+    notes: &mut Notes,
 ) -> Verdict {
-    let mut ip = match parse(packet) {
-        Parsed::Ip(ip) => ip,
+    match parse::<V6, P>(packet, &mut notes.ip) {
+        Parsed::Ip => {}
         Parsed::Other => return pass(tables),
         Parsed::Malformed => return drop(tables, Reason::Malformed),
-    };
-    match follow(packet, tables, features, &mut ip, Side::Host, false) {
+    }
+    match follow::<V6, P, T>(packet, tables, features, notes, Side::Host, false) {
         Followed::Untouched => drop(tables, Reason::UnknownServiceAddress),
-        Followed::ToBackend(to) => onward(tables, &to, features),
-        Followed::ToClient(to) => onward(tables, &to, features),
+        Followed::ToBackend => onward(tables, &notes.to, features),
+        Followed::ToClient => onward(tables, &notes.to, features),
         Followed::Rejected => Verdict::Host,
         Followed::Dropped => Verdict::Drop,
     }

@@ -6,40 +6,64 @@ use proptest::{prelude::*, sample::Index};
 
 use super::*;
 use crate::{
-    memory::{Bytes, Memory, addr, checksums_are_right, icmp, tcp, udp},
-    packet::{ETH_LEN, parse},
+    memory::{Bytes, Memory, checksums_are_right, hooks, icmp, ip, parsed, tcp, udp},
+    packet::{ETH_LEN, IPV6_LEN},
 };
 
 const A: u32 = 11;
 
-const FEATURES: Features = Features {
-    packet_lb: true,
-    service_veth: true,
-    masquerade: false,
-    node_v4: Addr::from_v4_be(u32::from_ne_bytes([198, 18, 0, 1])),
-    node_v6: Addr { words: [0, 0] },
-};
+fn features(masquerade: bool) -> Features {
+    Features {
+        packet_lb: true,
+        service_veth: true,
+        masquerade,
+        node_v4: ip("198.18.0.1"),
+        node_v6: ip("fd00:18::1"),
+    }
+}
 
-/// A node with everything: Services, node ports, guarded addresses, affinity, no backends.
+/// A node with everything: Services in both families, node ports, guarded addresses, affinity, no backends.
 fn node() -> Memory {
     let tables = Memory::default();
-    tables.set_local([10, 0, 0, 11], FROM_POD, A);
-    tables.set_local([10, 0, 0, 12], FROM_POD, 12);
-    tables.set_local([198, 18, 0, 1], FROM_HOST, 0);
+    for (pod, host) in [("10.0.0.11", "198.18.0.1"), ("fd00::11", "fd00:18::1")] {
+        tables.set_local(pod, FROM_POD, A);
+        tables.set_local(host, FROM_HOST, 0);
+    }
+    tables.set_local("10.0.0.12", FROM_POD, 12);
+    tables.set_local("fd00::12", FROM_POD, 12);
     tables.set_service(1, &["10.0.0.12:8080", "10.0.1.13:8080"], &[]);
     tables.set_service(2, &["10.0.1.13:8080"], &["10.0.0.11:8080"]);
-    tables.set_affinity_timeout(2, 60);
     tables.set_service(3, &[], &[]);
+    tables.set_service(4, &["[fd00::12]:8080", "[fd00::1:13]:8080"], &[]);
+    tables.set_service(5, &["[fd00::1:13]:8080"], &["[fd00::11]:8080"]);
+    for affine in [2, 5] {
+        tables.set_affinity_timeout(affine, 60);
+    }
     for protocol in [proto::TCP, proto::UDP] {
-        tables.set_frontend("10.96.0.1:80", protocol, 1);
-        tables.set_frontend("10.96.0.2:80", protocol, 2);
-        tables.set_frontend("10.96.0.3:80", protocol, 3);
-        tables.set_lead("0.0.0.0:30080", protocol, Lead::new(1, 3, 0));
-        tables.set_lead("192.0.2.1:80", protocol, Lead::new(1, 1, LEAD_GUARDED));
+        for (at, service) in [
+            ("10.96.0.1:80", 1),
+            ("10.96.0.2:80", 2),
+            ("10.96.0.3:80", 3),
+            ("[fd00:96::1]:80", 4),
+            ("[fd00:96::2]:80", 5),
+            ("[fd00:96::3]:80", 3),
+        ] {
+            tables.set_frontend(at, protocol, service);
+        }
+        for (every, balanced, service) in [
+            ("0.0.0.0:30080", "192.0.2.1:80", 1),
+            ("[::]:30080", "[2001:db8::1]:80", 4),
+        ] {
+            tables.set_lead(every, protocol, Lead::new(service, 3, 0));
+            let guarded = Lead::new(service, service, LEAD_GUARDED);
+            tables.set_lead(balanced, protocol, guarded);
+        }
     }
     let ranges = [
-        (1, addr([203, 0, 113, 0]), 96 + 24),
-        (0, addr([10, 0, 0, 0]), 96 + 8),
+        (1, ip("203.0.113.0"), 96 + 24),
+        (4, ip("2001:db8:113::"), 48),
+        (0, ip("10.0.0.0"), 96 + 8),
+        (0, ip("fd00::"), 16),
     ];
     tables.ranges.borrow_mut().extend(ranges);
     tables
@@ -47,7 +71,7 @@ fn node() -> Memory {
 
 /// Conversations that hooks have much to do with.
 fn good() -> impl Strategy<Value = Vec<u8>> {
-    let ends = vec![
+    let v4 = vec![
         "10.0.0.11:4000",
         "10.96.0.1:80",
         "10.96.0.2:80",
@@ -58,20 +82,39 @@ fn good() -> impl Strategy<Value = Vec<u8>> {
         "203.0.113.9:5000",
         "192.0.2.1:80",
     ];
-    let pair = (
-        prop::sample::select(ends.clone()),
-        prop::sample::select(ends),
-    );
+    let v6 = vec![
+        "[fd00::11]:4000",
+        "[fd00:96::1]:80",
+        "[fd00:96::2]:80",
+        "[fd00:96::3]:80",
+        "[fd00:18::1]:30080",
+        "[fd00::1:13]:8080",
+        "[fd00::12]:8080",
+        "[2001:db8:113::9]:5000",
+        "[2001:db8::1]:80",
+        "[fe80::1]:1",
+    ];
+    let pair = prop_oneof![
+        (prop::sample::select(v4.clone()), prop::sample::select(v4)),
+        (prop::sample::select(v6.clone()), prop::sample::select(v6)),
+    ];
     let payload = prop::collection::vec(any::<u8>(), 0..40);
     (pair, 0u8..4, any::<u8>(), payload).prop_map(|((src, dst), kind, flags, payload)| match kind {
         0 => tcp(src, dst, flags, &payload),
         1 => udp(src, dst, &payload),
-        2 => icmp(src, dst, [0, 3, 8, 11][flags as usize % 4], 0, &payload),
+        2 => icmp(
+            src,
+            dst,
+            [0, 3, 8, 11, 128, 129, 1, 2][flags as usize % 8],
+            0,
+            &payload,
+        ),
         _ => {
             // An error that quotes what may be a flow's.
             let quoted = udp(dst, src, &payload);
             let body = [&[0; 4][..], &quoted[14..]].concat();
-            icmp(src, dst, 3, 3, &body)
+            let kind = if src.starts_with('[') { 1 } else { 3 };
+            icmp(src, dst, kind, 3, &body)
         }
     })
 }
@@ -104,15 +147,21 @@ fn may_change(before: &[u8]) -> Vec<bool> {
         may[range.start.min(end)..end].fill(true);
     };
     let headers = |at: usize, open: &mut dyn FnMut(core::ops::Range<usize>)| -> usize {
-        open(at + 10..at + 20);
-        at + before.get(at).map_or(0, |byte| (byte & 0x0f) as usize) * 4
+        let first = before.get(at).copied().unwrap_or(0);
+        if first >> 4 == 4 {
+            open(at + 10..at + 20);
+            at + ((first & 0x0f) as usize) * 4
+        } else {
+            open(at + 8..at + 40);
+            at + IPV6_LEN
+        }
     };
     headers(ETH_LEN, &mut open);
     // What is no packet of ours may change nowhere.
-    let Parsed::Ip(ip) = parse(&Bytes(before.to_vec())) else {
+    let (Parsed::Ip, ip) = parsed(&Bytes(before.to_vec())) else {
         return vec![false; before.len()];
     };
-    let l4 = ip.l4;
+    let l4 = ip.l4();
     match ip.key.proto {
         proto::TCP => {
             open(l4..l4 + 4);
@@ -131,7 +180,12 @@ fn may_change(before: &[u8]) -> Vec<bool> {
 
 fn is_refusal(before: &[u8], after: &[u8]) -> bool {
     // A reset or an error, back to where the packet came from.
-    after.get(30..34) == before.get(26..30) && checksums_are_right(after)
+    let sources = if before[12] == 8 {
+        (26..30, 30..34)
+    } else {
+        (22..38, 38..54)
+    };
+    after.get(sources.1) == before.get(sources.0) && checksums_are_right(after)
 }
 
 proptest! {
@@ -141,17 +195,16 @@ proptest! {
     fn no_packet_panics_or_is_rewritten_where_it_must_not_be(
         packets in prop::collection::vec((0u8..4, packet()), 1..8), masquerade: bool,
     ) {
-        let tables = node();
-        let features = Features { masquerade, ..FEATURES };
+        let (tables, features) = (node(), features(masquerade));
         for (hook, before) in packets {
-            let was_right = matches!(parse(&Bytes(before.clone())), Parsed::Ip(ip) if ip.fragment == crate::packet::Fragment::Whole && ip.l4 == 34)
+            let was_right = matches!(parsed(&Bytes(before.clone())), (Parsed::Ip, ip) if ip.fragment == crate::packet::Fragment::Whole && ip.l4() == headers_len(&before))
                 && is_whole(&before) && checksums_are_right(&before);
             let mut packet = Bytes(before.clone());
             let verdict = match hook {
-                0 => pod_ingress(&mut packet, &tables, &features, A),
-                1 => pod_egress(&mut packet, &tables, &features),
-                2 => uplink_ingress(&mut packet, &tables, &features),
-                _ => service_ingress(&mut packet, &tables, &features),
+                0 => hooks::pod_ingress(&mut packet, &tables, &features, A),
+                1 => hooks::pod_egress(&mut packet, &tables, &features),
+                2 => hooks::uplink_ingress(&mut packet, &tables, &features),
+                _ => hooks::service_ingress(&mut packet, &tables, &features),
             };
             let after = packet.0;
             if verdict == Verdict::Drop || before == after {
@@ -174,7 +227,15 @@ proptest! {
     }
 }
 
+fn headers_len(packet: &[u8]) -> usize {
+    if packet[12] == 8 { 34 } else { 54 }
+}
+
 /// Whether a packet is as long as it says.
 fn is_whole(packet: &[u8]) -> bool {
-    u16::from_be_bytes([packet[16], packet[17]]) as usize + 14 == packet.len()
+    let field = |at: usize| u16::from_be_bytes([packet[at], packet[at + 1]]) as usize;
+    match packet[12] {
+        8 => field(16) + 14 == packet.len() && packet[14] == 0x45,
+        _ => field(18) + 54 == packet.len(),
+    }
 }

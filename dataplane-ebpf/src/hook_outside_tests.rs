@@ -1,20 +1,26 @@
-//! Clients outside, node ports, addresses for some sources only.
+//! Clients outside and destinations outside, node ports, ranges of sources; and what is special to IPv6.
 
 use dataplane_abi::{LEAD_GUARDED, Lead};
 
 use super::*;
-use crate::memory::addr;
+use crate::memory::ip;
 
 /// A node whose port 30080 leads to the backends of service 1 for clients here, and of service 2 for those outside; that has an
-/// address 192.0.2.1 for some sources only.
+/// address 192.0.2.1 for some sources only; in both families.
 fn exposed(here: &[&str], outside: &[&str]) -> Memory {
     let tables = node(here);
     tables.set_service(2, outside, &[]);
-    for protocol in [proto::TCP, proto::UDP] {
-        tables.set_lead("0.0.0.0:30080", protocol, Lead::new(1, 2, 0));
-        tables.set_lead("192.0.2.1:80", protocol, Lead::new(1, 2, LEAD_GUARDED));
+    for (every, balanced) in [("0.0.0.0", "192.0.2.1"), ("[::]", "[2001:db8::1]")] {
+        for protocol in [proto::TCP, proto::UDP] {
+            tables.set_lead(&format!("{every}:30080"), protocol, Lead::new(1, 2, 0));
+            let guarded = Lead::new(1, 2, LEAD_GUARDED);
+            tables.set_lead(&format!("{balanced}:80"), protocol, guarded);
+        }
     }
-    tables.set_vip([192, 0, 2, 1]);
+    tables.set_vip("192.0.2.1");
+    tables.set_local("fd00::11", FROM_POD, A);
+    tables.set_local("fd00::12", FROM_POD, B);
+    tables.set_local("fd00:18::1", FROM_HOST, 0);
     tables
 }
 
@@ -154,17 +160,14 @@ fn a_guarded_address_lets_in_the_ranges_of_whom_it_asks() {
     tables
         .ranges
         .borrow_mut()
-        .push((2, addr([203, 0, 113, 0]), mapped(24)));
+        .push((2, ip("203.0.113.0"), mapped(24)));
     assert_eq!(from_uplink(&tables, syn).0, Verdict::Peer(B));
     let other = tcp("203.0.114.9:5000", "192.0.2.1:80", SYN, b"");
     assert_eq!(from_uplink(&tables, other).0, Verdict::Drop);
     // A pod is judged by the ranges of the service port that it is led to.
     let pod = tcp("10.0.0.11:4000", "192.0.2.1:80", SYN, b"");
     assert_eq!(from_pod(&tables, A, pod.clone()).0, Verdict::Drop);
-    tables
-        .ranges
-        .borrow_mut()
-        .push((1, addr([10, 0, 0, 11]), 128));
+    tables.ranges.borrow_mut().push((1, ip("10.0.0.11"), 128));
     assert_eq!(from_pod(&tables, A, pod).0, Verdict::Peer(B));
 }
 
@@ -174,8 +177,8 @@ fn ports_that_are_all_taken_are_a_drop_with_a_reason() {
     // Every port is another client's already.
     for port in 8192..24_576u16 {
         let answers = FlowKey::new(
-            addr([10, 0, 1, 13]),
-            addr([198, 18, 0, 1]),
+            ip("10.0.1.13"),
+            ip("198.18.0.1"),
             8080u16.to_be(),
             port.to_be(),
             proto::UDP,
@@ -198,46 +201,56 @@ fn ports_that_are_all_taken_are_a_drop_with_a_reason() {
 
 const MASQUERADING: Features = Features {
     masquerade: true,
+    node_v6: Addr {
+        words: [
+            u64::from_ne_bytes([0xfd, 0, 0, 0x18, 0, 0, 0, 0]),
+            u64::from_ne_bytes([0, 0, 0, 0, 0, 0, 0, 1]),
+        ],
+    },
     ..FEATURES
 };
 
 fn masqueraded(tables: &Memory, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
     let mut packet = Bytes(bytes);
-    let verdict = pod_ingress(&mut packet, tables, &MASQUERADING, A);
+    let verdict = hooks::pod_ingress(&mut packet, tables, &MASQUERADING, A);
     (verdict, packet.0)
 }
 
 fn back(tables: &Memory, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
     let mut packet = Bytes(bytes);
-    let verdict = uplink_ingress(&mut packet, tables, &MASQUERADING);
+    let verdict = hooks::uplink_ingress(&mut packet, tables, &MASQUERADING);
     (verdict, packet.0)
 }
 
-/// A node of a cluster in 10.0.0.0/8.
+/// A node of a cluster in 10.0.0.0/8 and fd00::/16.
 fn in_a_cluster() -> Memory {
     let tables = exposed(&[], &[]);
-    let cluster = (0, addr([10, 0, 0, 0]), 96 + 8);
-    tables.ranges.borrow_mut().push(cluster);
+    let cluster = [(0, ip("10.0.0.0"), 96 + 8), (0, ip("fd00::"), 16)];
+    tables.ranges.borrow_mut().extend(cluster);
     tables
 }
 
 #[test]
 fn a_pod_leaves_the_cluster_as_the_node_and_hears_its_answers() {
     let tables = in_a_cluster();
-    let (pod, there) = ("10.0.0.11:4000", "192.0.2.99:443");
-    for flags in [SYN, ACK] {
-        let (verdict, out) = masqueraded(&tables, tcp(pod, there, flags, b"x"));
-        assert_eq!(verdict, Verdict::Route);
-        let port = u16::from_be_bytes([out[34], out[35]]);
-        let outer = format!("198.18.0.1:{port}");
-        assert_eq!(out, tcp(&outer, there, flags, b"x"));
-        assert_eq!(
-            back(&tables, tcp(there, &outer, flags | ACK, b"y")),
-            (Verdict::Peer(A), tcp(there, pod, flags | ACK, b"y"))
-        );
+    for (pod, there, node, port_at) in [
+        ("10.0.0.11:4000", "192.0.2.99:443", "198.18.0.1", 34),
+        ("[fd00::11]:4000", "[2001:db8::99]:443", "[fd00:18::1]", 54),
+    ] {
+        for flags in [SYN, ACK] {
+            let (verdict, out) = masqueraded(&tables, tcp(pod, there, flags, b"x"));
+            assert_eq!(verdict, Verdict::Route);
+            let port = u16::from_be_bytes([out[port_at], out[port_at + 1]]);
+            let outer = format!("{node}:{port}");
+            assert_eq!(out, tcp(&outer, there, flags, b"x"));
+            assert_eq!(
+                back(&tables, tcp(there, &outer, flags | ACK, b"y")),
+                (Verdict::Peer(A), tcp(there, pod, flags | ACK, b"y"))
+            );
+        }
     }
-    assert_eq!(tables.counted(Reason::Masqueraded), 2);
-    assert_eq!(tables.counted(Reason::SourceNat), 1);
+    assert_eq!(tables.counted(Reason::Masqueraded), 4);
+    assert_eq!(tables.counted(Reason::SourceNat), 2);
 }
 
 #[test]
@@ -249,6 +262,11 @@ fn in_the_cluster_and_towards_groups_a_pod_stays_who_it_is() {
         tcp("10.0.0.11:4000", "198.18.0.1:22", SYN, b""),
         icmp("10.0.0.11:0", "10.0.1.13:0", 8, 0, &[1, 2, 0, 1]),
         icmp("10.0.0.11:0", "192.0.2.99:0", 0, 0, &[1, 2, 0, 1]),
+        tcp("[fd00::11]:4000", "[fd00::1:13]:80", SYN, b""),
+        udp("[fd00::11]:4000", "[ff05::1:3]:80", b"x"),
+        tcp("[fd00::11]:4000", "[fd00:18::1]:22", SYN, b""),
+        icmp("[fd00::11]:0", "[fd00::1:13]:0", 128, 0, &[1, 2, 0, 1]),
+        icmp("[fd00::11]:0", "[2001:db8::99]:0", 129, 0, &[1, 2, 0, 1]),
     ] {
         let out = masqueraded(&tables, packet.clone());
         assert_eq!(out, (Verdict::Pass, packet));
@@ -259,18 +277,108 @@ fn in_the_cluster_and_towards_groups_a_pod_stays_who_it_is() {
 #[test]
 fn an_echo_leaves_the_cluster_under_an_identifier_of_the_nodes() {
     let tables = in_a_cluster();
-    let (pod, there, node) = ("10.0.0.11:0", "192.0.2.99:0", "198.18.0.1:0");
-    for id in [[1, 2], [0, 0]] {
-        let asked = [id[0], id[1], 0, 1, 9];
-        let (verdict, out) = masqueraded(&tables, icmp(pod, there, 8, 0, &asked));
-        assert_eq!(verdict, Verdict::Route);
-        let taken = [out[38], out[39]];
-        assert_ne!(taken, id);
-        let body = [taken[0], taken[1], 0, 1, 9];
-        assert_eq!(out, icmp(node, there, 8, 0, &body));
+    let v4 = ["10.0.0.11:0", "192.0.2.99:0", "198.18.0.1:0"];
+    let v6 = ["[fd00::11]:0", "[2001:db8::99]:0", "[fd00:18::1]:0"];
+    for ([pod, there, node], kinds, id_at) in [(v4, [8, 0], 38), (v6, [128, 129], 58)] {
+        for id in [[1, 2], [0, 0]] {
+            let asked = [id[0], id[1], 0, 1, 9];
+            let (verdict, out) = masqueraded(&tables, icmp(pod, there, kinds[0], 0, &asked));
+            assert_eq!(verdict, Verdict::Route);
+            let taken = [out[id_at], out[id_at + 1]];
+            assert_ne!(taken, id);
+            let body = [taken[0], taken[1], 0, 1, 9];
+            assert_eq!(out, icmp(node, there, kinds[0], 0, &body));
+            assert_eq!(
+                back(&tables, icmp(there, node, kinds[1], 0, &body)),
+                (Verdict::Peer(A), icmp(there, pod, kinds[1], 0, &asked))
+            );
+        }
+    }
+}
+
+#[test]
+fn ipv6_services_are_translated_and_their_errors_too() {
+    let tables = exposed(&[], &["[fd00::1:13]:8080"]);
+    tables.set_service(3, &["[fd00::1:13]:8080"], &[]);
+    tables.set_frontend("[fd00:96::1]:80", proto::UDP, 3);
+    let (pod, vip, backend) = ("[fd00::11]:4000", "[fd00:96::1]:80", "[fd00::1:13]:8080");
+    let sent = udp(pod, vip, b"hello");
+    assert_eq!(
+        from_pod(&tables, A, sent.clone()),
+        (Verdict::Pass, udp(pod, backend, b"hello"))
+    );
+    assert_eq!(
+        from_uplink(&tables, udp(backend, pod, b"answer")),
+        (Verdict::Peer(A), udp(vip, pod, b"answer"))
+    );
+    // A router says that it is too big for its link.
+    let quote = |packet: &[u8]| [&[0, 0, 5, 0][..], &packet[14..62]].concat();
+    let too_big = |about: &[u8]| icmp("[fd00:99::1]:0", pod, 2, 0, &quote(about));
+    let (verdict, back) = from_uplink(&tables, too_big(&udp(pod, backend, b"hello")));
+    assert_eq!(verdict, Verdict::Peer(A));
+    assert!(checksums_are_right(&back));
+    let without_quoted_sum = |mut packet: Vec<u8>| {
+        packet[56..58].fill(0);
+        packet[108..110].fill(0);
+        packet
+    };
+    assert_eq!(without_quoted_sum(back), without_quoted_sum(too_big(&sent)));
+    // Without a backend or port, as in IPv4.
+    let (verdict, out) = from_pod(&tables, A, tcp(pod, "[fd00:96::1]:81", SYN, b""));
+    assert_eq!(verdict, Verdict::Peer(A));
+    assert!(checksums_are_right(&out));
+}
+
+#[test]
+fn a_pod_reaches_itself_by_an_ipv6_service() {
+    let tables = exposed(&[], &[]);
+    tables.set_service(3, &["[fd00::11]:8080"], &[]);
+    tables.set_frontend("[fd00:96::1]:80", proto::TCP, 3);
+    let (verdict, out) = from_pod(
+        &tables,
+        A,
+        tcp("[fd00::11]:4000", "[fd00:96::1]:80", SYN, b""),
+    );
+    let hairpin = "[fd6b:7700::77:77]:4000";
+    assert_eq!(
+        (verdict, out),
+        (Verdict::Peer(A), tcp(hairpin, "[fd00::11]:8080", SYN, b""))
+    );
+    assert_eq!(
+        from_pod(&tables, A, tcp("[fd00::11]:8080", hairpin, SYN | ACK, b"")),
+        (
+            Verdict::Peer(A),
+            tcp("[fd00:96::1]:80", "[fd00::11]:4000", SYN | ACK, b"")
+        )
+    );
+}
+
+#[test]
+fn neighbours_are_found_by_pods_and_nothing_else_comes_from_their_link_addresses() {
+    let tables = exposed(&[], &[]);
+    for (src, dst, kind) in [
+        ("[fe80::1]:0", "[ff02::1:ff00:1]:0", 135),
+        ("[::]:0", "[ff02::1:ff00:11]:0", 135),
+        ("[fe80::1]:0", "[fe80::2]:0", 136),
+        ("[fd00::11]:0", "[ff02::1:ff00:1]:0", 135),
+    ] {
+        let packet = icmp(src, dst, kind, 0, &[0; 20]);
         assert_eq!(
-            back(&tables, icmp(there, node, 0, 0, &body)),
-            (Verdict::Peer(A), icmp(there, pod, 0, 0, &asked))
+            from_pod(&tables, A, packet.clone()),
+            (Verdict::Pass, packet),
+            "{src}"
         );
     }
+    for packet in [
+        udp("[fe80::1]:1", "[ff02::fb]:2", b"x"),
+        icmp("[fe80::1]:0", "[fd00::12]:0", 128, 0, &[0; 20]),
+        icmp("[fd00::12]:0", "[fe80::2]:0", 136, 0, &[0; 20]),
+    ] {
+        assert_eq!(from_pod(&tables, A, packet).0, Verdict::Drop);
+    }
+    assert_eq!(tables.counted(Reason::SourceAddress), 3);
+    // Somebody on the link asks whether the node still has a balanced address.
+    tables.set_vip("2001:db8::1");
+    let probe = icmp("[fd00:18::9]:0", "[2001:db8::1]:0", 135, 0, &[0; 20]);
+    assert_eq!(from_uplink(&tables, probe).0, Verdict::Pass);
 }

@@ -4,7 +4,7 @@ use dataplane_abi::proto;
 
 use super::*;
 use crate::{
-    memory::{Bytes, Memory, checksums_are_right, icmp, tcp, udp},
+    memory::{Bytes, Memory, checksums_are_right, hooks, icmp, tcp, udp},
     packet::tcp_flag::{ACK, FIN, RST, SYN},
 };
 
@@ -21,9 +21,9 @@ const FEATURES: Features = Features {
 /// A node with two pods, and a Service 10.96.0.1:80 without backends yet.
 fn node(backends: &[&str]) -> Memory {
     let tables = Memory::default();
-    tables.set_local([10, 0, 0, 11], FROM_POD, A);
-    tables.set_local([10, 0, 0, 12], FROM_POD, B);
-    tables.set_local([198, 18, 0, 1], FROM_HOST, 0);
+    tables.set_local("10.0.0.11", FROM_POD, A);
+    tables.set_local("10.0.0.12", FROM_POD, B);
+    tables.set_local("198.18.0.1", FROM_HOST, 0);
     tables.set_service(1, backends, &[]);
     for protocol in [proto::TCP, proto::UDP] {
         tables.set_frontend("10.96.0.1:80", protocol, 1);
@@ -33,19 +33,19 @@ fn node(backends: &[&str]) -> Memory {
 
 fn from_pod(tables: &Memory, ifindex: u32, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
     let mut packet = Bytes(bytes);
-    let verdict = pod_ingress(&mut packet, tables, &FEATURES, ifindex);
+    let verdict = hooks::pod_ingress(&mut packet, tables, &FEATURES, ifindex);
     (verdict, packet.0)
 }
 
 fn from_uplink(tables: &Memory, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
     let mut packet = Bytes(bytes);
-    let verdict = uplink_ingress(&mut packet, tables, &FEATURES);
+    let verdict = hooks::uplink_ingress(&mut packet, tables, &FEATURES);
     (verdict, packet.0)
 }
 
 fn to_service(tables: &Memory, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
     let mut packet = Bytes(bytes);
-    let verdict = service_ingress(&mut packet, tables, &FEATURES);
+    let verdict = hooks::service_ingress(&mut packet, tables, &FEATURES);
     (verdict, packet.0)
 }
 
@@ -189,7 +189,10 @@ fn a_pod_reaches_the_hosts_own_backend_and_the_answer_is_translated_on_its_way_o
         )
     );
     let mut back = Bytes(tcp("198.18.0.1:6443", "10.0.0.11:4000", SYN | ACK, b""));
-    assert_eq!(pod_egress(&mut back, &tables, &FEATURES), Verdict::Pass);
+    assert_eq!(
+        hooks::pod_egress(&mut back, &tables, &FEATURES),
+        Verdict::Pass
+    );
     assert_eq!(
         back.0,
         tcp("10.96.0.1:80", "10.0.0.11:4000", SYN | ACK, b"")
@@ -409,7 +412,7 @@ fn with_translation_off_service_addresses_are_like_any_other() {
     let tables = node(&["10.0.0.12:8080"]);
     let packet = tcp("10.0.0.11:4000", "10.96.0.1:80", SYN, b"");
     let mut out = Bytes(packet.clone());
-    let verdict = pod_ingress(
+    let verdict = hooks::pod_ingress(
         &mut out,
         &tables,
         &Features {

@@ -5,8 +5,10 @@ use dataplane_abi::{Addr, FlowKey, proto};
 
 use crate::{
     checksum,
-    packet::{ChecksumChange, ETH_LEN, Fragment, IPV4_LEN, Ip, Packet, word},
-    translate::{IPV4_CHECKSUM, halves, ports},
+    packet::{
+        ChecksumChange, ETH_LEN, Fragment, IPV4_LEN, IPV6_ADDRESSES, IPV6_LEN, Ip, Packet, word,
+    },
+    translate::{address_difference, ports, write_addresses},
 };
 
 /// Type, code, checksum and four bytes that depend on the type.
@@ -15,30 +17,54 @@ const ICMP_CHECKSUM: usize = 2;
 
 /// ICMP types that quote a packet (RFC 792): destination unreachable, time exceeded, parameter problem.
 const QUOTING: [u8; 3] = [3, 11, 12];
+/// ICMPv6 types that do (RFC 4443): destination unreachable, packet too big, time exceeded, parameter problem.
+const QUOTING_V6: core::ops::RangeInclusive<u8> = 1..=4;
+/// ICMPv6 types of neighbour discovery (RFC 4861).
+const DISCOVERY: core::ops::RangeInclusive<u8> = 133..=137;
 
-/// The packet that an error quotes.
+/// Whether a packet is neighbour discovery's.
+#[inline(always)]
+pub fn is_discovery<P: Packet>(packet: &P, ip: &Ip) -> bool {
+    // Two bytes: the bound of a single one comes out as "start >= end", of which the verifier learns nothing.
+    match packet.read::<[u8; 2]>(ip.l4()) {
+        Some([kind, _code]) => {
+            ip.key.proto == proto::ICMPV6
+                && matches!(ip.fragment, Fragment::Whole)
+                && DISCOVERY.contains(&kind)
+        }
+        None => false,
+    }
+}
+
+/// Where the packet that an error quotes lies.
 #[derive(Clone, Copy, Debug)]
 pub struct Quoted {
-    pub key: FlowKey,
     /// Offsets of its IP and transport headers.
     l3: usize,
     l4: usize,
-    /// IP header checksum as it lies in memory.
+    /// IPv4 header checksum as it lies in memory.
     checksum: u16,
 }
 
-/// Reads what a packet quotes, when it is an ICMP error about TCP or UDP.
+/// Reads the key of what a packet quotes, when it is an ICMP error about TCP or UDP.
 #[inline(always)]
-pub fn quoted<P: Packet>(packet: &P, ip: &Ip) -> Option<Quoted> {
-    if ip.key.proto != proto::ICMP || !matches!(ip.fragment, Fragment::Whole) {
+pub fn quoted<const V6: bool, P: Packet>(packet: &P, ip: &Ip, key: &mut FlowKey) -> Option<Quoted> {
+    if ip.key.proto != proto::icmp(V6) || !matches!(ip.fragment, Fragment::Whole) {
         return None;
     }
-    // Two bytes: the bound of a single one comes out as "start >= end", of which the verifier learns nothing.
-    let [kind, _code] = packet.read::<[u8; 2]>(ip.l4)?;
-    if !QUOTING.contains(&kind) {
-        return None;
+    let [kind, _code] = packet.read::<[u8; 2]>(ip.l4())?;
+    let l3 = ip.l4() + ICMP_LEN;
+    if V6 && QUOTING_V6.contains(&kind) {
+        quoted_v6(packet, l3, key)
+    } else if !V6 && QUOTING.contains(&kind) {
+        quoted_v4(packet, l3, key)
+    } else {
+        None
     }
-    let l3 = ip.l4 + ICMP_LEN;
+}
+
+#[inline(always)]
+fn quoted_v4<P: Packet>(packet: &P, l3: usize, key: &mut FlowKey) -> Option<Quoted> {
     let words: [u16; IPV4_LEN / 2] = packet.read(l3)?;
     let [version_ihl, _tos] = words[0].to_ne_bytes();
     let [_ttl, protocol] = words[4].to_ne_bytes();
@@ -53,11 +79,34 @@ pub fn quoted<P: Packet>(packet: &P, ip: &Ip) -> Option<Quoted> {
     let ports: [u16; 2] = packet.read(l4)?;
     let src = Addr::from_v4_be(word(words[6], words[7]));
     let dst = Addr::from_v4_be(word(words[8], words[9]));
+    *key = FlowKey::new(src, dst, ports[0], ports[1], protocol);
     Some(Quoted {
-        key: FlowKey::new(src, dst, ports[0], ports[1], protocol),
         l3,
         l4,
         checksum: words[5],
+    })
+}
+
+/// What is quoted with extension headers is left as it is: such packets are rare.
+#[inline(always)]
+fn quoted_v6<P: Packet>(packet: &P, l3: usize, key: &mut FlowKey) -> Option<Quoted> {
+    let words: [u16; 4] = packet.read(l3)?;
+    let [src_high, src_low, dst_high, dst_low]: [u64; 4] = packet.read(l3 + IPV6_ADDRESSES)?;
+    let [version, _class] = words[0].to_ne_bytes();
+    let [protocol, _hop_limit] = words[3].to_ne_bytes();
+    let address = |high, low| Addr { words: [high, low] };
+    let (src, dst) = (address(src_high, src_low), address(dst_high, dst_low));
+    let is_mapped = src.v4_be().is_some() || dst.v4_be().is_some();
+    if version >> 4 != 6 || is_mapped || !matches!(protocol, proto::TCP | proto::UDP) {
+        return None;
+    }
+    let l4 = l3 + IPV6_LEN;
+    let ports: [u16; 2] = packet.read(l4)?;
+    *key = FlowKey::new(src, dst, ports[0], ports[1], protocol);
+    Some(Quoted {
+        l3,
+        l4,
+        checksum: 0,
     })
 }
 
@@ -67,46 +116,40 @@ pub fn quoted<P: Packet>(packet: &P, ip: &Ip) -> Option<Quoted> {
 /// The transport checksum within the quotation stays as it was: receivers cannot check it, most of the packet not being quoted.
 #[inline(always)]
 #[must_use]
-pub fn translate<P: Packet>(
+pub fn translate<const V6: bool, P: Packet>(
     packet: &mut P,
     ip: &Ip,
-    quoted: &Quoted,
+    place: &Quoted,
+    quoted: &FlowKey,
     to: &FlowKey,
     about: &FlowKey,
 ) -> bool {
-    let change = ChecksumChange {
-        difference: checksum::difference([ports(&quoted.key)], [ports(about)]),
-        pseudo_header: false,
-        optional: false,
-    };
-    // The quoted IP header's own checksum balances what changes in it: ICMP's sees the ports only.
-    addresses(packet, quoted.l3, quoted.checksum, &quoted.key, about)
-        && packet.patch_checksum(ip.l4 + ICMP_CHECKSUM, change)
-        && packet.write(quoted.l4, &[about.sport, about.dport])
-        && addresses(packet, ETH_LEN, ip.checksum, &ip.key, to)
-}
-
-/// Replaces the addresses of the IPv4 header at `l3`.
-#[inline(always)]
-fn addresses<P: Packet>(
-    packet: &mut P,
-    l3: usize,
-    field: u16,
-    from: &FlowKey,
-    to: &FlowKey,
-) -> bool {
-    let (Some(old_src), Some(old_dst), Some(src), Some(dst)) = (
-        from.src.v4_be(),
-        from.dst.v4_be(),
-        to.src.v4_be(),
-        to.dst.v4_be(),
+    let (Some(inner), Some(outer)) = (
+        address_difference::<V6>(quoted, about),
+        address_difference::<V6>(&ip.key, to),
     ) else {
         return false;
     };
-    let difference = checksum::difference([old_src, old_dst], [src, dst]);
-    let (s, d) = (halves(src), halves(dst));
-    packet.write(
-        l3 + IPV4_CHECKSUM,
-        &[checksum::updated(field, difference), s[0], s[1], d[0], d[1]],
-    )
+    let (old_ports, new_ports) = (ports(quoted), ports(about));
+    let field = ip.l4() + ICMP_CHECKSUM;
+    let patch = |packet: &mut P, difference, pseudo_header| {
+        let change = ChecksumChange {
+            difference,
+            pseudo_header,
+            optional: false,
+        };
+        packet.patch_checksum(field, change)
+    };
+    // ICMP's checksum covers what is quoted. A quoted IPv4 header's own checksum balances what changes in it, so that only the ports
+    // show; IPv6 has none, but its ICMP has a pseudo header.
+    let changed = checksum::difference([old_ports], [new_ports]);
+    let summed = if V6 {
+        patch(packet, changed, false) && patch(packet, inner, false) && patch(packet, outer, true)
+    } else {
+        patch(packet, changed, false)
+    };
+    summed
+        && write_addresses::<V6, P>(packet, place.l3, place.checksum, inner, about)
+        && packet.write(place.l4, &[about.sport, about.dport])
+        && write_addresses::<V6, P>(packet, ETH_LEN, ip.checksum, outer, to)
 }

@@ -3,7 +3,7 @@
 use core::cell::{Cell as Mutable, RefCell};
 use std::{
     collections::HashMap,
-    net::{SocketAddr, SocketAddrV4},
+    net::{IpAddr, SocketAddr},
     rc::Rc,
     vec::Vec,
 };
@@ -16,7 +16,7 @@ use dataplane_abi::{
 
 use crate::{
     checksum,
-    packet::{ChecksumChange, Packet},
+    packet::{ChecksumChange, Ip, Packet, Parsed, is_ipv6, parse},
     tables::{FlowEntry, Refused, Tables},
 };
 
@@ -127,11 +127,17 @@ impl Default for Memory {
     }
 }
 
-fn socket(text: &str) -> SocketAddrV4 {
-    match text.parse() {
-        Ok(SocketAddr::V4(v4)) => v4,
-        _ => panic!("{text} is not an IPv4 address with port"),
-    }
+fn socket(text: &str) -> SocketAddr {
+    text.parse()
+        .unwrap_or_else(|_| panic!("{text} is not an address with port"))
+}
+
+/// The address of a text.
+pub fn ip(text: &str) -> Addr {
+    let ip: IpAddr = text
+        .parse()
+        .unwrap_or_else(|_| panic!("{text} is not an address"));
+    ip.into()
 }
 
 /// The mapped address of four octets.
@@ -161,7 +167,7 @@ impl Memory {
         );
         for (slot, backend) in (0..).zip(active.iter().chain(terminating)) {
             let at = socket(backend);
-            cells.push(Backend::new((*at.ip()).into(), at.port().to_be(), slot).into());
+            cells.push(Backend::new(at.ip().into(), at.port().to_be(), slot).into());
         }
         services.insert(id, ServiceRef { extent, generation });
     }
@@ -186,7 +192,7 @@ impl Memory {
 
     /// Lets an address and port lead to a service port for all, and marks the address.
     pub fn set_frontend(&self, at: &str, protocol: u8, id: u32) {
-        self.set_vip(socket(at).ip().octets());
+        self.set_vip(&socket(at).ip().to_string());
         self.set_lead(at, protocol, Lead::new(id, id, 0));
     }
 
@@ -194,22 +200,21 @@ impl Memory {
     pub fn set_lead(&self, at: &str, protocol: u8, lead: Lead) {
         let at = socket(at);
         self.frontends.borrow_mut().insert(
-            FrontendKey::new((*at.ip()).into(), at.port().to_be(), protocol),
+            FrontendKey::new(at.ip().into(), at.port().to_be(), protocol),
             lead,
         );
     }
 
     /// Marks an address as a Service's.
-    pub fn set_vip(&self, octets: [u8; 4]) {
-        self.frontends.borrow_mut().insert(
-            FrontendKey::marker(addr(octets)),
-            Lead::new(Lead::MARKER, 0, 0),
-        );
+    pub fn set_vip(&self, at: &str) {
+        self.frontends
+            .borrow_mut()
+            .insert(FrontendKey::marker(ip(at)), Lead::new(Lead::MARKER, 0, 0));
     }
 
-    pub fn set_local(&self, octets: [u8; 4], kind: u32, ifindex: u32) {
+    pub fn set_local(&self, at: &str, kind: u32, ifindex: u32) {
         self.local.borrow_mut().insert(
-            addr(octets),
+            ip(at),
             LocalAddress {
                 kind,
                 ifindex,
@@ -339,43 +344,83 @@ fn sum(bytes: &[u8], initial: u32) -> u16 {
     !(total as u16)
 }
 
-/// Sum of the pseudo header of an IPv4 packet with `len` bytes of transport.
+/// Sum of the pseudo header of a packet without options or extensions, with `len` bytes of transport.
 fn pseudo(packet: &[u8], len: usize) -> u32 {
-    let mut bytes = Vec::from(&packet[26..34]);
-    bytes.extend([0, packet[23]]);
+    let (addresses, protocol) = if is_v6(packet) {
+        (22..54, packet[20])
+    } else {
+        (26..34, packet[23])
+    };
+    let mut bytes = Vec::from(&packet[addresses]);
+    bytes.extend([0, protocol]);
     bytes.extend((len as u16).to_be_bytes());
     !sum(&bytes, 0) as u32
 }
 
-fn ipv4(src: SocketAddrV4, dst: SocketAddrV4, protocol: u8, transport: &[u8]) -> Vec<u8> {
+fn is_v6(packet: &[u8]) -> bool {
+    packet[12..14] == [0x86, 0xdd]
+}
+
+/// Length of the headers before the transport's, without options or extensions.
+fn headers_len(packet: &[u8]) -> usize {
+    if is_v6(packet) { 54 } else { 34 }
+}
+
+/// Ethernet and IP headers of the family of the addresses, and what follows.
+fn framed(src: SocketAddr, dst: SocketAddr, protocol: u8, transport: &[u8]) -> Vec<u8> {
     // To the loopback's hardware address: by that interface the kernel runs programs for tests, and a frame for another machine is none
     // of ours.
-    let mut packet = Vec::from([0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 1, 8, 0]);
-    packet.extend([0x45, 0]);
-    packet.extend((20 + transport.len() as u16).to_be_bytes());
-    packet.extend([0x12, 0x34, 0, 0, 64, protocol, 0, 0]);
-    packet.extend(src.ip().octets());
-    packet.extend(dst.ip().octets());
-    let header = sum(&packet[14..34], 0);
-    packet[24..26].copy_from_slice(&header.to_ne_bytes());
+    let mut packet = Vec::from([0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 1]);
+    match (src.ip(), dst.ip()) {
+        (IpAddr::V4(src), IpAddr::V4(dst)) => {
+            packet.extend([8, 0, 0x45, 0]);
+            packet.extend((20 + transport.len() as u16).to_be_bytes());
+            packet.extend([0x12, 0x34, 0, 0, 64, protocol, 0, 0]);
+            packet.extend(src.octets());
+            packet.extend(dst.octets());
+            let header = sum(&packet[14..34], 0);
+            packet[24..26].copy_from_slice(&header.to_ne_bytes());
+        }
+        (IpAddr::V6(src), IpAddr::V6(dst)) => {
+            packet.extend([0x86, 0xdd, 0x60, 0, 0, 0]);
+            packet.extend((transport.len() as u16).to_be_bytes());
+            packet.extend([protocol, 64]);
+            packet.extend(src.octets());
+            packet.extend(dst.octets());
+        }
+        _ => panic!("{src} and {dst} are of two families"),
+    }
     packet.extend(transport);
     packet
 }
 
-/// A TCP segment over IPv4 over Ethernet, sequence number 0x01020304, acknowledgement number 0x05060708.
+/// Writes the checksum of a transport into its field at `at`, with the pseudo header where it has one.
+fn summed(mut packet: Vec<u8>, at: usize, with_pseudo: bool, zero_is_none: bool) -> Vec<u8> {
+    let headers = headers_len(&packet);
+    let initial = if with_pseudo {
+        pseudo(&packet, packet.len() - headers)
+    } else {
+        0
+    };
+    let field = match sum(&packet[headers..], initial) {
+        0 if zero_is_none => [0xff, 0xff],
+        field => field.to_ne_bytes(),
+    };
+    packet[headers + at..headers + at + 2].copy_from_slice(&field);
+    packet
+}
+
+/// A TCP segment over IP over Ethernet, sequence number 0x01020304, acknowledgement number 0x05060708.
 pub fn tcp(src: &str, dst: &str, flags: u8, payload: &[u8]) -> Vec<u8> {
     let (src, dst) = (socket(src), socket(dst));
     let mut segment = Vec::from(src.port().to_be_bytes());
     segment.extend(dst.port().to_be_bytes());
     segment.extend([1, 2, 3, 4, 5, 6, 7, 8, 0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
     segment.extend(payload);
-    let mut packet = ipv4(src, dst, proto::TCP, &segment);
-    let field = sum(&packet[34..], pseudo(&packet, segment.len()));
-    packet[50..52].copy_from_slice(&field.to_ne_bytes());
-    packet
+    summed(framed(src, dst, proto::TCP, &segment), 16, true, false)
 }
 
-/// A UDP datagram over IPv4 over Ethernet.
+/// A UDP datagram over IP over Ethernet.
 pub fn udp(src: &str, dst: &str, payload: &[u8]) -> Vec<u8> {
     let (src, dst) = (socket(src), socket(dst));
     let mut datagram = Vec::from(src.port().to_be_bytes());
@@ -383,33 +428,83 @@ pub fn udp(src: &str, dst: &str, payload: &[u8]) -> Vec<u8> {
     datagram.extend((8 + payload.len() as u16).to_be_bytes());
     datagram.extend([0, 0]);
     datagram.extend(payload);
-    let mut packet = ipv4(src, dst, proto::UDP, &datagram);
-    let field = sum(&packet[34..], pseudo(&packet, datagram.len()));
-    packet[40..42].copy_from_slice(&if field == 0 {
-        [0xff, 0xff]
-    } else {
-        field.to_ne_bytes()
-    });
-    packet
+    summed(framed(src, dst, proto::UDP, &datagram), 6, true, true)
 }
 
-/// An ICMP message over IPv4 over Ethernet; ports of the addresses are not used.
+/// An ICMP message of the family of the addresses over Ethernet; ports of the addresses are not used.
 pub fn icmp(src: &str, dst: &str, kind: u8, code: u8, body: &[u8]) -> Vec<u8> {
+    let (src, dst) = (socket(src), socket(dst));
     let mut message = Vec::from([kind, code, 0, 0]);
     message.extend(body);
-    let field = sum(&message, 0);
-    message[2..4].copy_from_slice(&field.to_ne_bytes());
-    ipv4(socket(src), socket(dst), proto::ICMP, &message)
+    let protocol = if src.is_ipv4() {
+        proto::ICMP
+    } else {
+        proto::ICMPV6
+    };
+    summed(
+        framed(src, dst, protocol, &message),
+        2,
+        src.is_ipv6(),
+        false,
+    )
 }
 
-/// Whether the checksums of a whole IPv4 packet without options are right: the header's, and TCP's, UDP's or ICMP's.
+/// Whether the checksums of a whole packet without options or extensions are right: an IPv4 header's, and TCP's, UDP's or ICMP's.
 pub fn checksums_are_right(packet: &[u8]) -> bool {
     // A sum over data that holds its own checksum is all ones, of which the complement is zero.
-    let transport = &packet[34..14 + u16::from_be_bytes([packet[16], packet[17]]) as usize];
-    let initial = match packet[23] {
-        proto::TCP | proto::UDP => pseudo(packet, transport.len()),
+    let headers = headers_len(packet);
+    let (len, protocol) = if is_v6(packet) {
+        (
+            40 + u16::from_be_bytes([packet[18], packet[19]]),
+            packet[20],
+        )
+    } else {
+        (u16::from_be_bytes([packet[16], packet[17]]), packet[23])
+    };
+    let transport = &packet[headers..14 + len as usize];
+    let initial = match protocol {
+        proto::TCP | proto::UDP | proto::ICMPV6 => pseudo(packet, transport.len()),
         _ => 0,
     };
-    let unchecked_udp = packet[23] == proto::UDP && transport[6..8] == [0, 0];
-    sum(&packet[14..34], 0) == 0 && (unchecked_udp || sum(transport, initial) == 0)
+    let unchecked_udp = protocol == proto::UDP && transport[6..8] == [0, 0];
+    (is_v6(packet) || sum(&packet[14..34], 0) == 0)
+        && (unchecked_udp || sum(transport, initial) == 0)
+}
+
+/// The coordinates of a packet of either family.
+pub fn parsed(packet: &Bytes) -> (Parsed, Ip) {
+    let mut ip = Ip::NONE;
+    let parsed = match is_ipv6(packet) {
+        true => parse::<true, _>(packet, &mut ip),
+        false => parse::<false, _>(packet, &mut ip),
+    };
+    (parsed, ip)
+}
+
+/// The hooks for packets of either family, as the programs have them.
+pub mod hooks {
+    use super::Memory;
+    use crate::{
+        hook::{self, Features, Notes, Verdict},
+        memory::Bytes,
+        packet::is_ipv6,
+    };
+
+    macro_rules! of_either_family {
+        ($($name:ident($($arg:ident: $type:ty),*);)*) => { $(
+            pub fn $name(packet: &mut Bytes, tables: &Memory, features: &Features $(, $arg: $type)*) -> Verdict {
+                let mut notes = Notes::NONE;
+                match is_ipv6(packet) {
+                    true => hook::$name::<true, _, _>(packet, tables, features, &mut notes $(, $arg)*),
+                    false => hook::$name::<false, _, _>(packet, tables, features, &mut notes $(, $arg)*),
+                }
+            }
+        )* };
+    }
+    of_either_family! {
+        pod_ingress(ifindex: u32);
+        pod_egress();
+        uplink_ingress();
+        service_ingress();
+    }
 }

@@ -270,7 +270,7 @@ mod tests {
     #[test]
     fn an_unknown_port_of_a_service_address_is_refused_when_no_packet_hook_would_reject_it() {
         let tables = Memory::default();
-        tables.set_vip(VIP);
+        tables.set_vip("10.96.0.10");
         assert_eq!(destination(&tables, &POD, &dns(), None), Outcome::Leave);
         assert_eq!(
             destination(&tables, &POD_WITHOUT_PACKETS, &dns(), None),
@@ -331,6 +331,39 @@ mod tests {
     }
 
     #[test]
+    fn node_ports_are_on_every_address_of_the_node_and_on_the_hosts_loopback() {
+        let tables = Memory::default();
+        tables.set_service(3, &["10.0.0.5:8080"], &[]);
+        tables.set_service(4, &["[fd00::5]:8080"], &[]);
+        tables.set_local("198.18.0.1", dataplane_abi::FROM_HOST, 0);
+        tables.set_local("fd00:18::1", dataplane_abi::FROM_HOST, 0);
+        tables.set_lead("0.0.0.0:30080", proto::TCP, Lead::new(3, 9, 0));
+        tables.set_lead("[::]:30080", proto::TCP, Lead::new(4, 9, 0));
+        for (asked, backend, pods_too) in [
+            ("198.18.0.1:30080", "10.0.0.5", true),
+            ("[fd00:18::1]:30080", "fd00::5", true),
+            ("127.0.0.1:30080", "10.0.0.5", false),
+            ("127.1.2.3:30080", "10.0.0.5", false),
+            ("[::1]:30080", "fd00::5", false),
+        ] {
+            let key = at(asked, proto::TCP);
+            let peer = translated(destination(&tables, &HOST, &key, None));
+            assert_eq!(peer.backend, crate::memory::ip(backend), "{asked}");
+            let pod = destination(&tables, &POD, &key, None);
+            assert_eq!(matches!(pod, Outcome::Translate(_)), pods_too, "{asked}");
+        }
+        // Another node's, another port, another protocol.
+        for (asked, protocol) in [
+            ("198.18.0.2:30080", proto::TCP),
+            ("198.18.0.1:30081", proto::TCP),
+            ("198.18.0.1:30080", proto::UDP),
+        ] {
+            let outcome = destination(&tables, &HOST, &at(asked, protocol), None);
+            assert_eq!(outcome, Outcome::Leave, "{asked}");
+        }
+    }
+
+    #[test]
     fn what_depends_on_a_pods_address_is_left_to_the_packet_hooks() {
         let tables = Memory::default();
         tables.set_service(3, &["10.0.0.5:53", "10.0.0.6:53"], &[]);
@@ -347,7 +380,7 @@ mod tests {
         let guarded = at("192.0.2.1:53", proto::UDP);
         assert_eq!(destination(&tables, &POD, &guarded, None), Outcome::Leave);
         assert_eq!(destination(&tables, &HOST, &guarded, None), Outcome::Refuse);
-        let range = (4, addr([198, 18, 0, 0]), 96 + 24);
+        let range = (4, crate::memory::ip("198.18.0.0"), 96 + 24);
         tables.ranges.borrow_mut().push(range);
         translated(destination(&tables, &HOST, &guarded, None));
     }

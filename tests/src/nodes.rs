@@ -1,10 +1,11 @@
-//! Two nodes of network namespaces, wired as the agent wires them, with echo servers in their pods and on their hosts.
+//! Two nodes of network namespaces, wired as the agent wires them, with echo servers in their pods and on their hosts. All have
+//! addresses of both families.
 
 use std::{
     collections::BTreeMap,
     fs,
     io::{Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, UdpSocket},
     path::{Path, PathBuf},
     process::Command,
     sync::atomic::{AtomicU32, Ordering},
@@ -29,6 +30,7 @@ pub const ECHO_PORT: u16 = 8080;
 pub struct Node {
     pub host: Network,
     pub address: Ipv4Addr,
+    pub address_v6: Ipv6Addr,
     pub pods: BTreeMap<&'static str, Pod>,
     pub config: Config,
     pub dataplane: Option<Dataplane>,
@@ -38,6 +40,7 @@ pub struct Node {
 pub struct Pod {
     pub network: Network,
     pub address: Ipv4Addr,
+    pub address_v6: Ipv6Addr,
     pub ifindex: u32,
 }
 
@@ -48,14 +51,14 @@ pub struct Hooks {
     pub packet_lb: bool,
 }
 
-/// Node 1 at 198.18.0.1 with pods a and b, node 2 at 198.18.0.2 with pod c; each pod knows the way to every other.
+/// Node 1 at 198.18.0.1 and fd00:18::1 with pods a and b, node 2 at 198.18.0.2 and fd00:18::2 with pod c; each pod knows the way to
+/// every other.
 pub struct Nodes {
     pub nodes: [Node; 2],
 }
 
 impl Nodes {
     pub fn start(sandbox: &Sandbox, hooks: Hooks) -> Result<Self> {
-        let addresses = [Ipv4Addr::new(198, 18, 0, 1), Ipv4Addr::new(198, 18, 0, 2)];
         let networks = [Network::new()?, Network::new()?];
         ip("link add kw-u1 type veth peer name kw-u2")?;
         networks[0].take("kw-u1")?;
@@ -64,15 +67,7 @@ impl Nodes {
         for (index, host) in networks.into_iter().enumerate() {
             let pods: &[&'static str] = if index == 0 { &["a", "b"] } else { &["c"] };
             let pin_root = sandbox.pin_root().join(format!("node-{}", index + 1));
-            nodes.push(Node::start(
-                host,
-                index as u8 + 1,
-                addresses[index],
-                addresses[1 - index],
-                pods,
-                hooks,
-                pin_root,
-            )?);
+            nodes.push(Node::start(host, index as u8 + 1, pods, hooks, pin_root)?);
         }
         let nodes = nodes
             .try_into()
@@ -85,7 +80,7 @@ impl Nodes {
         let at: SocketAddr = at.parse()?;
         let active = backends
             .iter()
-            .map(|name| self.backend(name))
+            .map(|name| self.backend(name, at.is_ipv4()))
             .collect::<Result<Vec<_>>>()?;
         let mut ops = vec![
             Op::SetVip {
@@ -117,17 +112,19 @@ impl Nodes {
     }
 
     /// The echo server of a pod, or of a host (`node-1`, `node-2`).
-    fn backend(&self, name: &str) -> Result<SocketAddr> {
+    pub fn backend(&self, name: &str, ipv4: bool) -> Result<SocketAddr> {
+        let either = |v4: Ipv4Addr, v6: Ipv6Addr| if ipv4 { IpAddr::V4(v4) } else { v6.into() };
         let found =
             self.nodes
                 .iter()
                 .enumerate()
                 .find_map(|(index, node)| match node.pods.get(name) {
-                    Some(pod) => Some(pod.address),
-                    None => (name == format!("node-{}", index + 1)).then_some(node.address),
+                    Some(pod) => Some(either(pod.address, pod.address_v6)),
+                    None => (name == format!("node-{}", index + 1))
+                        .then(|| either(node.address, node.address_v6)),
                 });
         Ok(SocketAddr::new(
-            IpAddr::V4(found.with_context(|| format!("no backend {name}"))?),
+            found.with_context(|| format!("no backend {name}"))?,
             ECHO_PORT,
         ))
     }
@@ -137,31 +134,37 @@ impl Node {
     fn start(
         host: Network,
         number: u8,
-        address: Ipv4Addr,
-        peer: Ipv4Addr,
         pods: &[&'static str],
         hooks: Hooks,
         pin_root: PathBuf,
     ) -> Result<Self> {
-        let peer_pods = format!("10.244.{}.0/24", 3 - number);
+        let own = |number: u8| {
+            (
+                Ipv4Addr::new(198, 18, 0, number),
+                Ipv6Addr::new(0xfd00, 0x18, 0, 0, 0, 0, 0, number.into()),
+            )
+        };
+        let (address, address_v6) = own(number);
         let service_veth = host.run(|| -> Result<ServiceVeth> {
             // The strictest that hosts have; forwarding as on every node.
             for (key, value) in [
-                ("conf/all/rp_filter", "1"),
-                ("conf/default/rp_filter", "1"),
-                ("ip_forward", "1"),
+                ("ipv4/conf/all/rp_filter", "1"),
+                ("ipv4/conf/default/rp_filter", "1"),
+                ("ipv4/ip_forward", "1"),
+                ("ipv6/conf/all/forwarding", "1"),
             ] {
-                fs::write(format!("/proc/sys/net/ipv4/{key}"), value)
+                fs::write(format!("/proc/sys/net/{key}"), value)
                     .with_context(|| format!("cannot set {key}"))?;
             }
             ip(&format!("link set kw-u{number} name eth0"))?;
             ip(&format!("addr add {address}/24 dev eth0"))?;
+            ip(&format!("-6 addr add {address_v6}/64 dev eth0 nodad"))?;
             ip("link set eth0 up")?;
             let mut kernel = Kernel::new(Netlink::open()?);
             Ok(make_service_veth(
                 &mut kernel,
-                &["10.96.0.0/16".parse()?],
-                &[address.into()],
+                &["10.96.0.0/16".parse()?, "fd00:96::/112".parse()?],
+                &[address.into(), address_v6.into()],
                 1500,
             )?)
         })?;
@@ -170,53 +173,64 @@ impl Node {
             packet_lb: hooks.packet_lb,
             service_veth: Some(service_veth),
             node_v4: Some(address),
+            node_v6: Some(address_v6),
             ..Config::new(pin_root)
         };
         let mut node = Self {
             host,
             address,
+            address_v6,
             pods: BTreeMap::new(),
             config,
             dataplane: None,
         };
         node.open()?;
-        let mut ops = vec![Op::SetHostAddress {
-            addr: address.into(),
-        }];
+        let mut ops: Vec<Op> = [IpAddr::V4(address), address_v6.into()]
+            .map(|addr| Op::SetHostAddress { addr })
+            .into();
         for (index, name) in pods.iter().enumerate() {
-            let address = Ipv4Addr::new(10, 244, number, 11 + index as u8);
-            let pod = node.add_pod(name, address)?;
-            ops.push(Op::SetPod {
-                addr: address.into(),
-                pod: LocalPod {
-                    ifindex: pod.ifindex,
-                    mac: pod_mac(address.into()),
-                },
-            });
+            let last = 11 + index as u8;
+            let pod = node.add_pod(name, number, last)?;
+            for addr in [IpAddr::V4(pod.address), pod.address_v6.into()] {
+                ops.push(Op::SetPod {
+                    addr,
+                    pod: LocalPod {
+                        ifindex: pod.ifindex,
+                        mac: pod_mac(pod.address.into()),
+                    },
+                });
+            }
             echo(&pod.network, name)?;
             node.pods.insert(name, pod);
         }
         node.dataplane().apply(&ops)?;
         // By name, for the answers of servers that run on the host.
         echo(&node.host, &format!("node-{number}"))?;
+        let other = 3 - number;
+        let (peer, peer_v6) = own(other);
         node.host.run(|| -> Result<()> {
             // The peer may not be up yet, which this does not need.
             ip(&format!(
-                "route add {peer_pods} via {peer} dev eth0 onlink src {address}"
+                "route add 10.244.{other}.0/24 via {peer} dev eth0 onlink src {address}"
+            ))?;
+            ip(&format!(
+                "-6 route add fd00:244:{other}::/64 via {peer_v6} dev eth0 onlink src {address_v6}"
             ))
         })?;
         Ok(node)
     }
 
-    fn add_pod(&mut self, name: &str, address: Ipv4Addr) -> Result<Pod> {
+    fn add_pod(&mut self, name: &str, node: u8, last: u8) -> Result<Pod> {
         let network = Network::new()?;
+        let address = Ipv4Addr::new(10, 244, node, last);
+        let address_v6 = Ipv6Addr::new(0xfd00, 0x244, node.into(), 0, 0, 0, 0, last.into());
         let wire = PodWire {
             host_interface: format!("kw-{name}"),
             interface: "eth0".to_owned(),
-            addresses: vec![address.into()],
+            addresses: vec![address.into(), address_v6.into()],
             mac: pod_mac(address.into()),
             mtu: 1500,
-            node_addresses: vec![self.address.into()],
+            node_addresses: vec![self.address.into(), self.address_v6.into()],
         };
         let dataplane = self.dataplane.as_mut().context("the data plane is open")?;
         let ifindex = self.host.run(|| -> Result<u32> {
@@ -228,6 +242,7 @@ impl Node {
         Ok(Pod {
             network,
             address,
+            address_v6,
             ifindex,
         })
     }
@@ -257,13 +272,14 @@ impl Node {
 
 /// Starts an echo server, TCP and UDP, that answers with its name and the client's address. It ends with the process.
 pub fn echo(network: &Network, name: &str) -> Result<()> {
-    let at = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, ECHO_PORT);
+    // Of both families: where a client is one of IPv4, that is what is told.
+    let at = SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, ECHO_PORT, 0, 0);
     let (listener, socket) = network.run(|| (TcpListener::bind(at), UdpSocket::bind(at)));
     let (listener, socket) = (listener?, socket?);
     let tcp_name = name.to_owned();
     thread::spawn(move || {
         while let Ok((mut stream, client)) = listener.accept() {
-            let answer = format!("{tcp_name} {}", client.ip());
+            let answer = format!("{tcp_name} {}", client.ip().to_canonical());
             thread::spawn(move || {
                 let mut buffer = [0; 4096];
                 while let Ok(1..) = stream.read(&mut buffer) {
@@ -278,8 +294,9 @@ pub fn echo(network: &Network, name: &str) -> Result<()> {
     thread::spawn(move || {
         let mut buffer = [0; 65536];
         while let Ok((_len, client)) = socket.recv_from(&mut buffer) {
+            let answer = format!("{udp_name} {}", client.ip().to_canonical());
             // A client that is gone is none of the server's business.
-            let _unsent = socket.send_to(format!("{udp_name} {}", client.ip()).as_bytes(), client);
+            let _unsent = socket.send_to(answer.as_bytes(), client);
         }
     });
     Ok(())

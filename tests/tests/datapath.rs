@@ -189,7 +189,11 @@ fn connected_datagram_sockets_follow_their_endpoints_also_through_none() {
                 .attach_cgroup(cgroup.path())
                 .unwrap();
         }
-        for client in ["a", "node-1"] {
+        let asked = ["10.96.0.2:80", "[fd00:96::2]:80"];
+        for (client, at) in ["a", "node-1"]
+            .into_iter()
+            .flat_map(|client| asked.map(|at| (client, at)))
+        {
             let answers = |nodes: &mut Nodes| {
                 let counters = nodes.nodes[0].dataplane().counters().unwrap();
                 let of = |(reason, count): &(Reason, u64)| {
@@ -198,14 +202,14 @@ fn connected_datagram_sockets_follow_their_endpoints_also_through_none() {
                 };
                 counters.iter().filter_map(of).collect::<Vec<u64>>()
             };
-            nodes.serve(2, "10.96.0.2:80", &["b"]).unwrap();
+            nodes.serve(2, at, &["b"]).unwrap();
             let before = answers(&mut nodes);
             let node = &nodes.nodes[0];
             let network = node.pods.get(client).map_or(&node.host, |pod| &pod.network);
             let path = network.try_clone().unwrap();
             let cgroup = cgroup.as_ref();
             let told = thread::scope(|scope| {
-                let asking = scope.spawn(move || ask(&path, cgroup, "follow 10.96.0.2:80"));
+                let asking = scope.spawn(move || ask(&path, cgroup, &format!("follow {at}")));
                 let wait = |index: usize, nodes: &mut Nodes| {
                     let start = Instant::now();
                     while answers(nodes)[index] == before[index] && start.elapsed() < TIMEOUT {
@@ -213,16 +217,20 @@ fn connected_datagram_sockets_follow_their_endpoints_also_through_none() {
                     }
                 };
                 wait(0, &mut nodes);
-                nodes.serve(2, "10.96.0.2:80", &[]).unwrap();
+                nodes.serve(2, at, &[]).unwrap();
                 wait(1, &mut nodes);
-                nodes.serve(2, "10.96.0.2:80", &["c"]).unwrap();
+                nodes.serve(2, at, &["c"]).unwrap();
                 asking.join().unwrap().unwrap()
             });
             let names: Vec<&str> = told
                 .split(", ")
                 .map(|answer| answer.split(' ').next().unwrap())
                 .collect();
-            assert_eq!(names, ["b", "refused", "c"], "{client} with {hooks:?}");
+            assert_eq!(
+                names,
+                ["b", "refused", "c"],
+                "{client} -> {at} with {hooks:?}"
+            );
         }
     }
 }

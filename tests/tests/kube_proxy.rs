@@ -14,8 +14,8 @@ use cluster_model::*;
 use dataplane_abi::{FROM_HOST, FROM_POD, FrontendKey, LEAD_GUARDED, MARKER_EXTERNAL};
 use dataplane_ebpf::{
     balance::Client as Asking,
-    hook::{self, Features, Verdict},
-    memory::{Bytes, Memory},
+    hook::{Features, Verdict},
+    memory::{Bytes, Memory, hooks},
     socket::{Caller, Outcome, destination},
 };
 use ipnetwork::IpNetwork;
@@ -245,8 +245,8 @@ fn maps(state: &State) -> Memory {
         });
         tables.ranges.borrow_mut().extend(ranges);
     }
-    tables.set_local(POD.octets(), FROM_POD, POD_INTERFACE);
-    tables.set_local(NODE_IP.octets(), FROM_HOST, 0);
+    tables.set_local(&POD.to_string(), FROM_POD, POD_INTERFACE);
+    tables.set_local(&NODE_IP.to_string(), FROM_HOST, 0);
     tables
 }
 
@@ -276,9 +276,9 @@ fn by_packet(
     };
     let mut packet = Bytes(sent.clone());
     let verdict = match client {
-        Client::PodHere => hook::pod_ingress(&mut packet, tables, &features, POD_INTERFACE),
-        Client::HostHere => hook::service_ingress(&mut packet, tables, &features),
-        Client::Outside => hook::uplink_ingress(&mut packet, tables, &features),
+        Client::PodHere => hooks::pod_ingress(&mut packet, tables, &features, POD_INTERFACE),
+        Client::HostHere => hooks::service_ingress(&mut packet, tables, &features),
+        Client::Outside => hooks::uplink_ingress(&mut packet, tables, &features),
     };
     if verdict == Verdict::Drop {
         return Answer::Silence;

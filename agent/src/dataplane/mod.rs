@@ -79,7 +79,7 @@ impl Config {
 /// - both ends have the MAC address [`dataplane_abi::HOST_VETH_MAC`] and are up;
 /// - the Service ranges are routed to `outer` by a gateway with a permanent neighbour entry (MAC: HOST_VETH_MAC) and the
 ///   node's address as preferred source: `ip route add 10.96.0.0/16 via 169.254.77.1 dev <outer> onlink src <node address>`;
-/// - so is [`dataplane_abi::HAIRPIN_V4`]/32;
+/// - so are [`dataplane_abi::HAIRPIN_V4`]/32 and, where the node has IPv6, [`dataplane_abi::HAIRPIN_V6`]/128;
 /// - IPv4 forwarding is on, as it is on every node that routes for pods.
 ///
 /// Programs run where packets come out of `inner`; what they answer enters the host again through `outer`, whose

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use dataplane_abi::{HAIRPIN_V4, HOST_VETH_MAC};
+use dataplane_abi::{HAIRPIN_V4, HAIRPIN_V6, HOST_VETH_MAC};
 use ipnetwork::IpNetwork;
 
 use super::kernel::VethEnd;
@@ -73,10 +73,15 @@ pub fn make_service_veth(
     })
 }
 
-/// What is routed into the pair: the Service ranges, and the address that stands for a client that is its own backend.
+/// What is routed into the pair: the Service ranges, and the addresses that stand for a client that is its own backend; that of IPv6
+/// where there are Services of it, since a node may have it off altogether.
 fn routed(ranges: &[IpNetwork]) -> impl Iterator<Item = IpNetwork> {
-    let hairpin = IpNetwork::from(IpAddr::from(Ipv4Addr::from(HAIRPIN_V4)));
-    ranges.iter().copied().chain([hairpin])
+    let hairpins = [IpAddr::from(HAIRPIN_V4), IpAddr::from(HAIRPIN_V6)].map(IpNetwork::from);
+    let ipv6 = ranges.iter().any(IpNetwork::is_ipv6);
+    let hairpins = hairpins
+        .into_iter()
+        .filter(move |own| own.is_ipv4() || ipv6);
+    ranges.iter().copied().chain(hairpins)
 }
 
 /// Whether the pair is as it was made: somebody may have set it down, or taken its routes away.

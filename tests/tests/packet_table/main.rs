@@ -1,11 +1,12 @@
 //! The data plane as a table: packets and map state in; verdict, packets and counters out, of the programs as the kernel
-//! loaded them. Nothing is sent: the kernel runs each program on each packet (BPF_PROG_TEST_RUN).
+//! loaded them, every row in both families. Nothing is sent: the kernel runs each program on each packet (BPF_PROG_TEST_RUN).
 
-mod packets;
+mod family;
 mod random;
 mod rows;
+mod rows_v6;
 
-use std::{collections::BTreeMap, fs, net::SocketAddr};
+use std::{collections::BTreeMap, fs, net::IpAddr};
 
 use dataplane_abi::{Class, Reason};
 use keelway_agent::dataplane::{
@@ -13,12 +14,12 @@ use keelway_agent::dataplane::{
     ServiceId, ServiceVeth, Vip,
 };
 use keelway_tests::{
-    packets::{checksums_are_right, icmp, tcp_flag::SYN},
+    packets::{checksums_are_right, tcp_flag::SYN},
     sandbox::{Sandbox, ip, is_root},
 };
 
 use crate::{
-    packets::{backends, port_unreachable, tcp, udp},
+    family::Family,
     rows::{PASS, REDIRECT, Row, Step, rows},
 };
 
@@ -28,17 +29,17 @@ const B: u32 = 12;
 
 /// Pods A 10.0.0.11 and B 10.0.0.12, the host 198.18.0.1; the backends are reached by the Service 10.96.0.1:80, by UDP also by
 /// 10.96.0.2:80, by the node ports 30080 and, for clients here, 30081, and from 203.0.113.0/24 by 192.0.2.1:80.
-fn state(backends: &ServiceBackends) -> Vec<Op> {
+fn state(family: Family, backends: &ServiceBackends) -> Vec<Op> {
     let (first, second, silent) = (ServiceId(1), ServiceId(2), ServiceId(3));
     let pod = |address: &str, ifindex| Op::SetPod {
-        addr: address.parse().unwrap(),
+        addr: family.ip(address),
         pod: LocalPod {
             ifindex,
             mac: [2; 6],
         },
     };
     let vip = |address: &str, kind| Op::SetVip {
-        addr: address.parse().unwrap(),
+        addr: family.ip(address),
         kind,
     };
     let service = |id, backends: &ServiceBackends| Op::SetService {
@@ -49,7 +50,7 @@ fn state(backends: &ServiceBackends) -> Vec<Op> {
         pod("10.0.0.11", A),
         pod("10.0.0.12", B),
         Op::SetHostAddress {
-            addr: [198, 18, 0, 1].into(),
+            addr: family.ip("198.18.0.1"),
         },
         vip("10.96.0.1", Vip::Cluster),
         vip("192.0.2.1", Vip::External),
@@ -63,11 +64,11 @@ fn state(backends: &ServiceBackends) -> Vec<Op> {
             },
         ),
         Op::SetUnmasqueraded {
-            ranges: ["10.0.0.0/8".parse().unwrap()].into(),
+            ranges: [family.range("10.0.0.0/8")].into(),
         },
         Op::SetSources {
             id: first,
-            sources: ["203.0.113.0/24".parse().unwrap()].into(),
+            sources: [family.range("203.0.113.0/24")].into(),
         },
     ];
     let everybody = Lead::to(first);
@@ -87,7 +88,7 @@ fn state(backends: &ServiceBackends) -> Vec<Op> {
         ("0.0.0.0:30081", &[tcp, udp], local),
         ("192.0.2.1:80", &[tcp, udp], guarded),
     ] {
-        let at: SocketAddr = at.parse().unwrap();
+        let at = family.at(at);
         ops.extend(protocols.iter().map(|protocol| Op::SetFrontend {
             frontend: Frontend {
                 addr: at.ip(),
@@ -103,10 +104,17 @@ fn state(backends: &ServiceBackends) -> Vec<Op> {
 /// A data plane of its own, with a way out: the kernel looks it up, though nothing is sent.
 fn opened(sandbox: &Sandbox, masquerade: bool) -> Dataplane {
     ip("route add default dev lo").unwrap();
-    fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
+    ip("-6 route add default dev lo").unwrap();
+    for key in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
+        fs::write(format!("/proc/sys/net/{key}"), "1").unwrap();
+    }
+    let IpAddr::V6(node_v6) = Family::V6.ip("198.18.0.1") else {
+        panic!("an address of the other family");
+    };
     Dataplane::open(&Config {
         service_veth: Some(ServiceVeth { outer: 1, inner: 1 }),
         node_v4: Some([198, 18, 0, 1].into()),
+        node_v6: Some(node_v6),
         masquerade,
         ..Config::new(sandbox.pin_root())
     })
@@ -119,20 +127,30 @@ fn run(dataplane: &Dataplane, program: PacketProgram, packet: &[u8]) -> (i32, Ve
 }
 
 #[test]
-fn packets_leave_the_loaded_programs_as_the_table_says() {
+fn packets_leave_the_loaded_programs_as_the_table_says_over_ipv4() {
+    check_all(Family::V4, rows(Family::V4));
+}
+
+#[test]
+fn packets_leave_the_loaded_programs_as_the_table_says_over_ipv6() {
+    let rows = rows(Family::V6).into_iter().chain(rows_v6::rows());
+    check_all(Family::V6, rows.collect());
+}
+
+fn check_all(family: Family, rows: Vec<Row>) {
     if !is_root("packet table") {
         return;
     }
-    for row in rows() {
-        check(row);
+    for row in rows {
+        check(family, row);
     }
 }
 
-fn check(row: Row) {
+fn check(family: Family, row: Row) {
     let sandbox = Sandbox::enter().unwrap();
     let mut dataplane = opened(&sandbox, false);
-    dataplane.apply(&state(&row.backends)).unwrap();
-    let name = row.name;
+    dataplane.apply(&state(family, &row.backends)).unwrap();
+    let name = format!("{family:?}: {}", row.name);
     for (number, Step(program, packet, verdict, out)) in row.steps.into_iter().enumerate() {
         let place = format!("{name}: step {} at {}", number + 1, program.name());
         let (got, packet) = run(&dataplane, program, &packet);
@@ -155,8 +173,9 @@ fn check(row: Row) {
 }
 
 /// The source port that a packet leaves with.
-fn source_port(packet: &[u8]) -> u16 {
-    u16::from_be_bytes([packet[34], packet[35]])
+fn source_port(family: Family, packet: &[u8]) -> u16 {
+    let at = family.l4();
+    u16::from_be_bytes([packet[at], packet[at + 1]])
 }
 
 #[test]
@@ -165,20 +184,24 @@ fn the_node_stands_in_for_clients_outside_whose_answers_must_come_back_here() {
         return;
     }
     let (client, asked, there) = ("203.0.113.9:5000", "198.18.0.1:30080", "10.0.1.13:8080");
-    let sandbox = Sandbox::enter().unwrap();
-    let mut dataplane = opened(&sandbox, false);
-    dataplane.apply(&state(&backends(&[there], &[]))).unwrap();
     let uplink = PacketProgram::UplinkIngress;
-    let (verdict, out) = run(&dataplane, uplink, &tcp(client, asked, SYN, b"hi"));
-    assert_eq!(verdict, REDIRECT);
-    assert!(checksums_are_right(&out));
-    let node = format!("198.18.0.1:{}", source_port(&out));
-    assert_eq!(hex(&out), hex(&tcp(&node, there, SYN, b"hi")));
-    let (verdict, back) = run(&dataplane, uplink, &tcp(there, &node, SYN, b"you"));
-    assert_eq!(verdict, REDIRECT);
-    assert_eq!(hex(&back), hex(&tcp(asked, client, SYN, b"you")));
-    let counters: BTreeMap<Reason, u64> = dataplane.counters().unwrap().into_iter().collect();
-    assert_eq!(counters[&Reason::SourceNat], 1);
+    for family in Family::ALL {
+        let tcp = |src: &str, dst: &str, text: &[u8]| family.tcp(src, dst, SYN, text);
+        let sandbox = Sandbox::enter().unwrap();
+        let mut dataplane = opened(&sandbox, false);
+        let backends = family.backends(&[there], &[]);
+        dataplane.apply(&state(family, &backends)).unwrap();
+        let (verdict, out) = run(&dataplane, uplink, &tcp(client, asked, b"hi"));
+        assert_eq!(verdict, REDIRECT, "{family:?}");
+        assert!(checksums_are_right(&out));
+        let node = format!("198.18.0.1:{}", source_port(family, &out));
+        assert_eq!(hex(&out), hex(&tcp(&node, there, b"hi")));
+        let (verdict, back) = run(&dataplane, uplink, &tcp(there, &node, b"you"));
+        assert_eq!(verdict, REDIRECT, "{family:?}");
+        assert_eq!(hex(&back), hex(&tcp(asked, client, b"you")));
+        let counters: BTreeMap<Reason, u64> = dataplane.counters().unwrap().into_iter().collect();
+        assert_eq!(counters[&Reason::SourceNat], 1);
+    }
 }
 
 #[test]
@@ -186,39 +209,53 @@ fn a_pod_leaves_the_cluster_as_the_node() {
     if !is_root("masquerade") {
         return;
     }
+    for family in Family::ALL {
+        leaves_as_the_node(family);
+    }
+}
+
+fn leaves_as_the_node(family: Family) {
     use PacketProgram::{PodIngress, UplinkIngress};
     let (pod, there) = ("10.0.0.11:4000", "198.51.100.1:443");
     let sandbox = Sandbox::enter().unwrap();
     let mut dataplane = opened(&sandbox, true);
-    dataplane.apply(&state(&backends(&[], &[]))).unwrap();
-    let segment = |src: &str, dst: &str, text: &[u8]| tcp(src, dst, SYN, text);
-    let datagram = |src: &str, dst: &str, text: &[u8]| udp(src, dst, text);
+    let nothing = family.backends(&[], &[]);
+    dataplane.apply(&state(family, &nothing)).unwrap();
+    let segment = |src: &str, dst: &str, text: &[u8]| family.tcp(src, dst, SYN, text);
+    let datagram = |src: &str, dst: &str, text: &[u8]| family.udp(src, dst, text);
     for build in [&segment as &dyn Fn(&str, &str, &[u8]) -> Vec<u8>, &datagram] {
         let (verdict, out) = run(&dataplane, PodIngress, &build(pod, there, b"odd"));
-        assert_eq!(verdict, REDIRECT);
-        let node = format!("198.18.0.1:{}", source_port(&out));
-        assert_ne!(source_port(&out), 4000);
+        assert_eq!(verdict, REDIRECT, "{family:?}");
+        let node = format!("198.18.0.1:{}", source_port(family, &out));
+        assert_ne!(source_port(family, &out), 4000);
         assert_eq!(hex(&out), hex(&build(&node, there, b"odd")));
         let (verdict, back) = run(&dataplane, UplinkIngress, &build(there, &node, b"you"));
-        assert_eq!(verdict, REDIRECT);
+        assert_eq!(verdict, REDIRECT, "{family:?}");
         assert_eq!(hex(&back), hex(&build(there, pod, b"you")));
     }
     // An echo under another identifier.
-    let (node, request) = ("198.18.0.1:0", icmp(pod, there, 8, 0, &[1, 2, 0, 7, 9]));
+    let [asks, answers] = family.echo_kinds();
+    let (node, asked) = ("198.18.0.1:0", [1, 2, 0, 7, 9]);
+    let request = family.icmp(pod, there, asks, &asked);
     let (verdict, out) = run(&dataplane, PodIngress, &request);
-    assert_eq!(verdict, REDIRECT);
-    let body = [out[38], out[39], 0, 7, 9];
+    assert_eq!(verdict, REDIRECT, "{family:?}");
+    let id = family.l4() + 4;
+    let body = [out[id], out[id + 1], 0, 7, 9];
     assert_ne!(body[..2], [1, 2]);
-    assert_eq!(hex(&out), hex(&icmp(node, there, 8, 0, &body)));
-    let answer = icmp(there, node, 0, 0, &body);
+    assert_eq!(hex(&out), hex(&family.icmp(node, there, asks, &body)));
+    let answer = family.icmp(there, node, answers, &body);
     let (verdict, back) = run(&dataplane, UplinkIngress, &answer);
-    assert_eq!(verdict, REDIRECT);
-    assert_eq!(hex(&back), hex(&icmp(there, pod, 0, 0, &[1, 2, 0, 7, 9])));
+    assert_eq!(verdict, REDIRECT, "{family:?}");
+    let heard = family.icmp(there, pod, answers, &asked);
+    assert_eq!(hex(&back), hex(&heard));
     // A router's error about what left is the pod's.
     let (_, out) = run(&dataplane, PodIngress, &segment(pod, there, b"odd"));
-    let error = port_unreachable("198.18.0.9:0", &out);
+    let error = family.port_unreachable("198.18.0.9:0", &out);
     let (verdict, back) = run(&dataplane, UplinkIngress, &error);
-    assert_eq!((verdict, &back[30..34]), (REDIRECT, &[10, 0, 0, 11][..]));
+    let for_the_pod = family.port_unreachable("198.18.0.9:0", &segment(pod, there, b"odd"));
+    let addresses = 14..family.l4();
+    assert_eq!(verdict, REDIRECT, "{family:?}");
+    assert_eq!(back[addresses.clone()], for_the_pod[addresses]);
     assert!(checksums_are_right(&back));
     // What stays in the cluster stays as it is.
     let inside = segment(pod, "10.0.1.13:80", b"");
@@ -233,19 +270,20 @@ fn ports_that_are_taken_on_two_cpus_at_once_are_never_the_same() {
         return;
     }
     const CLIENTS: u16 = 1_500;
+    let family = Family::V4;
     let sandbox = Sandbox::enter().unwrap();
     let mut dataplane = opened(&sandbox, false);
-    let backends = backends(&["10.0.1.13:8080"], &[]);
-    dataplane.apply(&state(&backends)).unwrap();
+    let backends = family.backends(&["10.0.1.13:8080"], &[]);
+    dataplane.apply(&state(family, &backends)).unwrap();
     let dataplane = &dataplane;
     let ports: Vec<u16> = std::thread::scope(|scope| {
         let open = |first: u16| {
             let client = |port| {
                 let client = format!("203.0.113.9:{}", first + port);
-                let packet = tcp(&client, "198.18.0.1:30080", SYN, b"");
+                let packet = family.tcp(&client, "198.18.0.1:30080", SYN, b"");
                 let (verdict, out) = run(dataplane, PacketProgram::UplinkIngress, &packet);
                 assert_eq!(verdict, REDIRECT, "{client}");
-                source_port(&out)
+                source_port(family, &out)
             };
             (0..CLIENTS).map(client).collect::<Vec<u16>>()
         };

@@ -3,21 +3,21 @@
 
 use std::collections::BTreeMap;
 
-use dataplane_abi::{Addr, FROM_HOST, FROM_POD, LEAD_GUARDED, Lead as RawLead, Reason};
+use dataplane_abi::{FROM_HOST, FROM_POD, LEAD_GUARDED, Lead as RawLead, Reason};
 use dataplane_ebpf::{
-    hook::{self, Features, Verdict},
-    memory::{Bytes, Memory, addr},
+    hook::{Features, Verdict},
+    memory::{Bytes, Memory, addr, hooks},
 };
 use keelway_agent::dataplane::{
-    Dataplane,
     PacketProgram::{self, PodEgress, PodIngress, ServiceIngress, UplinkIngress},
-    Protocol,
+    Protocol, Run,
 };
 use keelway_tests::sandbox::{Sandbox, is_root};
 
 use crate::{
-    A, B, opened,
-    packets::{backends, echo, port_unreachable, tcp, udp},
+    A, B,
+    family::Family,
+    opened,
     rows::{DROP, PASS, REDIRECT},
     state,
 };
@@ -36,7 +36,7 @@ impl Numbers {
     }
 }
 
-fn packet(numbers: &mut Numbers) -> Vec<u8> {
+fn packet(numbers: &mut Numbers, family: Family) -> Vec<u8> {
     let ends = [
         "10.0.0.11:4000",
         "10.0.0.11:8080",
@@ -57,10 +57,10 @@ fn packet(numbers: &mut Numbers) -> Vec<u8> {
         .map(|_| numbers.below(256) as u8)
         .collect();
     let mut packet = match numbers.below(5) {
-        0 | 1 => tcp(src, dst, numbers.below(32) as u8, &payload),
-        2 => udp(src, dst, &payload),
-        3 => echo(src, dst),
-        _ => port_unreachable(src, &udp(dst, src, &payload)),
+        0 | 1 => family.tcp(src, dst, numbers.below(32) as u8, &payload),
+        2 => family.udp(src, dst, &payload),
+        3 => family.echo(src, dst),
+        _ => family.port_unreachable(src, &family.udp(dst, src, &payload)),
     };
     match numbers.below(3) {
         0 => {}
@@ -71,34 +71,36 @@ fn packet(numbers: &mut Numbers) -> Vec<u8> {
             }
         }
         // The kernel runs programs on no packet that ends within its IP header.
-        _ => packet.truncate(34 + numbers.below(packet.len() - 33)),
+        _ => packet.truncate(family.l4() + numbers.below(packet.len() + 1 - family.l4())),
     }
     packet
 }
 
 /// The same state as [`state`] writes, in memory.
-fn memory(backend: &str) -> Memory {
+fn memory(family: Family, backend: &str) -> Memory {
     let tables = Memory::default();
-    tables.set_local([10, 0, 0, 11], FROM_POD, A);
-    tables.set_local([10, 0, 0, 12], FROM_POD, B);
-    tables.set_local([198, 18, 0, 1], FROM_HOST, 0);
-    tables.set_service(1, &[backend], &[]);
-    tables.set_service(2, &[backend], &[]);
+    let ip = |v4: &str| family.ip(v4).to_string();
+    let at = |v4: &str| family.text(v4);
+    tables.set_local(&ip("10.0.0.11"), FROM_POD, A);
+    tables.set_local(&ip("10.0.0.12"), FROM_POD, B);
+    tables.set_local(&ip("198.18.0.1"), FROM_HOST, 0);
+    tables.set_service(1, &[&at(backend)], &[]);
+    tables.set_service(2, &[&at(backend)], &[]);
     tables.set_service(3, &[], &[]);
     tables.set_silent(3);
     for protocol in [Protocol::Tcp.number(), Protocol::Udp.number()] {
-        tables.set_frontend("10.96.0.1:80", protocol, 1);
-        tables.set_lead("0.0.0.0:30080", protocol, RawLead::new(1, 1, 0));
-        tables.set_lead("0.0.0.0:30081", protocol, RawLead::new(1, 3, 0));
+        tables.set_frontend(&at("10.96.0.1:80"), protocol, 1);
+        tables.set_lead(&at("0.0.0.0:30080"), protocol, RawLead::new(1, 1, 0));
+        tables.set_lead(&at("0.0.0.0:30081"), protocol, RawLead::new(1, 3, 0));
         let guarded = RawLead::new(1, 1, LEAD_GUARDED);
-        tables.set_lead("192.0.2.1:80", protocol, guarded);
+        tables.set_lead(&at("192.0.2.1:80"), protocol, guarded);
     }
     let udp = Protocol::Udp.number();
-    tables.set_lead("10.96.0.2:80", udp, RawLead::new(2, 2, 0));
-    tables.set_vip([192, 0, 2, 1]);
+    tables.set_lead(&at("10.96.0.2:80"), udp, RawLead::new(2, 2, 0));
+    tables.set_vip(&ip("192.0.2.1"));
     let ranges = [
-        (1, addr([203, 0, 113, 0]), 96 + 24),
-        (0, addr([10, 0, 0, 0]), 96 + 8),
+        (1, family.ip("203.0.113.0").into(), 96 + 24),
+        (0, family.ip("10.0.0.0").into(), 96 + 8),
     ];
     tables.ranges.borrow_mut().extend(ranges);
     tables
@@ -110,7 +112,7 @@ fn features(masquerade: bool) -> Features {
         service_veth: true,
         masquerade,
         node_v4: addr([198, 18, 0, 1]),
-        node_v6: Addr { words: [0, 0] },
+        node_v6: Family::V6.ip("198.18.0.1").into(),
     }
 }
 
@@ -122,10 +124,10 @@ fn on_the_host(
 ) -> (Verdict, Vec<u8>) {
     let mut packet = Bytes(packet.to_vec());
     let verdict = match program {
-        PodIngress => hook::pod_ingress(&mut packet, tables, features, A),
-        PodEgress => hook::pod_egress(&mut packet, tables, features),
-        UplinkIngress => hook::uplink_ingress(&mut packet, tables, features),
-        ServiceIngress => hook::service_ingress(&mut packet, tables, features),
+        PodIngress => hooks::pod_ingress(&mut packet, tables, features, A),
+        PodEgress => hooks::pod_egress(&mut packet, tables, features),
+        UplinkIngress => hooks::uplink_ingress(&mut packet, tables, features),
+        ServiceIngress => hooks::service_ingress(&mut packet, tables, features),
     };
     (verdict, packet.0)
 }
@@ -135,49 +137,45 @@ fn the_loaded_programs_do_what_their_logic_does_on_the_host() {
     if !is_root("random packets") {
         return;
     }
-    for masquerade in [false, true] {
-        let sandbox = Sandbox::enter().unwrap();
-        let mut dataplane = opened(&sandbox, masquerade);
-        // One backend, on this node: but for ports (see below) nothing is left to chance.
-        let backend = "10.0.0.12:8080";
-        dataplane.apply(&state(&backends(&[backend], &[]))).unwrap();
-        let tables = memory(backend);
-        let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
-        for number in 0..PACKETS {
-            let program = PacketProgram::ALL[numbers.below(PacketProgram::ALL.len())];
-            let before = packet(&mut numbers);
-            compare(
-                &dataplane,
-                &tables,
-                &features(masquerade),
-                program,
-                &before,
-                number,
-            );
+    for family in Family::ALL {
+        for masquerade in [false, true] {
+            compare_all(family, masquerade);
         }
-        let loaded: BTreeMap<Reason, u64> = dataplane.counters().unwrap().into_iter().collect();
-        // Where a route was asked for, the kernel may have none.
-        for (reason, count) in loaded
-            .iter()
-            .filter(|(reason, _)| **reason != Reason::NoRoute)
-        {
-            assert_eq!(*count, tables.counted(*reason), "{}", reason.name());
-        }
-        assert!(loaded[&Reason::ServiceTranslated] > 50 && loaded[&Reason::Malformed] > 50);
-        assert_eq!(loaded[&Reason::Masqueraded] > 50, masquerade);
     }
 }
 
-fn compare(
-    dataplane: &Dataplane,
-    tables: &Memory,
-    features: &Features,
-    program: PacketProgram,
-    before: &[u8],
-    number: usize,
-) {
-    let run = dataplane.run(program, before, A, 1).unwrap();
-    let (verdict, after) = on_the_host(tables, features, program, before);
+fn compare_all(family: Family, masquerade: bool) {
+    let sandbox = Sandbox::enter().unwrap();
+    let mut dataplane = opened(&sandbox, masquerade);
+    // One backend, on this node: but for ports (see below) nothing is left to chance.
+    let backend = "10.0.0.12:8080";
+    let backends = family.backends(&[backend], &[]);
+    dataplane.apply(&state(family, &backends)).unwrap();
+    let tables = memory(family, backend);
+    let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
+    for number in 0..PACKETS {
+        let program = PacketProgram::ALL[numbers.below(PacketProgram::ALL.len())];
+        let before = packet(&mut numbers, family);
+        let run = dataplane.run(program, &before, A, 1).unwrap();
+        let on_the_host = on_the_host(&tables, &features(masquerade), program, &before);
+        let place = format!("{family:?} {number}: {} of {before:02x?}", program.name());
+        compare(program, &run, on_the_host, &place);
+    }
+    let loaded: BTreeMap<Reason, u64> = dataplane.counters().unwrap().into_iter().collect();
+    // Where a route was asked for, the kernel may have none.
+    for (reason, count) in loaded
+        .iter()
+        .filter(|(reason, _)| **reason != Reason::NoRoute)
+    {
+        let name = reason.name();
+        assert_eq!(*count, tables.counted(*reason), "{family:?}: {name}");
+    }
+    assert!(loaded[&Reason::ServiceTranslated] > 50 && loaded[&Reason::Malformed] > 50);
+    assert_eq!(loaded[&Reason::Masqueraded] > 50, masquerade);
+}
+
+fn compare(program: PacketProgram, run: &Run, on_the_host: (Verdict, Vec<u8>), place: &str) {
+    let (verdict, after) = on_the_host;
     let agree = match verdict {
         Verdict::Pass => run.verdict == PASS,
         Verdict::Drop => run.verdict == DROP,
@@ -187,7 +185,6 @@ fn compare(
             run.verdict == REDIRECT || (program == PodEgress && run.verdict == PASS)
         }
     };
-    let place = format!("{number}: {} of {before:02x?}", program.name());
     assert!(agree, "{place}: {}, not {verdict:?}", run.verdict);
     if verdict != Verdict::Drop {
         // The frame's own addresses are the entry points' business.

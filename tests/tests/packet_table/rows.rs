@@ -7,10 +7,7 @@ use keelway_agent::dataplane::{
 };
 use keelway_tests::packets::tcp_flag::{ACK, FIN, RST, SYN};
 
-use crate::packets::{
-    Fragment, backends, echo, fragment, into_the_host, port_unreachable as error, refusal, reset,
-    tcp, udp, with_byte, with_checksum_of,
-};
+use crate::family::{Family, Fragment, into_the_host, with_byte};
 
 pub const PASS: i32 = -1;
 pub const DROP: i32 = 2;
@@ -28,11 +25,18 @@ pub struct Row {
     pub counters: &'static [(Reason, u64)],
 }
 
-/// The table.
-pub fn rows() -> Vec<Row> {
+/// The table, of one family: addresses are written as IPv4's, and [`Family::at`] says what they are in IPv6.
+pub fn rows(family: Family) -> Vec<Row> {
     use Reason::*;
-    let to = |active: &[&str]| backends(active, &[]);
-    let terminating = |list: &[&str]| backends(&[], list);
+    let tcp = |src: &str, dst: &str, flags, payload: &[u8]| family.tcp(src, dst, flags, payload);
+    let udp = |src: &str, dst: &str, payload: &[u8]| family.udp(src, dst, payload);
+    let echo = |src: &str, dst: &str| family.echo(src, dst);
+    let error = |from: &str, about: &[u8]| family.port_unreachable(from, about);
+    let reset = |src: &str, dst: &str| family.reset(src, dst);
+    let refusal = |datagram: &[u8]| family.refusal(datagram);
+    let fragment = |part, id| family.fragment(part, id);
+    let to = |active: &[&str]| family.backends(active, &[]);
+    let terminating = |list: &[&str]| family.backends(&[], list);
     vec![
         Row {
             name: "a pod reaches a pod of its node through a Service, and back",
@@ -327,7 +331,7 @@ pub fn rows() -> Vec<Row> {
                     // The quoted transport checksum stays as it was.
                     Some(error(
                         "10.96.0.1:0",
-                        &with_checksum_of(
+                        &family.with_checksum_of(
                             udp("10.0.0.11:4000", "10.96.0.1:80", b"hello"),
                             &udp("10.0.0.11:4000", "10.0.1.13:8080", b"hello"),
                         ),

@@ -14,8 +14,9 @@ use dataplane_abi::{Addr, Hook};
 use dataplane_ebpf::hook::{self, Features};
 
 use crate::{
+    maps::notes,
     monitor::Watched,
-    packets::{Skb, act},
+    packets::{Skb, act, is_for_another, is_ipv6},
 };
 
 /// `dataplane_abi::global`: what the agent turned on. Constants to the verifier, which removes what they rule out.
@@ -67,34 +68,97 @@ fn node_v6() -> Addr {
 /// Ingress of the host's side of a pod's veth: what the pod sends.
 #[classifier]
 pub fn pod_ingress(ctx: TcContext) -> i32 {
-    let mut skb = Skb::new(&ctx);
+    match is_ipv6(&ctx) {
+        true => pod_ingress_v6(&ctx),
+        false => pod_ingress_v4(&ctx),
+    }
+}
+
+#[inline(never)]
+fn pod_ingress_v4(ctx: &TcContext) -> i32 {
+    from_pod::<false>(ctx)
+}
+
+#[inline(never)]
+fn pod_ingress_v6(ctx: &TcContext) -> i32 {
+    from_pod::<true>(ctx)
+}
+
+#[inline(always)]
+fn from_pod<const V6: bool>(ctx: &TcContext) -> i32 {
+    let Some(notes) = notes() else {
+        return TC_ACT_SHOT;
+    };
+    let mut skb = Skb::new::<V6>(ctx);
     let ifindex = skb.ifindex();
     let tables = Watched::new(&skb, Hook::PodIngress);
-    let verdict = hook::pod_ingress(&mut skb, &tables, &features(), ifindex);
-    act(&mut skb, verdict)
+    let verdict = hook::pod_ingress::<V6, _, _>(&mut skb, &tables, &features(), notes, ifindex);
+    act::<V6>(&mut skb, verdict)
 }
 
 /// Egress of the host's side of a pod's veth: what the host sends to the pod.
 #[classifier]
 pub fn pod_egress(ctx: TcContext) -> i32 {
-    let mut skb = Skb::new(&ctx);
+    match is_ipv6(&ctx) {
+        true => pod_egress_v6(&ctx),
+        false => pod_egress_v4(&ctx),
+    }
+}
+
+#[inline(never)]
+fn pod_egress_v4(ctx: &TcContext) -> i32 {
+    to_pod::<false>(ctx)
+}
+
+#[inline(never)]
+fn pod_egress_v6(ctx: &TcContext) -> i32 {
+    to_pod::<true>(ctx)
+}
+
+#[inline(always)]
+fn to_pod<const V6: bool>(ctx: &TcContext) -> i32 {
+    let Some(notes) = notes() else {
+        return TC_ACT_SHOT;
+    };
+    let mut skb = Skb::new::<V6>(ctx);
     let tables = Watched::new(&skb, Hook::PodEgress);
-    match hook::pod_egress(&mut skb, &tables, &features()) {
+    match hook::pod_egress::<V6, _, _>(&mut skb, &tables, &features(), notes) {
         hook::Verdict::Drop => TC_ACT_SHOT,
         _ => packets::NEXT,
     }
 }
 
-/// Ingress of an uplink: what comes from other nodes.
+/// Ingress of an uplink: what comes from outside.
 #[classifier]
 pub fn uplink_ingress(ctx: TcContext) -> i32 {
-    let mut skb = Skb::new(&ctx);
-    if skb.is_for_another() {
+    if is_for_another(&ctx) {
         return packets::NEXT;
     }
+    match is_ipv6(&ctx) {
+        true => uplink_ingress_v6(&ctx),
+        false => uplink_ingress_v4(&ctx),
+    }
+}
+
+#[inline(never)]
+fn uplink_ingress_v4(ctx: &TcContext) -> i32 {
+    from_outside::<false>(ctx)
+}
+
+#[inline(never)]
+fn uplink_ingress_v6(ctx: &TcContext) -> i32 {
+    from_outside::<true>(ctx)
+}
+
+#[inline(always)]
+fn from_outside<const V6: bool>(ctx: &TcContext) -> i32 {
+    let Some(notes) = notes() else {
+        return TC_ACT_SHOT;
+    };
+    let mut skb = Skb::new::<V6>(ctx);
     let tables = Watched::new(&skb, Hook::UplinkIngress);
-    let verdict = hook::uplink_ingress(&mut skb, &tables, &features());
-    act(&mut skb, verdict)
+    let verdict = hook::uplink_ingress::<V6, _, _>(&mut skb, &tables, &features(), notes);
+    act::<V6>(&mut skb, verdict)
 }
 
 /// Ingress of the inner end of the service veth pair: what the host routed to a Service address.
@@ -103,10 +167,31 @@ pub fn service_ingress(ctx: TcContext) -> i32 {
     if PACKET_LB.load() == 0 {
         return packets::NEXT;
     }
-    let mut skb = Skb::new(&ctx);
+    match is_ipv6(&ctx) {
+        true => service_ingress_v6(&ctx),
+        false => service_ingress_v4(&ctx),
+    }
+}
+
+#[inline(never)]
+fn service_ingress_v4(ctx: &TcContext) -> i32 {
+    to_service::<false>(ctx)
+}
+
+#[inline(never)]
+fn service_ingress_v6(ctx: &TcContext) -> i32 {
+    to_service::<true>(ctx)
+}
+
+#[inline(always)]
+fn to_service<const V6: bool>(ctx: &TcContext) -> i32 {
+    let Some(notes) = notes() else {
+        return TC_ACT_SHOT;
+    };
+    let mut skb = Skb::new::<V6>(ctx);
     let tables = Watched::new(&skb, Hook::ServiceIngress);
-    let verdict = hook::service_ingress(&mut skb, &tables, &features());
-    act(&mut skb, verdict)
+    let verdict = hook::service_ingress::<V6, _, _>(&mut skb, &tables, &features(), notes);
+    act::<V6>(&mut skb, verdict)
 }
 
 #[cfg(not(test))]

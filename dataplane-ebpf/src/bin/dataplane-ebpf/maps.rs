@@ -12,7 +12,10 @@ use dataplane_abi::{
     Addr, Affinity, AffinityKey, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey,
     Lead, LocalAddress, RangeKey, Reason, ServiceRef, SocketPeers, limits,
 };
-use dataplane_ebpf::tables::{FlowEntry, Refused, Tables};
+use dataplane_ebpf::{
+    hook::Notes,
+    tables::{FlowEntry, Refused, Tables},
+};
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 /// A preallocated element is recycled at once when it is deleted, and a program that still reads it would see its next owner.
@@ -50,6 +53,9 @@ pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, { limits::FRAGMENTS
     LruHashMap::new();
 #[btf_map]
 pub static COUNTERS: PerCpuArray<u64, { Reason::COUNT as usize }> = PerCpuArray::new();
+/// Not pinned, since nothing outlives its packet.
+#[btf_map]
+static NOTES: PerCpuArray<Notes, 1> = PerCpuArray::new();
 #[btf_map]
 pub static SOCKET_PEERS: SkStorage<SocketPeers> = SkStorage::new();
 
@@ -58,6 +64,14 @@ pub static SOCKET_PEERS: SkStorage<SocketPeers> = SkStorage::new();
 pub fn now_s() -> u32 {
     // SAFETY: the helper has no arguments and no effect.
     (unsafe { bpf_ktime_get_coarse_ns() } / NS_PER_S) as u32
+}
+
+/// This CPU's notes, whatever the last packet left in them.
+#[inline(always)]
+pub fn notes() -> Option<&'static mut Notes> {
+    // SAFETY: an element of the array, aligned; its zeros and whatever a hook left are valid. Packets are handled one after the
+    // other on a CPU, with bottom halves off, and an entry point asks once.
+    NOTES.get_ptr_mut(0).map(|notes| unsafe { &mut *notes })
 }
 
 /// The maps above.

@@ -13,7 +13,7 @@ use aya_ebpf::{
     },
     programs::TcContext,
 };
-use dataplane_abi::{HOST_VETH_MAC, Plain, Reason};
+use dataplane_abi::{HOST_VETH_MAC, Plain, Reason, proto};
 use dataplane_ebpf::{
     hook::Verdict,
     packet::{ChecksumChange, ETH_LEN, Packet, word},
@@ -27,11 +27,35 @@ pub const NEXT: i32 = -1;
 
 /// Headers that are looked at: Ethernet, IPv4 and TCP without options.
 const HEADERS_MIN: u32 = 54;
-/// The same with the longest options.
+/// The same with IPv6.
+const HEADERS_MIN_V6: u32 = 74;
+/// The same with the longest options of IPv4, or extension headers of IPv6.
 const HEADERS_MAX: u32 = 14 + 60 + 60;
+/// Where an IPv6 header says what follows it; the hop limit lies behind that.
+const IPV6_NEXT_HEADER: usize = 6;
+/// Protocol of a buffer, as it lies in memory.
+const ETH_P_IPV6: u32 = u16::from_ne_bytes([0x86, 0xdd]) as u32;
 const AF_INET: u8 = 2;
 /// `PACKET_OTHERHOST`: the frame names another machine's hardware address.
 const FOR_ANOTHER: u32 = 3;
+const AF_INET6: u8 = 10;
+
+/// Whether a buffer's protocol is IPv6.
+#[inline(always)]
+pub fn is_ipv6(ctx: &TcContext) -> bool {
+    let skb: *const __sk_buff = ctx.as_ptr().cast();
+    // SAFETY: a valid context.
+    unsafe { (*skb).protocol == ETH_P_IPV6 }
+}
+
+/// Whether the frame names another machine, and came because a switch did not know where that is, or somebody listens to all: the
+/// stack drops it, and two nodes must not both answer one client.
+#[inline(always)]
+pub fn is_for_another(ctx: &TcContext) -> bool {
+    let skb: *const __sk_buff = ctx.as_ptr().cast();
+    // SAFETY: a valid context.
+    unsafe { (*skb).pkt_type == FOR_ANOTHER }
+}
 
 /// A socket buffer.
 pub struct Skb(*mut __sk_buff);
@@ -39,9 +63,14 @@ pub struct Skb(*mut __sk_buff);
 impl Skb {
     /// The context's buffer, its headers in the part that can be read directly.
     #[inline(always)]
-    pub fn new(ctx: &TcContext) -> Self {
+    pub fn new<const V6: bool>(ctx: &TcContext) -> Self {
         let skb = Self(ctx.as_ptr().cast());
-        if ctx.data() + HEADERS_MIN as usize > ctx.data_end() && ctx.len() >= HEADERS_MIN {
+        let least = match V6 {
+            true if skb.has_extensions() => HEADERS_MAX,
+            true => HEADERS_MIN_V6,
+            false => HEADERS_MIN,
+        };
+        if ctx.data() + least as usize > ctx.data_end() && ctx.len() >= HEADERS_MIN {
             let wanted = if ctx.len() < HEADERS_MAX {
                 ctx.len()
             } else {
@@ -51,6 +80,15 @@ impl Skb {
             unsafe { bpf_skb_pull_data(skb.0, wanted) };
         }
         skb
+    }
+
+    /// Whether something other than a transport's header follows an IPv6 header.
+    #[inline(always)]
+    fn has_extensions(&self) -> bool {
+        match self.read::<[u8; 2]>(ETH_LEN + IPV6_NEXT_HEADER) {
+            Some([next, _hop_limit]) => !matches!(next, proto::TCP | proto::UDP | proto::ICMPV6),
+            None => true,
+        }
     }
 
     #[inline(always)]
@@ -63,21 +101,13 @@ impl Skb {
         // SAFETY: a valid context.
         unsafe { (*self.0).ifindex }
     }
-
-    /// Whether the frame names another machine, and came because a switch did not know where that is, or somebody listens to all:
-    /// the stack drops it, and two nodes must not both answer one client.
-    #[inline(always)]
-    pub fn is_for_another(&self) -> bool {
-        // SAFETY: a valid context.
-        unsafe { (*self.0).pkt_type == FOR_ANOTHER }
-    }
 }
 
 impl Packet for Skb {
     #[inline(always)]
     fn read<T: Plain>(&self, offset: usize) -> Option<T> {
-        // SAFETY: a valid context, and the bytes lie before the end. What is read has an alignment of two at most,
-        // and the machines on which the verifier lets packets be read at odd addresses load from them.
+        // SAFETY: a valid context, and the bytes lie before the end. Where the verifier lets packets be read at any address, the
+        // machine loads words from any; elsewhere the program is refused.
         unsafe {
             let (start, end) = (
                 (*self.0).data as usize + offset,
@@ -130,14 +160,15 @@ impl Packet for Skb {
 
 /// Carries out a verdict.
 #[inline(always)]
-pub fn act(skb: &mut Skb, verdict: Verdict) -> i32 {
+pub fn act<const V6: bool>(skb: &mut Skb, verdict: Verdict) -> i32 {
     match verdict {
         Verdict::Pass => NEXT,
         Verdict::Drop => TC_ACT_SHOT,
         // SAFETY: the helper has no memory arguments. The pod's own Ethernet header is not looked at by its stack.
         Verdict::Peer(ifindex) => unsafe { bpf_redirect_peer(ifindex, 0) as i32 },
         Verdict::Host => to_host(skb),
-        Verdict::Route => route(skb),
+        Verdict::Route if V6 => route_apart(skb),
+        Verdict::Route => route::<false>(skb),
     }
 }
 
@@ -152,21 +183,44 @@ fn to_host(skb: &mut Skb) -> i32 {
     unsafe { bpf_redirect(SERVICE_VETH.load(), BPF_F_INGRESS as u64) as i32 }
 }
 
+/// A function of its own, for the stack (see [`dataplane_ebpf::hook::Notes`]).
+#[inline(never)]
+fn route_apart(skb: &mut Skb) -> i32 {
+    route::<true>(skb)
+}
+
 /// Out by the host's routes. Its stack would refuse a packet that comes in with one of its own addresses as source.
 #[inline(always)]
-fn route(skb: &mut Skb) -> i32 {
-    let Some([[a, b], [c, d]]) = skb.read::<[[u16; 2]; 2]>(ETH_LEN + 12) else {
-        Maps.count(Reason::Malformed);
-        return TC_ACT_SHOT;
-    };
-    let (src, dst) = (word(a, b), word(c, d));
+fn route<const V6: bool>(skb: &mut Skb) -> i32 {
     // SAFETY: plain structs of integers, for which zero is valid; the helpers get their true sizes.
     unsafe {
         let mut fib: FibLookup = core::mem::zeroed();
-        fib.family = AF_INET;
         fib.ifindex = skb.ifindex();
-        fib.__bindgen_anon_3.ipv4_src = src;
-        fib.__bindgen_anon_4.ipv4_dst = dst;
+        let known = if V6 {
+            fib.family = AF_INET6;
+            match skb.read::<[[u16; 8]; 2]>(ETH_LEN + 8) {
+                Some([src, dst]) => {
+                    fib.__bindgen_anon_3.ipv6_src = words(&src);
+                    fib.__bindgen_anon_4.ipv6_dst = words(&dst);
+                    true
+                }
+                None => false,
+            }
+        } else {
+            fib.family = AF_INET;
+            match skb.read::<[[u16; 2]; 2]>(ETH_LEN + 12) {
+                Some([[a, b], [c, d]]) => {
+                    fib.__bindgen_anon_3.ipv4_src = word(a, b);
+                    fib.__bindgen_anon_4.ipv4_dst = word(c, d);
+                    true
+                }
+                None => false,
+            }
+        };
+        if !known {
+            Maps.count(Reason::Malformed);
+            return TC_ACT_SHOT;
+        }
         let result =
             bpf_fib_lookup(skb.0.cast(), &mut fib, size_of::<FibLookup>() as i32, 0) as u32;
         // Without a neighbour the route is known all the same, and the redirect resolves it.
@@ -175,8 +229,20 @@ fn route(skb: &mut Skb) -> i32 {
             return TC_ACT_SHOT;
         }
         let mut hop: NextHop = core::mem::zeroed();
-        hop.nh_family = AF_INET as u32;
-        hop.__bindgen_anon_1.ipv4_nh = fib.__bindgen_anon_4.ipv4_dst;
+        // The kernel says by which family the next hop is known, and puts it in the place of the destination.
+        hop.nh_family = fib.family as u32;
+        hop.__bindgen_anon_1.ipv6_nh = fib.__bindgen_anon_4.ipv6_dst;
         bpf_redirect_neigh(fib.ifindex, &mut hop, size_of::<NextHop>() as i32, 0) as i32
     }
+}
+
+/// Eight 16-bit words of memory as four of 32 bits.
+#[inline(always)]
+fn words(halves: &[u16; 8]) -> [u32; 4] {
+    [
+        word(halves[0], halves[1]),
+        word(halves[2], halves[3]),
+        word(halves[4], halves[5]),
+        word(halves[6], halves[7]),
+    ]
 }

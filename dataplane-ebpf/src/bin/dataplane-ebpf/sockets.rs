@@ -132,9 +132,7 @@ fn names<F: Family>(ctx: &SockAddrContext, keeps: bool) -> i32 {
     };
     // SAFETY: the caller is a hook of the family.
     let frontend = FrontendKey::new(unsafe { F::addr(call) }, port(call), protocol);
-    // The packet hooks leave IPv6 alone so far.
-    let connects_datagrams = protocol == proto::UDP && !keeps && frontend.addr.v4_be().is_some();
-    let caller = caller(call, &frontend.addr, connects_datagrams);
+    let caller = caller(call, &frontend.addr, protocol == proto::UDP && !keeps);
     // SAFETY: null or the storage of the call's socket, which the call holds.
     let known: Option<&SocketPeers> = if keeps {
         unsafe { SOCKET_PEERS.get_ptr_mut(ctx).as_ref() }

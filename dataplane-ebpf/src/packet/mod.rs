@@ -1,0 +1,260 @@
+//! Reading packets. [`Packet`] is the seam: a socket buffer in the kernel, a vector in tests.
+
+mod ipv4;
+mod ipv6;
+
+use dataplane_abi::{FlowKey, FragmentKey, Plain, proto};
+
+/// Length of an Ethernet header; the IP header lies behind it.
+pub const ETH_LEN: usize = 14;
+/// Length of an IPv4 header without options.
+pub const IPV4_LEN: usize = 20;
+/// Length of an IPv6 header without extensions.
+pub const IPV6_LEN: usize = 40;
+/// Offset of its addresses.
+pub(crate) const IPV6_ADDRESSES: usize = 8;
+
+/// Offsets of transport headers are below this: what four extension headers of the greatest length come to.
+const L4_MASK: usize = (1 << 14) - 1;
+
+const ETHERTYPE_OFFSET: usize = 12;
+const ETHERTYPE_IPV4: u16 = u16::from_ne_bytes([0x08, 0x00]);
+const ETHERTYPE_IPV6: u16 = u16::from_ne_bytes([0x86, 0xdd]);
+
+/// Types of ICMP messages (RFC 792), and of ICMPv6 (RFC 4443).
+const ECHO_REQUEST: u8 = 8;
+const ECHO_REPLY: u8 = 0;
+const ECHO_REQUEST_V6: u8 = 128;
+const ECHO_REPLY_V6: u8 = 129;
+
+/// TCP flag bits.
+pub mod tcp_flag {
+    pub const FIN: u8 = 1;
+    pub const SYN: u8 = 2;
+    pub const RST: u8 = 4;
+    pub const ACK: u8 = 16;
+}
+
+/// A packet that starts with an Ethernet header.
+pub trait Packet {
+    /// The bytes at `offset`, as they lie in memory, when the packet has them.
+    fn read<T: Plain>(&self, offset: usize) -> Option<T>;
+
+    /// Replaces the bytes at `offset`; false when the packet is too short or cannot be written.
+    #[must_use]
+    fn write<T: Plain>(&mut self, offset: usize, value: &T) -> bool;
+
+    /// Corrects the TCP, UDP or ICMP checksum at `offset` for a change of what it covers.
+    #[must_use]
+    fn patch_checksum(&mut self, offset: usize, change: ChecksumChange) -> bool;
+
+    /// Makes the packet `len` bytes long, filling with zeros or cutting at the end.
+    #[must_use]
+    fn resize(&mut self, len: u32) -> bool;
+}
+
+/// A change to account for in a transport checksum.
+#[derive(Clone, Copy, Debug)]
+pub struct ChecksumChange {
+    /// [`crate::checksum::difference`] of the words that changed.
+    pub difference: u32,
+    /// The words are of the pseudo header (addresses). A checksum that hardware is yet to complete holds those only.
+    pub pseudo_header: bool,
+    /// Zero means "none" and stays (UDP over IPv4).
+    pub optional: bool,
+}
+
+/// Whether a packet is a fragment.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Fragment {
+    Whole,
+    /// Has the transport header.
+    First,
+    /// Has none: ports in the key are 0.
+    Later,
+}
+
+/// Whether a packet is an ICMP echo.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Echo {
+    None,
+    /// Its identifier is the key's source port; the other is 0.
+    Request,
+    /// Its identifier is the key's destination port; the other is 0.
+    Reply,
+}
+
+/// A packet's coordinates.
+#[derive(Clone, Copy, Debug)]
+pub struct Ip {
+    /// Ports are 0 where the protocol has none or the fragment does not hold them.
+    pub key: FlowKey,
+    /// Offset of the transport header; see [`Ip::l4`].
+    l4: usize,
+    pub fragment: Fragment,
+    /// Identification, network order; 16 bits in IPv4.
+    pub id: u32,
+    /// TCP's flags; 0 for other protocols.
+    pub tcp_flags: u8,
+    /// IPv4 header checksum as it lies in memory; 0 for IPv6, which has none.
+    pub checksum: u16,
+    /// Bytes from the start of the IP header on, host order; 0 for an IPv6 packet that does not say.
+    pub total_len: u32,
+    pub echo: Echo,
+}
+
+/// What a packet turned out to be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Parsed {
+    /// Its coordinates are known.
+    Ip,
+    /// Neither IPv4 nor IPv6, or not of the family that was asked for: left alone.
+    Other,
+    /// IP by its type, but its headers are cut short or contradict themselves.
+    Malformed,
+}
+
+/// Whether a packet says that it is IPv6.
+#[inline(always)]
+pub fn is_ipv6<P: Packet>(packet: &P) -> bool {
+    packet.read::<u16>(ETHERTYPE_OFFSET) == Some(ETHERTYPE_IPV6)
+}
+
+/// Reads the headers of a packet of one family into `ip`.
+#[inline(always)]
+pub fn parse<const V6: bool, P: Packet>(packet: &P, ip: &mut Ip) -> Parsed {
+    let parsed = match packet.read::<u16>(ETHERTYPE_OFFSET) {
+        Some(ETHERTYPE_IPV4) if !V6 => ipv4::parse(packet, ip),
+        Some(ETHERTYPE_IPV6) if V6 => ipv6::parse(packet, ip),
+        _ => return Parsed::Other,
+    };
+    match parsed {
+        Some(()) => Parsed::Ip,
+        None => Parsed::Malformed,
+    }
+}
+
+/// What is read of a transport header; nothing of protocols without ports.
+#[derive(Clone, Copy)]
+struct Transport {
+    ports: [u16; 2],
+    tcp_flags: u8,
+    echo: Echo,
+    /// Bytes that the header has at least.
+    needed: usize,
+}
+
+impl Transport {
+    const NONE: Self = Self {
+        ports: [0; 2],
+        tcp_flags: 0,
+        echo: Echo::None,
+        needed: 0,
+    };
+}
+
+#[inline(always)]
+fn transport<const V6: bool, P: Packet>(
+    packet: &P,
+    l4: usize,
+    protocol: u8,
+    fragment: Fragment,
+) -> Option<Transport> {
+    let mut read = Transport::NONE;
+    if matches!(fragment, Fragment::Later) {
+        return Some(read);
+    }
+    match protocol {
+        proto::TCP => {
+            read.ports = packet.read(l4)?;
+            // The rest of a TCP header may lie in the next fragment, but no sender does that: RFC 1858, 8 bytes least.
+            read.tcp_flags = packet.read::<u8>(l4 + 13)?;
+            read.needed = 20;
+        }
+        proto::UDP => {
+            read.ports = packet.read(l4)?;
+            read.needed = 8;
+        }
+        _ if protocol == proto::icmp(V6) => {
+            // Type and code, checksum, identifier.
+            let message = packet.read::<[u16; 3]>(l4).unwrap_or([u16::MAX; 3]);
+            let [kind, _code] = message[0].to_ne_bytes();
+            let (request, reply) = if V6 {
+                (ECHO_REQUEST_V6, ECHO_REPLY_V6)
+            } else {
+                (ECHO_REQUEST, ECHO_REPLY)
+            };
+            if kind == request {
+                (read.echo, read.ports[0]) = (Echo::Request, message[2]);
+            } else if kind == reply {
+                (read.echo, read.ports[1]) = (Echo::Reply, message[2]);
+            }
+        }
+        _ => {}
+    }
+    Some(read)
+}
+
+/// Two 16-bit words of memory as one of 32 bits of memory.
+#[inline(always)]
+pub const fn word(first: u16, second: u16) -> u32 {
+    let (a, b) = (first.to_ne_bytes(), second.to_ne_bytes());
+    u32::from_ne_bytes([a[0], a[1], b[0], b[1]])
+}
+
+impl Ip {
+    /// Of no packet yet.
+    pub const NONE: Self = Self {
+        key: FlowKey::NONE,
+        l4: 0,
+        fragment: Fragment::Whole,
+        id: 0,
+        tcp_flags: 0,
+        checksum: 0,
+        total_len: 0,
+        echo: Echo::None,
+    };
+
+    /// Offset of the transport header. Where it was read back from memory, the verifier knows of no bound but this.
+    #[inline(always)]
+    pub fn l4(&self) -> usize {
+        self.l4 & L4_MASK
+    }
+
+    /// The key under which the datagram's ports are remembered.
+    #[inline(always)]
+    pub fn fragment_key(&self) -> FragmentKey {
+        FragmentKey {
+            src: self.key.src,
+            dst: self.key.dst,
+            id: self.id,
+            proto: self.key.proto,
+            pad: [0; 3],
+        }
+    }
+
+    #[inline(always)]
+    pub fn is_tcp(&self) -> bool {
+        self.key.proto == proto::TCP
+    }
+
+    /// Whether Services are spoken over the packet's protocol.
+    #[inline(always)]
+    pub fn has_ports(&self) -> bool {
+        matches!(self.key.proto, proto::TCP | proto::UDP)
+    }
+
+    #[inline(always)]
+    pub fn is_echo(&self) -> bool {
+        !matches!(self.echo, Echo::None)
+    }
+
+    /// Whether it opens a TCP connection.
+    #[inline(always)]
+    pub fn is_syn(&self) -> bool {
+        self.is_tcp() && self.tcp_flags & (tcp_flag::SYN | tcp_flag::ACK) == tcp_flag::SYN
+    }
+}
+
+#[cfg(test)]
+mod tests;
