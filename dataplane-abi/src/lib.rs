@@ -3,7 +3,8 @@
 //!
 //! Everything here is `repr(C)` without implicit padding; the byte order of each number is named on its field.
 //! A change of a layout, of a limit that sizes a map, or of what a field means asks for a new [`ABI_VERSION`]:
-//! maps are pinned under a directory that carries it, so two versions never share a map.
+//! maps are pinned under a directory that carries it, so two versions never share a map. Flows are copied from one version to
+//! the next while their sizes agree: a [`Flow`] whose fields mean something else needs another size.
 
 mod address;
 mod counter;

@@ -8,6 +8,7 @@ mod error;
 mod events;
 mod extent;
 mod flows;
+mod handover;
 mod hooks;
 mod op;
 mod pinned;
@@ -27,6 +28,7 @@ use dataplane_abi::{ABI_VERSION, Reason, limits};
 pub use error::Error;
 pub use events::{EventRing, quiet};
 pub use flows::{FlowTables, FlowView, monotonic_ns, monotonic_s};
+pub use handover::HandedOver;
 pub use hooks::PodHooks;
 pub use op::{
     Frontend, Lead, LocalPod, Op, Protocol, ServiceBackends, ServiceId, Sources, State, Vip,
@@ -121,6 +123,8 @@ pub struct Dataplane {
     programs: Programs,
     tables: Tables<PinnedMaps>,
     service_veth: Option<ServiceVeth>,
+    pin_root: PathBuf,
+    dir: PathBuf,
     /// Entries that the last collection left.
     flows_left: u32,
 }
@@ -148,6 +152,8 @@ impl Dataplane {
             programs,
             tables,
             service_veth: config.service_veth,
+            pin_root: config.pin_root.clone(),
+            dir,
             flows_left: 0,
         })
     }
@@ -214,6 +220,12 @@ impl Dataplane {
     /// the names of what was missing. Fails when the pins themselves are gone: with their file system, all that they held is.
     pub fn repair(&mut self, cgroup: Option<&Path>) -> Result<Vec<String>, Error> {
         self.programs.repair(cgroup)
+    }
+
+    /// Takes over from agents of another [`ABI_VERSION`], whose programs work until then: to be called when all Services are in our
+    /// maps.
+    pub fn take_over(&mut self) -> Result<HandedOver, Error> {
+        handover::take_over(&self.pin_root, &self.dir, &self.programs)
     }
 
     /// Counters since the maps were made, all of them, in the order of [`Reason::ALL`].

@@ -288,7 +288,7 @@ impl Programs {
     }
 
     /// Updates a link in place when it hangs where it should; else unpins it and says no.
-    fn renew(
+    pub(super) fn renew(
         &self,
         path: &Path,
         link: OwnedFd,
@@ -472,15 +472,13 @@ impl Programs {
         Ok(repaired)
     }
 
+    /// Where our links are pinned.
+    pub(super) fn links(&self) -> &Path {
+        &self.links
+    }
+
     fn pinned(&self) -> Result<Vec<PathBuf>, Error> {
-        let failed = |source| Error::Pins {
-            path: self.links.clone(),
-            source,
-        };
-        fs::read_dir(&self.links)
-            .map_err(failed)?
-            .map(|entry| entry.map(|entry| entry.path()).map_err(failed))
-            .collect()
+        pins_in(&self.links)
     }
 
     /// Runs a packet program on a packet.
@@ -538,6 +536,18 @@ impl Programs {
     }
 }
 
+/// The pins in a directory, in no order.
+pub(super) fn pins_in(dir: &Path) -> Result<Vec<PathBuf>, Error> {
+    let failed = |source| Error::Pins {
+        path: dir.to_owned(),
+        source,
+    };
+    let entries = fs::read_dir(dir).map_err(failed)?;
+    entries
+        .map(|entry| entry.map(|entry| entry.path()).map_err(failed))
+        .collect()
+}
+
 fn classifier<'a>(
     ebpf: &'a mut Ebpf,
     name: &'static str,
@@ -552,7 +562,7 @@ fn classifier<'a>(
 }
 
 /// The program that a pinned link belongs to, by the link's name.
-fn program_of(path: &Path) -> Option<&'static str> {
+pub(super) fn program_of(path: &Path) -> Option<&'static str> {
     let name = path.file_name()?.to_str()?;
     let name = name.split_once('-').map_or(name, |(program, _)| program);
     let packet = PacketProgram::ALL.iter().map(|program| program.name());
@@ -561,7 +571,7 @@ fn program_of(path: &Path) -> Option<&'static str> {
         .find(|known| *known == name)
 }
 
-fn unlink(path: &Path) -> Result<(), Error> {
+pub(super) fn unlink(path: &Path) -> Result<(), Error> {
     match fs::remove_file(path) {
         Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Link {
             link: path.to_owned(),

@@ -1,0 +1,218 @@
+//! From another version of the shared layouts to ours: an upgrade, or the way back.
+//!
+//! The other's programs hang where the agent before this one hung them, and go on with maps of their own. Once all Services are in
+//! our maps, its links get our programs in place, one after the other within a millisecond or so, and become ours: there is no
+//! moment without a program, and none with two. Flows are copied before and after, where their layout is the same.
+
+use std::{
+    collections::HashSet,
+    fs, io,
+    os::fd::AsFd as _,
+    path::{Path, PathBuf},
+};
+
+use dataplane_abi::{Addr, Flow, FlowKey, FrontendKey, Lead, LocalAddress, map};
+
+use super::{
+    Error,
+    programs::{Programs, pins_in, program_of, unlink},
+    sys::{self, MapShape},
+};
+
+/// What was taken over from other versions.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct HandedOver {
+    pub versions: u32,
+    /// Links that have our programs now.
+    pub links: usize,
+    /// Entries (two per flow) of flows that go on.
+    pub flows: usize,
+}
+
+/// Takes over from the versions beside `own` under `root`, and removes their pins.
+pub fn take_over(root: &Path, own: &Path, programs: &Programs) -> Result<HandedOver, Error> {
+    let mut taken = HandedOver::default();
+    for dir in others(root, own)? {
+        let links = dir.join("links");
+        // Where ours hang behind theirs already, they would see each packet twice.
+        make_way_for(&links, programs)?;
+        taken.flows += take_flows(&dir, own)?;
+        taken.links += take_links(&links, programs)?;
+        // What was opened or answered between the two.
+        taken.flows += take_flows(&dir, own)?;
+        remove_all(&dir)?;
+        taken.versions += 1;
+        tracing::info!(
+            path = %dir.display(),
+            links = taken.links,
+            flows = taken.flows,
+            "took over from another version"
+        );
+    }
+    Ok(taken)
+}
+
+/// Directories beside `own` that are named like a version's.
+fn others(root: &Path, own: &Path) -> Result<Vec<PathBuf>, Error> {
+    let failed = |source| Error::Pins {
+        path: root.to_owned(),
+        source,
+    };
+    let mut found = Vec::new();
+    for entry in fs::read_dir(root).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        let name = path.file_name().and_then(|name| name.to_str());
+        let is_version = name
+            .and_then(|name| name.strip_prefix('v'))
+            .is_some_and(|number| number.parse::<u32>().is_ok());
+        if is_version && path != own {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// The links of another version; none when there is no such directory.
+fn links_in(theirs: &Path) -> Result<Vec<PathBuf>, Error> {
+    if theirs.is_dir() {
+        pins_in(theirs)
+    } else {
+        Ok(Vec::new())
+    }
+}
+
+/// Takes our programs off where another version's links hang.
+fn make_way_for(theirs: &Path, programs: &Programs) -> Result<(), Error> {
+    for path in links_in(theirs)? {
+        let ours = programs.links().join(path.file_name().unwrap_or_default());
+        match sys::open_pinned(&ours) {
+            Ok(link) => {
+                let failed = |source| Error::Link {
+                    link: ours.clone(),
+                    source,
+                };
+                sys::detach_link(link.as_fd()).map_err(failed)?;
+                unlink(&ours)?;
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(source) => return Err(Error::Link { link: ours, source }),
+        }
+    }
+    Ok(())
+}
+
+/// Gives another version's links our programs in place, and makes their pins ours. What hung on something that is gone, and what is
+/// no hook of ours, is taken off. Gives how many are ours now.
+fn take_links(theirs: &Path, programs: &Programs) -> Result<usize, Error> {
+    let mut taken = 0;
+    for path in links_in(theirs)? {
+        let failed = |source| Error::Link {
+            link: path.clone(),
+            source,
+        };
+        let link = sys::open_pinned(&path).map_err(failed)?;
+        let Some(name) = program_of(&path) else {
+            sys::detach_link(link.as_fd()).map_err(failed)?;
+            unlink(&path)?;
+            continue;
+        };
+        if programs.renew(&path, link, name, None)? {
+            let ours = programs.links().join(path.file_name().unwrap_or_default());
+            fs::rename(&path, ours).map_err(failed)?;
+            taken += 1;
+        }
+    }
+    Ok(taken)
+}
+
+/// Copies flows that `own` does not have, answered ones and those that wait for it.
+fn take_flows(from: &Path, own: &Path) -> Result<usize, Error> {
+    let mut taken = 0;
+    for name in [map::FLOWS, map::FLOWS_UNREPLIED] {
+        taken += take_table(from, own, name)?;
+    }
+    Ok(taken)
+}
+
+fn take_table(from: &Path, own: &Path, name: &'static str) -> Result<usize, Error> {
+    let failed = |action, map| {
+        move |source| Error::Map {
+            action,
+            map,
+            source,
+        }
+    };
+    let theirs = match sys::open_pinned(&from.join(name)) {
+        Ok(theirs) => theirs,
+        // Of a version that had none.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+        Err(error) => return Err(failed("open", name)(error)),
+    };
+    let open = |name| sys::open_pinned(&own.join(name)).map_err(failed("open", name));
+    let ours = open(name)?;
+    let layout = |shape: MapShape| (shape.key_size, shape.value_size);
+    let shape = |map| {
+        sys::map_shape(map)
+            .map(layout)
+            .map_err(failed("open", name))
+    };
+    if shape(theirs.as_fd())? != shape(ours.as_fd())? {
+        tracing::warn!(path = %from.display(), map = name, "flows of another layout end");
+        return Ok(0);
+    }
+    let (frontends, local) = (open(map::FRONTENDS)?, open(map::LOCAL)?);
+    // Ids and generations are another ledger's.
+    let service_of = |client: &FlowKey| -> io::Result<u32> {
+        let asked = FrontendKey::new(client.dst, client.dport, client.proto);
+        let mut lead = sys::lookup::<_, Lead>(frontends.as_fd(), &asked)?;
+        if lead.is_none() {
+            lead = sys::lookup(frontends.as_fd(), &asked.on_every_address())?;
+        }
+        let here = sys::lookup::<Addr, LocalAddress>(local.as_fd(), &client.src)?.is_some();
+        Ok(match lead {
+            Some(lead) if here => lead.internal,
+            Some(lead) => lead.external,
+            // Of none: a datagram chooses anew, an established connection does not ask.
+            None => u32::MAX,
+        })
+    };
+    let read = |map| sys::entries::<FlowKey, Flow>(map).map_err(failed("read", name));
+    let known: HashSet<FlowKey> = read(ours.as_fd())?
+        .into_iter()
+        .map(|(key, _)| key)
+        .collect();
+    let mut taken = Vec::new();
+    for (key, flow) in read(theirs.as_fd())? {
+        if known.contains(&key) {
+            continue;
+        }
+        let client = if flow.reply == 1 { &flow.other } else { &key };
+        let service = match flow.service {
+            0 => 0,
+            _ => service_of(client).map_err(failed("read", map::FRONTENDS))?,
+        };
+        let generation = 0;
+        taken.push((
+            key,
+            Flow {
+                service,
+                generation,
+                ..flow
+            },
+        ));
+    }
+    sys::update_batch(ours.as_fd(), &taken).map_err(failed("write", name))?;
+    Ok(taken.len())
+}
+
+/// Removes a directory of pins and what is in it.
+fn remove_all(dir: &Path) -> Result<(), Error> {
+    match fs::remove_dir_all(dir) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(Error::Pins {
+            path: dir.to_owned(),
+            source,
+        }),
+        _ => Ok(()),
+    }
+}
