@@ -312,10 +312,11 @@ fn a_full_map_is_told_and_keeps_nobody_elses_service_from_working() {
     let ranges: Vec<String> = (0..=limits::RANGES)
         .map(|number| format!("{}/32", Ipv4Addr::from(0xc000_0000 + number)))
         .collect();
+    let ports = json!([{"name": "tcp", "port": 80, "protocol": "TCP"}]);
     let big = Service {
         name: "big",
         address: Ipv4Addr::new(10, 96, 0, 8),
-        spec: json!({"type": "LoadBalancer", "loadBalancerSourceRanges": ranges}),
+        spec: json!({"type": "LoadBalancer", "ports": ports, "loadBalancerSourceRanges": ranges}),
         balanced: Some(Ipv4Addr::new(203, 0, 113, 1)),
         ..topology.web()
     };
