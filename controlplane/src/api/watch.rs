@@ -1,6 +1,5 @@
 //! Watch: initial state, then every change, as selectors and the asked form have it.
 
-use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -213,9 +212,7 @@ impl Api {
             Some(initial) => initial,
             None => options.resource_version.unwrap_or(0) == 0,
         };
-        let mut pending = VecDeque::new();
-        let mut headed = false;
-        let from = if initial {
+        let (records, from) = if initial {
             let everything = ListOptions {
                 labels: options.labels.clone(),
                 fields: options.fields.clone(),
@@ -223,39 +220,12 @@ impl Api {
                 ..ListOptions::default()
             };
             let listing = self.select(&call.target, &everything).await?;
-            for records in listing.records.chunks(INITIAL_EVENTS_PER_CHUNK) {
-                let mut chunk = Vec::new();
-                for record in records {
-                    let line = match plain(form, &call.target) {
-                        true => from_record(
-                            Kind::Added,
-                            record,
-                            record.revision,
-                            &call.target,
-                            encoding,
-                        ),
-                        false => shaped(
-                            Kind::Added,
-                            call.target.decode(record)?,
-                            (form, encoding),
-                            &call.target,
-                            &mut headed,
-                        ),
-                    };
-                    chunk.extend_from_slice(&line);
-                }
-                pending.push_back(Bytes::from(chunk));
-            }
-            if options.initial_events == Some(true) && options.bookmarks {
-                let end = bookmark(&call.target, (form, encoding), listing.revision, true);
-                pending.push_back(end);
-            }
-            listing.revision
+            (listing.records, listing.revision)
         } else {
-            options
-                .resource_version
-                .map_or(self.store.revision(), Revision)
+            let from = options.resource_version;
+            (Vec::new(), from.map_or(self.store.revision(), Revision))
         };
+        let told = options.initial_events == Some(true) && options.bookmarks;
         let stream = match self.store.watch(&prefix, from).await {
             Ok(stream) => stream,
             Err(error @ crate::store::StoreError::Future { .. }) => return Err(error.into()),
@@ -271,12 +241,13 @@ impl Api {
         let watcher = Watcher {
             target: call.target.clone(),
             form: (form, encoding),
-            headed,
+            headed: false,
+            initial: records.into_iter(),
+            initial_end: told.then_some(from),
             bookmarked: from,
             next_bookmark: Instant::now() + BOOKMARK_PERIOD,
             ends: Instant::now() + Duration::from_secs(timeout_s),
             options,
-            pending,
             stream,
             stop: self.stop.clone(),
             _counted: self.metrics.watching(call.target.resource),
@@ -383,7 +354,10 @@ struct Watcher {
     options: ListOptions,
     /// Whether a table's columns have been sent.
     headed: bool,
-    pending: VecDeque<Bytes>,
+    /// What was there when the watch began, encoded as it is sent: a slow client holds records that others hold too, not bytes.
+    initial: std::vec::IntoIter<Record>,
+    /// The revision of the bookmark that ends it, where one was asked for.
+    initial_end: Option<Revision>,
     stream: Box<dyn WatchStream>,
     bookmarked: Revision,
     next_bookmark: Instant,
@@ -393,12 +367,38 @@ struct Watcher {
 }
 
 impl Watcher {
+    /// Some more of what was there when the watch began; None when all of it has been sent.
+    fn next_initial(&mut self) -> Result<Option<Bytes>, Status> {
+        let (target, form) = (&self.target, self.form);
+        let mut chunk = Vec::new();
+        for record in self.initial.by_ref().take(INITIAL_EVENTS_PER_CHUNK) {
+            let event = match plain(form.0, target) {
+                true => from_record(Kind::Added, &record, record.revision, target, form.1),
+                false => {
+                    let object = target.decode(&record)?;
+                    shaped(Kind::Added, object, form, target, &mut self.headed)
+                }
+            };
+            chunk.extend_from_slice(&event);
+        }
+        if self.initial.as_slice().is_empty() {
+            // The watch may live on for an hour: without the room that the records had.
+            self.initial = Vec::new().into_iter();
+            if let Some(revision) = self.initial_end.take() {
+                chunk.extend_from_slice(&bookmark(target, form, revision, true));
+            }
+        }
+        Ok(Some(chunk)
+            .filter(|chunk| !chunk.is_empty())
+            .map(Bytes::from))
+    }
+
     /// The next chunk of the body; None when the watch is over.
     async fn next(&mut self, events: &EncodedEvents) -> Option<Result<Bytes, Status>> {
+        if let Some(chunk) = self.next_initial().transpose() {
+            return Some(chunk);
+        }
         loop {
-            if let Some(chunk) = self.pending.pop_front() {
-                return Some(Ok(chunk));
-            }
             let wake = if self.options.bookmarks {
                 self.ends.min(self.next_bookmark)
             } else {

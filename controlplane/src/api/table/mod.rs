@@ -201,6 +201,19 @@ fn pairs(labels: Option<&serde_json::Map<String, Value>>) -> String {
     or_none(&pairs.join(","))
 }
 
+/// The names and the images of a template's containers.
+fn containers(template: &Value) -> (Value, Value) {
+    use crate::api::fields::Fields;
+    let all = template.items("/spec/containers");
+    let join = |field: &str| {
+        all.iter()
+            .map(|c| c.text(field))
+            .collect::<Vec<_>>()
+            .join(",")
+    };
+    (join("/name").into(), join("/image").into())
+}
+
 /// A label selector with its expressions, as `a=b,c in (d,e),!f`.
 fn selector(selector: Option<&Value>) -> String {
     use crate::api::fields::Fields;

@@ -2,7 +2,9 @@
 
 use serde_json::Value;
 
-use super::{Printer, age, column, count, created, name, or_none, pairs, selector, wide};
+use super::{
+    Printer, age, column, containers, count, created, name, or_none, pairs, selector, wide,
+};
 use crate::api::fields::Fields;
 
 /// A count or a share as it is written, or what stands for its absence.
@@ -12,17 +14,6 @@ fn amount(object: &Value, pointer: &str, absent: &str) -> Value {
         Some(Value::Number(number)) => number.to_string().into(),
         _ => absent.into(),
     }
-}
-
-fn containers(template: Option<&Value>) -> (Value, Value) {
-    let all = template.map_or(&[][..], |template| template.items("/spec/containers"));
-    let join = |field: &str| {
-        all.iter()
-            .map(|c| c.text(field))
-            .collect::<Vec<_>>()
-            .join(",")
-    };
-    (join("/name").into(), join("/image").into())
 }
 
 pub(super) static CRON_JOB: Printer = Printer {
@@ -39,7 +30,10 @@ pub(super) static CRON_JOB: Printer = Printer {
         wide("Selector"),
     ],
     cells: |cron| {
-        let (names, images) = containers(cron.pointer("/spec/jobTemplate/spec/template"));
+        let (names, images) = containers(
+            cron.pointer("/spec/jobTemplate/spec/template")
+                .unwrap_or(&Value::Null),
+        );
         let last = match cron.text("/status/lastScheduleTime") {
             "" => "<none>".to_owned(),
             at => age(at),
@@ -72,7 +66,7 @@ pub(super) static POD_TEMPLATE: Printer = Printer {
         column("Pod Labels"),
     ],
     cells: |object| {
-        let (names, images) = containers(object.pointer("/template"));
+        let (names, images) = containers(object.pointer("/template").unwrap_or(&Value::Null));
         let labels = pairs(object.object("/template/metadata/labels"));
         vec![name(object), names, images, labels.into()]
     },

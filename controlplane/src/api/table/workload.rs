@@ -2,19 +2,10 @@
 
 use serde_json::Value;
 
-use super::{Printer, age, column, count, created, human_duration, name, pairs, selector, wide};
+use super::{
+    Printer, age, column, containers, count, created, human_duration, name, pairs, selector, wide,
+};
 use crate::api::fields::Fields;
-
-fn containers(template: &Value) -> (Value, Value) {
-    let all = template.items("/spec/containers");
-    let join = |field: &str| {
-        all.iter()
-            .map(|c| c.text(field))
-            .collect::<Vec<_>>()
-            .join(",")
-    };
-    (join("/name").into(), join("/image").into())
-}
 
 fn template(object: &Value) -> &Value {
     object.pointer("/spec/template").unwrap_or(&Value::Null)
