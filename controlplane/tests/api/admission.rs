@@ -194,7 +194,7 @@ fn what_would_break_a_level_is_told_and_done() {
     );
     // Other things that are seldom meant.
     let twice = "---\n{apiVersion: v1, kind: Pod, metadata: {name: twice}, spec: {containers: [{name: c, image: i, \
-                 env: [{name: A, value: x}, {name: A, value: y}]}]}}";
+                 env: [{name: A, value: one}, {name: A, value: two}]}]}}";
     let said = told(&words, twice);
     assert!(
         said.contains(r#"Warning: spec.containers[0].env[1]: hides previous definition of "A""#),

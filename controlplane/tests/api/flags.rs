@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use crate::kubectl::WEB;
 use crate::server::{Server, text};
+use crate::wire::{eventually, watchers};
 
 /// A kubectl that runs on, and its lines as they come.
 struct Running {
@@ -122,6 +123,7 @@ fn wait_ends_with_conditions_fields_and_deletions() {
         server.kubectl("get deployment web --subresource=scale -o jsonpath={.spec.replicas}");
     assert_eq!(scale, "2");
     let gone = Running::start(&server, "wait service/web --for=delete --timeout=20s");
+    eventually("kubectl watches", || watchers(&server, "services") > 0);
     server.kubectl("delete service web");
     gone.line_with(&["service/web condition met"]);
     let late = server.kubectl_fails(

@@ -363,13 +363,13 @@ async fn informers_hold_what_a_list_shows_whatever_happens() {
     let mut kills = 0;
     // At least once each, in whatever time there is.
     while Instant::now() < ends || kills == 0 {
-        compact(&client, &mut random).await;
         tokio::time::sleep(Duration::from_millis(random.random_range(500..2500))).await;
         goes.send_replace(false);
         server.kill();
         server.launch();
         goes.send_replace(true);
         kills += 1;
+        compact(&client, &mut random).await;
     }
     while writers
         .join_next()
@@ -410,6 +410,11 @@ async fn informers_hold_what_a_list_shows_whatever_happens() {
         "an informer gave up: its words are above"
     );
     let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    // Those who were behind when the server was killed find that out when they come back.
+    while count(&tally.relists) == 0 {
+        assert!(Instant::now() < deadline, "nobody was ever too far behind");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     let (events, writes) = (count(&tally.events), count(&tally.writes));
     let (disconnects, relists) = (count(&tally.disconnects), count(&tally.relists));
     println!(

@@ -10,7 +10,7 @@ use crate::kubelet::connected;
 use crate::server::{Server, text};
 
 /// How many watches of a resource are open, as the metrics say.
-fn watchers(server: &Server, resource: &str) -> u32 {
+pub fn watchers(server: &Server, resource: &str) -> u32 {
     let metrics = server.kubectl("get --raw /metrics");
     let name = format!("apiserver_registered_watchers{{resource=\"{resource}\"}} ");
     metrics
@@ -19,7 +19,7 @@ fn watchers(server: &Server, resource: &str) -> u32 {
         .map_or(0, |count| count.parse().expect("a count"))
 }
 
-fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(20);
     while !holds() {
         assert!(Instant::now() < deadline, "not in time: {what}");
