@@ -1,14 +1,14 @@
 //! `keelway-controlplane`: flags become a configuration, and the parts that were asked for run until a signal.
 
+mod state;
+
 use std::net::{IpAddr, SocketAddr};
-use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
 use ipnetwork::IpNetwork;
-use keelway_controlplane::store::{Embedded, EmbeddedConfig};
 use keelway_controlplane::{api, controllers, scheduler, sys};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -18,9 +18,8 @@ use tokio_util::sync::CancellationToken;
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Flags {
-    /// Where the state of the cluster is kept.
-    #[arg(long, value_name = "DIR")]
-    data_dir: PathBuf,
+    #[command(flatten)]
+    state: state::StateFlags,
     /// Where certificates and keys are: ca.crt, apiserver.crt and .key, sa.key and .pub, controllers.kubeconfig, ...
     #[arg(long, value_name = "DIR", default_value = "/etc/keelway")]
     pki_dir: PathBuf,
@@ -178,15 +177,7 @@ async fn start_api(
     passed: Vec<std::net::TcpListener>,
     stop: &CancellationToken,
 ) -> Result<(Arc<api::Api>, Vec<TcpListener>)> {
-    // It holds Secrets: nobody else's to read.
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(&flags.data_dir)
-        .with_context(|| format!("creating the data directory {}", flags.data_dir.display()))?;
-    let path = flags.data_dir.join("state.redb");
-    let store =
-        tokio::task::spawn_blocking(move || Embedded::open(&EmbeddedConfig::at(path))).await??;
+    let store = flags.state.open().await?;
     let bound = TcpListener::bind(flags.bind)
         .await
         .with_context(|| format!("listening at {}", flags.bind))?;
@@ -197,7 +188,7 @@ async fn start_api(
         advertise_port: bound.local_addr()?.port(),
         service_cidrs: flags.service_cidr.clone(),
     };
-    let server = api::Api::start(config, Arc::new(store), stop.clone()).await?;
+    let server = api::Api::start(config, store, stop.clone()).await?;
     tracing::info!(address = %bound.local_addr()?, passed = passed.len(), "the API server listens");
     let mut listeners = vec![bound];
     for listener in passed {

@@ -331,6 +331,7 @@ impl From<StoreError> for Status {
             }
             StoreError::Future { wanted, current } => Self::revision_ahead(wanted.0, current.0),
             StoreError::Closed => Self::unavailable("the server is stopping"),
+            error @ StoreError::Unavailable { .. } => Self::unavailable(error.to_string()),
             error => Self::internal(error),
         }
     }

@@ -455,9 +455,11 @@ macro_rules! contract_tests {
             #![proptest_config(proptest::prelude::ProptestConfig::with_cases(24))]
             #[test]
             fn lists_and_watches_agree_with_a_model(ops in $crate::store::contract::ops()) {
-                let (store, _keep) = $make;
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-                runtime.block_on($crate::store::contract::lists_and_watches_agree_with_a_model(store, ops));
+                runtime.block_on(async {
+                    let (store, _keep) = $make;
+                    $crate::store::contract::lists_and_watches_agree_with_a_model(store, ops).await;
+                });
             }
         }
     };

@@ -13,8 +13,11 @@ use futures::future::BoxFuture;
 #[cfg(test)]
 mod contract;
 mod embedded;
+mod etcd;
+mod replica;
 
 pub use embedded::{Embedded, EmbeddedConfig};
+pub use etcd::{Etcd, EtcdConfig};
 
 /// Revision is a point in the store's history: every write gets the next one. It is what clients see as `resourceVersion`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -128,6 +131,12 @@ pub enum StoreError {
         path: String,
         reason: String,
     },
+    /// Servers that keep the state do not answer. Whether a write happened is not known.
+    #[error("cannot {operation}, as etcd says: {reason}")]
+    Unavailable {
+        operation: &'static str,
+        reason: String,
+    },
 }
 
 /// Store is the seam between the API server and where its state lives. All answers are linearizable: a read sees every
@@ -143,8 +152,8 @@ pub trait Store: Send + Sync + 'static {
         expect: Expect,
     ) -> BoxFuture<'a, Result<Record, StoreError>>;
 
-    /// As `put`, and the store deletes the key by itself a `lifetime` after its last write with one (up to 1/64 later). A
-    /// plain `put` makes it stay for good.
+    /// As `put`, and the store deletes the key by itself a `lifetime` after its last write with one (up to 1/64 or a few seconds
+    /// later). A plain `put` makes it stay for good.
     fn put_for<'a>(
         &'a self,
         key: &'a str,

@@ -2,12 +2,38 @@
 
 use std::time::Duration;
 
+use crate::etcd::Etcd;
 use crate::kubectl::WEB;
 use crate::server::Server;
 
 #[test]
 fn state_survives_a_kill_and_addresses_are_not_given_out_twice() {
     let server = Server::start();
+    kill_between_writes(&server);
+    let mode = std::os::unix::fs::PermissionsExt::mode(
+        &std::fs::metadata(server.path("data"))
+            .expect("the data directory")
+            .permissions(),
+    );
+    assert_eq!(mode & 0o077, 0, "Secrets are in there");
+}
+
+#[test]
+fn state_on_etcd_survives_a_kill_of_either() {
+    let mut etcd = Etcd::start();
+    let server = Server::start_on(&etcd);
+    kill_between_writes(&server);
+    assert!(!server.path("data").exists(), "nothing is kept beside etcd");
+    // Without etcd nothing is answered that may be old, and with it everything goes on.
+    etcd.kill();
+    let refused = server.kubectl_fails("get configmap kept --request-timeout=10s", "");
+    assert!(refused.contains("etcd"), "{refused}");
+    etcd.restart();
+    assert_eq!(server.object("configmap kept")["data"]["a"], "b");
+    server.kubectl("annotate configmap kept note=after --overwrite");
+}
+
+fn kill_between_writes(server: &Server) {
     server.kubectl_in("apply -f -", WEB);
     server.kubectl("create configmap kept --from-literal=a=b");
     let before = (
@@ -15,12 +41,6 @@ fn state_survives_a_kill_and_addresses_are_not_given_out_twice() {
         server.object("service web"),
         server.object("configmap kept"),
     );
-    let mode = std::os::unix::fs::PermissionsExt::mode(
-        &std::fs::metadata(server.path("data"))
-            .expect("the data directory")
-            .permissions(),
-    );
-    assert_eq!(mode & 0o077, 0, "Secrets are in there");
     server.kill();
     server.launch();
     let after = (

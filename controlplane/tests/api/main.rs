@@ -4,6 +4,7 @@ mod admission;
 mod discovery;
 mod durability;
 mod encodings;
+mod etcd;
 mod flags;
 mod kinds;
 mod kubectl;

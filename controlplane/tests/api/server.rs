@@ -14,6 +14,8 @@ use rcgen::{
 };
 use serde_json::Value;
 
+use crate::etcd::Etcd;
+
 /// How long the server may take to be ready, and a kubectl command to end.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -22,6 +24,8 @@ pub struct Server {
     dir: tempfile::TempDir,
     port: u16,
     components: &'static str,
+    /// The flags that say where its state is.
+    state: Vec<String>,
     process: Mutex<Option<Child>>,
 }
 
@@ -33,6 +37,18 @@ impl Server {
 
     pub fn start_with(components: &'static str) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
+        let state = format!("--data-dir={}", dir.path().join("data").display());
+        Self::start_in(dir, components, vec![state])
+    }
+
+    /// Starts the API server alone, on an etcd.
+    pub fn start_on(etcd: &Etcd) -> Self {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let state = format!("--store=etcd:{}", etcd.endpoint());
+        Self::start_in(dir, "api", vec![state])
+    }
+
+    fn start_in(dir: tempfile::TempDir, components: &'static str, state: Vec<String>) -> Self {
         // Bound and freed again: the server takes it a moment later.
         let port = TcpListener::bind("127.0.0.1:0")
             .and_then(|l| l.local_addr())
@@ -43,6 +59,7 @@ impl Server {
             dir,
             port,
             components,
+            state,
             process: Mutex::new(None),
         };
         server.launch();
@@ -60,8 +77,7 @@ impl Server {
             ])
             .arg("--bind")
             .arg(format!("127.0.0.1:{}", self.port))
-            .arg("--data-dir")
-            .arg(self.path("data"))
+            .args(&self.state)
             .arg("--pki-dir")
             .arg(self.dir.path())
             .env_remove("LISTEN_FDS")

@@ -18,7 +18,15 @@ const PACKAGES: &[(&str, &str)] = &[
     ("busybox-static", "the client image's programs"),
     ("ca-certificates", "downloads"),
     ("containerd", "each node runs its own"),
+    (
+        "etcd-server",
+        "the store of several control planes is tested on it",
+    ),
     ("iproute2", "tests and people look at namespaces with it"),
+    (
+        "libprotobuf-dev",
+        "definitions that etcd's are written with",
+    ),
     (
         "nftables",
         "tests compare the machine's rules before and after",

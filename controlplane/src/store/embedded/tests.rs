@@ -1,5 +1,5 @@
 use std::io;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::*;
@@ -102,7 +102,10 @@ async fn a_second_process_on_the_same_file_is_refused_with_the_reason() {
 async fn a_slow_watch_is_cut_off_and_a_busy_bucket_does_not_shorten_anothers_history() {
     let folder = tempfile::tempdir().unwrap();
     let config = EmbeddedConfig {
-        history_events_max: 4,
+        history: Bounds {
+            events_max: 4,
+            ..Bounds::default()
+        },
         ..EmbeddedConfig::at(folder.path().join("state.redb"))
     };
     let store = Embedded::open(&config).unwrap();
@@ -145,7 +148,10 @@ async fn a_slow_watch_is_cut_off_and_a_busy_bucket_does_not_shorten_anothers_his
 async fn history_is_bounded_by_bytes() {
     let folder = tempfile::tempdir().unwrap();
     let config = EmbeddedConfig {
-        history_bytes_max: 64 << 10,
+        history: Bounds {
+            bytes_max: 64 << 10,
+            ..Bounds::default()
+        },
         ..EmbeddedConfig::at(folder.path().join("state.redb"))
     };
     let store = Embedded::open(&config).unwrap();

@@ -1,13 +1,13 @@
 //! The writer thread: group commit.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    Change, Disk, Event, Expect, Expiries, Instant, Record, Revision, SharedState, StoreError,
+    Change, Disk, Event, Expect, Expiries, Instant, Record, Replica, Revision, StoreError,
 };
 
 /// Writes that one transaction may hold: bounds the latency of the first of them.
@@ -34,7 +34,7 @@ pub(super) struct Request {
 /// Runs until every sender is gone.
 pub(super) fn run(
     disk: &Disk,
-    state: &SharedState,
+    replica: &Replica,
     mut requests: mpsc::Receiver<Request>,
     mut expiries: Expiries,
 ) {
@@ -62,7 +62,7 @@ pub(super) fn run(
                     write: delete(key),
                     answer: oneshot::channel().0,
                 });
-                if !commit(disk, state, &mut expiries, group.collect()) {
+                if !commit(disk, replica, &mut expiries, group.collect()) {
                     not_before = Instant::after(EXPIRY_RETRY);
                 }
                 continue;
@@ -82,18 +82,15 @@ pub(super) fn run(
                 bytes += next.write.value.as_ref().map_or(0, Bytes::len);
                 group.push(next);
             }
-            commit(disk, state, &mut expiries, group);
+            commit(disk, replica, &mut expiries, group);
         }
     });
 }
 
 /// Whether the disk took the group.
-fn commit(disk: &Disk, state: &SharedState, expiries: &mut Expiries, group: Vec<Request>) -> bool {
+fn commit(disk: &Disk, replica: &Replica, expiries: &mut Expiries, group: Vec<Request>) -> bool {
     // Only this thread writes, so what is read here cannot change before it is replaced below.
-    let (mut records, mut revision) = {
-        let state = super::read(state);
-        (state.records.clone(), state.revision)
-    };
+    let (mut records, mut revision) = replica.newest();
     let mut events: Vec<Arc<Event>> = Vec::with_capacity(group.len());
     let mut answers = Vec::with_capacity(group.len());
     let mut changes: Vec<(Arc<str>, Option<Instant>)> = Vec::new();
@@ -130,13 +127,7 @@ fn commit(disk: &Disk, state: &SharedState, expiries: &mut Expiries, group: Vec<
         for (key, expires) in changes {
             expiries.set(key, expires);
         }
-        let mut state = state.write().unwrap_or_else(PoisonError::into_inner);
-        state.records = records;
-        state.revision = revision;
-        for event in &events {
-            state.history.append(event.clone());
-        }
-        state.history.wake(&events);
+        replica.publish(records, revision, &events);
     }
     for (answer, outcome) in answers {
         // A caller that has gone away does not undo its write.

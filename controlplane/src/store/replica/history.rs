@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use super::super::{Change, Record, Revision, StoreError, WatchEvent, bucket_of};
 
 /// Event is one write.
-pub(super) struct Event {
+pub(in crate::store) struct Event {
     pub change: Change,
     pub record: Record,
     pub previous: Option<Record>,
@@ -57,36 +57,64 @@ impl Bucket {
     }
 }
 
+/// Bounds say how much history is kept.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// Events per bucket.
+    pub events_max: usize,
+    /// Bytes of values per bucket.
+    pub bytes_max: usize,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self {
+            events_max: 8192,
+            bytes_max: 16 << 20,
+        }
+    }
+}
+
 pub(super) struct History {
     buckets: HashMap<Box<str>, Bucket>,
     /// Wakes watches of prefixes that are wider than a bucket.
     changed: watch::Sender<()>,
     /// The revision at start: older ones were never in memory.
     origin: Revision,
-    events_max: usize,
-    bytes_max: usize,
+    bounds: Bounds,
 }
 
 impl History {
-    pub fn new(origin: Revision, events_max: usize, bytes_max: usize) -> Self {
+    pub fn new(origin: Revision, bounds: Bounds) -> Self {
         Self {
             buckets: HashMap::new(),
             changed: watch::Sender::new(()),
             origin,
-            events_max,
-            bytes_max,
+            bounds,
         }
+    }
+
+    /// Drops every event: the history begins after a revision. Whoever waits looks, and finds that it has fallen behind.
+    pub fn forget(&mut self, origin: Revision) {
+        self.origin = origin;
+        for bucket in self.buckets.values_mut() {
+            bucket.events.clear();
+            bucket.bytes = 0;
+            bucket.compacted = origin;
+            bucket.changed.send_replace(());
+        }
+        self.changed.send_replace(());
     }
 
     /// Appends events, in order of revision. Call `wake` for them once they are visible.
     pub fn append(&mut self, event: Arc<Event>) {
-        let (origin, events_max, bytes_max) = (self.origin, self.events_max, self.bytes_max);
+        let (origin, bounds) = (self.origin, self.bounds);
         let bucket = self.bucket(bucket_of(&event.record.key).unwrap_or_default(), origin);
         bucket.bytes += event.bytes();
         bucket.events.push_back(event);
         // The newest event stays whatever its size: a watcher that keeps up must see it.
         while bucket.events.len() > 1
-            && (bucket.events.len() > events_max || bucket.bytes > bytes_max)
+            && (bucket.events.len() > bounds.events_max || bucket.bytes > bounds.bytes_max)
         {
             if let Some(old) = bucket.events.pop_front() {
                 bucket.bytes -= old.bytes();
@@ -131,7 +159,7 @@ impl History {
         }
     }
 
-    /// The first `max` writes under the prefix after a revision.
+    /// The first `max` writes under the prefix after a revision, and those that share the last one's revision.
     pub fn after(
         &self,
         prefix: &str,
@@ -144,23 +172,16 @@ impl History {
             let Some(bucket) = self.buckets.get(name) else {
                 return Ok(Vec::new());
             };
-            return Ok(bucket
-                .after(revision)
-                .filter(wanted)
-                .take(max)
-                .cloned()
-                .collect());
+            return Ok(whole(bucket.after(revision).filter(wanted), max));
         }
         let mut events: Vec<_> = self
             .buckets
             .values()
             .flat_map(|b| b.after(revision))
             .filter(wanted)
-            .cloned()
             .collect();
-        events.sort_unstable_by_key(|e| e.record.revision);
-        events.truncate(max);
-        Ok(events)
+        events.sort_by_key(|e| e.record.revision);
+        Ok(whole(events.into_iter(), max))
     }
 
     /// What wakes a watch of the prefix; None when the bucket is not there yet.
@@ -187,4 +208,19 @@ impl History {
             .get_mut(name)
             .expect("inserted above when it was absent")
     }
+}
+
+/// So many events, and the rest of the last one's revision: a position can only be between revisions.
+fn whole<'a>(events: impl Iterator<Item = &'a Arc<Event>>, max: usize) -> Vec<Arc<Event>> {
+    let mut taken: Vec<Arc<Event>> = Vec::new();
+    for event in events {
+        let begins = taken
+            .last()
+            .is_none_or(|last| last.record.revision != event.record.revision);
+        if begins && taken.len() >= max {
+            break;
+        }
+        taken.push(event.clone());
+    }
+    taken
 }

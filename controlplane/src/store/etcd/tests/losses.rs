@@ -1,0 +1,92 @@
+//! Three members, of which one at a time is killed or stands still, the leader among them.
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use super::*;
+
+const MEMBERS: usize = 3;
+/// Writes between two blows.
+const WRITES: usize = 40;
+
+fn start() -> Vec<Server> {
+    let peers: Vec<u16> = (0..MEMBERS).map(|_| server::free_port()).collect();
+    let cluster: Vec<String> = peers
+        .iter()
+        .enumerate()
+        .map(|(i, port)| format!("m{i}=http://127.0.0.1:{port}"))
+        .collect();
+    let cluster = cluster.join(",");
+    let mut members: Vec<Server> = peers
+        .iter()
+        .enumerate()
+        .map(|(i, port)| Server::member(&format!("m{i}"), *port, &cluster, None))
+        .collect();
+    for member in &mut members {
+        assert!(member.wait_ready(), "every member starts");
+    }
+    members
+}
+
+/// Writes until so many writes were answered; those that failed may have happened or not.
+async fn write(store: &Etcd, next: &mut usize, answered: &mut Vec<(usize, Revision)>) {
+    let end = Instant::now() + Duration::from_secs(60);
+    let goal = answered.len() + WRITES;
+    while answered.len() < goal {
+        assert!(Instant::now() < end, "two of three members serve");
+        let i = *next;
+        *next += 1;
+        match store.put(&pod(i), value(i), Expect::Absent).await {
+            Ok(record) => answered.push((i, record.revision)),
+            Err(StoreError::Unavailable { .. }) => {}
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn any_member_may_be_lost_and_no_answered_write_is() {
+    let mut members = start();
+    let config = EtcdConfig::at(members.iter().map(|m| m.endpoint().to_owned()).collect());
+    let store = Etcd::connect(&config).await.unwrap();
+    let mut watch = store.watch("/core/pods/", store.revision()).await.unwrap();
+    let (mut next, mut answered) = (0, Vec::new());
+    write(&store, &mut next, &mut answered).await;
+    for victim in &mut members {
+        victim.kill();
+        write(&store, &mut next, &mut answered).await;
+        victim.restart();
+        victim.pause(true);
+        write(&store, &mut next, &mut answered).await;
+        victim.pause(false);
+        write(&store, &mut next, &mut answered).await;
+    }
+    let last = *answered.last().expect("writes were answered");
+    let mut seen: Vec<(String, Revision)> = Vec::new();
+    while seen.last().is_none_or(|(_, revision)| *revision < last.1) {
+        let events = watch.next().await.unwrap();
+        seen.extend(
+            events
+                .iter()
+                .map(|e| (e.record.key.to_string(), e.record.revision)),
+        );
+    }
+    assert!(
+        seen.windows(2).all(|w| w[0].1 < w[1].1),
+        "in order, and once"
+    );
+    let told: BTreeSet<_> = seen.iter().cloned().collect();
+    for (i, revision) in &answered {
+        assert!(told.contains(&(pod(*i), *revision)), "{i} at {revision}");
+    }
+    // What the watch told of is all there is, failed writes that happened included.
+    let page = store.list(Range::all("/core/pods/")).await.unwrap();
+    let listed: BTreeSet<_> = page
+        .records
+        .iter()
+        .map(|r| (r.key.to_string(), r.revision))
+        .collect();
+    let told_by_then: BTreeSet<_> = told.into_iter().filter(|(_, r)| *r <= last.1).collect();
+    let listed_by_then: BTreeSet<_> = listed.into_iter().filter(|(_, r)| *r <= last.1).collect();
+    assert_eq!(told_by_then, listed_by_then);
+}

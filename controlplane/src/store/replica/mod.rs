@@ -1,0 +1,228 @@
+//! What both stores serve reads and watches from: every record in memory in a persistent ordered map, and the recent writes.
+//!
+//! One writer publishes; readers take the published map by an O(1) clone. Watches hold a position in the history and
+//! nothing else, so a slow one costs no memory: when the history has moved past it, it gets `StoreError::Compacted`.
+
+mod history;
+
+use std::ops::Bound;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use futures::future::BoxFuture;
+use im::OrdMap;
+use tokio::sync::watch;
+
+use super::{Page, Range, Record, Revision, StoreError, WatchEvent, WatchStream};
+use history::History;
+pub(super) use history::{Bounds, Event};
+
+/// Events that a watch hands out at once, beyond those of one revision.
+const WATCH_BATCH_MAX: usize = 512;
+
+pub(super) type Records = OrdMap<Arc<str>, Record>;
+
+/// State is what readers see: published as a whole, under one lock.
+struct State {
+    records: Records,
+    revision: Revision,
+    history: History,
+}
+
+/// Replica is the store's state in memory. Clones share it.
+#[derive(Clone)]
+pub(super) struct Replica {
+    state: Arc<RwLock<State>>,
+    /// Tells of new revisions.
+    revision: Arc<watch::Sender<Revision>>,
+}
+
+impl Replica {
+    pub fn new(records: Records, revision: Revision, bounds: Bounds) -> Self {
+        let history = History::new(revision, bounds);
+        Self {
+            state: Arc::new(RwLock::new(State {
+                records,
+                revision,
+                history,
+            })),
+            revision: Arc::new(watch::Sender::new(revision)),
+        }
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, State> {
+        // A panic cannot leave the state half published: it is replaced by infallible moves.
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, State> {
+        self.state.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn get(&self, key: &str) -> Option<Record> {
+        self.read().records.get(key).cloned()
+    }
+
+    pub fn revision(&self) -> Revision {
+        self.read().revision
+    }
+
+    /// The newest state, for the one writer to change and publish.
+    pub fn newest(&self) -> (Records, Revision) {
+        let state = self.read();
+        (state.records.clone(), state.revision)
+    }
+
+    /// Shows a new state to readers, and the events that led to it to watches.
+    pub fn publish(&self, records: Records, revision: Revision, events: &[Arc<Event>]) {
+        let mut state = self.write();
+        state.records = records;
+        state.revision = revision;
+        for event in events {
+            state.history.append(event.clone());
+        }
+        state.history.wake(events);
+        drop(state);
+        self.revision.send_replace(revision);
+    }
+
+    /// Shows a state that nobody knows the way to: watches from before it are told to list again.
+    pub fn replace(&self, records: Records, revision: Revision) {
+        let mut state = self.write();
+        state.records = records;
+        state.revision = revision;
+        state.history.forget(revision);
+        drop(state);
+        self.revision.send_replace(revision);
+    }
+
+    /// Waits until a revision has been published.
+    pub async fn reached(&self, wanted: Revision) {
+        // It fails when the sender is gone, which is kept here.
+        let _ = self
+            .revision
+            .subscribe()
+            .wait_for(|revision| *revision >= wanted)
+            .await;
+    }
+
+    pub fn range(&self, range: Range<'_>) -> Result<Page, StoreError> {
+        let (records, revision) = self.records_at(range.prefix, range.at)?;
+        let start = match range.after {
+            Some(after) if after >= range.prefix => Bound::Excluded(after),
+            _ => Bound::Included(range.prefix),
+        };
+        let mut matching = records
+            .range::<(Bound<&str>, Bound<&str>), str>((start, Bound::Unbounded))
+            .take_while(|(key, _)| key.starts_with(range.prefix))
+            .map(|(_, record)| record);
+        let records: Vec<Record> = match range.limit {
+            Some(limit) => matching.by_ref().take(limit).cloned().collect(),
+            None => matching.by_ref().cloned().collect(),
+        };
+        Ok(Page {
+            records,
+            revision,
+            remaining: matching.count(),
+        })
+    }
+
+    /// The map as it was at a revision: the newest one with the later events of the prefix undone.
+    fn records_at(
+        &self,
+        prefix: &str,
+        at: Option<Revision>,
+    ) -> Result<(Records, Revision), StoreError> {
+        let state = self.read();
+        let at = at.unwrap_or(state.revision);
+        if at > state.revision {
+            return Err(StoreError::Future {
+                wanted: at,
+                current: state.revision,
+            });
+        }
+        let mut records = state.records.clone();
+        if at < state.revision {
+            for event in state.history.after(prefix, at, usize::MAX)?.iter().rev() {
+                match &event.previous {
+                    Some(previous) => records.insert(previous.key.clone(), previous.clone()),
+                    None => records.remove(&*event.record.key),
+                };
+            }
+        }
+        Ok((records, at))
+    }
+
+    pub fn watch(&self, prefix: &str, from: Revision) -> Result<Box<dyn WatchStream>, StoreError> {
+        let changed = {
+            let state = self.read();
+            if from > state.revision {
+                return Err(StoreError::Future {
+                    wanted: from,
+                    current: state.revision,
+                });
+            }
+            state.history.check(prefix, from)?;
+            state.history.subscribe(prefix)
+        };
+        let changed = match changed {
+            Some(changed) => changed,
+            // The bucket has never been written to: its place in the history is made now.
+            None => self.write().history.subscribe_new(prefix),
+        };
+        Ok(Box::new(Watch {
+            replica: self.clone(),
+            prefix: prefix.into(),
+            position: from,
+            changed,
+        }))
+    }
+}
+
+/// Watch is a position in the history of a prefix.
+struct Watch {
+    replica: Replica,
+    prefix: Arc<str>,
+    /// Everything up to here has been handed out.
+    position: Revision,
+    changed: watch::Receiver<()>,
+}
+
+impl Watch {
+    fn pending(&mut self) -> Result<Vec<Arc<Event>>, StoreError> {
+        let state = self.replica.read();
+        let events = state
+            .history
+            .after(&self.prefix, self.position, WATCH_BATCH_MAX)?;
+        self.position = match events.last() {
+            Some(last) => last.record.revision,
+            None => state.revision,
+        };
+        Ok(events)
+    }
+}
+
+impl WatchStream for Watch {
+    fn next(&mut self) -> BoxFuture<'_, Result<Vec<WatchEvent>, StoreError>> {
+        Box::pin(async move {
+            loop {
+                self.changed.borrow_and_update();
+                let events = self.pending()?;
+                if !events.is_empty() {
+                    return Ok(events.iter().map(|event| event.to_watch_event()).collect());
+                }
+                self.changed
+                    .changed()
+                    .await
+                    .map_err(|_| StoreError::Closed)?;
+            }
+        })
+    }
+
+    fn progress(&self) -> Revision {
+        let state = self.replica.read();
+        match state.history.after(&self.prefix, self.position, 1) {
+            Ok(events) if events.is_empty() => state.revision,
+            _ => self.position,
+        }
+    }
+}
