@@ -5,11 +5,14 @@ use std::{
     collections::BTreeMap,
     fs,
     io::{Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, UdpSocket},
+    net::{
+        IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, TcpStream, UdpSocket,
+    },
     path::{Path, PathBuf},
     process::Command,
     sync::atomic::{AtomicU32, Ordering},
     thread,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -72,7 +75,23 @@ impl Nodes {
         let nodes = nodes
             .try_into()
             .map_err(|_count| anyhow::anyhow!("two nodes"))?;
-        Ok(Self { nodes })
+        let nodes = Self { nodes };
+        nodes.meet()?;
+        Ok(nodes)
+    }
+
+    /// Lets the nodes find each other over IPv6, where a first question may be lost while the link comes up, and the next one is asked a
+    /// second later.
+    fn meet(&self) -> Result<()> {
+        const ATTEMPTS: u32 = 10;
+        let [first, second] = &self.nodes;
+        for (from, to) in [(first, second), (second, first)] {
+            let at = SocketAddr::new(to.address_v6.into(), ECHO_PORT);
+            let meets = |_: &u32| TcpStream::connect_timeout(&at, Duration::from_secs(1)).is_ok();
+            let met = from.host.run(|| (0..ATTEMPTS).find(meets));
+            ensure!(met.is_some(), "{at} is not reached by the other node");
+        }
+        Ok(())
     }
 
     /// Leads a Service address and port, TCP and UDP, to these backends, on both nodes.
