@@ -174,7 +174,10 @@ struct Impostor(Child);
 impl Impostor {
     fn start(node: &AgentNode, dir: &tempfile::TempDir, name: &str) -> Result<Self> {
         let path = dir.path().join(name);
-        fs::copy("/bin/sleep", &path)?;
+        // One that runs already cannot be written to.
+        if !path.exists() {
+            fs::copy("/bin/sleep", &path)?;
+        }
         let mut command = Command::new(path);
         command.arg("600").stdin(Stdio::null());
         Ok(Self(node.host.run(|| command.spawn())?))
@@ -276,7 +279,19 @@ fn what_programs_that_keep_the_network_take_away_comes_back() {
     for family in ["-4", "-6"] {
         on(&first, &["ip", family, "route", "flush", "proto", "107"]).expect("ip");
     }
-    on(&first, &["ip", "addr", "flush", "dev", "keelway-svc"]).expect("ip");
+    on(
+        &first,
+        &[
+            "ip",
+            "addr",
+            "flush",
+            "dev",
+            "keelway-svc",
+            "scope",
+            "global",
+        ],
+    )
+    .expect("ip");
     reach(&a, &first.host).expect_err("the host's way to the pod is gone");
     until(
         "everything is back",
