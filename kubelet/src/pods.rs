@@ -1,6 +1,6 @@
 //! pods: which pods belong on this node, and a worker for each.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use futures::StreamExt;
@@ -14,9 +14,10 @@ use tokio::sync::{broadcast, watch};
 use tokio::task::JoinSet;
 
 use crate::backoff::Quick;
-use crate::pod::PodKey;
+use crate::pod::admission::{Refusal, conflict};
 use crate::pod::operations::Context;
 use crate::pod::worker::{Handle, Signal, Worker};
+use crate::pod::{PodKey, ended};
 use crate::runtime::{ExitSource, KnownPod, Runtime};
 use crate::volume::{PodFolder, place};
 
@@ -67,6 +68,8 @@ pub struct Dispatcher {
     context: Arc<Context>,
     registry: Registry,
     workers: HashMap<String, Handle>,
+    /// Pods that were not let in: they hold nothing.
+    refused: HashSet<String>,
     tasks: JoinSet<PodKey>,
 }
 
@@ -76,6 +79,7 @@ impl Dispatcher {
             context,
             registry,
             workers: HashMap::new(),
+            refused: HashSet::new(),
             tasks: JoinSet::new(),
         }
     }
@@ -113,6 +117,7 @@ impl Dispatcher {
                     Ok(key) => {
                         tracing::info!(pod = %key, "gone");
                         self.workers.remove(&key.uid);
+                        self.refused.remove(&key.uid);
                     }
                     // The worker's handle fails from now on; the next event of the pod starts another.
                     Err(error) => tracing::error!(%error, "a worker broke"),
@@ -132,7 +137,10 @@ impl Dispatcher {
         for uid in gone {
             self.removed(&uid);
         }
-        for pod in listing.into_values() {
+        // Those that were let in before a restart of the kubelet come first.
+        let mut pods: Vec<Arc<Pod>> = listing.into_values().collect();
+        pods.sort_by_key(|pod| (!was_let_in(pod), pod.metadata.creation_timestamp.clone()));
+        for pod in pods {
             self.apply(pod);
         }
         match self.context.runtime.known_pods().await {
@@ -164,9 +172,27 @@ impl Dispatcher {
 
     fn start(&mut self, pod: Arc<Pod>, removed: bool) {
         let uid = pod.metadata.uid.clone().unwrap_or_default();
+        let refusal = self.refusal(&uid, &pod).filter(|_| !removed);
+        if refusal.is_some() {
+            self.refused.insert(uid.clone());
+        }
         let (worker, handle) = Worker::new(self.context.clone(), pod, removed);
         self.workers.insert(uid, handle);
-        self.tasks.spawn(worker.run());
+        self.tasks.spawn(worker.refusing(refusal).run());
+    }
+
+    /// Why a new pod cannot be beside those that are here and have not ended.
+    fn refusal(&self, uid: &str, pod: &Pod) -> Option<Refusal> {
+        if was_let_in(pod) || ended(pod) {
+            return None;
+        }
+        let here = self.registry.all();
+        let others = here.iter().map(Arc::as_ref).filter(|other| {
+            let other_uid = other.metadata.uid.as_deref().unwrap_or_default();
+            let is_here = self.workers.contains_key(other_uid) && !self.refused.contains(other_uid);
+            other_uid != uid && is_here && !ended(other)
+        });
+        conflict(pod, others)
     }
 
     fn tell_all(&self, signal: impl Fn() -> Signal) {
@@ -216,6 +242,12 @@ impl Dispatcher {
             self.context.cgroups.remove_uid(&uid);
         }
     }
+}
+
+/// Whether a kubelet has begun with the pod before.
+fn was_let_in(pod: &Pod) -> bool {
+    let status = pod.status.as_ref();
+    status.is_some_and(|status| status.start_time.is_some())
 }
 
 /// Keeps listening to the runtime for containers that change.

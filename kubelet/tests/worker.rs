@@ -5,6 +5,7 @@ mod fake;
 use std::time::Duration;
 
 use fake::{Stage, eventually, pod};
+use keelway_kubelet::pod::admission::conflict;
 use serde_json::json;
 
 #[tokio::test(start_paused = true)]
@@ -319,6 +320,25 @@ async fn a_pod_that_may_not_run_here_fails_at_once_and_one_without_its_isolation
     let status = stage.cluster.status("refused").unwrap();
     assert_eq!(status.reason.as_deref(), Some("SysctlForbidden"));
     assert_eq!(stage.cluster.reasons(&refused), ["SysctlForbidden"]);
+    // A port of the node that another pod has: only who knows all pods can tell.
+    let port = json!({"containers": [{"name": "c", "image": "img:1", "ports": [{"containerPort": 1, "hostPort": 1}]}]});
+    let other = pod("other", port.clone());
+    let late = pod("late", port);
+    let refusal = conflict(&late, [&other]);
+    let late = stage.start_refusing(late, refusal);
+    eventually("it has failed", || {
+        stage.cluster.phase("late") == Some("Failed".to_owned())
+    })
+    .await;
+    let status = stage.cluster.status("late").unwrap();
+    assert_eq!(status.reason.as_deref(), Some("NodePorts"));
+    assert_eq!(
+        status.message.as_deref(),
+        Some(
+            "Pod was rejected: Predicate NodePorts failed: node(s) didn't have free ports for the requested pod ports"
+        )
+    );
+    assert_eq!(stage.cluster.reasons(&late), ["NodePorts"]);
     let unsafe_here = stage.start(pod(
         "p",
         json!({"hostUsers": false, "containers": [{"name": "c", "image": "img:1"}]}),

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 
+use crate::pod::admission::Refusal;
 use crate::runtime::ContainerView;
 
 /// First wait after a failed attempt; it doubles up to the longest (upstream's figures).
@@ -71,6 +72,8 @@ pub struct Memory {
     pub last_seen: BTreeMap<String, ContainerView>,
     /// By container id: what it left in its termination message file.
     pub termination_messages: BTreeMap<String, String>,
+    /// Why the pod was not let in beside others, if it was not.
+    pub refused: Option<Refusal>,
     /// Nothing of the pod is left in the runtime, and its volumes are gone.
     pub cleaned: bool,
 }

@@ -81,10 +81,14 @@ pub fn status(report: &Report<'_>) -> PodStatus {
             Some("DeadlineExceeded".to_owned()),
             Some("Pod was active on the node longer than the specified deadline".to_owned()),
         ),
-        Some(Outcome::Refused) => refusal(report.pod).map_or((None, None), |refusal| {
-            let message = format!("Pod was rejected: {}", refusal.message);
-            (Some(refusal.reason.to_owned()), Some(message))
-        }),
+        Some(Outcome::Refused) => {
+            let refused = report.memory.refused.clone();
+            let refusal = refused.or_else(|| refusal(report.pod));
+            refusal.map_or((None, None), |refusal| {
+                let message = format!("Pod was rejected: {}", refusal.message);
+                (Some(refusal.reason.to_owned()), Some(message))
+            })
+        }
         _ => (old.reason.clone(), old.message.clone()),
     };
     let mut status = PodStatus {

@@ -16,6 +16,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use keelway_kubelet::cgroup::Cgroups;
 use keelway_kubelet::clock::Clock;
 use keelway_kubelet::config::Config;
+use keelway_kubelet::pod::admission::Refusal;
 use keelway_kubelet::pod::operations::Context;
 use keelway_kubelet::pod::status::NodeFacts;
 use keelway_kubelet::pod::worker::{Handle, Signal, Worker};
@@ -150,7 +151,13 @@ impl Stage {
     }
 
     pub fn start(&self, pod: Pod) -> Pod {
+        self.start_refusing(pod, None)
+    }
+
+    /// A worker of a pod that was not let in, if there is a refusal.
+    pub fn start_refusing(&self, pod: Pod, refusal: Option<Refusal>) -> Pod {
         let (worker, handle) = Worker::new(self.context.clone(), Arc::new(pod.clone()), false);
+        let worker = worker.refusing(refusal);
         let task = tokio::spawn(async move { drop(worker.run().await) });
         self.workers
             .lock()

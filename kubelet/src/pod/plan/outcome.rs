@@ -22,7 +22,7 @@ pub enum Outcome {
 /// Whether the pod has ended by itself: no container of it will ever run again.
 pub fn outcome(pod: &Pod, view: &PodView, memory: &Memory, now: Timestamp) -> Option<Outcome> {
     let spec = pod.spec.as_ref()?;
-    if refusal(pod).is_some() {
+    if memory.refused.is_some() || refusal(pod).is_some() {
         return Some(Outcome::Refused);
     }
     if deadline(pod).is_some_and(|at| at <= now) {

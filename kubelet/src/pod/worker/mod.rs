@@ -13,7 +13,7 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::{Mutex, mpsc};
 use tokio::time::Instant;
 
-use super::admission::refusal;
+use super::admission::{Refusal, refusal};
 use super::memory::{Memory, OpKey};
 use super::operations::{Context, Done, Failed, Job, references, shows_metadata};
 use super::plan::{Op, Situation, StopReason, current_sandbox, plan};
@@ -123,6 +123,12 @@ impl Worker {
         (worker, Handle { signals })
     }
 
+    /// With the reason why the pod is not let in, if there is one that only who knows the others can tell.
+    pub fn refusing(mut self, refusal: Option<Refusal>) -> Self {
+        self.memory.refused = refusal;
+        self
+    }
+
     /// Runs until the pod is gone from the runtime and from the API.
     pub async fn run(mut self) -> PodKey {
         let mut network = self.context.network_ready.clone();
@@ -206,7 +212,9 @@ impl Worker {
 
     /// Puts on record why the pod is not run, unless a kubelet has done so before.
     fn tell_refusal(&self) {
-        if let Some(refusal) = refusal(&self.pod).filter(|_| !ended(&self.pod)) {
+        let known = self.memory.refused.clone();
+        let refusal = known.or_else(|| refusal(&self.pod));
+        if let Some(refusal) = refusal.filter(|_| !ended(&self.pod)) {
             let (kind, cluster) = (EventKind::Warning, &self.context.cluster);
             cluster.event(&self.pod, None, kind, refusal.reason, refusal.message);
         }
