@@ -123,10 +123,10 @@ fn pins_that_are_removed_under_an_agent_come_back_and_status_says_so() {
         .expect("it");
     assert_ne!(node.worker().expect("a worker"), worker);
     let why = report["lastEnd"].as_str().unwrap_or_default();
-    assert!(why.contains("pins are gone"), "{report}");
+    assert!(why.contains("is gone: starting over"), "{report}");
     topology.is_served("both endpoints again");
     let shown = node.command(&["status"]).expect("it").ok();
-    assert!(shown.contains("pins are gone"), "{shown}");
+    assert!(shown.contains("is gone: starting over"), "{shown}");
     // A pod that comes now has a network too.
     let pod = node.add_pod("d").expect("a pod");
     ask(&pod.network, (WEB, 80)).expect("an answer");
