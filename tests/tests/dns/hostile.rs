@@ -111,6 +111,10 @@ fn a_client_that_floods_is_held_back_and_another_one_is_answered() {
         return;
     }
     let (_sandbox, server, _kept) = start(2, &[]);
+    // Somebody has to be there whom it hurts, and be known before nearly nothing of it is heard any more.
+    let friendly = client(FRIENDLY, &server);
+    let query = question(8, &service_name(4));
+    assert!(exchange(&friendly, &query).is_some());
     let stop = Arc::new(AtomicBool::new(false));
     let flood = |_| {
         let (stop, socket) = (stop.clone(), client(HOSTILE, &server));
@@ -123,10 +127,7 @@ fn a_client_that_floods_is_held_back_and_another_one_is_answered() {
         })
     };
     let floods: Vec<_> = (0..2).map(flood).collect();
-    let friendly = client(FRIENDLY, &server);
-    let query = question(8, &service_name(4));
     eventually("the flood to be held back", Duration::from_secs(60), || {
-        // Somebody has to be there whom it hurts.
         exchange(&friendly, &query);
         match metric(&server, "keelway_dns_held_back_total") {
             0 => Err("not yet".to_owned()),
