@@ -220,12 +220,14 @@ fn merge_list(target: &mut Vec<Value>, patch: &[Value], slot: Slot) -> Result<()
             .and_then(Value::as_str)
             .map(str::to_owned)
     };
-    // `{$patch: replace}` among the items: the others are the whole new list.
+    // `{$patch: replace}` among the items: the others are the whole new list, also where two have one key.
     if patch
         .iter()
         .any(|item| directive(item).as_deref() == Some("replace"))
     {
-        target.clear();
+        let items = patch.iter().filter(|item| directive(item).is_none());
+        *target = items.cloned().collect();
+        return Ok(());
     }
     for item in patch {
         let Value::Object(object) = item else {
@@ -240,13 +242,12 @@ fn merge_list(target: &mut Vec<Value>, patch: &[Value], slot: Slot) -> Result<()
                 .position(|t| t.get(key).is_some() && t.get(key) == id)
         };
         match directive(item).as_deref() {
-            Some("replace") if id.is_none() => continue,
             Some("delete") => {
                 let id = id.ok_or_else(|| missing(key))?;
                 target.retain(|t| t.get(key) != Some(id));
                 continue;
             }
-            None | Some("merge" | "replace") => {}
+            None | Some("merge") => {}
             Some(other) => {
                 return Err(invalid(format!("unknown {DIRECTIVE} directive: {other:?}")));
             }
@@ -357,6 +358,9 @@ mod tests {
         )
         .unwrap();
         assert_eq!(names(replaced), ["z"]);
+        // A node has two addresses of one type.
+        let twins = json!({"containers": [{"name": "z"}, {"name": "z"}, {"$patch": "replace"}]});
+        assert_eq!(names(patched(target(), twins).unwrap()), ["z", "z"]);
         let ordered = patched(
             target(),
             json!({"$setElementOrder/containers": [{"name": "d"}, {"name": "c"}, {"name": "a"}], "containers": [{"name": "d", "image": "d"}]}),
