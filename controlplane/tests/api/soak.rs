@@ -157,7 +157,11 @@ impl Informer {
         let mut stream = std::pin::pin!(stream);
         // The initial events of a streaming list, until their bookmark.
         let mut initial = at.is_none().then(Known::new);
-        let lives = self.random.random_range(1..60);
+        let mut lives = self.random.random_range(1..60);
+        // Some starts are broken off, and some come to their end however much there is.
+        if at.is_none() && self.random.random_bool(0.5) {
+            lives += OBJECTS * WRITERS;
+        }
         for _ in 0..lives {
             let event = match stream.next().await {
                 Some(Ok(event)) => event,
