@@ -20,7 +20,8 @@ use tokio_util::sync::CancellationToken;
 struct Flags {
     #[command(flatten)]
     state: state::StateFlags,
-    /// Where certificates and keys are: ca.crt, apiserver.crt and .key, sa.key and .pub, controllers.kubeconfig, ...
+    /// Where certificates and keys are: ca.crt, apiserver.crt and .key, sa.key and .pub, controllers.kubeconfig,
+    /// scheduler.kubeconfig, ...
     #[arg(long, value_name = "DIR", default_value = "/etc/keelway")]
     pki_dir: PathBuf,
     /// The address that the API server listens at, beside sockets passed by LISTEN_FDS.
@@ -52,6 +53,15 @@ struct Flags {
         default_value = "api,controllers,scheduler"
     )]
     components: Vec<Component>,
+    /// What authenticated callers may do: what the Node authorizer and RBAC allow, or everything.
+    #[arg(long, value_name = "MODE", default_value = "always-allow")]
+    authorization: AuthorizationMode,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum AuthorizationMode {
+    Rules,
+    AlwaysAllow,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -127,11 +137,10 @@ async fn run(flags: Flags, passed: Vec<std::net::TcpListener>) -> Result<()> {
         parts.spawn(async move { server.serve(listeners).await.context("the API server") });
     }
     // Both are clients of the API like any other: they wait until it answers, and end with the process.
-    let kubeconfig = flags.pki_dir.join("controllers.kubeconfig");
     let identity = SocketAddr::new(flags.advertise_address, flags.bind.port()).to_string();
     if flags.components.contains(&Component::Controllers) {
         let config = controllers::Config {
-            kubeconfig: kubeconfig.clone(),
+            kubeconfig: flags.pki_dir.join("controllers.kubeconfig"),
             ca_file: flags.pki_dir.join("ca.crt"),
             ca_key_file: flags.pki_dir.join("ca.key"),
             cluster_cidrs: flags.cluster_cidr,
@@ -147,7 +156,7 @@ async fn run(flags: Flags, passed: Vec<std::net::TcpListener>) -> Result<()> {
     }
     if flags.components.contains(&Component::Scheduler) {
         let config = scheduler::Config {
-            kubeconfig,
+            kubeconfig: flags.pki_dir.join("scheduler.kubeconfig"),
             identity,
         };
         let stop = stop.clone();
@@ -187,6 +196,10 @@ async fn start_api(
         advertise_address: flags.advertise_address,
         advertise_port: bound.local_addr()?.port(),
         service_cidrs: flags.service_cidr.clone(),
+        authorization: match flags.authorization {
+            AuthorizationMode::Rules => api::Authorization::Rules,
+            AuthorizationMode::AlwaysAllow => api::Authorization::AlwaysAllow,
+        },
     };
     let server = api::Api::start(config, store, stop.clone()).await?;
     tracing::info!(address = %bound.local_addr()?, passed = passed.len(), "the API server listens");

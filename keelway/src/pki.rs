@@ -73,14 +73,14 @@ impl Authority {
         })
     }
 
-    /// A credential with which a client says that it is `user`, of `group`.
+    /// A credential with which a client says that it is `user`, of `group` if that is given.
     ///
     /// # Errors
     /// When the names cannot be put into a certificate.
-    pub fn client(&self, user: &str, group: &str) -> Result<Credential, PkiError> {
+    pub fn client(&self, user: &str, group: Option<&str>) -> Result<Credential, PkiError> {
         self.sign(
             user,
-            Some(group),
+            group,
             &Names::default(),
             ExtendedKeyUsagePurpose::ClientAuth,
         )
@@ -164,6 +164,7 @@ pub struct ClusterPki {
     pub apiserver: Credential,
     pub apiserver_kubelet_client: Credential,
     pub controllers: Credential,
+    pub scheduler: Credential,
     pub admin: Credential,
     /// Signs ServiceAccount tokens: private and public key, PEM.
     pub service_accounts: (String, String),
@@ -219,17 +220,18 @@ impl ClusterPki {
                     addresses: with_loopback(addresses.clone()),
                 };
                 Ok((
-                    authority.client(&user, "system:nodes")?,
+                    authority.client(&user, Some("system:nodes"))?,
                     authority.server(&user, &names)?,
                 ))
             })
             .collect::<Result<_, PkiError>>()?;
         Ok(ClusterPki {
             apiserver: authority.server("kube-apiserver", &apiserver)?,
-            apiserver_kubelet_client: authority
-                .client("kube-apiserver-kubelet-client", "system:masters")?,
-            controllers: authority.client("system:keelway-controllers", "system:masters")?,
-            admin: authority.client("keelway-admin", "system:masters")?,
+            // What these may do is bound to their names.
+            apiserver_kubelet_client: authority.client("kube-apiserver-kubelet-client", None)?,
+            controllers: authority.client("system:keelway-controllers", None)?,
+            scheduler: authority.client("system:kube-scheduler", None)?,
+            admin: authority.client("keelway-admin", Some("system:masters"))?,
             service_accounts: (tokens.serialize_pem(), tokens.public_key_pem()),
             kubelets,
             ca: authority.credential,
@@ -272,6 +274,7 @@ mod tests {
             &pki.apiserver,
             &pki.apiserver_kubelet_client,
             &pki.controllers,
+            &pki.scheduler,
             &pki.admin,
             &pki.kubelets[0].0,
             &pki.kubelets[0].1,

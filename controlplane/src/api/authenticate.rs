@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::fields::Fields;
 use super::status::{Status, Subject};
-use super::{Api, Peer, config::TOKEN_ISSUER, object};
+use super::{Api, Peer, config::TOKEN_ISSUER, impersonate, object};
 use crate::auth::{Identity, ObjectRef, TokenSpec};
 use crate::registry;
 
@@ -18,30 +18,10 @@ impl Api {
         parts: &Parts,
     ) -> Result<Identity, Status> {
         let caller = self.caller(peer, parts).await?;
-        let header = |name: &str| {
-            parts
-                .headers
-                .get(name)
-                .and_then(|value| value.to_str().ok())
-        };
-        let Some(user) = header("impersonate-user") else {
-            return Ok(caller);
-        };
-        // Everyone who authenticates may do everything, and so may also act as somebody else.
-        let mut groups: Vec<String> = parts
-            .headers
-            .get_all("impersonate-group")
-            .iter()
-            .filter_map(|group| group.to_str().ok().map(str::to_owned))
-            .collect();
-        groups.push("system:authenticated".to_owned());
-        let uid = header("impersonate-uid").unwrap_or_default().to_owned();
-        Ok(Identity {
-            user: user.to_owned(),
-            groups,
-            uid,
-            ..Identity::default()
-        })
+        match impersonate::wished(&parts.headers)? {
+            None => Ok(caller),
+            Some(wished) => self.impersonate(&caller, wished).await,
+        }
     }
 
     async fn caller(&self, peer: &Peer, parts: &Parts) -> Result<Identity, Status> {

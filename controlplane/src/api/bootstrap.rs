@@ -2,11 +2,11 @@
 
 use serde_json::{Value, json};
 
-use super::Api;
 use super::fields::{self, Fields};
 use super::request::{Target, WriteOptions};
 use super::status::Status;
 use super::write::Part;
+use super::{Api, roles};
 
 /// Creates what is missing and brings the API's own endpoints up to date.
 pub async fn run(api: &Api) -> Result<(), Status> {
@@ -32,7 +32,7 @@ pub async fn run(api: &Api) -> Result<(), Status> {
             "value": value, "description": description});
         ensure(api, "/apis/scheduling.k8s.io/v1/priorityclasses", class).await?;
     }
-    roles(api).await?;
+    roles::reconcile(api).await?;
     service_range(api).await?;
     kubernetes_service(api).await
 }
@@ -71,28 +71,6 @@ async fn service_range(api: &Api) -> Result<(), Status> {
     api.modify(&target(path, &range)?, &options(), Part::Status, change)
         .await
         .map(drop)
-}
-
-/// The roles that tools expect to be there. Nothing is decided by them yet.
-async fn roles(api: &Api) -> Result<(), Status> {
-    let labels = json!({"kubernetes.io/bootstrapping": "rbac-defaults"});
-    let everything = json!([
-        {"apiGroups": ["*"], "resources": ["*"], "verbs": ["*"]},
-        {"nonResourceURLs": ["*"], "verbs": ["*"]},
-    ]);
-    let role = json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole",
-        "metadata": {"name": "cluster-admin", "labels": labels}, "rules": everything});
-    ensure(api, "/apis/rbac.authorization.k8s.io/v1/clusterroles", role).await?;
-    let binding = json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding",
-        "metadata": {"name": "cluster-admin", "labels": labels},
-        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin"},
-        "subjects": [{"apiGroup": "rbac.authorization.k8s.io", "kind": "Group", "name": "system:masters"}]});
-    ensure(
-        api,
-        "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings",
-        binding,
-    )
-    .await
 }
 
 /// `default/kubernetes`, leading to this server.
@@ -134,14 +112,14 @@ async fn kubernetes_service(api: &Api) -> Result<(), Status> {
     .await
 }
 
-fn options() -> WriteOptions {
+pub fn options() -> WriteOptions {
     WriteOptions {
         manager: "keelway-controlplane".to_owned(),
         ..WriteOptions::default()
     }
 }
 
-fn target(path: &str, object: &Value) -> Result<Target, Status> {
+pub fn target(path: &str, object: &Value) -> Result<Target, Status> {
     let name = object.text("/metadata/name").to_owned();
     let target = Target::parse(path)
         .ok_or_else(|| Status::internal(format!("{path} is not in the tables")))?;
@@ -152,7 +130,7 @@ fn target(path: &str, object: &Value) -> Result<Target, Status> {
 }
 
 /// Creates an object unless it is there.
-async fn ensure(api: &Api, path: &str, object: Value) -> Result<(), Status> {
+pub async fn ensure(api: &Api, path: &str, object: Value) -> Result<(), Status> {
     let target = target(path, &object)?;
     if api.store.get(&target.key()?).await?.is_some() {
         return Ok(());

@@ -26,6 +26,16 @@ pub struct Config {
     pub advertise_port: u16,
     /// Ranges of Service addresses: one, or one of each family, the primary family's first.
     pub service_cidrs: Vec<IpNetwork>,
+    pub authorization: Authorization,
+}
+
+/// How it is decided what an authenticated caller may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Authorization {
+    /// By the Node authorizer, then by RBAC.
+    Rules,
+    /// Everybody may do everything.
+    AlwaysAllow,
 }
 
 impl Config {

@@ -1,11 +1,14 @@
 //! The API server: one resource router over the store, driven by the registry's tables.
 //!
-//! A request goes: [`listener`] (TLS) -> [`Api::handle`] (who, what) -> [`read`], [`watch`], [`write`], [`delete`] or a
+//! A request goes: [`listener`] (TLS) -> [`Api::handle`] (who and what: [`authenticate`], [`request`]; may they:
+//! [`authorize`]) -> [`read`], [`watch`], [`write`], [`delete`] or a
 //! [`subresource`] -> [`reply`]. What is special to a kind is in [`strategy`] and [`table`], and nowhere else.
 
 mod admission;
 mod allocation;
 mod authenticate;
+mod authority;
+mod authorize;
 mod body;
 pub mod bootstrap;
 mod change;
@@ -19,6 +22,7 @@ mod documents;
 mod fields;
 mod forward;
 mod health;
+mod impersonate;
 mod kubelet;
 mod listener;
 mod metrics;
@@ -30,6 +34,7 @@ mod read;
 mod reply;
 mod request;
 mod review;
+mod roles;
 mod status;
 mod strategy;
 mod subresource;
@@ -54,9 +59,9 @@ use crate::store::{Store, StoreError};
 use crate::streams;
 
 pub(crate) use admission::{Usage, covers, usage};
-pub use config::{Config, TOKEN_ISSUER};
+pub use config::{Authorization, Config, TOKEN_ISSUER};
 use reply::Answer;
-use request::{Encoding, Form, ListOptions, Query, Target};
+use request::{Encoding, Form, ListOptions, Query, Target, WriteOptions};
 use status::Status;
 
 /// The API server's state: what it needs besides the store is small and can be rebuilt from the store.
@@ -64,6 +69,7 @@ pub struct Api {
     store: Arc<dyn Store>,
     config: Config,
     tokens: TokenKeys,
+    authority: authority::Authority,
     /// The resources that are offered, of those the tables know.
     served: Vec<&'static Resource>,
     services: allocation::ServiceAllocator,
@@ -135,6 +141,7 @@ impl Api {
             store,
             config,
             tokens,
+            authority: authority::Authority::default(),
             served,
             stop,
         });
@@ -195,6 +202,14 @@ impl Api {
             return Ok(reply::json(StatusCode::OK, &documents::version()));
         }
         let identity = self.authenticate(peer, &parts).await?;
+        let query = Query::parse(parts.uri.query().unwrap_or(""));
+        let target = Target::parse(path).filter(|target| {
+            self.served
+                .iter()
+                .any(|served| std::ptr::eq(*served, target.resource))
+        });
+        self.check_access(&identity, &parts.method, path, target.as_ref(), &query)
+            .await?;
         if let Some(check) = self.health_check(path).await {
             return check;
         }
@@ -209,17 +224,9 @@ impl Api {
         if let Some(document) = self.document(path, &parts) {
             return document;
         }
-        let target = Target::parse(path)
-            .filter(|target| {
-                self.served
-                    .iter()
-                    .any(|served| std::ptr::eq(*served, target.resource))
-            })
-            .ok_or_else(Status::no_such_path)?;
-        let query = Query::parse(parts.uri.query().unwrap_or(""));
         let call = Call {
-            identity,
-            target,
+            identity: identity.into(),
+            target: target.ok_or_else(Status::no_such_path)?,
             query,
         };
         call.check_verb(&parts.method)?;
@@ -295,12 +302,21 @@ fn deprecation(path: &str) -> Option<&'static str> {
 
 /// An authenticated request to a resource.
 struct Call {
-    identity: Identity,
+    identity: Arc<Identity>,
     target: Target,
     query: Query,
 }
 
 impl Call {
+    /// How the object is to be written, and by whom.
+    fn write_options(&self, parts: &Parts) -> Result<WriteOptions, Status> {
+        let options = WriteOptions::parse(&self.query, parts)?;
+        Ok(WriteOptions {
+            caller: Some(self.identity.clone()),
+            ..options
+        })
+    }
+
     /// Whether the resource (or its subresource) has the verb at all.
     fn check_verb(&self, method: &Method) -> Result<(), Status> {
         let verb = request::verb(method, &self.target, &self.query);

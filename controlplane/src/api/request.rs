@@ -8,6 +8,7 @@ use http::request::Parts;
 use http::{Method, header};
 
 use super::status::{FieldError, Status, Subject};
+use crate::auth::Identity;
 use crate::codec::FieldValidation;
 use crate::registry::{self, Resource};
 use crate::selector::{FieldSelector, LabelSelector};
@@ -51,6 +52,14 @@ impl Target {
         let resource = registry::resource(group, version, &percent_decode(first))?;
         let mut decoded = || Some(percent_decode(segments.next()?).into_owned());
         let (name, subresource) = (decoded(), decoded());
+        // A slash that was encoded would reach into another place of the store.
+        if ![&namespace, &name]
+            .into_iter()
+            .flatten()
+            .all(|name| is_path_segment(name))
+        {
+            return None;
+        }
         let rest = segments.0;
         if namespace.is_some() != resource.namespaced && (namespace.is_some() || name.is_some()) {
             return None;
@@ -327,6 +336,8 @@ pub struct WriteOptions {
     pub validation: FieldValidation,
     pub manager: String,
     pub force: bool,
+    /// Who writes; None is the server itself.
+    pub caller: Option<Arc<Identity>>,
     pub warnings: Warnings,
 }
 
@@ -411,6 +422,7 @@ impl WriteOptions {
             manager: manager.to_owned(),
             force: query.flag("force"),
             warnings: Warnings::default(),
+            caller: None,
         })
     }
 }
@@ -418,8 +430,12 @@ impl WriteOptions {
 /// The verb of a request, as access rules name it.
 pub fn verb(method: &Method, target: &Target, query: &Query) -> &'static str {
     match (method.as_str(), target.name.is_some()) {
+        ("GET" | "HEAD", named)
+            if query.flag("watch") && (!named || target.subresource.is_none()) =>
+        {
+            "watch"
+        }
         ("GET" | "HEAD", true) => "get",
-        ("GET" | "HEAD", false) if query.flag("watch") => "watch",
         ("GET" | "HEAD", false) => "list",
         ("POST", _) => "create",
         ("PUT", _) => "update",
@@ -430,8 +446,13 @@ pub fn verb(method: &Method, target: &Target, query: &Query) -> &'static str {
     }
 }
 
+/// Whether a name can be one segment of a path.
+pub fn is_path_segment(name: &str) -> bool {
+    !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '%'])
+}
+
 /// Undoes percent encoding; broken sequences stay as they are.
-fn percent_decode(text: &str) -> Cow<'_, str> {
+pub fn percent_decode(text: &str) -> Cow<'_, str> {
     if !text.contains('%') {
         return Cow::Owned(text.to_owned());
     }
@@ -527,6 +548,15 @@ mod tests {
             Target::parse("/api/v1/namespaces/a/pods/b/status/more").is_none(),
             "nothing is below a status"
         );
+        for trick in [
+            "/api/v1/namespaces/a%2Fb/secrets",
+            "/api/v1/namespaces/a/secrets/..%2Fb%2Fc",
+            "/api/v1/namespaces/../secrets",
+            "/api/v1/namespaces/a/secrets/%2e%2e",
+            "/api/v1/nodes/a%252Fb",
+        ] {
+            assert!(Target::parse(trick).is_none(), "{trick}");
+        }
     }
 
     #[test]

@@ -1,19 +1,20 @@
-//! Questions about callers: who is this, and what may they do. Nothing is stored.
-//!
-//! Authorization is: whoever authenticates may do everything. The answers say so, and [`allowed`] is the place where
-//! rules will be asked.
+//! Questions about callers: who is this, and what may they do. Nothing is stored; the authorizers that requests go through
+//! are the ones that answer.
 
 use http::{StatusCode, request::Parts};
 use hyper::body::Incoming;
 use serde_json::{Value, json};
 
+use super::authorize::{Question, Verdict};
 use super::body::{decode, read_body};
 use super::config::TOKEN_ISSUER;
 use super::fields::Fields;
 use super::reply::Answer;
-use super::request::{Form, MEDIA_TYPES, WriteOptions};
+use super::request::{Form, MEDIA_TYPES};
 use super::status::{FieldError, Status};
 use super::{Api, Call, reply};
+use crate::auth::Identity;
+use crate::auth::node::node_of;
 use crate::registry::Resource;
 
 /// Whether objects of a resource are questions, answered at once.
@@ -22,19 +23,6 @@ pub fn is_review(resource: &Resource) -> bool {
         resource.group,
         "authentication.k8s.io" | "authorization.k8s.io"
     )
-}
-
-/// Whether a user with these groups may do something, and why.
-fn allowed<'a>(user: &str, groups: impl IntoIterator<Item = &'a str>) -> (bool, &'static str) {
-    let anonymous = user == "system:anonymous"
-        || groups
-            .into_iter()
-            .any(|group| group == "system:unauthenticated");
-    if anonymous {
-        (false, "anonymous callers are refused")
-    } else {
-        (true, "every authenticated caller is allowed everything")
-    }
 }
 
 impl Api {
@@ -48,7 +36,7 @@ impl Api {
         if Form::negotiate(&parts.headers, &call.query)? != Form::Object {
             return Err(Status::not_acceptable(&MEDIA_TYPES));
         }
-        let options = WriteOptions::parse(&call.query, &parts)?;
+        let options = call.write_options(&parts)?;
         let resource = call.target.resource;
         let body = read_body(&parts, body).await?;
         let mut review = decode(
@@ -60,22 +48,16 @@ impl Api {
         )?
         .value;
         check(&review, &call)?;
-        let own_groups = || call.identity.groups.iter().map(String::as_str);
         let status = match resource.kind {
             "SelfSubjectReview" => json!({"userInfo": call.identity.user_info()}),
-            "SelfSubjectAccessReview" => verdict(allowed(&call.identity.user, own_groups())),
+            "SelfSubjectAccessReview" => self.access(&call.identity, &review).await?,
             "SubjectAccessReview" | "LocalSubjectAccessReview" => {
-                let groups = review
-                    .items("/spec/groups")
-                    .iter()
-                    .filter_map(Value::as_str);
-                let user = review.text("/spec/user");
-                verdict(allowed(user, groups))
+                self.access(&subject(&review), &review).await?
             }
-            "SelfSubjectRulesReview" => json!({
-                "resourceRules": [{"verbs": ["*"], "apiGroups": ["*"], "resources": ["*"]}],
-                "nonResourceRules": [{"verbs": ["*"], "nonResourceURLs": ["*"]}], "incomplete": false,
-            }),
+            "SelfSubjectRulesReview" => {
+                self.rules(&call.identity, review.text("/spec/namespace"))
+                    .await?
+            }
             "TokenReview" => {
                 let asked: Vec<&str> = review
                     .items("/spec/audiences")
@@ -173,8 +155,43 @@ fn check(review: &Value, call: &Call) -> Result<(), Status> {
     Err(Status::invalid(resource.group, resource.kind, "", errors))
 }
 
-fn verdict((allowed, reason): (bool, &str)) -> Value {
-    json!({"allowed": allowed, "reason": reason})
+/// Whom a SubjectAccessReview is about.
+fn subject(review: &Value) -> Identity {
+    let texts = |values: &[Value]| {
+        let texts = values.iter().filter_map(Value::as_str);
+        texts.map(str::to_owned).collect::<Vec<_>>()
+    };
+    let extra = review.object("/spec/extra").into_iter().flatten();
+    Identity {
+        user: review.text("/spec/user").to_owned(),
+        groups: texts(review.items("/spec/groups")),
+        uid: review.text("/spec/uid").to_owned(),
+        extra: extra
+            .map(|(key, values)| (key.clone(), texts(values.items(""))))
+            .collect(),
+    }
+}
+
+impl Api {
+    async fn access(&self, who: &Identity, review: &Value) -> Result<Value, Status> {
+        let question = Question::of(review);
+        Ok(match self.decide(who, &question.attributes()).await? {
+            Verdict::Allowed => json!({"allowed": true}),
+            Verdict::Refused(reason) if reason.is_empty() => json!({"allowed": false}),
+            Verdict::Refused(reason) => json!({"allowed": false, "reason": reason}),
+        })
+    }
+
+    /// All that a caller holds in a namespace. What a node may do to single objects no list says.
+    async fn rules(&self, who: &Identity, namespace: &str) -> Result<Value, Status> {
+        self.authority.rules.catch_up(&*self.store).await?;
+        let held = self.authority.rules.view().rules(who, namespace);
+        let (paths, resources): (Vec<_>, Vec<_>) = held
+            .into_iter()
+            .partition(|rule| !rule.non_resource_urls.is_empty());
+        let incomplete = node_of(who).is_some();
+        Ok(json!({"resourceRules": resources, "nonResourceRules": paths, "incomplete": incomplete}))
+    }
 }
 
 #[cfg(test)]
@@ -182,9 +199,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_anonymous_callers_are_refused() {
-        assert!(allowed("jane", ["system:authenticated"]).0);
-        assert!(!allowed("system:anonymous", []).0);
-        assert!(!allowed("x", ["system:unauthenticated"]).0);
+    fn a_review_names_its_subject() {
+        let review = json!({"spec": {"user": "jane", "groups": ["team"], "uid": "7", "extra": {"scope": ["a"]}}});
+        let who = subject(&review);
+        assert_eq!((who.user.as_str(), who.uid.as_str()), ("jane", "7"));
+        assert_eq!(who.groups, ["team"]);
+        assert_eq!(who.extra["scope"], ["a"]);
     }
 }

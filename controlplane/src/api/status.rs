@@ -202,11 +202,11 @@ impl Status {
     }
 
     pub fn forbidden(subject: Subject<'_>, why: impl std::fmt::Display) -> Self {
-        let message = format!(
-            "{} {:?} is forbidden: {why}",
-            subject.qualified(),
-            subject.name
-        );
+        let message = match (subject.resource, subject.name) {
+            ("", _) => format!("forbidden: {why}"),
+            (_, "") => format!("{} is forbidden: {why}", subject.qualified()),
+            (_, name) => format!("{} {name:?} is forbidden: {why}", subject.qualified()),
+        };
         Self::about(subject, StatusCode::FORBIDDEN, "Forbidden", message)
     }
 

@@ -113,7 +113,7 @@ impl Api {
         body: Incoming,
     ) -> Result<Answer, Status> {
         let form = Form::negotiate(&parts.headers, &call.query)?;
-        let options = WriteOptions::parse(&call.query, parts)?;
+        let options = call.write_options(parts)?;
         let resource = call.target.resource;
         let body = read_body(parts, body).await?;
         let decoded = decode(
@@ -123,10 +123,7 @@ impl Api {
             resource.kind,
             options.validation,
         )?;
-        let mut object = object::to_stored(decoded.value, resource);
-        if resource.plural == "certificatesigningrequests" {
-            strategy::asked_by(&mut object, &call.identity);
-        }
+        let object = object::to_stored(decoded.value, resource);
         let created = self.insert(&call.target, object, &options).await?;
         let mut answer = reply::object(StatusCode::CREATED, &call.target, form, created);
         reply::warn(&mut answer, &decoded.warnings);
@@ -151,7 +148,7 @@ impl Api {
         part: Part,
     ) -> Result<Answer, Status> {
         let form = Form::negotiate(&parts.headers, &call.query)?;
-        let options = WriteOptions::parse(&call.query, parts)?;
+        let options = call.write_options(parts)?;
         let resource = call.target.resource;
         let body = read_body(parts, body).await?;
         let decoded = decode(
@@ -172,6 +169,7 @@ impl Api {
         if absent && part == Part::Main && strategy::of(resource).creates_on_update() {
             // Who names a version or an identity means an object that was there.
             check_preconditions(&call.target, &wanted, &json!({}))?;
+            self.check_create(call).await?;
             match self.insert(&call.target, wanted.clone(), &options).await {
                 // Somebody else was faster: then it is a change of theirs.
                 Err(status) if status.reason == "AlreadyExists" => {
@@ -207,7 +205,7 @@ impl Api {
         part: Part,
     ) -> Result<Answer, Status> {
         let form = Form::negotiate(&parts.headers, &call.query)?;
-        let options = WriteOptions::parse(&call.query, parts)?;
+        let options = call.write_options(parts)?;
         let target = &call.target;
         let patch = Patch::parse(parts, &read_body(parts, body).await?, target, &options)?;
         let mut warnings = patch.warnings().to_vec();
@@ -217,6 +215,7 @@ impl Api {
             write => write,
         };
         if applies && part == Part::Main && self.store.get(&target.key()?).await?.is_none() {
+            self.check_create(call).await?;
             let object = patch.onto(None, target, &options, part)?;
             let object = object::to_stored(object, target.resource);
             match self.insert_as(write, object).await {
@@ -264,6 +263,11 @@ impl Api {
 
     async fn insert_as(&self, write: Write<'_>, mut object: Value) -> Result<Value, Status> {
         begin(write.target, &mut object)?;
+        if write.target.resource.plural == "certificatesigningrequests"
+            && let Some(caller) = &write.options.caller
+        {
+            strategy::asked_by(&mut object, caller);
+        }
         let prefix = object.text("/metadata/generateName").to_owned();
         if !fields::name(&object).is_empty() || prefix.is_empty() {
             return self.insert_named(write, object).await;
@@ -413,7 +417,8 @@ impl Api {
         strategy.default(new);
         let warnings = &write.options.warnings;
         if main {
-            admission::admit(self, write.target, new, old, warnings).await?;
+            let caller = write.options.caller.as_deref();
+            admission::admit(self, caller, write.target, new, old, warnings).await?;
             warnings.add(strategy::warnings(write.target.resource, new, old));
         } else if write.part == Part::Exact("ephemeralcontainers") {
             admission::admit_containers(self, write.target, new, warnings).await?;

@@ -7,7 +7,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::AuthError;
 
-pub(super) const AUTHENTICATED: &str = "system:authenticated";
+pub const AUTHENTICATED: &str = "system:authenticated";
 pub(super) const CREDENTIAL_ID: &str = "authentication.kubernetes.io/credential-id";
 
 /// Identity is an authenticated caller.
@@ -55,6 +55,11 @@ impl Identity {
             uid: String::new(),
             extra,
         })
+    }
+
+    /// Whether the caller may do everything, whatever the rules say.
+    pub fn is_master(&self) -> bool {
+        self.in_group("system:masters")
     }
 
     pub fn in_group(&self, group: &str) -> bool {

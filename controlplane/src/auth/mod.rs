@@ -1,11 +1,16 @@
-//! Who a caller is: client certificates and ServiceAccount tokens. All pure; what needs the store (does the pod still
-//! exist?) is left to the caller, who gets the claims.
+//! Who a caller is (client certificates, ServiceAccount tokens) and what it may do (RBAC, the rights of nodes). All pure;
+//! what needs the store (does the pod still exist?) is left to the caller, who gets the claims.
 
+mod attributes;
 mod identity;
 mod keys;
+pub mod node;
+pub mod policy;
+pub mod rbac;
 mod token;
 
-pub use identity::Identity;
+pub use attributes::{Asked, Attributes, Resource};
+pub use identity::{AUTHENTICATED, Identity};
 pub use keys::TokenKeys;
 pub use token::{ObjectRef, TokenSpec};
 

@@ -4,6 +4,7 @@
 //! `plan.rs` says what a controller is, `snapshot.rs` what it sees. The files named after controllers import neither tokio
 //! nor kube; `runner.rs`, `watch.rs`, `execute.rs` and `lease.rs` do nothing but carry changes in and writes out.
 
+mod aggregation;
 mod certificates;
 mod cronjob;
 mod daemonset;
@@ -79,6 +80,7 @@ pub(crate) const ALL: &[Controller] = &[
     namespace::CONTROLLER,
     garbage::CONTROLLER,
     podgc::CONTROLLER,
+    aggregation::CONTROLLER,
 ];
 
 /// What the controllers are started with.

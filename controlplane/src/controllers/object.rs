@@ -16,6 +16,7 @@ use k8s_openapi::api::core::v1::{
 };
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::api::rbac::v1::ClusterRole;
 use k8s_openapi::api::storage::v1::StorageClass;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ListMeta, ObjectMeta};
 use serde::Deserialize;
@@ -242,6 +243,7 @@ kinds! {
     StorageClass in storage_classes, false;
     ResourceQuota in quotas, true;
     CertificateSigningRequest in signing_requests, false;
+    ClusterRole in cluster_roles, false;
 }
 
 /// The part of any object's JSON that every object has.
@@ -288,7 +290,8 @@ decoded!(
     PersistentVolume,
     StorageClass,
     ResourceQuota,
-    CertificateSigningRequest
+    CertificateSigningRequest,
+    ClusterRole
 );
 
 impl Decoded for ConfigMap {

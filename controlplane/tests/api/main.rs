@@ -1,5 +1,6 @@
 //! The API server as clients see it: the real binary, driven by the real kubectl and by kube-rs.
 
+mod access;
 mod admission;
 mod discovery;
 mod durability;

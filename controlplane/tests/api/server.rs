@@ -78,6 +78,7 @@ impl Server {
             .arg("--bind")
             .arg(format!("127.0.0.1:{}", self.port))
             .args(&self.state)
+            .args(["--authorization", "rules"])
             .arg("--pki-dir")
             .arg(self.dir.path())
             .env_remove("LISTEN_FDS")
@@ -140,13 +141,18 @@ impl Server {
 
     /// Runs kubectl (or what `KUBECTL` names) as the administrator, with some text as its input.
     pub fn kubectl_with(&self, arguments: &[&str], input: &str) -> Output {
+        self.kubectl_as("admin", arguments, input)
+    }
+
+    /// Runs kubectl as a user.
+    pub fn kubectl_as(&self, user: &str, arguments: &[&str], input: &str) -> Output {
         use std::io::Write;
         let program = std::env::var("KUBECTL").unwrap_or("kubectl".to_owned());
         let mut child = Command::new("timeout")
             .arg(PATIENCE.as_secs().to_string())
             .arg(&program)
             .arg("--kubeconfig")
-            .arg(self.path("admin.kubeconfig"))
+            .arg(self.path(&format!("{user}.kubeconfig")))
             .args(arguments)
             .env("HOME", self.dir.path())
             .stdin(Stdio::piped())
@@ -223,14 +229,26 @@ impl Server {
 
     /// The status code, content type and body of a request as curl makes it from arguments, without a client that helps.
     pub fn curl(&self, arguments: &[&str], path: &str) -> (u16, String, Vec<u8>) {
+        self.curl_as("admin", arguments, path)
+    }
+
+    /// As `curl`, with the certificate of another user; "" shows none. Code 0 is a refused connection.
+    pub fn curl_as(&self, user: &str, arguments: &[&str], path: &str) -> (u16, String, Vec<u8>) {
         let file = |name: &str| self.path(name).display().to_string();
+        let credentials = [format!("{user}.crt"), format!("{user}.key")].map(|name| file(&name));
+        let credentials = ["--cert", &credentials[0], "--key", &credentials[1]];
+        let credentials = if user.is_empty() {
+            &[][..]
+        } else {
+            &credentials[..]
+        };
         let body = tempfile::NamedTempFile::new().expect("a file for the body");
         let output = Command::new("curl")
             .args(["--silent", "--show-error"])
             .args(["--write-out", "%{http_code} %{content_type}", "--output"])
             .arg(body.path())
-            .args(["--cacert", &file("ca.crt"), "--cert", &file("admin.crt")])
-            .args(["--key", &file("admin.key")])
+            .args(["--cacert", &file("ca.crt")])
+            .args(credentials)
             .args(arguments)
             .arg(format!("{}{path}", self.url()))
             .output()
@@ -316,27 +334,51 @@ fn write_credentials(dir: &Path, port: u16) {
         named("kubelet", None),
         ExtendedKeyUsagePurpose::ServerAuth,
     );
-    let masters = Some("system:masters");
-    leaf(
-        "apiserver-kubelet-client",
-        named("kubelet-client", masters),
-        ExtendedKeyUsagePurpose::ClientAuth,
-    );
-    leaf(
-        "admin",
-        named("admin", masters),
-        ExtendedKeyUsagePurpose::ClientAuth,
-    );
+    let (masters, nodes) = (Some("system:masters"), Some("system:nodes"));
+    for (file, name, organization) in [
+        (
+            "apiserver-kubelet-client",
+            "kube-apiserver-kubelet-client",
+            None,
+        ),
+        ("admin", "admin", masters),
+        ("controllers", "system:keelway-controllers", None),
+        ("scheduler", "system:kube-scheduler", None),
+        ("node-1", "system:node:node-1", nodes),
+        ("node-2", "system:node:node-2", nodes),
+        ("jane", "jane", Some("team")),
+    ] {
+        leaf(
+            file,
+            named(name, organization),
+            ExtendedKeyUsagePurpose::ClientAuth,
+        );
+    }
+    let mut expired = named("admin", masters);
+    expired.not_before = rcgen::date_time_ymd(2020, 1, 1);
+    expired.not_after = rcgen::date_time_ymd(2021, 1, 1);
+    leaf("expired", expired, ExtendedKeyUsagePurpose::ClientAuth);
+    // Of an authority with the same name, that nobody here trusts.
+    let other_key = KeyPair::generate().expect("a key");
+    let mut other = named("test-ca", None);
+    other.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let other = Issuer::new(other, other_key);
+    let key = KeyPair::generate().expect("a key");
+    let mut stranger = named("admin", masters);
+    stranger.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+    let stranger = stranger.signed_by(&key, &other).expect("a certificate");
+    write("stranger.crt", stranger.pem());
+    write("stranger.key", key.serialize_pem());
     let tokens = KeyPair::generate().expect("a key");
     write("sa.key", tokens.serialize_pem());
     write("sa.pub", tokens.public_key_pem());
-    for user in ["admin", "controllers"] {
+    for user in ["admin", "controllers", "scheduler", "jane"] {
         let path = |name: &str| dir.join(name).display().to_string();
         let kubeconfig = serde_json::json!({
             "apiVersion": "v1", "kind": "Config", "current-context": "test",
             "clusters": [{"name": "test", "cluster": {"server": format!("https://127.0.0.1:{port}"),
                 "certificate-authority": path("ca.crt")}}],
-            "users": [{"name": "test", "user": {"client-certificate": path("admin.crt"), "client-key": path("admin.key")}}],
+            "users": [{"name": "test", "user": {"client-certificate": path(&format!("{user}.crt")), "client-key": path(&format!("{user}.key"))}}],
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
         });
         write(&format!("{user}.kubeconfig"), kubeconfig.to_string());

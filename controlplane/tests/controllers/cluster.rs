@@ -306,13 +306,15 @@ fn credentials(folder: &Path, port: u16) -> String {
     write("ca.crt", &ca);
     write("ca.key", &ca_key.serialize_pem());
     let issuer = Issuer::new(params, ca_key);
-    let sign = |subject: &str, usage: ExtendedKeyUsagePurpose| -> (String, String) {
+    let sign = |subject: &str, group: Option<&str>, usage| -> (String, String) {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::default();
         params.distinguished_name = rcgen::DistinguishedName::new();
-        params
-            .distinguished_name
-            .push(DnType::OrganizationName, "system:masters");
+        if let Some(group) = group {
+            params
+                .distinguished_name
+                .push(DnType::OrganizationName, group);
+        }
         params.distinguished_name.push(DnType::CommonName, subject);
         params.subject_alt_names = vec![SanType::IpAddress("127.0.0.1".parse().unwrap())];
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
@@ -329,17 +331,17 @@ fn credentials(folder: &Path, port: u16) -> String {
             ExtendedKeyUsagePurpose::ClientAuth,
         ),
     ] {
-        let (certificate, key) = sign(name, usage);
+        let (certificate, key) = sign(name, None, usage);
         write(&format!("{name}.crt"), &certificate);
         write(&format!("{name}.key"), &key);
     }
     let accounts = KeyPair::generate().unwrap();
     write("sa.key", &accounts.serialize_pem());
     write("sa.pub", &accounts.public_key_pem());
-    let kubeconfig = |subject: &str| -> String {
+    let kubeconfig = |subject: &str, group: Option<&str>| -> String {
         use base64::Engine;
         let encode = |text: &str| base64::engine::general_purpose::STANDARD.encode(text);
-        let (certificate, key) = sign(subject, ExtendedKeyUsagePurpose::ClientAuth);
+        let (certificate, key) = sign(subject, group, ExtendedKeyUsagePurpose::ClientAuth);
         json!({
             "apiVersion": "v1", "kind": "Config", "current-context": "test",
             "clusters": [{"name": "test", "cluster": {
@@ -354,7 +356,11 @@ fn credentials(folder: &Path, port: u16) -> String {
     };
     write(
         "controllers.kubeconfig",
-        &kubeconfig("system:kube-controller-manager"),
+        &kubeconfig("system:keelway-controllers", None),
     );
-    kubeconfig("admin")
+    write(
+        "scheduler.kubeconfig",
+        &kubeconfig("system:kube-scheduler", None),
+    );
+    kubeconfig("admin", Some("system:masters"))
 }

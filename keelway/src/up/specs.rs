@@ -33,6 +33,8 @@ impl Plan<'_> {
         pki: &ClusterPki,
     ) -> Result<NodeSpec, UpError> {
         let local = format!("https://127.0.0.1:{API_PORT}");
+        let scheduler =
+            kubeconfig::single("scheduler", &local, &pki.ca.certificate, &pki.scheduler);
         let controllers =
             kubeconfig::single("controllers", &local, &pki.ca.certificate, &pki.controllers);
         let (token_key, token_public) = &pki.service_accounts;
@@ -54,6 +56,7 @@ impl Plan<'_> {
                 ("sa.key", token_key),
                 ("sa.pub", token_public),
                 ("controllers.kubeconfig", &kubeconfig::to_yaml(&controllers)),
+                ("scheduler.kubeconfig", &kubeconfig::to_yaml(&scheduler)),
             ],
         )?;
         let program = Path::new(BIN_DIR).join("keelway-controlplane");

@@ -1,9 +1,11 @@
-//! Admission: what a write depends on besides its own object. Built in, in upstream's order: NamespaceLifecycle,
+//! Admission: what a write depends on besides its own object. Built in, in upstream's order: NodeRestriction, NamespaceLifecycle,
 //! LimitRanger, ServiceAccount, TaintNodesByCondition, PodSecurity, Priority, DefaultTolerationSeconds, DefaultStorageClass,
-//! RuntimeClass, and after validation ResourceQuota.
+//! RuntimeClass, and after validation ResourceQuota. Nobody hands out rights that they do not hold (`escalation.rs`).
 
+mod escalation;
 mod levels;
 mod limits;
+mod node;
 mod pod;
 mod quota;
 mod security;
@@ -15,9 +17,12 @@ use super::fields::{self, Fields};
 use super::request::{Target, Warnings};
 use super::status::{Status, Subject};
 use super::{Api, object};
+use crate::auth::Identity;
+use crate::auth::node::node_of;
 use crate::registry;
 use crate::store::Range;
 
+pub use node::check_token;
 pub use quota::{Usage, charge, covers, usage};
 
 /// What a node is tainted with until it is known to be ready.
@@ -26,12 +31,19 @@ const NOT_READY: &str = "node.kubernetes.io/not-ready";
 /// Admits a new object or a change of one, and fills in what depends on others.
 pub async fn admit(
     api: &Api,
+    caller: Option<&Identity>,
     target: &Target,
     object: &mut Value,
     old: Option<&Value>,
     warnings: &Warnings,
 ) -> Result<(), Status> {
     let creates = old.is_none();
+    if let Some(caller) = caller.filter(|_| api.decides()) {
+        if let Some(node) = node_of(caller) {
+            node::restrict(node, target, object, old)?;
+        }
+        escalation::check(api, caller, target, object, old).await?;
+    }
     if creates {
         check_namespace(api, target, object).await?;
     }

@@ -26,7 +26,7 @@ impl Api {
         parts: &Parts,
         body: Incoming,
     ) -> Result<Answer, Status> {
-        let mut options = WriteOptions::parse(&call.query, parts)?;
+        let mut options = call.write_options(parts)?;
         let body = read_body(parts, body).await?;
         let eviction = decode(parts, &body, "policy/v1", "Eviction", options.validation)?.value;
         let target = &call.target;

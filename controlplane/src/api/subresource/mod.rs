@@ -17,7 +17,7 @@ use super::change::check_preconditions;
 use super::fields::Fields;
 use super::patching::Patch;
 use super::reply::{self, Answer};
-use super::request::{Form, WriteOptions};
+use super::request::Form;
 use super::status::Status;
 use super::write::Part;
 use super::{Api, Call, object};
@@ -42,6 +42,14 @@ impl Api {
             parts.method.as_str(),
         ) {
             (_, _, "status", "GET") => return self.get(&call, &parts).await,
+            ("certificates.k8s.io", "certificatesigningrequests", "status", "PUT" | "PATCH") => {
+                let request = call.target.decode(&self.record(&call.target).await?)?;
+                self.check_signer(&call.identity, "sign", &request).await?;
+                if parts.method == Method::PUT {
+                    return self.update_part(&call, &parts, body, Part::Status).await;
+                }
+                return self.patch_part(&call, &parts, body, Part::Status).await;
+            }
             (_, _, "status", "PUT") => {
                 return self.update_part(&call, &parts, body, Part::Status).await;
             }
@@ -62,6 +70,11 @@ impl Api {
             }
             ("", "pods", "resize", _) => ("resize", pod::resources),
             ("certificates.k8s.io", "certificatesigningrequests", "approval", _) => {
+                if parts.method == Method::PUT || parts.method == Method::PATCH {
+                    let request = call.target.decode(&self.record(&call.target).await?)?;
+                    self.check_signer(&call.identity, "approve", &request)
+                        .await?;
+                }
                 ("approval", approval::decision)
             }
             _ => return Err(Status::method_not_allowed()),
@@ -82,7 +95,7 @@ impl Api {
         body: Incoming,
     ) -> Result<Answer, Status> {
         let form = Form::negotiate(&parts.headers, &call.query)?;
-        let options = WriteOptions::parse(&call.query, parts)?;
+        let options = call.write_options(parts)?;
         let target = &call.target;
         let resource = target.resource;
         let part = Part::Exact(name);

@@ -8,7 +8,7 @@ use super::success;
 use crate::api::body::{decode, read_body};
 use crate::api::fields::{self, Fields};
 use crate::api::reply::Answer;
-use crate::api::request::{Target, WriteOptions};
+use crate::api::request::Target;
 use crate::api::status::{FieldError, Status};
 use crate::api::write::Part;
 use crate::api::{Api, Call};
@@ -22,7 +22,7 @@ impl Api {
         parts: &Parts,
         body: Incoming,
     ) -> Result<Answer, Status> {
-        let options = WriteOptions::parse(&call.query, parts)?;
+        let options = call.write_options(parts)?;
         let binding = decode(
             parts,
             &read_body(parts, body).await?,

@@ -28,7 +28,7 @@ impl Api {
         if parts.method == Method::GET {
             return Ok(answer(&target.decode(&self.record(target).await?)?));
         }
-        let options = WriteOptions::parse(&call.query, parts)?;
+        let options = call.write_options(parts)?;
         let body = read_body(parts, body).await?;
         let wanted: ScaleChange = if parts.method == Method::PUT {
             let decoded = decode(parts, &body, "autoscaling/v1", "Scale", options.validation)?;

@@ -6,9 +6,8 @@ use hyper::body::Incoming;
 use crate::api::body::{decode, read_body};
 use crate::api::fields::Fields;
 use crate::api::reply::{self, Answer};
-use crate::api::request::WriteOptions;
 use crate::api::status::{FieldError, Status, Subject};
-use crate::api::{Api, Call};
+use crate::api::{Api, Call, admission};
 use crate::auth::AuthError;
 
 impl Api {
@@ -19,7 +18,7 @@ impl Api {
         parts: &Parts,
         body: Incoming,
     ) -> Result<Answer, Status> {
-        let options = WriteOptions::parse(&call.query, parts)?;
+        let options = call.write_options(parts)?;
         let body = read_body(parts, body).await?;
         let request = decode(
             parts,
@@ -69,6 +68,9 @@ impl Api {
             }
             _ => None,
         };
+        if self.decides() {
+            admission::check_token(&call.identity, &call.target, &request, bound.as_ref())?;
+        }
         let now = jiff::Timestamp::now().as_second();
         let granted = self
             .tokens
