@@ -126,7 +126,9 @@ pub fn ask(server: SocketAddr, name: &str) -> Option<(u8, u8)> {
     socket.send(&question(7, name)).ok()?;
     let mut reply = [0; 1500];
     let bytes = socket.recv(&mut reply).ok()?;
-    (bytes > 12 && reply[..2] == [0, 7]).then(|| (reply[3] & 15, reply[7]))
+    // Until the server is there, the kernel may give us its port: then we hear our own question.
+    let answers = bytes > 12 && reply[..2] == [0, 7] && reply[2] & 0x80 != 0;
+    answers.then(|| (reply[3] & 15, reply[7]))
 }
 
 pub const NOERROR: u8 = 0;
