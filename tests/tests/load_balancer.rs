@@ -173,8 +173,10 @@ fn known_to(client: &Network, segment: &Segment) -> Option<usize> {
     segment.nodes.iter().position(|node| {
         let links = node.host.run(|| {
             let mut kernel = Kernel::new(Netlink::open().expect("netlink"));
-            kernel.links().expect("links")
+            // An agent that has just begun makes pairs for pods to come: the list may change while it is read.
+            until("a list of the links", || Ok(kernel.links().ok()))
         });
+        let links = links.expect("links");
         let uplink = links.into_iter().find(|link| link.name == "eth0");
         let mac = uplink.and_then(|link| link.mac).expect("an address");
         let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
