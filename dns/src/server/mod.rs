@@ -11,7 +11,7 @@ mod udp;
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -171,6 +171,13 @@ pub async fn start(
     let mut sockets = vec![first];
     while sockets.len() < threads {
         sockets.push(sys::bind(address).map_err(refused("udp", address))?);
+    }
+    // A UDP socket has one family, so that clients have the addresses they are known by. The TCP listener takes both.
+    if address.ip() == IpAddr::from(Ipv6Addr::UNSPECIFIED) {
+        let address = SocketAddr::from((Ipv4Addr::UNSPECIFIED, address.port()));
+        for _ in 0..threads {
+            sockets.push(sys::bind(address).map_err(refused("udp", address))?);
+        }
     }
     let runtime = tokio::runtime::Handle::current();
     shared.serving.fetch_add(sockets.len(), Ordering::Relaxed);

@@ -102,13 +102,17 @@ pub fn spec(upstreams: &[SocketAddr]) -> Spec {
 }
 
 pub async fn serve(spec: Spec, snapshot: &Snapshot) -> (Arc<Shared>, SocketAddr) {
+    serve_at("127.0.0.1:0", spec, snapshot).await
+}
+
+pub async fn serve_at(at: &str, spec: Spec, snapshot: &Snapshot) -> (Arc<Shared>, SocketAddr) {
     let metrics = Metrics::default();
     let zone = Zone::of(spec.zone.clone(), snapshot);
     let settings = Settings::build(spec, &metrics, None).expect("settings");
     let shared = Shared::new(settings, metrics);
     shared.zone.store(zone.into());
-    let any = "127.0.0.1:0".parse().expect("an address");
-    let address = server::start(&shared, any, 2).await.expect("a free port");
+    let at = at.parse().expect("an address");
+    let address = server::start(&shared, at, 2).await.expect("a free port");
     (shared, address)
 }
 

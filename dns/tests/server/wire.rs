@@ -1,7 +1,7 @@
 //! The server over real sockets, seen through hickory's messages; and the query path under hostile bytes.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use crate::support::*;
@@ -364,4 +364,24 @@ proptest! {
             Outcome::Ignore => prop_assert!(!flips.is_empty()),
         }
     }
+}
+
+#[tokio::test]
+async fn a_server_at_all_addresses_answers_both_families() {
+    let (_, server) = serve_at("[::]:0", spec(&[]), &cluster(0)).await;
+    let four = SocketAddr::from(([127, 0, 0, 1], server.port()));
+    let query = query(WEB, RecordType::A);
+    assert_eq!(data(&udp(four, &query).await), ["10.96.0.7"]);
+    let by_tcp = tcp(four, std::slice::from_ref(&query)).await;
+    assert_eq!(data(&by_tcp[0]), ["10.96.0.7"]);
+    let six = tokio::net::UdpSocket::bind("[::1]:0").await;
+    let six = six.expect("a socket");
+    let to = SocketAddr::from((Ipv6Addr::LOCALHOST, server.port()));
+    six.send_to(&query.to_vec().expect("a query"), to)
+        .await
+        .expect("sent");
+    let mut reply = [0; 512];
+    let (bytes, from) = six.recv_from(&mut reply).await.expect("an answer");
+    let answer = Message::from_vec(&reply[..bytes]).expect("a message");
+    assert_eq!((data(&answer), from), (vec!["10.96.0.7".to_owned()], to));
 }
