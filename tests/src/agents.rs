@@ -4,7 +4,7 @@
 
 use std::fs::{self, File};
 use std::io::Write as _;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsRawFd as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -128,6 +128,24 @@ pub fn node_object(name: &str, addresses: &[IpAddr], ranges: &[String]) -> Value
     })
 }
 
+/// The name and the Node object of a node by its number: its pods have addresses of the families that it has.
+pub fn numbered_node(
+    number: u8,
+    address: Ipv4Addr,
+    second: Option<Ipv6Addr>,
+) -> (&'static str, Value) {
+    let name = ["node-1", "node-2", "node-3"][usize::from(number) - 1];
+    let (mut addresses, mut ranges) = (
+        vec![IpAddr::V4(address)],
+        vec![format!("10.244.{number}.0/24")],
+    );
+    if let Some(second) = second {
+        addresses.push(second.into());
+        ranges.push(format!("fd00:10:244:{number}::/64"));
+    }
+    (name, node_object(name, &addresses, &ranges))
+}
+
 /// Two nodes on one link, with nothing running on them but an echo server each. `flags` are more flags for the agents.
 pub fn two_nodes(
     sandbox: &Sandbox,
@@ -171,16 +189,9 @@ fn lay(
             }
             ip("link set eth0 up")
         })?;
-        let name = ["node-1", "node-2"][index];
-        let (mut addresses, mut ranges) = (
-            vec![IpAddr::V4(address)],
-            vec![format!("10.244.{number}.0/24")],
-        );
-        if dual {
-            addresses.push(format!("fd00:198:18::{number}").parse()?);
-            ranges.push(format!("fd00:10:244:{number}::/64"));
-        }
-        cluster.nodes.push(node_object(name, &addresses, &ranges));
+        let second = dual.then(|| format!("fd00:198:18::{number}").parse());
+        let (name, object) = numbered_node(number, address, second.transpose()?);
+        cluster.nodes.push(object);
         nodes.push(AgentNode::new(
             sandbox, dir, &cluster, name, host, address, flags,
         )?);

@@ -11,7 +11,21 @@ use keelway_agent::net::{Kernel, Netlink, is_spare};
 use keelway_cni::Attachment;
 use serde_json::Value;
 
-use crate::agents::{AgentNode, Pod};
+use crate::agents::{AgentNode, Pod, until};
+
+/// What is wrong when everything has come to rest: as [`audit`], after as long as an agent may take.
+pub fn at_rest(node: &AgentNode, pods: &[&Pod]) -> Vec<String> {
+    let mut last = Vec::new();
+    // Pods that went without a word, and deletions that wait, are found with the next round of upkeep.
+    let rested = until("rest", || {
+        last = audit(node, pods).unwrap_or_else(|error| vec![format!("no audit: {error:#}")]);
+        Ok(last.is_empty().then_some(()))
+    });
+    match rested {
+        Ok(()) => Vec::new(),
+        Err(_) => last,
+    }
+}
 
 /// What is wrong on a node that is to have these pods and no other; empty when all is well. To be asked once the agent has come to rest.
 pub fn audit(node: &AgentNode, pods: &[&Pod]) -> Result<Vec<String>> {

@@ -1,11 +1,11 @@
 //! Three nodes with agents, and the network between them: of the kinds that users have.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::Ipv4Addr;
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
 
-use crate::agents::{AgentNode, ClusterFile, node_object};
+use crate::agents::{AgentNode, ClusterFile, numbered_node};
 use crate::sandbox::{Network, Sandbox, ip};
 
 /// What is between the nodes.
@@ -104,16 +104,9 @@ pub fn three_nodes(sandbox: &Sandbox, dir: &Path, fabric: Fabric, flags: &[&str]
             }
             Ok(())
         })?;
-        let name = ["node-1", "node-2", "node-3"][usize::from(number) - 1];
-        let (mut addresses, mut ranges) = (
-            vec![IpAddr::V4(address)],
-            vec![format!("10.244.{number}.0/24")],
-        );
-        if dual {
-            addresses.push(format!("fd00:18:{link}::{number}").parse()?);
-            ranges.push(format!("fd00:10:244:{number}::/64"));
-        }
-        cluster.nodes.push(node_object(name, &addresses, &ranges));
+        let second = dual.then(|| format!("fd00:18:{link}::{number}").parse());
+        let (name, object) = numbered_node(number, address, second.transpose()?);
+        cluster.nodes.push(object);
         nodes.push(AgentNode::new(
             sandbox, dir, &cluster, name, host, address, flags,
         )?);

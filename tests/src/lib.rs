@@ -14,6 +14,7 @@ pub mod requests;
 pub mod sandbox;
 #[cfg(target_arch = "x86_64")]
 pub mod steps;
+pub mod topology;
 
 /// Builders of packets whose checksums are right.
 pub mod packets {

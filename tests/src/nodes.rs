@@ -54,6 +54,38 @@ pub struct Hooks {
     pub packet_lb: bool,
 }
 
+pub const PER_PACKET: Hooks = Hooks {
+    socket_lb: false,
+    packet_lb: true,
+};
+pub const AT_SOCKET: Hooks = Hooks {
+    socket_lb: true,
+    packet_lb: false,
+};
+pub const BOTH: Hooks = Hooks {
+    socket_lb: true,
+    packet_lb: true,
+};
+
+/// What a client of [`ask`] says when nobody listens.
+pub const REFUSED: &str = "error: connection refused";
+
+/// Lets an address and port lead to a service, by TCP and UDP.
+pub fn frontend(address: &str, lead: Lead) -> [Op; 2] {
+    frontends(address.parse().expect("an address and a port"), lead)
+}
+
+fn frontends(at: SocketAddr, lead: Lead) -> [Op; 2] {
+    [Protocol::Tcp, Protocol::Udp].map(|protocol| Op::SetFrontend {
+        frontend: Frontend {
+            addr: at.ip(),
+            port: at.port(),
+            protocol,
+        },
+        lead,
+    })
+}
+
 /// Node 1 at 198.18.0.1 and fd00:18::1 with pods a and b, node 2 at 198.18.0.2 and fd00:18::2 with pod c; each pod knows the way to
 /// every other.
 pub struct Nodes {
@@ -114,16 +146,7 @@ impl Nodes {
                 },
             },
         ];
-        for protocol in [Protocol::Tcp, Protocol::Udp] {
-            ops.push(Op::SetFrontend {
-                frontend: Frontend {
-                    addr: at.ip(),
-                    port: at.port(),
-                    protocol,
-                },
-                lead: Lead::to(ServiceId(id)),
-            });
-        }
+        ops.extend(frontends(at, Lead::to(ServiceId(id))));
         for node in &mut self.nodes {
             node.dataplane().apply(&ops)?;
         }

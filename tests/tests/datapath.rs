@@ -13,22 +13,11 @@ use std::{
 use dataplane_abi::{Class, Reason};
 use keelway_agent::dataplane::{Op, ServiceBackends, ServiceId};
 use keelway_tests::{
-    nodes::{self, Cgroup, ECHO_PORT, Hooks, Node, Nodes, ask},
+    nodes::{
+        self, AT_SOCKET, BOTH, Cgroup, ECHO_PORT, Hooks, Node, Nodes, PER_PACKET, REFUSED, ask,
+    },
     requests::{self, TIMEOUT, tcp},
     sandbox::{Network, Sandbox, is_root},
-};
-
-const PER_PACKET: Hooks = Hooks {
-    socket_lb: false,
-    packet_lb: true,
-};
-const AT_SOCKET: Hooks = Hooks {
-    socket_lb: true,
-    packet_lb: false,
-};
-const BOTH: Hooks = Hooks {
-    socket_lb: true,
-    packet_lb: true,
 };
 
 /// Not a test of its own: the process that others start as a client.
@@ -283,10 +272,7 @@ fn what_no_service_answers_is_refused_at_once() {
             ] {
                 let start = Instant::now();
                 let answer = ask(network, cgroup.as_ref(), request).unwrap();
-                assert_eq!(
-                    answer, "error: connection refused",
-                    "{request} with {hooks:?}"
-                );
+                assert_eq!(answer, REFUSED, "{request} with {hooks:?}");
                 assert!(
                     start.elapsed() < TIMEOUT,
                     "{request} with {hooks:?} took {:?}",

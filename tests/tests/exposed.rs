@@ -9,28 +9,15 @@ use std::{
 };
 
 use dataplane_abi::Reason;
-use keelway_agent::dataplane::{Frontend, Lead, Op, Protocol, ServiceBackends, ServiceId, Vip};
+use keelway_agent::dataplane::{Lead, Op, ServiceBackends, ServiceId, Vip};
 use keelway_tests::{
     agents,
-    nodes::{self, Cgroup, ECHO_PORT, Hooks, Nodes, ask},
+    nodes::{
+        self, AT_SOCKET, BOTH, Cgroup, ECHO_PORT, Hooks, Nodes, PER_PACKET, REFUSED, ask, frontend,
+    },
     requests,
     sandbox::{Network, Sandbox, ip, is_root},
 };
-
-const PER_PACKET: Hooks = Hooks {
-    socket_lb: false,
-    packet_lb: true,
-};
-const AT_SOCKET: Hooks = Hooks {
-    socket_lb: true,
-    packet_lb: false,
-};
-const BOTH: Hooks = Hooks {
-    socket_lb: true,
-    packet_lb: true,
-};
-
-const REFUSED: &str = "error: connection refused";
 
 /// Not a test of its own: the process that others start as a client.
 #[test]
@@ -59,20 +46,6 @@ fn service(id: u32, backends: &[&str]) -> Op {
             ..ServiceBackends::default()
         },
     }
-}
-
-/// Lets an address and port lead to a service, by TCP and UDP.
-fn frontend(address: &str, lead: Lead) -> Vec<Op> {
-    let address: SocketAddr = address.parse().unwrap();
-    let one = |protocol| Op::SetFrontend {
-        frontend: Frontend {
-            addr: address.ip(),
-            port: address.port(),
-            protocol,
-        },
-        lead,
-    };
-    vec![one(Protocol::Tcp), one(Protocol::Udp)]
 }
 
 /// NodePorts 30001 and on lead to one backend each.

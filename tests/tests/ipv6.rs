@@ -10,27 +10,12 @@ use std::{
 };
 
 use dataplane_abi::Reason;
-use keelway_agent::dataplane::{Frontend, Lead, Op, Protocol, ServiceBackends, ServiceId, Vip};
+use keelway_agent::dataplane::{Lead, Op, ServiceBackends, ServiceId, Vip};
 use keelway_tests::{
-    nodes::{self, Cgroup, Hooks, Nodes, ask},
+    nodes::{self, AT_SOCKET, BOTH, Cgroup, Hooks, Nodes, PER_PACKET, REFUSED, ask, frontend},
     requests::{self, TIMEOUT},
     sandbox::{Network, Sandbox, ip, is_root},
 };
-
-const PER_PACKET: Hooks = Hooks {
-    socket_lb: false,
-    packet_lb: true,
-};
-const AT_SOCKET: Hooks = Hooks {
-    socket_lb: true,
-    packet_lb: false,
-};
-const BOTH: Hooks = Hooks {
-    socket_lb: true,
-    packet_lb: true,
-};
-
-const REFUSED: &str = "error: connection refused";
 
 /// Not a test of its own: the process that others start as a client.
 #[test]
@@ -53,19 +38,6 @@ fn backends(nodes: &Nodes, names: &[&str]) -> ServiceBackends {
         active: names.iter().map(at).collect(),
         ..ServiceBackends::default()
     }
-}
-
-/// Lets an address and port lead to a service, by TCP and UDP.
-fn frontend(address: &str, lead: Lead) -> [Op; 2] {
-    let address: SocketAddr = address.parse().unwrap();
-    [Protocol::Tcp, Protocol::Udp].map(|protocol| Op::SetFrontend {
-        frontend: Frontend {
-            addr: address.ip(),
-            port: address.port(),
-            protocol,
-        },
-        lead,
-    })
 }
 
 /// Two nodes, and in the first one's tables: the Services above; fd00:96::9 and 30009 without endpoints; 30010 whose endpoints are

@@ -7,13 +7,13 @@ use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use anyhow::Result;
-use keelway_tests::agents::{AgentNode, ClusterFile, Pod, Service, cni_result, two_nodes, until};
-use keelway_tests::nodes::{self, Cgroup, ask};
-use keelway_tests::sandbox::{Network, Sandbox, ip, is_root};
+use keelway_tests::agents::{AgentNode, Pod, Service, cni_result, until};
+use keelway_tests::nodes::{self, Cgroup, REFUSED, ask};
+use keelway_tests::sandbox::{Network, ip};
+use keelway_tests::topology::{Topology, WEB, web};
 use serde_json::{Value, json};
 
 const TIMEOUT: Duration = Duration::from_secs(2);
-const WEB: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 7);
 
 /// Not a test of its own: the process that others start as a client.
 #[test]
@@ -64,72 +64,26 @@ fn first_word(answer: &[u8]) -> String {
         .to_owned()
 }
 
-fn service(endpoints: &[(Ipv4Addr, &'static str)]) -> Service {
-    Service {
-        name: "web",
-        address: WEB,
-        endpoints: endpoints.to_vec(),
-        spec: json!({}),
-        balanced: None,
-    }
-}
-
-/// Two nodes with pods a and b on the first and c on the second; the Service `web` leads to a and c.
-struct Topology {
-    cluster: ClusterFile,
-    nodes: [AgentNode; 2],
-    a: Pod,
-    b: Pod,
-    c: Pod,
-    /// Last, so that it is there until the agents have ended.
-    _dir: tempfile::TempDir,
-    _sandbox: Sandbox,
-}
-
+/// Nodes and pods, and the Service `web` that leads to a and c.
 fn topology(test: &str, flags: &[&str]) -> Option<Topology> {
-    if !is_root(test) {
-        return None;
-    }
-    let sandbox = Sandbox::enter().expect("a sandbox");
-    let dir = tempfile::tempdir().expect("a folder");
-    let (cluster, mut nodes) = two_nodes(&sandbox, dir.path(), flags).expect("two nodes");
-    cluster.write(&[]).expect("the cluster's file");
-    for node in &mut nodes {
-        node.start().expect("an agent");
-    }
-    let [a, b] = ["a", "b"].map(|name| nodes[0].add_pod(name).expect("a pod"));
-    let c = nodes[1].add_pod("c").expect("a pod");
-    let topology = Topology {
-        cluster,
-        nodes,
-        a,
-        b,
-        c,
-        _dir: dir,
-        _sandbox: sandbox,
-    };
-    topology.serve(&topology.both());
+    let topology = Topology::start(test, flags)?;
+    serve(&topology, &topology.both());
     Some(topology)
 }
 
-impl Topology {
-    fn both(&self) -> Vec<(Ipv4Addr, &'static str)> {
-        vec![(self.a.address, "node-1"), (self.c.address, "node-2")]
-    }
-
-    /// Lets `web` lead to these endpoints, and waits until it does on both nodes.
-    fn serve(&self, endpoints: &[(Ipv4Addr, &'static str)]) {
-        let before: Vec<u64> = self.nodes.iter().map(batches).collect();
-        self.cluster
-            .write(&[service(endpoints)])
-            .expect("the cluster's file");
-        for (node, before) in self.nodes.iter().zip(before) {
-            let backends = 2 * endpoints.len() as u64;
-            node.wait("the Service in the maps", |report| {
-                report["backends"] == backends && report["batches"].as_u64() > Some(before)
-            })
-            .expect("a plan");
-        }
+/// Lets `web` lead to these endpoints, and waits until it does on both nodes.
+fn serve(topology: &Topology, endpoints: &[(Ipv4Addr, &'static str)]) {
+    let before: Vec<u64> = topology.nodes.iter().map(batches).collect();
+    topology
+        .cluster
+        .write(&[web(endpoints)])
+        .expect("the cluster's file");
+    for (node, before) in topology.nodes.iter().zip(before) {
+        let backends = 2 * endpoints.len() as u64;
+        node.wait("the Service in the maps", |report| {
+            report["backends"] == backends && report["batches"].as_u64() > Some(before)
+        })
+        .expect("a plan");
     }
 }
 
@@ -195,7 +149,7 @@ fn everything_is_reached(topology: &Topology, cgroups: bool) {
         )
         .expect("a client");
         assert_eq!(
-            refused, "error: connection refused",
+            refused, REFUSED,
             "a port that the Service has not, on node {node}"
         );
     }
@@ -251,14 +205,11 @@ fn changes_of_endpoints_are_followed() {
         return;
     };
     let web = SocketAddr::from((WEB, 80));
-    topology.serve(&topology.both()[1..]);
+    serve(&topology, &topology.both()[1..]);
     assert_eq!(answers(&topology.b.network, None, "tcp", web), ["c"]);
-    topology.serve(&[]);
-    assert_eq!(
-        answers(&topology.b.network, None, "tcp", web),
-        ["error: connection refused"]
-    );
-    topology.serve(&topology.both());
+    serve(&topology, &[]);
+    assert_eq!(answers(&topology.b.network, None, "tcp", web), [REFUSED]);
+    serve(&topology, &topology.both());
     assert_eq!(answers(&topology.b.network, None, "tcp", web), ["a", "c"]);
 
     // A file that is half written, or wrong, changes nothing.
@@ -278,7 +229,7 @@ fn a_service_that_prefers_its_node_stays_on_it() {
     };
     let near = Service {
         spec: json!({"trafficDistribution": "PreferSameNode"}),
-        ..service(&topology.both())
+        ..topology.web()
     };
     topology.cluster.write(&[near]).expect("the cluster's file");
     for node in &topology.nodes {
@@ -352,7 +303,7 @@ fn a_killed_worker_is_replaced_at_once_and_nothing_that_flows_is_lost() {
     );
 
     // New endpoints work, and a new pod does not get an address that another one has.
-    topology.serve(&topology.both()[..1]);
+    serve(&topology, &topology.both()[..1]);
     assert_eq!(answers(&topology.c.network, None, "tcp", web), ["a"]);
     let d = topology.nodes[0].add_pod("d").expect("a pod");
     assert!(![topology.a.address, topology.b.address].contains(&d.address));
@@ -373,9 +324,9 @@ fn an_agent_that_stops_takes_nothing_away_and_does_later_what_it_missed() {
     let Some(mut topology) = topology(test, &[]) else {
         return;
     };
-    let web = SocketAddr::from((WEB, 80));
+    let at = SocketAddr::from((WEB, 80));
     topology.nodes[0].stop().expect("a good end");
-    assert_eq!(answers(&topology.b.network, None, "tcp", web), ["a", "c"]);
+    assert_eq!(answers(&topology.b.network, None, "tcp", at), ["a", "c"]);
     assert!(
         topology.nodes[0].conf_list().exists(),
         "pods that come meanwhile wait for the agent"
@@ -384,7 +335,7 @@ fn an_agent_that_stops_takes_nothing_away_and_does_later_what_it_missed() {
     // The Service changes and a pod goes while nobody is there.
     topology
         .cluster
-        .write(&[service(&topology.both()[1..])])
+        .write(&[web(&topology.both()[1..])])
         .expect("the cluster's file");
     let network = Network::new().expect("a network");
     let refused = topology.nodes[0]
@@ -413,7 +364,7 @@ fn an_agent_that_stops_takes_nothing_away_and_does_later_what_it_missed() {
         Ok((node.pod_interfaces()?.len() == 1).then_some(()))
     })
     .expect("the other one goes");
-    assert_eq!(answers(&topology.b.network, None, "tcp", web), ["c"]);
+    assert_eq!(answers(&topology.b.network, None, "tcp", at), ["c"]);
     let waiting = fs::read_dir(node.state_dir().join("deleted"))
         .expect("the spool")
         .count();

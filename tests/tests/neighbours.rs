@@ -26,6 +26,37 @@ fn nodes(test: &str) -> Option<([AgentNode; 2], tempfile::TempDir, Sandbox)> {
     Some((nodes, dir, sandbox))
 }
 
+/// Two nodes with agents, and a pod on each.
+struct Wired {
+    first: AgentNode,
+    /// Its agent ends with it.
+    _second: AgentNode,
+    a: Pod,
+    b: Pod,
+    /// Last, so that it is there until the agents have ended.
+    _dir: tempfile::TempDir,
+    _sandbox: Sandbox,
+}
+
+fn wired(test: &str) -> Option<Wired> {
+    let ([mut first, mut second], dir, sandbox) = nodes(test)?;
+    for node in [&mut first, &mut second] {
+        node.start().expect("an agent");
+    }
+    let (a, b) = (
+        first.wire("a").expect("a pod"),
+        second.wire("b").expect("a pod"),
+    );
+    Some(Wired {
+        first,
+        _second: second,
+        a,
+        b,
+        _dir: dir,
+        _sandbox: sandbox,
+    })
+}
+
 fn on(node: &AgentNode, words: &[&str]) -> Result<String> {
     let output = node
         .host
@@ -83,18 +114,12 @@ fn notes(node: &AgentNode) -> Result<String> {
 
 #[test]
 fn pods_pass_filters_that_drop_what_is_forwarded() {
-    let Some(([mut first, mut second], _dir, _sandbox)) =
-        nodes("pods_pass_filters_that_drop_what_is_forwarded")
-    else {
+    let Some(lab) = wired("pods_pass_filters_that_drop_what_is_forwarded") else {
         return;
     };
-    for node in [&mut first, &mut second] {
-        node.start().expect("an agent");
-    }
-    let (a, b) = (
-        first.wire("a").expect("a pod"),
-        second.wire("b").expect("a pod"),
-    );
+    let Wired {
+        mut first, a, b, ..
+    } = lab;
     reach(&b, &a.network).expect("before");
     // As Docker and ufw have it, and as nft's own users do, in tables of their own.
     for words in [
@@ -248,18 +273,10 @@ fn what_cannot_be_worked_with_is_named_with_what_to_do() {
 
 #[test]
 fn what_programs_that_keep_the_network_take_away_comes_back() {
-    let Some(([mut first, mut second], _dir, _sandbox)) =
-        nodes("what_programs_that_keep_the_network_take_away_comes_back")
-    else {
+    let Some(lab) = wired("what_programs_that_keep_the_network_take_away_comes_back") else {
         return;
     };
-    for node in [&mut first, &mut second] {
-        node.start().expect("an agent");
-    }
-    let (a, b) = (
-        first.wire("a").expect("a pod"),
-        second.wire("b").expect("a pod"),
-    );
+    let Wired { first, a, b, .. } = lab;
     reach(&a, &b.network).expect("before");
     let state = || {
         let mut lines: Vec<String> = ["-4 route", "-6 route", "-o addr show keelway-svc"]

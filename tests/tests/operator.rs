@@ -4,72 +4,36 @@ use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::time::Duration;
 
-use keelway_tests::agents::{AgentNode, ClusterFile, Pod, Service, two_nodes, until};
+use keelway_tests::agents::{AgentNode, Service, until};
 use keelway_tests::process::Running;
-use keelway_tests::sandbox::{Network, Sandbox, ip, is_root};
+use keelway_tests::sandbox::{Network, ip};
+use keelway_tests::topology::{Topology, WEB};
 use serde_json::{Value, json};
 
 const TIMEOUT: Duration = Duration::from_secs(2);
-const WEB: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 7);
 
-/// Two nodes, packet hooks alone, so that every flow is in the tables; pods a and b on the first, c on the second.
-struct Topology {
-    cluster: ClusterFile,
-    nodes: [AgentNode; 2],
-    a: Pod,
-    b: Pod,
-    c: Pod,
-    /// Last, so that it is there until the agents have ended.
-    _dir: tempfile::TempDir,
-    _sandbox: Sandbox,
-}
-
+/// Packet hooks alone, so that every flow is in the tables.
 fn topology(test: &str) -> Option<Topology> {
-    if !is_root(test) {
-        return None;
-    }
-    let sandbox = Sandbox::enter().expect("a sandbox");
-    let dir = tempfile::tempdir().expect("a folder");
-    let (cluster, mut nodes) =
-        two_nodes(&sandbox, dir.path(), &["--socket-lb", "off"]).expect("two nodes");
-    cluster.write(&[]).expect("the cluster's file");
-    for node in &mut nodes {
-        node.start().expect("an agent");
-    }
-    let [a, b] = ["a", "b"].map(|name| nodes[0].add_pod(name).expect("a pod"));
-    let c = nodes[1].add_pod("c").expect("a pod");
-    Some(Topology {
-        cluster,
-        nodes,
-        a,
-        b,
-        c,
-        _dir: dir,
-        _sandbox: sandbox,
-    })
+    Topology::start(test, &["--socket-lb", "off"])
 }
 
-impl Topology {
-    fn web(&self) -> Service {
-        Service {
-            name: "web",
-            address: WEB,
-            endpoints: vec![(self.a.address, "node-1"), (self.c.address, "node-2")],
-            spec: json!({}),
-            balanced: None,
-        }
-    }
-
-    /// Writes Services, and waits until the first node shows one of them as wished.
-    fn write(&self, services: &[Service], name: &str, wished: impl Fn(&Value) -> bool) -> Value {
-        self.cluster.write(services).expect("the cluster's file");
-        until(name, || {
-            let shown = self.nodes[0].command(&["service", "show", name, "-o", "json"])?;
-            let shown: Option<Value> = serde_json::from_str(&shown.stdout).ok();
-            Ok(shown.filter(|shown| wished(shown)))
-        })
-        .expect("the Service as wished")
-    }
+/// Writes Services, and waits until the first node shows one of them as wished.
+fn write(
+    topology: &Topology,
+    services: &[Service],
+    name: &str,
+    wished: impl Fn(&Value) -> bool,
+) -> Value {
+    topology
+        .cluster
+        .write(services)
+        .expect("the cluster's file");
+    until(name, || {
+        let shown = topology.nodes[0].command(&["service", "show", name, "-o", "json"])?;
+        let shown: Option<Value> = serde_json::from_str(&shown.stdout).ok();
+        Ok(shown.filter(|shown| wished(shown)))
+    })
+    .expect("the Service as wished")
 }
 
 fn json_of(node: &AgentNode, arguments: &[&str]) -> Value {
@@ -106,7 +70,7 @@ fn services_are_listed_and_shown() {
     let Some(topology) = topology("services_are_listed_and_shown") else {
         return;
     };
-    let shown = topology.write(&[topology.web()], "web", all_installed);
+    let shown = write(&topology, &[topology.web()], "web", all_installed);
     assert_eq!(shown["type"], "ClusterIP");
     assert_eq!(shown["clusterIps"], json!([WEB]));
     assert_eq!(shown["ports"].as_array().expect("ports").len(), 2);
@@ -151,7 +115,7 @@ fn an_address_of_two_services_is_the_first_names_and_the_other_is_told() {
         name: "xweb",
         ..topology.web()
     };
-    let shown = topology.write(&[topology.web(), other], "xweb", |shown| {
+    let shown = write(&topology, &[topology.web(), other], "xweb", |shown| {
         shown["refused"]
             .to_string()
             .contains("belongs to default/web")
@@ -165,7 +129,7 @@ fn an_address_of_two_services_is_the_first_names_and_the_other_is_told() {
         name: "xweb",
         ..topology.web()
     };
-    topology.write(&[other], "xweb", all_installed);
+    write(&topology, &[other], "xweb", all_installed);
 }
 
 #[test]
@@ -173,7 +137,7 @@ fn flows_are_listed_by_name_and_flushed() {
     let Some(topology) = topology("flows_are_listed_by_name_and_flushed") else {
         return;
     };
-    topology.write(&[topology.web()], "web", all_installed);
+    write(&topology, &[topology.web()], "web", all_installed);
     let node = &topology.nodes[0];
     let web = SocketAddr::from((WEB, 80));
     let mut stream = connect(&topology.b.network, web);
@@ -235,7 +199,7 @@ fn commands_wait_for_a_worker_that_is_replaced_and_say_when_no_agent_is_there() 
     let Some(mut topology) = topology(test) else {
         return;
     };
-    topology.write(&[topology.web()], "web", all_installed);
+    write(&topology, &[topology.web()], "web", all_installed);
     let node = &topology.nodes[0];
     node.kill_worker().expect("another worker");
     // At once: the supervisor holds the socket, and the new worker answers when it can.
@@ -255,7 +219,7 @@ fn the_monitor_tells_of_flows_drops_and_rejects_with_names() {
     let Some(topology) = topology(test) else {
         return;
     };
-    topology.write(&[topology.web()], "web", all_installed);
+    write(&topology, &[topology.web()], "web", all_installed);
     let node = &topology.nodes[0];
     let all = node.watch(&["monitor", "-o", "json"]).expect("a monitor");
     let flags = [
@@ -439,13 +403,15 @@ fn a_health_check_whose_port_is_taken_is_told_and_had_when_it_is_free() {
         .expect("the port");
     let web = balanced(&topology, vec![(topology.a.address, "node-1")]);
     let refused = |shown: &Value| shown["refused"].to_string().contains("healthCheckNodePort");
-    let shown = topology.write(std::slice::from_ref(&web), "web", refused);
+    let shown = write(&topology, std::slice::from_ref(&web), "web", refused);
     assert!(
         shown["refused"][0].to_string().contains("in use"),
         "{shown}"
     );
     drop(squatter);
-    topology.write(&[web], "web", |shown| shown["refused"] == json!([]));
+    write(&topology, &[web], "web", |shown| {
+        shown["refused"] == json!([])
+    });
     let at = SocketAddr::from((topology.nodes[0].address, HEALTH_PORT));
     let (status, ..) = health(&topology.nodes[1].host, at, "/").expect("an answer");
     assert_eq!(status, 200);
@@ -469,7 +435,7 @@ fn a_node_port_that_a_process_listens_on_is_told_and_serves_the_service() {
         spec: json!({"type": "NodePort", "ports": [{"name": "tcp", "port": 80, "protocol": "TCP", "nodePort": NODE_PORT}]}),
         ..topology.web()
     };
-    let shown = topology.write(&[web], "web", |shown| {
+    let shown = write(&topology, &[web], "web", |shown| {
         all_installed(shown) && shown["warnings"].to_string().contains("30080")
     });
     assert_eq!(shown["refused"], json!([]));
@@ -515,7 +481,7 @@ fn endpoints_that_cannot_be_used_are_told_and_the_others_serve() {
         endpoints,
         ..topology.web()
     };
-    let shown = topology.write(std::slice::from_ref(&web), "web", |shown| {
+    let shown = write(&topology, std::slice::from_ref(&web), "web", |shown| {
         shown["ports"][0]["active"].as_array().map(Vec::len) == Some(2)
     });
     assert_ne!(shown["refused"], json!([]), "{shown}");
@@ -525,7 +491,7 @@ fn endpoints_that_cannot_be_used_are_told_and_the_others_serve() {
         spec: json!({"ports": ports}),
         ..web
     };
-    topology.write(&[sctp], "web", |shown| {
+    write(&topology, &[sctp], "web", |shown| {
         let is_refused = shown["refused"].to_string().contains("SCTP port 80");
         is_refused && shown["ports"][0]["active"].as_array().map(Vec::len) == Some(2)
     });

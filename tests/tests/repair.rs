@@ -5,13 +5,8 @@ use std::fs;
 use dataplane_abi::ABI_VERSION;
 use keelway_agent::dataplane::Error;
 use keelway_tests::{
-    nodes::{Hooks, Nodes},
+    nodes::{Nodes, PER_PACKET},
     sandbox::{Sandbox, ip, is_root},
-};
-
-const PER_PACKET: Hooks = Hooks {
-    socket_lb: false,
-    packet_lb: true,
 };
 
 fn started(test: &str) -> Option<(Sandbox, Nodes)> {

@@ -11,10 +11,11 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use keelway_tests::agents::{AgentNode, Pod, Segment, Service, program, segment, until};
+use keelway_tests::dice::{Dice, soak};
 use keelway_tests::nodes::{self, ECHO_PORT, ask};
 use keelway_tests::sandbox::{Network, Sandbox, is_root};
 use nix::sys::signal::{Signal, kill};
@@ -31,22 +32,6 @@ const PACE: Duration = Duration::from_millis(20);
 const DRAIN: Duration = Duration::from_secs(8);
 /// Backends of the Service that is asked: so many at least, so many at most.
 const BACKENDS: std::ops::Range<usize> = 3..8;
-
-/// Numbers that look random (xorshift64*, Vigna 2016), the same for the same seed.
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) % limit
-    }
-}
-
-fn number(variable: &str) -> Option<u64> {
-    std::env::var(variable).ok()?.parse().ok()
-}
 
 /// What a client does over and over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -353,9 +338,10 @@ impl Churn {
     fn stir(&mut self) -> Result<()> {
         for _ in 0..10 {
             let key = self.dice.below(200) as u8;
-            let some = self.backends.iter();
-            let endpoints = some
-                .filter(|_| self.dice.0 & 1 == 0)
+            // With all of them, or none.
+            let some = self.dice.below(2) == 0;
+            let backends = self.backends.iter().filter(|_| some);
+            let endpoints = backends
                 .map(|backend| (backend.pod.address, NAMES[backend.node]))
                 .collect();
             match self.dice.below(3) {
@@ -430,13 +416,7 @@ fn whatever_changes_and_whoever_is_killed_no_request_fails() {
     if !is_root("whatever_changes_and_whoever_is_killed_no_request_fails") {
         return;
     }
-    let seconds = number("KEELWAY_SOAK_S").unwrap_or(25);
-    let seed = number("KEELWAY_SOAK_SEED").unwrap_or_else(|| {
-        SystemTime::now()
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .map_or(1, |since| since.as_nanos() as u64)
-    });
-    println!("KEELWAY_SOAK_S={seconds} KEELWAY_SOAK_SEED={seed}");
+    let (seconds, seed) = soak(25);
     let sandbox = Sandbox::enter().expect("a sandbox");
     let dir = tempfile::tempdir().expect("a folder");
     let mut segment = segment(&sandbox, dir.path(), &[]).expect("a segment");
@@ -453,7 +433,7 @@ fn whatever_changes_and_whoever_is_killed_no_request_fails() {
     let hosts = [0, 1].map(|node| segment.nodes[node].host.try_clone().expect("a host"));
     let mut churn = Churn {
         segment,
-        dice: Dice(seed | 1),
+        dice: Dice::new(seed),
         began: Instant::now(),
         backends: Vec::new(),
         ending: Vec::new(),

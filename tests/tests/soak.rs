@@ -4,14 +4,12 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use keelway_tests::agents::{
-    AgentNode, Pod, addresses_of, cni_result, two_dual_stack_nodes, until,
-};
-use keelway_tests::audit::audit;
-use keelway_tests::dice::{Dice, number};
+use keelway_tests::agents::{AgentNode, Pod, addresses_of, cni_result, two_dual_stack_nodes};
+use keelway_tests::audit::{at_rest, audit};
+use keelway_tests::dice::{Dice, soak};
 use keelway_tests::sandbox::{Network, Sandbox, ip, is_root};
 use serde_json::json;
 
@@ -90,33 +88,13 @@ fn live(
     }
 }
 
-/// What is wrong when everything has come to rest.
-fn at_rest(node: &AgentNode, pods: &[&Pod]) -> Vec<String> {
-    let mut last = Vec::new();
-    // Pods that went without a word, and deletions that wait, are found with the next round of upkeep.
-    let rested = until("rest", || {
-        last = audit(node, pods).unwrap_or_else(|error| vec![format!("no audit: {error:#}")]);
-        Ok(last.is_empty().then_some(()))
-    });
-    match rested {
-        Ok(()) => Vec::new(),
-        Err(_) => last,
-    }
-}
-
 #[test]
 fn whatever_is_killed_nothing_is_leaked_and_nothing_is_doubled() {
     let test = "whatever_is_killed_nothing_is_leaked_and_nothing_is_doubled";
     if !is_root(test) {
         return;
     }
-    let seconds = number("KEELWAY_SOAK_S").unwrap_or(15);
-    let seed = number("KEELWAY_SOAK_SEED").unwrap_or_else(|| {
-        SystemTime::now()
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .map_or(1, |since| since.as_nanos() as u64)
-    });
-    println!("KEELWAY_SOAK_S={seconds} KEELWAY_SOAK_SEED={seed}");
+    let (seconds, seed) = soak(15);
     let sandbox = Sandbox::enter().expect("a sandbox");
     let dir = tempfile::tempdir().expect("a folder");
     let (cluster, nodes) = two_dual_stack_nodes(&sandbox, dir.path(), &[]).expect("two nodes");

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use k8s_cri::v1::{LinuxPodSandboxConfig, PodSandboxConfig, PodSandboxMetadata};
@@ -21,7 +21,7 @@ use keelway_kubelet::runtime::{
 };
 use keelway_tests::agents::{AgentNode, Pod, program, two_dual_stack_nodes, until};
 use keelway_tests::audit::audit;
-use keelway_tests::dice::{Dice, number};
+use keelway_tests::dice::{self, Dice};
 use keelway_tests::sandbox::{Network, Sandbox, is_root};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -347,13 +347,7 @@ fn inside() {
 }
 
 fn soak(folder: &Path) -> Result<()> {
-    let seconds = number("KEELWAY_SOAK_S").unwrap_or(15);
-    let seed = number("KEELWAY_SOAK_SEED").unwrap_or_else(|| {
-        SystemTime::now()
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .map_or(1, |since| since.as_nanos() as u64)
-    });
-    println!("KEELWAY_SOAK_S={seconds} KEELWAY_SOAK_SEED={seed}");
+    let (seconds, seed) = dice::soak(15);
     let sandbox = Sandbox::enter()?;
     nix::mount::mount(
         Some("tmpfs"),

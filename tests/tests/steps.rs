@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, ensure};
 use keelway_tests::agents::{
     AgentNode, Pod, addresses_of, cni_result, two_dual_stack_nodes, until,
 };
-use keelway_tests::audit::audit;
+use keelway_tests::audit;
 use keelway_tests::sandbox::{Network, Sandbox, is_root};
 use keelway_tests::steps::Steps;
 use serde_json::json;
@@ -25,12 +25,9 @@ fn stride() -> u32 {
 }
 
 fn at_rest(node: &AgentNode, pods: &[&Pod]) -> Result<()> {
-    let mut last = Vec::new();
-    until("rest", || {
-        last = audit(node, pods).unwrap_or_else(|error| vec![format!("no audit: {error:#}")]);
-        Ok(last.is_empty().then_some(()))
-    })
-    .with_context(|| format!("{last:#?}"))
+    let wrong = audit::at_rest(node, pods);
+    ensure!(wrong.is_empty(), "{wrong:#?}");
+    Ok(())
 }
 
 fn deleted(node: &AgentNode, container: &str) -> Result<()> {

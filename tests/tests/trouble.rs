@@ -10,74 +10,29 @@ use std::time::Duration;
 
 use dataplane_abi::limits;
 use keelway_agent::dataplane::held;
-use keelway_tests::agents::{AgentNode, ClusterFile, Pod, Service, agent_run, two_nodes, until};
-use keelway_tests::sandbox::{Network, Sandbox, is_root};
+use keelway_tests::agents::{Service, agent_run, until};
+use keelway_tests::sandbox::Network;
+use keelway_tests::topology::{Topology, WEB};
 use serde_json::{Value, json};
 
 const TIMEOUT: Duration = Duration::from_secs(2);
-const WEB: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 7);
 
-/// Two nodes with agents; pods a and b on the first, c on the second.
-struct Topology {
-    cluster: ClusterFile,
-    nodes: [AgentNode; 2],
-    a: Pod,
-    b: Pod,
-    c: Pod,
-    /// Last, so that it is there until the agents have ended.
-    _dir: tempfile::TempDir,
-    _sandbox: Sandbox,
+/// Writes Services, and waits until pod b is served by both endpoints of the first.
+fn serve(topology: &Topology, services: &[Service]) {
+    topology
+        .cluster
+        .write(services)
+        .expect("the cluster's file");
+    is_served(topology, "both endpoints");
 }
 
-fn topology(test: &str, flags: &[&str]) -> Option<Topology> {
-    if !is_root(test) {
-        return None;
-    }
-    let sandbox = Sandbox::enter().expect("a sandbox");
-    let dir = tempfile::tempdir().expect("a folder");
-    let (cluster, mut nodes) = two_nodes(&sandbox, dir.path(), flags).expect("two nodes");
-    cluster.write(&[]).expect("the cluster's file");
-    for node in &mut nodes {
-        node.start().expect("an agent");
-    }
-    let [a, b] = ["a", "b"].map(|name| nodes[0].add_pod(name).expect("a pod"));
-    let c = nodes[1].add_pod("c").expect("a pod");
-    Some(Topology {
-        cluster,
-        nodes,
-        a,
-        b,
-        c,
-        _dir: dir,
-        _sandbox: sandbox,
+fn is_served(topology: &Topology, what: &str) {
+    until(what, || {
+        let answers = (0..20).map(|_| ask(&topology.b.network, (WEB, 80)));
+        let names: std::io::Result<BTreeSet<String>> = answers.collect();
+        Ok(names.ok().filter(|names| names.len() == 2))
     })
-}
-
-impl Topology {
-    fn web(&self) -> Service {
-        Service {
-            name: "web",
-            address: WEB,
-            endpoints: vec![(self.a.address, "node-1"), (self.c.address, "node-2")],
-            spec: json!({}),
-            balanced: None,
-        }
-    }
-
-    /// Writes Services, and waits until pod b is served by both endpoints of the first.
-    fn serve(&self, services: &[Service]) {
-        self.cluster.write(services).expect("the cluster's file");
-        self.is_served("both endpoints");
-    }
-
-    fn is_served(&self, what: &str) {
-        until(what, || {
-            let answers = (0..20).map(|_| ask(&self.b.network, (WEB, 80)));
-            let names: std::io::Result<BTreeSet<String>> = answers.collect();
-            Ok(names.ok().filter(|names| names.len() == 2))
-        })
-        .expect(what);
-    }
+    .expect(what);
 }
 
 /// The name of the server that answers, after a connection of its own.
@@ -109,10 +64,10 @@ fn problems(report: &Value) -> String {
 #[test]
 fn pins_that_are_removed_under_an_agent_come_back_and_status_says_so() {
     let test = "pins_that_are_removed_under_an_agent_come_back_and_status_says_so";
-    let Some(topology) = topology(test, &[]) else {
+    let Some(topology) = Topology::start(test, &[]) else {
         return;
     };
-    topology.serve(&[topology.web()]);
+    serve(&topology, &[topology.web()]);
     let node = &topology.nodes[0];
     let worker = node.worker().expect("a worker");
     fs::remove_dir_all(node.pin_root()).expect("the pins");
@@ -124,7 +79,7 @@ fn pins_that_are_removed_under_an_agent_come_back_and_status_says_so() {
     assert_ne!(node.worker().expect("a worker"), worker);
     let why = report["lastEnd"].as_str().unwrap_or_default();
     assert!(why.contains("is gone: starting over"), "{report}");
-    topology.is_served("both endpoints again");
+    is_served(&topology, "both endpoints again");
     let shown = node.command(&["status"]).expect("it").ok();
     assert!(shown.contains("is gone: starting over"), "{shown}");
     // A pod that comes now has a network too.
@@ -134,10 +89,11 @@ fn pins_that_are_removed_under_an_agent_come_back_and_status_says_so() {
 
 #[test]
 fn a_program_that_is_taken_off_is_hung_on_again() {
-    let Some(topology) = topology("a_program_that_is_taken_off_is_hung_on_again", &[]) else {
+    let Some(topology) = Topology::start("a_program_that_is_taken_off_is_hung_on_again", &[])
+    else {
         return;
     };
-    topology.serve(&[topology.web()]);
+    serve(&topology, &[topology.web()]);
     let node = &topology.nodes[0];
     let uplinks = || -> Vec<PathBuf> {
         let mut folders = vec![node.pin_root()];
@@ -166,7 +122,7 @@ fn a_program_that_is_taken_off_is_hung_on_again() {
         fs::remove_file(pin).expect("the pin, and the link with it");
     }
     until("the programs", || Ok((uplinks() == before).then_some(()))).expect("programs");
-    topology.is_served("both endpoints");
+    is_served(&topology, "both endpoints");
     assert_eq!(
         node.worker().expect("a worker"),
         worker,
@@ -178,10 +134,10 @@ fn a_program_that_is_taken_off_is_hung_on_again() {
 fn without_an_api_server_a_new_worker_leaves_traffic_as_it_is_and_says_what_it_lacks() {
     let test = "without_an_api_server_a_new_worker_leaves_traffic_as_it_is_and_says_what_it_lacks";
     // Per packet, so that a flow's entry is what keeps the connection.
-    let Some(topology) = topology(test, &["--socket-lb", "off"]) else {
+    let Some(topology) = Topology::start(test, &["--socket-lb", "off"]) else {
         return;
     };
-    topology.serve(&[topology.web()]);
+    serve(&topology, &[topology.web()]);
     let node = &topology.nodes[0];
     let at = SocketAddr::from((WEB, 80));
     let open = topology
@@ -204,7 +160,7 @@ fn without_an_api_server_a_new_worker_leaves_traffic_as_it_is_and_says_what_it_l
             report["lastEnd"].to_string().contains("SIGKILL"),
             "{report}"
         );
-        topology.is_served("both endpoints as before");
+        is_served(&topology, "both endpoints as before");
         assert_eq!(exchange(&mut open).expect("the same connection"), server);
     }
     // What changed meanwhile is caught up with.
@@ -229,10 +185,10 @@ fn without_an_api_server_a_new_worker_leaves_traffic_as_it_is_and_says_what_it_l
 #[test]
 fn nothing_is_masqueraded_before_it_is_known_what_must_not_be() {
     let test = "nothing_is_masqueraded_before_it_is_known_what_must_not_be";
-    let Some(mut topology) = topology(test, &["--masquerade", "on"]) else {
+    let Some(mut topology) = Topology::start(test, &["--masquerade", "on"]) else {
         return;
     };
-    topology.serve(&[topology.web()]);
+    serve(&topology, &[topology.web()]);
     let (b, c) = (topology.b.address.to_string(), topology.c.address);
     let seen = |topology: &Topology| {
         let answer = whole_answer(&topology.b.network, (c, 8080)).expect("an answer");
@@ -270,7 +226,7 @@ fn nothing_is_masqueraded_before_it_is_known_what_must_not_be() {
 #[test]
 fn the_api_servers_service_keeps_its_last_backends() {
     let test = "the_api_servers_service_keeps_its_last_backends";
-    let Some(topology) = topology(test, &[]) else {
+    let Some(topology) = Topology::start(test, &[]) else {
         return;
     };
     let kubernetes = |endpoints| Service {
@@ -278,7 +234,7 @@ fn the_api_servers_service_keeps_its_last_backends() {
         endpoints,
         ..topology.web()
     };
-    topology.serve(&[kubernetes(topology.web().endpoints)]);
+    serve(&topology, &[kubernetes(topology.web().endpoints)]);
     let node = &topology.nodes[0];
     for services in [vec![kubernetes(Vec::new())], Vec::new()] {
         topology.cluster.write(&services).expect("the file");
@@ -286,7 +242,7 @@ fn the_api_servers_service_keeps_its_last_backends() {
             problems(report).contains("default/kubernetes")
         })
         .expect("it");
-        topology.is_served("its last endpoints");
+        is_served(&topology, "its last endpoints");
         // Another worker finds them in the maps.
         if !services.is_empty() {
             node.kill_worker().expect("another worker");
@@ -294,10 +250,10 @@ fn the_api_servers_service_keeps_its_last_backends() {
                 report["ready"] == true && problems(report).contains("default/kubernetes")
             })
             .expect("it");
-            topology.is_served("its last endpoints");
+            is_served(&topology, "its last endpoints");
         }
     }
-    topology.serve(&[kubernetes(topology.web().endpoints)]);
+    serve(&topology, &[kubernetes(topology.web().endpoints)]);
     node.wait("no problem", |report| report["problems"] == json!([]))
         .expect("none");
 }
@@ -305,7 +261,7 @@ fn the_api_servers_service_keeps_its_last_backends() {
 #[test]
 fn a_full_map_is_told_and_keeps_nobody_elses_service_from_working() {
     let test = "a_full_map_is_told_and_keeps_nobody_elses_service_from_working";
-    let Some(topology) = topology(test, &[]) else {
+    let Some(topology) = Topology::start(test, &[]) else {
         return;
     };
     // More ranges of sources than all Services can have together.
@@ -320,7 +276,7 @@ fn a_full_map_is_told_and_keeps_nobody_elses_service_from_working() {
         balanced: Some(Ipv4Addr::new(203, 0, 113, 1)),
         ..topology.web()
     };
-    topology.serve(&[topology.web()]);
+    serve(&topology, &[topology.web()]);
     topology
         .cluster
         .write(&[big, topology.web()])
@@ -332,16 +288,17 @@ fn a_full_map_is_told_and_keeps_nobody_elses_service_from_working() {
     assert!(report["batchesFailed"].as_u64() > Some(0), "{report}");
     // What is in the same batch, and what comes later, works.
     ask(&topology.b.network, (Ipv4Addr::new(10, 96, 0, 8), 80)).expect("an answer");
-    topology.is_served("both endpoints");
+    is_served(&topology, "both endpoints");
     // What goes makes room.
-    topology.serve(&[topology.web()]);
+    serve(&topology, &[topology.web()]);
     node.wait("no problem", |report| report["problems"] == json!([]))
         .expect("none");
 }
 
 #[test]
 fn a_service_of_thousands_of_ports_is_served_at_each() {
-    let Some(topology) = topology("a_service_of_thousands_of_ports_is_served_at_each", &[]) else {
+    let Some(topology) = Topology::start("a_service_of_thousands_of_ports_is_served_at_each", &[])
+    else {
         return;
     };
     const PORTS: u16 = 2_000;

@@ -13,7 +13,7 @@ use std::{
 use dataplane_abi::{ABI_VERSION, Reason};
 use keelway_agent::dataplane::{HandedOver, Op, State};
 use keelway_tests::{
-    nodes::{self, Cgroup, Hooks, Node, Nodes, ask},
+    nodes::{self, Cgroup, Node, Nodes, PER_PACKET, ask},
     requests::{self, TIMEOUT, tcp},
     sandbox::{Network, Sandbox, is_root},
 };
@@ -88,12 +88,8 @@ fn another_version_hands_over_while_traffic_goes_on_and_takes_back() {
     if !is_root("upgrade") {
         return;
     }
-    let hooks = Hooks {
-        socket_lb: false,
-        packet_lb: true,
-    };
     let sandbox = Sandbox::enter().unwrap();
-    let mut nodes = Nodes::start(&sandbox, hooks).unwrap();
+    let mut nodes = Nodes::start(&sandbox, PER_PACKET).unwrap();
     let cgroup = Cgroup::new().unwrap();
     nodes.serve(1, "10.96.0.2:80", &["b"]).unwrap();
     nodes.serve(2, "10.96.0.3:80", &["c"]).unwrap();
