@@ -1,5 +1,7 @@
 //! Failed requests as `Status` objects, worded so that kubectl prints what users know from upstream.
 
+use std::fmt;
+
 use http::StatusCode;
 use serde_json::{Map, Value, json};
 
@@ -50,6 +52,12 @@ pub struct FieldError {
     pub field: String,
     pub reason: &'static str,
     pub message: String,
+}
+
+impl fmt::Display for FieldError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.field, self.message)
+    }
 }
 
 impl FieldError {
@@ -157,7 +165,7 @@ impl Status {
         Self::new(StatusCode::UNAUTHORIZED, "Unauthorized", "Unauthorized")
     }
 
-    pub fn internal(message: impl std::fmt::Display) -> Self {
+    pub fn internal(message: impl fmt::Display) -> Self {
         Self::new(
             StatusCode::INTERNAL_SERVER_ERROR,
             "InternalError",
@@ -184,7 +192,7 @@ impl Status {
         Self::about(subject, StatusCode::CONFLICT, "AlreadyExists", message)
     }
 
-    pub fn conflict(subject: Subject<'_>, why: impl std::fmt::Display) -> Self {
+    pub fn conflict(subject: Subject<'_>, why: impl fmt::Display) -> Self {
         let message = format!(
             "Operation cannot be fulfilled on {} {:?}: {why}",
             subject.qualified(),
@@ -201,7 +209,7 @@ impl Status {
         )
     }
 
-    pub fn forbidden(subject: Subject<'_>, why: impl std::fmt::Display) -> Self {
+    pub fn forbidden(subject: Subject<'_>, why: impl fmt::Display) -> Self {
         let message = match (subject.resource, subject.name) {
             ("", _) => format!("forbidden: {why}"),
             (_, "") => format!("{} is forbidden: {why}", subject.qualified()),
@@ -217,10 +225,7 @@ impl Status {
         } else {
             format!("{kind}.{group}")
         };
-        let lines: Vec<String> = errors
-            .iter()
-            .map(|error| format!("{}: {}", error.field, error.message))
-            .collect();
+        let lines: Vec<String> = errors.iter().map(ToString::to_string).collect();
         let list = if lines.len() == 1 {
             lines[0].clone()
         } else {

@@ -130,18 +130,8 @@ impl Strategy for Binding {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::told_with_defaults as told;
     use super::*;
-
-    fn told(strategy: &dyn Strategy, object: Value) -> Vec<String> {
-        let mut object = object;
-        strategy.default(&mut object);
-        let mut errors = Vec::new();
-        strategy.validate(&object, &mut errors);
-        errors
-            .iter()
-            .map(|error| format!("{}: {}", error.field, error.message))
-            .collect()
-    }
 
     #[test]
     fn rules_are_about_resources_or_paths() {

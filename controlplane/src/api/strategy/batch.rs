@@ -299,20 +299,12 @@ fn default_cron_template(cron: &mut Value) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::told;
     use super::*;
 
     fn job() -> Value {
         json!({"metadata": {"name": "j", "uid": "u"}, "spec": {"template": {"metadata": {},
             "spec": {"restartPolicy": "Never", "containers": [{"name": "c", "image": "i"}]}}}})
-    }
-
-    fn told(strategy: &dyn Strategy, object: &Value) -> Vec<String> {
-        let mut errors = Vec::new();
-        strategy.validate(object, &mut errors);
-        errors
-            .iter()
-            .map(|error| format!("{}: {}", error.field, error.message))
-            .collect()
     }
 
     #[test]

@@ -181,19 +181,9 @@ fn validate_endpoint(endpoint: &Place<'_>, family: &str, errors: &mut Errors) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::told_with_defaults as told;
     use super::*;
     use serde_json::json;
-
-    fn told(strategy: &dyn Strategy, object: Value) -> Vec<String> {
-        let mut object = object;
-        strategy.default(&mut object);
-        let mut errors = Vec::new();
-        strategy.validate(&object, &mut errors);
-        errors
-            .iter()
-            .map(|error| format!("{}: {}", error.field, error.message))
-            .collect()
-    }
 
     #[test]
     fn slices_hold_addresses_of_their_family() {

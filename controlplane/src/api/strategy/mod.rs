@@ -20,6 +20,8 @@ mod policy;
 mod properties;
 mod service;
 mod storage;
+#[cfg(test)]
+mod testing;
 mod warnings;
 mod workload;
 

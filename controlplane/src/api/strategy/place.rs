@@ -303,10 +303,7 @@ mod tests {
         for (_, quantity) in root.field("spec.hard").entries() {
             quantity.quantity(&mut errors);
         }
-        let told: Vec<String> = errors
-            .iter()
-            .map(|error| format!("{}: {}", error.field, error.message))
-            .collect();
+        let told: Vec<String> = errors.iter().map(ToString::to_string).collect();
         assert_eq!(
             told,
             [

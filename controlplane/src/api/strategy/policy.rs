@@ -375,16 +375,8 @@ impl Strategy for RuntimeClass {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::told;
     use super::*;
-
-    fn told(strategy: &dyn Strategy, object: &Value) -> Vec<String> {
-        let mut errors = Vec::new();
-        strategy.validate(object, &mut errors);
-        errors
-            .iter()
-            .map(|error| format!("{}: {}", error.field, error.message))
-            .collect()
-    }
 
     #[test]
     fn quotas_limit_what_can_be_counted() {

@@ -300,6 +300,7 @@ fn validate_policies(spec: &Place<'_>, kind: &str, errors: &mut Errors) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::told_with_defaults;
     use super::*;
 
     #[test]
@@ -336,16 +337,7 @@ mod tests {
 
     #[test]
     fn what_does_not_go_with_the_type_is_refused() {
-        let told = |spec: Value| {
-            let mut service = json!({ "spec": spec });
-            Service.default(&mut service);
-            let mut errors = Vec::new();
-            Service.validate(&service, &mut errors);
-            errors
-                .iter()
-                .map(|error| format!("{}: {}", error.field, error.message))
-                .collect::<Vec<_>>()
-        };
+        let told = |spec: Value| told_with_defaults(&Service, json!({ "spec": spec }));
         assert_eq!(told(json!({"ports": [{"port": 80}]})), Vec::<String>::new());
         assert_eq!(told(json!({})), ["spec.ports: Required value"]);
         assert_eq!(

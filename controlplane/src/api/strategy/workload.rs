@@ -400,6 +400,7 @@ impl Strategy for PodTemplate {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::told;
     use super::*;
 
     fn deployment(labels: Value) -> Value {
@@ -408,15 +409,6 @@ mod tests {
             "template": {"metadata": {"labels": labels}, "spec": {"containers": [{"name": "c", "image": "i"}]}}}});
         Deployment.default(&mut object);
         object
-    }
-
-    fn told(strategy: &dyn Strategy, object: &Value) -> Vec<String> {
-        let mut errors = Vec::new();
-        strategy.validate(object, &mut errors);
-        errors
-            .iter()
-            .map(|error| format!("{}: {}", error.field, error.message))
-            .collect()
     }
 
     #[test]

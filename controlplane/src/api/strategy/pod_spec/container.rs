@@ -450,15 +450,9 @@ mod tests {
             &BTreeSet::from(["data"]),
             &mut errors,
         );
-        errors
-            .iter()
-            .map(|error| {
-                format!(
-                    "{}: {}",
-                    error.field.trim_start_matches("spec."),
-                    error.message
-                )
-            })
+        let lines = errors.iter().map(ToString::to_string);
+        lines
+            .map(|line| line.trim_start_matches("spec.").to_owned())
             .collect()
     }
 

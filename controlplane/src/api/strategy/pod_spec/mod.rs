@@ -241,10 +241,7 @@ mod tests {
         default(&mut spec);
         let mut errors = Vec::new();
         validate(&Place::at(&spec, "spec"), &mut errors);
-        errors
-            .iter()
-            .map(|error| format!("{}: {}", error.field, error.message))
-            .collect()
+        errors.iter().map(ToString::to_string).collect()
     }
 
     #[test]

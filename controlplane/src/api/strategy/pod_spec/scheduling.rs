@@ -214,15 +214,9 @@ mod tests {
     fn told(spec: Value) -> Vec<String> {
         let mut errors = Vec::new();
         validate(&Place::at(&spec, "spec"), &mut errors);
-        errors
-            .iter()
-            .map(|error| {
-                format!(
-                    "{}: {}",
-                    error.field.trim_start_matches("spec."),
-                    error.message
-                )
-            })
+        let lines = errors.iter().map(ToString::to_string);
+        lines
+            .map(|line| line.trim_start_matches("spec.").to_owned())
             .collect()
     }
 

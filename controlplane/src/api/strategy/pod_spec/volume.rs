@@ -261,10 +261,7 @@ mod tests {
     fn told(volumes: Value) -> Vec<String> {
         let mut errors = Vec::new();
         validate_all(&Place::at(&volumes, "volumes"), &mut errors);
-        errors
-            .iter()
-            .map(|error| format!("{}: {}", error.field, error.message))
-            .collect()
+        errors.iter().map(ToString::to_string).collect()
     }
 
     #[test]
