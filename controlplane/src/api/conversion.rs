@@ -67,6 +67,20 @@ pub fn from_stored(object: Value, resource: &Resource) -> Value {
     }
 }
 
+/// Where v2 lists metrics, what of one holds its value, and the field of v1 that is its CPU utilization.
+const CPU_UTILIZATIONS: [(&str, &str, &str); 2] = [
+    (
+        "/spec/metrics",
+        "target",
+        "/spec/targetCPUUtilizationPercentage",
+    ),
+    (
+        "/status/currentMetrics",
+        "current",
+        "/status/currentCPUUtilizationPercentage",
+    ),
+];
+
 fn is_cpu_utilization(metric: &Value, target: &str) -> bool {
     metric.text("/type") == "Resource"
         && metric.text("/resource/name") == "cpu"
@@ -74,18 +88,7 @@ fn is_cpu_utilization(metric: &Value, target: &str) -> bool {
 }
 
 fn autoscaler_to_v1(mut object: Value) -> Value {
-    for (list, target, field) in [
-        (
-            "/spec/metrics",
-            "target",
-            "/spec/targetCPUUtilizationPercentage",
-        ),
-        (
-            "/status/currentMetrics",
-            "current",
-            "/status/currentCPUUtilizationPercentage",
-        ),
-    ] {
+    for (list, target, field) in CPU_UTILIZATIONS {
         let mut metrics = object.items(list).to_vec();
         if let Some(at) = metrics
             .iter()
@@ -129,18 +132,7 @@ fn autoscaler_to_v2(mut object: Value) -> Value {
     {
         object.remove("/metadata/annotations");
     }
-    for (list, target, field) in [
-        (
-            "/spec/metrics",
-            "target",
-            "/spec/targetCPUUtilizationPercentage",
-        ),
-        (
-            "/status/currentMetrics",
-            "current",
-            "/status/currentCPUUtilizationPercentage",
-        ),
-    ] {
+    for (list, target, field) in CPU_UTILIZATIONS {
         if let Some(share) = object.remove(field) {
             let mut metric = json!({"averageUtilization": share});
             if target == "target" {

@@ -167,7 +167,7 @@ impl Api {
         let query = Query::parse(parts.uri.query().unwrap_or(""));
         let encoding = Encoding::negotiate(&parts.headers, &query).unwrap_or(Encoding::Json);
         let gzip = compression::wanted(&parts);
-        let routed = AssertUnwindSafe(self.route(peer, parts, body))
+        let routed = AssertUnwindSafe(self.route(peer, parts, query, body))
             .catch_unwind()
             .await;
         let answer = match routed {
@@ -192,7 +192,13 @@ impl Api {
         answer
     }
 
-    async fn route(&self, peer: &Peer, mut parts: Parts, body: Incoming) -> Result<Answer, Status> {
+    async fn route(
+        &self,
+        peer: &Peer,
+        mut parts: Parts,
+        query: Query,
+        body: Incoming,
+    ) -> Result<Answer, Status> {
         let path = parts.uri.path().to_owned();
         let path = path.as_str();
         if let Some(health) = self.health(&parts).await {
@@ -202,7 +208,6 @@ impl Api {
             return Ok(reply::json(StatusCode::OK, &documents::version()));
         }
         let identity = self.authenticate(peer, &parts).await?;
-        let query = Query::parse(parts.uri.query().unwrap_or(""));
         let target = Target::parse(path).filter(|target| {
             self.served
                 .iter()
