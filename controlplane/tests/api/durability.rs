@@ -20,7 +20,7 @@ fn state_survives_a_kill_and_addresses_are_not_given_out_twice() {
 
 #[test]
 fn state_on_etcd_survives_a_kill_of_either() {
-    let mut etcd = Etcd::start();
+    let mut etcd = Etcd::start("http", &[]);
     let server = Server::start_on(&etcd);
     kill_between_writes(&server);
     assert!(!server.path("data").exists(), "nothing is kept beside etcd");

@@ -5,6 +5,7 @@ mod admission;
 mod discovery;
 mod durability;
 mod encodings;
+#[path = "../support/etcd.rs"]
 mod etcd;
 mod flags;
 mod kinds;

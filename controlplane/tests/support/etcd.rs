@@ -1,4 +1,4 @@
-//! A real etcd for a test, on the loopback. It ends with it, however it ends.
+//! A real etcd for tests of the store and of the API server, on the loopback. It ends with its test, however that ends.
 
 use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
@@ -7,34 +7,69 @@ use std::process::{Child, Command, Stdio};
 /// Ports are free when they are chosen, and may be another's when they are used.
 const PORT_TRIES: usize = 5;
 
+/// A member of an etcd cluster.
 pub struct Etcd {
-    child: Child,
-    ports: [u16; 2],
-    folder: tempfile::TempDir,
+    pub child: Child,
+    flags: Vec<String>,
+    endpoint: String,
+    _folder: tempfile::TempDir,
 }
 
 impl Etcd {
-    pub fn start() -> Self {
+    /// An etcd of one member, ready to serve by `http` or `https`; `more` are flags.
+    pub fn start(scheme: &str, more: &[String]) -> Self {
         for _ in 0..PORT_TRIES {
-            let folder = tempfile::tempdir().expect("a temporary directory");
-            let ports = [(); 2].map(|()| {
-                let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-                listener.local_addr().expect("an address").port()
-            });
-            let path = folder.path().display().to_string();
-            if let Some(child) = spawn(&path, ports) {
-                return Self {
-                    child,
-                    ports,
-                    folder,
-                };
+            let peer = free_port();
+            let cluster = format!("m=http://127.0.0.1:{peer}");
+            let mut etcd = Self::member("m", peer, &cluster, scheme, more);
+            if etcd.wait_ready() {
+                return etcd;
             }
         }
         panic!("etcd does not start {PORT_TRIES} times in a row");
     }
 
-    pub fn endpoint(&self) -> String {
-        format!("http://127.0.0.1:{}", self.ports[0])
+    /// One member of a cluster. It is ready when enough of the others are.
+    pub fn member(name: &str, peer: u16, cluster: &str, scheme: &str, more: &[String]) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let endpoint = format!("{scheme}://127.0.0.1:{}", free_port());
+        let peer = format!("http://127.0.0.1:{peer}");
+        let data = folder.path().join("data").display().to_string();
+        let mut flags: Vec<String> = [
+            ("name", name),
+            ("data-dir", &data),
+            ("listen-client-urls", &endpoint),
+            ("advertise-client-urls", &endpoint),
+            ("listen-peer-urls", &peer),
+            ("initial-advertise-peer-urls", &peer),
+            ("initial-cluster", cluster),
+        ]
+        .iter()
+        .map(|(flag, value)| format!("--{flag}={value}"))
+        .collect();
+        flags.extend_from_slice(more);
+        Self {
+            child: spawn(&flags),
+            flags,
+            endpoint,
+            _folder: folder,
+        }
+    }
+
+    /// Waits until it says that it serves; false when it ended instead.
+    pub fn wait_ready(&mut self) -> bool {
+        let Some(log) = self.child.stderr.take() else {
+            return true;
+        };
+        let mut lines = BufReader::new(log).lines().map_while(Result::ok);
+        let ready = lines.any(|line| line.contains("ready to serve client requests"));
+        // The rest is read as well, so that its writer never waits.
+        std::thread::spawn(move || lines.for_each(drop));
+        ready
+    }
+
+    pub fn endpoint(&self) -> &str {
+        &self.endpoint
     }
 
     pub fn kill(&mut self) {
@@ -46,8 +81,8 @@ impl Etcd {
     /// On the same data and addresses.
     pub fn restart(&mut self) {
         self.kill();
-        let path = self.folder.path().display().to_string();
-        self.child = spawn(&path, self.ports).expect("etcd starts again");
+        self.child = spawn(&self.flags);
+        assert!(self.wait_ready(), "etcd starts again");
     }
 }
 
@@ -57,30 +92,19 @@ impl Drop for Etcd {
     }
 }
 
-/// Waits until it says that it serves; None when it ended instead. `setpriv` makes it end with the test's thread.
-fn spawn(folder: &str, [clients, peers]: [u16; 2]) -> Option<Child> {
-    let clients = format!("http://127.0.0.1:{clients}");
-    let peers = format!("http://127.0.0.1:{peers}");
-    let flags = [
-        ("data-dir", format!("{folder}/data")),
-        ("listen-client-urls", clients.clone()),
-        ("advertise-client-urls", clients),
-        ("listen-peer-urls", peers.clone()),
-        ("initial-advertise-peer-urls", peers.clone()),
-        ("initial-cluster", format!("default={peers}")),
-    ];
-    let mut child = Command::new("setpriv")
+pub fn free_port() -> u16 {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
+    listener.local_addr().expect("an address").port()
+}
+
+/// `setpriv` makes it end with the thread that runs the test.
+fn spawn(flags: &[String]) -> Child {
+    Command::new("setpriv")
         .args(["--pdeathsig", "KILL", "etcd"])
-        .args(flags.map(|(flag, value)| format!("--{flag}={value}")))
+        .args(flags)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
-        .expect("setpriv and etcd are installed: `cargo xtask setup` sees to it");
-    let log = child.stderr.take().expect("its log");
-    let mut lines = BufReader::new(log).lines().map_while(Result::ok);
-    let ready = lines.any(|line| line.contains("ready to serve client requests"));
-    // Its writer never waits.
-    std::thread::spawn(move || lines.for_each(drop));
-    ready.then_some(child)
+        .expect("setpriv and etcd are installed: `cargo xtask setup` sees to it")
 }

@@ -99,10 +99,7 @@ fn commit(disk: &Disk, replica: &Replica, expiries: &mut Expiries, group: Vec<Re
         let outcome =
             decide(records.get(&*write.key), write, Revision(revision.0 + 1)).map(|event| {
                 revision = event.record.revision;
-                match event.change {
-                    Change::Put => records.insert(event.record.key.clone(), event.record.clone()),
-                    Change::Delete => records.remove(&*event.record.key),
-                };
+                event.apply(&mut records);
                 let record = event.record.clone();
                 if expires.is_some()
                     || expiries.has(&record.key)

@@ -9,7 +9,7 @@ use std::time::Duration;
 use etcd_client::{Client, Event as EtcdEvent, EventType, GetOptions, WatchOptions};
 use tokio::sync::Notify;
 
-use super::{Members, Record, Replica, Revision, Space, StoreError, revision_of, unsigned};
+use super::{Members, Record, Replica, Revision, Space, StoreError, revision_of, signed, unsigned};
 use crate::store::Change;
 use crate::store::replica::{Event, Records};
 
@@ -56,7 +56,7 @@ impl Follower {
     }
 
     async fn follow(&self) -> Ended {
-        let from = i64::try_from(self.replica.revision().0 + 1).unwrap_or(i64::MAX);
+        let from = signed(self.replica.revision()) + 1;
         let options = WatchOptions::new()
             .with_all_keys()
             .with_start_revision(from);
@@ -116,15 +116,13 @@ impl Follower {
                 }
                 (EventType::Delete, None) => continue,
             };
-            match change {
-                Change::Put => records.insert(record.key.clone(), record.clone()),
-                Change::Delete => records.remove(&*record.key),
-            };
-            events.push(Arc::new(Event {
+            let event = Event {
                 change,
                 record,
                 previous,
-            }));
+            };
+            event.apply(&mut records);
+            events.push(Arc::new(event));
         }
         self.replica.publish(records, revision, &events);
     }
@@ -149,8 +147,8 @@ pub(super) async fn load(
     let (mut from, end) = (space.path("/").into_bytes(), space.path("0"));
     loop {
         let mut options = GetOptions::new().with_range(end.clone()).with_limit(PAGE);
-        if let Some(Revision(at)) = revision {
-            options = options.with_revision(i64::try_from(at).unwrap_or(i64::MAX));
+        if let Some(at) = revision {
+            options = options.with_revision(signed(at));
         }
         let get = |client: Client| {
             let (from, options) = (from.clone(), options.clone());

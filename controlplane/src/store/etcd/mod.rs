@@ -234,12 +234,6 @@ impl Etcd {
                 reason: format!("revision {newest} has not arrived"),
             })
     }
-
-    /// Waits a while for a revision that another process may have told of.
-    async fn told(&self, wanted: Revision) {
-        // Whether it came is for the caller to see.
-        let _ = timeout(PATIENCE, self.replica.reached(wanted)).await;
-    }
 }
 
 impl Store for Etcd {
@@ -297,10 +291,8 @@ impl Store for Etcd {
 
     fn list<'a>(&'a self, range: Range<'a>) -> BoxFuture<'a, Result<Page, StoreError>> {
         Box::pin(async move {
-            match range.at {
-                None => self.caught_up().await?,
-                Some(at) if at > self.replica.revision() => self.caught_up().await?,
-                Some(_) => {}
+            if range.at.is_none_or(|at| at > self.replica.revision()) {
+                self.caught_up().await?;
             }
             self.replica.range(range)
         })
@@ -312,9 +304,8 @@ impl Store for Etcd {
         from: Revision,
     ) -> BoxFuture<'a, Result<Box<dyn WatchStream>, StoreError>> {
         Box::pin(async move {
-            if from > self.replica.revision() {
-                self.told(from).await;
-            }
+            // Another process may have told of it. Whether it comes is seen by the watch.
+            let _ = timeout(PATIENCE, self.replica.reached(from)).await;
             self.replica.watch(prefix, from)
         })
     }

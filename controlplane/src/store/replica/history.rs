@@ -6,6 +6,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 
 use super::super::{Change, Record, Revision, StoreError, WatchEvent, bucket_of};
+use super::Records;
 
 /// Event is one write.
 pub(in crate::store) struct Event {
@@ -21,6 +22,22 @@ impl Event {
             record: self.record.clone(),
             previous: self.previous.clone(),
         }
+    }
+
+    /// Makes the records what they are after it.
+    pub fn apply(&self, records: &mut Records) {
+        match self.change {
+            Change::Put => records.insert(self.record.key.clone(), self.record.clone()),
+            Change::Delete => records.remove(&*self.record.key),
+        };
+    }
+
+    /// Makes the records what they were before it.
+    pub fn undo(&self, records: &mut Records) {
+        match &self.previous {
+            Some(previous) => records.insert(previous.key.clone(), previous.clone()),
+            None => records.remove(&*self.record.key),
+        };
     }
 
     /// What keeping this event holds on to beyond the live records: a put keeps what it replaced, a delete its own value.

@@ -143,10 +143,7 @@ impl Replica {
         let mut records = state.records.clone();
         if at < state.revision {
             for event in state.history.after(prefix, at, usize::MAX)?.iter().rev() {
-                match &event.previous {
-                    Some(previous) => records.insert(previous.key.clone(), previous.clone()),
-                    None => records.remove(&*event.record.key),
-                };
+                event.undo(&mut records);
             }
         }
         Ok((records, at))

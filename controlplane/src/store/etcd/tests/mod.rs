@@ -1,6 +1,8 @@
 //! The contract on a real etcd, and what only happens with servers: two of us, restarts, lost members, compaction.
 
 mod losses;
+#[path = "../../../../tests/support/etcd.rs"]
+mod process;
 mod server;
 
 use super::*;
@@ -96,7 +98,7 @@ async fn while_etcd_is_away_writes_fail_and_watches_lose_nothing() {
             let written = store.put(&pod(i), value(round), Expect::Any).await;
             answered.push(written.unwrap().revision);
         }
-        server.kill();
+        server.process.kill();
         let refused = store.put(&pod(0), value(round), Expect::Absent).await;
         assert!(
             matches!(refused, Err(StoreError::Unavailable { .. })),
@@ -106,7 +108,7 @@ async fn while_etcd_is_away_writes_fail_and_watches_lose_nothing() {
             store.get(&pod(0)).await.is_err(),
             "nobody can tell whether it is the newest"
         );
-        server.restart();
+        server.process.restart();
     }
     let last = store.put(&pod(99), value(0), Expect::Any).await.unwrap();
     answered.push(last.revision);
@@ -208,7 +210,7 @@ async fn an_etcd_that_is_not_there_is_named_as_such() {
 #[tokio::test]
 async fn certificates_are_shown_and_asked_for() {
     let tls = Tls::make();
-    let server = Server::start_with(Some(&tls));
+    let server = Server::start_with(&tls);
     let store = server.connect().await;
     store.put(&pod(1), value(1), Expect::Absent).await.unwrap();
     let nobody = EtcdConfig {
