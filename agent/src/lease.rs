@@ -1,4 +1,4 @@
-//! One agent of the cluster gives out addresses: the one that holds a Lease.
+//! What one agent of the cluster does for all: the one that holds a Lease.
 
 use std::time::Duration;
 

@@ -12,6 +12,7 @@ pub mod event;
 pub mod health;
 pub mod inspect;
 pub mod install;
+mod lease;
 pub mod metrics;
 pub mod monitor;
 pub mod net;

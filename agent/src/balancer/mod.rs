@@ -7,7 +7,6 @@
 
 pub mod allocate;
 mod controller;
-mod lease;
 pub mod pools;
 
 use std::sync::Arc;
@@ -21,8 +20,8 @@ use cluster_model::watch::{self, ApiOptions};
 use futures::StreamExt;
 use tokio::sync::watch as channel;
 
+use crate::lease::Candidate;
 use crate::source::Feed;
-pub(crate) use lease::Candidate;
 pub use pools::Pools;
 
 const NAMESPACE: &str = "kube-system";

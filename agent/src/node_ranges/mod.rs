@@ -18,7 +18,7 @@ use futures::{FutureExt, StreamExt};
 use ipnetwork::IpNetwork;
 use serde_json::json;
 
-use crate::balancer::Candidate;
+use crate::lease::Candidate;
 pub use plan::{Assignment, ClusterRange, ClusterRangeError, Exhausted, plan};
 
 const LEASE: &str = "keelway-node-ranges";
