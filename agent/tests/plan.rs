@@ -20,22 +20,9 @@ fn here() -> Here {
 
 fn service(name: &str, ip: u8) -> Service {
     Service {
-        key: ObjectKey::new("default", name),
-        service_type: ServiceType::ClusterIp,
         cluster_ips: vec![[10, 96, 0, ip].into()],
-        headless: false,
-        external_name: None,
-        external_ips: vec![],
-        load_balancer_ips: vec![],
-        load_balancer_source_ranges: vec![],
         ports: vec![service_port("http", Protocol::Tcp, 80)],
-        publish_not_ready: false,
-        traffic_distribution: TrafficDistribution::Any,
-        affinity_timeout_s: None,
-        internal_traffic_policy: TrafficPolicy::Cluster,
-        external_traffic_policy: TrafficPolicy::Cluster,
-        health_check_node_port: None,
-        proxy_name: None,
+        ..Service::named(ObjectKey::new("default", name))
     }
 }
 

@@ -38,6 +38,30 @@ pub struct Service {
     pub proxy_name: Option<Arc<str>>,
 }
 
+impl Service {
+    /// A Service of type ClusterIP that has its name and nothing else.
+    pub fn named(key: ServiceKey) -> Self {
+        Self {
+            key,
+            service_type: ServiceType::ClusterIp,
+            cluster_ips: Vec::new(),
+            headless: false,
+            external_name: None,
+            external_ips: Vec::new(),
+            load_balancer_ips: Vec::new(),
+            load_balancer_source_ranges: Vec::new(),
+            ports: Vec::new(),
+            publish_not_ready: false,
+            traffic_distribution: TrafficDistribution::Any,
+            affinity_timeout_s: None,
+            internal_traffic_policy: TrafficPolicy::Cluster,
+            external_traffic_policy: TrafficPolicy::Cluster,
+            health_check_node_port: None,
+            proxy_name: None,
+        }
+    }
+}
+
 /// `spec.type` of a Service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ServiceType {

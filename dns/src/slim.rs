@@ -2,10 +2,7 @@
 
 use std::sync::Arc;
 
-use cluster_model::{
-    Endpoint, EndpointPort, EndpointSlice, Object, Service, ServicePort, TrafficDistribution,
-    TrafficPolicy,
-};
+use cluster_model::{Endpoint, EndpointPort, EndpointSlice, Object, Service, ServicePort};
 
 /// An object without what no record is made of: nodes, zones and hints of endpoints.
 pub fn slim(object: Object) -> Object {
@@ -33,22 +30,13 @@ fn slim_service(service: &Service) -> Service {
         ..port.clone()
     };
     Service {
-        key: service.key.clone(),
         service_type: service.service_type,
         cluster_ips: service.cluster_ips.clone(),
         headless: service.headless,
         external_name: service.external_name.clone(),
-        external_ips: Vec::new(),
-        load_balancer_ips: Vec::new(),
-        load_balancer_source_ranges: Vec::new(),
         ports: service.ports.iter().map(port).collect(),
         publish_not_ready: service.publish_not_ready,
-        traffic_distribution: TrafficDistribution::Any,
-        affinity_timeout_s: None,
-        internal_traffic_policy: TrafficPolicy::Cluster,
-        external_traffic_policy: TrafficPolicy::Cluster,
-        health_check_node_port: None,
-        proxy_name: None,
+        ..Service::named(service.key.clone())
     }
 }
 

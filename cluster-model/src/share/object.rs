@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::BadFrame;
 use crate::{
     Conditions, Endpoint, EndpointPort, EndpointSlice, Object, ObjectKey, Protocol, Service,
-    ServiceKey, ServicePort, ServiceType, SliceKey, TargetRef, TrafficDistribution, TrafficPolicy,
+    ServiceKey, ServicePort, ServiceType, SliceKey, TargetRef,
 };
 
 const V6: u8 = 1;
@@ -233,7 +233,6 @@ pub(super) fn service(reader: &mut Reader<'_>, key: ServiceKey) -> Result<Servic
         });
     }
     Ok(Service {
-        key,
         service_type: match external_name {
             Some(_) => ServiceType::ExternalName,
             None => ServiceType::ClusterIp,
@@ -241,17 +240,9 @@ pub(super) fn service(reader: &mut Reader<'_>, key: ServiceKey) -> Result<Servic
         cluster_ips,
         headless: flags & HEADLESS != 0,
         external_name,
-        external_ips: Vec::new(),
-        load_balancer_ips: Vec::new(),
-        load_balancer_source_ranges: Vec::new(),
         ports,
         publish_not_ready: flags & NOT_READY_TOO != 0,
-        traffic_distribution: TrafficDistribution::Any,
-        affinity_timeout_s: None,
-        internal_traffic_policy: TrafficPolicy::Cluster,
-        external_traffic_policy: TrafficPolicy::Cluster,
-        health_check_node_port: None,
-        proxy_name: None,
+        ..Service::named(key)
     })
 }
 
