@@ -9,7 +9,7 @@ use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
 use super::names::{Names, Owner};
-use super::{Query, View};
+use super::View;
 use crate::dataplane::{FlowView, ServiceId};
 
 /// Which flows are meant. Of several conditions all must hold.
@@ -33,16 +33,6 @@ pub struct FlowFilter {
 impl FlowFilter {
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
-    }
-}
-
-impl Query {
-    /// The filter of a question about flows.
-    pub fn flow_filter(&self) -> Option<&FlowFilter> {
-        match self {
-            Query::Flows { filter } | Query::FlushFlows { filter } => Some(filter),
-            _ => None,
-        }
     }
 }
 

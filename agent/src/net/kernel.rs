@@ -44,16 +44,6 @@ pub struct Uplink {
     pub addresses: Vec<IpAddr>,
 }
 
-impl Uplink {
-    /// The node's address of the same family.
-    pub fn address_like(&self, ip: IpAddr) -> Option<IpAddr> {
-        self.addresses
-            .iter()
-            .copied()
-            .find(|own| own.is_ipv4() == ip.is_ipv4())
-    }
-}
-
 /// The group of interfaces that are about to be removed together.
 const DYING_GROUP: u32 = 0x6b77_6479;
 

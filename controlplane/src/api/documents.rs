@@ -196,8 +196,7 @@ impl Api {
                 "{}:{}",
                 self.config.advertise_address, self.config.advertise_port
             );
-            json!({"kind": "APIVersions", "versions": ["v1"],
-                "serverAddressByClientCIDRs": [{"clientCIDR": "0.0.0.0/0", "serverAddress": address}]})
+            discovery::core_versions(&address)
         } else {
             discovery::group_list(&self.served)
         };

@@ -93,17 +93,6 @@ impl LabelSelector {
         Ok(Self { requirements })
     }
 
-    /// Exactly these labels, as a ReplicationController's or Service's `selector` has them.
-    pub fn from_map(labels: &Map<String, Value>) -> Self {
-        let requirement = |(key, value): (&String, &Value)| Requirement {
-            key: key.clone(),
-            test: Test::In(vec![value.as_str().unwrap_or_default().to_owned()]),
-        };
-        Self {
-            requirements: labels.iter().map(requirement).collect(),
-        }
-    }
-
     pub fn is_empty(&self) -> bool {
         self.requirements.is_empty()
     }
