@@ -1,7 +1,7 @@
 //! What is kept of the cluster. Services that have an address, and their slices, are most of it, and nobody needs them once their records
 //! are made: until they change, or become headless, they are a few bytes each.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use cluster_model::share::{pack_service, pack_slice, unpack_service, unpack_slice};
@@ -20,6 +20,9 @@ pub struct Kept {
     /// Their slices, with the name of the Service: it is in their own namespace.
     slices: HashMap<SliceKey, (Arc<str>, Box<[u8]>)>,
 }
+
+/// Services that are unpacked at a time.
+const AT_A_TIME: usize = 256;
 
 /// Whether the slices of a Service have nothing to say.
 fn has_address(service: &Service) -> bool {
@@ -86,8 +89,12 @@ impl Kept {
                 };
                 self.snapshot.apply(Change::Remove(gone), dirty);
             }
+            // Planned from its bytes: a whole list of Services is let go before their records take its place.
+            self.drop_from_snapshot(&service.key);
             dirty.services.insert(service.key.clone());
-        } else if self.services.remove(&key).is_some() {
+            return;
+        }
+        if self.services.remove(&key).is_some() {
             // Its slices have something to say from now on.
             self.unpark(dirty);
         }
@@ -178,14 +185,26 @@ impl Kept {
 
     /// Brings a zone to the state of what is dirty.
     pub fn update(&mut self, zone: &mut Zone, dirty: &Dirty) {
-        for key in &dirty.services {
-            self.unpack_into_snapshot(key);
-        }
-        zone.update(&self.snapshot, dirty);
-        for key in &dirty.services {
-            if self.services.contains_key(key) {
-                self.drop_from_snapshot(key);
+        let mut part = Dirty {
+            services: BTreeSet::new(),
+            ..dirty.clone()
+        };
+        let mut keys = dirty.services.iter();
+        loop {
+            part.services = keys.by_ref().take(AT_A_TIME).cloned().collect();
+            for key in &part.services {
+                self.unpack_into_snapshot(key);
             }
+            zone.update(&self.snapshot, &part);
+            for key in &part.services {
+                if self.services.contains_key(key) {
+                    self.drop_from_snapshot(key);
+                }
+            }
+            if keys.len() == 0 {
+                return;
+            }
+            part.pods.clear();
         }
     }
 
