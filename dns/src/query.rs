@@ -129,23 +129,23 @@ impl<'a> Query<'a> {
 
 /// Copies an uncompressed name in lower case and returns its length; `None` when it is malformed.
 fn lower_case(wire: &[u8], out: &mut [u8; NAME_BYTES_MAX]) -> Option<usize> {
-    let mut at = 0;
+    let mut bytes = 0;
     loop {
-        let length = usize::from(*wire.get(at)?);
+        let length = usize::from(*wire.get(bytes)?);
         // Longer "lengths" are compression pointers and extended labels: a question has nothing to point back to.
-        if length > LABEL_BYTES_MAX || at + 1 + length > NAME_BYTES_MAX {
+        if length > LABEL_BYTES_MAX {
             return None;
         }
-        out[at] = length as u8;
-        let label = wire.get(at + 1..at + 1 + length)?;
-        for (to, from) in out[at + 1..].iter_mut().zip(label) {
-            *to = from.to_ascii_lowercase();
-        }
-        at += 1 + length;
+        bytes += 1 + length;
         if length == 0 {
-            return Some(at);
+            break;
         }
     }
+    let (to, from) = (out.get_mut(..bytes)?, wire.get(..bytes)?);
+    to.copy_from_slice(from);
+    // Lengths come before every letter in ASCII, so that the whole can be done at once.
+    to.make_ascii_lowercase();
+    Some(bytes)
 }
 
 /// Finds the OPT record among the additional ones (RFC 6891): at most one, with the root as its name.
