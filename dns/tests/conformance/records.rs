@@ -115,6 +115,8 @@ pub const ROWS: &[Row] = &[
         Data(&["dual.conformance.svc.DOMAIN."]),
     ),
     row("2.3.3", "7.77.96.10.in-addr.arpa.", A, NoData),
+    // A port without a name has no SRV record, and neither has the protocol above it.
+    row("2.3.2", "_tcp.plain.conformance.svc.DOMAIN.", SRV, NoName),
     // Headless Services.
     row(
         "2.4.1",
@@ -192,7 +194,40 @@ pub const ROWS: &[Row] = &[
         PTR,
         Data(&["db-1.db.conformance.svc.DOMAIN."]),
     ),
+    row(
+        "2.4.3",
+        "1.77.244.10.in-addr.arpa.",
+        PTR,
+        Data(&["db-0.db.conformance.svc.DOMAIN."]),
+    ),
+    row(
+        "2.4.3",
+        "5.77.244.10.in-addr.arpa.",
+        PTR,
+        Data(&["db-0.db.conformance.svc.DOMAIN."]),
+    ),
+    // Without a hostname the endpoint has a name that the implementation chose.
+    row(
+        "2.4.3",
+        "3.77.244.10.in-addr.arpa.",
+        PTR,
+        Like(1, "", ".db.conformance.svc.DOMAIN."),
+    ),
+    row(
+        "2.4.3",
+        "1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.7.7.d.f.ip6.arpa.",
+        PTR,
+        Data(&["db-0.db.conformance.svc.DOMAIN."]),
+    ),
+    row(
+        "2.4.3",
+        "30.77.244.10.in-addr.arpa.",
+        PTR,
+        Data(&["early.published.conformance.svc.DOMAIN."]),
+    ),
     row("2.4.3", "4.77.244.10.in-addr.arpa.", PTR, NoName),
+    row("2.4.3", "6.77.244.10.in-addr.arpa.", PTR, NoName),
+    row("2.4.3", "20.77.244.10.in-addr.arpa.", PTR, NoName),
     // External names.
     row(
         "2.5",
@@ -211,6 +246,12 @@ pub const ROWS: &[Row] = &[
         "inside.conformance.svc.DOMAIN.",
         A,
         Data(&["web.conformance.svc.DOMAIN.", "10.96.77.7"]),
+    ),
+    row(
+        "2.5",
+        "inside.conformance.svc.DOMAIN.",
+        AAAA,
+        Like(1, "web.conformance.svc.DOMAIN.", ""),
     ),
     // What there is not, and what is only above something (RFC 8020, RFC 2308).
     row("RFC 8020", "DOMAIN.", A, NoData),

@@ -24,6 +24,10 @@ pub const RULES: &[(&str, Rule)] = &[
         "the targets of SRV records come with their addresses",
         additional,
     ),
+    (
+        "every endpoint has a name that leads to it and back",
+        endpoint_names,
+    ),
     ("ANY gets little", any),
     ("another class is not answered with IN data", other_class),
     ("an operation that is not known is refused", other_operation),
@@ -149,6 +153,39 @@ fn additional(subject: &Subject) -> Result<(), String> {
         .collect();
     ensure(targets == owners, || {
         format!("targets {targets:?}, addresses of {owners:?}")
+    })
+}
+
+/// The specification leaves the name of an endpoint without a hostname open, and asks that there is one (2.4.1, 2.4.3).
+fn endpoint_names(subject: &Subject) -> Result<(), String> {
+    let reply = subject.resolve("3.77.244.10.in-addr.arpa.", RecordType::PTR)?;
+    let names: Vec<String> = reply
+        .answers
+        .iter()
+        .filter_map(|record| match &record.data {
+            RData::PTR(name) => Some(name.to_string()),
+            _ => None,
+        })
+        .collect();
+    let [name] = names.as_slice() else {
+        return Err(format!("names of 10.244.77.3: {names:?}"));
+    };
+    let there = subject.resolve(name, RecordType::A)?;
+    let addresses: Vec<String> = there
+        .answers
+        .iter()
+        .map(|record| record.data.to_string())
+        .collect();
+    ensure(addresses == ["10.244.77.3"], || {
+        format!("{name}: {addresses:?}")
+    })?;
+    let targets = subject.resolve(SQL, RecordType::SRV)?;
+    let named = targets
+        .answers
+        .iter()
+        .any(|record| matches!(&record.data, RData::SRV(srv) if srv.target.to_string() == *name));
+    ensure(named, || {
+        format!("{name} is no target of {:?}", targets.answers)
     })
 }
 
