@@ -8,8 +8,8 @@ use dataplane_abi::{FlowKey, SEEN_FIN, SEEN_RST, proto};
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 
-use super::names::{Names, Owner};
 use super::View;
+use super::names::{Names, Owner};
 use crate::dataplane::{FlowView, ServiceId};
 
 /// Which flows are meant. Of several conditions all must hold.
