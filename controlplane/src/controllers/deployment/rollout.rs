@@ -174,8 +174,37 @@ pub fn scale_proportionally(deployment: &Deployment, sets: &Sets, plan: &mut Pla
     if let Some((_, first)) = targets.first_mut() {
         *first = (*first + left).max(0);
     }
+    keep_serving(deployment, sets, &mut targets);
     for (set, target) in targets {
         scale(deployment, set, target, plan);
+    }
+}
+
+/// Shares go by size and know nothing of health: where a cut would leave fewer pods serving than promised, places of pods that
+/// do not serve go in their stead. Upstream takes the shares as they are, and a Deployment that is scaled down while it moves to
+/// a broken template may lose all that serves.
+fn keep_serving(deployment: &Deployment, sets: &Sets, targets: &mut [(&Arc<ReplicaSet>, i32)]) {
+    let (_, unavailable_max) = limits(deployment);
+    let promised = (wished(deployment) - unavailable_max).min(sets.serving_total());
+    let served: i32 = targets
+        .iter()
+        .map(|(set, target)| (*target).min(sets.serving(set)))
+        .sum();
+    let missing = promised - served;
+    if missing <= 0 {
+        return;
+    }
+    let mut back = missing;
+    for (set, target) in targets.iter_mut() {
+        let given = (sets.serving(set) - *target).clamp(0, back);
+        *target += given;
+        back -= given;
+    }
+    let mut owed = missing - back;
+    for (set, target) in targets.iter_mut() {
+        let taken = (*target - sets.serving(set)).clamp(0, owed);
+        *target -= taken;
+        owed -= taken;
     }
 }
 

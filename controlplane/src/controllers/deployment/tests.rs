@@ -252,6 +252,35 @@ fn scaling_in_the_middle_of_a_rollout_is_shared_out() {
 }
 
 #[test]
+fn a_cut_in_the_middle_of_a_rollout_leaves_those_that_serve() {
+    let mut cluster = cluster();
+    let mut web = deployment("default", "web", 2);
+    web.spec.as_mut().unwrap().strategy = serde_json::from_value(json!({
+        "type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0},
+    }))
+    .unwrap();
+    cluster.add(web);
+    cluster.roll_out();
+    // Two templates whose pods never serve, one of them left halfway, and a wish that grew: three sets of one or two.
+    set_image(&mut cluster, "image:2");
+    cluster.step();
+    set_image(&mut cluster, "image:3");
+    edit(&mut cluster, |spec| spec.replicas = Some(3));
+    cluster.settle();
+    let serving = |cluster: &Cluster| {
+        let pods = cluster.snapshot.pods.values();
+        pods.filter(|pod| pods::is_active(pod) && pods::is_ready(pod))
+            .count()
+    };
+    assert_eq!(serving(&cluster), 2);
+    edit(&mut cluster, |spec| spec.replicas = Some(1));
+    cluster.settle();
+    assert!(serving(&cluster) >= 1, "{:?}", sets_of(&cluster));
+    cluster.roll_out();
+    assert!(rolled_out(&cluster));
+}
+
+#[test]
 fn a_paused_deployment_scales_but_does_not_roll() {
     let mut cluster = running(2);
     edit(&mut cluster, |spec| spec.paused = Some(true));
