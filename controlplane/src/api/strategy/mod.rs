@@ -1,11 +1,14 @@
 //! What is special to each kind: defaults, what a write may change, validation, how it is deleted. One file per family.
 
 mod access;
+mod admission_policy;
 mod batch;
 mod certificate;
 mod configuration;
+mod csi;
 mod device;
 mod endpoints;
+mod extension;
 pub(super) mod families;
 mod flow;
 mod metadata;
@@ -23,6 +26,7 @@ mod storage;
 #[cfg(test)]
 mod testing;
 mod warnings;
+mod webhook;
 mod workload;
 
 use serde_json::Value;
@@ -115,14 +119,6 @@ pub enum NameRule {
 struct Plain;
 impl Strategy for Plain {}
 
-/// Kinds whose only rule is that their generation counts.
-struct Counted;
-impl Strategy for Counted {
-    fn counts_generations(&self) -> bool {
-        true
-    }
-}
-
 /// The rules of a resource's kind.
 pub fn of(resource: &Resource) -> &'static dyn Strategy {
     match (resource.group, resource.plural) {
@@ -156,7 +152,11 @@ pub fn of(resource: &Resource) -> &'static dyn Strategy {
         ("", "persistentvolumes") => &storage::Volume,
         ("", "persistentvolumeclaims") => &storage::Claim,
         ("storage.k8s.io", "storageclasses") => &storage::StorageClass,
-        ("storage.k8s.io", "csidrivers") => &storage::CsiDriver,
+        ("storage.k8s.io", "csidrivers") => &csi::Driver,
+        ("storage.k8s.io", "csinodes") => &csi::Node,
+        ("storage.k8s.io", "csistoragecapacities") => &csi::Capacity,
+        ("storage.k8s.io", "volumeattachments") => &csi::Attachment,
+        ("storage.k8s.io", "volumeattributesclasses") => &csi::AttributesClass,
         ("networking.k8s.io", "ingresses") => &networking::Ingress,
         ("networking.k8s.io", "ingressclasses") => &networking::IngressClass,
         ("networking.k8s.io", "networkpolicies") => &networking::NetworkPolicy,
@@ -170,7 +170,20 @@ pub fn of(resource: &Resource) -> &'static dyn Strategy {
         ("resource.k8s.io", "resourceclaims") => &device::Claim,
         ("resource.k8s.io", "resourceclaimtemplates") => &device::ClaimTemplate,
         ("resource.k8s.io", "resourceslices") => &device::Slice,
-        ("admissionregistration.k8s.io" | "apiextensions.k8s.io", _) => &Counted,
+        (
+            "admissionregistration.k8s.io",
+            "validatingwebhookconfigurations" | "mutatingwebhookconfigurations",
+        ) => &webhook::Configuration,
+        (
+            "admissionregistration.k8s.io",
+            "validatingadmissionpolicies" | "mutatingadmissionpolicies",
+        ) => &admission_policy::Policy,
+        (
+            "admissionregistration.k8s.io",
+            "validatingadmissionpolicybindings" | "mutatingadmissionpolicybindings",
+        ) => &admission_policy::Binding,
+        ("apiextensions.k8s.io", "customresourcedefinitions") => &extension::Definition,
+        ("apiregistration.k8s.io", "apiservices") => &extension::Service,
         _ => &Plain,
     }
 }

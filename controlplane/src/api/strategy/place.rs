@@ -138,6 +138,13 @@ impl<'a> Place<'a> {
         }
     }
 
+    /// Requires one of some texts, where there is one; an empty one is none of them.
+    pub fn exactly_one_of(&self, allowed: &[&str], errors: &mut Errors) {
+        if let Some(text) = self.value.as_str().filter(|text| !allowed.contains(text)) {
+            errors.push(FieldError::unsupported(&self.path, text, allowed));
+        }
+    }
+
     /// Requires one of some texts.
     pub fn require_one_of(&self, allowed: &[&str], errors: &mut Errors) {
         if self.require(errors) {
@@ -265,6 +272,14 @@ impl<'a> Place<'a> {
         if self.value != old.value {
             self.invalid("field is immutable", errors);
         }
+    }
+
+    pub fn too_long(&self, bytes_max: usize, errors: &mut Errors) {
+        errors.push(FieldError {
+            field: self.path.clone(),
+            reason: "FieldValueTooLong",
+            message: format!("Too long: may not be more than {bytes_max} bytes"),
+        });
     }
 
     /// Refuses more items than there may be.

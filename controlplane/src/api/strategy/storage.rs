@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use super::csi::{validate_parameters, validate_provisioner};
 use super::metadata::dns_subdomain;
 use super::place::Place;
 use super::pod_spec::{validate_node_selector, validate_volume_source};
@@ -220,8 +221,8 @@ impl Strategy for StorageClass {
 
     fn validate(&self, class: &Value, errors: &mut Errors) {
         let root = Place::root(class);
-        root.field("provisioner")
-            .require_name(super::qualified_name, errors);
+        validate_provisioner(&root.field("provisioner"), errors);
+        validate_parameters(&root.field("parameters"), errors);
         root.field("reclaimPolicy")
             .one_of(&["Delete", "Retain"], errors);
         root.field("volumeBindingMode")
@@ -241,22 +242,6 @@ impl Strategy for StorageClass {
         }
         new.field("volumeBindingMode")
             .unchanged(&old.field("volumeBindingMode"), errors);
-    }
-}
-
-pub struct CsiDriver;
-
-impl Strategy for CsiDriver {
-    fn default(&self, driver: &mut Value) {
-        driver.default("/spec/attachRequired", true);
-        driver.default("/spec/podInfoOnMount", false);
-        driver.default("/spec/storageCapacity", false);
-        driver.default("/spec/fsGroupPolicy", "ReadWriteOnceWithFSType");
-        driver.default("/spec/requiresRepublish", false);
-        driver.default("/spec/seLinuxMount", false);
-        if driver.items("/spec/volumeLifecycleModes").is_empty() {
-            driver.set("/spec/volumeLifecycleModes", json!(["Persistent"]));
-        }
     }
 }
 
