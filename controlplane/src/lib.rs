@@ -6,6 +6,7 @@ pub mod api;
 pub mod auth;
 pub mod codec;
 pub mod controllers;
+pub mod page;
 pub mod patch;
 pub mod registry;
 pub mod scheduler;

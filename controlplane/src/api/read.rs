@@ -1,7 +1,5 @@
 //! Get and list.
 
-use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use http::{StatusCode, request::Parts};
 use serde_json::{Value, json};
 
@@ -10,6 +8,7 @@ use super::request::{Encoding, Form, ListOptions, Target};
 use super::status::Status;
 use super::{Api, Call, object, reply, table};
 use crate::codec::transcode;
+use crate::page::Continue;
 use crate::store::{Page, Range, Record, Revision, StoreError};
 
 /// How many records are read at once when a selector picks few of them.
@@ -132,8 +131,9 @@ impl Api {
             }
             "" => (None, None, now),
             token => {
-                let token = Continue::read(token, &prefix)?;
-                (Some(token.start), token.revision, token.since)
+                let token = Continue::read(token, &prefix)
+                    .map_err(|error| Status::bad_request(error.to_string()))?;
+                (Some(token.start), token.revision.map(Revision), token.since)
             }
         };
         if at.is_none() {
@@ -180,7 +180,7 @@ impl Api {
                         return Ok(Listing::whole(records, revision));
                     }
                     let token = Continue {
-                        revision: Some(revision),
+                        revision: Some(revision.0),
                         start: record.key.to_string(),
                         since,
                     };
@@ -239,46 +239,6 @@ impl Listing {
     }
 }
 
-/// Continue is what a continue token says.
-#[derive(Debug, PartialEq, Eq)]
-struct Continue {
-    /// What the list is of; whatever is newest when there is none.
-    revision: Option<Revision>,
-    /// The last key given out.
-    start: String,
-    /// When the first page was given out, in seconds since the epoch.
-    since: i64,
-}
-
-impl Continue {
-    fn write(&self, prefix: &str) -> String {
-        let revision = self.revision.map(|revision| i64::try_from(revision.0));
-        let revision = revision.and_then(Result::ok).unwrap_or(-1);
-        let start = self.start.strip_prefix(prefix).unwrap_or(&self.start);
-        let token =
-            json!({"v": "meta.k8s.io/v1", "rv": revision, "start": start, "since": self.since});
-        URL_SAFE_NO_PAD.encode(token.to_string())
-    }
-
-    fn read(token: &str, prefix: &str) -> Result<Self, Status> {
-        let refused = || {
-            Status::bad_request("continue key is not valid: it was not given out by this server")
-        };
-        let bytes = URL_SAFE_NO_PAD.decode(token).map_err(|_| refused())?;
-        let token: Value = serde_json::from_slice(&bytes).map_err(|_| refused())?;
-        let start = token["start"]
-            .as_str()
-            .filter(|start| !start.is_empty())
-            .ok_or_else(refused)?;
-        let revision = token["rv"].as_i64().ok_or_else(refused)?;
-        Ok(Self {
-            revision: u64::try_from(revision).ok().map(Revision),
-            start: format!("{prefix}{start}"),
-            since: token["since"].as_i64().ok_or_else(refused)?,
-        })
-    }
-}
-
 /// 410, with a token that goes on from the same place in the newest state.
 fn expired_continue(last: &str, prefix: &str) -> Status {
     let mut status = Status::expired(
@@ -294,32 +254,4 @@ fn expired_continue(last: &str, prefix: &str) -> Status {
     };
     status.continue_token = Some(token.write(prefix));
     status
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn continue_tokens_come_back_as_given_out_and_others_are_refused() {
-        let given = |revision| Continue {
-            revision,
-            start: "/core/pods/ns/name".to_owned(),
-            since: 7,
-        };
-        for revision in [Some(Revision(12)), None] {
-            let token = given(revision).write("/core/pods/");
-            let read = Continue::read(&token, "/core/pods/").expect("our own token");
-            assert_eq!(read, given(revision));
-        }
-        assert_eq!(Continue::read("!!", "/").expect_err("refused").code, 400);
-    }
-
-    proptest::proptest! {
-        #[test]
-        fn no_token_makes_the_server_panic(text in ".{0,60}", json in "[{}\"a-z:,0-9-]{0,60}") {
-            let _ = Continue::read(&text, "/core/pods/");
-            let _ = Continue::read(&URL_SAFE_NO_PAD.encode(json), "/core/pods/");
-        }
-    }
 }

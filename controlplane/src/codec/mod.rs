@@ -79,6 +79,23 @@ pub struct DecodeError {
     pub message: String,
 }
 
+/// Levels of nesting that an object may have. Upstream takes 10,000; here whatever is stored can be read by parsers that stop at
+/// 128, as ours and others do, with the list around it and with managedFields, which are as deep as what they speak of.
+pub const DEPTH_MAX: usize = 100;
+
+/// In the words of Go's decoder.
+pub const TOO_DEEP: &str = "exceeded max depth";
+
+/// Whether a value has more levels than `levels`; never looks deeper.
+pub fn is_deeper_than(value: &Value, levels: usize) -> bool {
+    let inside = |inner| levels == 0 || is_deeper_than(inner, levels - 1);
+    match value {
+        Value::Array(items) => levels == 0 || items.iter().any(inside),
+        Value::Object(fields) => levels == 0 || fields.values().any(inside),
+        _ => false,
+    }
+}
+
 /// Decodes a body. `api_version` and `kind` fill in what the body leaves out; a kind that the tables do not know is
 /// taken as it is (JSON and YAML) or refused (protobuf).
 pub fn decode(
@@ -94,6 +111,10 @@ pub fn decode(
             let value = decoded.map_err(|e| DecodeError {
                 message: e.to_string(),
             })?;
+            if is_deeper_than(&value, DEPTH_MAX) {
+                let message = TOO_DEEP.to_owned();
+                return Err(DecodeError { message });
+            }
             return Ok(Decoded {
                 value,
                 warnings: Vec::new(),
@@ -166,6 +187,9 @@ fn finish(
         Some(ty) => check::check(node, ty).map_err(cannot)?,
         None => check::check_untyped(node),
     };
+    if is_deeper_than(&value, DEPTH_MAX) {
+        return Err(cannot(TOO_DEEP.to_owned()));
+    }
     let warnings = match validation {
         FieldValidation::Strict if !faults.is_empty() => {
             return Err(cannot(format!(

@@ -498,4 +498,4 @@ fn write_special_or_struct(value: &Value, ty: &'static Type, out: &mut Writer) -
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

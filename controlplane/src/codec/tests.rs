@@ -242,7 +242,19 @@ fn hostile_documents_are_refused() {
         let list = vec![format!("*a{before}"); 10].join(",");
         aliases += &format!("a{level}: &a{level} [{list}]\n");
     }
+    // Less than parsers mind, and more than a list of such objects could be read with.
+    let defaults = format!(
+        r#"{{"apiVersion":"apps/v1","kind":"ControllerRevision","metadata":{{"name":"a"}},"revision":1,"data":{}}}"#,
+        nested("[", "]", 110)
+    );
+    let revision: Value = serde_json::from_str(&defaults).expect("JSON");
     let bodies: Vec<(Vec<u8>, MediaType)> = vec![
+        (defaults.clone().into_bytes(), MediaType::Json),
+        (defaults.into_bytes(), MediaType::Yaml),
+        (
+            protobuf::tests::encode(&revision).expect("known"),
+            MediaType::Protobuf,
+        ),
         (nested("[", "]", 100_000).into_bytes(), MediaType::Json),
         (
             nested(r#"{"a":"#, "}", 100_000).into_bytes(),

@@ -6,7 +6,10 @@ mod strategic;
 pub use apply::{FieldConflict, Manager, apply, track_update};
 pub use strategic::strategic;
 
+use json_patch::PatchOperation;
 use serde_json::Value;
+
+use crate::codec::{DEPTH_MAX, TOO_DEEP, is_deeper_than};
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PatchError {
@@ -29,6 +32,9 @@ pub fn merge(target: &mut Value, patch: &Value) {
 /// Operations that one JSON patch may have, as upstream limits them.
 const OPERATIONS_MAX: usize = 10_000;
 
+/// Bytes that all copies of one JSON patch may add, as upstream limits them: each can double what is there.
+const COPIED_BYTES_MAX: usize = 3 << 20;
+
 /// RFC 6902. The target is unchanged when the patch fails.
 pub fn json(target: &mut Value, patch: &Value) -> Result<(), PatchError> {
     if patch
@@ -40,7 +46,49 @@ pub fn json(target: &mut Value, patch: &Value) -> Result<(), PatchError> {
     }
     let patch: json_patch::Patch = serde_json::from_value(patch.clone())
         .map_err(|e| PatchError::Invalid(format!("the body is not a JSON patch: {e}")))?;
-    json_patch::patch(target, &patch).map_err(|e| PatchError::Unprocessable(e.to_string()))
+    let mut patched = target.clone();
+    let mut copied = 0;
+    for (index, operation) in patch.0.iter().enumerate() {
+        hold(&patched, operation, &mut copied).map_err(PatchError::Unprocessable)?;
+        let done = json_patch::patch_unsafe(&mut patched, std::slice::from_ref(operation));
+        done.map_err(|mut e| {
+            e.operation = index;
+            PatchError::Unprocessable(e.to_string())
+        })?;
+    }
+    *target = patched;
+    Ok(())
+}
+
+/// Holds an operation to the limits of depth and of copies. Each can build on the one before, so a small patch could
+/// otherwise make an object of any depth or size.
+fn hold(
+    target: &Value,
+    operation: &PatchOperation,
+    copied_bytes: &mut usize,
+) -> Result<(), String> {
+    let value = match operation {
+        PatchOperation::Add(add) => Some(&add.value),
+        PatchOperation::Replace(replace) => Some(&replace.value),
+        PatchOperation::Move(from) => target.pointer(from.from.as_str()),
+        PatchOperation::Copy(from) => {
+            let value = target.pointer(from.from.as_str());
+            *copied_bytes += value.map_or(0, |value| value.to_string().len());
+            if *copied_bytes > COPIED_BYTES_MAX {
+                return Err(format!(
+                    "Unable to complete the copy, the accumulated size increase of copy is {copied_bytes}, exceeding the \
+                     limit {COPIED_BYTES_MAX}"
+                ));
+            }
+            value
+        }
+        PatchOperation::Remove(_) | PatchOperation::Test(_) => None,
+    };
+    let levels = DEPTH_MAX.saturating_sub(operation.path().tokens().count());
+    match value {
+        Some(value) if is_deeper_than(value, levels) => Err(TOO_DEEP.to_owned()),
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]
@@ -72,6 +120,28 @@ mod tests {
             json(&mut target, &json!([{"op": "fly", "path": "/a"}])),
             Err(PatchError::Invalid(_))
         ));
+    }
+
+    /// Each operation builds on the one before: followed, the first would take the stack, the second all memory.
+    #[test]
+    fn a_json_patch_makes_nothing_of_any_depth_or_size() {
+        let level = json!({"a": {"a": {"a": {"a": {}}}}});
+        let deep: Vec<Value> = (0..200)
+            .map(|at| json!({"op": "add", "path": format!("/l{}", "/a".repeat(4 * at)), "value": level}))
+            .collect();
+        let wide: Vec<Value> = (0..40)
+            .map(|at| json!({"op": "copy", "from": "", "path": format!("/c{at}")}))
+            .collect();
+        let mut same = vec![json!({"op": "add", "path": "/big", "value": "x".repeat(1 << 20)})];
+        same.extend(vec![json!({"op": "copy", "from": "/big", "path": "/b"}); 3]);
+        let limit = "exceeding the limit";
+        for (patch, said) in [(deep, TOO_DEEP), (wide, limit), (same, limit)] {
+            let mut target = json!({"l": {}});
+            let error = json(&mut target, &json!(patch)).expect_err("refused");
+            assert!(matches!(&error, PatchError::Unprocessable(_)), "{error}");
+            assert!(error.to_string().contains(said), "{error}");
+            assert_eq!(target, json!({"l": {}}));
+        }
     }
 
     #[test]
