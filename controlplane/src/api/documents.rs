@@ -61,8 +61,7 @@ impl Api {
                 let encode =
                     || codec::openapi::encode_openapi_v2(&openapi::v2(&self.served)).into();
                 let body = self.documents.openapi_v2_protobuf.get_or_init(encode);
-                let content_type = codec::openapi::CONTENT_TYPE;
-                Ok(reply::bytes(StatusCode::OK, content_type, body.clone()))
+                Ok(tagged(codec::openapi::CONTENT_TYPE, body.clone(), parts))
             }
             ["openapi", "v2"] => Ok(kept(&self.documents.openapi_v2, parts, || {
                 openapi::v2(&self.served)

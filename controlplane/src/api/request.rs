@@ -462,6 +462,7 @@ pub fn percent_decode(text: &str) -> Cow<'_, str> {
     while at < bytes.len() {
         let hex = bytes
             .get(at + 1..at + 3)
+            .filter(|hex| hex.iter().all(u8::is_ascii_hexdigit))
             .and_then(|hex| std::str::from_utf8(hex).ok());
         match hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
             Some(byte) if bytes[at] == b'%' => {
@@ -498,7 +499,9 @@ mod tests {
     fn percent_encoding_goes_both_ways() {
         let text = "a b/ü=&%41";
         assert_eq!(percent_decode(&percent_encode(text)), text);
-        assert_eq!(percent_decode("100%"), "100%");
+        for broken in ["100%", "%+1", "%g1", "%"] {
+            assert_eq!(percent_decode(broken), broken);
+        }
         assert_eq!(
             Query::parse("labelSelector=a%3Db+c&watch=1").get("labelSelector"),
             "a=b c"

@@ -188,3 +188,40 @@ fn what_is_not_served_exists_and_has_a_reason() {
         );
     }
 }
+
+#[test]
+fn documents_are_not_sent_again_to_those_who_have_them() {
+    let server = Server::start();
+    let headers = server.path("headers");
+    let dumped = headers.display().to_string();
+    let aggregated = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList";
+    let protobuf = "application/com.github.proto-openapi.spec.v2@v1.0+protobuf";
+    let mut tags = BTreeMap::new();
+    for (path, accept) in [
+        ("/api", aggregated),
+        ("/apis", aggregated),
+        ("/openapi/v2", "application/json"),
+        ("/openapi/v2", protobuf),
+        ("/openapi/v3", "application/json"),
+        ("/openapi/v3/apis/apps/v1", "application/json"),
+    ] {
+        let accept = format!("Accept: {accept}");
+        let ask = |tag: &str| {
+            let known = format!("If-None-Match: {tag}");
+            let (code, _, body) = server.curl(&["-H", &accept, "-H", &known, "-D", &dumped], path);
+            let told = std::fs::read_to_string(&headers).expect("headers");
+            let tag = told.lines().find_map(|line| {
+                let (name, value) = line.split_once(": ")?;
+                name.eq_ignore_ascii_case("etag")
+                    .then(|| value.trim().to_owned())
+            });
+            (code, body.len(), tag.expect("a tag"))
+        };
+        let (code, length, tag) = ask("\"of something else\"");
+        assert!(code == 200 && length > 0, "{path}: {code}");
+        assert_eq!(ask(&tag), (304, 0, tag.clone()), "{path}");
+        if let Some(other) = tags.insert(tag, path) {
+            panic!("{path} and {other} have one tag");
+        }
+    }
+}
