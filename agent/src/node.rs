@@ -289,8 +289,8 @@ impl Node {
 
     /// Hangs on again what somebody took off, collects flows whose time is up, and follows the machine's own addresses. Gives the
     /// names of what was hung on again.
-    pub fn upkeep(&mut self, kernel: &mut Kernel) -> Result<Vec<String>, NodeError> {
-        let repaired = self.dataplane.repair(self.cgroup.as_deref())?;
+    pub fn upkeep(&mut self, kernel: &mut Kernel, pods: &[u32]) -> Result<Vec<String>, NodeError> {
+        let repaired = self.dataplane.repair(self.cgroup.as_deref(), pods)?;
         let collected = self.dataplane.collect_flows()?;
         tracing::debug!(?collected, "flows");
         self.flows = collected.left;

@@ -74,11 +74,6 @@ pub struct Report {
     /// Interfaces of deleted pods that are not gone yet.
     #[serde(default)]
     pub interfaces_to_remove: usize,
-    /// Pairs of interfaces that lie ready for pods, and how many there are to be.
-    #[serde(default)]
-    pub pairs_ready: usize,
-    #[serde(default)]
-    pub pairs_wanted: usize,
     /// Requests of the CNI plugin, by command and outcome.
     pub cni_requests: BTreeMap<String, u64>,
     pub cni_add_last_us: u64,

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use crate::addresses::is_host_interface;
 use crate::config::share_beside;
 use crate::install::{CONF_LIST, PLUGIN, same_file};
-use crate::net::{Kernel, Netlink, NetlinkError, OUTER, OVERLAY, is_spare};
+use crate::net::{Kernel, Netlink, NetlinkError, OUTER, OVERLAY};
 use crate::{supervisor, surroundings};
 
 /// Where an agent has left what is to go.
@@ -148,7 +148,7 @@ fn find(places: &Places, kernel: &mut Kernel) -> Result<Found, UninstallError> {
         });
     let ours = |name: &String| {
         // The pair's other end goes with it.
-        name == OUTER || name == OVERLAY || is_spare(name) || is_host_interface(name)
+        name == OUTER || name == OVERLAY || is_host_interface(name)
     };
     Ok(Found {
         paths: paths.collect(),

@@ -341,11 +341,9 @@ impl Agent {
         ))
     }
 
-    /// Waits until what was deleted is gone, and pairs lie ready again, as on a node between two bursts.
+    /// Waits until what was deleted is gone, as on a node between two bursts.
     fn rest(&mut self) -> Result<()> {
-        self.wait("to rest", |report| {
-            report["interfacesToRemove"] == 0 && report["pairsReady"] == report["pairsWanted"]
-        })
+        self.wait("to rest", |report| report["interfacesToRemove"] == 0)
     }
 
     fn wait(&self, what: &str, done: impl Fn(&Value) -> bool) -> Result<()> {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use keelway_agent::addresses::is_host_interface;
-use keelway_agent::net::{Kernel, Netlink, is_spare};
+use keelway_agent::net::{Direction, Kernel, Netlink};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -525,31 +525,20 @@ impl AgentNode {
             .collect())
     }
 
-    /// Pins of hooks on pods' interfaces.
-    pub fn pod_pins(&self) -> Vec<String> {
-        let mut found = Vec::new();
-        let mut folders = vec![self.pins.clone()];
-        while let Some(folder) = folders.pop() {
-            for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-                if entry.path().is_dir() {
-                    folders.push(entry.path());
-                } else {
-                    found.push(entry.file_name().to_string_lossy().into_owned());
+    /// Hooks on pods' interfaces, each with its interface's index.
+    pub fn pod_hooks(&self) -> Result<Vec<String>> {
+        self.host.run(|| -> Result<_> {
+            let mut kernel = Kernel::new(Netlink::open()?);
+            let mut found = Vec::new();
+            for index in kernel.with_clsact()? {
+                for direction in [Direction::Ingress, Direction::Egress] {
+                    let names = kernel.filter_names(index, direction)?;
+                    found.extend(names.into_iter().map(|name| format!("{name}-{index}")));
                 }
             }
-        }
-        let spares: Vec<String> = self
-            .links()
-            .unwrap_or_default()
-            .into_iter()
-            .filter(|(_, name)| is_spare(name))
-            .map(|(index, _)| format!("-{index}"))
-            .collect();
-        found.retain(|name| {
-            name.contains("pod_") && !spares.iter().any(|spare| name.ends_with(spare))
-        });
-        found.sort();
-        found
+            found.sort();
+            Ok(found)
+        })
     }
 
     /// The host's interfaces, with their indexes.

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use anyhow::{Context as _, Result};
 use keelway_agent::addresses::{host_interface, is_host_interface};
 use keelway_agent::dataplane;
-use keelway_agent::net::{Kernel, Netlink, is_spare};
+use keelway_agent::net::{Kernel, Netlink};
 use keelway_cni::Attachment;
 use serde_json::Value;
 
@@ -83,13 +83,6 @@ pub fn audit(node: &AgentNode, pods: &[&Pod]) -> Result<Vec<String>> {
             .filter(|name| is_host_interface(name)),
         expected.keys().cloned(),
     );
-    let spares = links.iter().filter(|(_, name)| is_spare(name)).count() as u64;
-    if report["pairsReady"] != spares {
-        wrong.push(format!(
-            "{spares} pairs of interfaces are there, and the agent knows {}",
-            report["pairsReady"]
-        ));
-    }
     let index: BTreeMap<&str, u32> = links
         .iter()
         .map(|(index, name)| (name.as_str(), *index))
@@ -98,7 +91,7 @@ pub fn audit(node: &AgentNode, pods: &[&Pod]) -> Result<Vec<String>> {
     compare(
         &mut wrong,
         "hook",
-        node.pod_pins().into_iter(),
+        node.pod_hooks()?.into_iter(),
         expected.keys().flat_map(|name| {
             ["pod_ingress", "pod_egress"].map(|hook| format!("{hook}-{}", indexed(name)))
         }),

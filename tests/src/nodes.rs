@@ -277,9 +277,8 @@ impl Node {
         let dataplane = self.dataplane.as_mut().context("the data plane is open")?;
         let ifindex = self.host.run(|| -> Result<u32> {
             let mut kernel = Kernel::new(Netlink::open()?);
-            let link = wire_pod(&mut kernel, network.fd(), &wire, None)?;
-            dataplane.attach_pod(link.index)?;
-            Ok(link.index)
+            let hooks = dataplane.pod_hooks()?;
+            Ok(wire_pod(&mut kernel, network.fd(), &wire, &hooks.filters())?.index)
         })?;
         Ok(Pod {
             network,
@@ -296,6 +295,9 @@ impl Node {
             let mut dataplane = Dataplane::open(config)?;
             dataplane.attach_uplink(ifindex("eth0")?)?;
             dataplane.attach_service_veth()?;
+            for pod in dataplane.attached_pods()? {
+                dataplane.attach_pod(pod)?;
+            }
             Ok(dataplane)
         })?;
         self.dataplane = Some(dataplane);

@@ -477,7 +477,10 @@ fn two_hundred_at_once_are_added_and_deleted_without_a_failure() {
         node.pod_interfaces().expect("interfaces"),
         Vec::<String>::new()
     );
-    until("no pins", || Ok(node.pod_pins().is_empty().then_some(()))).expect("none");
+    until("no hooks", || {
+        Ok(node.pod_hooks()?.is_empty().then_some(()))
+    })
+    .expect("none");
 }
 
 #[test]

@@ -390,7 +390,12 @@ fn an_agent_that_restarts_loses_no_connection_and_no_packet() {
         "what was pinned is what is read back"
     );
     assert_eq!(
-        first.dataplane().attached_pods().unwrap(),
+        first
+            .host
+            .try_clone()
+            .unwrap()
+            .run(|| first.dataplane().attached_pods())
+            .unwrap(),
         vec![a.ifindex, b.ifindex]
     );
 }
@@ -436,7 +441,8 @@ fn hooks_of_interfaces_and_control_groups_that_went_away_are_made_anew() {
         .unwrap();
     node.close();
     node.open().unwrap();
-    let left = node.dataplane().attached_pods().unwrap();
+    let host = node.host.try_clone().unwrap();
+    let left = host.run(|| node.dataplane().attached_pods()).unwrap();
     assert!(
         !left.contains(&pod.ifindex),
         "{left:?} has no {}",

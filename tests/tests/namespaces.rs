@@ -390,7 +390,10 @@ fn an_add_that_fails_leaves_nothing_and_one_that_is_repeated_gives_the_same() {
         return;
     };
     let [node, _] = &topology.nodes;
-    let before = (node.pod_interfaces().expect("interfaces"), node.pod_pins());
+    let before = (
+        node.pod_interfaces().expect("interfaces"),
+        node.pod_hooks().expect("hooks"),
+    );
 
     // The name is taken in the pod.
     let network = Network::new().expect("a network");
@@ -402,7 +405,10 @@ fn an_add_that_fails_leaves_nothing_and_one_that_is_repeated_gives_the_same() {
         .expect("the plugin");
     assert_eq!(error_code(&refused.stdout), 100, "{refused:?}");
     assert_eq!(
-        (node.pod_interfaces().expect("interfaces"), node.pod_pins()),
+        (
+            node.pod_interfaces().expect("interfaces"),
+            node.pod_hooks().expect("hooks")
+        ),
         before
     );
     let report = node.report().expect("a report");
@@ -522,7 +528,10 @@ fn deleted_pods_leave_nothing_behind() {
             Ok(node.pod_interfaces()?.is_empty().then_some(()))
         })
         .expect("none");
-        until("no pins", || Ok(node.pod_pins().is_empty().then_some(()))).expect("none");
+        until("no hooks", || {
+            Ok(node.pod_hooks()?.is_empty().then_some(()))
+        })
+        .expect("none");
         let saved = fs::read_to_string(node.state_dir().join("addresses.json")).expect("the file");
         let saved: Value = serde_json::from_str(&saved).expect("JSON");
         assert_eq!(allocations(&saved), Vec::<Value>::new());

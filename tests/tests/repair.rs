@@ -28,9 +28,12 @@ fn a_program_that_came_off_hangs_again_where_there_is_an_interface() {
     let first = &mut nodes.nodes[0];
     let host = first.host.try_clone().unwrap();
     let (a, b) = (first.pods["a"].ifindex, first.pods["b"].ifindex);
-    let mut repair = || host.run(|| first.dataplane().repair(None)).unwrap();
+    let mut repair = || {
+        host.run(|| first.dataplane().repair(None, &[a, b]))
+            .unwrap()
+    };
     assert_eq!(repair(), Vec::<String>::new());
-    // An interface goes, and another comes that the kernel knows by the same number: the links hang nowhere, and could.
+    // An interface goes, and another comes that the kernel knows by the same number: the programs went with the first.
     host.run(|| ip("link del kw-a")).unwrap();
     host.run(|| {
         ip(&format!(
@@ -48,7 +51,7 @@ fn a_program_that_came_off_hangs_again_where_there_is_an_interface() {
     // One that is gone for good is forgotten.
     host.run(|| ip("link del kw-b")).unwrap();
     assert_eq!(repair(), Vec::<String>::new());
-    let left = first.dataplane().attached_pods().unwrap();
+    let left = host.run(|| first.dataplane().attached_pods()).unwrap();
     assert!(left.contains(&a) && !left.contains(&b), "{left:?}");
 }
 
@@ -59,6 +62,6 @@ fn pins_that_are_gone_are_an_error_and_not_a_quiet_node() {
     };
     let first = &mut nodes.nodes[0];
     fs::remove_dir_all(first.config.pin_root.join(format!("v{ABI_VERSION}"))).unwrap();
-    let error = first.dataplane().repair(None).unwrap_err();
+    let error = first.dataplane().repair(None, &[]).unwrap_err();
     assert!(matches!(error, Error::Pins { .. }), "{error}");
 }

@@ -208,10 +208,11 @@ fn nothing_is_masqueraded_before_it_is_known_what_must_not_be() {
         let ranges = state.unmasqueraded.iter().map(ToString::to_string);
         Some(ranges.collect::<Vec<_>>())
     };
-    until("programs at the pods", || {
-        Ok((node.pod_pins().len() >= 4).then_some(()))
+    until("pods in the new maps", || {
+        let pods = held(&node.pin_root()).map_or(0, |state| state.pods.len());
+        Ok((pods >= 2).then_some(()))
     })
-    .expect("programs");
+    .expect("pods");
     assert_eq!(ranges(), Some(vec!["0.0.0.0/0".into(), "::/0".into()]));
     assert_eq!(seen(&topology), b);
     fs::rename(&aside, &topology.cluster.path).expect("the cluster");

@@ -6,6 +6,7 @@ use super::{
     op::ServiceId,
     sys::{LinkTarget, MapShape},
 };
+use crate::net::NetlinkError;
 
 /// Why the data plane could not be set up or changed.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +37,11 @@ pub enum Error {
         program: &'static str,
         target: LinkTarget,
         source: io::Error,
+    },
+    #[error("cannot hang the pod's programs on {target:?}")]
+    Filters {
+        target: LinkTarget,
+        source: NetlinkError,
     },
     #[error("cannot use the pinned link {}", link.display())]
     Link { link: PathBuf, source: io::Error },

@@ -1,8 +1,9 @@
 //! From another version of the shared layouts to ours: an upgrade, or the way back.
 //!
 //! The other's programs hang where the agent before this one hung them, and go on with maps of their own. Once all Services are in
-//! our maps, its links get our programs in place, one after the other within a millisecond or so, and become ours: there is no
-//! moment without a program, and none with two. Flows are copied before and after, where their layout is the same.
+//! our maps, its links and filters get our programs in place, one after the other within a millisecond or so, and become ours: there
+//! is no moment without a program, and none with two. Flows are copied before and after, where their layout is the same: of a
+//! connection that is opened between the two copies and answered before the second has ended, the answer is nobody's.
 
 use std::{
     collections::HashSet,
@@ -23,20 +24,29 @@ use super::{
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct HandedOver {
     pub versions: u32,
-    /// Links that have our programs now.
+    /// Links and filters that have our programs now.
     pub links: usize,
     /// Entries (two per flow) of flows that go on.
     pub flows: usize,
 }
 
+/// Whether another version's programs are at work.
+pub fn is_due(root: &Path, own: &Path) -> Result<bool, Error> {
+    Ok(!others(root, own)?.is_empty())
+}
+
 /// Takes over from the versions beside `own` under `root`, and removes their pins.
 pub fn take_over(root: &Path, own: &Path, programs: &Programs) -> Result<HandedOver, Error> {
     let mut taken = HandedOver::default();
+    let hooks = programs.pod_hooks()?;
     for dir in others(root, own)? {
+        // Looked up before, so that all change within a millisecond or so.
+        let pods = hooks.attached()?;
         let links = dir.join("links");
         // Where ours hang behind theirs already, they would see each packet twice.
         make_way_for(&links, programs)?;
         taken.flows += take_flows(&dir, own)?;
+        taken.links += hooks.replace(&pods)?;
         taken.links += take_links(&links, programs)?;
         // What was opened or answered between the two.
         taken.flows += take_flows(&dir, own)?;

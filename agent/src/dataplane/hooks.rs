@@ -1,65 +1,100 @@
-//! The hooks of pods' interfaces, for threads beside the loop: hanging one on takes milliseconds, in which the kernel waits for
-//! every CPU.
+//! The hooks of pods' interfaces: filters of traffic control, which come and go with their interface and outlive the agent. The
+//! other hooks are pinned links.
 
-use std::{
-    fs, io,
-    os::fd::{AsFd as _, OwnedFd},
-    path::PathBuf,
-};
+use std::os::fd::{AsFd as _, OwnedFd};
 
-use super::{
-    Error,
-    programs::PacketProgram,
-    sys::{self, LinkTarget},
-};
+use super::{Error, programs::PacketProgram, sys::LinkTarget};
+use crate::net::{Filter, Kernel, Netlink, NetlinkError};
 
-/// The programs of a pod's interface and where their links are pinned.
+/// The programs of a pod's interface, for threads beside the loop too.
 pub struct PodHooks {
     pub(super) programs: Vec<(PacketProgram, OwnedFd)>,
-    pub(super) links: PathBuf,
 }
 
 impl PodHooks {
-    /// Hangs the programs on the host's side of a new veth.
-    pub fn attach(&self, ifindex: u32) -> Result<(), Error> {
-        let attached = self.attach_all(ifindex);
-        if attached.is_err() {
-            self.forget(ifindex);
-        }
-        attached
+    /// What is to hang on the host's side of a pod's veth.
+    pub fn filters(&self) -> Vec<Filter<'_>> {
+        let all = self.programs.iter().map(|(program, fd)| Filter {
+            direction: program.direction(),
+            name: program.name(),
+            program: fd.as_fd(),
+        });
+        all.collect()
     }
 
-    /// Removes the pins of hooks whose interface is gone, or is about to go.
-    pub fn forget(&self, ifindex: u32) {
-        for (program, _) in &self.programs {
-            // One that is left is found by the next comparison of pins and interfaces.
-            let _ = fs::remove_file(self.links.join(program.pin(ifindex)));
+    /// Hangs the programs on an interface. Filters that hang there may be kept.
+    pub(super) fn attach(&self, ifindex: u32, keep: bool) -> Result<(), Error> {
+        let mut kernel = kernel()?;
+        let mut filters = self.filters();
+        if keep {
+            filters = self.missing(&mut kernel, ifindex)?;
         }
+        kernel.set_filters(ifindex, &filters).map_err(at(ifindex))
     }
 
-    fn attach_all(&self, ifindex: u32) -> Result<(), Error> {
-        for (program, fd) in &self.programs {
-            let failed = |source| Error::Attach {
-                program: program.name(),
-                target: LinkTarget::Interface(ifindex),
-                source,
-            };
-            let link =
-                sys::create_link(fd.as_fd(), ifindex, program.attach_type()).map_err(failed)?;
-            let path = self.links.join(program.pin(ifindex));
-            let pin = || match sys::pin(link.as_fd(), &path) {
-                // Of an interface that had the index before: it is new, so that one is gone.
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                    fs::remove_file(&path)?;
-                    sys::pin(link.as_fd(), &path)
+    /// Puts the programs in place of those that hang on interfaces; gives how many.
+    pub(super) fn replace(&self, pods: &[u32]) -> Result<usize, Error> {
+        let (mut kernel, filters) = (kernel()?, self.filters());
+        for &ifindex in pods {
+            kernel.set_filters(ifindex, &filters).map_err(at(ifindex))?;
+        }
+        Ok(pods.len() * filters.len())
+    }
+
+    /// Interfaces on which all the programs hang, in order.
+    pub(super) fn attached(&self) -> Result<Vec<u32>, Error> {
+        let mut kernel = kernel()?;
+        let mut found = Vec::new();
+        for ifindex in kernel.with_clsact().map_err(at(0))? {
+            if self.missing(&mut kernel, ifindex)?.is_empty() {
+                found.push(ifindex);
+            }
+        }
+        Ok(found)
+    }
+
+    /// Hangs on again what is missing on these interfaces, and gives its names. Those that are gone need nothing.
+    pub(super) fn repair(&self, pods: &[u32]) -> Result<Vec<String>, Error> {
+        let mut kernel = kernel()?;
+        let mut repaired = Vec::new();
+        for &ifindex in pods {
+            let missing = self.missing(&mut kernel, ifindex)?;
+            if missing.is_empty() {
+                continue;
+            }
+            match kernel.set_filters(ifindex, &missing) {
+                Ok(()) => {
+                    let name = |filter: &Filter<'_>| format!("{}-{ifindex}", filter.name);
+                    repaired.extend(missing.iter().map(name));
                 }
-                other => other,
-            };
-            pin().map_err(|source| Error::Link {
-                link: path.clone(),
-                source,
-            })?;
+                Err(error) if error.errno() == Some(nix::errno::Errno::ENODEV) => {}
+                Err(error) => return Err(at(ifindex)(error)),
+            }
         }
-        Ok(())
+        Ok(repaired)
+    }
+
+    fn missing(&self, kernel: &mut Kernel, ifindex: u32) -> Result<Vec<Filter<'_>>, Error> {
+        let mut missing = Vec::new();
+        for filter in self.filters() {
+            let names = kernel
+                .filter_names(ifindex, filter.direction)
+                .map_err(at(ifindex))?;
+            if !names.iter().any(|name| name == filter.name) {
+                missing.push(filter);
+            }
+        }
+        Ok(missing)
+    }
+}
+
+fn kernel() -> Result<Kernel, Error> {
+    Netlink::open().map(Kernel::new).map_err(at(0))
+}
+
+fn at(ifindex: u32) -> impl Fn(NetlinkError) -> Error {
+    move |source| Error::Filters {
+        target: LinkTarget::Interface(ifindex),
+        source,
     }
 }

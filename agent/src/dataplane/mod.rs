@@ -125,6 +125,8 @@ pub struct Dataplane {
     service_veth: Option<ServiceVeth>,
     pin_root: PathBuf,
     dir: PathBuf,
+    /// Until then, the filters on pods' interfaces are those of another version.
+    to_take_over: bool,
     /// Entries that the last collection left.
     flows_left: u32,
 }
@@ -149,6 +151,7 @@ impl Dataplane {
         }
         programs.adopt_links(config.socket_lb)?;
         Ok(Self {
+            to_take_over: handover::is_due(&config.pin_root, &dir)?,
             programs,
             tables,
             service_veth: config.service_veth,
@@ -174,12 +177,10 @@ impl Dataplane {
         self.programs.attach_cgroup(cgroup)
     }
 
-    /// Hangs the packet hooks on the host's side of a pod's veth. Idempotent; the pod's address is set by [`Op::SetPod`].
+    /// Hangs the packet hooks on the host's side of a pod's veth, in place of those of an earlier agent; those of another version
+    /// stay until it is taken over. The pod's address is set by [`Op::SetPod`].
     pub fn attach_pod(&mut self, ifindex: u32) -> Result<(), Error> {
-        self.programs
-            .attach_packet(PacketProgram::PodIngress, ifindex)?;
-        self.programs
-            .attach_packet(PacketProgram::PodEgress, ifindex)
+        self.pod_hooks()?.attach(ifindex, self.to_take_over)
     }
 
     /// The hooks of pods' interfaces, for threads that make interfaces beside the loop.
@@ -187,17 +188,9 @@ impl Dataplane {
         self.programs.pod_hooks()
     }
 
-    /// Forgets the hooks of a pod's veth, which may be gone already.
-    pub fn detach_pod(&mut self, ifindex: u32) -> Result<(), Error> {
-        self.programs
-            .detach_packet(PacketProgram::PodIngress, ifindex)?;
-        self.programs
-            .detach_packet(PacketProgram::PodEgress, ifindex)
-    }
-
-    /// Interface indexes for which pod hooks are pinned, in order.
+    /// Interfaces with pod hooks, in order.
     pub fn attached_pods(&self) -> Result<Vec<u32>, Error> {
-        self.programs.attached(PacketProgram::PodIngress)
+        self.pod_hooks()?.attached()
     }
 
     /// Hangs the packet hook on an interface by which other nodes are reached.
@@ -216,16 +209,21 @@ impl Dataplane {
         }
     }
 
-    /// Hangs on again what somebody took off: a link that hangs nowhere though its interface is there, or the control group. Gives
-    /// the names of what was missing. Fails when the pins themselves are gone: with their file system, all that they held is.
-    pub fn repair(&mut self, cgroup: Option<&Path>) -> Result<Vec<String>, Error> {
-        self.programs.repair(cgroup)
+    /// Hangs on again what somebody took off: a link that hangs nowhere though its interface is there, or the control group, and
+    /// the filters of these pods' interfaces. Gives the names of what was missing. Fails when the pins themselves are gone: with
+    /// their file system, all that they held is.
+    pub fn repair(&mut self, cgroup: Option<&Path>, pods: &[u32]) -> Result<Vec<String>, Error> {
+        let mut repaired = self.programs.repair(cgroup)?;
+        repaired.extend(self.pod_hooks()?.repair(pods)?);
+        Ok(repaired)
     }
 
     /// Takes over from agents of another [`ABI_VERSION`], whose programs work until then: to be called when all Services are in our
     /// maps.
     pub fn take_over(&mut self) -> Result<HandedOver, Error> {
-        handover::take_over(&self.pin_root, &self.dir, &self.programs)
+        let taken = handover::take_over(&self.pin_root, &self.dir, &self.programs)?;
+        self.to_take_over = false;
+        Ok(taken)
     }
 
     /// Counters since the maps were made, all of them, in the order of [`Reason::ALL`].

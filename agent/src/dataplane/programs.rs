@@ -20,6 +20,7 @@ use super::{
     Config, Error, PodHooks,
     sys::{self, LinkTarget, MapShape},
 };
+use crate::net::Direction;
 
 static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/dataplane-ebpf"));
 
@@ -51,16 +52,24 @@ impl PacketProgram {
     }
 
     /// Name of the pin of its link on an interface.
-    pub(super) fn pin(self, ifindex: u32) -> String {
+    fn pin(self, ifindex: u32) -> String {
         format!("{}-{ifindex}", self.name())
     }
 
-    pub(super) fn attach_type(self) -> u32 {
+    /// Which packets of its interface it sees.
+    pub(super) fn direction(self) -> Direction {
+        match self {
+            Self::PodEgress => Direction::Egress,
+            _ => Direction::Ingress,
+        }
+    }
+
+    fn attach_type(self) -> u32 {
         const BPF_TCX_INGRESS: u32 = 46;
         const BPF_TCX_EGRESS: u32 = 47;
-        match self {
-            Self::PodEgress => BPF_TCX_EGRESS,
-            _ => BPF_TCX_INGRESS,
+        match self.direction() {
+            Direction::Ingress => BPF_TCX_INGRESS,
+            Direction::Egress => BPF_TCX_EGRESS,
         }
     }
 }
@@ -272,6 +281,7 @@ impl Programs {
         })?;
         for path in self.pinned()? {
             let Some(name) = program_of(&path) else {
+                unlink(&path)?;
                 continue;
             };
             if !socket_lb && SOCKET_PROGRAMS.iter().any(|(socket, _)| *socket == name) {
@@ -361,10 +371,7 @@ impl Programs {
                 Ok((program, fd.map_err(failed)?))
             })
             .collect::<Result<_, Error>>()?;
-        Ok(PodHooks {
-            programs,
-            links: self.links.clone(),
-        })
+        Ok(PodHooks { programs })
     }
 
     /// Hangs a packet program on an interface.
@@ -376,30 +383,6 @@ impl Programs {
             ifindex,
             LinkTarget::Interface(ifindex),
         )
-    }
-
-    /// Takes a packet program off an interface. The interface may be gone.
-    pub fn detach_packet(&self, program: PacketProgram, ifindex: u32) -> Result<(), Error> {
-        unlink(&self.links.join(program.pin(ifindex)))
-    }
-
-    /// Interfaces that a packet program hangs on.
-    pub fn attached(&self, program: PacketProgram) -> Result<Vec<u32>, Error> {
-        let mut found = Vec::new();
-        for path in self.pinned()? {
-            let name = path
-                .file_name()
-                .and_then(|name| name.to_str())
-                .unwrap_or_default();
-            if let Some((prefix, ifindex)) = name.split_once('-')
-                && prefix == program.name()
-                && let Ok(ifindex) = ifindex.parse()
-            {
-                found.push(ifindex);
-            }
-        }
-        found.sort_unstable();
-        Ok(found)
     }
 
     /// Hangs the socket programs on a control group of the v2 hierarchy.
@@ -561,12 +544,14 @@ fn classifier<'a>(
     })
 }
 
-/// The program that a pinned link belongs to, by the link's name.
+/// The program that a pinned link belongs to, by the link's name. Those of pods hang by filters.
 pub(super) fn program_of(path: &Path) -> Option<&'static str> {
     let name = path.file_name()?.to_str()?;
     let name = name.split_once('-').map_or(name, |(program, _)| program);
-    let packet = PacketProgram::ALL.iter().map(|program| program.name());
+    let packet = [PacketProgram::UplinkIngress, PacketProgram::ServiceIngress];
     packet
+        .map(PacketProgram::name)
+        .into_iter()
         .chain(SOCKET_PROGRAMS.iter().map(|(socket, _)| *socket))
         .find(|known| *known == name)
 }

@@ -15,7 +15,7 @@ use netlink_packet_route::neighbour::{
 };
 use nix::errno::Errno;
 
-use super::message::{self, LinkChange};
+use super::message;
 use super::netlink::Step;
 use super::{Netlink, NetlinkError};
 
@@ -126,11 +126,7 @@ impl Kernel {
     }
 
     pub fn set_up(&mut self, index: u32) -> Result<(), NetlinkError> {
-        let change = LinkChange {
-            up: true,
-            ..LinkChange::default()
-        };
-        self.run(vec![message::change_link(index, &change)])
+        self.run(vec![message::set_up(index)])
     }
 
     /// Removes an interface; returns whether it was there.
@@ -159,11 +155,7 @@ impl Kernel {
             let Some(link) = self.link(name)? else {
                 continue;
             };
-            let change = LinkChange {
-                group: Some(DYING_GROUP),
-                ..LinkChange::default()
-            };
-            match self.run(vec![message::change_link(link.index, &change)]) {
+            match self.run(vec![message::set_group(link.index, DYING_GROUP)]) {
                 Ok(()) => marked = true,
                 // It went with its namespace just now.
                 Err(error) if error.errno() == Some(Errno::ENODEV) => {}

@@ -1,7 +1,6 @@
 //! The requests that wiring is made of.
 
 use std::net::IpAddr;
-use std::os::fd::{AsRawFd, BorrowedFd};
 
 use ipnetwork::IpNetwork;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
@@ -29,48 +28,24 @@ pub(super) fn family(ip: IpAddr) -> AddressFamily {
     }
 }
 
-/// What shall change of an interface, in the order in which the kernel does it.
-#[derive(Default)]
-pub(super) struct LinkChange<'a> {
-    pub netns: Option<BorrowedFd<'a>>,
-    /// Its index in that namespace.
-    pub index: Option<u32>,
-    pub mac: Option<[u8; 6]>,
-    pub mtu: Option<u32>,
-    pub name: Option<&'a str>,
-    pub group: Option<u32>,
-    pub up: bool,
-}
-
-pub(super) fn change_link(index: u32, change: &LinkChange<'_>) -> Step {
+pub(super) fn set_up(index: u32) -> Step {
     let mut message = LinkMessage::default();
     message.header.index = index;
-    if change.up {
-        message.header.flags = LinkFlags::Up;
-        message.header.change_mask = LinkFlags::Up;
-    }
-    message.attributes.extend(
-        [
-            change
-                .netns
-                .map(|netns| LinkAttribute::NetNsFd(netns.as_raw_fd())),
-            change
-                .index
-                .and_then(|index| i32::try_from(index).ok())
-                .map(LinkAttribute::NewIfIndex),
-            change.mac.map(|mac| LinkAttribute::Address(mac.to_vec())),
-            change.mtu.map(LinkAttribute::Mtu),
-            change.name.map(|name| LinkAttribute::IfName(name.into())),
-            change.group.map(LinkAttribute::Group),
-        ]
-        .into_iter()
-        .flatten(),
-    );
+    message.header.flags = LinkFlags::Up;
+    message.header.change_mask = LinkFlags::Up;
     Step {
-        operation: match change.name {
-            Some(name) => format!("set up interface {name}"),
-            None => format!("set interface {index} up"),
-        },
+        operation: format!("set interface {index} up"),
+        message: RouteNetlinkMessage::SetLink(message),
+        flags: 0,
+    }
+}
+
+pub(super) fn set_group(index: u32, group: u32) -> Step {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message.attributes.push(LinkAttribute::Group(group));
+    Step {
+        operation: format!("set the group of interface {index}"),
         message: RouteNetlinkMessage::SetLink(message),
         flags: 0,
     }

@@ -1,5 +1,6 @@
 //! The kernel's links, addresses, routes and neighbours, by netlink.
 
+mod filter;
 mod kernel;
 mod message;
 mod netlink;
@@ -8,11 +9,10 @@ mod overlay;
 mod pod;
 mod route;
 mod service_veth;
-mod spare;
 
+pub use filter::{Direction, Filter};
 pub use kernel::{Kernel, Link, Uplink};
 pub use netlink::{Netlink, NetlinkError};
 pub use overlay::{OVERLAY, OverlayPeer, overhead, overlay_mac};
 pub use pod::{PodWire, check_pod, everything, pod_gateway, pod_mac, wire_pod};
 pub use service_veth::{INNER, OUTER, make_service_veth, service_veth_is_whole};
-pub use spare::{Spare, SpareNetwork, is_spare};

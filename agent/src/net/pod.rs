@@ -9,9 +9,8 @@ use nix::net::if_::if_nametoindex;
 use sha2::{Digest, Sha256};
 
 use super::kernel::{VethEnd, pod_steps};
-use super::message::{self, LinkChange};
-use super::spare::{Spare, SpareNetwork};
-use super::{Kernel, Link, Netlink, NetlinkError};
+use super::message;
+use super::{Filter, Kernel, Link, Netlink, NetlinkError};
 
 /// The gateways of every pod: link-local, the same everywhere, and answered by nobody, since their neighbour entries are permanent.
 const GATEWAY_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
@@ -67,31 +66,22 @@ pub struct PodWire {
 }
 
 /// Makes a pod's network, and returns the host's side. What is left of an earlier attempt is removed first, what fails
-/// half way is removed again. A pair that was made in advance is used up, whatever comes of it.
+/// half way is removed again. The pair is made where its ends belong: to move one makes the kernel wait for every CPU.
 pub fn wire_pod(
     host: &mut Kernel,
     netns: BorrowedFd<'_>,
     wire: &PodWire,
-    spare: Option<(&SpareNetwork, &Spare)>,
+    filters: &[Filter<'_>],
 ) -> Result<Link, NetlinkError> {
     // Asking takes no lock of the kernel's, removing one that is not there does.
     if if_nametoindex(wire.host_interface.as_str()).is_ok() {
         host.delete_link(&wire.host_interface)?;
     }
     let mut pod = Kernel::new(Netlink::open_in(netns)?);
-    let made = match spare {
-        Some((network, spare)) => move_in(host, &mut pod, netns, wire, network, spare),
-        None => make(host, &mut pod, netns, wire),
-    };
+    let made = make(host, &mut pod, netns, wire, filters);
     if made.is_err() {
         // The pair goes with either end. Failing to remove it is no better news than what failed before.
-        for name in spare
-            .map(|(_, spare)| spare.name.as_str())
-            .into_iter()
-            .chain([&*wire.host_interface])
-        {
-            let _ = host.delete_link(name);
-        }
+        let _ = host.delete_link(&wire.host_interface);
     }
     made
 }
@@ -101,6 +91,7 @@ fn make(
     pod: &mut Kernel,
     netns: BorrowedFd<'_>,
     wire: &PodWire,
+    filters: &[Filter<'_>],
 ) -> Result<Link, NetlinkError> {
     let host_end = VethEnd {
         name: &wire.host_interface,
@@ -115,7 +106,9 @@ fn make(
     host.make_veth(&host_end, &pod_end, wire.mtu)?;
     let outside = host.known_link(&wire.host_interface)?;
     let inside = pod.known_link(&wire.interface)?;
-    configure_host(host, outside.index, wire, None)?;
+    // Before it is up: no packet goes by without them.
+    host.set_filters(outside.index, filters)?;
+    configure_host(host, outside.index, wire)?;
     configure_pod(pod, inside.index, wire)?;
     Ok(Link {
         up: true,
@@ -123,40 +116,8 @@ fn make(
     })
 }
 
-fn move_in(
-    host: &mut Kernel,
-    pod: &mut Kernel,
-    netns: BorrowedFd<'_>,
-    wire: &PodWire,
-    network: &SpareNetwork,
-    spare: &Spare,
-) -> Result<Link, NetlinkError> {
-    // The host's side first: until the pod's has moved, the pair goes with this process.
-    configure_host(host, spare.host_index, wire, Some(&wire.host_interface))?;
-    let inside = network.give(spare, netns, pod, wire)?;
-    configure_pod(pod, inside, wire)?;
-    Ok(Link {
-        index: spare.host_index,
-        name: wire.host_interface.clone(),
-        mac: Some(HOST_VETH_MAC),
-        mtu: wire.mtu,
-        up: true,
-    })
-}
-
-fn configure_host(
-    host: &mut Kernel,
-    index: u32,
-    wire: &PodWire,
-    name: Option<&str>,
-) -> Result<(), NetlinkError> {
-    let change = LinkChange {
-        mtu: name.map(|_| wire.mtu),
-        name,
-        up: true,
-        ..LinkChange::default()
-    };
-    let mut steps = vec![message::change_link(index, &change)];
+fn configure_host(host: &mut Kernel, index: u32, wire: &PodWire) -> Result<(), NetlinkError> {
+    let mut steps = vec![message::set_up(index)];
     steps.extend(pod_steps(
         index,
         &wire.addresses,
@@ -167,14 +128,7 @@ fn configure_host(
 }
 
 fn configure_pod(pod: &mut Kernel, index: u32, wire: &PodWire) -> Result<(), NetlinkError> {
-    let up = LinkChange {
-        up: true,
-        ..LinkChange::default()
-    };
-    let mut steps = vec![
-        message::change_link(LOOPBACK, &up),
-        message::change_link(index, &up),
-    ];
+    let mut steps = vec![message::set_up(LOOPBACK), message::set_up(index)];
     for address in &wire.addresses {
         let (gateway, length) = (
             pod_gateway(*address),

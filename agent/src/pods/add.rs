@@ -135,7 +135,7 @@ impl Pods {
 
     /// Begins the ADDs whose addresses are on disk. One whose interface is still being removed for its past waits for that.
     pub(super) fn start_wiring(&mut self) {
-        let Some(spares) = &self.spares else { return };
+        let Some(hooks) = &self.hooks else { return };
         let mut waiting = Vec::new();
         for one in std::mem::take(&mut self.to_wire) {
             let name = one.wire.host_interface.clone();
@@ -145,27 +145,15 @@ impl Pods {
             }
             let attachment = one.wish.attachment.clone();
             let (netns, wire) = (Arc::clone(&one.netns), one.wire.clone());
-            let (workshop, spare) = (spares.workshop(), spares.take());
+            let hooks = Arc::clone(hooks);
             let work = move || -> Result<Link, NodeError> {
                 let mut kernel = Kernel::new(Netlink::open()?);
-                let network = workshop.network();
-                if let Some(spare) = &spare {
-                    let made = wire_pod(&mut kernel, netns.as_fd(), &wire, Some((network, spare)));
-                    if made.is_err() {
-                        workshop.hooks().forget(spare.host_index);
-                    }
-                    match made {
-                        // Somebody has removed it meanwhile.
-                        Err(error) if error.errno() == Some(Errno::ENODEV) => {}
-                        made => return Ok(made?),
-                    }
-                }
-                let link = wire_pod(&mut kernel, netns.as_fd(), &wire, None)?;
-                workshop.hooks().attach(link.index).inspect_err(|_| {
-                    // Failing to remove it is no better news than what failed before.
-                    let _ = kernel.delete_link(&wire.host_interface);
-                })?;
-                Ok(link)
+                Ok(wire_pod(
+                    &mut kernel,
+                    netns.as_fd(),
+                    &wire,
+                    &hooks.filters(),
+                )?)
             };
             self.wiring.insert(
                 name,
@@ -194,9 +182,6 @@ impl Pods {
         let Some(Wiring { mut one, deletions }) = self.wiring.remove(&host_interface) else {
             return;
         };
-        if let Some(spares) = &self.spares {
-            spares.wired();
-        }
         // The pod's namespace may still have the interface of a deleted attachment under that name.
         let taken =
             matches!(&made, Err(NodeError::Netlink(error)) if error.errno() == Some(Errno::EEXIST));

@@ -106,7 +106,7 @@ impl Pods {
         let compared = kernel.links().map_err(NodeError::from).and_then(|links| {
             let links_of_pods = pod_links(&links);
             let gone = self.forget_gone(&links_of_pods);
-            let_go(&gone, &links, node)?;
+            node.apply(&remove_pod(&gone))?;
             self.keep_routes(&links_of_pods, kernel, node)
         });
         if let Err(error) = compared {
@@ -182,16 +182,4 @@ impl Pods {
         }
         addresses
     }
-}
-
-/// Takes pods that are gone out of the maps, and lets go of hooks on interfaces that are.
-pub(super) fn let_go(gone: &[IpAddr], links: &[Link], node: &mut Node) -> Result<(), NodeError> {
-    node.apply(&remove_pod(gone))?;
-    let there: HashSet<u32> = links.iter().map(|link| link.index).collect();
-    for index in node.dataplane.attached_pods()? {
-        if !there.contains(&index) {
-            node.dataplane.detach_pod(index)?;
-        }
-    }
-    Ok(())
 }

@@ -125,22 +125,13 @@ impl Pods {
     }
 
     /// The interfaces of deleted pods are gone, or could not be removed.
-    pub fn buried(&mut self, outcome: Result<(), NodeError>, mut node: Option<&mut Node>) {
+    pub fn buried(&mut self, outcome: Result<(), NodeError>) {
         let names = std::mem::take(&mut self.burying);
         match outcome {
             Ok(()) => {
-                let mut detached = Ok(());
                 for name in &names {
                     self.unsaved |= self.pool.buried(name, now());
-                    if let (Some(index), Some(node)) =
-                        (self.indexes.remove(name), node.as_deref_mut())
-                    {
-                        // The hooks went with the interface; their pins are what is left.
-                        detached = detached.and(node.dataplane.detach_pod(index));
-                    }
-                }
-                if let Err(error) = detached {
-                    self.problem = Some(reason(&error));
+                    self.indexes.remove(name);
                 }
             }
             Err(error) => {

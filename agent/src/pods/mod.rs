@@ -9,7 +9,6 @@ mod background;
 mod check;
 mod collect;
 mod delete;
-mod spares;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
@@ -23,13 +22,11 @@ use ipnetwork::IpNetwork;
 use keelway_cni::protocol::{Request, Response, Wish};
 use keelway_cni::{Attachment, Mac};
 
-use self::collect::let_go;
-use self::spares::Spares;
 use crate::addresses::{AddressFile, Allocation, Pool, is_host_interface};
 use crate::config::Config;
-use crate::dataplane::{LocalPod, Op};
+use crate::dataplane::{LocalPod, Op, PodHooks};
 use crate::event::{Event, Reply};
-use crate::net::{Kernel, Link, PodWire, is_spare};
+use crate::net::{Kernel, Link, PodWire};
 use crate::node::{Node, NodeError};
 use crate::plan::{ServicePlan, host_ports_key, plan_host_ports};
 use crate::report::Report;
@@ -40,8 +37,8 @@ pub struct Pods {
     file: AddressFile,
     spool: std::path::PathBuf,
     events: Sender<Event>,
-    /// There while there is a node.
-    spares: Option<Spares>,
+    /// What hangs on pods' interfaces; known once the node is set up.
+    hooks: Option<Arc<PodHooks>>,
     /// ADDs that wait for their addresses to be on disk, or for an interface to go.
     to_wire: Vec<ToWire>,
     /// ADDs whose interfaces are being made, by the host's interface.
@@ -104,7 +101,7 @@ impl Pods {
             file,
             spool: config.spool.clone(),
             events,
-            spares: None,
+            hooks: None,
             to_wire: Vec::new(),
             wiring: HashMap::new(),
             deletions: Vec::new(),
@@ -127,13 +124,6 @@ impl Pods {
     /// Makes pool, interfaces and maps agree after a restart: what exists stays, what went is forgotten, what was to go goes.
     pub fn adopt(&mut self, kernel: &mut Kernel, node: &mut Node) -> Result<(), NodeError> {
         let links = kernel.links()?;
-        // Pairs of a predecessor that nobody used. They go by themselves; this hastens it.
-        let spares: Vec<String> = links
-            .iter()
-            .filter(|link| is_spare(&link.name))
-            .map(|link| link.name.clone())
-            .collect();
-        kernel.delete_links(&spares)?;
         let pods = pod_links(&links);
         let mut routes: HashMap<u32, Vec<IpAddr>> = HashMap::new();
         for (index, address) in kernel.pod_routes()? {
@@ -194,13 +184,12 @@ impl Pods {
         }
         let gone = node.found.pods.keys().filter(|addr| !wanted.contains(addr));
         ops.extend(gone.map(|addr| Op::RemovePod { addr: *addr }));
-        let_go(&[], &links, node)?;
         // First the addresses: a program that does not know them takes what a pod sends for somebody else's.
         node.apply(&ops)?;
         for index in found {
             node.dataplane.attach_pod(index)?;
         }
-        self.spares = Some(Spares::start(node.dataplane.pod_hooks()?, node.pod_mtu())?);
+        self.hooks = Some(Arc::new(node.dataplane.pod_hooks()?));
         Ok(())
     }
 
@@ -260,6 +249,11 @@ impl Pods {
             .map(|fill| fill.to_string())
     }
 
+    /// The host's sides of pods' interfaces, by index.
+    pub fn interfaces(&self) -> Vec<u32> {
+        self.indexes.values().copied().collect()
+    }
+
     /// How many pods there are.
     pub fn count(&self) -> usize {
         self.pool.allocations().count()
@@ -313,9 +307,6 @@ impl Pods {
         report.address_ranges = fill.iter().map(ToString::to_string).collect();
         report.allocations = self.pool.allocations().cloned().collect();
         report.interfaces_to_remove = self.pool.dying_interfaces().count();
-        if let Some(spares) = &self.spares {
-            (report.pairs_ready, report.pairs_wanted) = spares.fill();
-        }
         report.cni_requests.clone_from(&self.requests);
         report.cni_add_last_us = self.add_last_us;
         report

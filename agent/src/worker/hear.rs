@@ -41,7 +41,7 @@ impl Worker {
                 self.pods
                     .wired(&attachment, made, &mut self.kernel, self.node.as_mut());
             }
-            Event::Buried { outcome } => self.pods.buried(outcome, self.node.as_mut()),
+            Event::Buried { outcome } => self.pods.buried(outcome),
             Event::Sandboxes(sandboxes) => {
                 let known = sandboxes.ok().flatten();
                 self.pods

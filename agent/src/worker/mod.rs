@@ -228,7 +228,7 @@ impl Worker {
             self.set_up();
         }
         if let Some(node) = &mut self.node {
-            match node.upkeep(&mut self.kernel) {
+            match node.upkeep(&mut self.kernel, &self.pods.interfaces()) {
                 Ok(repaired) => {
                     self.problems.remove("upkeep");
                     if !repaired.is_empty() {

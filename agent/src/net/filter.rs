@@ -1,0 +1,147 @@
+//! Programs on an interface as filters of traffic control: the clsact qdisc, and one filter in each direction.
+//!
+//! The kernel sets such a filter without waiting for anybody, and it goes with its interface. A tcx link makes the kernel wait for
+//! every CPU when it comes and when it goes, 4 to 16 ms each (measured on 6.18), and nobody can change any interface meanwhile.
+
+use std::collections::BTreeSet;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use netlink_packet_core::NLM_F_CREATE;
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::tc::{
+    TcAttribute, TcBpfFlags, TcFilterBpf, TcFilterBpfOption, TcHandle, TcMessage, TcOption,
+};
+
+use super::netlink::Step;
+use super::{Kernel, NetlinkError};
+
+/// Which packets a filter sees, from where the interface is.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum Direction {
+    Ingress,
+    Egress,
+}
+
+/// A program for one direction.
+#[derive(Clone, Copy, Debug)]
+pub struct Filter<'a> {
+    pub direction: Direction,
+    pub name: &'static str,
+    pub program: BorrowedFd<'a>,
+}
+
+/// Ours are the only ones of their priority, which is the first.
+const PRIORITY: u32 = 1;
+const HANDLE: u32 = 1;
+/// Every protocol, in the order of bytes on the wire.
+const ETH_P_ALL: u32 = 0x0003_u16.to_be() as u32;
+const CLSACT: &str = "clsact";
+
+impl Kernel {
+    /// Sets the filters of an interface: the next packet sees the new programs, whether there were others before or not.
+    pub fn set_filters(&mut self, index: u32, filters: &[Filter<'_>]) -> Result<(), NetlinkError> {
+        let mut steps = vec![add_clsact(index)];
+        steps.extend(filters.iter().map(|filter| set_filter(index, filter)));
+        self.run(steps)
+    }
+
+    /// The names of the programs that ours are by now on an interface, in a direction; none is on one that is gone.
+    pub fn filter_names(
+        &mut self,
+        index: u32,
+        direction: Direction,
+    ) -> Result<Vec<String>, NetlinkError> {
+        let mut message = TcMessage::with_index(index as i32);
+        message.header.parent = parent(direction);
+        let answers = self.netlink.dump(
+            || format!("list filters of interface {index}"),
+            RouteNetlinkMessage::GetTrafficFilter(message),
+        )?;
+        let name = |answer: RouteNetlinkMessage| {
+            let RouteNetlinkMessage::NewTrafficFilter(filter) = answer else {
+                return None;
+            };
+            if filter.header.info >> 16 != PRIORITY || u32::from(filter.header.handle) != HANDLE {
+                return None;
+            }
+            filter.attributes.into_iter().find_map(program_name)
+        };
+        Ok(answers.into_iter().filter_map(name).collect())
+    }
+
+    /// Interfaces that can have filters.
+    pub fn with_clsact(&mut self) -> Result<BTreeSet<u32>, NetlinkError> {
+        let answers = self.netlink.dump(
+            || "list qdiscs".into(),
+            RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default()),
+        )?;
+        let index = |answer: RouteNetlinkMessage| {
+            let RouteNetlinkMessage::NewQueueDiscipline(qdisc) = answer else {
+                return None;
+            };
+            let is_clsact = |attribute: &TcAttribute| matches!(attribute, TcAttribute::Kind(kind) if kind == CLSACT);
+            let found = qdisc.attributes.iter().any(is_clsact);
+            found
+                .then(|| u32::try_from(qdisc.header.index).ok())
+                .flatten()
+        };
+        Ok(answers.into_iter().filter_map(index).collect())
+    }
+}
+
+fn program_name(attribute: TcAttribute) -> Option<String> {
+    let TcAttribute::Options(options) = attribute else {
+        return None;
+    };
+    options.into_iter().find_map(|option| match option {
+        TcOption::Bpf(TcFilterBpfOption::ProgName(name)) => Some(name),
+        _ => None,
+    })
+}
+
+/// The qdisc that filters hang on; one that is there stays.
+fn add_clsact(index: u32) -> Step {
+    let mut message = TcMessage::with_index(index as i32);
+    message.header.handle = TcHandle {
+        minor: 0,
+        ..TcHandle::CLSACT
+    };
+    message.header.parent = TcHandle::CLSACT;
+    message.attributes.push(TcAttribute::Kind(CLSACT.into()));
+    Step {
+        operation: format!("let interface {index} have filters"),
+        message: RouteNetlinkMessage::NewQueueDiscipline(message),
+        flags: NLM_F_CREATE,
+    }
+}
+
+fn set_filter(index: u32, filter: &Filter<'_>) -> Step {
+    let mut message = TcMessage::with_index(index as i32);
+    message.header.parent = parent(filter.direction);
+    message.header.handle = HANDLE.into();
+    message.header.info = PRIORITY << 16 | ETH_P_ALL;
+    let options = [
+        TcFilterBpfOption::ProgFd(filter.program.as_raw_fd() as u32),
+        TcFilterBpfOption::ProgName(filter.name.into()),
+        TcFilterBpfOption::Flags(TcBpfFlags::DirectAction),
+    ];
+    message.attributes = vec![
+        TcAttribute::Kind(TcFilterBpf::KIND.into()),
+        TcAttribute::Options(options.map(TcOption::Bpf).into()),
+    ];
+    Step {
+        operation: format!("hang {} on interface {index}", filter.name),
+        message: RouteNetlinkMessage::NewTrafficFilter(message),
+        flags: NLM_F_CREATE,
+    }
+}
+
+fn parent(direction: Direction) -> TcHandle {
+    TcHandle {
+        minor: match direction {
+            Direction::Ingress => TcHandle::MIN_INGRESS,
+            Direction::Egress => TcHandle::MIN_EGRESS,
+        },
+        ..TcHandle::CLSACT
+    }
+}
