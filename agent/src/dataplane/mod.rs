@@ -15,6 +15,7 @@ mod pinned;
 mod programs;
 mod sys;
 mod tables;
+mod verify;
 
 use std::{
     fs,

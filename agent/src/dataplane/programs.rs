@@ -9,7 +9,6 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader, include_bytes_aligned,
     maps::{MapData, PerCpuArray},
-    programs::{CgroupSockAddr, SchedClassifier},
 };
 use dataplane_abi::{
     Addr, Affinity, AffinityKey, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey,
@@ -19,6 +18,7 @@ use dataplane_abi::{
 use super::{
     Config, Error, PodHooks,
     sys::{self, LinkTarget, MapShape},
+    verify::verify,
 };
 use crate::net::Direction;
 
@@ -233,27 +233,10 @@ impl Programs {
         let mut ebpf = loader
             .load(OBJECT)
             .map_err(|source| Error::Load(Box::new(source)))?;
-        let refused = |program: &'static str| {
-            move |source| Error::Program {
-                program,
-                source: Box::new(source),
-            }
-        };
-        for name in PacketProgram::ALL
-            .iter()
-            .map(|program| program.name())
-            .chain([COLLECT])
-        {
-            let program: &mut SchedClassifier = classifier(&mut ebpf, name)?;
-            program.load().map_err(refused(name))?;
-        }
-        for (name, _) in SOCKET_PROGRAMS {
-            let program = ebpf
-                .program_mut(name)
-                .ok_or(Error::Missing { program: name })?;
-            let program: &mut CgroupSockAddr = program.try_into().map_err(refused(name))?;
-            program.load().map_err(refused(name))?;
-        }
+        let packet = PacketProgram::ALL.iter().map(|program| program.name());
+        let socket = SOCKET_PROGRAMS.iter().map(|(name, _)| *name);
+        let names: Vec<&'static str> = packet.chain([COLLECT]).chain(socket).collect();
+        verify(&mut ebpf, &names)?;
         Ok(Self {
             ebpf,
             links: dir.join("links"),
@@ -529,19 +512,6 @@ pub(super) fn pins_in(dir: &Path) -> Result<Vec<PathBuf>, Error> {
     entries
         .map(|entry| entry.map(|entry| entry.path()).map_err(failed))
         .collect()
-}
-
-fn classifier<'a>(
-    ebpf: &'a mut Ebpf,
-    name: &'static str,
-) -> Result<&'a mut SchedClassifier, Error> {
-    let program = ebpf
-        .program_mut(name)
-        .ok_or(Error::Missing { program: name })?;
-    program.try_into().map_err(|source| Error::Program {
-        program: name,
-        source: Box::new(source),
-    })
 }
 
 /// The program that a pinned link belongs to, by the link's name. Those of pods hang by filters.

@@ -148,7 +148,15 @@ pub fn run(flags: &Flags) -> Result<()> {
                 ));
                 continue;
             }
-            bench.measure(who, &mut server, *cluster)?;
+            match bench.measure(who, &mut server, *cluster) {
+                // What we measured of ourselves is not to be lost for that.
+                Err(error) if matches!(who, Who::KubeProxy { .. }) => {
+                    let error = error.to_string();
+                    let why = error.lines().next().unwrap_or_default();
+                    notes.push(format!("at {} Services: {why}", cluster.services));
+                }
+                measured => measured?,
+            }
         }
     }
     bench.progress.finish_and_clear();
