@@ -16,9 +16,21 @@ pub struct Continue {
 }
 
 /// ContinueError is a token that this server has not given out: a 400.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("continue key is not valid: it was not given out by this server")]
-pub struct ContinueError;
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ContinueError {
+    #[error("continue key is not valid: {0}")]
+    Encoding(String),
+    #[error("continue key is not valid: server does not recognize this encoded version {0}")]
+    Version(String),
+    #[error(
+        "continue key is not valid: incorrect encoded start resourceVersion (version meta.k8s.io/v1)"
+    )]
+    Revision,
+    #[error("continue key is not valid: encoded start key empty (version meta.k8s.io/v1)")]
+    Start,
+}
+
+const VERSION: &str = "meta.k8s.io/v1";
 
 impl Continue {
     /// The token; keys leave out the prefix, so that a client can carry a list on nowhere but where it began it.
@@ -26,23 +38,34 @@ impl Continue {
         let revision = self.revision.map(i64::try_from);
         let revision = revision.and_then(Result::ok).unwrap_or(-1);
         let start = self.start.strip_prefix(prefix).unwrap_or(&self.start);
-        let token =
-            json!({"v": "meta.k8s.io/v1", "rv": revision, "start": start, "since": self.since});
+        let token = json!({"v": VERSION, "rv": revision, "start": start, "since": self.since});
         URL_SAFE_NO_PAD.encode(token.to_string())
     }
 
     pub fn read(token: &str, prefix: &str) -> Result<Self, ContinueError> {
-        let bytes = URL_SAFE_NO_PAD.decode(token).map_err(|_| ContinueError)?;
-        let token: Value = serde_json::from_slice(&bytes).map_err(|_| ContinueError)?;
-        let start = token["start"]
-            .as_str()
-            .filter(|start| !start.is_empty())
-            .ok_or(ContinueError)?;
-        let revision = token["rv"].as_i64().ok_or(ContinueError)?;
+        let invalid = |error: &dyn std::fmt::Display| ContinueError::Encoding(error.to_string());
+        let bytes = URL_SAFE_NO_PAD.decode(token);
+        let bytes = bytes.map_err(|error| invalid(&error))?;
+        let token: Value = serde_json::from_slice(&bytes).map_err(|error| invalid(&error))?;
+        let text = |key: &str| token[key].as_str().unwrap_or_default();
+        if text("v") != VERSION {
+            return Err(ContinueError::Version(text("v").to_owned()));
+        }
+        let revision = token["rv"].as_i64().filter(|revision| *revision != 0);
+        let revision = revision.ok_or(ContinueError::Revision)?;
+        let start = text("start");
+        if start.is_empty() {
+            return Err(ContinueError::Start);
+        }
+        // Nothing that a path would resolve to another place.
+        if start.split('/').any(|step| matches!(step, "" | "." | "..")) {
+            return Err(invalid(&start));
+        }
         Ok(Self {
             revision: u64::try_from(revision).ok(),
             start: format!("{prefix}{start}"),
-            since: token["since"].as_i64().ok_or(ContinueError)?,
+            // A token that does not say is as old as can be.
+            since: token["since"].as_i64().unwrap_or(0),
         })
     }
 }
@@ -63,6 +86,30 @@ mod tests {
             let read = Continue::read(&token, "/core/pods/").expect("our own token");
             assert_eq!(read, given(revision));
         }
-        assert_eq!(Continue::read("!!", "/"), Err(ContinueError));
+        for (token, said) in [
+            (
+                json!({"v": "v0", "rv": 1, "start": "a"}),
+                "does not recognize this encoded version v0",
+            ),
+            (
+                json!({"v": VERSION, "rv": 0, "start": "a"}),
+                "incorrect encoded start resourceVersion",
+            ),
+            (
+                json!({"v": VERSION, "rv": 1, "start": ""}),
+                "start key empty",
+            ),
+            (
+                json!({"v": VERSION, "rv": 1, "start": "../a"}),
+                "not valid: ../a",
+            ),
+            (json!([]), "encoded version"),
+        ] {
+            let token = URL_SAFE_NO_PAD.encode(token.to_string());
+            let error = Continue::read(&token, "/").expect_err("refused");
+            assert!(error.to_string().contains(said), "{error}");
+        }
+        let error = Continue::read("!!", "/").expect_err("refused");
+        assert!(error.to_string().starts_with("continue key is not valid"));
     }
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http::{StatusCode, header, request::Parts};
+use http::{header, request::Parts};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use serde_json::Value;
@@ -13,6 +13,7 @@ use super::fields::{self, Fields};
 use super::request::{Query, Target};
 use super::status::Status;
 use crate::codec::{self, Decoded, FieldValidation, MediaType};
+use crate::registry;
 
 /// A body that is too large is read on up to here, and thrown away: a client that is cut off while it sends does not see the
 /// answer that says why.
@@ -56,11 +57,7 @@ async fn read_whole(mut body: Incoming) -> Result<Bytes, Status> {
     }
     if length > config::BODY_BYTES_MAX {
         let limit = config::BODY_BYTES_MAX;
-        return Err(Status::new(
-            StatusCode::PAYLOAD_TOO_LARGE,
-            "RequestEntityTooLarge",
-            format!("Request entity too large: limit is {limit}"),
-        ));
+        return Err(Status::too_large(format_args!("limit is {limit}")));
     }
     Ok(kept.freeze())
 }
@@ -96,19 +93,35 @@ pub fn decode(
     Ok(decoded)
 }
 
+/// Refuses an object of another kind or version, in the words of upstream's conversion, which comes upon it.
 pub fn check_kind(object: &Value, api_version: &str, kind: &str) -> Result<(), Status> {
     let (given_version, given_kind) = (object.text("/apiVersion"), object.text("/kind"));
+    if (given_version, given_kind) == (api_version, kind) {
+        return Ok(());
+    }
+    let (group, version) = registry::split_api_version(given_version);
+    let cannot = |why: String| {
+        Err(Status::bad_request(format!(
+            "{given_kind} in version {version:?} cannot be handled as a {kind}: {why}"
+        )))
+    };
+    if registry::type_of(group, version, given_kind).is_none() {
+        return cannot(format!(
+            "no kind {given_kind:?} is registered for version {given_version:?} in scheme \
+             \"pkg/api/legacyscheme/scheme.go:30\""
+        ));
+    }
     if given_kind != kind {
-        return Err(Status::bad_request(format!(
-            "the kind in the data ({given_kind}) does not match the expected kind ({kind})"
-        )));
+        let (own, _) = registry::split_api_version(api_version);
+        let package = own.split('.').next().filter(|name| !name.is_empty());
+        return cannot(format!(
+            "converting ({version}.{given_kind}) to ({}.{kind}): unknown conversion",
+            package.unwrap_or("core")
+        ));
     }
-    if given_version != api_version {
-        return Err(Status::bad_request(format!(
-            "the API version in the data ({given_version}) does not match the expected API version ({api_version})"
-        )));
-    }
-    Ok(())
+    Err(Status::bad_request(format!(
+        "the API version in the data ({given_version}) does not match the expected API version ({api_version})"
+    )))
 }
 
 /// Sets the namespace that the path gives, or refuses another one.

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::fields::{self, Fields};
 use super::reply::Answer;
-use super::request::{Form, ListOptions, Query, Target, WriteOptions};
+use super::request::{Form, ListOptions, Query, Target, WriteOptions, check_dry_run};
 use super::status::{FieldError, Status};
 use super::{Api, Call, body, object, reply, strategy};
 use crate::registry::Resource;
@@ -47,40 +47,33 @@ impl DeleteOptions {
             text => text.to_owned(),
         };
         let mut propagation = text("/propagationPolicy", "propagationPolicy");
-        if propagation.is_empty()
-            && (body.has("/orphanDependents") || !query.get("orphanDependents").is_empty())
-        {
+        let mut errors = Vec::new();
+        let orphans = body.has("/orphanDependents") || !query.get("orphanDependents").is_empty();
+        if orphans && !propagation.is_empty() {
+            let why = "orphanDependents and deletionPropagation cannot be both set";
+            let given = propagation.as_str();
+            errors.push(FieldError::invalid("propagationPolicy", given, why));
+        } else if orphans {
             let orphan = body.flag("/orphanDependents") || query.flag("orphanDependents");
             propagation = if orphan { "Orphan" } else { "Background" }.to_owned();
         }
         if !["", "Orphan", "Background", "Foreground"].contains(&propagation.as_str()) {
-            let error = FieldError::unsupported(
+            errors.push(FieldError::unsupported_as_listed(
                 "propagationPolicy",
-                propagation,
-                &["Background", "Foreground", "Orphan"],
-            );
-            return Err(Status::invalid(
-                "meta.k8s.io",
-                "DeleteOptions",
-                "",
-                vec![error],
+                propagation.as_str(),
+                &["Foreground", "Background", "Orphan", "nil"],
             ));
+        }
+        let sent = body.items("/dryRun").iter().filter_map(Value::as_str);
+        let dry_run: Vec<&str> = query.all("dryRun").chain(sent).collect();
+        check_dry_run(&dry_run, &mut errors);
+        if !errors.is_empty() {
+            return Err(Status::invalid("meta.k8s.io", "DeleteOptions", "", errors));
         }
         let grace_s = match body.pointer("/gracePeriodSeconds").and_then(Value::as_i64) {
             Some(grace) => Some(grace),
             None => query.number("gracePeriodSeconds")?,
         };
-        let sent = body.items("/dryRun").iter().filter_map(Value::as_str);
-        let dry_run: Vec<&str> = query.all("dryRun").chain(sent).collect();
-        if let Some(other) = dry_run.iter().find(|value| **value != "All") {
-            let error = FieldError::unsupported("dryRun", *other, &["All"]);
-            return Err(Status::invalid(
-                "meta.k8s.io",
-                "DeleteOptions",
-                "",
-                vec![error],
-            ));
-        }
         Ok(Self {
             // A negative period means at once, one second is the least that upstream gives.
             grace_s: grace_s.map(|grace| if grace < 0 { 1 } else { grace }),

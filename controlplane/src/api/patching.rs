@@ -6,17 +6,23 @@ use serde_json::Value;
 use super::body::{check_kind, check_name, content_type, settle_namespace};
 use super::fields::{self, Fields};
 use super::request::{Target, WriteOptions};
-use super::status::Status;
+use super::status::{FieldError, Status};
 use super::write::Part;
-use crate::codec::{self, Decoded, MediaType};
+use crate::codec::{self, Decoded, FieldValidation, MediaType};
 use crate::patch;
 
+/// A patch, and what its text gives reason to warn of.
+pub struct Patch {
+    change: Change,
+    warnings: Vec<String>,
+}
+
 /// A patch in one of the four formats.
-pub enum Patch {
+enum Change {
     Json(Value),
     Merge(Value),
     Strategic(Value),
-    Apply(Decoded),
+    Apply(Value),
 }
 
 impl Patch {
@@ -26,36 +32,12 @@ impl Patch {
         target: &Target,
         options: &WriteOptions,
     ) -> Result<Self, Status> {
-        let json = || {
-            serde_json::from_slice::<Value>(body).map_err(|error| {
-                Status::bad_request(format!("the patch is not valid JSON: {error}"))
-            })
-        };
         let given = content_type(parts);
-        match given.split(';').next().unwrap_or("").trim() {
-            "application/json-patch+json" => Ok(Self::Json(json()?)),
-            "application/merge-patch+json" => Ok(Self::Merge(json()?)),
-            "application/strategic-merge-patch+json" => Ok(Self::Strategic(json()?)),
-            "application/apply-patch+yaml" => {
-                let resource = target.resource;
-                let api_version = resource.api_version();
-                let mut decoded = codec::decode(
-                    body,
-                    MediaType::Yaml,
-                    &api_version,
-                    resource.kind,
-                    options.validation,
-                )
-                .map_err(|error| Status::bad_request(error.message))?;
-                check_kind(&decoded.value, &api_version, resource.kind)?;
-                settle_namespace(&mut decoded.value, target)?;
-                check_name(&mut decoded.value, target.object_name()?)?;
-                if decoded.value.has("/metadata/managedFields") {
-                    return Err(Status::bad_request("metadata.managedFields must be nil"));
-                }
-                keep_part(&mut decoded.value, target);
-                Ok(Self::Apply(decoded))
-            }
+        let change = match given.split(';').next().unwrap_or("").trim() {
+            "application/json-patch+json" => Change::Json,
+            "application/merge-patch+json" => Change::Merge,
+            "application/strategic-merge-patch+json" => Change::Strategic,
+            "application/apply-patch+yaml" => return Self::applied(body, target, options),
             _ => {
                 let supported = [
                     "application/json-patch+json",
@@ -63,16 +45,57 @@ impl Patch {
                     "application/strategic-merge-patch+json",
                     "application/apply-patch+yaml",
                 ];
-                Err(Status::unsupported_media_type(&supported))
+                return Err(Status::unsupported_media_type(&supported));
             }
+        };
+        let (patch, faults) = codec::parse_patch(body).map_err(|error| {
+            Status::bad_request(format!("error decoding patch: {}", error.reason))
+        })?;
+        let patch = Self {
+            change: change(patch),
+            warnings: match options.validation {
+                FieldValidation::Ignore => Vec::new(),
+                FieldValidation::Warn | FieldValidation::Strict => faults,
+            },
+        };
+        if options.validation == FieldValidation::Strict && !patch.warnings.is_empty() {
+            let why = format!("strict decoding error: {}", patch.warnings.join(", "));
+            return Err(refused(String::from_utf8_lossy(body).into_owned(), &why));
         }
+        Ok(patch)
+    }
+
+    fn applied(body: &[u8], target: &Target, options: &WriteOptions) -> Result<Self, Status> {
+        let resource = target.resource;
+        let (api_version, kind) = (resource.api_version(), resource.kind);
+        let decoded = codec::decode(
+            body,
+            MediaType::Yaml,
+            &api_version,
+            kind,
+            options.validation,
+        );
+        let mut decoded = decoded.map_err(|error| Status::bad_request(error.message))?;
+        check_kind(&decoded.value, &api_version, kind)?;
+        settle_namespace(&mut decoded.value, target)?;
+        check_name(&mut decoded.value, target.object_name()?)?;
+        if decoded.value.has("/metadata/managedFields") {
+            return Err(Status::bad_request("metadata.managedFields must be nil"));
+        }
+        keep_part(&mut decoded.value, target);
+        Ok(Self {
+            change: Change::Apply(decoded.value),
+            warnings: decoded.warnings,
+        })
+    }
+
+    /// Whether it is a server-side apply, which notes its manager itself and may create the object.
+    pub fn applies(&self) -> bool {
+        matches!(self.change, Change::Apply(_))
     }
 
     pub fn warnings(&self) -> &[String] {
-        match self {
-            Self::Apply(decoded) => &decoded.warnings,
-            _ => &[],
-        }
+        &self.warnings
     }
 
     /// The object that the patch makes of `old`.
@@ -85,26 +108,77 @@ impl Patch {
     ) -> Result<Value, Status> {
         let ty = target.resource.ty.get();
         let mut object = old.cloned().unwrap_or_default();
-        let patched = match self {
-            Self::Json(patch) => patch::json(&mut object, patch),
-            Self::Merge(patch) => {
-                patch::merge(&mut object, patch);
-                Ok(())
-            }
-            Self::Strategic(patch) => patch::strategic(&mut object, patch, ty),
-            Self::Apply(applied) => {
+        let patched = match &self.change {
+            Change::Json(patch) => patch::json(&mut object, patch),
+            Change::Merge(patch) => patch::merge(&mut object, patch),
+            Change::Strategic(patch) => patch::strategic(&mut object, patch, ty),
+            Change::Apply(applied) => {
                 let now = fields::now();
                 let manager = patch::Manager {
                     name: &options.manager,
                     subresource: part.subresource(),
                     now: &now,
                 };
-                patch::apply(old, &applied.value, ty, manager, options.force)
-                    .map(|merged| object = merged)
+                patch::apply(old, applied, ty, manager, options.force).map(|merged| object = merged)
             }
         };
         patched.map_err(patch_failed)?;
         Ok(object)
+    }
+
+    /// The object that the patch makes of `old`, held to its type: what does not fit is told at the field `patch`, as upstream.
+    pub fn checked(
+        &self,
+        old: &Value,
+        target: &Target,
+        options: &WriteOptions,
+        part: Part,
+    ) -> Result<Decoded, Status> {
+        let patched = self.onto(Some(old), target, options, part)?;
+        let resource = target.resource;
+        let api_version = resource.api_version();
+        let is = |key: &str, expected: &str| patched[key].as_str() == Some(expected);
+        if !is("kind", resource.kind) || !is("apiVersion", &api_version) {
+            // What the object is, no patch changes.
+            check_kind(&patched, &api_version, resource.kind)?;
+        }
+        codec::validate(patched, options.validation).map_err(|error| {
+            let shown = match &self.change {
+                Change::Strategic(patch) => go_text(patch),
+                // Made once more: only a refusal needs the text.
+                _ => match self.onto(Some(old), target, options, part) {
+                    Ok(patched) => patched.to_string(),
+                    Err(status) => return status,
+                },
+            };
+            refused(shown, &error.reason)
+        })
+    }
+}
+
+fn refused(shown: String, why: &str) -> Status {
+    Status::invalid("", "", "", vec![FieldError::invalid("patch", shown, why)])
+}
+
+/// A value as Go prints maps: `map[a:1 b:[x y]]`.
+fn go_text(value: &Value) -> String {
+    match value {
+        Value::Null => "<nil>".to_owned(),
+        Value::String(text) => text.clone(),
+        Value::Array(items) => {
+            let items: Vec<String> = items.iter().map(go_text).collect();
+            format!("[{}]", items.join(" "))
+        }
+        Value::Object(fields) => {
+            let mut fields: Vec<(&String, &Value)> = fields.iter().collect();
+            fields.sort_unstable_by_key(|(key, _)| *key);
+            let fields = fields.into_iter();
+            let fields: Vec<String> = fields
+                .map(|(key, value)| format!("{key}:{}", go_text(value)))
+                .collect();
+            format!("map[{}]", fields.join(" "))
+        }
+        plain => plain.to_string(),
     }
 }
 
@@ -126,6 +200,7 @@ pub fn patch_failed(error: patch::PatchError) -> Status {
     let message = error.to_string();
     match error {
         patch::PatchError::Invalid(_) => Status::bad_request(message),
+        patch::PatchError::TooLarge(_) => Status::too_large(message),
         patch::PatchError::Unprocessable(_) => {
             // Without a name in the details, kubectl shows the message.
             Status::new(StatusCode::UNPROCESSABLE_ENTITY, "Invalid", message)
@@ -139,5 +214,18 @@ pub fn patch_failed(error: patch::PatchError) -> Status {
             status.details.insert("causes".into(), causes.collect());
             status
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_patch_is_shown_as_go_prints_it() {
+        let patch = json!({"spec": {"b": [1, "x", null], "a": true}});
+        assert_eq!(go_text(&patch), "map[spec:map[a:true b:[1 x <nil>]]]");
     }
 }

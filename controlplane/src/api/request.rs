@@ -270,10 +270,6 @@ impl ListOptions {
                 vec![error],
             ))
         };
-        match self.resource_version_match.as_str() {
-            "" | "Exact" | "NotOlderThan" => {}
-            _ => return invalid("resourceVersionMatch", "must be Exact or NotOlderThan"),
-        }
         if self.initial_events.is_some() {
             if !self.watch {
                 return invalid(
@@ -308,10 +304,25 @@ impl ListOptions {
                 "resourceVersionMatch is forbidden unless resourceVersion is provided",
             );
         }
-        if self.resource_version_match == "Exact" && self.resource_version == Some(0) {
+        let given = self.resource_version_match.as_str();
+        let known: &[&str] = match self.watch {
+            true => &["NotOlderThan"],
+            false => &["Exact", "NotOlderThan", ""],
+        };
+        if !given.is_empty() && !known.contains(&given) {
+            let field = "resourceVersionMatch";
+            let error = FieldError::unsupported_as_listed(field, given, known);
+            return Err(Status::invalid(
+                "meta.k8s.io",
+                "ListOptions",
+                "",
+                vec![error],
+            ));
+        }
+        if given == "Exact" && self.resource_version == Some(0) {
             return invalid(
                 "resourceVersionMatch",
-                "resourceVersionMatch \"Exact\" is forbidden for resourceVersion \"0\"",
+                "resourceVersionMatch \"exact\" is forbidden for resourceVersion \"0\"",
             );
         }
         Ok(())
@@ -364,34 +375,6 @@ impl WriteOptions {
     pub fn parse(query: &Query, parts: &Parts) -> Result<Self, Status> {
         let headers = &parts.headers;
         let mut errors = Vec::new();
-        let mut dry_run = false;
-        for value in query.all("dryRun") {
-            if value != "All" {
-                errors.push(FieldError::unsupported("dryRun", value, &["All"]));
-            }
-            dry_run = true;
-        }
-        let validation = FieldValidation::parse(query.get("fieldValidation"));
-        if validation.is_none() {
-            let given = query.get("fieldValidation");
-            let known = ["Ignore", "Strict", "Warn"];
-            errors.push(FieldError::unsupported("fieldValidation", given, &known));
-        }
-        // A client that gives no manager is known by its program, as upstream.
-        let agent = headers
-            .get(header::USER_AGENT)
-            .and_then(|agent| agent.to_str().ok())
-            .unwrap_or("");
-        let program = agent.split('/').next().unwrap_or("");
-        let manager = match query.get("fieldManager") {
-            "" if program.is_empty() || program.len() > MANAGER_BYTES_MAX => "unknown",
-            "" => program,
-            name => name,
-        };
-        if query.get("fieldManager").len() > MANAGER_BYTES_MAX {
-            let why = format!("may not be more than {MANAGER_BYTES_MAX} bytes");
-            errors.push(FieldError::invalid("fieldManager", manager, why));
-        }
         let media = headers
             .get(header::CONTENT_TYPE)
             .and_then(|content| content.to_str().ok())
@@ -408,6 +391,26 @@ impl WriteOptions {
             let why = "may not be specified for non-apply patch";
             errors.push(FieldError::forbidden("force", why));
         }
+        // A client that gives no manager is known by its program, as upstream.
+        let agent = headers
+            .get(header::USER_AGENT)
+            .and_then(|agent| agent.to_str().ok())
+            .unwrap_or("");
+        let program = agent.split('/').next().unwrap_or("");
+        let manager = match query.get("fieldManager") {
+            "" if program.is_empty() || program.len() > MANAGER_BYTES_MAX => "unknown",
+            "" => program,
+            name => name,
+        };
+        check_manager(query.get("fieldManager"), &mut errors);
+        let dry_run: Vec<&str> = query.all("dryRun").collect();
+        check_dry_run(&dry_run, &mut errors);
+        let validation = FieldValidation::parse(query.get("fieldValidation"));
+        if validation.is_none() {
+            let given = query.get("fieldValidation");
+            let known = ["", "Ignore", "Strict", "Warn"];
+            errors.push(FieldError::unsupported("fieldValidation", given, &known));
+        }
         if !errors.is_empty() {
             let kind = match parts.method {
                 Method::PATCH => "PatchOptions",
@@ -417,13 +420,34 @@ impl WriteOptions {
             return Err(Status::invalid("meta.k8s.io", kind, "", errors));
         }
         Ok(Self {
-            dry_run,
+            dry_run: !dry_run.is_empty(),
             validation: validation.unwrap_or_default(),
             manager: manager.to_owned(),
             force: query.flag("force"),
             warnings: Warnings::default(),
             caller: None,
         })
+    }
+}
+
+/// Refuses what is no name of a field manager.
+fn check_manager(name: &str, errors: &mut Vec<FieldError>) {
+    if name.len() > MANAGER_BYTES_MAX {
+        errors.push(FieldError::too_long("fieldManager", MANAGER_BYTES_MAX));
+    }
+    for (at, character) in name.char_indices() {
+        if character.is_control() || (character.is_whitespace() && character != ' ') {
+            let code = u32::from(character);
+            let why = format!("invalid character U+{code:04X} (at position {at})");
+            errors.push(FieldError::invalid("fieldManager", name, why));
+        }
+    }
+}
+
+/// Refuses every wish for a dry run but the one for all of it.
+pub fn check_dry_run(given: &[&str], errors: &mut Vec<FieldError>) {
+    if given.iter().any(|value| *value != "All") {
+        errors.push(FieldError::unsupported("dryRun", given, &["All"]));
     }
 }
 

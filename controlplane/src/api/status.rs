@@ -111,13 +111,24 @@ impl FieldError {
         }
     }
 
+    /// The values that are known, in order of the alphabet.
     pub fn unsupported(
         field: impl Into<String>,
         value: impl Into<Value>,
         allowed: &[&str],
     ) -> Self {
-        let mut names: Vec<String> = allowed.iter().map(|name| format!("{name:?}")).collect();
-        names.sort();
+        let mut allowed = allowed.to_vec();
+        allowed.sort_unstable();
+        Self::unsupported_as_listed(field, value, &allowed)
+    }
+
+    /// The values that are known, as they are given: upstream sorts most such lists, and not all.
+    pub fn unsupported_as_listed(
+        field: impl Into<String>,
+        value: impl Into<Value>,
+        allowed: &[&str],
+    ) -> Self {
+        let names: Vec<String> = allowed.iter().map(|name| format!("{name:?}")).collect();
         let message = format!(
             "Unsupported value: {}: supported values: {}",
             value.into(),
@@ -127,6 +138,14 @@ impl FieldError {
             field: field.into(),
             reason: "FieldValueNotSupported",
             message,
+        }
+    }
+
+    pub fn too_long(field: impl Into<String>, bytes_max: usize) -> Self {
+        Self {
+            field: field.into(),
+            reason: "FieldValueTooLong",
+            message: format!("Too long: may not be more than {bytes_max} bytes"),
         }
     }
 }
@@ -159,6 +178,14 @@ impl Status {
 
     pub fn bad_request(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "BadRequest", message)
+    }
+
+    pub fn too_large(what: impl fmt::Display) -> Self {
+        Self::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "RequestEntityTooLarge",
+            format!("Request entity too large: {what}"),
+        )
     }
 
     pub fn unauthorized() -> Self {

@@ -21,7 +21,6 @@ use super::reply::Answer;
 use super::request::{Form, Target, WriteOptions};
 use super::status::{FieldError, Status};
 use super::{Api, Call, admission, object, reply, strategy};
-use crate::codec;
 use crate::patch;
 use crate::store::{Expect, Record, StoreError};
 
@@ -209,7 +208,7 @@ impl Api {
         let target = &call.target;
         let patch = Patch::parse(parts, &read_body(parts, body).await?, target, &options)?;
         let mut warnings = patch.warnings().to_vec();
-        let applies = matches!(patch, Patch::Apply(_));
+        let applies = patch.applies();
         let write = match Write::new(target, &options, part) {
             write if applies => write.tracked(),
             write => write,
@@ -233,9 +232,7 @@ impl Api {
         let outcome = self
             .modify_as(write, |old| {
                 let old = object::from_stored(old.clone(), target.resource);
-                let patched = patch.onto(Some(&old), target, &options, part)?;
-                let checked = codec::validate(patched, options.validation)
-                    .map_err(|error| Status::bad_request(error.message))?;
+                let checked = patch.checked(&old, target, &options, part)?;
                 found = checked.warnings;
                 let mut object = object::to_stored(checked.value, target.resource);
                 check_name(&mut object, target.object_name()?)?;

@@ -13,6 +13,7 @@ mod rewrite;
 pub mod time;
 pub mod transcode;
 mod wire;
+mod words;
 
 use node::Node;
 
@@ -77,6 +78,17 @@ pub struct Decoded {
 #[error("{message}")]
 pub struct DecodeError {
     pub message: String,
+    /// The same without what it is about, for who says that otherwise.
+    pub reason: String,
+}
+
+impl From<String> for DecodeError {
+    fn from(reason: String) -> Self {
+        Self {
+            message: reason.clone(),
+            reason,
+        }
+    }
 }
 
 /// Levels of nesting that an object may have. Upstream takes 10,000; here whatever is stored can be read by parsers that stop at
@@ -107,22 +119,29 @@ pub fn decode(
 ) -> Result<Decoded, DecodeError> {
     let node = match media {
         MediaType::Protobuf => {
-            let decoded = protobuf::decode(body, api_version, kind);
-            let value = decoded.map_err(|e| DecodeError {
-                message: e.to_string(),
-            })?;
+            let value =
+                protobuf::decode(body, api_version, kind).map_err(|error| error.to_string())?;
             if is_deeper_than(&value, DEPTH_MAX) {
-                let message = TOO_DEEP.to_owned();
-                return Err(DecodeError { message });
+                return Err(TOO_DEEP.to_owned().into());
             }
             return Ok(Decoded {
                 value,
                 warnings: Vec::new(),
             });
         }
-        MediaType::Json => json(body)?,
-        MediaType::Yaml => yaml(body, validation)?,
+        MediaType::Json => json(body).map_err(|fault| {
+            let why = format!("couldn't get version/kind; json parse error: {fault}");
+            words::unrecognized(body, kind, &why)
+        })?,
+        MediaType::Yaml => yaml(body, validation).map_err(|fault| {
+            let why = format!("error converting YAML to JSON: {fault}");
+            words::unrecognized(body, kind, &why)
+        })?,
     };
+    if !matches!(node, Node::Object(_)) {
+        let why = words::no_object(&node.describe());
+        return Err(words::unrecognized(body, kind, &why).into());
+    }
     finish(node, api_version, kind, validation)
 }
 
@@ -134,21 +153,24 @@ pub fn validate(value: Value, validation: FieldValidation) -> Result<Decoded, De
 /// Parses a document without checking it against a type: the body of a patch.
 pub fn parse(body: &[u8], media: MediaType) -> Result<Value, DecodeError> {
     match media {
-        MediaType::Json => json(body).map(Node::into_value),
-        MediaType::Yaml => yaml(body, FieldValidation::Strict).map(Node::into_value),
-        MediaType::Protobuf => Err(DecodeError {
-            message: "a patch cannot be protobuf".to_owned(),
-        }),
+        MediaType::Json => Ok(json(body)?.into_value()),
+        MediaType::Yaml => Ok(yaml(body, FieldValidation::Strict)?.into_value()),
+        MediaType::Protobuf => Err("a patch cannot be protobuf".to_owned().into()),
     }
 }
 
-fn json(body: &[u8]) -> Result<Node, DecodeError> {
-    serde_json::from_slice(body).map_err(|e| DecodeError {
-        message: format!("the body is not JSON: {e}"),
-    })
+/// A patch in JSON, with the fields in it that are there twice.
+pub fn parse_patch(body: &[u8]) -> Result<(Value, Vec<String>), DecodeError> {
+    Ok(check::check_untyped(json(body)?))
 }
 
-fn yaml(body: &[u8], validation: FieldValidation) -> Result<Node, DecodeError> {
+/// Bytes that are no text count as U+FFFD, as in Go.
+fn json(body: &[u8]) -> Result<Node, String> {
+    let text = String::from_utf8_lossy(body);
+    serde_json::from_str(&text).map_err(|error| words::json_fault(text.as_bytes(), &error))
+}
+
+fn yaml(body: &[u8], validation: FieldValidation) -> Result<Node, String> {
     let mut options = serde_saphyr::Options::default();
     // What Kubernetes' YAML parser does: 0644 is octal, and duplicate keys are an error unless they are to be ignored.
     options.legacy_octal_numbers = true;
@@ -156,9 +178,7 @@ fn yaml(body: &[u8], validation: FieldValidation) -> Result<Node, DecodeError> {
         FieldValidation::Ignore => serde_saphyr::DuplicateKeyPolicy::LastWins,
         _ => serde_saphyr::DuplicateKeyPolicy::Error,
     };
-    serde_saphyr::from_slice_with_options(body, options).map_err(|e| DecodeError {
-        message: format!("the body is not YAML: {e}"),
-    })
+    serde_saphyr::from_slice_with_options(body, options).map_err(|error| error.to_string())
 }
 
 fn finish(
@@ -168,9 +188,7 @@ fn finish(
     validation: FieldValidation,
 ) -> Result<Decoded, DecodeError> {
     if !matches!(node, Node::Object(_)) {
-        return Err(DecodeError {
-            message: format!("the body must be an object, not {}", node.describe()),
-        });
+        return Err(format!("the body must be an object, not {}", node.describe()).into());
     }
     let given = |key: &str, default: &str| {
         node.text(key)
@@ -182,6 +200,7 @@ fn finish(
     let (group, version) = split_api_version(&api_version);
     let cannot = |reason: String| DecodeError {
         message: format!("{kind} in version {version:?} cannot be handled as a {kind}: {reason}"),
+        reason,
     };
     let (value, faults) = match type_of(group, version, &kind) {
         Some(ty) => check::check(node, ty).map_err(cannot)?,

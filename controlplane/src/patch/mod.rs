@@ -19,14 +19,36 @@ pub enum PatchError {
     /// 422: it does not fit the object (JSON patch: a failed test or a missing path).
     #[error("{0}")]
     Unprocessable(String),
+    /// 413: more than there may be.
+    #[error("{0}")]
+    TooLarge(String),
     /// 409: other managers own fields that a server-side apply without force would change.
     #[error("{}", apply::conflict_message(.0))]
     Conflict(Vec<FieldConflict>),
 }
 
-/// RFC 7396.
-pub fn merge(target: &mut Value, patch: &Value) {
+/// RFC 7396, for objects.
+pub fn merge(target: &mut Value, patch: &Value) -> Result<(), PatchError> {
+    if !patch.is_object() {
+        return Err(PatchError::Invalid(format!(
+            "error decoding patch: json: cannot unmarshal {} into Go value of type map[string]interface {{}}",
+            described(patch)
+        )));
+    }
     json_patch::merge(target, patch);
+    Ok(())
+}
+
+/// How Go's decoder names a value.
+fn described(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "bool",
+        Value::Number(_) => "number",
+        Value::String(_) => "string",
+        Value::Array(_) => "array",
+        Value::Object(_) => "object",
+    }
 }
 
 /// Operations that one JSON patch may have, as upstream limits them.
@@ -37,15 +59,22 @@ const COPIED_BYTES_MAX: usize = 3 << 20;
 
 /// RFC 6902. The target is unchanged when the patch fails.
 pub fn json(target: &mut Value, patch: &Value) -> Result<(), PatchError> {
-    if patch
-        .as_array()
-        .is_some_and(|operations| operations.len() > OPERATIONS_MAX)
-    {
-        let message = format!("the allowed maximum operations in a JSON patch is {OPERATIONS_MAX}");
-        return Err(PatchError::Invalid(message));
+    let count = match patch {
+        Value::Array(operations) => operations.len(),
+        other => {
+            return Err(PatchError::Invalid(format!(
+                "error decoding patch: json: cannot unmarshal {} into Go value of type []handlers.jsonPatchOp",
+                described(other)
+            )));
+        }
+    };
+    if count > OPERATIONS_MAX {
+        return Err(PatchError::TooLarge(format!(
+            "The allowed maximum operations in a JSON patch is {OPERATIONS_MAX}, got {count}"
+        )));
     }
     let patch: json_patch::Patch = serde_json::from_value(patch.clone())
-        .map_err(|e| PatchError::Invalid(format!("the body is not a JSON patch: {e}")))?;
+        .map_err(|e| PatchError::Invalid(format!("error decoding patch: {e}")))?;
     let mut patched = target.clone();
     let mut copied = 0;
     for (index, operation) in patch.0.iter().enumerate() {
@@ -147,7 +176,10 @@ mod tests {
     #[test]
     fn a_merge_patch_removes_by_null() {
         let mut target = json!({"a": {"b": 1, "c": 2}, "l": [1]});
-        merge(&mut target, &json!({"a": {"b": null, "d": 3}, "l": [2]}));
+        let patch = json!({"a": {"b": null, "d": 3}, "l": [2]});
+        merge(&mut target, &patch).expect("an object");
         assert_eq!(target, json!({"a": {"c": 2, "d": 3}, "l": [2]}));
+        let error = merge(&mut target, &json!([])).expect_err("refused");
+        assert!(error.to_string().contains("cannot unmarshal array"));
     }
 }

@@ -104,6 +104,25 @@ async fn hold(client: &kube::Client, rows: &[Row]) {
     }
 }
 
+/// A document that is deeper than parsers go.
+fn nested(open: &str, close: &str) -> String {
+    let inside = format!("{}{}", open.repeat(20_000), close.repeat(20_000));
+    format!(r#"{{"apiVersion":"v1","kind":"ConfigMap","metadata":{{"name":"a"}},"x":{inside}}}"#)
+}
+
+/// A patch whose operations each add some levels inside what the one before added.
+fn deepening() -> Value {
+    let levels = json!({"a": {"a": {"a": {"a": {}}}}});
+    let operation = |at: usize| json!({"op": "add", "path": format!("/x{}", "/a".repeat(4 * at)), "value": levels});
+    (0..100).map(operation).collect()
+}
+
+/// A patch whose operations each double the object.
+fn doubling() -> Value {
+    let operation = |at: usize| json!({"op": "copy", "from": "", "path": format!("/x{at}")});
+    (0..40).map(operation).collect()
+}
+
 async fn client_with_a_map(server: &Server) -> kube::Client {
     let client = server.client().await;
     let created = answer(
@@ -137,8 +156,12 @@ async fn bodies_and_content_types() {
         row(create, JSON, "{", (400, "BadRequest", "")),
         row(create, JSON, "", (400, "BadRequest", "")),
         row(create, JSON, "[]", (400, "BadRequest", "")),
-        row(create, JSON, with(map("a"), "/kind", "Secret"), (400, "BadRequest", "does not match the expected")),
-        row(create, JSON, with(map("a"), "/apiVersion", "v2"), (400, "BadRequest", "does not match the expected")),
+        row(create, JSON, "{", (400, "BadRequest", "the object provided is unrecognized (must be of type ConfigMap): couldn't get version/kind; json parse error: unexpected end of JSON input ({)")),
+        row(create, JSON, "[]", (400, "BadRequest", "json: cannot unmarshal array into Go value of type struct")),
+        row(create, JSON, nested("[", "]"), (400, "BadRequest", "exceeded max depth")),
+        row(create, JSON, with(map("a"), "/kind", "Secret"), (400, "BadRequest", "Secret in version \"v1\" cannot be handled as a ConfigMap: converting (v1.Secret) to (core.ConfigMap): unknown conversion")),
+        row(create, JSON, with(map("a"), "/kind", "Nothing"), (400, "BadRequest", "no kind \"Nothing\" is registered for version \"v1\"")),
+        row(create, JSON, with(map("a"), "/apiVersion", "v2"), (400, "BadRequest", "no kind \"ConfigMap\" is registered for version \"v2\"")),
         row(create, JSON, json!({"apiVersion": "v1", "kind": "ConfigMap", "data": 7}), (400, "BadRequest", "cannot unmarshal number")),
         row(create, JSON, with(map("a"), "/metadata/namespace", "other"), (400, "BadRequest", "does not match the namespace sent on the request")),
         row(create, JSON, json!({"apiVersion": "v1", "kind": "ConfigMap"}), (422, "Invalid", "name or generateName is required")),
@@ -146,7 +169,16 @@ async fn bodies_and_content_types() {
         row(create, JSON, json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "l"}, "data": {"x": large}}), (413, "RequestEntityTooLarge", "Request entity too large")),
         row(("PUT", MAP), JSON, map("there"), (400, "BadRequest", "does not match the name on the URL")),
         row(("PATCH", MAP), MERGE, "{", (400, "BadRequest", "")),
-        row(("PATCH", MAP), "application/json-patch+json", "{}", (400, "BadRequest", "")),
+        row(("PATCH", MAP), "application/json-patch+json", "{}", (400, "BadRequest", "error decoding patch: json: cannot unmarshal object into Go value of type []handlers.jsonPatchOp")),
+        row(("PATCH", MAP), "application/json-patch+json", json!(vec![json!({"op": "test", "path": "", "value": 1}); 10_001]), (413, "RequestEntityTooLarge", "The allowed maximum operations in a JSON patch is 10000, got 10001")),
+        row(("PATCH", MAP), "application/json-patch+json", deepening(), (422, "Invalid", "exceeded max depth")),
+        row(("PATCH", MAP), "application/json-patch+json", doubling(), (422, "Invalid", "Unable to complete the copy")),
+        row(("PATCH", MAP), MERGE, "[]", (400, "BadRequest", "error decoding patch: json: cannot unmarshal array into Go value of type map[string]interface {}")),
+        row(("PATCH", MAP), MERGE, json!({"data": {"a": 1}}), (422, "Invalid", " \"\" is invalid: patch: Invalid value: ")),
+        row(("PATCH", &format!("{MAP}?fieldValidation=Strict")), MERGE, json!({"dat": {}}), (422, "Invalid", "strict decoding error: unknown field \"dat\"")),
+        row(("PATCH", &format!("{MAP}?fieldValidation=Strict")), MERGE, r#"{"data":{"a":"1","a":"2"}}"#, (422, "Invalid", "strict decoding error: duplicate field \"data.a\"")),
+        row(("PATCH", &format!("{MAP}?fieldValidation=Strict")), "application/strategic-merge-patch+json", json!({"dat": {"x": [1, "y"]}}), (422, "Invalid", "Invalid value: \"map[dat:map[x:[1 y]]]\": strict decoding error: unknown field \"dat\"")),
+        row(("PATCH", MAP), MERGE, json!({"kind": "Secret"}), (400, "BadRequest", "unknown conversion")),
         row(("PATCH", MAP), "application/json-patch+json", r#"[{"op":"test","path":"/data","value":1}]"#, (422, "Invalid", "")),
     ]).await;
 }
@@ -188,6 +220,10 @@ async fn options_selectors_and_tokens() {
             list(
                 "limit=1&continue=rubbish",
                 (400, "BadRequest", "continue key is not valid"),
+            ),
+            list(
+                "limit=1&continue=eyJ2IjoibWV0YS5rOHMuaW8vdjEiLCJydiI6MSwic3RhcnQiOiIuLi9hIn0",
+                (400, "BadRequest", "continue key is not valid: ../a"),
             ),
             list("limit=many", (400, "BadRequest", "limit")),
             list(
@@ -235,7 +271,7 @@ async fn options_selectors_and_tokens() {
                 (
                     422,
                     "Invalid",
-                    "dryRun: Unsupported value: \"Some\": supported values: \"All\"",
+                    "dryRun: Unsupported value: [\"Some\"]: supported values: \"All\"",
                 ),
             ),
             create(
@@ -247,8 +283,16 @@ async fn options_selectors_and_tokens() {
                 ),
             ),
             create(
+                "fieldManager=a%0Ab",
+                (422, "Invalid", "invalid character U+000A (at position 1)"),
+            ),
+            create(
                 &format!("fieldManager={long}"),
-                (422, "Invalid", "fieldManager: Invalid value"),
+                (
+                    422,
+                    "Invalid",
+                    "fieldManager: Too long: may not be more than 128 bytes",
+                ),
             ),
             patch(
                 "",

@@ -255,11 +255,10 @@ pub fn validate_metadata(object: &Value, resource: &Resource, errors: &mut Error
         bytes += key.len() + value.as_str().map_or(0, str::len);
     }
     if bytes > ANNOTATIONS_BYTES_MAX {
-        errors.push(FieldError {
-            field: "metadata.annotations".to_owned(),
-            reason: "FieldValueTooLong",
-            message: format!("Too long: may not be more than {ANNOTATIONS_BYTES_MAX} bytes"),
-        });
+        errors.push(FieldError::too_long(
+            "metadata.annotations",
+            ANNOTATIONS_BYTES_MAX,
+        ));
     }
     let owners = object.items("/metadata/ownerReferences");
     for (at, owner) in owners.iter().enumerate() {

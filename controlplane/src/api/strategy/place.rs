@@ -275,11 +275,7 @@ impl<'a> Place<'a> {
     }
 
     pub fn too_long(&self, bytes_max: usize, errors: &mut Errors) {
-        errors.push(FieldError {
-            field: self.path.clone(),
-            reason: "FieldValueTooLong",
-            message: format!("Too long: may not be more than {bytes_max} bytes"),
-        });
+        errors.push(FieldError::too_long(&self.path, bytes_max));
     }
 
     /// Refuses more items than there may be.

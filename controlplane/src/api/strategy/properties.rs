@@ -130,7 +130,7 @@ proptest! {
         let resource = resource_of(&old);
         let ty = resource.ty.get();
         let mut merged = old.clone();
-        patch::merge(&mut merged, &patch);
+        let _ = patch::merge(&mut merged, &patch);
         let mut merged = old.clone();
         let _ = patch::strategic(&mut merged, &patch, ty);
         let mut merged = old.clone();
@@ -154,7 +154,7 @@ proptest! {
         }
         let manager = patch::Manager { name: "kubectl", subresource: "", now: "2026-01-01T00:00:00Z" };
         let _ = patch::strategic(&mut old.clone(), &patch, ty);
-        patch::merge(&mut old.clone(), &patch);
+        let _ = patch::merge(&mut old.clone(), &patch);
         let operations = Value::Array(twists.into_iter().map(|(_, with)| with).collect());
         let _ = patch::json(&mut old.clone(), &operations);
         let _ = patch::apply(Some(&old), &patch, ty, manager, true);

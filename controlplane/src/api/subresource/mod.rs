@@ -21,7 +21,6 @@ use super::request::Form;
 use super::status::Status;
 use super::write::Part;
 use super::{Api, Call, object};
-use crate::codec;
 
 /// A Rule is what a write of a part makes of the object: from the present one, and the one that was sent.
 type Rule = fn(&Value, &Value) -> Result<Value, Status>;
@@ -117,12 +116,7 @@ impl Api {
             .modify(target, &options, part, |old| {
                 let wanted = match &sent {
                     Sent::Whole(whole) => whole.clone(),
-                    Sent::Patch(patch) => {
-                        let patched = patch.onto(Some(old), target, &options, part)?;
-                        let checked = codec::validate(patched, options.validation)
-                            .map_err(|error| Status::bad_request(error.message))?;
-                        checked.value
-                    }
+                    Sent::Patch(patch) => patch.checked(old, target, &options, part)?.value,
                 };
                 check_preconditions(target, &wanted, old)?;
                 rule(old, &wanted)

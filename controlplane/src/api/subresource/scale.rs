@@ -56,7 +56,7 @@ impl Api {
                     }
                     // A Scale has no lists: both merges are the same.
                     "application/merge-patch+json" | "application/strategic-merge-patch+json" => {
-                        patch::merge(&mut scale, &change);
+                        patch::merge(&mut scale, &change).map_err(patch_failed)?;
                     }
                     _ => {
                         let supported = [
