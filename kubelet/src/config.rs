@@ -35,7 +35,7 @@ pub struct Flags {
     /// Private key of the server on port 10250
     #[arg(long)]
     pub tls_key: PathBuf,
-    /// Authority that clients of the server must be signed by
+    /// Authority that certificates of the server's clients must be signed by
     #[arg(long)]
     pub client_ca: PathBuf,
     /// Address of the cluster DNS (may be repeated)

@@ -23,7 +23,7 @@ use crate::pod::operations::Context;
 use crate::pod::status::NodeFacts;
 use crate::pods::{Dispatcher, Registry, watch_changes};
 use crate::runtime::{CriRuntime, ExitSource, Runtime, RuntimeStatus};
-use crate::server::{self, Server};
+use crate::server::{self, Gate, Reviews, Server};
 
 /// Announcements of the runtime that may wait for the dispatcher.
 const CHANGES_MAX: usize = 4096;
@@ -81,6 +81,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let server = Arc::new(Server {
         runtime: runtime.clone(),
         pods: registry.clone(),
+        gate: Gate::new(Reviews::new(client.clone(), &config.node_name)),
         log_dir: config.log_dir.clone(),
         changes: changes.clone(),
     });

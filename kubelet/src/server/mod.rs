@@ -1,8 +1,11 @@
 //! The HTTPS server on port 10250: what the API server calls for logs, exec, attach and port-forward.
 //!
-//! Every caller shows a certificate signed by the client CA; there is no anonymous access. The health endpoint, which
-//! tells nothing but "ok", is plain HTTP on the loopback.
+//! Nobody is let in without the right to what they ask for (`access`); there is no anonymous access. The health endpoint,
+//! which tells nothing but "ok", is plain HTTP on the loopback.
 
+mod access;
+mod query;
+mod reviews;
 mod tls;
 mod tunnel;
 
@@ -18,7 +21,7 @@ use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::service::service_fn;
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -26,6 +29,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::broadcast;
 use tokio_rustls::TlsAcceptor;
 
+pub use access::{Authority, AuthorityError, Caller, Gate, Right};
+pub use reviews::Reviews;
 pub use tls::{TlsError, server_config};
 
 use crate::logs::{Ended, Output, Selection, stream};
@@ -33,9 +38,12 @@ use crate::pod::sandbox::log_directory_name;
 use crate::pod::{PodKey, container::log_path, find_container};
 use crate::pods::Registry;
 use crate::runtime::{ContainerPhase, Runtime, StreamRequest};
+use query::{Query, decode};
 
 /// A TLS handshake that takes longer is given up.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a caller may take for the head of a request, and leave a connection idle between two.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(180);
 /// How often a followed container is looked at although nothing was announced.
 const LOOK_PERIOD: Duration = Duration::from_secs(2);
 
@@ -44,6 +52,14 @@ pub type Body = BoxBody<Bytes, std::io::Error>;
 /// A ServeError is why a request is refused; it becomes the answer's status and text.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
+    #[error("Unauthorized")]
+    Unauthorized,
+    #[error("{0}")]
+    Forbidden(String),
+    #[error("Method Not Allowed")]
+    BadMethod,
+    #[error("{0}")]
+    Unavailable(String),
     #[error("{0}")]
     NotFound(String),
     #[error("{0}")]
@@ -55,6 +71,10 @@ pub enum ServeError {
 impl ServeError {
     fn status(&self) -> StatusCode {
         match self {
+            Self::Unauthorized => StatusCode::UNAUTHORIZED,
+            Self::Forbidden(_) => StatusCode::FORBIDDEN,
+            Self::BadMethod => StatusCode::METHOD_NOT_ALLOWED,
+            Self::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::NotFound(_) => StatusCode::NOT_FOUND,
             Self::BadRequest(_) => StatusCode::BAD_REQUEST,
             Self::Internal(_) => StatusCode::INTERNAL_SERVER_ERROR,
@@ -66,6 +86,7 @@ impl ServeError {
 pub struct Server {
     pub runtime: Arc<dyn Runtime>,
     pub pods: Registry,
+    pub gate: Gate,
     pub log_dir: std::path::PathBuf,
     /// Ids of containers that changed in the runtime.
     pub changes: broadcast::Sender<Arc<str>>,
@@ -88,7 +109,11 @@ pub async fn serve(server: Arc<Server>, listener: TcpListener, tls: Arc<rustls::
         tokio::spawn(async move {
             let _ = stream.set_nodelay(true);
             match tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
-                Ok(Ok(stream)) => serve_connection(server, stream).await,
+                Ok(Ok(stream)) => {
+                    let shown = stream.get_ref().1.peer_certificates();
+                    let certificate = shown.and_then(<[_]>::first).map(|c| c.to_vec());
+                    serve_connection(server, stream, certificate.into()).await;
+                }
                 Ok(Err(error)) => tracing::debug!(%peer, %error, "a TLS handshake failed"),
                 Err(_) => tracing::debug!(%peer, "a TLS handshake took too long"),
             }
@@ -120,18 +145,26 @@ pub async fn serve_health(listener: TcpListener) {
 async fn serve_connection(
     server: Arc<Server>,
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    certificate: Arc<Option<Vec<u8>>>,
 ) {
     let answer = service_fn(move |request| {
-        let server = server.clone();
+        let (server, certificate) = (server.clone(), certificate.clone());
         async move {
             let described = format!("{} {}", request.method(), request.uri().path());
-            Ok::<_, Infallible>(server.answer(request).await.unwrap_or_else(|error| {
-                tracing::debug!(request = described, %error, "a request failed");
-                text(error.status(), &error.to_string())
-            }))
+            Ok::<_, Infallible>(
+                server
+                    .answer(request, certificate.as_deref())
+                    .await
+                    .unwrap_or_else(|error| {
+                        tracing::debug!(request = described, %error, "a request failed");
+                        text(error.status(), &error.to_string())
+                    }),
+            )
         }
     });
     let connection = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
         .serve_connection(TokioIo::new(stream), answer)
         .with_upgrades();
     if let Err(error) = connection.await {
@@ -155,83 +188,18 @@ pub fn full(bytes: impl Into<Bytes>) -> Body {
         .boxed()
 }
 
-/// Query is the query of a request, decoded, with keys that may repeat.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-struct Query(Vec<(String, String)>);
-
-impl Query {
-    fn parse(query: &str) -> Self {
-        let pairs = query.split('&').filter(|pair| !pair.is_empty());
-        Self(
-            pairs
-                .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
-                .map(|(k, v)| (decode(k), decode(v)))
-                .collect(),
-        )
-    }
-
-    fn get(&self, key: &str) -> Option<&str> {
-        self.0
-            .iter()
-            .find(|(k, _)| k == key)
-            .map(|(_, v)| v.as_str())
-            .filter(|v| !v.is_empty())
-    }
-
-    fn all(&self, key: &str) -> Vec<String> {
-        self.0
-            .iter()
-            .filter(|(k, _)| k == key)
-            .map(|(_, v)| v.clone())
-            .collect()
-    }
-
-    fn flag(&self, keys: &[&str]) -> bool {
-        keys.iter().any(|key| {
-            matches!(
-                self.get(key),
-                Some("1" | "true" | "t" | "T" | "True" | "TRUE")
-            )
-        })
-    }
-
-    fn number(&self, key: &str) -> Result<Option<u64>, ServeError> {
-        let bad = |_| ServeError::BadRequest(format!("{key} must be a number, zero or more"));
-        self.get(key)
-            .map(|value| value.parse().map_err(bad))
-            .transpose()
-    }
-}
-
-/// Undoes percent-encoding and plus signs of a query.
-fn decode(text: &str) -> String {
-    let bytes = text.as_bytes();
-    let mut out = Vec::with_capacity(bytes.len());
-    let mut at = 0;
-    while at < bytes.len() {
-        let hex = bytes
-            .get(at + 1..at + 3)
-            .and_then(|digits| std::str::from_utf8(digits).ok());
-        match (
-            bytes[at],
-            hex.and_then(|digits| u8::from_str_radix(digits, 16).ok()),
-        ) {
-            (b'%', Some(byte)) => {
-                out.push(byte);
-                at += 2;
-            }
-            (b'+', _) => out.push(b' '),
-            (byte, _) => out.push(byte),
-        }
-        at += 1;
-    }
-    String::from_utf8_lossy(&out).into_owned()
-}
-
 impl Server {
-    async fn answer(&self, request: Request<Incoming>) -> Result<Response<Body>, ServeError> {
+    async fn answer(
+        &self,
+        request: Request<Incoming>,
+        certificate: Option<&[u8]>,
+    ) -> Result<Response<Body>, ServeError> {
         let path = decode(request.uri().path());
+        // Read once, for the right to it and for the answer: no spelling is seen in two ways.
         let parts: Vec<&str> = path.trim_matches('/').split('/').collect();
+        self.gate
+            .admit(certificate, request.headers(), request.method(), &parts)
+            .await?;
         let query = Query::parse(request.uri().query().unwrap_or_default());
         let get = request.method() == Method::GET;
         match (parts.as_slice(), get) {
@@ -488,20 +456,4 @@ async fn connect(authority: &str) -> Result<TcpStream, std::io::Error> {
     let stream = TcpStream::connect(authority).await?;
     stream.set_nodelay(true)?;
     Ok(stream)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn queries_are_decoded_and_keys_may_repeat() {
-        let query = Query::parse("command=sh&command=-c&command=echo+a%20b%2Fc&input=1&tty=0&x");
-        assert_eq!(query.all("command"), ["sh", "-c", "echo a b/c"]);
-        assert!(query.flag(&["stdin", "input"]));
-        assert!(!query.flag(&["tty"]));
-        assert_eq!(query.number("tailLines").unwrap(), None);
-        assert!(Query::parse("tailLines=-1").number("tailLines").is_err());
-        assert_eq!(decode("%zz%4"), "%zz%4");
-    }
 }
