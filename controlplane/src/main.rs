@@ -1,5 +1,6 @@
 //! `keelway-controlplane`: flags become a configuration, and the parts that were asked for run until a signal.
 
+mod maintenance;
 mod state;
 
 use std::net::{IpAddr, SocketAddr};
@@ -16,7 +17,10 @@ use tokio_util::sync::CancellationToken;
 
 /// The Kubernetes control plane of Keelway: API server with its store, controllers, scheduler.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(
+    version,
+    after_help = "`store --help` tells how a state is backed up, restored and moved."
+)]
 struct Flags {
     #[command(flatten)]
     state: state::StateFlags,
@@ -54,8 +58,23 @@ struct Flags {
     )]
     components: Vec<Component>,
     /// What authenticated callers may do: what the Node authorizer and RBAC allow, or everything.
-    #[arg(long, value_name = "MODE", default_value = "always-allow")]
+    #[arg(long, value_name = "MODE", default_value = "rules")]
     authorization: AuthorizationMode,
+    /// Requests that are worked on at a time, of all callers but administrators; others wait their turn.
+    #[arg(long, value_name = "NUMBER", default_value_t = 600)]
+    max_requests_inflight: usize,
+    /// Which requests go into the audit log: a Policy of audit.k8s.io/v1.
+    #[arg(long, value_name = "FILE", requires = "audit_log_path")]
+    audit_policy_file: Option<PathBuf>,
+    /// The audit log.
+    #[arg(long, value_name = "FILE", requires = "audit_policy_file")]
+    audit_log_path: Option<PathBuf>,
+    /// Megabytes after which the audit log is put aside and begun anew.
+    #[arg(long, value_name = "MB", default_value_t = 100)]
+    audit_log_maxsize: u64,
+    /// How many audit logs are kept aside.
+    #[arg(long, value_name = "NUMBER", default_value_t = 10)]
+    audit_log_maxbackup: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -81,7 +100,17 @@ fn main() -> Result<()> {
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_writer(std::io::stderr)
         .init();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    if std::env::args().nth(1).as_deref() == Some("store") {
+        let arguments = std::env::args_os().skip(1);
+        return runtime.block_on(maintenance::StoreCli::parse_from(arguments).run());
+    }
     let flags = Flags::parse();
+    if let Err(error) = sys::raise_descriptor_limit() {
+        tracing::warn!(%error, "the limit of open files stays low");
+    }
     check_ranges("--service-cidr", &flags.service_cidr, (28, 64..=124))?;
     check_ranges("--cluster-cidr", &flags.cluster_cidr, (24, 48..=64))?;
     ensure!(
@@ -90,10 +119,7 @@ fn main() -> Result<()> {
         flags.advertise_address,
         flags.service_cidr[0]
     );
-    tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()?
-        .block_on(run(flags, passed))
+    runtime.block_on(run(flags, passed))
 }
 
 /// One range, or one of each family, of prefixes that make sense: at most so long with IPv4, so long with IPv6.
@@ -200,6 +226,17 @@ async fn start_api(
             AuthorizationMode::Rules => api::Authorization::Rules,
             AuthorizationMode::AlwaysAllow => api::Authorization::AlwaysAllow,
         },
+        requests_max: flags.max_requests_inflight,
+        audit: flags
+            .audit_policy_file
+            .clone()
+            .zip(flags.audit_log_path.clone())
+            .map(|(policy, log)| api::AuditFiles {
+                policy,
+                log,
+                bytes_max: flags.audit_log_maxsize << 20,
+                kept: flags.audit_log_maxbackup,
+            }),
     };
     let server = api::Api::start(config, store, stop.clone()).await?;
     tracing::info!(address = %bound.local_addr()?, passed = passed.len(), "the API server listens");

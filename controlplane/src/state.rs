@@ -1,13 +1,15 @@
 //! Where the state of the cluster is kept: the flags, and the store that they name.
 
 use std::os::unix::fs::DirBuilderExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use keelway_controlplane::store::{Embedded, EmbeddedConfig, Etcd, EtcdConfig, Store};
+use keelway_controlplane::store::{
+    Embedded, EmbeddedConfig, Etcd, EtcdConfig, Keys, Sealed, Store,
+};
 
 #[derive(Debug, Args)]
 pub struct StateFlags {
@@ -17,6 +19,16 @@ pub struct StateFlags {
     /// What keeps the state: `embedded`, in the data directory, or `etcd:URL[,URL...]`.
     #[arg(long, value_name = "STORE", default_value = "embedded")]
     store: Keeper,
+    #[command(flatten)]
+    etcd: EtcdFlags,
+    /// Which resources are kept sealed, and the keys to that: an EncryptionConfiguration.
+    #[arg(long, value_name = "FILE")]
+    encryption_provider_config: Option<PathBuf>,
+}
+
+/// How to be let into etcd.
+#[derive(Debug, Args)]
+pub struct EtcdFlags {
     /// The authority that signs etcd's certificates.
     #[arg(long, value_name = "FILE")]
     etcd_cafile: Option<PathBuf>,
@@ -29,6 +41,17 @@ pub struct StateFlags {
     /// What this cluster's keys begin with, where several share an etcd.
     #[arg(long, value_name = "PATH", default_value = "/keelway")]
     etcd_prefix: String,
+}
+
+impl EtcdFlags {
+    pub fn config(&self, endpoints: &[String]) -> EtcdConfig {
+        EtcdConfig {
+            endpoints: endpoints.to_vec(),
+            ca_file: self.etcd_cafile.clone(),
+            identity_files: self.etcd_certfile.clone().zip(self.etcd_keyfile.clone()),
+            prefix: self.etcd_prefix.clone(),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,36 +67,39 @@ impl FromStr for Keeper {
         if text == "embedded" {
             return Ok(Self::Embedded);
         }
-        let endpoints = text
+        let addresses = text
             .strip_prefix("etcd:")
             .ok_or("it is `embedded`, or `etcd:` and addresses")?;
-        let endpoints: Vec<String> = endpoints.split(',').map(str::to_owned).collect();
-        for endpoint in &endpoints {
-            let host = endpoint
-                .strip_prefix("https://")
-                .or_else(|| endpoint.strip_prefix("http://"));
-            if host.is_none_or(str::is_empty) {
-                return Err(format!(
-                    "{endpoint:?} is no address of etcd, as https://10.0.0.1:2379 is"
-                ));
-            }
-        }
-        Ok(Self::Etcd(endpoints))
+        endpoints(addresses).map(Self::Etcd)
     }
 }
 
 impl StateFlags {
     /// Opens the store, or connects to it.
     pub async fn open(&self) -> Result<Arc<dyn Store>> {
+        let kept = self.open_kept().await?;
+        let Some(file) = &self.encryption_provider_config else {
+            return Ok(kept);
+        };
+        let sealed = Arc::new(Sealed::new(kept, Keys::read(file)?));
+        let renewing = sealed.clone();
+        tokio::spawn(async move {
+            match renewing.renew().await {
+                Ok(0) => {}
+                Ok(count) => tracing::info!(count, "values were sealed with the first key"),
+                Err(error) => {
+                    tracing::error!(%error, "not everything is sealed with the first key")
+                }
+            }
+        });
+        Ok(sealed)
+    }
+
+    async fn open_kept(&self) -> Result<Arc<dyn Store>> {
         match &self.store {
             Keeper::Embedded => self.open_embedded().await,
             Keeper::Etcd(endpoints) => {
-                let config = EtcdConfig {
-                    endpoints: endpoints.clone(),
-                    ca_file: self.etcd_cafile.clone(),
-                    identity_files: self.etcd_certfile.clone().zip(self.etcd_keyfile.clone()),
-                    prefix: self.etcd_prefix.clone(),
-                };
+                let config = self.etcd.config(endpoints);
                 Ok(Arc::new(Etcd::connect(&config).await?))
             }
         }
@@ -84,16 +110,37 @@ impl StateFlags {
             .data_dir
             .as_ref()
             .context("--store embedded keeps the state in a folder: name it by --data-dir")?;
-        // It holds Secrets: nobody else's to read.
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(folder)
-            .with_context(|| format!("creating the data directory {}", folder.display()))?;
-        let config = EmbeddedConfig::at(folder.join("state.redb"));
+        let config = EmbeddedConfig::at(state_file(folder)?);
         let store = tokio::task::spawn_blocking(move || Embedded::open(&config)).await??;
         Ok(Arc::new(store))
     }
+}
+
+/// The file of the embedded store in a data directory, which is made when it is not there.
+pub fn state_file(folder: &Path) -> Result<PathBuf> {
+    // It holds Secrets: nobody else's to read.
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(folder)
+        .with_context(|| format!("creating the data directory {}", folder.display()))?;
+    Ok(folder.join("state.redb"))
+}
+
+/// Reads the addresses of etcd after `etcd:`.
+pub fn endpoints(text: &str) -> Result<Vec<String>, String> {
+    let endpoints: Vec<String> = text.split(',').map(str::to_owned).collect();
+    for endpoint in &endpoints {
+        let host = endpoint
+            .strip_prefix("https://")
+            .or_else(|| endpoint.strip_prefix("http://"));
+        if host.is_none_or(str::is_empty) {
+            return Err(format!(
+                "{endpoint:?} is no address of etcd, as https://10.0.0.1:2379 is"
+            ));
+        }
+    }
+    Ok(endpoints)
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! `keelway`: development clusters on one machine.
 
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -66,6 +67,17 @@ enum Command {
     /// Images in a cluster
     #[command(subcommand)]
     Image(Image),
+    /// Back up, restore or move the state of a control plane; arguments are those of `keelway-controlplane store`
+    #[command(disable_help_flag = true)]
+    Store {
+        /// backup, restore or migrate, with its flags
+        #[arg(
+            trailing_var_arg = true,
+            allow_hyphen_values = true,
+            value_name = "ARGUMENTS"
+        )]
+        arguments: Vec<String>,
+    },
     #[command(hide = true)]
     NodeInit {
         #[arg(long)]
@@ -118,6 +130,7 @@ fn main() -> ExitCode {
         Command::NodeExec { argv, listener } => {
             Err(keelway::node::exec_service(&argv, listener).into())
         }
+        Command::Store { arguments } => Err(store(&arguments)),
         command => run(command),
     };
     match outcome {
@@ -127,6 +140,17 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Becomes the control plane's program, which knows its stores; gives why it could not.
+fn store(arguments: &[String]) -> anyhow::Error {
+    let program = match std::env::current_exe() {
+        Ok(own) => own.with_file_name("keelway-controlplane"),
+        Err(error) => return anyhow::Error::from(error).context("cannot find this program"),
+    };
+    let mut command = std::process::Command::new(&program);
+    let error = command.arg("store").args(arguments).exec();
+    anyhow::Error::from(error).context(format!("cannot run {}", program.display()))
 }
 
 #[tokio::main]
@@ -180,7 +204,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
             checks::root("image load")?;
             load(&state, &name, &files).await?;
         }
-        Command::NodeInit { .. } | Command::NodeExec { .. } => {}
+        Command::Store { .. } | Command::NodeInit { .. } | Command::NodeExec { .. } => {}
     }
     Ok(())
 }

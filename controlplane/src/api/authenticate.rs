@@ -4,6 +4,7 @@ use http::header::AUTHORIZATION;
 use http::request::Parts;
 use serde_json::Value;
 
+use super::audit::Trail;
 use super::fields::Fields;
 use super::status::{Status, Subject};
 use super::{Api, Peer, config::TOKEN_ISSUER, impersonate, object};
@@ -16,12 +17,16 @@ impl Api {
         &self,
         peer: &Peer,
         parts: &Parts,
+        trail: &Trail,
     ) -> Result<Identity, Status> {
         let caller = self.caller(peer, parts).await?;
-        match impersonate::wished(&parts.headers)? {
-            None => Ok(caller),
-            Some(wished) => self.impersonate(&caller, wished).await,
-        }
+        trail.caller(&caller);
+        let Some(wished) = impersonate::wished(&parts.headers)? else {
+            return Ok(caller);
+        };
+        let identity = self.impersonate(&caller, wished).await?;
+        trail.acting_as(&identity);
+        Ok(identity)
     }
 
     async fn caller(&self, peer: &Peer, parts: &Parts) -> Result<Identity, Status> {

@@ -73,43 +73,15 @@ async fn service_range(api: &Api) -> Result<(), Status> {
         .map(drop)
 }
 
-/// `default/kubernetes`, leading to this server.
+/// `default/kubernetes`, leading to this server and those beside it.
 async fn kubernetes_service(api: &Api) -> Result<(), Status> {
     let port = api.config.advertise_port;
-    let address = api.config.advertise_address.to_string();
     let service = json!({"apiVersion": "v1", "kind": "Service",
         "metadata": {"name": "kubernetes", "labels": {"component": "apiserver", "provider": "kubernetes"}},
         "spec": {"clusterIP": api.config.kubernetes_ip().map(|ip| ip.to_string()), "type": "ClusterIP",
             "ports": [{"name": "https", "port": 443, "protocol": "TCP", "targetPort": port}]}});
     ensure(api, "/api/v1/namespaces/default/services", service).await?;
-
-    let endpoints = json!({"apiVersion": "v1", "kind": "Endpoints",
-        "metadata": {"name": "kubernetes", "labels": {"endpointslice.kubernetes.io/skip-mirror": "true"}},
-        "subsets": [{"addresses": [{"ip": address}], "ports": [{"name": "https", "port": port, "protocol": "TCP"}]}]});
-    hold(
-        api,
-        "/api/v1/namespaces/default/endpoints",
-        endpoints,
-        &["subsets"],
-    )
-    .await?;
-    let family = if api.config.advertise_address.is_ipv4() {
-        "IPv4"
-    } else {
-        "IPv6"
-    };
-    let slice = json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-        "metadata": {"name": "kubernetes", "labels": {"kubernetes.io/service-name": "kubernetes"}},
-        "addressType": family,
-        "endpoints": [{"addresses": [address], "conditions": {"ready": true}}],
-        "ports": [{"name": "https", "port": port, "protocol": "TCP"}]});
-    hold(
-        api,
-        "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices",
-        slice,
-        &["endpoints", "ports"],
-    )
-    .await
+    api.announce().await
 }
 
 pub fn options() -> WriteOptions {
@@ -142,7 +114,7 @@ pub async fn ensure(api: &Api, path: &str, object: Value) -> Result<(), Status> 
 }
 
 /// Creates an object, or sets the given fields of the one that is there.
-async fn hold(api: &Api, path: &str, object: Value, fields: &[&str]) -> Result<(), Status> {
+pub async fn hold(api: &Api, path: &str, object: Value, fields: &[&str]) -> Result<(), Status> {
     ensure(api, path, object.clone()).await?;
     let change = |old: &Value| {
         let mut new = old.clone();

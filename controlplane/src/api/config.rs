@@ -27,6 +27,20 @@ pub struct Config {
     /// Ranges of Service addresses: one, or one of each family, the primary family's first.
     pub service_cidrs: Vec<IpNetwork>,
     pub authorization: Authorization,
+    /// Requests that are worked on at a time, of all callers but administrators.
+    pub requests_max: usize,
+    pub audit: Option<AuditFiles>,
+}
+
+/// Where the audit log is, and what goes into it.
+#[derive(Debug, Clone)]
+pub struct AuditFiles {
+    pub policy: PathBuf,
+    pub log: PathBuf,
+    /// A log that has grown beyond this is put aside.
+    pub bytes_max: u64,
+    /// How many are kept aside.
+    pub kept: usize,
 }
 
 /// How it is decided what an authenticated caller may do.

@@ -216,14 +216,8 @@ impl Api {
                     .await;
                 put.map(|record| target.decode(&record).map(Deleted::Waiting))
             } else {
-                let deleted = self
-                    .store
-                    .delete(&record.key, Expect::Revision(record.revision))
-                    .await;
-                deleted.map(|record| {
-                    self.services.release(target, &old);
-                    target.decode(&record).map(Deleted::Gone)
-                })
+                let deleted = self.remove(target, &record).await;
+                deleted.map(|record| target.decode(&record).map(Deleted::Gone))
             };
             match done {
                 Ok(deleted) => return deleted,

@@ -118,7 +118,11 @@ pub async fn serve(
                 .peer_certificates()
                 .and_then(<[_]>::first)
                 .map(|c| c.to_vec());
-            let peer = Arc::new(Peer { certificate });
+            let address = stream.get_ref().0.peer_addr().ok();
+            let peer = Arc::new(Peer {
+                certificate,
+                address,
+            });
             let service = service_fn(move |request| {
                 let (api, peer) = (api.clone(), peer.clone());
                 async move { Ok::<_, std::convert::Infallible>(api.handle(&peer, request).await) }

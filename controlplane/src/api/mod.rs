@@ -6,9 +6,11 @@
 
 mod admission;
 mod allocation;
+mod audit;
 mod authenticate;
 mod authority;
 mod authorize;
+mod backup;
 mod body;
 pub mod bootstrap;
 mod change;
@@ -19,6 +21,7 @@ mod connect;
 mod conversion;
 mod delete;
 mod documents;
+mod fairness;
 mod fields;
 mod forward;
 mod health;
@@ -35,7 +38,9 @@ mod reply;
 mod request;
 mod review;
 mod roles;
+mod servers;
 mod status;
+mod storing;
 mod strategy;
 mod subresource;
 mod table;
@@ -43,6 +48,7 @@ mod unverified;
 mod watch;
 mod write;
 
+use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Instant;
@@ -59,7 +65,8 @@ use crate::store::{Store, StoreError};
 use crate::streams;
 
 pub(crate) use admission::{Usage, covers, usage};
-pub use config::{Authorization, Config, TOKEN_ISSUER};
+pub use backup::BACKUP_PATH;
+pub use config::{AuditFiles, Authorization, Config, TOKEN_ISSUER};
 use reply::Answer;
 use request::{Encoding, Form, ListOptions, Query, Target, WriteOptions};
 use status::Status;
@@ -76,6 +83,8 @@ pub struct Api {
     events: Arc<watch::EncodedEvents>,
     kubelets: kubelet::Kubelets,
     metrics: metrics::Metrics,
+    fairness: fairness::Fairness,
+    audit: Option<audit::Audit>,
     documents: documents::Documents,
     stop: CancellationToken,
 }
@@ -85,6 +94,7 @@ pub struct Api {
 pub struct Peer {
     /// The verified client certificate (DER).
     certificate: Option<Vec<u8>>,
+    address: Option<SocketAddr>,
 }
 
 /// Why the API server cannot start.
@@ -94,6 +104,10 @@ pub enum StartError {
     Tls(#[from] listener::TlsError),
     #[error("cannot read {path}: {reason}")]
     Key { path: String, reason: String },
+    #[error(transparent)]
+    Audit(#[from] audit::PolicyError),
+    #[error("cannot write the audit log {path}: {reason}")]
+    AuditLog { path: String, reason: String },
     #[error("cannot prepare the cluster's first objects: {0}")]
     Bootstrap(String),
 }
@@ -112,7 +126,7 @@ fn served() -> Vec<&'static Resource> {
 }
 
 impl Api {
-    /// Prepares the server: keys, allocators repaired from what is stored, the cluster's first objects.
+    /// Prepares the server: keys, what Services hold brought together, the cluster's first objects.
     pub async fn start(
         config: Config,
         store: Arc<dyn Store>,
@@ -131,8 +145,11 @@ impl Api {
                 reason: error.to_string(),
             },
         )?;
+        let audit = config.audit.as_ref().map(open_audit).transpose()?;
         let served = served();
         let api = Arc::new(Self {
+            fairness: fairness::Fairness::new(config.requests_max),
+            audit,
             services: allocation::ServiceAllocator::new(config.service_cidrs.clone()),
             kubelets: kubelet::Kubelets::new(&config.pki_dir)?,
             documents: documents::Documents::default(),
@@ -155,7 +172,10 @@ impl Api {
     pub async fn serve(self: Arc<Self>, listeners: Vec<TcpListener>) -> Result<(), StartError> {
         let tls = Arc::new(listener::server_tls(&self.config.pki_dir)?);
         let stop = self.stop.clone();
+        let announced = tokio::spawn(self.clone().stay_announced());
         listener::serve(self, tls, listeners, stop).await;
+        // A panic there is in the log, and nothing that is served here depends on it.
+        let _ = announced.await;
         Ok(())
     }
 
@@ -164,10 +184,15 @@ impl Api {
         let started = Instant::now();
         let (parts, body) = request.into_parts();
         let seen = metrics::Seen::of(&parts);
+        let audited = self
+            .audit
+            .as_ref()
+            .map(|audit| (audit, audit::Asked::of(&parts)));
+        let trail = audit::Trail::default();
         let query = Query::parse(parts.uri.query().unwrap_or(""));
         let encoding = Encoding::negotiate(&parts.headers, &query).unwrap_or(Encoding::Json);
         let gzip = compression::wanted(&parts);
-        let routed = AssertUnwindSafe(self.route(peer, parts, query, body))
+        let routed = AssertUnwindSafe(self.route((peer, &trail), parts, query, body))
             .catch_unwind()
             .await;
         let answer = match routed {
@@ -186,6 +211,14 @@ impl Api {
         if let Some(warning) = deprecation(&seen.path) {
             reply::warn(&mut answer, &[warning.to_owned()]);
         }
+        if let Some((audit, asked)) = audited {
+            if let Ok(id) = asked.id().parse() {
+                answer.headers_mut().insert("audit-id", id);
+            }
+            audit
+                .record(asked, trail, peer.address, answer.status())
+                .await;
+        }
         reply::finish(&mut answer);
         self.metrics
             .observe(&seen, answer.status(), started.elapsed());
@@ -194,7 +227,7 @@ impl Api {
 
     async fn route(
         &self,
-        peer: &Peer,
+        (peer, trail): (&Peer, &audit::Trail),
         mut parts: Parts,
         query: Query,
         body: Incoming,
@@ -207,12 +240,20 @@ impl Api {
         if matches!(path, "/version" | "/version/") {
             return Ok(reply::json(StatusCode::OK, &documents::version()));
         }
-        let identity = self.authenticate(peer, &parts).await?;
+        let identity = self.authenticate(peer, &parts, trail).await?;
         let target = Target::parse(path).filter(|target| {
             self.served
                 .iter()
                 .any(|served| std::ptr::eq(*served, target.resource))
         });
+        let verb = target
+            .as_ref()
+            .map_or("", |target| request::verb(&parts.method, target, &query));
+        // Given back with the answer: what is streamed from then on holds nobody up.
+        let _seat = self
+            .fairness
+            .enter(&identity, verb, target.as_ref())
+            .await?;
         self.check_access(&identity, &parts.method, path, target.as_ref(), &query)
             .await?;
         if let Some(check) = self.health_check(path).await {
@@ -225,6 +266,9 @@ impl Api {
                 content,
                 self.metrics.encode(self.store.revision()),
             ));
+        }
+        if path == BACKUP_PATH && parts.method == Method::GET {
+            return self.backup().await;
         }
         if let Some(document) = self.document(path, &parts) {
             return document;
@@ -291,6 +335,16 @@ impl Api {
             _ => Err(Status::method_not_allowed()),
         }
     }
+}
+
+fn open_audit(files: &AuditFiles) -> Result<audit::Audit, StartError> {
+    let policy = audit::Policy::read(&files.policy)?;
+    let writer = audit::Writer::open(&files.log, files.bytes_max, files.kept);
+    let writer = writer.map_err(|error| StartError::AuditLog {
+        path: files.log.display().to_string(),
+        reason: error.to_string(),
+    })?;
+    Ok(audit::Audit::new(policy, writer))
 }
 
 /// What is said with every answer about kinds that clients should move away from.

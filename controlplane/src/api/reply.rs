@@ -162,7 +162,10 @@ pub fn finish(answer: &mut Answer) {
     let headers = answer.headers_mut();
     let uncached = header::HeaderValue::from_static("no-cache, private");
     headers.entry(header::CACHE_CONTROL).or_insert(uncached);
-    if let Ok(id) = uuid::Uuid::new_v4().to_string().parse() {
+    // An audited request has its event's already.
+    if !headers.contains_key("audit-id")
+        && let Ok(id) = uuid::Uuid::new_v4().to_string().parse()
+    {
         headers.insert("audit-id", id);
     }
 }

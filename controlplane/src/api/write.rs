@@ -4,15 +4,12 @@
 //! there through [`Api::modify`]. Both settle an object in the same way ([`Api::settle`]) and differ in what they put
 //! before it and in how they store it.
 
-use std::time::Duration;
-
-use bytes::Bytes;
 use http::{StatusCode, request::Parts};
 use hyper::body::Incoming;
 use rand::RngExt;
 use serde_json::{Value, json};
 
-use super::allocation::Reservation;
+use super::allocation::{self, Reservation};
 use super::body::{check_name, decode, read_body, settle_namespace};
 use super::change::{carry_over, check_preconditions, drop_empty, finished, spec_differs};
 use super::fields::{self, Fields};
@@ -26,10 +23,10 @@ use crate::store::{Expect, Record, StoreError};
 
 /// How often a write without a resourceVersion is tried again when others write the same object.
 const CONFLICT_RETRIES: usize = 16;
+/// How often a Service is given other addresses when another server was faster to give out the chosen ones.
+const RACE_RETRIES: usize = 16;
 /// How often a generated name is drawn again when it is taken, as upstream.
 const NAME_RETRIES: usize = 8;
-/// How long an Event is kept after its last write, as upstream's default.
-const EVENT_LIFETIME: Duration = Duration::from_secs(3600);
 /// What generated names end in; no vowels, so that no words come out.
 const NAME_LETTERS: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
 
@@ -282,7 +279,26 @@ impl Api {
         }
     }
 
-    async fn insert_named(&self, write: Write<'_>, mut object: Value) -> Result<Value, Status> {
+    async fn insert_named(&self, write: Write<'_>, object: Value) -> Result<Value, Status> {
+        if !allocation::is_service(write.target) {
+            let lost = || Status::internal("nothing was given out, and it is taken");
+            return self.insert_once(write, object).await?.ok_or_else(lost);
+        }
+        for _ in 0..RACE_RETRIES {
+            if let Some(created) = self.insert_once(write, object.clone()).await? {
+                return Ok(created);
+            }
+        }
+        let name = fields::name(&object).to_owned();
+        Err(Status::modified(write.target.subject_named(&name)))
+    }
+
+    /// None when another server has given out the same address or port meanwhile.
+    async fn insert_once(
+        &self,
+        write: Write<'_>,
+        mut object: Value,
+    ) -> Result<Option<Value>, Status> {
         let target = write.target;
         let strategy = strategy::of(target.resource);
         if target.resource.subresource("status").is_some() && !strategy.keeps_status() {
@@ -304,13 +320,15 @@ impl Api {
         }
         self.charge(write, &object, None).await?;
         if write.options.dry_run {
-            return Ok(object);
+            return Ok(Some(object));
         }
-        let stored = self.put(target, &key, object::encode(object), Expect::Absent);
+        let along = reservation.along(&object);
+        let stored = self.put(target, &key, object, Expect::Absent, along);
         match stored.await {
-            Ok(record) => {
-                reservation.keep();
-                target.decode(&record)
+            Ok(record) => target.decode(&record).map(Some),
+            Err(error) if allocation::is_lost_race(target, &error) => {
+                self.catch_up(&error).await?;
+                Ok(None)
             }
             Err(StoreError::Exists { .. }) => Err(exists()),
             Err(error) => Err(error.into()),
@@ -378,13 +396,11 @@ impl Api {
                 return Ok(Outcome::Kept(new));
             }
             let expect = Expect::Revision(record.revision);
-            match self
-                .put(target, &record.key, object::encode(new), expect)
-                .await
-            {
-                Ok(record) => {
-                    reservation.keep();
-                    return Ok(Outcome::Kept(target.decode(&record)?));
+            let along = reservation.along(&new);
+            match self.put(target, &record.key, new, expect, along).await {
+                Ok(record) => return Ok(Outcome::Kept(target.decode(&record)?)),
+                Err(error) if allocation::is_lost_race(target, &error) => {
+                    self.catch_up(&error).await?;
                 }
                 Err(StoreError::Conflict { .. }) => {}
                 Err(StoreError::NotFound { .. }) => {
@@ -425,7 +441,9 @@ impl Api {
             strategy.prepare_create(new);
         }
         let reservation = if main {
-            self.services.reserve(write.target, new, old)?
+            self.services
+                .reserve(&*self.store, write.target, new, old)
+                .await?
         } else {
             self.services.nothing()
         };
@@ -461,21 +479,6 @@ impl Api {
         admission::charge(self, write, new, old).await
     }
 
-    /// Writes an object; Events get a lifetime, which begins anew with each write.
-    async fn put(
-        &self,
-        target: &Target,
-        key: &str,
-        value: Bytes,
-        expect: Expect,
-    ) -> Result<Record, StoreError> {
-        if target.resource.kind == "Event" {
-            self.store.put_for(key, value, expect, EVENT_LIFETIME).await
-        } else {
-            self.store.put(key, value, expect).await
-        }
-    }
-
     /// Takes away an object whose deletion nothing holds back any more.
     async fn remove_finished(
         &self,
@@ -485,13 +488,8 @@ impl Api {
     ) -> Result<Outcome, Status> {
         let target = write.target;
         if !write.options.dry_run {
-            match self
-                .store
-                .delete(&record.key, Expect::Revision(record.revision))
-                .await
-            {
-                Ok(_) => self.services.release(target, &new),
-                Err(StoreError::NotFound { .. }) => {}
+            match self.remove(target, record).await {
+                Ok(_) | Err(StoreError::NotFound { .. }) => {}
                 Err(StoreError::Conflict { .. }) => return Err(Status::modified(target.subject())),
                 Err(error) => return Err(error.into()),
             }

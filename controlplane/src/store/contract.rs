@@ -105,6 +105,74 @@ pub async fn conditions_decide_writes(store: impl Store) {
     assert_eq!(reborn.created, reborn.revision);
 }
 
+pub async fn a_transaction_does_all_or_nothing_at_one_revision(store: impl Store) {
+    let write = |name: &str, value: Option<&str>, expect: Expect| Write {
+        key: key(name),
+        value: value.map(|value| Bytes::copy_from_slice(value.as_bytes())),
+        expect,
+    };
+    let start = store.revision();
+    let mut watch = store.watch(PREFIX, start).await.unwrap();
+    let first = store
+        .commit(
+            write("a", Some("1"), Expect::Absent),
+            vec![
+                write("b", Some("1"), Expect::Absent),
+                // Whatever is there, and nothing is.
+                write("none", None, Expect::Any),
+            ],
+        )
+        .await
+        .unwrap();
+    assert_eq!(first.revision, Revision(start.0 + 1));
+    let b = store.get(&key("b")).await.unwrap().expect("b is there");
+    assert_eq!((b.revision, b.created), (first.revision, first.revision));
+    // Each of these fails by one condition, and does nothing.
+    let missing = Expect::Revision(first.revision);
+    for (along, expected) in [
+        (write("b", Some("2"), Expect::Absent), "exists already"),
+        (write("c", Some("2"), missing), "does not exist"),
+        (
+            write("b", None, Expect::Revision(start)),
+            "not at the expected one",
+        ),
+    ] {
+        let refused = store
+            .commit(write("a", Some("2"), Expect::Any), vec![along])
+            .await
+            .expect_err("one condition does not hold");
+        assert!(refused.to_string().contains(expected), "{refused}");
+        assert_eq!(store.get(&key("a")).await.unwrap().as_ref(), Some(&first));
+        assert_eq!(store.revision(), first.revision);
+    }
+    let gone = store
+        .commit(
+            write("a", None, Expect::Revision(first.revision)),
+            vec![
+                write("b", None, Expect::Any),
+                write("c", Some("1"), Expect::Absent),
+            ],
+        )
+        .await
+        .unwrap();
+    assert_eq!((gone.revision.0, &*gone.value), (start.0 + 2, &b"1"[..]));
+    let left = names(&store, None).await;
+    assert_eq!(left, [("c".to_owned(), "1".to_owned())]);
+    assert_eq!(names(&store, Some(first.revision)).await.len(), 2);
+    let mut seen = Vec::new();
+    while seen.len() < 5 {
+        seen.extend(next(&mut watch).await);
+    }
+    let revisions: Vec<u64> = seen
+        .iter()
+        .map(|event| event.record.revision.0 - start.0)
+        .collect();
+    assert_eq!(revisions, [1, 1, 2, 2, 2]);
+    // From between the two nothing of either is missed or seen twice.
+    let mut rest = store.watch(PREFIX, first.revision).await.unwrap();
+    assert_eq!(next(&mut rest).await.len(), 3);
+}
+
 pub async fn one_of_many_racing_writers_wins(store: impl Store) {
     let store = Arc::new(store);
     let first = put(&*store, "a", "0").await;
@@ -437,6 +505,7 @@ macro_rules! contract_tests {
     ($make:expr) => {
         $crate::store::contract::contract_tests!(@ $make;
             every_write_gets_the_next_revision_and_keeps_the_creation, conditions_decide_writes,
+            a_transaction_does_all_or_nothing_at_one_revision,
             one_of_many_racing_writers_wins, lists_are_ordered_limited_and_bounded_by_the_prefix,
             a_list_continues_at_its_revision_while_others_write,
             a_watch_sees_every_later_write_in_order_with_what_it_replaced,

@@ -15,9 +15,13 @@ mod contract;
 mod embedded;
 mod etcd;
 mod replica;
+mod sealed;
+mod snapshot;
 
 pub use embedded::{Embedded, EmbeddedConfig};
 pub use etcd::{Etcd, EtcdConfig};
+pub use sealed::{Keys, KeysError, Sealed};
+pub use snapshot::{Snapshot, SnapshotError};
 
 /// Revision is a point in the store's history: every write gets the next one. It is what clients see as `resourceVersion`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -49,6 +53,14 @@ pub enum Expect {
     Absent,
     /// The key must exist at this revision; else `StoreError::Conflict`.
     Revision(Revision),
+}
+
+/// Write is one change of a transaction: a value to put, or None to delete.
+#[derive(Clone, Debug)]
+pub struct Write {
+    pub key: String,
+    pub value: Option<Bytes>,
+    pub expect: Expect,
 }
 
 /// Page is one part of a list, in key order.
@@ -131,6 +143,8 @@ pub enum StoreError {
         path: String,
         reason: String,
     },
+    #[error("the value of {key} cannot be read: {reason}")]
+    Sealed { key: String, reason: String },
     /// Servers that keep the state do not answer. Whether a write happened is not known.
     #[error("cannot {operation}, as etcd says: {reason}")]
     Unavailable {
@@ -169,6 +183,11 @@ pub trait Store: Send + Sync + 'static {
         expect: Expect,
     ) -> BoxFuture<'a, Result<Record, StoreError>>;
 
+    /// Does all of the writes in one step and at one revision, or none of them: when a condition does not hold, the error is that
+    /// of the first such write. Returns the first write's record. No key is written twice; what is deleted `along` whatever is there
+    /// may be absent. etcd takes 128 writes at a time unless told otherwise.
+    fn commit(&self, first: Write, along: Vec<Write>) -> BoxFuture<'_, Result<Record, StoreError>>;
+
     /// Lists a range. `StoreError::Compacted` when `at` is too old, `StoreError::Future` when it is not reached yet.
     fn list<'a>(&'a self, range: Range<'a>) -> BoxFuture<'a, Result<Page, StoreError>>;
 
@@ -182,6 +201,12 @@ pub trait Store: Send + Sync + 'static {
 
     /// The newest revision.
     fn revision(&self) -> Revision;
+
+    /// Whether other processes may write to it too.
+    fn is_shared(&self) -> bool;
+
+    /// The store whose values are as they are on disk: this one, or the one below that seals nothing.
+    fn kept(&self) -> &dyn Store;
 }
 
 /// WatchStream is a running watch.

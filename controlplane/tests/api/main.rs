@@ -8,10 +8,13 @@ mod encodings;
 #[path = "../support/etcd.rs"]
 mod etcd;
 mod flags;
+mod keeping;
 mod kinds;
 mod kubectl;
 mod kubelet;
+mod pressure;
 mod server;
+mod several;
 mod soak;
 mod statuses;
 mod subresources;

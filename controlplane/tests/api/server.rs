@@ -43,17 +43,61 @@ impl Server {
 
     /// Starts the API server alone, on an etcd.
     pub fn start_on(etcd: &Etcd) -> Self {
-        let dir = tempfile::tempdir().expect("a temporary directory");
+        Self::start_with_on("api", etcd)
+    }
+
+    pub fn start_with_on(components: &'static str, etcd: &Etcd) -> Self {
         let state = format!("--store=etcd:{}", etcd.endpoint());
-        Self::start_in(dir, "api", vec![state])
+        Self::start_flagged(components, vec![state])
+    }
+
+    /// Starts it with flags of the caller's, which say where its state is.
+    pub fn start_flagged(components: &'static str, flags: Vec<String>) -> Self {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        Self::start_in(dir, components, flags)
+    }
+
+    /// Starts the killed server again, on another state.
+    pub fn relaunch_on(&mut self, flags: Vec<String>) {
+        self.state = flags;
+        self.launch();
+    }
+
+    /// One more server on the state of this one, with the same credentials.
+    pub fn beside(&self, components: &'static str) -> Self {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let (ours, port) = (self.url(), free_port());
+        let theirs = format!("https://127.0.0.1:{port}");
+        let folders = [&self.dir, &dir].map(|dir| dir.path().display().to_string());
+        for file in std::fs::read_dir(self.dir.path()).expect("the credentials") {
+            let file = file.expect("a file").path();
+            if file.is_file() {
+                let name = file.file_name().expect("a name");
+                let text = std::fs::read_to_string(&file).expect("text");
+                let text = text.replace(&ours, &theirs);
+                let text = text.replace(&folders[0], &folders[1]);
+                std::fs::write(dir.path().join(name), text)
+                    .expect("a file in a temporary directory");
+            }
+        }
+        let server = Self {
+            dir,
+            port,
+            components,
+            state: self.state.clone(),
+            process: Mutex::new(None),
+        };
+        server.launch();
+        server
+    }
+
+    /// The server's name among several.
+    pub fn identity(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
     }
 
     fn start_in(dir: tempfile::TempDir, components: &'static str, state: Vec<String>) -> Self {
-        // Bound and freed again: the server takes it a moment later.
-        let port = TcpListener::bind("127.0.0.1:0")
-            .and_then(|l| l.local_addr())
-            .expect("a free port")
-            .port();
+        let port = free_port();
         write_credentials(dir.path(), port);
         let server = Self {
             dir,
@@ -278,6 +322,14 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// Bound and freed again: the server takes it a moment later.
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0")
+        .and_then(|l| l.local_addr())
+        .expect("a free port")
+        .port()
 }
 
 pub fn text(bytes: &[u8]) -> String {

@@ -1,6 +1,5 @@
 //! Addresses out of a range.
 
-use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnetwork::IpNetwork;
@@ -8,7 +7,7 @@ use rand::RngExt;
 
 /// A free address of the range. The low end is left to those who ask for an address by name (KEP-3070), until nothing else
 /// is left. The first address is the API server's own; the last of an IPv4 range is for broadcasts.
-pub fn pick(range: &IpNetwork, taken: &HashSet<IpAddr>) -> Option<IpAddr> {
+pub fn pick(range: &IpNetwork, taken: &dyn Fn(IpAddr) -> bool) -> Option<IpAddr> {
     let nth = |n: u128| match range {
         IpNetwork::V4(range) => {
             let n = u32::try_from(n).ok()?;
@@ -32,7 +31,7 @@ pub fn pick(range: &IpNetwork, taken: &HashSet<IpAddr>) -> Option<IpAddr> {
         (start..to)
             .chain(from..start)
             .filter_map(nth)
-            .find(|address| !taken.contains(address))
+            .find(|address| !taken(*address))
     };
     find(reserved, last).or_else(|| find(2, reserved.min(last)))
 }
@@ -47,6 +46,8 @@ fn size(range: &IpNetwork) -> u128 {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     #[test]
@@ -60,7 +61,7 @@ mod tests {
             let low: IpAddr = low.parse().expect("an address");
             let mut taken = HashSet::new();
             for _ in 0..200 {
-                let address = pick(&range, &taken).expect("room");
+                let address = pick(&range, &|a| taken.contains(&a)).expect("room");
                 assert!(
                     range.contains(address) && address >= low,
                     "{address} of {range}"
@@ -75,7 +76,7 @@ mod tests {
         for (range, count) in [("10.96.0.0/28", 13), ("fd00::/124", 14)] {
             let range: IpNetwork = range.parse().expect("a range");
             let mut taken = HashSet::new();
-            while let Some(address) = pick(&range, &taken) {
+            while let Some(address) = pick(&range, &|a| taken.contains(&a)) {
                 taken.insert(address);
             }
             assert_eq!(taken.len(), count, "{range}: from .2 on");

@@ -1,6 +1,6 @@
 //! Node ports: those of a service's ports, and the one at which nodes tell of a balancer's local backends.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
 
 use rand::RngExt;
 use serde_json::Value;
@@ -10,17 +10,13 @@ use crate::api::fields::Fields;
 use crate::api::status::FieldError;
 use crate::api::strategy;
 
-/// Gives a service the node ports that it asks for or lacks. `held` are those it has had; what it gets beside them is added to
-/// `taken` and `new`.
+/// Gives a service the node ports that it asks for or lacks.
 pub fn give(
     service: &mut Value,
     old: Option<&Value>,
-    held: &BTreeSet<u16>,
-    taken: &mut HashSet<u16>,
-    new: &mut BTreeSet<u16>,
+    book: &mut Book<'_>,
     errors: &mut Vec<FieldError>,
 ) {
-    let mut book = Book { held, taken, new };
     let wanted = strategy::wants_node_ports(service);
     let asked: Vec<(i64, i64)> = service
         .items("/spec/ports")
@@ -58,7 +54,7 @@ pub fn give(
             }
         }
     }
-    health_check(service, &mut book, errors);
+    health_check(service, book, errors);
 }
 
 /// A balancer that leads to local backends only has a port at which its nodes say whether they have any.
@@ -91,20 +87,25 @@ fn health_check(service: &mut Value, book: &mut Book<'_>, errors: &mut Vec<Field
 }
 
 /// What one service has, and what all have.
-struct Book<'a> {
-    held: &'a BTreeSet<u16>,
-    taken: &'a mut HashSet<u16>,
-    new: &'a mut BTreeSet<u16>,
+pub struct Book<'a> {
+    /// What the service has had.
+    pub held: &'a BTreeSet<u16>,
+    pub taken: &'a dyn Fn(u16) -> bool,
+    /// What it gets now.
+    pub new: &'a mut BTreeSet<u16>,
 }
 
 impl Book<'_> {
+    fn is_free(&self, port: u16) -> bool {
+        !self.new.contains(&port) && !(self.taken)(port)
+    }
+
     /// A free port.
     fn any(&mut self) -> Option<u16> {
         let start = rand::rng().random_range(NODE_PORTS);
         let free = (start..=*NODE_PORTS.end())
             .chain(*NODE_PORTS.start()..start)
-            .find(|port| !self.taken.contains(port))?;
-        self.taken.insert(free);
+            .find(|port| self.is_free(*port))?;
         self.new.insert(free);
         Some(free)
     }
@@ -121,7 +122,7 @@ impl Book<'_> {
         if self.held.contains(&number) || self.new.contains(&number) {
             return Ok(());
         }
-        if !self.taken.insert(number) {
+        if !self.is_free(number) {
             return Err("provided port is already allocated".to_owned());
         }
         self.new.insert(number);

@@ -8,7 +8,8 @@ mod disk;
 mod expiry;
 mod writer;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -16,14 +17,18 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use tokio::sync::{mpsc, oneshot};
 
-use super::replica::{Bounds, Event, Replica};
-use super::{Change, Expect, Page, Range, Record, Revision, Store, StoreError, WatchStream};
+use super::replica::{Bounds, Event, Records, Replica};
+use super::snapshot::{Snapshot, lifetime};
+use super::{Change, Expect, Page, Range, Record, Revision, Store, StoreError, WatchStream, Write};
 use disk::Disk;
 use expiry::{Expiries, Instant};
-use writer::{Request, Write};
+use writer::{Request, Wish};
 
 /// Writes that may wait for the writer before callers are held back.
 const QUEUE_WRITES_MAX: usize = 4096;
+
+/// Records of a snapshot that are written at a time.
+const IMPORT_RECORDS: usize = 1024;
 
 /// EmbeddedConfig says where the state lives and how much history is kept.
 #[derive(Clone, Debug)]
@@ -55,6 +60,42 @@ impl Embedded {
         Self::start(Disk::open(&config.path)?, config)
     }
 
+    /// Makes a database of a snapshot, whole or not at all. There must be none yet.
+    pub fn import(path: &Path, snapshot: &Snapshot) -> Result<(), StoreError> {
+        let failed = |reason: String| StoreError::Disk {
+            operation: "restore to",
+            path: path.display().to_string(),
+            reason,
+        };
+        if path.exists() {
+            return Err(failed("there is a state already".to_owned()));
+        }
+        let partial = path.with_extension("partial");
+        if partial.exists() {
+            std::fs::remove_file(&partial).map_err(|error| failed(error.to_string()))?;
+        }
+        let disk = Disk::open(&partial)?;
+        for group in snapshot.records.chunks(IMPORT_RECORDS) {
+            let event = |record: &Record| Event {
+                change: Change::Put,
+                record: record.clone(),
+                previous: None,
+            };
+            let ends = |record: &Record| {
+                let lifetime = lifetime(&record.key)?;
+                Some((record.key.clone(), Some(Instant::after(lifetime))))
+            };
+            let events: Vec<Arc<Event>> = group.iter().map(event).map(Arc::new).collect();
+            let expiries: Vec<_> = group.iter().filter_map(ends).collect();
+            disk.commit(&events, &expiries, snapshot.revision)?;
+        }
+        disk.commit(&[], &[], snapshot.revision)?;
+        drop(disk);
+        std::fs::rename(&partial, path)
+            .and_then(|()| std::fs::File::open(path.parent().unwrap_or(path))?.sync_all())
+            .map_err(|error| failed(error.to_string()))
+    }
+
     fn start(disk: Disk, config: &EmbeddedConfig) -> Result<Self, StoreError> {
         let loaded = disk.load()?;
         let expiries = Expiries::new(loaded.expiries);
@@ -81,11 +122,15 @@ impl Embedded {
         })
     }
 
-    async fn write(&self, write: Write) -> Result<Record, StoreError> {
+    async fn write(&self, first: Wish, along: Vec<Wish>) -> Result<Record, StoreError> {
         let (answer, outcome) = oneshot::channel();
         let queue = self.queue.as_ref().ok_or(StoreError::Closed)?;
         queue
-            .send(Request { write, answer })
+            .send(Request {
+                first,
+                along,
+                answer,
+            })
             .await
             .map_err(|_| StoreError::Closed)?;
         outcome.await.map_err(|_| StoreError::Closed)?
@@ -103,12 +148,15 @@ impl Store for Embedded {
         value: Bytes,
         expect: Expect,
     ) -> BoxFuture<'a, Result<Record, StoreError>> {
-        Box::pin(self.write(Write {
-            key: key.into(),
-            value: Some(value),
-            expect,
-            expires: None,
-        }))
+        Box::pin(self.write(
+            Wish {
+                key: key.into(),
+                value: Some(value),
+                expect,
+                expires: None,
+            },
+            Vec::new(),
+        ))
     }
 
     fn put_for<'a>(
@@ -119,12 +167,15 @@ impl Store for Embedded {
         lifetime: Duration,
     ) -> BoxFuture<'a, Result<Record, StoreError>> {
         let expires = Some(Instant::after(lifetime));
-        Box::pin(self.write(Write {
-            key: key.into(),
-            value: Some(value),
-            expect,
-            expires,
-        }))
+        Box::pin(self.write(
+            Wish {
+                key: key.into(),
+                value: Some(value),
+                expect,
+                expires,
+            },
+            Vec::new(),
+        ))
     }
 
     fn delete<'a>(
@@ -132,12 +183,25 @@ impl Store for Embedded {
         key: &'a str,
         expect: Expect,
     ) -> BoxFuture<'a, Result<Record, StoreError>> {
-        Box::pin(self.write(Write {
-            key: key.into(),
-            value: None,
-            expect,
+        Box::pin(self.write(
+            Wish {
+                key: key.into(),
+                value: None,
+                expect,
+                expires: None,
+            },
+            Vec::new(),
+        ))
+    }
+
+    fn commit(&self, first: Write, along: Vec<Write>) -> BoxFuture<'_, Result<Record, StoreError>> {
+        let wish = |write: Write| Wish {
+            key: write.key.into(),
+            value: write.value,
+            expect: write.expect,
             expires: None,
-        }))
+        };
+        Box::pin(self.write(wish(first), along.into_iter().map(wish).collect()))
     }
 
     fn list<'a>(&'a self, range: Range<'a>) -> BoxFuture<'a, Result<Page, StoreError>> {
@@ -154,6 +218,14 @@ impl Store for Embedded {
 
     fn revision(&self) -> Revision {
         self.replica.revision()
+    }
+
+    fn is_shared(&self) -> bool {
+        false
+    }
+
+    fn kept(&self) -> &dyn Store {
+        self
     }
 }
 

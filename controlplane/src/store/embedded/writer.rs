@@ -7,7 +7,7 @@ use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    Change, Disk, Event, Expect, Expiries, Instant, Record, Replica, Revision, StoreError,
+    Change, Disk, Event, Expect, Expiries, Instant, Record, Records, Replica, Revision, StoreError,
 };
 
 /// Writes that one transaction may hold: bounds the latency of the first of them.
@@ -18,17 +18,28 @@ const GROUP_BYTES_MAX: usize = 8 << 20;
 /// How long expired keys wait when the disk refuses their deletion.
 const EXPIRY_RETRY: Duration = Duration::from_secs(5);
 
-/// Write is a wish: a value to put, or None to delete.
-pub(super) struct Write {
+/// Wish is a write with the time at which it is to end.
+pub(super) struct Wish {
     pub key: Arc<str>,
     pub value: Option<Bytes>,
     pub expect: Expect,
     pub expires: Option<Instant>,
 }
 
+/// Request is a wish and what is to be done along with it, all or nothing.
 pub(super) struct Request {
-    pub write: Write,
+    pub first: Wish,
+    pub along: Vec<Wish>,
     pub answer: oneshot::Sender<Result<Record, StoreError>>,
+}
+
+impl Request {
+    fn bytes(&self) -> usize {
+        let wishes = std::iter::once(&self.first).chain(&self.along);
+        wishes
+            .map(|wish| wish.value.as_ref().map_or(0, Bytes::len))
+            .sum()
+    }
 }
 
 /// Runs until every sender is gone.
@@ -52,14 +63,15 @@ pub(super) fn run(
             let wake = expiries.next().map(|at| at.max(not_before));
             if wake.is_some_and(|at| at <= Instant::now()) {
                 let gone = expiries.due(Instant::now(), GROUP_WRITES_MAX);
-                let delete = |key| Write {
+                let delete = |key| Wish {
                     key,
                     value: None,
                     expect: Expect::Any,
                     expires: None,
                 };
                 let group = gone.into_iter().map(|key| Request {
-                    write: delete(key),
+                    first: delete(key),
+                    along: Vec::new(),
                     answer: oneshot::channel().0,
                 });
                 if !commit(disk, replica, &mut expiries, group.collect()) {
@@ -75,11 +87,11 @@ pub(super) fn run(
                 },
             };
             let Some(first) = first else { return };
-            let mut bytes = first.write.value.as_ref().map_or(0, Bytes::len);
+            let mut bytes = first.bytes();
             let mut group = vec![first];
             while group.len() < GROUP_WRITES_MAX && bytes < GROUP_BYTES_MAX {
                 let Ok(next) = requests.try_recv() else { break };
-                bytes += next.write.value.as_ref().map_or(0, Bytes::len);
+                bytes += next.bytes();
                 group.push(next);
             }
             commit(disk, replica, &mut expiries, group);
@@ -94,22 +106,26 @@ fn commit(disk: &Disk, replica: &Replica, expiries: &mut Expiries, group: Vec<Re
     let mut events: Vec<Arc<Event>> = Vec::with_capacity(group.len());
     let mut answers = Vec::with_capacity(group.len());
     let mut changes: Vec<(Arc<str>, Option<Instant>)> = Vec::new();
-    for Request { write, answer } in group {
-        let expires = write.expires;
-        let outcome =
-            decide(records.get(&*write.key), write, Revision(revision.0 + 1)).map(|event| {
-                revision = event.record.revision;
-                event.apply(&mut records);
-                let record = event.record.clone();
-                if expires.is_some()
-                    || expiries.has(&record.key)
-                    || changes.iter().any(|(k, _)| *k == record.key)
-                {
-                    changes.push((record.key.clone(), expires));
+    for Request {
+        first,
+        along,
+        answer,
+    } in group
+    {
+        let next = Revision(revision.0 + 1);
+        let outcome = transact(&mut records, first, along, next).map(|done| {
+            revision = next;
+            let record = done[0].0.record.clone();
+            for (event, expires) in done {
+                let key = &event.record.key;
+                let listed = expiries.has(key) || changes.iter().any(|(k, _)| k == key);
+                if expires.is_some() || listed {
+                    changes.push((key.clone(), expires));
                 }
                 events.push(Arc::new(event));
-                record
-            });
+            }
+            record
+        });
         answers.push((answer, outcome));
     }
     if !events.is_empty() {
@@ -133,11 +149,42 @@ fn commit(disk: &Disk, replica: &Replica, expiries: &mut Expiries, group: Vec<Re
     true
 }
 
-/// Decides a write against the record that is there.
-fn decide(current: Option<&Record>, write: Write, revision: Revision) -> Result<Event, StoreError> {
-    let Write {
+/// Does all wishes of a request, at one revision, or none of them. The first one's event comes first.
+fn transact(
+    records: &mut Records,
+    first: Wish,
+    along: Vec<Wish>,
+    revision: Revision,
+) -> Result<Vec<(Event, Option<Instant>)>, StoreError> {
+    let mut done: Vec<(Event, Option<Instant>)> = Vec::with_capacity(1 + along.len());
+    for wish in std::iter::once(first).chain(along) {
+        let current = records.get(&*wish.key);
+        let unconditional = wish.value.is_none() && wish.expect == Expect::Any;
+        if unconditional && current.is_none() && !done.is_empty() {
+            continue;
+        }
+        let expires = wish.expires;
+        match decide(current, wish, revision) {
+            Ok(event) => {
+                event.apply(records);
+                done.push((event, expires));
+            }
+            Err(error) => {
+                for (event, _) in done.iter().rev() {
+                    event.undo(records);
+                }
+                return Err(error);
+            }
+        }
+    }
+    Ok(done)
+}
+
+/// Decides a wish against the record that is there.
+fn decide(current: Option<&Record>, wish: Wish, revision: Revision) -> Result<Event, StoreError> {
+    let Wish {
         key, value, expect, ..
-    } = write;
+    } = wish;
     match (expect, current) {
         (Expect::Absent, Some(current)) => {
             return Err(StoreError::Exists {

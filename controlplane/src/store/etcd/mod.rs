@@ -6,6 +6,7 @@
 
 mod fence;
 mod follow;
+mod import;
 mod leases;
 mod members;
 
@@ -24,7 +25,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::replica::{Bounds, Replica};
-use super::{Expect, Page, Range, Record, Revision, Store, StoreError, WatchStream};
+use super::{Expect, Page, Range, Record, Revision, Store, StoreError, WatchStream, Write};
 use fence::Fence;
 use follow::Follower;
 use leases::Leases;
@@ -105,8 +106,20 @@ pub struct Etcd {
 }
 
 impl Etcd {
-    /// Connects, and loads what is there.
+    /// Connects, and loads what is there. What was imported in part is refused.
     pub async fn connect(config: &EtcdConfig) -> Result<Self, StoreError> {
+        let store = Self::open(config).await?;
+        match store.replica.get(import::MARK) {
+            None => Ok(store),
+            Some(_) => Err(StoreError::Disk {
+                operation: "use",
+                path: config.prefix.clone(),
+                reason: "a migration to it was not finished; run it again".to_owned(),
+            }),
+        }
+    }
+
+    async fn open(config: &EtcdConfig) -> Result<Self, StoreError> {
         let members = Arc::new(Members::new(config).await?);
         let space = Space(config.prefix.as_str().into());
         check_format(&members, &space).await?;
@@ -136,75 +149,103 @@ impl Etcd {
         })
     }
 
-    /// One operation under a condition; what etcd answered, and the revision it made.
-    async fn conditional(
+    /// Operations under conditions, all or none; what etcd answered to each, and the revision they made.
+    async fn transact(
         &self,
-        key: &str,
-        expect: Expect,
-        operation: TxnOp,
-    ) -> Result<(Revision, TxnOpResponse), StoreError> {
-        let path = self.space.path(key);
-        let condition = match expect {
-            Expect::Any => Vec::new(),
-            Expect::Absent => vec![Compare::create_revision(path.clone(), CompareOp::Equal, 0)],
-            Expect::Revision(revision) => vec![Compare::mod_revision(
-                path.clone(),
-                CompareOp::Equal,
-                signed(revision),
-            )],
+        conditions: &[(&str, Expect)],
+        operations: Vec<TxnOp>,
+    ) -> Result<(Revision, Vec<TxnOpResponse>), StoreError> {
+        let paths = conditions.iter().map(|(key, _)| self.space.path(key));
+        let compare = |(key, expect): &(&str, Expect)| {
+            let path = self.space.path(key);
+            match expect {
+                Expect::Any => None,
+                Expect::Absent => Some(Compare::create_revision(path, CompareOp::Equal, 0)),
+                Expect::Revision(revision) => {
+                    let revision = signed(*revision);
+                    Some(Compare::mod_revision(path, CompareOp::Equal, revision))
+                }
+            }
         };
         let txn = Txn::new()
-            .when(condition)
-            .and_then([operation])
-            .or_else([TxnOp::get(path, None)]);
+            .when(conditions.iter().filter_map(compare).collect::<Vec<_>>())
+            .and_then(operations)
+            .or_else(paths.map(|path| TxnOp::get(path, None)).collect::<Vec<_>>());
         let write = |client: Client| async move { client.kv_client().txn(txn).await };
         let response = self.members.ask("write", write).await?;
-        let revision = revision_of(response.header());
-        let answer = response.op_responses().pop();
-        if response.succeeded() {
-            return answer
-                .map(|answer| (revision, answer))
-                .ok_or_else(|| nonsense("a transaction was answered with nothing"));
+        let answers = response.op_responses();
+        if answers.len() != conditions.len() {
+            return Err(nonsense("a transaction was answered in part"));
         }
-        let key = key.to_owned();
-        let current = match &answer {
-            Some(TxnOpResponse::Get(found)) => found.kvs().first(),
-            _ => None,
-        };
-        Err(match current.and_then(|kv| self.space.record(kv)) {
-            None => StoreError::NotFound { key },
-            Some(current) if expect == Expect::Absent => StoreError::Exists {
-                key,
-                current: Box::new(current),
-            },
-            Some(current) => StoreError::Conflict {
-                key,
-                current: Box::new(current),
-            },
-        })
+        if response.succeeded() {
+            return Ok((revision_of(response.header()), answers));
+        }
+        for ((key, expect), answer) in conditions.iter().zip(answers) {
+            let found = match &answer {
+                TxnOpResponse::Get(found) => found.kvs().first(),
+                _ => None,
+            };
+            let key = (*key).to_owned();
+            match (expect, found.and_then(|kv| self.space.record(kv))) {
+                (Expect::Any, _) | (Expect::Absent, None) => {}
+                (Expect::Revision(_), None) => return Err(StoreError::NotFound { key }),
+                (Expect::Revision(wanted), Some(current)) if current.revision == *wanted => {}
+                (Expect::Absent, Some(current)) => {
+                    let current = Box::new(current);
+                    return Err(StoreError::Exists { key, current });
+                }
+                (Expect::Revision(_), Some(current)) => {
+                    let current = Box::new(current);
+                    return Err(StoreError::Conflict { key, current });
+                }
+            }
+        }
+        Err(nonsense("a condition does not hold, and none is broken"))
     }
 
-    async fn put_with(
+    /// The one write of a transaction, or its first.
+    async fn write(
         &self,
-        key: &str,
-        value: Bytes,
-        expect: Expect,
-        options: PutOptions,
+        first: (Write, Option<PutOptions>),
+        along: Vec<Write>,
     ) -> Result<Record, StoreError> {
-        let options = options.with_prev_key();
-        let put = TxnOp::put(self.space.path(key), &*value, Some(options));
-        let (revision, answer) = self.conditional(key, expect, put).await?;
-        let created = match &answer {
-            TxnOpResponse::Put(put) => put.prev_key().map(KeyValue::create_revision),
-            _ => None,
+        let (first, options) = first;
+        let conditions: Vec<(&str, Expect)> = std::iter::once(&first)
+            .chain(&along)
+            .map(|write| (write.key.as_str(), write.expect))
+            .collect();
+        let operation = |write: &Write, options: Option<PutOptions>| {
+            let path = self.space.path(&write.key);
+            match &write.value {
+                Some(value) => {
+                    let options = options.unwrap_or_default().with_prev_key();
+                    TxnOp::put(path, &**value, Some(options))
+                }
+                None => TxnOp::delete(path, Some(DeleteOptions::new().with_prev_key())),
+            }
+        };
+        let mut operations = vec![operation(&first, options)];
+        operations.extend(along.iter().map(|write| operation(write, None)));
+        let (revision, answers) = self.transact(&conditions, operations).await?;
+        let record = match (answers.first(), first.value) {
+            (Some(TxnOpResponse::Put(put)), Some(value)) => Record {
+                key: first.key.into(),
+                value,
+                revision,
+                created: put
+                    .prev_key()
+                    .map_or(revision, |last| unsigned(last.create_revision())),
+            },
+            (Some(TxnOpResponse::Delete(deleted)), None) => {
+                let last = deleted.prev_kvs().first();
+                let last = last.and_then(|kv| self.space.record(kv));
+                let last = last.ok_or(StoreError::NotFound { key: first.key })?;
+                Record { revision, ..last }
+            }
+            _ => return Err(nonsense("a write was answered with something else")),
         };
         self.shown(revision).await;
-        Ok(Record {
-            key: key.into(),
-            value,
-            revision,
-            created: created.map_or(revision, unsigned),
-        })
+        Ok(record)
     }
 
     /// Waits until the replica shows a write that etcd has answered. It is durable whether that comes to pass or not.
@@ -250,7 +291,7 @@ impl Store for Etcd {
         value: Bytes,
         expect: Expect,
     ) -> BoxFuture<'a, Result<Record, StoreError>> {
-        Box::pin(self.put_with(key, value, expect, PutOptions::new()))
+        self.commit(put(key, value, expect), Vec::new())
     }
 
     fn put_for<'a>(
@@ -263,7 +304,8 @@ impl Store for Etcd {
         Box::pin(async move {
             let lease = self.leases.lasting(lifetime).await?;
             let options = PutOptions::new().with_lease(lease);
-            self.put_with(key, value, expect, options).await
+            let first = (put(key, value, expect), Some(options));
+            self.write(first, Vec::new()).await
         })
     }
 
@@ -272,21 +314,16 @@ impl Store for Etcd {
         key: &'a str,
         expect: Expect,
     ) -> BoxFuture<'a, Result<Record, StoreError>> {
-        Box::pin(async move {
-            let options = DeleteOptions::new().with_prev_key();
-            let delete = TxnOp::delete(self.space.path(key), Some(options));
-            let (revision, answer) = self.conditional(key, expect, delete).await?;
-            let last = match &answer {
-                TxnOpResponse::Delete(deleted) => deleted.prev_kvs().first(),
-                _ => None,
-            };
-            let last = last.and_then(|kv| self.space.record(kv));
-            let last = last.ok_or_else(|| StoreError::NotFound {
-                key: key.to_owned(),
-            })?;
-            self.shown(revision).await;
-            Ok(Record { revision, ..last })
-        })
+        let delete = Write {
+            key: key.to_owned(),
+            value: None,
+            expect,
+        };
+        self.commit(delete, Vec::new())
+    }
+
+    fn commit(&self, first: Write, along: Vec<Write>) -> BoxFuture<'_, Result<Record, StoreError>> {
+        Box::pin(self.write((first, None), along))
     }
 
     fn list<'a>(&'a self, range: Range<'a>) -> BoxFuture<'a, Result<Page, StoreError>> {
@@ -312,6 +349,22 @@ impl Store for Etcd {
 
     fn revision(&self) -> Revision {
         self.replica.revision()
+    }
+
+    fn is_shared(&self) -> bool {
+        true
+    }
+
+    fn kept(&self) -> &dyn Store {
+        self
+    }
+}
+
+fn put(key: &str, value: Bytes, expect: Expect) -> Write {
+    Write {
+        key: key.to_owned(),
+        value: Some(value),
+        expect,
     }
 }
 

@@ -1,0 +1,60 @@
+//! Storing: the last step of a write, in one step with what goes along with it.
+
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::allocation;
+use super::request::Target;
+use super::status::Status;
+use super::{Api, object};
+use crate::store::{Expect, Record, StoreError, Write};
+
+/// How long an Event is kept after its last write, as upstream's default.
+const EVENT_LIFETIME: Duration = Duration::from_secs(3600);
+
+impl Api {
+    /// Writes an object, and what goes with it; Events get a lifetime, which begins anew with each write.
+    pub(super) async fn put(
+        &self,
+        target: &Target,
+        key: &str,
+        object: Value,
+        expect: Expect,
+        along: Vec<Write>,
+    ) -> Result<Record, StoreError> {
+        let value = object::encode(object);
+        if target.resource.kind == "Event" {
+            return self.store.put_for(key, value, expect, EVENT_LIFETIME).await;
+        }
+        let first = Write {
+            key: key.to_owned(),
+            value: Some(value),
+            expect,
+        };
+        self.store.commit(first, along).await
+    }
+
+    /// Deletes a record, and what its object was given.
+    pub(super) async fn remove(
+        &self,
+        target: &Target,
+        record: &Record,
+    ) -> Result<Record, StoreError> {
+        let delete = Write {
+            key: record.key.to_string(),
+            value: None,
+            expect: Expect::Revision(record.revision),
+        };
+        let along = allocation::freeing(target, record);
+        self.store.commit(delete, along).await
+    }
+
+    /// Sees to it that this server knows what another one has given out, before something else is chosen.
+    pub(super) async fn catch_up(&self, lost: &StoreError) -> Result<(), Status> {
+        if let StoreError::Exists { key, .. } = lost {
+            self.store.get(key).await?;
+        }
+        Ok(())
+    }
+}
