@@ -312,7 +312,9 @@ fn a_load_balancers_address_is_a_services_unless_it_is_a_nodes() {
     let web = balanced();
     let key = web.key.clone();
     let mut cluster = snapshot(vec![web], vec![]);
-    let vips = |cluster: &Snapshot| plan(cluster, &key, &here()).vips;
+    let vips = |cluster: &Snapshot| -> BTreeMap<_, Vip> {
+        plan(cluster, &key, &here()).vips.into_iter().collect()
+    };
     let (own, given) = ([10, 96, 0, 1].into(), [192, 0, 2, 2].into());
     assert_eq!(
         vips(&cluster),

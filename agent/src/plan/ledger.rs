@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use cluster_model::ServiceKey;
 use dataplane_abi::limits;
+use litemap::LiteMap;
 
 use super::{PortKey, PortPlan, ServicePlan};
 use crate::dataplane::{Frontend, Lead, Op, ServiceId, Sources, State, Vip};
@@ -19,14 +20,17 @@ pub struct Ledger {
     ids: HashMap<PortKey, ServiceId>,
     owners: HashMap<ServiceId, PortKey>,
     /// Who wants a frontend. The first one has it, whatever came first in time.
-    claims: BTreeMap<Frontend, BTreeSet<ServiceKey>>,
-    vip_claims: BTreeMap<IpAddr, BTreeSet<ServiceKey>>,
+    claims: BTreeMap<Frontend, Claims>,
+    vip_claims: BTreeMap<IpAddr, Claims>,
     /// What the maps hold, of services, frontends and VIPs.
     held: State,
     /// Where the search for a free id goes on: an id rests as long as possible before it is used again.
     last_id: u32,
     touched: Touched,
 }
+
+/// Services that want the same, in their order: hardly ever more than one, for which a tree's first node has ten times the room.
+type Claims = LiteMap<ServiceKey, ()>;
 
 /// Entries whose wish or holding may differ.
 #[derive(Debug, Default)]
@@ -103,7 +107,7 @@ impl Ledger {
             self.touched.vips.insert(*vip);
             let claims = self.vip_claims.entry(*vip).or_default();
             if plan.vips.contains_key(vip) {
-                claims.insert(key.clone())
+                claims.insert(key.clone(), ())
             } else {
                 claims.remove(key)
             };
@@ -133,12 +137,12 @@ impl Ledger {
             }
             let claims = self.claims.entry(*frontend).or_default();
             if wish.is_some() {
-                claims.insert(key.clone())
+                claims.insert(key.clone(), ())
             } else {
                 claims.remove(key)
             };
             // Others that want the frontend may gain or lose it.
-            for other in claims.iter().filter(|other| *other != key) {
+            for other in claims.keys().filter(|other| *other != key) {
                 let plan = self.plans.get(other);
                 let route = plan.and_then(|plan| plan.frontends.get(frontend));
                 let ends = route
@@ -173,7 +177,7 @@ impl Ledger {
 
     /// The Service that has a frontend of those that want it.
     pub fn winner(&self, frontend: &Frontend) -> Option<&ServiceKey> {
-        self.claims.get(frontend)?.first()
+        self.claims.get(frontend)?.first().map(|(first, ())| first)
     }
 
     /// Every service port that has an id.
@@ -245,7 +249,8 @@ impl Ledger {
                 }),
                 _ => {}
             }
-            let mut claims = self.claims.get(frontend).into_iter().flatten();
+            let claims = self.claims.get(frontend).into_iter();
+            let mut claims = claims.flat_map(Claims::keys);
             if let Some(winner) = claims.next() {
                 refusals.extend(claims.map(|loser| Refusal::Contested {
                     frontend: *frontend,
@@ -352,7 +357,7 @@ impl Ledger {
         let mut won: HashMap<PortKey, Vec<(Frontend, Ends)>> = HashMap::new();
         let plan = self.plans.get(service);
         for (frontend, route) in plan.into_iter().flat_map(|plan| &plan.frontends) {
-            if self.claims.get(frontend).and_then(BTreeSet::first) != Some(service) {
+            if self.winner(frontend) != Some(service) {
                 continue;
             }
             let ends = |port: &PortKey| Ends {
@@ -376,7 +381,7 @@ impl Ledger {
     }
 
     fn wished_vip(&self, addr: &IpAddr) -> Option<Vip> {
-        let claims = self.vip_claims.get(addr)?.iter();
+        let claims = self.vip_claims.get(addr)?.keys();
         claims
             .filter_map(|key| self.plans.get(key)?.vips.get(addr))
             .min()
@@ -384,7 +389,7 @@ impl Ledger {
     }
 
     fn wished_lead(&self, frontend: &Frontend) -> Option<Lead> {
-        let winner = self.claims.get(frontend)?.first()?;
+        let winner = self.winner(frontend)?;
         let route = self.plans.get(winner)?.frontends.get(frontend)?;
         Some(Lead {
             internal: *self.ids.get(&route.internal)?,

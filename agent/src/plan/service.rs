@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use cluster_model::{Service, ServiceKey, ServicePort, ServiceType, Snapshot, TrafficPolicy};
 use dataplane_abi::limits;
+use litemap::LiteMap;
 
 use super::endpoints::Endpoints;
 use crate::dataplane::{Frontend, Protocol, ServiceBackends, Sources, Vip};
@@ -69,10 +70,15 @@ pub struct Route {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ServicePlan {
     /// Addresses on which a port that is not the Service's is rejected.
-    pub vips: BTreeMap<IpAddr, Vip>,
-    pub frontends: BTreeMap<Frontend, Route>,
+    pub vips: LiteMap<IpAddr, Vip>,
+    pub frontends: LiteMap<Frontend, Route>,
     /// What the frontends lead to.
-    pub ports: BTreeMap<PortKey, PortPlan>,
+    pub ports: LiteMap<PortKey, PortPlan>,
+}
+
+/// A map that is made once and kept: as small as what is in it, where a tree's first node has room for eleven.
+fn kept<K: Ord, V>(map: BTreeMap<K, V>) -> LiteMap<K, V> {
+    LiteMap::from_sorted_store_unchecked(map.into_iter().collect())
 }
 
 /// What a service port leads to.
@@ -87,17 +93,16 @@ pub struct PortPlan {
 
 /// Plans one Service. An absent Service, a headless or external one, or one that another proxy serves, has the empty plan.
 pub fn plan(snapshot: &Snapshot, key: &ServiceKey, here: &Here) -> ServicePlan {
-    let mut plan = ServicePlan::default();
     let Some(service) = snapshot.service(key) else {
-        return plan;
+        return ServicePlan::default();
     };
     if service.service_type == ServiceType::ExternalName
         || service.headless
         || service.proxy_name.is_some()
     {
-        return plan;
+        return ServicePlan::default();
     }
-    plan.vips = vips(snapshot, service);
+    let (mut frontends, mut ports) = (BTreeMap::<Frontend, Route>::new(), BTreeMap::new());
     for port in &service.ports {
         // SCTP is not spoken by the data plane: its packets are dropped there by name.
         let Some(protocol) = Protocol::from_number(port.protocol.number()) else {
@@ -139,8 +144,7 @@ pub fn plan(snapshot: &Snapshot, key: &ServiceKey, here: &Here) -> ServicePlan {
                             .any(|range| range.is_ipv4() == ipv4),
                 };
                 // An address may be there twice: an external address that a load balancer gave, say. The stricter way wins.
-                let there = plan
-                    .frontends
+                let there = frontends
                     .entry(frontend)
                     .and_modify(|there| there.guarded |= route.guarded)
                     .or_insert(route);
@@ -150,10 +154,14 @@ pub fn plan(snapshot: &Snapshot, key: &ServiceKey, here: &Here) -> ServicePlan {
                     }
                 }
             }
-            plan_ports(snapshot, service, port, here, asked, &mut plan);
+            plan_ports(snapshot, service, port, here, asked, &mut ports);
         }
     }
-    plan
+    ServicePlan {
+        vips: kept(vips(snapshot, service)),
+        frontends: kept(frontends),
+        ports: kept(ports),
+    }
 }
 
 /// By what kind of address a client comes.
@@ -219,7 +227,7 @@ fn plan_ports(
     port: &ServicePort,
     here: &Here,
     asked: BTreeMap<PortKey, bool>,
-    plan: &mut ServicePlan,
+    ports: &mut BTreeMap<PortKey, PortPlan>,
 ) {
     let Some(ipv4) = asked.keys().next().map(|key| key.ipv4) else {
         return;
@@ -241,7 +249,7 @@ fn plan_ports(
             sources,
             left_out: wished.saturating_sub(limit) + endpoints.refused.len(),
         };
-        plan.ports.insert(key, port_plan);
+        ports.insert(key, port_plan);
     }
 }
 
