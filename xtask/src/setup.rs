@@ -12,8 +12,8 @@ use anyhow::{Context, Result, bail};
 use crate::process;
 use crate::project::Project;
 
-/// The oldest kernel with the BPF features that Keelway always uses (bpf_loop's predecessors, cgroup links, batch updates).
-const KERNEL_MIN: (u32, u32) = (5, 15);
+/// The oldest kernel with the BPF features that Keelway always uses: the newest of them is tcx.
+const KERNEL_MIN: (u32, u32) = (6, 6);
 
 /// Prints one line of progress; everything the set-up changes on a machine is announced this way.
 pub(crate) fn say(text: impl std::fmt::Display) {
@@ -53,7 +53,7 @@ fn check_kernel(release: &str) -> Result<()> {
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     if version < KERNEL_MIN {
         bail!(
-            "the kernel is {release}, and Keelway needs Linux {}.{} or newer (Debian 12 has 6.1)",
+            "the kernel is {release}, and Keelway needs Linux {}.{} or newer (Debian 12 has 6.1, and newer ones in bookworm-backports)",
             KERNEL_MIN.0,
             KERNEL_MIN.1
         );
@@ -66,17 +66,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kernels_from_5_15_on_are_accepted() {
-        for release in ["5.15.0-91-generic", "6.1.0-18-amd64", "6.18.44", "10.0"] {
+    fn kernels_from_6_6_on_are_accepted() {
+        for release in ["6.6.0-91-generic", "6.12.9+bpo-amd64", "6.18.44", "10.0"] {
             assert!(check_kernel(release).is_ok(), "{release}");
         }
     }
 
     #[test]
     fn older_kernels_are_refused_with_the_version_that_is_needed() {
-        for release in ["5.14.21", "4.19.0-26-amd64", "strange"] {
+        for release in ["6.1.0-18-amd64", "5.15.21", "strange"] {
             let error = check_kernel(release).unwrap_err().to_string();
-            assert!(error.contains(release) && error.contains("5.15"), "{error}");
+            assert!(error.contains(release) && error.contains("6.6"), "{error}");
         }
     }
 }

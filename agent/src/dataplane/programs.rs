@@ -237,10 +237,12 @@ impl Programs {
         let socket = SOCKET_PROGRAMS.iter().map(|(name, _)| *name);
         let names: Vec<&'static str> = packet.chain([COLLECT]).chain(socket).collect();
         verify(&mut ebpf, &names)?;
-        Ok(Self {
+        let programs = Self {
             ebpf,
             links: dir.join("links"),
-        })
+        };
+        check_tcx(programs.fd(PacketProgram::UplinkIngress.name())?)?;
+        Ok(programs)
     }
 
     fn fd(&self, name: &'static str) -> Result<BorrowedFd<'_>, Error> {
@@ -499,6 +501,17 @@ impl Programs {
             ))
         };
         Reason::ALL.iter().map(sum).collect()
+    }
+}
+
+/// No interface has this number.
+const NOBODY: u32 = i32::MAX.cast_unsigned();
+
+/// Says when the kernel has no tcx, before anything is changed: only one that has it looks for the interface.
+fn check_tcx(program: BorrowedFd<'_>) -> Result<(), Error> {
+    match sys::create_link(program, NOBODY, PacketProgram::UplinkIngress.attach_type()) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Err(Error::NoTcx),
+        _ => Ok(()),
     }
 }
 
