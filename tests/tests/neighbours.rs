@@ -331,3 +331,53 @@ fn what_programs_that_keep_the_network_take_away_comes_back() {
         .expect("in time");
     reach(&a, &b.network).expect("at last");
 }
+
+#[test]
+fn a_closed_filter_of_the_old_iptables_is_named_until_pods_may_pass() {
+    let Some(lab) = wired("a_closed_filter_of_the_old_iptables") else {
+        return;
+    };
+    let Wired { first, a, b, .. } = lab;
+    let programs = ["iptables-legacy", "ip6tables-legacy"];
+    if on(&first, &["sh", "-c", "command -v iptables-legacy"]).is_err() {
+        println!("skipped: needs iptables-legacy");
+        return;
+    }
+    let closed = |said: &str, program: &str| {
+        let policy = format!("the policy of FORWARD is DROP in {program}");
+        said.contains(&policy) && said.contains(&format!("{program} -I FORWARD -i kw+"))
+    };
+    // A table that lets everything pass is in nobody's way.
+    for (program, source) in programs.into_iter().zip(["192.0.2.1", "2001:db8::1"]) {
+        let words = [program, "-A", "FORWARD", "-s", source, "-j", "DROP"];
+        on(&first, &words).expect("a rule");
+    }
+    reach(&b, &a.network).expect("open filters");
+    for program in programs {
+        on(&first, &[program, "-P", "FORWARD", "DROP"]).expect("a policy");
+    }
+    reach(&b, &a.network).expect_err("closed filters");
+    let told = until("both are named", || {
+        let said = notes(&first)?;
+        Ok(programs
+            .iter()
+            .all(|program| closed(&said, program))
+            .then_some(said))
+    });
+    told.expect("in time");
+    // As it says.
+    for program in programs {
+        for side in ["-i", "-o"] {
+            on(
+                &first,
+                &[program, "-I", "FORWARD", side, "kw+", "-j", "ACCEPT"],
+            )
+            .expect("a rule");
+        }
+    }
+    reach(&b, &a.network).expect("pods may pass");
+    until("nothing is named", || {
+        Ok((!notes(&first)?.contains("-legacy")).then_some(()))
+    })
+    .expect("in time");
+}

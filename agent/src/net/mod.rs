@@ -1,6 +1,7 @@
 //! The kernel's links, addresses, routes and neighbours, by netlink.
 
 mod filter;
+pub mod iptables;
 mod kernel;
 mod message;
 mod netlink;
@@ -9,6 +10,7 @@ mod overlay;
 mod pod;
 mod route;
 mod service_veth;
+mod sys;
 
 pub use filter::{Direction, Filter};
 pub use kernel::{Kernel, Link, Uplink};

@@ -4,8 +4,10 @@
 //! Docker and ufw set the policy of FORWARD to that. Rules in other chains cannot help, so ours go into the very chain.
 
 use std::fs;
+use std::io;
 use std::path::Path;
 
+use crate::net::iptables;
 use crate::net::nftables::{Chain, OurRule, Side};
 
 /// How the names of pods' interfaces begin.
@@ -66,14 +68,39 @@ pub fn firewalld(chains: &[Chain]) -> Option<String> {
     })
 }
 
-/// The old iptables, whose tables nft does not show. What is in them is not read.
-pub fn legacy(proc: &Path) -> Option<String> {
-    let names = fs::read_to_string(proc.join("self/net/ip_tables_names")).ok()?;
-    names.lines().any(|name| name == "filter").then(|| {
-        "iptables-legacy has rules: if the policy of FORWARD is DROP there, let pods pass with `iptables-legacy -I FORWARD -i kw+ -j ACCEPT` \
-         and the same with -o"
-            .into()
-    })
+/// The old iptables, whose tables nft does not show.
+pub fn legacy(proc: &Path) -> Vec<String> {
+    let families = [
+        ("iptables", "ip_tables_names", false),
+        ("ip6tables", "ip6_tables_names", true),
+    ];
+    let note = |(program, names, v6): (&str, &str, bool)| {
+        // Looking into a table makes it, and with it another thing that packets pass.
+        let names = fs::read_to_string(proc.join("self/net").join(names)).ok()?;
+        if !names.lines().any(|name| name == "filter") {
+            return None;
+        }
+        legacy_note(program, iptables::forward(v6, POD_INTERFACES))
+    };
+    families.into_iter().filter_map(note).collect()
+}
+
+fn legacy_note(program: &str, found: io::Result<Option<iptables::Forward>>) -> Option<String> {
+    let advice = format!(
+        "let pods pass with `{program}-legacy -I FORWARD -i {POD_INTERFACES}+ -j ACCEPT` and the same with -o"
+    );
+    match found {
+        Ok(Some(forward)) if !forward.drops || forward.lets_pods_pass => None,
+        Ok(Some(_)) => Some(format!(
+            "the policy of FORWARD is DROP in {program}-legacy, which drops what pods send elsewhere: {advice}"
+        )),
+        Ok(None) => Some(format!(
+            "{program}-legacy has rules that cannot be read: if its policy of FORWARD is DROP, {advice}"
+        )),
+        Err(error) => Some(format!(
+            "{program}-legacy has rules that cannot be read ({error}): if its policy of FORWARD is DROP, {advice}"
+        )),
+    }
 }
 
 #[cfg(test)]
@@ -107,17 +134,26 @@ mod tests {
     }
 
     #[test]
-    fn the_old_iptables_is_named_where_its_tables_are() {
+    fn the_old_iptables_is_named_where_it_drops_what_pods_send() {
         let proc = tempfile::tempdir().expect("a folder");
-        assert_eq!(legacy(proc.path()), None);
         fs::create_dir_all(proc.path().join("self/net")).expect("a folder");
         fs::write(proc.path().join("self/net/ip_tables_names"), "nat\n").expect("a file");
-        assert_eq!(legacy(proc.path()), None);
-        fs::write(
-            proc.path().join("self/net/ip_tables_names"),
-            "nat\nfilter\n",
-        )
-        .expect("a file");
-        assert!(legacy(proc.path()).is_some_and(|note| note.contains("-i kw+")));
+        assert_eq!(legacy(proc.path()), Vec::<String>::new());
+        let note = |drops, lets_pods_pass| {
+            let found = iptables::Forward {
+                drops,
+                lets_pods_pass,
+            };
+            legacy_note("ip6tables", Ok(Some(found)))
+        };
+        assert_eq!(note(false, false), None);
+        assert_eq!(note(true, true), None);
+        let said = note(true, false).expect("a note");
+        assert!(
+            said.contains("ip6tables-legacy -I FORWARD -i kw+"),
+            "{said}"
+        );
+        let unread = legacy_note("iptables", Err(io::ErrorKind::PermissionDenied.into()));
+        assert!(unread.is_some_and(|note| note.contains("cannot be read")));
     }
 }
