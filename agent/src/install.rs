@@ -88,7 +88,7 @@ pub fn install_plugin(dir: &Path) -> Result<PathBuf, InstallError> {
 pub fn write_conf_list(config: &Config) -> Result<(), InstallError> {
     let mut plugin = json!({
         "type": PLUGIN,
-        "capabilities": {"portMappings": true, "ips": true, "mac": true, "dns": true},
+        "capabilities": {"portMappings": true, "bandwidth": true, "ips": true, "mac": true, "dns": true},
     });
     if config.socket != Path::new(keelway_cni::AGENT_SOCKET) {
         plugin["socket"] = json!(config.socket);

@@ -117,12 +117,14 @@ impl core::fmt::Debug for Addr {
 pub const FROM_POD: u32 = 1;
 /// [`LocalAddress::kind`] of an address of the node itself.
 pub const FROM_HOST: u32 = 2;
+/// Beside [`FROM_POD`]: what is for the pod goes through the queue of the host's side of its veth, where its rate is limited.
+pub const QUEUED: u32 = 4;
 
 /// What is behind an address of this node: a pod's veth, or the host itself.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct LocalAddress {
-    /// [`FROM_POD`] or [`FROM_HOST`].
+    /// [`FROM_POD`], perhaps with [`QUEUED`], or [`FROM_HOST`].
     pub kind: u32,
     /// Interface index of the host's side of the pod's veth; 0 for the host.
     pub ifindex: u32,

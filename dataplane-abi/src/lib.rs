@@ -13,7 +13,7 @@ mod flow;
 mod layout;
 mod service;
 
-pub use address::{Addr, FROM_HOST, FROM_POD, LocalAddress};
+pub use address::{Addr, FROM_HOST, FROM_POD, LocalAddress, QUEUED};
 pub use counter::{Class, Reason};
 pub use event::{
     CAPTURE_LEN, Hook, MONITOR_LOST, MONITOR_WANTED, MONITOR_WORDS, PacketEvent, SocketEvent,
@@ -30,7 +30,7 @@ pub use service::{
 };
 
 /// Version of everything in this crate; part of the pin directory's name.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// Sizes of maps and what relates them.
 pub mod limits {

@@ -2,7 +2,7 @@
 //! that the verifier sees each family by itself, and what the one needs of the stack does not add to the other's.
 
 use dataplane_abi::{
-    Addr, FROM_HOST, FROM_POD, FlowKey, HAIRPIN_V4, HAIRPIN_V6, LocalAddress, Reason, proto,
+    Addr, FROM_HOST, FROM_POD, FlowKey, HAIRPIN_V4, HAIRPIN_V6, LocalAddress, QUEUED, Reason, proto,
 };
 
 use crate::{
@@ -102,7 +102,14 @@ impl Place {
 
     #[inline(always)]
     pub fn is_pod(&self) -> bool {
-        self.kind == FROM_POD
+        self.kind & FROM_POD != 0
+    }
+
+    /// A pod whose packets wait in the queue of its interface: they get there by the host's routes, since a redirect into the pod's
+    /// namespace passes no queue.
+    #[inline(always)]
+    fn is_queued(&self) -> bool {
+        self.kind & QUEUED != 0
     }
 
     #[inline(always)]
@@ -274,6 +281,14 @@ fn deliver<T: Tables>(tables: &T, at: &Place) -> Verdict {
         return pass(tables);
     }
     tables.count(Reason::Delivered);
+    into_pod(at)
+}
+
+#[inline(always)]
+fn into_pod(at: &Place) -> Verdict {
+    if at.is_queued() {
+        return Verdict::Route;
+    }
     Verdict::Peer(at.ifindex)
 }
 
@@ -285,7 +300,7 @@ fn onward<T: Tables>(tables: &T, to: &FlowKey, features: &Features) -> Verdict {
     let there = Place::of(tables, &to.dst);
     if there.is_pod() {
         tables.count(Reason::Delivered);
-        return Verdict::Peer(there.ifindex);
+        return into_pod(&there);
     }
     if there.is_host() {
         return if features.service_veth {

@@ -104,6 +104,26 @@ fn a_pod_reaches_a_pod_of_another_node_by_the_stack_and_the_uplink_translates_ba
 }
 
 #[test]
+fn what_is_for_a_pod_with_a_limit_passes_the_queue_of_its_interface() {
+    let tables = node(&["10.0.0.12:8080"]);
+    tables.set_local("10.0.0.12", FROM_POD | QUEUED, B);
+    let direct = tcp("10.0.0.11:4000", "10.0.0.12:8080", SYN, b"");
+    let (verdict, out) = from_pod(&tables, A, direct.clone());
+    assert_eq!((verdict, out), (Verdict::Route, direct));
+    let asked = tcp("10.0.0.11:4001", "10.96.0.1:80", SYN, b"");
+    let translated = tcp("10.0.0.11:4001", "10.0.0.12:8080", SYN, b"");
+    let (verdict, out) = from_pod(&tables, A, asked);
+    assert_eq!((verdict, out), (Verdict::Route, translated));
+    let outside = udp("10.0.1.13:53", "10.0.0.12:4000", b"answer");
+    let (verdict, _) = from_uplink(&tables, outside);
+    assert_eq!(verdict, Verdict::Route);
+    // What it sends is its own all the same, and takes the short way to a pod without one.
+    let back = tcp("10.0.0.12:8080", "10.0.0.11:4000", SYN | ACK, b"");
+    let (verdict, _) = from_pod(&tables, B, back);
+    assert_eq!(verdict, Verdict::Peer(A));
+}
+
+#[test]
 fn packets_between_pods_are_delivered_unchanged() {
     let tables = node(&[]);
     let packet = tcp("10.0.0.11:4000", "10.0.0.12:8080", SYN, b"");

@@ -52,6 +52,7 @@ const SCENARIOS: &[Scenario] = scenarios![
     operate::services_are_listed_and_shown_with_their_pods,
     operate::flows_are_listed_by_name_and_flushed "nodes",
     operate::services_that_cannot_have_what_they_want_are_told_so "nodes",
+    operate::a_pods_bandwidth_is_what_its_annotations_say "nodes",
     balancer::a_service_gets_an_address_that_answers_from_outside "nodes",
     names::every_resolver_finds_services_by_every_spelling "nodes",
     names::a_headless_name_of_a_thousand_endpoints_is_resolved_whole "nodes",

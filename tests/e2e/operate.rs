@@ -203,3 +203,46 @@ pub fn services_that_cannot_have_what_they_want_are_told_so(cluster: &Cluster) {
         .kubectl(&[&["delete", "service"], &names[..]].concat())
         .ok();
 }
+
+/// From the annotations by kubelet, containerd and plugin to the node's queues.
+pub fn a_pods_bandwidth_is_what_its_annotations_say(cluster: &Cluster) {
+    let client = cluster.get(&["pod", "client"]);
+    let image = &client["spec"]["containers"][0]["image"];
+    let pod = json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": "limited", "annotations": {
+            "kubernetes.io/ingress-bandwidth": "10M", "kubernetes.io/egress-bandwidth": "5M",
+        }},
+        "spec": {"terminationGracePeriodSeconds": 0, "containers": [
+            {"name": "waits", "image": image, "imagePullPolicy": "IfNotPresent", "command": ["sleep", "infinity"]},
+        ]},
+    });
+    apply(cluster, &pod);
+    let ready = [
+        "wait",
+        "--for=condition=Ready",
+        "pod/limited",
+        "--timeout=60s",
+    ];
+    cluster.kubectl(&ready).ok();
+    let node = cluster.get(&["pod", "limited"])["spec"]["nodeName"].clone();
+    let node = node.as_str().expect("it runs").to_owned();
+    let agent = agents(cluster).remove(&node).expect("every node has one");
+    let report = agent.json(cluster, &["status", "--output", "json"]);
+    let allocations = report["allocations"].as_array().cloned();
+    let mut allocations = allocations.unwrap_or_default().into_iter();
+    let limited = allocations
+        .find(|one| one["pod"] == "default/limited")
+        .unwrap_or_else(|| panic!("{report}"));
+    assert_eq!(limited["bandwidth"]["egressRate"], 5_000_000, "{limited}");
+    let mut workers = cluster.workers().into_iter();
+    let (_, pid) = workers.find(|(name, _)| *name == node).expect("a worker");
+    let interface = limited["hostInterface"].as_str().expect("a name");
+    let shown = on_node(pid, &format!("tc qdisc show dev {interface}")).ok();
+    assert!(
+        shown.contains("tbf") && shown.contains("rate 10Mbit"),
+        "{shown}"
+    );
+    let gone = ["delete", "pod", "limited", "--wait=true"];
+    cluster.kubectl(&gone).ok();
+}

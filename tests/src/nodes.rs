@@ -21,7 +21,7 @@ use keelway_agent::{
         Config, Dataplane, Frontend, Lead, LocalPod, Op, Protocol, ServiceBackends, ServiceId,
         ServiceVeth, Vip,
     },
-    net::{Kernel, Netlink, PodWire, make_service_veth, pod_mac, wire_pod},
+    net::{Kernel, Limits, Netlink, PodWire, make_service_veth, pod_mac, wire_pod},
 };
 
 use crate::sandbox::{Network, Sandbox, ifindex, ip};
@@ -239,6 +239,7 @@ impl Node {
                     pod: LocalPod {
                         ifindex: pod.ifindex,
                         mac: pod_mac(pod.address.into()),
+                        queued: false,
                     },
                 });
             }
@@ -273,6 +274,7 @@ impl Node {
             mac: pod_mac(address.into()),
             mtu: 1500,
             node_addresses: vec![self.address.into(), self.address_v6.into()],
+            limits: Limits::default(),
         };
         let dataplane = self.dataplane.as_mut().context("the data plane is open")?;
         let ifindex = self.host.run(|| -> Result<u32> {

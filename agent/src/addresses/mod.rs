@@ -8,7 +8,7 @@ mod pool;
 
 use std::net::IpAddr;
 
-use keelway_cni::{Attachment, Mac, PortMapping};
+use keelway_cni::{Attachment, Bandwidth, Mac, PortMapping};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -40,6 +40,9 @@ pub struct Allocation {
     /// Ports of the node that lead to the pod.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub port_mappings: Vec<PortMapping>,
+    /// Limits of its traffic, as they were asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<Bandwidth>,
 }
 
 impl Allocation {

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 
 use ipnetwork::IpNetwork;
-use keelway_cni::{Attachment, Mac, PortMapping};
+use keelway_cni::{Attachment, Bandwidth, Mac, PortMapping};
 
 use super::{Allocation, host_interface};
 
@@ -53,6 +53,7 @@ pub struct Ask {
     pub addresses: Vec<IpAddr>,
     pub mac: Option<Mac>,
     pub port_mappings: Vec<PortMapping>,
+    pub bandwidth: Option<Bandwidth>,
 }
 
 /// How full the ranges of one family are.
@@ -265,6 +266,7 @@ impl Pool {
             pod: ask.pod.clone(),
             mac: ask.mac,
             port_mappings: ask.port_mappings.clone(),
+            bandwidth: ask.bandwidth,
         };
         self.insert(allocation.clone());
         Ok(allocation)
@@ -314,6 +316,7 @@ impl Pool {
             pod: None,
             mac: None,
             port_mappings: Vec::new(),
+            bandwidth: None,
         };
         allocation.addresses.sort();
         allocation.mac = mac.filter(|Mac(bytes)| *bytes != allocation.mac());

@@ -129,6 +129,8 @@ pub struct LocalPod {
     pub ifindex: u32,
     /// MAC address of its own side.
     pub mac: [u8; 6],
+    /// What is for the pod has to pass the queue of that interface, where its rate is limited.
+    pub queued: bool,
 }
 
 /// One change of the maps. Each is idempotent: setting what is there or removing what is not changes nothing.

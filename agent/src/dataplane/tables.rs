@@ -10,7 +10,8 @@ use std::{
 
 use dataplane_abi::{
     Addr, Backend, Cell, ExtentHeader, FROM_HOST, FROM_POD, FrontendKey, LEAD_GUARDED,
-    Lead as RawLead, LocalAddress, MARKER_EXTERNAL, RangeKey, SERVICE_SILENT, ServiceRef, limits,
+    Lead as RawLead, LocalAddress, MARKER_EXTERNAL, QUEUED, RangeKey, SERVICE_SILENT, ServiceRef,
+    limits,
 };
 use ipnetwork::IpNetwork;
 
@@ -153,13 +154,14 @@ impl<M: MapIo> Tables<M> {
             };
         }
         for (addr, local) in self.io.local_addresses()? {
-            match local.kind {
+            match local.kind & !QUEUED {
                 FROM_POD => {
                     state.pods.insert(
                         addr.into(),
                         LocalPod {
                             ifindex: local.ifindex,
                             mac: local.mac,
+                            queued: local.kind & QUEUED != 0,
                         },
                     );
                 }
@@ -420,7 +422,11 @@ impl Batch {
                 }
                 Op::SetPod { addr, pod } => {
                     let local = LocalAddress {
-                        kind: FROM_POD,
+                        kind: if pod.queued {
+                            FROM_POD | QUEUED
+                        } else {
+                            FROM_POD
+                        },
                         ifindex: pod.ifindex,
                         mac: pod.mac,
                         pad: [0; 2],

@@ -144,6 +144,7 @@ fn everything() -> Vec<Op> {
             pod: LocalPod {
                 ifindex: 7,
                 mac: [1, 2, 3, 4, 5, 6],
+                queued: true,
             },
         },
         Op::SetHostAddress {

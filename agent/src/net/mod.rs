@@ -10,6 +10,7 @@ mod overlay;
 mod pod;
 mod route;
 mod service_veth;
+mod shape;
 mod sys;
 
 pub use filter::{Direction, Filter};
@@ -18,3 +19,4 @@ pub use netlink::{Netlink, NetlinkError};
 pub use overlay::{OVERLAY, OverlayPeer, overhead, overlay_mac};
 pub use pod::{PodWire, check_pod, everything, pod_gateway, pod_mac, wire_pod};
 pub use service_veth::{INNER, OUTER, make_service_veth, service_veth_is_whole};
+pub use shape::{Limits, Shape};

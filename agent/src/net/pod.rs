@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 
 use super::kernel::{VethEnd, pod_steps};
 use super::message;
+use super::shape::{self, Limits};
 use super::{Filter, Kernel, Link, Netlink, NetlinkError};
 
 /// The gateways of every pod: link-local, the same everywhere, and answered by nobody, since their neighbour entries are permanent.
@@ -63,6 +64,7 @@ pub struct PodWire {
     pub mtu: u32,
     /// Sources of what the host sends to the pod, one of each family at most.
     pub node_addresses: Vec<IpAddr>,
+    pub limits: Limits,
 }
 
 /// Makes a pod's network, and returns the host's side. What is left of an earlier attempt is removed first, what fails
@@ -124,6 +126,7 @@ fn configure_host(host: &mut Kernel, index: u32, wire: &PodWire) -> Result<(), N
         wire.mac,
         &wire.node_addresses,
     ));
+    steps.extend(wire.limits.ingress.map(|one| shape::limit(index, &one)));
     host.run(steps)
 }
 
@@ -143,6 +146,7 @@ fn configure_pod(pod: &mut Kernel, index: u32, wire: &PodWire) -> Result<(), Net
             None,
         ));
     }
+    steps.extend(wire.limits.egress.map(|one| shape::limit(index, &one)));
     pod.run(steps)
 }
 
@@ -167,6 +171,14 @@ pub fn check_pod(
             "{} or {} is down",
             wire.host_interface, wire.interface
         )));
+    }
+    for (kernel, link, limit) in [
+        (&mut *host, &outside, wire.limits.ingress),
+        (&mut pod, &inside, wire.limits.egress),
+    ] {
+        if limit.is_some() && !kernel.limited_links()?.contains(&link.index) {
+            return Ok(Some(format!("{} has no limit of its rate", link.name)));
+        }
     }
     let there = pod.addresses()?;
     let gateways = pod.default_gateways()?;

@@ -15,7 +15,7 @@ use super::background::in_background;
 use super::{Pods, ToWire, Wiring, now};
 use crate::addresses::{Ask, host_interface};
 use crate::event::{Event, Reply};
-use crate::net::{Kernel, Link, Netlink, PodWire, everything, pod_gateway, wire_pod};
+use crate::net::{Kernel, Limits, Link, Netlink, PodWire, everything, pod_gateway, wire_pod};
 use crate::node::{Node, NodeError};
 use crate::plan::collide;
 use crate::worker::reason;
@@ -46,12 +46,6 @@ impl Pods {
                 format!("{} is being worked on", wish.attachment),
             ));
         }
-        if wish.capabilities.bandwidth.is_some() {
-            return Err(CniError::new(
-                Code::UnsupportedField,
-                "bandwidth: limits are set by another plugin of the chain, not by this one",
-            ));
-        }
         if let Some((port, pod)) =
             self.taken_port(&host_interface, &wish.capabilities.port_mappings)
         {
@@ -78,6 +72,7 @@ impl Pods {
             addresses: wish.capabilities.ips.clone(),
             mac: wish.capabilities.mac,
             port_mappings: wish.capabilities.port_mappings.clone(),
+            bandwidth: wish.capabilities.bandwidth,
         };
         let allocation = self.pool.allocate(&ask, now()).map_err(|error| {
             CniError::new(Code::TryAgain, "no address for the pod").with_details(error)
@@ -92,6 +87,7 @@ impl Pods {
                 mac,
                 mtu: node.pod_mtu(),
                 node_addresses: node.uplink.addresses.clone(),
+                limits: Limits::of(allocation.bandwidth, node.pod_mtu()),
             },
             wish,
             netns: Arc::new(netns),
@@ -193,7 +189,8 @@ impl Pods {
         let attached = made.and_then(|link| {
             let allocation = self.pool.get(&host_interface).cloned();
             if let (Some(node), Some(allocation)) = (node.as_deref_mut(), allocation) {
-                node.apply(&super::set_pod(&allocation, link.index))?;
+                let queued = one.wire.limits.ingress.is_some();
+                node.apply(&super::set_pod(&allocation, link.index, queued))?;
             }
             Ok(link)
         });

@@ -9,7 +9,7 @@ use keelway_cni::{CniError, Code};
 use super::Pods;
 use crate::addresses::host_interface;
 use crate::event::Reply;
-use crate::net::{Kernel, Netlink, PodWire, check_pod};
+use crate::net::{Kernel, Limits, Netlink, PodWire, check_pod};
 use crate::node::Node;
 
 impl Pods {
@@ -85,6 +85,7 @@ impl Pods {
                 mac: allocation.mac(),
                 mtu: node.pod_mtu(),
                 node_addresses: node.uplink.addresses.clone(),
+                limits: Limits::of(allocation.bandwidth, node.pod_mtu()),
             },
             netns,
         ))

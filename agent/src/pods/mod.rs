@@ -130,6 +130,10 @@ impl Pods {
             routes.entry(index).or_default().push(address);
         }
         let neighbours = kernel.permanent_neighbours()?;
+        let limited = kernel.limited_links().unwrap_or_else(|error| {
+            tracing::warn!(%error, "no limits of pods' rates are known");
+            Vec::new()
+        });
         for link in pods.values() {
             if self.pool.get(&link.name).is_some() || self.pool.is_dying(&link.name) {
                 continue;
@@ -177,7 +181,9 @@ impl Pods {
                     &node.uplink.addresses,
                 )?;
             }
-            let wrong = set_pod(allocation, link.index).into_iter().filter(|op| {
+            // By what is there: a file that was lost takes no limit away.
+            let queued = limited.contains(&link.index);
+            let wrong = set_pod(allocation, link.index, queued).into_iter().filter(|op| {
                 !matches!(op, Op::SetPod { addr, pod } if node.found.pods.get(addr) == Some(pod))
             });
             ops.extend(wrong);
@@ -328,10 +334,11 @@ fn pod_links(links: &[Link]) -> HashMap<&str, &Link> {
     links.map(|link| (link.name.as_str(), link)).collect()
 }
 
-fn set_pod(allocation: &Allocation, ifindex: u32) -> Vec<Op> {
+fn set_pod(allocation: &Allocation, ifindex: u32, queued: bool) -> Vec<Op> {
     let pod = LocalPod {
         ifindex,
         mac: allocation.mac(),
+        queued,
     };
     let set = |addr: &IpAddr| Op::SetPod { addr: *addr, pod };
     allocation.addresses.iter().map(set).collect()

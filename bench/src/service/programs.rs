@@ -67,6 +67,7 @@ fn state() -> Result<Vec<Op>> {
         pod: LocalPod {
             ifindex,
             mac: [2, 0, 0, 0, 0, last],
+            queued: false,
         },
     };
     let backends = ServiceBackends {

@@ -36,6 +36,7 @@ fn state(family: Family, backends: &ServiceBackends) -> Vec<Op> {
         pod: LocalPod {
             ifindex,
             mac: [2; 6],
+            queued: false,
         },
     };
     let vip = |address: &str, kind| Op::SetVip {
