@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::cgroup::{CgroupError, Hierarchies};
 use crate::family::IpFamily;
+use crate::forward::NFT;
 
 /// The oldest kernel that the data plane works on: it hangs its programs on interfaces by tcx.
 const KERNEL_MIN: (u32, u32) = (6, 6);
@@ -99,6 +100,19 @@ pub fn family(family: IpFamily) -> Result<(), CheckError> {
         return Err(CheckError::Kernel(what.to_owned()));
     }
     Ok(())
+}
+
+/// # Errors
+/// When a program is missing that a way out for pods needs.
+pub fn egress(machine: &Machine) -> Result<(), CheckError> {
+    let found = std::env::split_paths(&machine.path).any(|folder| folder.join(NFT).is_file());
+    if found {
+        return Ok(());
+    }
+    Err(CheckError::NoProgram {
+        program: NFT,
+        package: "nftables",
+    })
 }
 
 fn kernel() -> Result<(), CheckError> {

@@ -34,6 +34,8 @@ pub enum ConfigError {
     },
     #[error("image archive {0} is not there")]
     NoArchive(PathBuf),
+    #[error("registries: {0} is not a folder")]
+    NoFolder(PathBuf),
 }
 
 /// The name of a cluster: a DNS label, so that it can be part of contexts, host names and folders.
@@ -96,6 +98,12 @@ pub struct UpFlags {
     /// Port of the API server on 127.0.0.1 [default: a free one]
     #[arg(long)]
     pub api_port: Option<u16>,
+    /// Give pods a way out, by the sockets of a process of the machine; there is none by default
+    #[arg(long)]
+    pub egress: bool,
+    /// Never fetch an image that no node has; by default containerd fetches it through a proxy of the cluster
+    #[arg(long)]
+    pub no_pull: bool,
     /// File with the same settings, as YAML (see docs/up.md)
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -123,6 +131,9 @@ struct File {
     api_port: Option<u16>,
     image_dir: Option<PathBuf>,
     images: Vec<PathBuf>,
+    pull: Option<bool>,
+    egress: bool,
+    registries: Option<PathBuf>,
     timeout_seconds: Option<u64>,
     agent: AgentFile,
     dns: DnsFile,
@@ -150,6 +161,12 @@ pub struct ClusterConfig {
     pub api_port: u16,
     pub archives: Vec<PathBuf>,
     pub binaries: Binaries,
+    /// Whether pods have a way out.
+    pub egress: bool,
+    /// Whether images that no node has are fetched.
+    pub pull: bool,
+    /// A folder with a hosts.toml per registry, as containerd has in /etc/containerd/certs.d.
+    pub registries: Option<PathBuf>,
     pub timeout: Duration,
     pub keep_on_error: bool,
     /// Flags given to the agent beside those that `up` gives it.
@@ -191,6 +208,11 @@ impl ClusterConfig {
             }
             archives.push(image);
         }
+        let registries = match file.registries.as_deref().map(std::path::absolute) {
+            Some(Ok(folder)) if folder.is_dir() => Some(folder),
+            Some(_) => return Err(ConfigError::NoFolder(file.registries.unwrap_or_default())),
+            None => None,
+        };
         let timeout = flags
             .timeout
             .or(file.timeout_seconds)
@@ -206,6 +228,9 @@ impl ClusterConfig {
                 controlplane: binary(bin_dir, "keelway-controlplane")?,
                 kubelet: binary(bin_dir, "keelway-kubelet")?,
             },
+            egress: flags.egress || file.egress,
+            pull: !flags.no_pull && file.pull.unwrap_or(true),
+            registries,
             timeout,
             keep_on_error: flags.keep_on_error,
             agent_args: file.agent.extra_args,
@@ -345,6 +370,7 @@ mod tests {
             ("nodes: 0", "1 to 100"),
             ("name: Not-A-Label", "lower-case"),
             ("images: [/nonexistent.tar]", "/nonexistent.tar"),
+            ("registries: /nonexistent", "/nonexistent"),
             ("- a", "config.yaml"),
         ] {
             let error = with_file(text, UpFlags::default())
@@ -352,7 +378,10 @@ mod tests {
                 .to_string();
             assert!(error.contains(part), "{text}: {error}");
         }
-        with_file("", UpFlags::default()).expect("an empty file asks for nothing");
+        let nothing = with_file("", UpFlags::default()).expect("an empty file asks for nothing");
+        assert!(nothing.pull);
+        let never = with_file("pull: false", UpFlags::default()).expect("valid");
+        assert!(!never.pull);
     }
 
     #[test]

@@ -12,6 +12,8 @@ use tokio::process::Command;
 pub const SOCKET: &str = "/run/containerd/containerd.sock";
 /// Where its configuration is in a node.
 pub const CONFIG: &str = "/etc/keelway-containerd.toml";
+/// Where it finds what is special about a registry: a folder with a hosts.toml for each.
+pub const REGISTRIES: &str = "/etc/containerd/certs.d";
 /// containerd's name space for what the kubelet runs.
 const NAMESPACE: &str = "k8s.io";
 
@@ -106,6 +108,9 @@ disabled_plugins = [
   # Its profile would be loaded into the machine's kernel, and stay there.
   disable_apparmor = true
   stream_server_address = "127.0.0.1"
+
+[plugins."io.containerd.grpc.v1.cri".registry]
+  config_path = "{REGISTRIES}"
 
 [plugins."io.containerd.grpc.v1.cri".cni]
   bin_dir = "/opt/cni/bin"

@@ -13,6 +13,7 @@ pub mod containerd;
 pub mod deploy;
 pub mod down;
 pub mod family;
+pub mod forward;
 pub mod kubeconfig;
 pub mod monitor;
 pub mod network;

@@ -10,10 +10,11 @@ use futures::future::try_join_all;
 use keelway::cgroup::Hierarchies;
 use keelway::config::{ClusterConfig, ClusterName, UpFlags};
 use keelway::containerd::{Containerd, Snapshotter};
+use keelway::forward::ForwardArguments;
 use keelway::node::init::{self, InitArguments};
 use keelway::state::StateDir;
 use keelway::status::Status;
-use keelway::{checks, down, monitor, up};
+use keelway::{checks, down, forward, monitor, up};
 
 /// Development clusters on one machine: whole Kubernetes clusters whose network path is Keelway's.
 ///
@@ -85,12 +86,18 @@ enum Command {
         #[arg(long)]
         parent: Option<u32>,
         #[arg(long)]
+        outside: Option<u32>,
+        #[arg(long)]
         listener: bool,
     },
+    #[command(hide = true)]
+    Forward(ForwardArguments),
     #[command(hide = true)]
     NodeExec {
         #[arg(long)]
         listener: bool,
+        #[arg(long)]
+        outside: bool,
         #[arg(last = true, required = true)]
         argv: Vec<String>,
     },
@@ -120,17 +127,23 @@ fn main() -> ExitCode {
         Command::NodeInit {
             spec,
             parent,
+            outside,
             listener,
         } => init::run(&InitArguments {
             spec,
             parent,
+            outside,
             listener,
         })
         .map_err(Into::into),
-        Command::NodeExec { argv, listener } => {
-            Err(keelway::node::exec_service(&argv, listener).into())
-        }
+        Command::NodeExec {
+            argv,
+            listener,
+            outside,
+        } => Err(keelway::node::exec_service(&argv, listener, outside).into()),
         Command::Store { arguments } => Err(store(&arguments)),
+        // It changes namespaces before it has threads.
+        Command::Forward(arguments) => forward::run(&arguments).map_err(Into::into),
         command => run(command),
     };
     match outcome {
@@ -163,6 +176,9 @@ async fn run(command: Command) -> anyhow::Result<()> {
             let config = ClusterConfig::new(&flags, &program)?;
             let machine = checks::machine()?;
             checks::family(config.ip_family)?;
+            if config.egress {
+                checks::egress(&machine)?;
+            }
             up::run(&config, &machine, &state).await?;
         }
         Command::Down { name, all } => {
@@ -204,7 +220,10 @@ async fn run(command: Command) -> anyhow::Result<()> {
             checks::root("image load")?;
             load(&state, &name, &files).await?;
         }
-        Command::Store { .. } | Command::NodeInit { .. } | Command::NodeExec { .. } => {}
+        Command::Store { .. }
+        | Command::NodeInit { .. }
+        | Command::NodeExec { .. }
+        | Command::Forward(_) => {}
     }
     Ok(())
 }

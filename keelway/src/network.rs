@@ -12,7 +12,8 @@ use futures::TryStreamExt;
 use ipnetwork::{IpNetwork, Ipv6Network};
 use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags};
 use netlink_packet_route::link::{InfoData, InfoKind, InfoVeth};
-use netlink_packet_route::route::RouteScope;
+use netlink_packet_route::route::{RouteScope, RouteType};
+use netlink_packet_route::rule::RuleAction;
 use nix::sched::{CloneFlags, setns};
 use rtnetlink::{
     Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
@@ -21,7 +22,7 @@ use rtnetlink::{
 use crate::family::IpFamily;
 
 /// The bridge in the control plane's node; it also holds that node's address.
-const BRIDGE: &str = "underlay";
+pub const BRIDGE: &str = "underlay";
 /// The interface of a worker.
 const UPLINK: &str = "eth0";
 /// Clusters that can be up at one time: 198.18.0.0/15 (RFC 2544, for benchmarks) has this many /24 networks.
@@ -93,6 +94,8 @@ pub fn loopback_up() -> Result<(), NetworkError> {
 /// The nodes to connect: each by the number of its PID 1, and its addresses.
 #[derive(Debug, Clone)]
 pub struct Underlay {
+    /// Whether workers send what is for the outside to the control plane's node.
+    pub egress: bool,
     /// The ranges of pod addresses. The control plane reaches pods (its own clients among them) over the underlay.
     pub pods: Vec<IpNetwork>,
     pub control_plane: (u32, Vec<IpAddr>),
@@ -129,7 +132,12 @@ pub fn connect(underlay: &Underlay) -> Result<(), NetworkError> {
                         let uplink = index(&handle, UPLINK).await?;
                         add_addresses(&handle, uplink, addresses).await?;
                         answer_for_pods()?;
-                        up(&handle, uplink, UPLINK).await
+                        up(&handle, uplink, UPLINK).await?;
+                        if underlay.egress {
+                            let gateways = &underlay.control_plane.1;
+                            leave_by(&handle, uplink, gateways).await?;
+                        }
+                        Ok(())
                     })
                 })
             })
@@ -193,6 +201,25 @@ async fn make_bridge(
     Ok(())
 }
 
+/// Adds default routes by gateways on the link.
+async fn leave_by(handle: &Handle, link: u32, gateways: &[IpAddr]) -> Result<(), NetworkError> {
+    for gateway in gateways {
+        let route = match gateway {
+            IpAddr::V4(gateway) => RouteMessageBuilder::<Ipv4Addr>::new()
+                .gateway(*gateway)
+                .output_interface(link)
+                .build(),
+            IpAddr::V6(gateway) => RouteMessageBuilder::<Ipv6Addr>::new()
+                .gateway(*gateway)
+                .output_interface(link)
+                .build(),
+        };
+        let added = handle.route().add(route).execute().await;
+        added.map_err(netlink(format!("add the default route by {gateway}")))?;
+    }
+    Ok(())
+}
+
 /// Lets the worker whose network namespace the calling thread is in answer on its uplink when the control plane asks who
 /// has a pod's address. It does so for addresses that it would forward to another interface: its own pods'.
 fn answer_for_pods() -> Result<(), NetworkError> {
@@ -244,6 +271,52 @@ async fn add_addresses(
         added.map_err(netlink(format!("add address {address}/{prefix}")))?;
     }
     Ok(())
+}
+
+/// Delivers to the caller's network namespace, as if it were its own, every packet that has this mark, by a table of routes that
+/// nothing else uses. Doing it again changes nothing.
+///
+/// # Errors
+/// When netlink refuses.
+pub fn deliver_marked(mark: u32, table: u32, with_v6: bool) -> Result<(), NetworkError> {
+    block_on(|handle| async move {
+        let lo = index(&handle, "lo").await?;
+        let v4 = RouteMessageBuilder::<Ipv4Addr>::new()
+            .table_id(table)
+            .kind(RouteType::Local)
+            .scope(RouteScope::Host)
+            .output_interface(lo)
+            .build();
+        let mut routes = vec![v4];
+        if with_v6 {
+            let v6 = RouteMessageBuilder::<Ipv6Addr>::new()
+                .table_id(table)
+                .kind(RouteType::Local)
+                .output_interface(lo)
+                .build();
+            routes.push(v6);
+        }
+        for route in routes {
+            let added = handle.route().add(route).replace().execute().await;
+            added.map_err(netlink(format!("add a route to table {table}")))?;
+        }
+        let rule = || {
+            let rule = handle.rule().add().fw_mark(mark).table_id(table);
+            rule.action(RuleAction::ToTable)
+        };
+        let mut outcomes = vec![rule().v4().execute().await];
+        if with_v6 {
+            outcomes.push(rule().v6().execute().await);
+        }
+        for outcome in outcomes {
+            match outcome {
+                Err(rtnetlink::Error::NetlinkError(refusal))
+                    if refusal.raw_code() == -libc::EEXIST => {}
+                other => other.map_err(netlink(format!("add a rule for mark {mark:#x}")))?,
+            }
+        }
+        Ok(())
+    })
 }
 
 /// A node's range of pod addresses, and the node's address to reach it by.

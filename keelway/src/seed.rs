@@ -206,6 +206,7 @@ pub fn containerd_service() -> ServiceSpec {
         after: Vec::new(),
         notifies: true,
         listens: false,
+        outside: false,
     }
 }
 

@@ -1,4 +1,4 @@
-//! System calls that nix does not wrap: pidfds, and extended attributes.
+//! System calls that nix does not wrap, or not without more of it: pidfds, limits, and extended attributes.
 #![expect(
     unsafe_code,
     reason = "the one module of this crate that calls libc directly"
@@ -41,6 +41,29 @@ pub fn pidfd_kill(fd: &OwnedFd) -> io::Result<()> {
             0,
         )
     };
+    if done < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// Lets this process have as many open files as it may ask for.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn raise_descriptors() -> io::Result<()> {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the limit is of the type that the kernel writes, and lives for the length of the call.
+    let mut done = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) };
+    if done == 0 {
+        limit.rlim_cur = limit.rlim_max;
+        // SAFETY: as above; the kernel reads it.
+        done = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) };
+    }
     if done < 0 {
         Err(io::Error::last_os_error())
     } else {

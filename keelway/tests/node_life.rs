@@ -87,6 +87,7 @@ fn shell(name: &str, script: &str) -> ServiceSpec {
         after: Vec::new(),
         notifies: false,
         listens: false,
+        outside: false,
     }
 }
 
@@ -338,6 +339,7 @@ async fn nodes_reach_each_other_over_the_underlay() {
         .await
         .expect("all have a PID 1");
     let underlay = Underlay {
+        egress: false,
         pods: family.pods(),
         control_plane: (inits[0], subnet.control_plane(family)),
         workers: vec![(inits[1], subnet.worker(family, 1)), (inits[2], other)],

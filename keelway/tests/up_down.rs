@@ -62,7 +62,7 @@ impl Scene {
     }
 
     fn up(&self, more: &[&str]) -> Command {
-        let mut command = self.command(&["up", "--name", &self.name, "--nodes", "1"]);
+        let mut command = self.command(&["up", "--name", &self.name, "--nodes", "1", "--no-pull"]);
         command.args(more);
         command
     }

@@ -67,7 +67,7 @@ impl Cluster {
                 .expect("a temporary folder can be written to");
         } else {
             // When it fails, what it made it has removed; a cluster of this name that it did not make is not ours to.
-            print!("{}", cluster.up(arguments).ok());
+            print!("{}", cluster.up(&inside(arguments)).ok());
             cluster.origin = Origin::Own;
         }
         Some(cluster)
@@ -76,6 +76,12 @@ impl Cluster {
     /// A cluster that is made for the caller, whatever the rest of the suite works on. None, with a word about it, where there is
     /// none to be had.
     pub fn own(name: &str, arguments: &[&str]) -> Option<Cluster> {
+        Self::reaching_out(name, &inside(arguments))
+    }
+
+    /// [`Cluster::own`] with a forwarder, unless the arguments are against it: for callers in a network namespace of their own, which is
+    /// what the cluster reaches then.
+    pub fn reaching_out(name: &str, arguments: &[&str]) -> Option<Cluster> {
         if !nix::unistd::geteuid().is_root() {
             println!("skipped: needs root");
             return None;
@@ -231,6 +237,11 @@ impl Drop for Cluster {
             }
         }
     }
+}
+
+/// Arguments for a cluster that asks nobody outside for images: what a test mistypes is to stay on this machine.
+fn inside<'a>(arguments: &[&'a str]) -> Vec<&'a str> {
+    [&["--no-pull"], arguments].concat()
 }
 
 /// A client of Kubernetes by name: the suite's own, else the machine's.

@@ -22,7 +22,7 @@ use nix::sys::socket::{UnixCredentials, recvmsg, setsockopt, sockopt};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, sethostname};
 
-use super::services::{NOTIFY_SOCKET, Services};
+use super::services::{Handed, NOTIFY_SOCKET, Services};
 use super::{Event, NodeSpec, Order, mounts};
 use crate::cgroup::{CgroupError, Hierarchies};
 use crate::network::{self, NetworkError};
@@ -63,6 +63,8 @@ pub struct InitArguments {
     pub spec: PathBuf,
     /// The process that has to be our parent; None in PID 1.
     pub parent: Option<u32>,
+    /// In PID 1, the process of `up`, as the machine numbers it.
+    pub outside: Option<u32>,
     /// Standard output is the listening socket for the service that wants it.
     pub listener: bool,
 }
@@ -118,6 +120,7 @@ fn make_namespaces(
 
     let mut command = Command::new("/proc/self/exe");
     command.arg("node-init").arg("--spec").arg(&arguments.spec);
+    command.arg("--outside").arg(parent.to_string());
     let output = if arguments.listener {
         command.arg("--listener");
         Stdio::inherit()
@@ -154,6 +157,19 @@ fn supervise(arguments: &InitArguments, channel: &mut Channel) -> Result<(), Ini
     let spec = read_spec(&arguments.spec)?;
     // Opened before the root changes: `keelway status` reads it in the node's folder on the machine.
     let status = StatusFile::open(&spec.dir)?;
+    // So are the machine's namespaces: /proc is still the machine's. If `up` has ended meanwhile, so will this node.
+    let outside = match arguments.outside {
+        Some(up) if spec.services.iter().any(|service| service.outside) => {
+            let open = |kind: &str| {
+                let path = format!("/proc/{up}/ns/{kind}");
+                let file = fs::File::open(&path);
+                file.map(OwnedFd::from)
+                    .map_err(system(format!("open {path}")))
+            };
+            Some((open("net")?, open("mnt")?))
+        }
+        _ => None,
+    };
     mounts::enter(&spec)?;
     for (name, value) in &spec.net_sysctls {
         let path = Path::new("/proc/sys/net").join(name);
@@ -178,7 +194,7 @@ fn supervise(arguments: &InitArguments, channel: &mut Channel) -> Result<(), Ini
         None
     };
     let mut init = Init {
-        services: Services::new(spec.services, spec.path, listener),
+        services: Services::new(spec.services, spec.path, Handed { listener, outside }),
         status,
         detached: false,
     };

@@ -61,6 +61,9 @@ pub struct ServiceSpec {
     pub notifies: bool,
     /// It gets the listening socket that `up` has handed over, as LISTEN_FDS.
     pub listens: bool,
+    /// It gets the namespaces that `up` was started in, and moves there: network as standard input, mount as standard output.
+    #[serde(default)]
+    pub outside: bool,
 }
 
 /// What a node tells `up`.

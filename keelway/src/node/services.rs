@@ -58,11 +58,20 @@ pub struct Services {
     services: Vec<Service>,
     happened: BTreeSet<String>,
     path: String,
-    listener: Option<OwnedFd>,
+    handed: Handed,
+}
+
+/// What `up` has handed over for some of the services.
+#[derive(Debug, Default)]
+pub struct Handed {
+    /// The socket of the one that listens.
+    pub listener: Option<OwnedFd>,
+    /// The network and mount namespaces that `up` was started in, for those that move there.
+    pub outside: Option<(OwnedFd, OwnedFd)>,
 }
 
 impl Services {
-    pub fn new(specs: Vec<ServiceSpec>, path: String, listener: Option<OwnedFd>) -> Self {
+    pub fn new(specs: Vec<ServiceSpec>, path: String, handed: Handed) -> Self {
         let services = specs
             .into_iter()
             .map(|spec| Service {
@@ -76,7 +85,7 @@ impl Services {
             services,
             happened: BTreeSet::new(),
             path,
-            listener,
+            handed,
         }
     }
 
@@ -101,7 +110,7 @@ impl Services {
             if !due {
                 continue;
             }
-            match start(&service.spec, &self.path, self.listener.as_ref()) {
+            match start(&service.spec, &self.path, &self.handed) {
                 Ok(pid) => service.state = State::Running { pid, since: now },
                 Err(error) => events.push(service.ended(format!("cannot start: {error}"), now)),
             }
@@ -174,19 +183,26 @@ impl Service {
     }
 }
 
-fn start(spec: &ServiceSpec, path: &str, listener: Option<&OwnedFd>) -> io::Result<u32> {
+fn start(spec: &ServiceSpec, path: &str, handed: &Handed) -> io::Result<u32> {
     let log = open_log(&spec.name)?;
     // A child inherits the signals that PID 1 has blocked, and with them every container; and LISTEN_PID is known only
     // after the fork. So a service is started through a step that sets both right.
     let mut command = Command::new(Path::new(BIN_DIR).join("keelway"));
     command.arg("node-exec");
-    match listener.filter(|_| spec.listens) {
-        Some(listener) => {
+    let mut output = Stdio::from(log.try_clone()?);
+    match (&handed.listener, &handed.outside) {
+        (Some(listener), _) if spec.listens => {
             command
                 .arg("--listener")
                 .stdin(Stdio::from(listener.try_clone()?));
         }
-        None => {
+        (_, Some((network, mount))) if spec.outside => {
+            command
+                .arg("--outside")
+                .stdin(Stdio::from(network.try_clone()?));
+            output = Stdio::from(mount.try_clone()?);
+        }
+        _ => {
             command.stdin(Stdio::null());
         }
     }
@@ -201,7 +217,7 @@ fn start(spec: &ServiceSpec, path: &str, listener: Option<&OwnedFd>) -> io::Resu
     }
     // A group of its own, so that a signal to the node's group from a terminal does not reach it.
     let child = command
-        .stdout(log.try_clone()?)
+        .stdout(output)
         .stderr(log)
         .process_group(0)
         .spawn()?;
@@ -217,8 +233,9 @@ fn open_log(service: &str) -> io::Result<File> {
 }
 
 /// `keelway node-exec`: unblocks all signals and becomes the given program. With `listener`, standard input is a listening
-/// socket, which becomes descriptor 3, told of by LISTEN_FDS and LISTEN_PID (sd_listen_fds(3)). Returns only when that fails.
-pub fn exec_service(argv: &[String], listener: bool) -> io::Error {
+/// socket, which becomes descriptor 3, told of by LISTEN_FDS and LISTEN_PID (sd_listen_fds(3)). With `outside`, standard input and
+/// output are namespaces, and stay what they are. Returns only when that fails.
+pub fn exec_service(argv: &[String], listener: bool, outside: bool) -> io::Error {
     let Some((program, arguments)) = argv.split_first() else {
         return io::Error::other("no program is given");
     };
@@ -237,7 +254,10 @@ pub fn exec_service(argv: &[String], listener: bool) -> io::Error {
     if let Err(error) = SigSet::empty().thread_set_mask() {
         return error.into();
     }
-    command.args(arguments).stdin(Stdio::null()).exec()
+    if !outside {
+        command.stdin(Stdio::null());
+    }
+    command.args(arguments).exec()
 }
 
 #[cfg(test)]
@@ -254,6 +274,7 @@ mod tests {
             after: after.iter().map(|name| (*name).to_owned()).collect(),
             notifies: false,
             listens: false,
+            outside: false,
         }
     }
 
@@ -269,7 +290,7 @@ mod tests {
         let mut services = Services::new(
             vec![spec("kubelet", &["network", "containerd"])],
             String::new(),
-            None,
+            Handed::default(),
         );
         let now = Instant::now();
         assert_eq!(services.start_due(now), []);
@@ -285,7 +306,7 @@ mod tests {
 
     #[test]
     fn a_failed_start_is_tried_again_after_its_rest_and_not_before() {
-        let mut services = Services::new(vec![spec("a", &[])], String::new(), None);
+        let mut services = Services::new(vec![spec("a", &[])], String::new(), Handed::default());
         let now = Instant::now();
         assert_eq!(services.start_due(now).len(), 1);
         let due = services.next_start().expect("it rests");
@@ -296,7 +317,7 @@ mod tests {
 
     #[test]
     fn an_orphan_that_ends_is_no_service() {
-        let mut services = Services::new(vec![spec("a", &[])], String::new(), None);
+        let mut services = Services::new(vec![spec("a", &[])], String::new(), Handed::default());
         assert_eq!(
             services.ended(4711, "exit status 0".into(), Instant::now()),
             None

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use ipnetwork::IpNetwork;
 
-use super::{API, CLUSTER_DOMAIN, IMAGES, Plan, UpError};
+use super::{API, CLUSTER_DOMAIN, CONTROL_PLANE, FORWARDER, IMAGES, Plan, UpError};
 use crate::api::ClusterApi;
 use crate::deploy;
 use crate::network::{self, PodRoute};
@@ -45,7 +45,18 @@ impl Plan<'_> {
             step.done();
             Ok::<_, UpError>(())
         };
-        tokio::try_join!(server, runtimes)?;
+        let way_out = async {
+            if !self.has_forwarder() {
+                return Ok(());
+            }
+            let step = self.progress.step("forwarder to the outside");
+            nodes
+                .wait(|board| board.is_ready(CONTROL_PLANE, FORWARDER).then_some(()))
+                .await?;
+            step.done();
+            Ok::<_, UpError>(())
+        };
+        tokio::try_join!(server, runtimes, way_out)?;
 
         let step = self.progress.step("agent and DNS deployed");
         for object in deploy::objects(&self.settings())? {
@@ -170,7 +181,11 @@ impl Plan<'_> {
             dns_args.extend(["--listen=[::]:53", "--health=[::]:8181"].map(str::to_owned));
         }
         agent_args.extend(self.config.agent_args.iter().cloned());
-        let upstreams = self.config.dns_upstreams.iter();
+        let mut upstreams = self.config.dns_upstreams.clone();
+        if upstreams.is_empty() && self.config.egress {
+            upstreams.push((self.name_server(), 53).into());
+        }
+        let upstreams = upstreams.iter();
         dns_args.extend(upstreams.map(|server| format!("--upstream={server}")));
         deploy::Settings {
             api_server: self.api_server(),

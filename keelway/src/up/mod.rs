@@ -35,6 +35,8 @@ const CLUSTER_DOMAIN: &str = "cluster.local";
 const NETWORK: &str = "network";
 const API: &str = "api";
 const IMAGES: &str = "images";
+/// The service of the control plane's node by which the cluster reaches the outside.
+const FORWARDER: &str = "forwarder";
 
 #[derive(Debug, thiserror::Error)]
 pub enum UpError {
@@ -319,6 +321,7 @@ impl Plan<'_> {
             return Ok(());
         };
         let underlay = Underlay {
+            egress: self.config.egress,
             pods: self.config.ip_family.pods(),
             control_plane,
             workers: ends.collect(),

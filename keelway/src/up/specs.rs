@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use super::{API, API_PORT, CLUSTER_DOMAIN, IMAGES, NETWORK, Plan, UpError};
+use super::{API, API_PORT, CLUSTER_DOMAIN, FORWARDER, IMAGES, NETWORK, Plan, UpError};
 use crate::containerd;
 use crate::family;
+use crate::forward;
 use crate::kubeconfig;
 use crate::node::{BIN_DIR, Bind, NodeSpec, ServiceSpec};
 use crate::pki::{ClusterPki, Credential};
@@ -85,7 +86,84 @@ impl Plan<'_> {
             ..server
         };
         let binaries = [(self.config.binaries.controlplane.clone(), program)];
-        Ok(self.spec(node, credentials, binaries.into(), Vec::new(), vec![server]))
+        let mut services = vec![server];
+        services.extend(self.forwarder());
+        Ok(self.spec(node, credentials, binaries.into(), Vec::new(), services))
+    }
+
+    fn resolv_conf(&self) -> String {
+        if self.config.egress {
+            format!("nameserver {}\n", self.name_server())
+        } else {
+            "# A node has no name server: nothing leaves this cluster's namespaces.\n".to_owned()
+        }
+    }
+
+    /// The machine's name servers, as the cluster reaches them by its way out.
+    pub(super) fn name_server(&self) -> IpAddr {
+        let v4 = self.config.ip_family.has_v4();
+        let mut servers = forward::NAME_SERVERS.into_iter();
+        servers
+            .find(|server| server.is_ipv4() == v4)
+            .unwrap_or(forward::NAME_SERVERS[0])
+    }
+
+    /// Where nodes find the proxy by which images are fetched.
+    fn proxy(&self) -> SocketAddr {
+        let addresses = self.subnet.control_plane(self.config.ip_family);
+        SocketAddr::new(addresses[0], forward::PROXY_PORT)
+    }
+
+    pub(super) fn has_forwarder(&self) -> bool {
+        self.config.pull || self.config.egress
+    }
+
+    fn forwarder(&self) -> Option<ServiceSpec> {
+        if !self.has_forwarder() {
+            return None;
+        }
+        let program = Path::new(BIN_DIR).join("keelway");
+        let mut forwarder = service(FORWARDER, &program, &[]);
+        forwarder.argv.push("forward".to_owned());
+        if self.config.pull {
+            forwarder.argv.push(format!("--proxy={}", self.proxy()));
+            let workers = self.state.nodes.iter().filter(|node| !node.control_plane);
+            let clients = workers.flat_map(NodeState::addresses);
+            let clients = clients.map(|address| format!("--client={address}"));
+            forwarder.argv.extend(clients);
+        }
+        if self.config.egress {
+            forwarder.argv.push("--egress".to_owned());
+            let family = self.config.ip_family;
+            let inside = [family.pods(), family.services()].concat();
+            let inside = inside.iter().map(|range| format!("--inside={range}"));
+            forwarder.argv.extend(inside);
+        }
+        forwarder.after = vec![NETWORK.to_owned()];
+        forwarder.notifies = true;
+        forwarder.outside = true;
+        Some(forwarder)
+    }
+
+    /// What containerd is told of the proxy; what is in the cluster needs none.
+    fn proxy_environment(&self) -> BTreeMap<String, String> {
+        if !self.config.pull {
+            return BTreeMap::new();
+        }
+        let family = self.config.ip_family;
+        let ranges = [family.pods(), family.services()].concat();
+        let inside = format!(
+            "198.18.0.0/15,2001:2::/48,.svc,.{CLUSTER_DOMAIN},{}",
+            family::list(&ranges)
+        );
+        let proxy = format!("http://{}", self.proxy());
+        [
+            ("HTTP_PROXY", proxy.clone()),
+            ("HTTPS_PROXY", proxy),
+            ("NO_PROXY", inside),
+        ]
+        .map(|(name, value)| (name.to_owned(), value))
+        .into()
     }
 
     pub(super) fn worker(&self, node: &NodeState, pki: &ClusterPki) -> Result<NodeSpec, UpError> {
@@ -115,6 +193,7 @@ impl Plan<'_> {
         )?;
         let containerd = ServiceSpec {
             after: vec![IMAGES.to_owned()],
+            env: self.proxy_environment(),
             ..seed::containerd_service()
         };
         let program = Path::new(BIN_DIR).join("keelway-kubelet");
@@ -186,6 +265,12 @@ impl Plan<'_> {
             Path::new(BIN_DIR).join("keelway"),
         );
         let mut binds = vec![credentials];
+        let registries = self.config.registries.iter().map(|folder| Bind {
+            from: folder.clone(),
+            to: containerd::REGISTRIES.into(),
+            read_only: true,
+        });
+        binds.extend(registries);
         binds.extend(binaries.into_iter().chain([own]).map(|(from, to)| Bind {
             from,
             to,
@@ -200,11 +285,7 @@ impl Plan<'_> {
         let mut all_files = BTreeMap::from([
             ("/etc/hosts".into(), hosts),
             ("/etc/hostname".into(), format!("{}\n", node.name)),
-            (
-                "/etc/resolv.conf".into(),
-                "# A node has no name server: nothing leaves this cluster's namespaces.\n"
-                    .to_owned(),
-            ),
+            ("/etc/resolv.conf".into(), self.resolv_conf()),
         ]);
         all_files.extend(files);
         let mut net_sysctls = vec![("ipv4/ip_forward", "1")];
@@ -246,6 +327,7 @@ fn service(name: &str, program: &Path, flags: &[(&str, &str)]) -> ServiceSpec {
         after: Vec::new(),
         notifies: false,
         listens: false,
+        outside: false,
     }
 }
 
