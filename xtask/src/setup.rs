@@ -4,6 +4,7 @@
 //! rename, so that an interrupted set-up is simply run again. A complete machine is recognised in a fraction of a second.
 
 mod apt;
+mod cnitool;
 mod kubectl;
 mod toolchain;
 
@@ -26,7 +27,8 @@ pub fn run(project: &Project) -> Result<()> {
     apt::install_missing()?;
     toolchain::run(project)?;
     kubectl::install_if_absent(project)?;
-    kubectl::pin_clients(project)
+    kubectl::pin_clients(project)?;
+    cnitool::pin(project)
 }
 
 fn check_machine() -> Result<()> {

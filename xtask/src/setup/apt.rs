@@ -19,10 +19,15 @@ const PACKAGES: &[(&str, &str)] = &[
     ("ca-certificates", "downloads"),
     ("containerd", "each node runs its own"),
     (
+        "containernetworking-plugins",
+        "tests chain them with ours, the bench measures both",
+    ),
+    (
         "etcd-server",
         "the store of several control planes is tested on it",
     ),
     ("iproute2", "tests and people look at namespaces with it"),
+    ("iptables", "tests put its old tables in an agent's way"),
     (
         "libprotobuf-dev",
         "definitions that etcd's are written with",

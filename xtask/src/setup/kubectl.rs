@@ -81,11 +81,11 @@ fn destination() -> Result<PathBuf> {
     Ok(PathBuf::from(home).join(".local/bin/kubectl"))
 }
 
-fn place(program: &Path, destination: &Path) -> Result<()> {
+pub(super) fn place(program: &Path, destination: &Path) -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
     let folder = destination
         .parent()
-        .context("kubectl's destination has a folder")?;
+        .context("a program's destination has a folder")?;
     fs::create_dir_all(folder)?;
     let partial = destination.with_extension("partial");
     fs::copy(program, &partial).with_context(|| format!("cannot write {}", partial.display()))?;
