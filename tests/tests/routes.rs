@@ -145,6 +145,20 @@ impl Lab {
         }
     }
 
+    /// Waits until every other node's questions to this one are without an answer.
+    fn silent(&self, cut: u8) {
+        let others = (1..).zip(&self.nodes.nodes).filter(|(n, _)| *n != cut);
+        for (_, node) in others {
+            let name = format!("node-{cut}");
+            let waited = node.wait("silence", |report| {
+                let paths = report["paths"].as_array().cloned().unwrap_or_default();
+                let mut there = paths.iter().filter(|path| path["node"] == name.as_str());
+                there.all(|path| path["unanswered"] != 0 && path["latencyUs"].is_null())
+            });
+            waited.unwrap_or_else(|error| panic!("{error:#}"));
+        }
+    }
+
     fn mtu(&self, pod: usize) -> String {
         let show = || {
             std::process::Command::new("ip")
@@ -197,17 +211,20 @@ fn on_two_links_neighbours_are_reached_directly_and_the_others_by_the_overlay() 
     let Some(lab) = lab("on_two_links", Fabric::TwoLinks, &[]) else {
         return;
     };
-    lab.wait("mixed", |from, to| {
-        Some(if from == 3 || to == 3 {
-            "vxlan"
-        } else {
-            "direct"
-        })
-    });
+    let apart = |from, to| from == 3 || to == 3;
+    let mixed = |from, to| Some(if apart(from, to) { "vxlan" } else { "direct" });
+    lab.wait("mixed", mixed);
     lab.all_pairs("mixed");
-    lab.nodes.cut_off(3, true).expect("cut off");
-    lab.nodes.cut_off(3, false).expect("back");
-    lab.all_pairs("after node 3 came back");
+    for cut in 1..=3 {
+        lab.nodes.cut_off(cut, true).expect("cut off");
+        lab.silent(cut);
+        lab.wait("doubt", |from, to| {
+            (from == cut || to == cut).then_some("vxlan")
+        });
+        lab.nodes.cut_off(cut, false).expect("back");
+        lab.wait("mixed again", mixed);
+        lab.all_pairs(&format!("after node {cut} came back"));
+    }
 }
 
 #[test]
@@ -232,6 +249,12 @@ fn behind_routers_and_in_clouds_the_overlay_has_all() {
             );
         }
         lab.all_pairs("later");
+        for cut in 1..=3 {
+            lab.nodes.cut_off(cut, true).expect("cut off");
+            lab.silent(cut);
+            lab.nodes.cut_off(cut, false).expect("back");
+            lab.all_pairs(&format!("{fabric:?}: after node {cut} came back"));
+        }
     }
 }
 
