@@ -37,6 +37,12 @@ impl FrontendKey {
         Self::new(addr, VIP_PORT, VIP_PROTO)
     }
 
+    /// Whether the key is a marker's.
+    #[inline(always)]
+    pub const fn is_marker(&self) -> bool {
+        self.port == VIP_PORT && self.proto == VIP_PROTO
+    }
+
     /// The key of the same port on every address of the node, for a packet to one of them.
     #[inline(always)]
     pub const fn on_every_address(&self) -> Self {

@@ -206,7 +206,10 @@ impl<M: MapIo> Tables<M> {
         let (set, removed) = parted(&batch.locals);
         self.io.set_local_addresses(&set)?;
         self.io.remove_local_addresses(&removed)?;
-        let (set, removed) = parted(&batch.frontends);
+        // A marker rejects the ports that are not there: it comes after them and goes before. The sorts keep all other order.
+        let (mut set, mut removed) = parted(&batch.frontends);
+        set.sort_by_key(|(key, _)| key.is_marker());
+        removed.sort_by_key(|key| !key.is_marker());
         self.io.set_frontends(&set)?;
         self.io.remove_frontends(&removed)?;
         self.io.remove_ranges(&stale_ranges)?;

@@ -12,6 +12,9 @@ struct Memory {
     services: BTreeMap<u32, ServiceRef>,
     cells: BTreeMap<u32, Cell>,
     log: Vec<&'static str>,
+    /// Frontends and markers in the order in which they were set, and in which they were removed.
+    set: Vec<FrontendKey>,
+    removed: Vec<FrontendKey>,
 }
 
 impl MapIo for Memory {
@@ -20,11 +23,13 @@ impl MapIo for Memory {
     }
     fn set_frontends(&mut self, entries: &[(FrontendKey, RawLead)]) -> Result<(), Error> {
         self.frontends.extend(entries.iter().copied());
+        self.set.extend(entries.iter().map(|(key, _)| *key));
         self.log.push("set frontends");
         Ok(())
     }
     fn remove_frontends(&mut self, keys: &[FrontendKey]) -> Result<(), Error> {
         self.frontends.retain(|key, _| !keys.contains(key));
+        self.removed.extend(keys);
         self.log.push("remove frontends");
         Ok(())
     }
@@ -243,6 +248,34 @@ fn services_are_there_before_their_frontends_and_gone_after_them() {
         .unwrap();
     assert!(tables.io.log[..gone].contains(&"remove frontends"));
     assert!(!tables.state().unwrap().services.contains_key(&ServiceId(1)));
+}
+
+#[test]
+fn an_address_is_marked_after_its_ports_are_there_and_before_they_go() {
+    let now = Instant::now();
+    let mut tables = Tables::adopt(Memory::default());
+    let ports = ["10.96.0.1:80", "10.96.0.1:443", "10.96.0.2:80"].map(frontend);
+    let addresses: BTreeSet<IpAddr> = ports.iter().map(|port| port.addr).collect();
+    let mut ops = vec![Op::SetService {
+        id: ServiceId(1),
+        backends: backends(&["10.0.0.1:80"], &[]),
+    }];
+    ops.extend(addresses.iter().map(|addr| Op::SetVip {
+        addr: *addr,
+        kind: Vip::Cluster,
+    }));
+    ops.extend(ports.iter().map(|frontend| Op::SetFrontend {
+        frontend: *frontend,
+        lead: Lead::to(ServiceId(1)),
+    }));
+    tables.apply(&ops, now).unwrap();
+    let marks = |keys: &[FrontendKey]| keys.iter().map(FrontendKey::is_marker).collect::<Vec<_>>();
+    assert_eq!(marks(&tables.io.set), [false, false, false, true, true]);
+    let mut ops = vec![Op::RemoveService { id: ServiceId(1) }];
+    ops.extend(ports.map(|frontend| Op::RemoveFrontend { frontend }));
+    ops.extend(addresses.into_iter().map(|addr| Op::RemoveVip { addr }));
+    tables.apply(&ops, now).unwrap();
+    assert_eq!(marks(&tables.io.removed), [true, true, false, false, false]);
 }
 
 #[test]
