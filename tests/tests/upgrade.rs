@@ -11,9 +11,9 @@ use std::{
 };
 
 use dataplane_abi::{ABI_VERSION, Reason};
-use keelway_agent::dataplane::{HandedOver, Op, State};
+use keelway_agent::dataplane::{HandedOver, Lead, Op, ServiceBackends, ServiceId, State};
 use keelway_tests::{
-    nodes::{self, Cgroup, Node, Nodes, PER_PACKET, ask},
+    nodes::{self, Cgroup, Node, Nodes, PER_PACKET, ask, frontend},
     requests::{self, TIMEOUT, tcp},
     sandbox::{Network, Sandbox, is_root},
 };
@@ -26,7 +26,6 @@ fn client() {
 
 /// What an agent would plan again, under other ids.
 fn planned(state: State) -> Vec<Op> {
-    use keelway_agent::dataplane::{Lead, ServiceId};
     let other = |id: ServiceId| ServiceId(id.0 + 100);
     let mut ops = Vec::new();
     for (id, backends) in state.services {
@@ -51,6 +50,36 @@ fn planned(state: State) -> Vec<Op> {
         ops.push(Op::SetHostAddress { addr });
     }
     ops
+}
+
+/// Services of which a client keeps its backend. Several, since each might lead it to the same one by chance.
+const AFFINE: [&str; 4] = [
+    "10.96.0.11:80",
+    "10.96.0.12:80",
+    "10.96.0.13:80",
+    "10.96.0.14:80",
+];
+
+fn with_affinity(backends: &[SocketAddr]) -> Vec<Op> {
+    let mut ops = Vec::new();
+    for (id, at) in (11..).map(ServiceId).zip(AFFINE) {
+        ops.push(Op::SetService {
+            id,
+            backends: ServiceBackends {
+                active: backends.to_vec(),
+                affinity_timeout_s: 3600,
+                ..ServiceBackends::default()
+            },
+        });
+        ops.extend(frontend(at, Lead::to(id)));
+    }
+    ops
+}
+
+/// Who answers a connection.
+fn server(from: &Network, at: &str) -> String {
+    let answer = from.run(|| tcp(at.parse().unwrap()).unwrap());
+    answer.split(' ').next().unwrap_or_default().to_owned()
 }
 
 /// Ends the agent, has what it left count as version `number`'s, and starts another one that finds nothing of its own.
@@ -98,7 +127,12 @@ fn another_version_hands_over_while_traffic_goes_on_and_takes_back() {
     nodes
         .serve(4, "10.96.0.4:80", &["b", "c", "node-1", "node-2"])
         .unwrap();
+    let everybody = ["b", "c", "node-1", "node-2"];
+    let everybody: Vec<SocketAddr> = everybody
+        .map(|name| nodes.backend(name, true).unwrap())
+        .into();
     let Nodes { nodes: [first, _] } = &mut nodes;
+    first.dataplane().apply(&with_affinity(&everybody)).unwrap();
     first.dataplane().attach_cgroup(cgroup.path()).unwrap();
     let host = first.host.try_clone().unwrap();
     let pod = first.pods["a"].network.try_clone().unwrap();
@@ -132,6 +166,7 @@ fn another_version_hands_over_while_traffic_goes_on_and_takes_back() {
         assert_eq!(answer, chosen, "{when}");
     };
     go_on("before");
+    let kept = AFFINE.map(|at| server(&pod, at));
     let (stop, made) = (AtomicBool::new(false), AtomicU32::new(0));
     thread::scope(|scope| {
         let connecting = scope.spawn(|| connect_on(&pod, &stop, &made));
@@ -160,6 +195,8 @@ fn another_version_hands_over_while_traffic_goes_on_and_takes_back() {
             assert_eq!(taken.links, 14, "{taken:?}");
             assert!(!other.exists());
             go_on("after the other's programs are gone");
+            assert_eq!(taken.affinities, AFFINE.len(), "{taken:?}");
+            assert_eq!(AFFINE.map(|at| server(&pod, at)), kept);
             more();
             let now = first.dataplane().counters().unwrap();
             assert!(!now.contains(&(Reason::FlowReplied, 0)), "{now:?}");

@@ -2,17 +2,20 @@
 //!
 //! The other's programs hang where the agent before this one hung them, and go on with maps of their own. Once all Services are in
 //! our maps, its links and filters get our programs in place, one after the other within a millisecond or so, and become ours: there
-//! is no moment without a program, and none with two. Flows are copied before and after, where their layout is the same: of a
-//! connection that is opened between the two copies and answered before the second has ended, the answer is nobody's.
+//! is no moment without a program, and none with two. Flows, and which backends clients keep, are copied before and after, where their
+//! layout is the same: of a connection that is opened between the two copies and answered before the second has ended, the answer is
+//! nobody's.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     fs, io,
-    os::fd::AsFd as _,
+    os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
 };
 
-use dataplane_abi::{Addr, Flow, FlowKey, FrontendKey, Lead, LocalAddress, map};
+use dataplane_abi::{
+    Addr, Affinity, AffinityKey, Flow, FlowKey, FrontendKey, Lead, LocalAddress, map,
+};
 
 use super::{
     Error,
@@ -28,6 +31,8 @@ pub struct HandedOver {
     pub links: usize,
     /// Entries (two per flow) of flows that go on.
     pub flows: usize,
+    /// Clients of Services with affinity that keep their backends.
+    pub affinities: usize,
 }
 
 /// Whether another version's programs are at work.
@@ -46,16 +51,19 @@ pub fn take_over(root: &Path, own: &Path, programs: &Programs) -> Result<HandedO
         // Where ours hang behind theirs already, they would see each packet twice.
         make_way_for(&links, programs)?;
         taken.flows += take_flows(&dir, own)?;
+        taken.affinities += take_affinities(&dir, own)?;
         taken.links += hooks.replace(&pods)?;
         taken.links += take_links(&links, programs)?;
         // What was opened or answered between the two.
         taken.flows += take_flows(&dir, own)?;
+        taken.affinities += take_affinities(&dir, own)?;
         remove_all(&dir)?;
         taken.versions += 1;
         tracing::info!(
             path = %dir.display(),
             links = taken.links,
             flows = taken.flows,
+            affinities = taken.affinities,
             "took over from another version"
         );
     }
@@ -145,32 +153,75 @@ fn take_flows(from: &Path, own: &Path) -> Result<usize, Error> {
     Ok(taken)
 }
 
-fn take_table(from: &Path, own: &Path, name: &'static str) -> Result<usize, Error> {
-    let failed = |action, map| {
-        move |source| Error::Map {
-            action,
-            map,
-            source,
-        }
+/// Copies which backend each client of a Service with affinity keeps, where `own` does not know better.
+fn take_affinities(from: &Path, own: &Path) -> Result<usize, Error> {
+    let Some((their_frontends, our_frontends)) = both(from, own, map::FRONTENDS)? else {
+        return Ok(0);
     };
+    let Some((theirs, ours)) = both(from, own, map::AFFINITY)? else {
+        return Ok(0);
+    };
+    // Ids are another ledger's: what leads to one there and to another here is the same service port.
+    let mut ids: HashMap<u32, u32> = HashMap::new();
+    let frontends = sys::entries::<FrontendKey, Lead>(their_frontends.as_fd());
+    for (key, lead) in frontends.map_err(failed("read", map::FRONTENDS))? {
+        let now = sys::lookup::<_, Lead>(our_frontends.as_fd(), &key)
+            .map_err(failed("read", map::FRONTENDS))?;
+        if let Some(now) = now.filter(|_| !key.is_marker()) {
+            ids.insert(lead.internal, now.internal);
+            ids.insert(lead.external, now.external);
+        }
+    }
+    let read = |map: &OwnedFd| {
+        sys::entries::<AffinityKey, Affinity>(map.as_fd()).map_err(failed("read", map::AFFINITY))
+    };
+    let known: HashSet<AffinityKey> = read(&ours)?.into_iter().map(|(key, _)| key).collect();
+    let taken: Vec<(AffinityKey, Affinity)> = read(&theirs)?
+        .into_iter()
+        .filter_map(|(key, kept)| {
+            let key = AffinityKey::new(key.client, *ids.get(&key.service)?);
+            (!known.contains(&key)).then_some((key, kept))
+        })
+        .collect();
+    sys::update_batch(ours.as_fd(), &taken).map_err(failed("write", map::AFFINITY))?;
+    Ok(taken.len())
+}
+
+fn failed(action: &'static str, map: &'static str) -> impl Fn(io::Error) -> Error {
+    move |source| Error::Map {
+        action,
+        map,
+        source,
+    }
+}
+
+/// A map as another version has it and as ours does; nothing where it has none, or one of another layout.
+fn both(from: &Path, own: &Path, name: &'static str) -> Result<Option<(OwnedFd, OwnedFd)>, Error> {
     let theirs = match sys::open_pinned(&from.join(name)) {
         Ok(theirs) => theirs,
         // Of a version that had none.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(failed("open", name)(error)),
     };
-    let open = |name| sys::open_pinned(&own.join(name)).map_err(failed("open", name));
-    let ours = open(name)?;
+    let ours = sys::open_pinned(&own.join(name)).map_err(failed("open", name))?;
     let layout = |shape: MapShape| (shape.key_size, shape.value_size);
-    let shape = |map| {
-        sys::map_shape(map)
+    let shape = |map: &OwnedFd| {
+        sys::map_shape(map.as_fd())
             .map(layout)
             .map_err(failed("open", name))
     };
-    if shape(theirs.as_fd())? != shape(ours.as_fd())? {
-        tracing::warn!(path = %from.display(), map = name, "flows of another layout end");
-        return Ok(0);
+    if shape(&theirs)? != shape(&ours)? {
+        tracing::warn!(path = %from.display(), map = name, "what is in a map of another layout ends");
+        return Ok(None);
     }
+    Ok(Some((theirs, ours)))
+}
+
+fn take_table(from: &Path, own: &Path, name: &'static str) -> Result<usize, Error> {
+    let Some((theirs, ours)) = both(from, own, name)? else {
+        return Ok(0);
+    };
+    let open = |name| sys::open_pinned(&own.join(name)).map_err(failed("open", name));
     let (frontends, local) = (open(map::FRONTENDS)?, open(map::LOCAL)?);
     // Ids and generations are another ledger's.
     let service_of = |client: &FlowKey| -> io::Result<u32> {
