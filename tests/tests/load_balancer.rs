@@ -96,11 +96,19 @@ fn an_agent_that_stops_hands_over_and_policy_local_stays_with_endpoints() {
         .expect("silence");
 }
 
+/// A connection, and whether its question was answered.
+#[derive(Clone, Copy)]
+struct Question {
+    began: Instant,
+    ended: Instant,
+    answered: bool,
+}
+
 /// A client that connects to the address and asks, again and again.
 struct Asking {
     end: Arc<AtomicBool>,
-    /// When each question was begun, and whether it was answered.
-    asked: Arc<Mutex<Vec<(Instant, bool)>>>,
+    /// The questions so far.
+    asked: Arc<Mutex<Vec<Question>>>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
@@ -116,7 +124,11 @@ impl Asking {
                 while !stop.load(Ordering::Relaxed) {
                     let began = Instant::now();
                     let answered = ask(patience).is_ok();
-                    heard.lock().expect("the list").push((began, answered));
+                    heard.lock().expect("the list").push(Question {
+                        began,
+                        ended: Instant::now(),
+                        answered,
+                    });
                 }
             });
         });
@@ -131,23 +143,24 @@ impl Asking {
     fn answered_after(&self, moment: Instant) -> Duration {
         until("an answer", || {
             let asked = self.asked.lock().expect("the list");
-            let mut later = asked
+            let later = asked
                 .iter()
-                .filter(|(began, answered)| *answered && *began >= moment);
-            Ok(later.next().map(|(began, _)| *began - moment))
+                .find(|question| question.answered && question.began >= moment);
+            Ok(later.map(|question| question.began - moment))
         })
         .expect("an answer")
     }
 
-    /// Ends it: how many questions were answered, and how many were not.
-    fn finish(mut self) -> (usize, usize) {
+    /// Ends it: how many questions were answered, and those that were not.
+    fn finish(mut self) -> (usize, Vec<Question>) {
         self.end.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
             thread.join().expect("no panic");
         }
         let asked = self.asked.lock().expect("the list");
-        let answered = asked.iter().filter(|(_, answered)| *answered).count();
-        (answered, asked.len() - answered)
+        let (answered, failed): (Vec<Question>, Vec<Question>) =
+            asked.iter().partition(|question| question.answered);
+        (answered.len(), failed)
     }
 }
 
@@ -222,8 +235,8 @@ fn served_from_the_other_node(segment: &Segment) -> (usize, Pod) {
 }
 
 #[test]
-fn when_the_answering_nodes_agent_is_killed_another_answers_and_no_connection_fails() {
-    let test = "when_the_answering_nodes_agent_is_killed_another_answers_and_no_connection_fails";
+fn when_the_answering_nodes_agent_is_killed_another_answers_and_only_what_is_on_its_way_may_fail() {
+    let test = "when_the_answering_nodes_agent_is_killed_another_answers";
     let Some((_sandbox, _dir, mut segment)) = topology(test) else {
         return;
     };
@@ -238,12 +251,21 @@ fn when_the_answering_nodes_agent_is_killed_another_answers_and_no_connection_fa
         Ok(known_to(&segment.client, &segment).filter(|node| *node == 1 - first))
     })
     .expect("it");
-    let moved = killed.elapsed();
-    asking.answered_after(Instant::now());
+    let seen = Instant::now();
+    asking.answered_after(seen);
     let (answered, failed) = asking.finish();
-    println!("moved {moved:?} after the kill; {answered} connections answered, {failed} failed");
+    let moved = seen - killed;
+    println!(
+        "moved {moved:?} after the kill; {answered} connections answered, {} failed",
+        failed.len()
+    );
     assert!(moved < MOVED_WITHIN, "moved after {moved:?}");
-    assert_eq!(failed, 0, "of {}", answered + failed);
+    // The one connection that is on its way at that moment has its flow on the old node, and is lost.
+    assert!(failed.len() <= 1, "{} of {answered}", failed.len());
+    for question in failed {
+        let spans_the_move = question.began <= seen && question.ended >= killed;
+        assert!(spans_the_move, "{:?} after it", question.began - killed);
+    }
 }
 
 #[test]
@@ -270,6 +292,7 @@ fn when_the_answering_node_is_cut_off_another_serves_the_address() {
         let cut = Instant::now();
         let moved = asking.answered_after(cut);
         let (answered, failed) = asking.finish();
+        let failed = failed.len();
         println!("served {moved:?} after the cut; {answered} answered, {failed} not");
         // Otherwise nothing was cut: the switch floods frames whose receiver is gone, and they are not the other node's.
         assert!(failed > 0, "no connection was lost");
