@@ -5,8 +5,8 @@ use std::fs::File;
 use std::net::TcpListener;
 use std::time::Duration;
 
-use keelway_tests::cluster::Cluster;
-use keelway_tests::process::{Finished, eventually};
+use keelway_tests::cluster::{Cluster, keelway};
+use keelway_tests::process::{Finished, Running, eventually};
 use nix::sched::{CloneFlags, setns};
 use serde_json::{Value, json};
 
@@ -45,6 +45,10 @@ impl Agent {
     pub fn json(&self, cluster: &Cluster, arguments: &[&str]) -> Value {
         let finished = self.run(cluster, arguments);
         serde_json::from_str(&finished.stdout).unwrap_or_else(|error| panic!("{error}: {finished}"))
+    }
+
+    fn watch(&self, cluster: &Cluster, arguments: &[&str]) -> Running {
+        cluster.kubectl_running(&self.line(arguments))
     }
 }
 
@@ -90,6 +94,74 @@ pub fn services_are_listed_and_shown_with_their_pods(cluster: &Cluster) {
     assert!(shown.contains(&node), "{shown}");
     let refused = agent.run(cluster, &["service", "show", "nobody"]).refused();
     assert!(refused.contains("no Service default/nobody"), "{refused}");
+}
+
+pub fn the_monitor_names_pods_services_and_reasons(cluster: &Cluster) {
+    let (node, agent) = clients_agent(cluster);
+    let limit = Duration::from_secs(20);
+    let all = agent.watch(cluster, &["monitor", "-o", "json", "--service", "hello"]);
+    let drops = agent.watch(cluster, &["monitor", "--drops", "--service", "hello"]);
+    let keelway = keelway().display().to_string();
+    let name = cluster.name.clone();
+    let line = [
+        &keelway,
+        "monitor",
+        "--name",
+        &name,
+        "--",
+        "-o",
+        "json",
+        "--reason",
+        "no_such_port",
+    ];
+    let everywhere = cluster.is_here().then(|| Running::start(&line, &[]));
+    // Asked for again until the listeners are there.
+    let ask = || {
+        cluster
+            .in_client("wget -T 5 -qO- http://hello/; wget -T 5 -qO- http://hello:81/")
+            .refused()
+    };
+    let heard = |running: &Running, words: &str| -> String {
+        eventually(words, limit, || {
+            ask();
+            running.try_line_with(words).ok_or_else(String::new)
+        })
+    };
+    let flow: Value = serde_json::from_str(&heard(&all, "default/hello:")).expect("a line of JSON");
+    assert_eq!(flow["class"], "flow", "{flow}");
+    assert!(
+        flow["service"]
+            .as_str()
+            .is_some_and(|name| name.starts_with("default/hello:")),
+        "{flow}"
+    );
+    let backend = flow["backendName"]["pod"].as_str().unwrap_or_default();
+    assert!(backend.starts_with("default/hello-"), "{flow}");
+    let rejected: Value =
+        serde_json::from_str(&heard(&all, "no_such_port")).expect("a line of JSON");
+    assert_eq!(rejected["class"], "reject", "{rejected}");
+    assert_eq!(
+        rejected["sourceName"]["pod"], "default/client",
+        "{rejected}"
+    );
+    assert_eq!(
+        rejected["destinationName"]["service"], "default/hello",
+        "{rejected}"
+    );
+    let text = heard(&drops, "no_such_port");
+    assert!(
+        text.contains("default/client") && text.contains("default/hello"),
+        "{text}"
+    );
+    if let Some(everywhere) = everywhere {
+        let line = heard(&everywhere, "no_such_port");
+        let line: Value = serde_json::from_str(&line).expect("a line of JSON");
+        assert_eq!(line["node"], json!(node), "{line}");
+    }
+    let wrong = agent
+        .run(cluster, &["monitor", "--reason", "nothing"])
+        .refused();
+    assert!(wrong.contains("no_such_port"), "{wrong}");
 }
 
 pub fn flows_are_listed_by_name_and_flushed(cluster: &Cluster) {
