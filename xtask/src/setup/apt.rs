@@ -26,6 +26,7 @@ const PACKAGES: &[(&str, &str)] = &[
         "etcd-server",
         "the store of several control planes is tested on it",
     ),
+    ("ethtool", "tests turn offloads of interfaces on and off"),
     ("iproute2", "tests and people look at namespaces with it"),
     ("iptables", "tests put its old tables in an agent's way"),
     (
