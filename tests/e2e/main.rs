@@ -6,6 +6,7 @@
 //! `KEELWAY_E2E_ONLY` runs those whose name contains it, or one of several with commas between them.
 #![forbid(unsafe_code)]
 
+mod access;
 mod balancer;
 mod changes;
 mod faults;
@@ -81,6 +82,7 @@ const SCENARIOS: &[Scenario] = scenarios![
     changes::drain_empties_a_node_and_uncordon_opens_it,
     changes::questions_about_access_and_metrics_are_answered,
     changes::a_running_pod_is_resized_in_place,
+    access::a_kubelet_lets_nobody_in_without_the_right "nodes",
     helm::a_chart_with_hooks_lives_through_its_releases,
     wrong_input::an_unknown_field_is_refused_by_name,
     wrong_input::a_selector_that_misses_its_template_is_refused,
