@@ -1,12 +1,12 @@
 //! Services as kube-proxy's rules have them: random sequences of Service, EndpointSlice and Node changes, planned and applied as the
-//! agent does it, and after every step both kinds of hooks are asked by every kind of client for every address. What they answer is
+//! agent does it, and after every step both kinds of hooks are asked by every kind of client for every address of both families. What they answer is
 //! held against a model of the rules, written from the API's documentation and KEP-1669, 1860, 2086, 2433, 2447, 3015 and 3685.
 //!
 //! The hooks are the programs' own logic over maps in memory: nothing here needs root.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
 };
 
@@ -32,6 +32,18 @@ const POD: Ipv4Addr = Ipv4Addr::new(10, 244, 0, 1);
 const POD_INTERFACE: u32 = 7;
 const OUTSIDE: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 9);
 
+/// The two families, IPv4 first. Addresses are written as IPv4's; IPv6 has the same at the end of fd00::/96.
+const FAMILIES: [bool; 2] = [true, false];
+
+fn in_family(address: Ipv4Addr, ipv4: bool) -> IpAddr {
+    if ipv4 {
+        return address.into();
+    }
+    let [a, b, c, d] = address.octets();
+    let (high, low) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
+    Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, high, low).into()
+}
+
 fn here() -> Here {
     Here {
         node: NODE.into(),
@@ -49,12 +61,13 @@ enum Client {
 }
 
 impl Client {
-    fn address(self) -> Ipv4Addr {
-        match self {
+    fn address(self, ipv4: bool) -> IpAddr {
+        let address = match self {
             Client::PodHere => POD,
             Client::HostHere => NODE_IP,
             Client::Outside => OUTSIDE,
-        }
+        };
+        in_family(address, ipv4)
     }
 }
 
@@ -78,7 +91,7 @@ enum By {
 fn expected(
     cluster: &Snapshot,
     client: Client,
-    to: Ipv4Addr,
+    to: IpAddr,
     number: u16,
     protocol: Protocol,
 ) -> Answer {
@@ -96,15 +109,23 @@ fn expected(
             .filter(|port| port.protocol == protocol)
         {
             if let Some(by) = reached(service, port, to, number) {
-                return answer(cluster, service, port, client, by);
+                return answer(
+                    cluster,
+                    service,
+                    port,
+                    client.address(to.is_ipv4()),
+                    client,
+                    by,
+                );
             }
         }
     }
     let is_node = |ip: &IpAddr| cluster.nodes().any(|node| node.internal_ips.contains(ip));
     let is_service = served.iter().any(|service| {
-        let to = IpAddr::V4(to);
+        let has_family = |ip: &IpAddr| ip.is_ipv4() == to.is_ipv4();
         service.cluster_ips.contains(&to)
-            || (service.service_type == ServiceType::LoadBalancer
+            || (service.cluster_ips.iter().any(has_family)
+                && service.service_type == ServiceType::LoadBalancer
                 && service.load_balancer_ips.contains(&to)
                 && !is_node(&to))
     });
@@ -115,21 +136,27 @@ fn expected(
     }
 }
 
-fn reached(service: &Service, port: &ServicePort, to: Ipv4Addr, number: u16) -> Option<By> {
-    let to = IpAddr::V4(to);
+fn reached(service: &Service, port: &ServicePort, to: IpAddr, number: u16) -> Option<By> {
+    let has_family = |ip: &IpAddr| ip.is_ipv4() == to.is_ipv4();
     if service.cluster_ips.contains(&to) && port.port == number {
         return Some(By::ClusterIp);
     }
+    // A Service has the families of its own addresses.
+    if !service.cluster_ips.iter().any(has_family) {
+        return None;
+    }
     let balanced = service.service_type == ServiceType::LoadBalancer;
     if balanced && service.load_balancer_ips.contains(&to) && port.port == number {
-        let guarded = !service.load_balancer_source_ranges.is_empty();
+        let mut ranges = service.load_balancer_source_ranges.iter();
+        let guarded = ranges.any(|range| range.is_ipv4() == to.is_ipv4());
         return Some(By::External { guarded });
     }
     if service.external_ips.contains(&to) && port.port == number {
         return Some(By::External { guarded: false });
     }
     let has_node_port = balanced || service.service_type == ServiceType::NodePort;
-    (has_node_port && to == IpAddr::V4(NODE_IP) && port.node_port == Some(number))
+    let is_node = to == in_family(NODE_IP, to.is_ipv4());
+    (has_node_port && is_node && port.node_port == Some(number))
         .then_some(By::External { guarded: false })
 }
 
@@ -137,10 +164,10 @@ fn answer(
     cluster: &Snapshot,
     service: &Service,
     port: &ServicePort,
+    from: IpAddr,
     client: Client,
     by: By,
 ) -> Answer {
-    let from = IpAddr::V4(client.address());
     if by == (By::External { guarded: true })
         && !service
             .load_balancer_source_ranges
@@ -168,6 +195,7 @@ fn answer(
                 slice
                     .endpoints
                     .iter()
+                    .filter(|one| one.address.is_ipv4() == from.is_ipv4())
                     .map(move |one| (at(one), one.clone()))
             })
         })
@@ -245,8 +273,11 @@ fn maps(state: &State) -> Memory {
         });
         tables.ranges.borrow_mut().extend(ranges);
     }
-    tables.set_local(&POD.to_string(), FROM_POD, POD_INTERFACE);
-    tables.set_local(&NODE_IP.to_string(), FROM_HOST, 0);
+    for ipv4 in FAMILIES {
+        let text = |address| in_family(address, ipv4).to_string();
+        tables.set_local(&text(POD), FROM_POD, POD_INTERFACE);
+        tables.set_local(&text(NODE_IP), FROM_HOST, 0);
+    }
     tables
 }
 
@@ -267,9 +298,9 @@ fn by_packet(
         service_veth: true,
         masquerade: false,
         node_v4: NODE_IP.into(),
-        node_v6: dataplane_abi::Addr { words: [0, 0] },
+        node_v6: in_family(NODE_IP, false).into(),
     };
-    let from = SocketAddr::new(client.address().into(), port).to_string();
+    let from = SocketAddr::new(client.address(to.is_ipv4()), port).to_string();
     let sent = match protocol {
         Protocol::Udp => udp(&from, &to.to_string(), b"x"),
         _ => tcp(&from, &to.to_string(), tcp_flag::SYN, b""),
@@ -286,15 +317,21 @@ fn by_packet(
     if packet.0 == sent {
         return Answer::Nobody;
     }
-    let octets: [u8; 4] = packet.0[30..34].try_into().unwrap();
-    let is_reset = packet.0[23] == 6 && packet.0[47] & tcp_flag::RST != 0;
-    let is_error = packet.0[23] == 1;
-    if is_reset || is_error {
-        assert_eq!(octets, client.address().octets(), "a refusal goes back");
+    let (next, destination, l4, icmp) = if to.is_ipv4() {
+        let octets: [u8; 4] = packet.0[30..34].try_into().unwrap();
+        (packet.0[23], IpAddr::from(octets), 34, 1)
+    } else {
+        let octets: [u8; 16] = packet.0[38..54].try_into().unwrap();
+        (packet.0[20], IpAddr::from(octets), 54, 58)
+    };
+    let is_reset = next == 6 && packet.0[l4 + 13] & tcp_flag::RST != 0;
+    if is_reset || next == icmp {
+        let asker = client.address(to.is_ipv4());
+        assert_eq!(destination, asker, "a refusal goes back");
         return Answer::Rejected;
     }
-    let port = u16::from_be_bytes([packet.0[36], packet.0[37]]);
-    Answer::OneOf([SocketAddr::new(octets.into(), port)].into())
+    let port = u16::from_be_bytes([packet.0[l4 + 2], packet.0[l4 + 3]]);
+    Answer::OneOf([SocketAddr::new(destination, port)].into())
 }
 
 /// What the socket hook makes of a connect; nothing when it leaves it to the packet hooks.
@@ -309,7 +346,7 @@ fn at_socket(
         packet_lb: true,
         connects_datagrams: false,
         client: match client {
-            Client::HostHere => Asking::at(NODE_IP.into()),
+            Client::HostHere => Asking::at(in_family(NODE_IP, to.is_ipv4()).into()),
             _ => Asking::UNKNOWN,
         },
     };
@@ -332,12 +369,12 @@ fn compare(cluster: &Snapshot, state: &State) -> Result<(), TestCaseError> {
     for to in addresses() {
         for number in ports {
             for protocol in [Protocol::Tcp, Protocol::Udp] {
-                let at = SocketAddr::new(to.into(), number);
+                let at = SocketAddr::new(to, number);
                 let context = |client: Client| format!("{client:?} -> {at} {protocol}");
                 for client in [Client::PodHere, Client::HostHere, Client::Outside] {
                     let wanted = expected(cluster, client, to, number, protocol);
                     from_port += 1;
-                    let is_routed = state.vips.get(&IpAddr::V4(to)) == Some(&Vip::Cluster);
+                    let is_routed = state.vips.get(&to) == Some(&Vip::Cluster);
                     // The host's packets come by the hook where it routes them there.
                     if client != Client::HostHere || is_routed {
                         let got = by_packet(&tables, client, from_port, at, protocol);
@@ -369,7 +406,7 @@ fn compare(cluster: &Snapshot, state: &State) -> Result<(), TestCaseError> {
                         // What the socket leaves alone, the packet hook answered above; a host's to a balanced address is
                         // answered at the socket or not at all.
                         (None, Answer::Rejected) if client == Client::HostHere => {
-                            let by_host_itself = to == NODE_IP;
+                            let by_host_itself = to == in_family(NODE_IP, to.is_ipv4());
                             prop_assert!(
                                 is_routed || by_host_itself,
                                 "{}: left alone",
@@ -394,11 +431,22 @@ fn agree(wanted: &Answer, got: &Answer) -> bool {
 
 // The cluster and its changes.
 
-fn addresses() -> Vec<Ipv4Addr> {
+fn addresses() -> Vec<IpAddr> {
     let mut all: Vec<Ipv4Addr> = (1..4).map(|last| [10, 96, 0, last].into()).collect();
     all.extend((1..4).map(|last| Ipv4Addr::new(192, 0, 2, last)));
     all.push(NODE_IP);
-    all
+    let of = |ipv4| all.iter().map(move |address| in_family(*address, ipv4));
+    FAMILIES.into_iter().flat_map(of).collect()
+}
+
+/// One family, or both, the first being the one that counts more.
+fn some_families() -> impl Strategy<Value = Vec<bool>> {
+    prop::sample::select(vec![
+        vec![true],
+        vec![false],
+        vec![true, false],
+        vec![false, true],
+    ])
 }
 
 fn any_service() -> impl Strategy<Value = Object> {
@@ -422,10 +470,20 @@ fn any_service() -> impl Strategy<Value = Object> {
         chosen.into_iter().map(port).collect::<Vec<_>>()
     });
     let addresses = prop::collection::btree_set(1u8..4, 0..3);
-    let ranges =
-        prop::sample::subsequence(vec!["203.0.113.0/24", "10.0.0.0/8", "198.18.0.11/32"], 0..3);
+    let ranges = vec![
+        (Ipv4Addr::new(203, 0, 113, 0), 24),
+        (Ipv4Addr::new(10, 0, 0, 0), 8),
+        (NODE_IP, 32),
+    ];
+    let ranges = prop::sample::subsequence(ranges, 0..3);
     (
-        (prop::sample::select(vec!["a", "b", "web"]), 1u8..4, ports),
+        (
+            prop::sample::select(vec!["a", "b", "web"]),
+            1u8..4,
+            ports,
+            some_families(),
+            some_families(),
+        ),
         prop::sample::select(vec![
             ServiceType::ClusterIp,
             ServiceType::NodePort,
@@ -444,42 +502,57 @@ fn any_service() -> impl Strategy<Value = Object> {
             prop::bool::weighted(0.1),
         ),
     )
-        .prop_map(|((name, ip, ports), service_type, reach, rest)| {
-            let (internal, external, external_ips, balanced_ips, ranges) = reach;
-            let (traffic_distribution, affinity_timeout_s, publish_not_ready, headless, elsewhere) =
-                rest;
-            let ips = |set: BTreeSet<u8>| -> Vec<IpAddr> {
-                set.into_iter()
-                    .map(|last| [192, 0, 2, last].into())
-                    .collect()
-            };
-            let cluster_ips = if headless {
-                vec![]
-            } else {
-                vec![[10, 96, 0, ip].into()]
-            };
-            Object::Service(Arc::new(Service {
-                key: ObjectKey::new("default", name),
-                service_type,
-                cluster_ips,
-                headless,
-                external_name: None,
-                external_ips: ips(external_ips),
-                load_balancer_ips: ips(balanced_ips),
-                load_balancer_source_ranges: ranges
-                    .iter()
-                    .map(|range| range.parse::<IpNetwork>().unwrap())
-                    .collect(),
-                ports,
-                publish_not_ready,
-                traffic_distribution,
-                affinity_timeout_s,
-                internal_traffic_policy: internal,
-                external_traffic_policy: external,
-                health_check_node_port: None,
-                proxy_name: elsewhere.then(|| "another".into()),
-            }))
-        })
+        .prop_map(
+            |((name, ip, ports, families, guarded), service_type, reach, rest)| {
+                let (internal, external, external_ips, balanced_ips, ranges) = reach;
+                let (
+                    traffic_distribution,
+                    affinity_timeout_s,
+                    publish_not_ready,
+                    headless,
+                    elsewhere,
+                ) = rest;
+                let in_all = |addresses: Vec<Ipv4Addr>, families: &[bool]| -> Vec<IpAddr> {
+                    let of = |ipv4| addresses.iter().map(move |one| in_family(*one, ipv4));
+                    families.iter().copied().flat_map(of).collect()
+                };
+                // Those of a family that the Service has not, too.
+                let ips = |set: BTreeSet<u8>| -> Vec<IpAddr> {
+                    let each = set.into_iter().map(|last| [192, 0, 2, last].into());
+                    in_all(each.collect(), &FAMILIES)
+                };
+                let ranges = ranges.into_iter().flat_map(|(address, len)| {
+                    let of = move |ipv4| {
+                        let len = if ipv4 { len } else { len + 96 };
+                        IpNetwork::new(in_family(address, ipv4), len).unwrap()
+                    };
+                    guarded.clone().into_iter().map(of)
+                });
+                let cluster_ips = if headless {
+                    vec![]
+                } else {
+                    in_all(vec![[10, 96, 0, ip].into()], &families)
+                };
+                Object::Service(Arc::new(Service {
+                    key: ObjectKey::new("default", name),
+                    service_type,
+                    cluster_ips,
+                    headless,
+                    external_name: None,
+                    external_ips: ips(external_ips),
+                    load_balancer_ips: ips(balanced_ips),
+                    load_balancer_source_ranges: ranges.collect(),
+                    ports,
+                    publish_not_ready,
+                    traffic_distribution,
+                    affinity_timeout_s,
+                    internal_traffic_policy: internal,
+                    external_traffic_policy: external,
+                    health_check_node_port: None,
+                    proxy_name: elsewhere.then(|| "another".into()),
+                }))
+            },
+        )
 }
 
 fn any_slice() -> impl Strategy<Value = Object> {
@@ -503,7 +576,7 @@ fn any_slice() -> impl Strategy<Value = Object> {
         });
     let endpoint =
         (address, place, conditions).prop_map(|(address, (node, zone), conditions)| Endpoint {
-            address: address.into(),
+            address: IpAddr::V4(address),
             conditions,
             node_name: Some(node.into()),
             zone: Some(zone.into()),
@@ -516,8 +589,14 @@ fn any_slice() -> impl Strategy<Value = Object> {
         prop::sample::select(vec!["s1", "s2", "s3"]),
         prop::sample::select(vec!["a", "b", "web"]),
         prop::collection::vec(endpoint, 0..4),
+        any::<bool>(),
     )
-        .prop_map(|(name, service, endpoints)| {
+        .prop_map(|(name, service, mut endpoints, ipv4)| {
+            for endpoint in &mut endpoints {
+                if let IpAddr::V4(address) = endpoint.address {
+                    endpoint.address = in_family(address, ipv4);
+                }
+            }
             let port = |name: &str, protocol, port| EndpointPort {
                 name: name.into(),
                 protocol,
@@ -542,8 +621,10 @@ fn any_slice() -> impl Strategy<Value = Object> {
 /// A node, one of whose addresses may be a balancer's.
 fn any_node() -> impl Strategy<Value = Object> {
     prop::option::of(1u8..4).prop_map(|balanced| {
-        let mut internal_ips: Vec<IpAddr> = vec![[198, 18, 0, 12].into()];
-        internal_ips.extend(balanced.map(|last| IpAddr::from([192, 0, 2, last])));
+        let mut own = vec![Ipv4Addr::new(198, 18, 0, 12)];
+        own.extend(balanced.map(|last| Ipv4Addr::new(192, 0, 2, last)));
+        let of = |ipv4| own.iter().map(move |address| in_family(*address, ipv4));
+        let internal_ips = FAMILIES.into_iter().flat_map(of).collect();
         Object::Node(Arc::new(Node {
             name: "node-2".into(),
             internal_ips,

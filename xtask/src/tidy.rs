@@ -1,5 +1,7 @@
 //! Conventions of docs/STYLE.md and docs/ARCHITECTURE.md that code can check.
 
+mod coverage;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -56,10 +58,18 @@ const PURE_MODULES: &[&str] = &["plan", "check", "diff"];
 /// Checks every convention and lists what breaks one.
 pub fn run(project: &Project) -> Result<()> {
     let mut faults = imports(project)?;
+    let mut all = Vec::new();
     for file in sources(&project.root)? {
         let text = fs::read_to_string(project.root.join(&file))?;
         faults.extend(source_faults(&file, &text));
+        all.push((file, text));
     }
+    let document = fs::read_to_string(project.root.join("docs/coverage.md"))?;
+    let all: Vec<(&Path, &str)> = all
+        .iter()
+        .map(|(file, text)| (file.as_path(), text.as_str()))
+        .collect();
+    faults.extend(coverage::faults(&document, &all));
     faults.extend(image_faults(project)?);
     if faults.is_empty() {
         return Ok(());

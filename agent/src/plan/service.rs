@@ -213,7 +213,13 @@ fn vips(snapshot: &Snapshot, service: &Service) -> BTreeMap<IpAddr, Vip> {
     let mut vips = BTreeMap::new();
     if service.service_type == ServiceType::LoadBalancer {
         let is_node = |ip: &IpAddr| snapshot.nodes().any(|node| node.internal_ips.contains(ip));
-        let given = service.load_balancer_ips.iter().filter(|ip| !is_node(ip));
+        // Of a family that the Service has not, an address means nothing.
+        let has_family = |ip: &IpAddr| {
+            let mut own = service.cluster_ips.iter();
+            own.any(|own| own.is_ipv4() == ip.is_ipv4())
+        };
+        let given = service.load_balancer_ips.iter();
+        let given = given.filter(|ip| has_family(ip) && !is_node(ip));
         vips.extend(given.map(|ip| (*ip, Vip::External)));
     }
     vips.extend(own);
