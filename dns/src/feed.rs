@@ -7,7 +7,7 @@ use std::time::Duration;
 use cluster_model::watch::{ApiError, Report, client, watch_part};
 use cluster_model::{Change, Dirty, Kind, Object, read_manifest, share};
 use tokio::sync::{mpsc, watch as latest};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::config::Source;
 use crate::kept::Kept;
@@ -19,6 +19,8 @@ use crate::zone::ZoneSettings;
 
 /// Reports that may wait: a burst becomes few batches, and the watch is slowed down rather than buffered.
 const REPORTS_MAX: usize = 4096;
+/// What a list needed on its way is let go of by others too, a little after it has been taken in.
+const SETTLED: Duration = Duration::from_secs(3);
 /// How often a snapshot file is looked at.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -90,13 +92,22 @@ impl Feed {
     /// last zone is served on.
     pub async fn run(mut self, mut settings: latest::Receiver<ZoneSettings>) {
         let mut batch = Vec::with_capacity(REPORTS_MAX);
+        let mut settles: Option<Instant> = None;
         loop {
             tokio::select! {
                 count = self.reports.recv_many(&mut batch, REPORTS_MAX) => {
                     if count == 0 {
                         return;
                     }
-                    self.take(&mut batch);
+                    if self.take(&mut batch) {
+                        // A list is held beside what was known before: for a moment twice as much is used as ever again.
+                        sys::give_memory_back();
+                        settles = Some(Instant::now() + SETTLED);
+                    }
+                }
+                () = sleep_until(settles.unwrap_or_else(Instant::now)), if settles.is_some() => {
+                    sys::give_memory_back();
+                    settles = None;
                 }
                 changed = settings.changed() => {
                     if changed.is_err() {
@@ -113,7 +124,8 @@ impl Feed {
         }
     }
 
-    fn take(&mut self, batch: &mut Vec<Report>) {
+    /// Takes reports in. True when a list was among them.
+    fn take(&mut self, batch: &mut Vec<Report>) -> bool {
         let (mut dirty, mut listed) = (Dirty::default(), false);
         for report in batch.drain(..) {
             match report {
@@ -131,10 +143,7 @@ impl Feed {
         if !dirty.is_empty() {
             self.update(&dirty);
         }
-        if listed {
-            // A list is held beside what was known before: for a moment twice as much is used as ever again.
-            sys::give_memory_back();
-        }
+        listed
     }
 
     fn update(&mut self, dirty: &Dirty) {

@@ -11,7 +11,8 @@ use cluster_model::{
 
 use crate::zone::{Zone, ZoneSettings};
 
-/// The cluster, in a snapshot and beside it.
+/// The cluster, in a snapshot and beside it. Nothing of what is told is kept itself: it lies between what came with it and is let go at once,
+/// and would hold all of that memory. What is kept is written anew, here, where nothing else is.
 #[derive(Default)]
 pub struct Kept {
     snapshot: Snapshot,
@@ -19,6 +20,8 @@ pub struct Kept {
     services: HashMap<ServiceKey, Box<[u8]>>,
     /// Their slices, with the name of the Service: it is in their own namespace.
     slices: HashMap<SliceKey, (Arc<str>, Box<[u8]>)>,
+    /// One text for all of its Services.
+    namespaces: HashSet<Arc<str>>,
 }
 
 /// Services that are unpacked at a time.
@@ -27,6 +30,16 @@ const AT_A_TIME: usize = 256;
 /// Whether the slices of a Service have nothing to say.
 fn has_address(service: &Service) -> bool {
     !service.cluster_ips.is_empty() && !service.headless
+}
+
+/// A slice, written anew.
+fn own_slice(slice: &EndpointSlice) -> Object {
+    let own = slice.service.as_ref().and_then(|service| {
+        let key = SliceKey::new(&*slice.key.namespace, &*slice.key.name);
+        let service = ServiceKey::new(&*service.namespace, &*service.name);
+        unpack_slice(key, &service, &pack_slice(slice))
+    });
+    Object::EndpointSlice(Arc::new(own.unwrap_or_else(|| slice.clone())))
 }
 
 impl Kept {
@@ -38,8 +51,8 @@ impl Kept {
     /// Applies a change and adds to `dirty` what has to be planned again, by [`Kept::update`].
     pub fn apply(&mut self, change: Change, dirty: &mut Dirty) {
         match change {
-            Change::Upsert(Object::Service(service)) => self.upsert_service(service, dirty),
-            Change::Upsert(Object::EndpointSlice(slice)) => self.upsert_slice(slice, dirty),
+            Change::Upsert(Object::Service(service)) => self.upsert_service(&service, dirty),
+            Change::Upsert(Object::EndpointSlice(slice)) => self.upsert_slice(&slice, dirty),
             Change::Remove(gone) if gone.kind == Kind::Service => {
                 if self.services.remove(&gone.key).is_some() {
                     dirty.services.insert(gone.key.clone());
@@ -59,7 +72,7 @@ impl Kept {
                     if let Object::EndpointSlice(slice) = object
                         && !self.park(&slice)
                     {
-                        told.push(Object::EndpointSlice(slice));
+                        told.push(own_slice(&slice));
                     }
                 }
                 self.snapshot
@@ -69,48 +82,64 @@ impl Kept {
         }
     }
 
-    fn upsert_service(&mut self, service: Arc<Service>, dirty: &mut Dirty) {
-        let key = service.key.clone();
-        if has_address(&service) {
-            if self
-                .services
-                .get(&key)
-                .is_some_and(|packed| **packed == *pack_service(&service))
-            {
-                return;
+    fn upsert_service(&mut self, service: &Service, dirty: &mut Dirty) {
+        let packed = pack_service(service);
+        if !has_address(service) {
+            if self.services.remove(&service.key).is_some() {
+                // Its slices have something to say from now on.
+                self.unpark(dirty);
             }
-            let slices = self.snapshot.slices(&key).to_vec();
-            self.services.insert(key, pack_service(&service));
-            for slice in slices {
-                self.park(&slice);
-                let gone = ObjectRef {
-                    kind: Kind::EndpointSlice,
-                    key: slice.key.clone(),
-                };
-                self.snapshot.apply(Change::Remove(gone), dirty);
-            }
-            // Planned from its bytes: a whole list of Services is let go before their records take its place.
-            self.drop_from_snapshot(&service.key);
-            dirty.services.insert(service.key.clone());
+            let own = unpack_service(self.own(&service.key), &packed);
+            let own = own.unwrap_or_else(|| service.clone());
+            let change = Change::Upsert(Object::Service(Arc::new(own)));
+            self.snapshot.apply(change, dirty);
             return;
         }
-        if self.services.remove(&key).is_some() {
-            // Its slices have something to say from now on.
-            self.unpark(dirty);
+        let known = self.services.get(&service.key);
+        if known.is_some_and(|known| *known == packed) {
+            return;
         }
-        self.snapshot
-            .apply(Change::Upsert(Object::Service(service)), dirty);
+        let key = self.own(&service.key);
+        let slices = self.snapshot.slices(&key).to_vec();
+        self.services.insert(key.clone(), packed);
+        for slice in slices {
+            self.park(&slice);
+            let gone = ObjectRef {
+                kind: Kind::EndpointSlice,
+                key: slice.key.clone(),
+            };
+            self.snapshot.apply(Change::Remove(gone), dirty);
+        }
+        // Planned from its bytes: a whole list of Services is let go before their records take its place.
+        self.drop_from_snapshot(&key);
+        dirty.services.insert(key);
     }
 
-    fn upsert_slice(&mut self, slice: Arc<EndpointSlice>, dirty: &mut Dirty) {
+    /// The texts of a key, written anew unless they are here already.
+    fn own(&mut self, key: &ServiceKey) -> ServiceKey {
+        if let Some((known, _)) = self.services.get_key_value(key) {
+            return known.clone();
+        }
+        let namespace = match self.namespaces.get(&*key.namespace) {
+            Some(known) => known.clone(),
+            None => {
+                let own: Arc<str> = Arc::from(&*key.namespace);
+                self.namespaces.insert(own.clone());
+                own
+            }
+        };
+        ServiceKey::new(namespace, &*key.name)
+    }
+
+    fn upsert_slice(&mut self, slice: &EndpointSlice, dirty: &mut Dirty) {
         self.slices.remove(&slice.key);
-        let change = if self.park(&slice) {
+        let change = if self.park(slice) {
             Change::Remove(ObjectRef {
                 kind: Kind::EndpointSlice,
                 key: slice.key.clone(),
             })
         } else {
-            Change::Upsert(Object::EndpointSlice(slice))
+            Change::Upsert(own_slice(slice))
         };
         self.snapshot.apply(change, dirty);
     }
@@ -127,7 +156,7 @@ impl Kept {
         // The Service's own texts, which are there anyway.
         let key = SliceKey {
             namespace: service.namespace.clone(),
-            name: slice.key.name.clone(),
+            name: Arc::from(&*slice.key.name),
         };
         let packed = (service.name.clone(), pack_slice(slice));
         self.slices.insert(key, packed);
@@ -178,7 +207,7 @@ impl Kept {
             .apply(Change::Replace(Kind::Service, kept.clone()), dirty);
         for object in rest.into_iter().chain(kept) {
             if let Object::Service(service) = object {
-                self.upsert_service(service, dirty);
+                self.upsert_service(&service, dirty);
             }
         }
     }
