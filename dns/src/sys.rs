@@ -56,7 +56,7 @@ const QUERY_BYTES_MAX: usize = 1536;
 const CONTROL_BYTES: usize = 64;
 
 /// Opens a UDP socket that shares its address with others of this process, so that the kernel spreads clients over
-/// them, and that reports which local address each datagram came to.
+/// them, and that reports which local address each datagram came to, where it has several.
 pub fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
     let family = if address.is_ipv4() {
         libc::AF_INET
@@ -80,11 +80,16 @@ pub fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
         tv_usec: RECEIVE_PATIENCE_US,
     };
     set_value(&socket, libc::SO_RCVTIMEO, &patience)?;
+    // Replies of a socket that has one address come from it; with all of them, the kernel has to be told with each, and tells with each.
+    let any = address.ip().is_unspecified();
     match address {
-        SocketAddr::V4(_) => set_option(&socket, libc::IPPROTO_IP, libc::IP_PKTINFO)?,
+        SocketAddr::V4(_) if any => set_option(&socket, libc::IPPROTO_IP, libc::IP_PKTINFO)?,
+        SocketAddr::V4(_) => {}
         SocketAddr::V6(_) => {
             set_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_V6ONLY)?;
-            set_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO)?;
+            if any {
+                set_option(&socket, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO)?;
+            }
         }
     }
     let (storage, length) = sockaddr(address);
