@@ -1,4 +1,4 @@
-//! The server that is measured: ours, started here on CPUs of its own, or any other by its address and process.
+//! The servers that are measured: ours and CoreDNS, started here on CPUs of their own, or any other by its address and process.
 
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
@@ -8,7 +8,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
+pub const KEELWAY: &str = "keelway";
+pub const COREDNS: &str = "coredns";
+pub const GIVEN: &str = "given";
+
 pub struct Subject {
+    pub name: &'static str,
     pub address: SocketAddr,
     pid: Option<u32>,
     child: Option<Child>,
@@ -17,10 +22,33 @@ pub struct Subject {
 /// Longest wait for a server to know the cluster.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// What a server is to serve.
+pub struct Surroundings<'a> {
+    pub api: SocketAddr,
+    pub upstream: SocketAddr,
+    /// For configurations; one that has a kubeconfig in it.
+    pub folder: &'a Path,
+    pub kubeconfig: &'a Path,
+}
+
+fn free_port() -> std::io::Result<SocketAddr> {
+    UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()
+}
+
+/// A program that is to run on some CPUs only; taskset becomes the program.
+fn on(cpus: &[usize], program: &Path) -> Command {
+    let list: Vec<String> = cpus.iter().map(ToString::to_string).collect();
+    let mut command = Command::new("taskset");
+    command.args(["--cpu-list", &list.join(",")]).arg(program);
+    command.stdin(Stdio::null()).stdout(Stdio::null());
+    command
+}
+
 impl Subject {
     /// A server that someone else has started.
     pub fn given(address: SocketAddr, pid: Option<u32>) -> Self {
         Self {
+            name: GIVEN,
             address,
             pid,
             child: None,
@@ -28,34 +56,52 @@ impl Subject {
     }
 
     /// Starts ours on some CPUs, with a thread for each.
-    pub fn start(
-        program: &Path,
-        kubeconfig: &Path,
-        upstream: SocketAddr,
-        cpus: &[usize],
-    ) -> Result<Self> {
-        let address = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?;
-        let list: Vec<String> = cpus.iter().map(ToString::to_string).collect();
-        let child = Command::new("taskset")
-            .args(["--cpu-list", &list.join(",")])
-            .arg(program)
+    pub fn ours(program: &Path, around: &Surroundings<'_>, cpus: &[usize]) -> Result<Self> {
+        let address = free_port()?;
+        let child = on(cpus, program)
             .arg("serve")
             .arg("--kubeconfig")
-            .arg(kubeconfig)
+            .arg(around.kubeconfig)
             .args(["--listen", &address.to_string(), "--health", "127.0.0.1:0"])
             // An agent of this machine knows another cluster.
-            .args(["--agent", "", "--upstream", &upstream.to_string()])
+            .args(["--agent", "", "--upstream", &around.upstream.to_string()])
             .args(["--threads", &cpus.len().to_string()])
             .env("RUST_LOG", "warn")
-            .stdin(Stdio::null())
             .spawn()
             .with_context(|| format!("starting {}", program.display()))?;
-        // taskset becomes the server.
-        Ok(Self {
+        Ok(Self::started(KEELWAY, address, child))
+    }
+
+    /// Starts CoreDNS on some CPUs, with the plugins that kubeadm gives it and that matter here.
+    pub fn coredns(program: &Path, around: &Surroundings<'_>, cpus: &[usize]) -> Result<Self> {
+        let address = free_port()?;
+        let corefile = around.folder.join("Corefile");
+        let text = format!(
+            ".:{} {{\n bind {}\n errors\n kubernetes cluster.local in-addr.arpa ip6.arpa {{\n  endpoint http://{}\n  \
+             fallthrough in-addr.arpa ip6.arpa\n }}\n forward . {}\n cache 30\n loadbalance\n}}\n",
+            address.port(),
+            address.ip(),
+            around.api,
+            around.upstream
+        );
+        fs::write(&corefile, text)?;
+        let child = on(cpus, program)
+            .arg("-quiet")
+            .arg("-conf")
+            .arg(&corefile)
+            .env("GOMAXPROCS", cpus.len().to_string())
+            .spawn()
+            .with_context(|| format!("starting {}", program.display()))?;
+        Ok(Self::started(COREDNS, address, child))
+    }
+
+    fn started(name: &'static str, address: SocketAddr, child: Child) -> Self {
+        Self {
+            name,
             address,
             pid: Some(child.id()),
             child: Some(child),
-        })
+        }
     }
 
     /// Waits until a question gets a good answer.
@@ -69,7 +115,7 @@ impl Subject {
             if let Some(child) = &mut self.child
                 && let Some(status) = child.try_wait()?
             {
-                bail!("the server has ended: {status}");
+                bail!("{} has ended: {status}", self.name);
             }
             // Refused, as long as nobody listens.
             let _ = socket.send(question);
@@ -91,14 +137,15 @@ impl Subject {
         Some(Duration::from_secs_f64(ticks as f64 / hertz as f64))
     }
 
-    /// Memory that the server holds, and the most that it has held, in MB.
-    pub fn memory_mb(&self) -> Option<[f64; 2]> {
+    /// Memory that the server holds, and the most that it has held, in bytes.
+    pub fn memory(&self) -> Option<[f64; 2]> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid?)).ok()?;
-        let kilobytes = |key: &str| {
+        let bytes = |key: &str| {
             let line = status.lines().find_map(|line| line.strip_prefix(key))?;
-            line.split_whitespace().next()?.parse::<f64>().ok()
+            let kilobytes = line.split_whitespace().next()?.parse::<f64>().ok()?;
+            Some(kilobytes * 1024.0)
         };
-        Some([kilobytes("VmRSS:")? / 1000.0, kilobytes("VmHWM:")? / 1000.0])
+        Some([bytes("VmRSS:")?, bytes("VmHWM:")?])
     }
 }
 
