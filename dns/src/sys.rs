@@ -25,27 +25,10 @@ pub fn keep_memory_small() {
     }
 }
 
-/// Gives memory that was freed back to the system, and the code that was run to get there: most of it reads lists, and what is needed again
-/// is read again, from the page cache as a rule.
+/// Gives memory that was freed back to the system.
 pub fn give_memory_back() {
     // SAFETY: the allocator only looks at its own free lists, under its own locks.
     unsafe { libc::malloc_trim(0) };
-    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
-    for (start, bytes) in maps.lines().filter_map(code) {
-        let start = std::ptr::with_exposed_provenance_mut(start);
-        // SAFETY: a mapping of a file that nobody can write to: the file has what its pages had. It stays mapped.
-        unsafe { libc::madvise(start, bytes, libc::MADV_DONTNEED) };
-    }
-}
-
-/// Where a line of /proc/self/maps says that code of a file is: its start and bytes.
-fn code(line: &str) -> Option<(usize, usize)> {
-    let mut fields = line.split_whitespace();
-    let (start, end) = fields.next()?.split_once('-')?;
-    let (rights, inode) = (fields.next()?, fields.nth(2)?);
-    let [start, end] = [start, end].map(|number| usize::from_str_radix(number, 16).ok());
-    let (start, end) = (start?, end?);
-    (rights == "r-xp" && inode != "0" && start < end).then(|| (start, end - start))
 }
 
 /// Datagrams taken or given in one system call.
@@ -500,22 +483,6 @@ mod tests {
         hold(&server, of[0], 1 << 31).expect("a filter");
         release(&server).expect("no filter");
         assert_eq!(heard(&server, &several).len(), 4);
-    }
-
-    #[test]
-    fn only_code_of_files_is_given_back() {
-        let file = "55d0a1000000-55d0a1010000 r-xp 00001000 08:01 1234 /usr/bin/a program";
-        assert_eq!(code(file), Some((0x55d0_a100_0000, 0x1_0000)));
-        for other in [
-            "55d0a1000000-55d0a1010000 r--p 00000000 08:01 1234 /usr/bin/a",
-            "55d0a1000000-55d0a1010000 rwxp 00000000 08:01 1234 /usr/bin/a",
-            "7ffc00000000-7ffc00002000 r-xp 00000000 00:00 0 [vdso]",
-            "",
-        ] {
-            assert_eq!(code(other), None, "{other}");
-        }
-        // What runs goes on running.
-        give_memory_back();
     }
 
     #[test]
