@@ -17,6 +17,15 @@ pub struct Service;
 const AFFINITY_TIMEOUT_S: i64 = 10800;
 const AFFINITY_TIMEOUT_S_MAX: i64 = 86400;
 
+/// Whether clients outside the cluster may reach a service.
+fn is_exposed(service: &Value) -> bool {
+    match service.text("/spec/type") {
+        "NodePort" | "LoadBalancer" => true,
+        "ClusterIP" => !service.items("/spec/externalIPs").is_empty(),
+        _ => false,
+    }
+}
+
 /// Whether the type of a service comes with node ports.
 pub fn wants_node_ports(service: &Value) -> bool {
     match service.text("/spec/type") {
@@ -103,6 +112,11 @@ impl Strategy for Service {
                     port.default("/nodePort", known);
                 }
             }
+        }
+        // So does the policy for clients outside, where there can be none any more.
+        let policy = "/spec/externalTrafficPolicy";
+        if is_exposed(old) && !is_exposed(service) && old.text(policy) == service.text(policy) {
+            service.remove(policy);
         }
         if old.text("/spec/type") == "LoadBalancer" && service.text("/spec/type") != "LoadBalancer"
         {
@@ -330,6 +344,26 @@ mod tests {
         assert!(errors.is_empty(), "{errors:?}");
         // What is set anew is wrong, and is said to be.
         service["spec"]["loadBalancerClass"] = "example.com/b".into();
+        Service.prepare_update(&mut service, &old);
+        Service.validate(&service, &mut errors);
+        assert_eq!(errors.len(), 1, "{errors:?}");
+    }
+
+    #[test]
+    fn a_service_that_becomes_a_name_loses_its_policy_for_clients_outside() {
+        let mut old =
+            json!({"spec": {"type": "NodePort", "ports": [{"port": 80, "nodePort": 30000}]}});
+        Service.default(&mut old);
+        let mut service = old.clone();
+        service["spec"]["type"] = "ExternalName".into();
+        service["spec"]["externalName"] = "example.com".into();
+        Service.default(&mut service);
+        Service.prepare_update(&mut service, &old);
+        let mut errors = Vec::new();
+        Service.validate(&service, &mut errors);
+        assert!(errors.is_empty(), "{errors:?}");
+        // What is set anew is wrong, and is said to be.
+        service["spec"]["externalTrafficPolicy"] = "Local".into();
         Service.prepare_update(&mut service, &old);
         Service.validate(&service, &mut errors);
         assert_eq!(errors.len(), 1, "{errors:?}");
