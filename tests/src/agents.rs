@@ -69,7 +69,13 @@ pub struct Pod {
 impl ClusterFile {
     /// Writes the cluster: its nodes, and these Services. TCP and UDP port 80 of each lead to the echo servers.
     pub fn write(&self, services: &[Service]) -> Result<()> {
+        self.write_with(services, &[])
+    }
+
+    /// The same, and more objects.
+    pub fn write_with(&self, services: &[Service], more: &[Value]) -> Result<()> {
         let mut items = self.nodes.clone();
+        items.extend_from_slice(more);
         for service in services {
             let mut spec = json!({
                 "clusterIP": service.address, "clusterIPs": [service.address],
@@ -212,7 +218,16 @@ pub struct Segment {
 
 /// As [`two_nodes`], with a client beside them, at 198.18.0.9.
 pub fn segment(sandbox: &Sandbox, dir: &Path, flags: &[&str]) -> Result<Segment> {
-    let (cluster, nodes) = two_nodes(sandbox, dir, flags)?;
+    lay_segment(sandbox, dir, flags, false)
+}
+
+/// As [`two_dual_stack_nodes`], with a client beside them, at 198.18.0.9 and fd00:198:18::9.
+pub fn dual_stack_segment(sandbox: &Sandbox, dir: &Path, flags: &[&str]) -> Result<Segment> {
+    lay_segment(sandbox, dir, flags, true)
+}
+
+fn lay_segment(sandbox: &Sandbox, dir: &Path, flags: &[&str], dual: bool) -> Result<Segment> {
+    let (cluster, nodes) = lay(sandbox, dir, flags, dual)?;
     let (client, switch) = (Network::new()?, Network::new()?);
     switch.run(|| -> Result<()> {
         ip("link add switch type bridge")?;
@@ -236,6 +251,9 @@ pub fn segment(sandbox: &Sandbox, dir: &Path, flags: &[&str]) -> Result<Segment>
             }
             ip(&format!("link set kw-s{number} name eth0"))?;
             ip(&format!("addr add 198.18.0.{last}/24 dev eth0"))?;
+            if dual {
+                ip(&format!("addr add fd00:198:18::{last}/64 dev eth0 nodad"))?;
+            }
             ip("link set eth0 up")
         })?;
     }

@@ -1,28 +1,31 @@
-//! Services under churn: pods, endpoints and Services come and go, workers are killed every 20 s and supervisors now and then, and no
-//! client sees a request fail, for no endpoint goes without notice. `KEELWAY_SOAK_S` says for how many seconds, `KEELWAY_SOAK_SEED`
-//! with which numbers. A minute or less kills more often, so that a short run sees it all.
+//! Services of both families under churn: pods, endpoints and Services come and go, workers are killed every 20 s and supervisors now
+//! and then. No client sees a request fail but those that are on their way to an endpoint that dies without notice, from its death until
+//! it is out of every node's maps. `KEELWAY_SOAK_S` says for how many seconds, `KEELWAY_SOAK_SEED` with which numbers. A minute or less
+//! kills more often, so that a short run sees it all.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, ensure};
-use keelway_tests::agents::{AgentNode, Pod, Segment, Service, program, segment, until};
+use keelway_agent::dataplane::held;
+use keelway_tests::agents::{AgentNode, Pod, Segment, Service, dual_stack_segment, program, until};
 use keelway_tests::dice::{Dice, soak};
 use keelway_tests::nodes::{self, ECHO_PORT, ask};
-use keelway_tests::sandbox::{Network, Sandbox, is_root};
+use keelway_tests::sandbox::{Network, Sandbox, ip, is_root};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 const WEB: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 7);
+const WEB_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 7);
 const NODE_PORT: u16 = 30_080;
 /// How long one request may take. A lost packet of TCP is sent again within a second, and shows.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -30,6 +33,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const PACE: Duration = Duration::from_millis(20);
 /// How long a server serves on after it was told to end: as pods do that end well, and longer than a worker is away.
 const DRAIN: Duration = Duration::from_secs(8);
+/// How long nobody knows of a death: as long as clients of all kinds need to meet it.
+const UNNOTICED: Duration = Duration::from_millis(300);
 /// Backends of the Service that is asked: so many at least, so many at most.
 const BACKENDS: std::ops::Range<usize> = 3..8;
 
@@ -53,8 +58,30 @@ const KINDS: [Kind; 4] = [Kind::Http, Kind::KeptHttp, Kind::Udp, Kind::Connected
 struct Tally {
     asked: u64,
     slowest: Duration,
-    /// When since the beginning, and why.
-    failed: Vec<(Duration, String)>,
+    failed: Vec<Failure>,
+}
+
+/// A request that failed.
+#[derive(Clone, Debug)]
+struct Failure {
+    /// Since the beginning.
+    when: Duration,
+    took: Duration,
+    why: String,
+}
+
+/// An endpoint that went without notice: when, and when it was out of every node's maps. Since the beginning.
+#[derive(Clone, Copy, Debug)]
+struct Death {
+    died: Duration,
+    gone: Duration,
+}
+
+impl Death {
+    /// Whether a request may have been on its way to the endpoint.
+    fn explains(&self, failure: &Failure) -> bool {
+        failure.when <= self.gone && failure.when + failure.took >= self.died
+    }
 }
 
 /// A client of one kind, with the sockets that it keeps.
@@ -101,7 +128,11 @@ impl Asking {
 }
 
 fn datagram_socket(at: SocketAddr) -> io::Result<UdpSocket> {
-    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    let any = match at {
+        SocketAddr::V4(_) => "0.0.0.0:0",
+        SocketAddr::V6(_) => "[::]:0",
+    };
+    let socket = UdpSocket::bind(any)?;
     socket.set_read_timeout(Some(PATIENCE))?;
     socket.connect(at)?;
     Ok(socket)
@@ -161,21 +192,23 @@ fn run(kind: Kind, at: SocketAddr, began: Instant, ended: impl Fn() -> bool) -> 
         tally.asked += 1;
         tally.slowest = tally.slowest.max(start.elapsed());
         if let Err(error) = asked {
-            let when = start.duration_since(began);
-            tally
-                .failed
-                .push((when, format!("{error} after {:?}", start.elapsed())));
+            tally.failed.push(Failure {
+                when: start.duration_since(began),
+                took: start.elapsed(),
+                why: error.to_string(),
+            });
         }
         thread::sleep(PACE);
     }
     tally
 }
 
-/// A client in a process of its own, in a control group whose sockets are translated: `<kind> <address> <group> <seconds>`.
+/// A client in a process of its own, in a control group whose sockets are translated: `<kind> <address> <group> <seconds> <began>`, the
+/// last one in microseconds of the clock.
 fn carry_out(request: &str) -> io::Result<String> {
     let words: Vec<&str> = request.split(' ').collect();
     let invalid = || io::Error::new(io::ErrorKind::InvalidInput, request.to_owned());
-    let [kind, at, group, seconds] = words[..] else {
+    let [kind, at, group, seconds, beginning] = words[..] else {
         return Err(invalid());
     };
     let named = |one: &&Kind| format!("{one:?}") == kind;
@@ -186,15 +219,28 @@ fn carry_out(request: &str) -> io::Result<String> {
         PathBuf::from(group).join("cgroup.procs"),
         std::process::id().to_string(),
     )?;
+    let beginning = beginning.parse().map_err(|_no_number| invalid())?;
+    let late = since_epoch().saturating_sub(Duration::from_micros(beginning));
     let began = Instant::now();
-    let life = Duration::from_secs(seconds);
+    let life = Duration::from_secs(seconds).saturating_sub(late);
     let tally = run(kind, at, began, || began.elapsed() >= life);
     let failed: Vec<Value> = tally
         .failed
         .iter()
-        .map(|(when, why)| json!([when.as_secs_f64(), why]))
+        .map(|one| {
+            json!([
+                (one.when + late).as_secs_f64(),
+                one.took.as_secs_f64(),
+                one.why
+            ])
+        })
         .collect();
     Ok(json!([tally.asked, tally.slowest.as_secs_f64(), failed]).to_string())
+}
+
+fn since_epoch() -> Duration {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.unwrap_or_default()
 }
 
 #[test]
@@ -203,14 +249,18 @@ fn client() {
 }
 
 fn read_tally(answer: &str) -> Result<Tally> {
-    let read: (u64, f64, Vec<(f64, String)>) =
+    let read: (u64, f64, Vec<(f64, f64, String)>) =
         serde_json::from_str(answer).with_context(|| answer.to_owned())?;
     let failed = read.2.into_iter();
     Ok(Tally {
         asked: read.0,
         slowest: Duration::from_secs_f64(read.1),
         failed: failed
-            .map(|(when, why)| (Duration::from_secs_f64(when), why))
+            .map(|(when, took, why)| Failure {
+                when: Duration::from_secs_f64(when),
+                took: Duration::from_secs_f64(took),
+                why,
+            })
             .collect(),
     })
 }
@@ -237,7 +287,7 @@ impl Backend {
                 }
             }
         })?;
-        let at = format!("0.0.0.0:{ECHO_PORT}");
+        let at = format!("[::]:{ECHO_PORT}");
         let mut command = Command::new(program("echo")?);
         command
             .args(["--http", &at, "--udp", &at, "--pod", name, "--drain-ms"])
@@ -290,6 +340,7 @@ struct Churn {
     others: BTreeMap<u8, Vec<(Ipv4Addr, &'static str)>>,
     pods: u32,
     writes: u32,
+    deaths: Vec<Death>,
     log: Vec<String>,
 }
 
@@ -317,6 +368,40 @@ impl Churn {
         self.say(format!("{} ends", backend.pod.address));
         backend.end()?;
         self.write()?;
+        self.ending.push((Instant::now(), backend));
+        Ok(())
+    }
+
+    /// A backend goes without notice: its process dies, or its network does. Later that is known.
+    fn lose(&mut self) -> Result<()> {
+        let which = self.dice.below(self.backends.len() as u64) as usize;
+        let mut backend = self.backends.swap_remove(which);
+        let died = self.began.elapsed();
+        let address = backend.pod.address;
+        if self.dice.below(2) == 0 {
+            self.say(format!("the server of {address} is killed"));
+            backend.server.kill()?;
+        } else {
+            self.say(format!("the link of {address} goes down"));
+            backend.pod.network.run(|| ip("link set eth0 down"))?;
+        }
+        thread::sleep(UNNOTICED);
+        for endpoints in self.others.values_mut() {
+            endpoints.retain(|(one, _)| *one != address);
+        }
+        self.write()?;
+        for node in &self.segment.nodes {
+            until("no trace of what died", || {
+                let state = held(&node.pin_root())?;
+                let all = state.services.values();
+                let mut backends = all.flat_map(|one| one.active.iter().chain(&one.terminating));
+                let addresses = &backend.pod.addresses;
+                Ok((!backends.any(|at| addresses.contains(&at.ip()))).then_some(()))
+            })?;
+        }
+        let gone = self.began.elapsed();
+        self.say(format!("{address} is out of the maps"));
+        self.deaths.push(Death { died, gone });
         self.ending.push((Instant::now(), backend));
         Ok(())
     }
@@ -362,13 +447,29 @@ impl Churn {
             {"name": "tcp", "port": 80, "protocol": "TCP", "nodePort": NODE_PORT},
             {"name": "udp", "port": 80, "protocol": "UDP", "nodePort": NODE_PORT},
         ]);
+        let spec = json!({
+            "type": "NodePort", "ports": ports, "clusterIPs": [WEB, WEB_V6],
+            "ipFamilies": ["IPv4", "IPv6"], "ipFamilyPolicy": "RequireDualStack",
+        });
         let mut services = vec![Service {
             name: "web",
             address: WEB,
             endpoints: endpoints(&self.backends),
-            spec: json!({"type": "NodePort", "ports": ports}),
+            spec,
             balanced: None,
         }];
+        let second = |one: &Backend| {
+            let address = one.pod.addresses.iter().find(|address| address.is_ipv6());
+            json!({"addresses": [address], "nodeName": NAMES[one.node], "conditions": {"ready": true}})
+        };
+        let slice = json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv6",
+            "metadata": {"namespace": "default", "name": "web-2", "labels": {"kubernetes.io/service-name": "web"}},
+            "ports": [
+                {"name": "tcp", "port": ECHO_PORT, "protocol": "TCP"}, {"name": "udp", "port": ECHO_PORT, "protocol": "UDP"},
+            ],
+            "endpoints": self.backends.iter().map(second).collect::<Vec<_>>(),
+        });
         services.extend(self.others.iter().map(|(key, endpoints)| Service {
             name: OTHERS[usize::from(*key)],
             address: Ipv4Addr::new(10, 96, 1, *key),
@@ -376,7 +477,7 @@ impl Churn {
             spec: json!({}),
             balanced: None,
         }));
-        self.segment.cluster.write(&services)
+        self.segment.cluster.write_with(&services, &[slice])
     }
 
     fn kill_worker(&mut self, node: usize) -> Result<()> {
@@ -396,9 +497,10 @@ impl Churn {
     /// One change.
     fn step(&mut self) -> Result<()> {
         self.bury()?;
-        match self.dice.below(6) {
-            0 | 1 if self.backends.len() + 1 < BACKENDS.end => self.add(),
-            2 | 3 if self.backends.len() > BACKENDS.start => self.remove(),
+        match self.dice.below(24) {
+            0 if self.backends.len() > BACKENDS.start => self.lose(),
+            1..=8 if self.backends.len() + 1 < BACKENDS.end => self.add(),
+            9..=15 if self.backends.len() > BACKENDS.start => self.remove(),
             _ => self.stir(),
         }
     }
@@ -419,7 +521,13 @@ fn whatever_changes_and_whoever_is_killed_no_request_fails() {
     let (seconds, seed) = soak(25);
     let sandbox = Sandbox::enter().expect("a sandbox");
     let dir = tempfile::tempdir().expect("a folder");
-    let mut segment = segment(&sandbox, dir.path(), &[]).expect("a segment");
+    let ranges = [
+        "--service-cidr",
+        "10.96.0.0/16",
+        "--service-cidr",
+        "fd00:10:96::/112",
+    ];
+    let mut segment = dual_stack_segment(&sandbox, dir.path(), &ranges).expect("a segment");
     segment.cluster.write(&[]).expect("the cluster's file");
     for node in &mut segment.nodes {
         node.start().expect("an agent");
@@ -440,13 +548,16 @@ fn whatever_changes_and_whoever_is_killed_no_request_fails() {
         others: BTreeMap::new(),
         pods: 0,
         writes: 0,
+        deaths: Vec::new(),
         log: Vec::new(),
     };
     while churn.backends.len() < BACKENDS.start {
         churn.add().expect("a backend");
     }
-    let web = SocketAddr::from((WEB, 80));
+    let (web, web_v6) = (SocketAddr::from((WEB, 80)), SocketAddr::from((WEB_V6, 80)));
     let ports = [0, 1].map(|node| SocketAddr::from((churn.segment.nodes[node].address, NODE_PORT)));
+    let node_v6: IpAddr = "fd00:198:18::2".parse().expect("an address");
+    let port_v6 = SocketAddr::new(node_v6, NODE_PORT);
     // Everybody is served before it begins.
     for (network, at) in [
         (&clients[0].network, web),
@@ -454,6 +565,10 @@ fn whatever_changes_and_whoever_is_killed_no_request_fails() {
         (&hosts[0], web),
         (&beside, ports[0]),
         (&beside, ports[1]),
+        (&clients[0].network, web_v6),
+        (&clients[1].network, web_v6),
+        (&hosts[0], web_v6),
+        (&beside, port_v6),
     ] {
         network
             .run(|| {
@@ -480,6 +595,19 @@ fn whatever_changes_and_whoever_is_killed_no_request_fails() {
         start("pod of node-1".into(), &clients[0].network, kind, web);
         start("outside, node-2's port".into(), &beside, kind, ports[1]);
     }
+    for kind in [Kind::KeptHttp, Kind::ConnectedUdp] {
+        let pod = &clients[0].network;
+        start("pod of node-1, IPv6".into(), pod, kind, web_v6);
+        start(
+            "outside, node-2's port, IPv6".into(),
+            &beside,
+            kind,
+            port_v6,
+        );
+    }
+    let pod = &clients[1].network;
+    start("pod of node-2, IPv6".into(), pod, Kind::Http, web_v6);
+    start("node-1, IPv6".into(), &hosts[0], Kind::Http, web_v6);
     start("pod of node-2".into(), &clients[1].network, Kind::Http, web);
     start("node-1".into(), &hosts[0], Kind::Http, web);
     start("node-1".into(), &hosts[0], Kind::ConnectedUdp, web);
@@ -489,21 +617,29 @@ fn whatever_changes_and_whoever_is_killed_no_request_fails() {
         Kind::KeptHttp,
         ports[0],
     );
-    for kind in [Kind::Http, Kind::ConnectedUdp] {
+    let beginning = (since_epoch() - began.elapsed()).as_micros();
+    for (kind, at) in [
+        (Kind::Http, web),
+        (Kind::ConnectedUdp, web),
+        (Kind::Http, web_v6),
+    ] {
         let (network, group) = (clients[0].network.try_clone().expect("it"), group.clone());
         let thread = thread::spawn(move || {
-            let answer = ask(&network, None, &format!("{kind:?} {web} {group} {seconds}"));
-            answer.and_then(|answer| read_tally(&answer))
+            let request = format!("{kind:?} {at} {group} {seconds} {beginning}");
+            ask(&network, None, &request).and_then(|answer| read_tally(&answer))
         });
-        running.push((format!("pod of node-1 at the socket, {kind:?}"), thread));
+        let name = format!("pod of node-1 at the socket, {at}, {kind:?}");
+        running.push((name, thread));
     }
 
     let length = Duration::from_secs(seconds);
     let every = Duration::from_secs(if seconds > 60 { 20 } else { 4 });
     let (mut kills, mut supervisors) = (0_u32, 0_u32);
-    let mut churned = Ok(());
-    while churned.is_ok() && began.elapsed() < length {
-        if began.elapsed() >= every * (kills + supervisors + 1) {
+    // One at least, also of a short run.
+    let mut churned = churn.add().and_then(|()| churn.lose());
+    let since = Instant::now();
+    while churned.is_ok() && since.elapsed() < length {
+        if since.elapsed() >= every * (kills + supervisors + 1) {
             let node = (kills + supervisors) as usize % 2;
             // Three workers, then a supervisor with its worker.
             churned = if (kills + supervisors) % 4 == 3 {
@@ -527,10 +663,12 @@ fn whatever_changes_and_whoever_is_killed_no_request_fails() {
         })
         .collect();
     println!(
-        "{} pods came, the cluster changed {} times, {kills} workers and {supervisors} supervisors were killed",
-        churn.pods, churn.writes
+        "{} pods came, {} died, the cluster changed {} times, {kills} workers and {supervisors} supervisors were killed",
+        churn.pods,
+        churn.deaths.len(),
+        churn.writes
     );
-    let mut failed = Vec::new();
+    let (mut failed, mut lost) = (Vec::new(), 0);
     for (name, tally) in &tallies {
         println!(
             "{name}: {} requests, {} failed, the slowest took {:?}",
@@ -538,9 +676,19 @@ fn whatever_changes_and_whoever_is_killed_no_request_fails() {
             tally.failed.len(),
             tally.slowest
         );
-        let words = tally.failed.iter();
-        failed.extend(words.map(|(when, why)| format!("{:8.3} {name}: {why}", when.as_secs_f64())));
+        for one in &tally.failed {
+            let Failure { when, took, why } = one;
+            if churn.deaths.iter().any(|death| death.explains(one)) {
+                lost += 1;
+            } else {
+                failed.push(format!(
+                    "{:8.3} {name}: {why} after {took:?}",
+                    when.as_secs_f64()
+                ));
+            }
+        }
     }
+    println!("{lost} requests were lost to endpoints that died");
     if !failed.is_empty() {
         churn.log.extend(failed.iter().cloned());
         churn.log.sort();
