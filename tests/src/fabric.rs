@@ -25,6 +25,7 @@ pub enum Fabric {
 pub struct Nodes {
     pub cluster: ClusterFile,
     pub nodes: [AgentNode; 3],
+    kind: Fabric,
     fabric: Network,
 }
 
@@ -117,6 +118,7 @@ pub fn three_nodes(sandbox: &Sandbox, dir: &Path, fabric: Fabric, flags: &[&str]
     Ok(Nodes {
         cluster,
         nodes,
+        kind: fabric,
         fabric: between,
     })
 }
@@ -125,7 +127,13 @@ impl Nodes {
     /// Cuts a node (1 to 3) off from the others, or lets it back.
     pub fn cut_off(&self, number: u8, off: bool) -> Result<()> {
         let state = if off { "down" } else { "up" };
-        self.fabric
-            .run(|| ip(&format!("link set kw-f{number} {state}")))
+        self.fabric.run(|| -> Result<()> {
+            ip(&format!("link set kw-f{number} {state}"))?;
+            // It went with the link.
+            if self.kind == Fabric::Cloud && !off {
+                ip(&format!("route add 198.18.0.{number}/32 dev kw-f{number}"))?;
+            }
+            Ok(())
+        })
     }
 }

@@ -150,10 +150,8 @@ fn cnitool_runs_chains_with_other_plugins() {
         return;
     }
     let tuning = json!({"type": "tuning", "sysctl": {"net.core.somaxconn": "512"}, "mtu": 1400});
-    let bandwidth = json!({"type": "bandwidth", "ingressRate": 8_000_000, "ingressBurst": 800_000,
-        "egressRate": 8_000_000, "egressBurst": 800_000});
     for version in ["0.3.1", "0.4.0", "1.0.0"] {
-        lab.write(version, &[lab.plugin(), tuning.clone(), bandwidth.clone()]);
+        lab.write(version, &[lab.plugin(), tuning.clone()]);
         let network = Network::new().expect("a network");
         let (ok, said) = lab.call("add", &network);
         assert!(ok, "{version} add: {said}");

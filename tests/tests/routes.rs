@@ -159,6 +159,19 @@ impl Lab {
         }
     }
 
+    /// Waits until every node has an answer of every other again: the way there is the same all along.
+    fn answered(&self) {
+        for node in &self.nodes.nodes {
+            let waited = node.wait("answers", |report| {
+                let paths = report["paths"].as_array().cloned().unwrap_or_default();
+                paths
+                    .iter()
+                    .all(|path| path["unanswered"] == 0 && path["latencyUs"].is_u64())
+            });
+            waited.unwrap_or_else(|error| panic!("{error:#}"));
+        }
+    }
+
     fn mtu(&self, pod: usize) -> String {
         let show = || {
             std::process::Command::new("ip")
@@ -253,6 +266,7 @@ fn behind_routers_and_in_clouds_the_overlay_has_all() {
             lab.nodes.cut_off(cut, true).expect("cut off");
             lab.silent(cut);
             lab.nodes.cut_off(cut, false).expect("back");
+            lab.answered();
             lab.all_pairs(&format!("{fabric:?}: after node {cut} came back"));
         }
     }
