@@ -13,7 +13,7 @@ use keelway_controlplane::api::BACKUP_PATH;
 use keelway_controlplane::store::{Embedded, EmbeddedConfig, Etcd, Snapshot};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 
-use crate::state::{EtcdFlags, endpoints, state_file};
+use crate::state::{EtcdFlags, STATE_FILE, endpoints, state_file};
 
 /// A restored state goes on so many revisions after its backup: what clients saw in between is not used a second time, and
 /// watches from there are told to list again. More than a busy cluster makes in an hour.
@@ -110,7 +110,7 @@ fn report(what: &str, snapshot: &Snapshot) {
 async fn read(from: &Place, etcd: &EtcdFlags) -> Result<Snapshot> {
     Ok(match from {
         Place::Embedded(folder) => {
-            let file = folder.join("state.redb");
+            let file = folder.join(STATE_FILE);
             ensure!(file.is_file(), "there is no state in {}", folder.display());
             Snapshot::of(&Embedded::open(&EmbeddedConfig::at(file))?).await?
         }

@@ -11,6 +11,9 @@ use keelway_controlplane::store::{
     Embedded, EmbeddedConfig, Etcd, EtcdConfig, Keys, Sealed, Store,
 };
 
+/// The embedded store's file, in the data directory.
+pub const STATE_FILE: &str = "state.redb";
+
 #[derive(Debug, Args)]
 pub struct StateFlags {
     /// Where the state of the cluster is kept, when it is kept by this process.
@@ -124,7 +127,7 @@ pub fn state_file(folder: &Path) -> Result<PathBuf> {
         .mode(0o700)
         .create(folder)
         .with_context(|| format!("creating the data directory {}", folder.display()))?;
-    Ok(folder.join("state.redb"))
+    Ok(folder.join(STATE_FILE))
 }
 
 /// Reads the addresses of etcd after `etcd:`.

@@ -2,11 +2,13 @@
 
 #![allow(
     unsafe_code,
-    reason = "taking over a file descriptor by its number, and libc's calls, cannot be checked by the compiler"
+    reason = "taking over a file descriptor by its number cannot be checked by the compiler"
 )]
 
 use std::net::TcpListener;
 use std::os::fd::{FromRawFd, OwnedFd};
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// The first descriptor of the LISTEN_FDS protocol (sd_listen_fds(3)).
 const FIRST_FD: i32 = 3;
@@ -37,18 +39,7 @@ pub fn passed_listeners() -> std::io::Result<Vec<TcpListener>> {
 
 /// Lets this process open as many files as it may: each client is one, and shells begin with a thousand.
 pub fn raise_descriptor_limit() -> std::io::Result<()> {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: the call writes one rlimit, to which the pointer leads, and keeps nothing of it.
-    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } != 0 {
-        return Err(std::io::Error::last_os_error());
-    }
-    limit.rlim_cur = limit.rlim_max;
-    // SAFETY: the call reads one rlimit, to which the pointer leads, and keeps nothing of it.
-    if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } != 0 {
-        return Err(std::io::Error::last_os_error());
-    }
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! System calls that nix does not wrap, or not without more of it: pidfds, limits, and extended attributes.
+//! System calls: those that nix does not wrap, or not without more of it (pidfds, extended attributes), and limits.
 #![expect(
     unsafe_code,
     reason = "the one module of this crate that calls libc directly"
@@ -9,6 +9,8 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 /// A file descriptor of process `pid`, which keeps naming that process when its number is used again. It becomes
 /// readable when the process ends.
@@ -53,22 +55,9 @@ pub fn pidfd_kill(fd: &OwnedFd) -> io::Result<()> {
 /// # Errors
 /// When the kernel refuses.
 pub fn raise_descriptors() -> io::Result<()> {
-    let mut limit = libc::rlimit {
-        rlim_cur: 0,
-        rlim_max: 0,
-    };
-    // SAFETY: the limit is of the type that the kernel writes, and lives for the length of the call.
-    let mut done = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) };
-    if done == 0 {
-        limit.rlim_cur = limit.rlim_max;
-        // SAFETY: as above; the kernel reads it.
-        done = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) };
-    }
-    if done < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
+    Ok(())
 }
 
 /// Gives `to` the extended attribute of this name that `from` has. None is copied when `from` has none, or when its file

@@ -3,23 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use keelway_tests::cluster::{Cluster, program, project};
+use keelway_tests::cluster::{Cluster, program};
 use keelway_tests::process::{Finished, eventually, run};
 
 pub fn hello_becomes_ready_on_more_than_one_node(cluster: &Cluster) {
-    let example = project().join("examples/hello.yaml").display().to_string();
-    cluster.kubectl(&["apply", "-f", &example]).ok();
-    cluster
-        .kubectl(&["rollout", "status", "deploy/hello", "--timeout=90s"])
-        .ok();
-    cluster
-        .kubectl(&[
-            "wait",
-            "--for=condition=Ready",
-            "pod/client",
-            "--timeout=60s",
-        ])
-        .ok();
+    cluster.run_example();
     let replicas = replicas(cluster);
     assert_eq!(replicas.len(), 3, "{replicas:?}");
     let nodes: BTreeSet<&String> = replicas.values().collect();

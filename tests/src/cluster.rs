@@ -165,6 +165,22 @@ impl Cluster {
         )
     }
 
+    /// Puts the project's example into the cluster, and waits until its replicas and the client run.
+    #[track_caller]
+    pub fn run_example(&self) {
+        let example = project().join("examples/hello.yaml").display().to_string();
+        self.kubectl(&["apply", "-f", &example]).ok();
+        self.kubectl(&["rollout", "status", "deploy/hello", "--timeout=90s"])
+            .ok();
+        let ready = [
+            "wait",
+            "--for=condition=Ready",
+            "pod/client",
+            "--timeout=60s",
+        ];
+        self.kubectl(&ready).ok();
+    }
+
     /// An object or list, as JSON.
     #[track_caller]
     pub fn get(&self, arguments: &[&str]) -> Value {

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use keelway_tests::cluster::{Cluster, project};
+use keelway_tests::cluster::Cluster;
 use keelway_tests::process;
 use serde_json::Value;
 
@@ -13,17 +13,7 @@ const CHANGE_TIMEOUT: Duration = Duration::from_secs(20);
 fn cluster(family: &str) -> Option<Cluster> {
     let name = format!("{family}-{}", std::process::id());
     let cluster = Cluster::own(&name, &["--nodes", "1", "--ip-family", family])?;
-    let example = project().join("examples/hello.yaml").display().to_string();
-    cluster.kubectl(&["apply", "-f", &example]).ok();
-    let rollout = ["rollout", "status", "deploy/hello", "--timeout=90s"];
-    cluster.kubectl(&rollout).ok();
-    let ready = [
-        "wait",
-        "--for=condition=Ready",
-        "pod/client",
-        "--timeout=60s",
-    ];
-    cluster.kubectl(&ready).ok();
+    cluster.run_example();
     Some(cluster)
 }
 

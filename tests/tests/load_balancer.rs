@@ -186,7 +186,7 @@ fn known_to(client: &Network, segment: &Segment) -> Option<usize> {
     segment.nodes.iter().position(|node| {
         let links = node.host.run(|| {
             let mut kernel = Kernel::new(Netlink::open().expect("netlink"));
-            // An agent that has just begun makes pairs for pods to come: the list may change while it is read.
+            // Interfaces may come meanwhile: the list may change while it is read.
             until("a list of the links", || Ok(kernel.links().ok()))
         });
         let links = links.expect("links");

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use keelway_tests::cluster::{Cluster, images, project};
+use keelway_tests::cluster::{Cluster, images};
 use keelway_tests::machine;
 use keelway_tests::process::{eventually, run};
 use keelway_tests::sandbox::ip;
@@ -81,15 +81,7 @@ impl Outside {
         let mut arguments = vec!["--nodes", "1", "--config", config.as_str()];
         arguments.extend(flags);
         let cluster = Cluster::reaching_out(&name, &arguments)?;
-        let example = project().join("examples/hello.yaml").display().to_string();
-        cluster.kubectl(&["apply", "-f", &example]).ok();
-        let ready = [
-            "wait",
-            "--for=condition=Ready",
-            "pod/client",
-            "--timeout=60s",
-        ];
-        cluster.kubectl(&ready).ok();
+        cluster.run_example();
         Some(cluster)
     }
 }

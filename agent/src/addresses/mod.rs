@@ -57,7 +57,7 @@ impl Allocation {
 }
 
 /// Prefix of the host's side of pod veths; 12 hexadecimal digits follow.
-const HOST_INTERFACE_PREFIX: &str = "kw";
+pub const HOST_INTERFACE_PREFIX: &str = "kw";
 
 /// The name of the host's interface for an attachment.
 pub fn host_interface(attachment: &Attachment) -> String {

@@ -8,7 +8,7 @@ use std::{
     mem::MaybeUninit,
     ops::ControlFlow,
     os::{
-        fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+        fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
         unix::ffi::OsStrExt as _,
     },
     path::Path,
@@ -17,6 +17,8 @@ use std::{
 };
 
 use dataplane_abi::{Cell, Plain};
+
+use crate::net::socket_option;
 
 const BPF_MAP_LOOKUP_ELEM: u32 = 1;
 const BPF_OBJ_PIN: u32 = 6;
@@ -104,22 +106,14 @@ pub fn is_bpffs(path: &Path) -> io::Result<bool> {
 pub fn netns_cookie() -> io::Result<u64> {
     const SO_NETNS_COOKIE: i32 = 71;
     let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))?;
-    let (mut cookie, mut len) = (0u64, size_of::<u64>() as libc::socklen_t);
-    // SAFETY: the kernel writes eight bytes at most to a u64 of ours.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_NETNS_COOKIE,
-            (&raw mut cookie).cast(),
-            &mut len,
-        )
-    };
-    if result == 0 {
-        Ok(cookie)
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    let mut cookie = [0; size_of::<u64>()];
+    socket_option(
+        socket.as_fd(),
+        libc::SOL_SOCKET,
+        SO_NETNS_COOKIE,
+        &mut cookie,
+    )?;
+    Ok(u64::from_ne_bytes(cookie))
 }
 
 /// What a map is made of, as far as sharing it depends on it.

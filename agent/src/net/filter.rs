@@ -71,21 +71,7 @@ impl Kernel {
 
     /// Interfaces that can have filters.
     pub fn with_clsact(&mut self) -> Result<BTreeSet<u32>, NetlinkError> {
-        let answers = self.netlink.dump(
-            || "list qdiscs".into(),
-            RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default()),
-        )?;
-        let index = |answer: RouteNetlinkMessage| {
-            let RouteNetlinkMessage::NewQueueDiscipline(qdisc) = answer else {
-                return None;
-            };
-            let is_clsact = |attribute: &TcAttribute| matches!(attribute, TcAttribute::Kind(kind) if kind == CLSACT);
-            let found = qdisc.attributes.iter().any(is_clsact);
-            found
-                .then(|| u32::try_from(qdisc.header.index).ok())
-                .flatten()
-        };
-        Ok(answers.into_iter().filter_map(index).collect())
+        self.links_with(CLSACT)
     }
 }
 

@@ -1,6 +1,6 @@
 //! The network of one namespace: what is there, and what is asked of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -13,6 +13,7 @@ use netlink_packet_route::link::{
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
 };
+use netlink_packet_route::tc::{TcAttribute, TcMessage};
 use nix::errno::Errno;
 
 use super::message;
@@ -67,6 +68,24 @@ impl Kernel {
             RouteNetlinkMessage::GetLink(LinkMessage::default()),
         )?;
         Ok(messages.iter().filter_map(read_link).collect())
+    }
+
+    /// Interfaces with a queueing discipline of this kind.
+    pub(super) fn links_with(&mut self, kind: &str) -> Result<BTreeSet<u32>, NetlinkError> {
+        let answers = self.netlink.dump(
+            || "list queueing disciplines".into(),
+            RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default()),
+        )?;
+        let index = |answer| {
+            let RouteNetlinkMessage::NewQueueDiscipline(qdisc) = answer else {
+                return None;
+            };
+            let is_of_kind =
+                |attribute: &TcAttribute| matches!(attribute, TcAttribute::Kind(of) if of == kind);
+            let found = qdisc.attributes.iter().any(is_of_kind);
+            found.then_some(qdisc.header.index.cast_unsigned())
+        };
+        Ok(answers.into_iter().filter_map(index).collect())
     }
 
     /// The interface of this name, if there is one.

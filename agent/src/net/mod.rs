@@ -20,3 +20,4 @@ pub use overlay::{OVERLAY, OverlayPeer, overhead, overlay_mac};
 pub use pod::{PodWire, check_pod, everything, pod_gateway, pod_mac, wire_pod};
 pub use service_veth::{INNER, OUTER, make_service_veth, service_veth_is_whole};
 pub use shape::{Limits, Shape};
+pub use sys::socket_option;

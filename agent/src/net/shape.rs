@@ -3,6 +3,8 @@
 //! Both queue rather than drop, so a sender is slowed down by its own queue. That of the pod's side is in the pod's namespace: a pod that
 //! may change its own interfaces (CAP_NET_ADMIN) can lift it.
 
+use std::collections::BTreeSet;
+
 use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_REPLACE};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::tc::{TcAttribute, TcHandle, TcMessage, TcOption};
@@ -124,20 +126,8 @@ fn parameters(rate: u32, limit: u32) -> Vec<u8> {
 
 impl Kernel {
     /// The interfaces of the namespace on which something is limited.
-    pub fn limited_links(&mut self) -> Result<Vec<u32>, NetlinkError> {
-        let messages = self.netlink.dump(
-            || "list queueing disciplines".into(),
-            RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default()),
-        )?;
-        let index = |message| {
-            let RouteNetlinkMessage::NewQueueDiscipline(message) = message else {
-                return None;
-            };
-            let is_tbf = |one: &TcAttribute| matches!(one, TcAttribute::Kind(kind) if kind == TBF);
-            let found = message.attributes.iter().any(is_tbf);
-            found.then_some(message.header.index.cast_unsigned())
-        };
-        Ok(messages.into_iter().filter_map(index).collect())
+    pub fn limited_links(&mut self) -> Result<BTreeSet<u32>, NetlinkError> {
+        self.links_with(TBF)
     }
 }
 

@@ -132,7 +132,7 @@ impl Pods {
         let neighbours = kernel.permanent_neighbours()?;
         let limited = kernel.limited_links().unwrap_or_else(|error| {
             tracing::warn!(%error, "no limits of pods' rates are known");
-            Vec::new()
+            BTreeSet::new()
         });
         for link in pods.values() {
             if self.pool.get(&link.name).is_some() || self.pool.is_dying(&link.name) {

@@ -7,11 +7,9 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
+use crate::addresses::HOST_INTERFACE_PREFIX;
 use crate::net::iptables;
 use crate::net::nftables::{Chain, OurRule, Side};
-
-/// How the names of pods' interfaces begin.
-pub const POD_INTERFACES: &str = "kw";
 
 /// Rules that a chain lacks.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -80,14 +78,14 @@ pub fn legacy(proc: &Path) -> Vec<String> {
         if !names.lines().any(|name| name == "filter") {
             return None;
         }
-        legacy_note(program, iptables::forward(v6, POD_INTERFACES))
+        legacy_note(program, iptables::forward(v6, HOST_INTERFACE_PREFIX))
     };
     families.into_iter().filter_map(note).collect()
 }
 
 fn legacy_note(program: &str, found: io::Result<Option<iptables::Forward>>) -> Option<String> {
     let advice = format!(
-        "let pods pass with `{program}-legacy -I FORWARD -i {POD_INTERFACES}+ -j ACCEPT` and the same with -o"
+        "let pods pass with `{program}-legacy -I FORWARD -i {HOST_INTERFACE_PREFIX}+ -j ACCEPT` and the same with -o"
     );
     match found {
         Ok(Some(forward)) if !forward.drops || forward.lets_pods_pass => None,

@@ -7,6 +7,7 @@ mod leftovers;
 
 use std::path::Path;
 
+use crate::addresses::HOST_INTERFACE_PREFIX;
 use crate::net::nftables::{Nftables, OurRule};
 use crate::net::{Link, NetlinkError};
 
@@ -64,7 +65,7 @@ fn settle_filter() -> Result<Vec<String>, NetlinkError> {
         let ours = nftables.our_rules()?;
         for opening in plan_openings(&chains, &ours) {
             for side in opening.sides {
-                nftables.let_pass(opening.chain, side, filter::POD_INTERFACES)?;
+                nftables.let_pass(opening.chain, side, HOST_INTERFACE_PREFIX)?;
             }
             tracing::info!(
                 table = opening.chain.table,

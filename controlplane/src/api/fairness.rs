@@ -178,12 +178,7 @@ impl Fairness {
 
 /// The level of a request; None for administrators, and for connections that stay open.
 fn level_of(caller: &Identity, verb: &str, target: Option<&Target>) -> Option<&'static str> {
-    let subresource = target.and_then(|target| target.subresource.as_deref());
-    let connects = matches!(
-        subresource,
-        Some("exec" | "attach" | "portforward" | "proxy" | "log")
-    );
-    if caller.is_master() || connects {
+    if caller.is_master() || target.is_some_and(Target::connects) {
         return None;
     }
     let plural = target.map_or("", |target| target.resource.plural);
@@ -214,19 +209,14 @@ fn level_of(caller: &Identity, verb: &str, target: Option<&Target>) -> Option<&'
 }
 
 fn is_account_of(caller: &Identity, namespace: &str) -> bool {
-    account_namespace(&caller.user) == Some(namespace)
-}
-
-fn account_namespace(user: &str) -> Option<&str> {
-    let account = user.strip_prefix("system:serviceaccount:")?;
-    account.split_once(':').map(|(namespace, _)| namespace)
+    matches!(caller.account(), Some((of, _)) if of == namespace)
 }
 
 /// Who takes turns with others: a user, or the ServiceAccounts of a namespace together.
 fn flow_of(caller: &Identity) -> &str {
-    match account_namespace(&caller.user) {
-        Some("kube-system") | None => &caller.user,
-        Some(namespace) => namespace,
+    match caller.account() {
+        Some(("kube-system", _)) | None => &caller.user,
+        Some((namespace, _)) => namespace,
     }
 }
 

@@ -7,16 +7,13 @@ use http::HeaderMap;
 use super::Api;
 use super::request::percent_decode;
 use super::status::Status;
-use crate::auth::{AUTHENTICATED, Attributes, Identity, Resource};
+use crate::auth::{ANONYMOUS, AUTHENTICATED, Attributes, Identity, Resource, UNAUTHENTICATED};
 
 const USER: &str = "impersonate-user";
 const GROUP: &str = "impersonate-group";
 const UID: &str = "impersonate-uid";
 const EXTRA: &str = "impersonate-extra-";
-const ANONYMOUS: &str = "system:anonymous";
-const UNAUTHENTICATED: &str = "system:unauthenticated";
 const ACCOUNTS: &str = "system:serviceaccounts";
-const ACCOUNT_PREFIX: &str = "system:serviceaccount:";
 
 /// Whom the headers of a request ask to act as; None when they ask for nobody.
 pub fn wished(headers: &HeaderMap) -> Result<Option<Identity>, Status> {
@@ -68,11 +65,7 @@ impl Api {
         mut wished: Identity,
     ) -> Result<Identity, Status> {
         let authentication = "authentication.k8s.io";
-        let account = wished
-            .user
-            .strip_prefix(ACCOUNT_PREFIX)
-            .and_then(|account| account.split_once(':'));
-        let user = match account {
+        let user = match wished.account() {
             Some((namespace, name)) => Resource {
                 resource: "serviceaccounts",
                 namespace,
@@ -113,7 +106,7 @@ impl Api {
                 .await?;
         }
         if wished.groups.is_empty()
-            && let Some((namespace, _)) = account
+            && let Some((namespace, _)) = wished.account()
         {
             wished.groups = vec![ACCOUNTS.to_owned(), format!("{ACCOUNTS}:{namespace}")];
         }

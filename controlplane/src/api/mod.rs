@@ -184,12 +184,12 @@ impl Api {
         let started = Instant::now();
         let (parts, body) = request.into_parts();
         let seen = metrics::Seen::of(&parts);
+        let query = Query::parse(parts.uri.query().unwrap_or(""));
         let audited = self
             .audit
             .as_ref()
-            .map(|audit| (audit, audit::Asked::of(&parts)));
+            .map(|audit| (audit, audit::Asked::of(&parts, &query)));
         let trail = audit::Trail::default();
-        let query = Query::parse(parts.uri.query().unwrap_or(""));
         let encoding = Encoding::negotiate(&parts.headers, &query).unwrap_or(Encoding::Json);
         let gzip = compression::wanted(&parts);
         let routed = AssertUnwindSafe(self.route((peer, &trail), parts, query, body))
@@ -280,15 +280,11 @@ impl Api {
         };
         call.check_verb(&parts.method)?;
         call.query.duration("timeout")?;
-        if let Some(subresource) = call.target.subresource.as_deref() {
-            let connects = matches!(
-                subresource,
-                "log" | "exec" | "attach" | "portforward" | "proxy"
-            );
-            if connects {
-                let upgrade = parts.extensions.remove::<hyper::upgrade::OnUpgrade>();
-                return self.connect(call, parts, upgrade, body).await;
-            }
+        if call.target.connects() {
+            let upgrade = parts.extensions.remove::<hyper::upgrade::OnUpgrade>();
+            return self.connect(call, parts, upgrade, body).await;
+        }
+        if call.target.subresource.is_some() {
             return self.subresource(call, parts, body).await;
         }
         if review::is_review(call.target.resource) {

@@ -76,6 +76,15 @@ impl Target {
         })
     }
 
+    /// Whether a request connects to something else, mostly for long, rather than be answered from the store.
+    pub fn connects(&self) -> bool {
+        let subresource = self.subresource.as_deref();
+        matches!(
+            subresource,
+            Some("log" | "exec" | "attach" | "portforward" | "proxy")
+        )
+    }
+
     pub fn subject(&self) -> Subject<'_> {
         self.subject_named(self.name.as_deref().unwrap_or(""))
     }

@@ -12,9 +12,8 @@ use serde_json::{Value, json};
 use super::Api;
 use super::bootstrap::hold;
 use super::status::Status;
-use crate::store::{Expect, Range, StoreError};
+use crate::store::{Expect, Range, SERVERS, StoreError};
 
-const SERVERS: &str = "/keelway/servers/";
 /// How long a server that says nothing is still led to.
 const LIFETIME: Duration = Duration::from_secs(15);
 const RENEWAL: Duration = Duration::from_secs(5);

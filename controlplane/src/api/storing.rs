@@ -1,31 +1,25 @@
 //! Storing: the last step of a write, in one step with what goes along with it.
 
-use std::time::Duration;
-
 use serde_json::Value;
 
 use super::allocation;
 use super::request::Target;
 use super::status::Status;
 use super::{Api, object};
-use crate::store::{Expect, Record, StoreError, Write};
-
-/// How long an Event is kept after its last write, as upstream's default.
-const EVENT_LIFETIME: Duration = Duration::from_secs(3600);
+use crate::store::{Expect, Record, StoreError, Write, lifetime};
 
 impl Api {
     /// Writes an object, and what goes with it; Events get a lifetime, which begins anew with each write.
     pub(super) async fn put(
         &self,
-        target: &Target,
         key: &str,
         object: Value,
         expect: Expect,
         along: Vec<Write>,
     ) -> Result<Record, StoreError> {
         let value = object::encode(object);
-        if target.resource.kind == "Event" {
-            return self.store.put_for(key, value, expect, EVENT_LIFETIME).await;
+        if let Some(lifetime) = lifetime(key) {
+            return self.store.put_for(key, value, expect, lifetime).await;
         }
         let first = Write {
             key: key.to_owned(),

@@ -323,7 +323,7 @@ impl Api {
             return Ok(Some(object));
         }
         let along = reservation.along(&object);
-        let stored = self.put(target, &key, object, Expect::Absent, along);
+        let stored = self.put(&key, object, Expect::Absent, along);
         match stored.await {
             Ok(record) => target.decode(&record).map(Some),
             Err(error) if allocation::is_lost_race(target, &error) => {
@@ -397,7 +397,7 @@ impl Api {
             }
             let expect = Expect::Revision(record.revision);
             let along = reservation.along(&new);
-            match self.put(target, &record.key, new, expect, along).await {
+            match self.put(&record.key, new, expect, along).await {
                 Ok(record) => return Ok(Outcome::Kept(target.decode(&record)?)),
                 Err(error) if allocation::is_lost_race(target, &error) => {
                     self.catch_up(&error).await?;

@@ -7,6 +7,9 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::AuthError;
 
+/// Who a request is of that nobody has signed, and the group that such requests alone are in.
+pub const ANONYMOUS: &str = "system:anonymous";
+pub const UNAUTHENTICATED: &str = "system:unauthenticated";
 pub const AUTHENTICATED: &str = "system:authenticated";
 pub(super) const CREDENTIAL_ID: &str = "authentication.kubernetes.io/credential-id";
 
@@ -60,6 +63,12 @@ impl Identity {
     /// Whether the caller may do everything, whatever the rules say.
     pub fn is_master(&self) -> bool {
         self.in_group("system:masters")
+    }
+
+    /// Namespace and name of the ServiceAccount that the caller is.
+    pub fn account(&self) -> Option<(&str, &str)> {
+        let account = self.user.strip_prefix("system:serviceaccount:")?;
+        account.split_once(':')
     }
 
     pub fn in_group(&self, group: &str) -> bool {

@@ -10,7 +10,7 @@ pub mod rbac;
 mod token;
 
 pub use attributes::{Asked, Attributes, Resource};
-pub use identity::{AUTHENTICATED, Identity};
+pub use identity::{ANONYMOUS, AUTHENTICATED, Identity, UNAUTHENTICATED};
 pub use keys::TokenKeys;
 pub use token::{ObjectRef, TokenSpec};
 

@@ -21,7 +21,7 @@ mod snapshot;
 pub use embedded::{Embedded, EmbeddedConfig};
 pub use etcd::{Etcd, EtcdConfig};
 pub use sealed::{Keys, KeysError, Sealed};
-pub use snapshot::{Snapshot, SnapshotError};
+pub use snapshot::{SERVERS, Snapshot, SnapshotError, lifetime};
 
 /// Revision is a point in the store's history: every write gets the next one. It is what clients see as `resourceVersion`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]

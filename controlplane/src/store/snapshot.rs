@@ -18,10 +18,11 @@ const DIGEST_BYTES: usize = 32;
 const PART_BYTES_MAX: u32 = 64 << 20;
 /// As much goes into one chunk of a file, give or take a record.
 const CHUNK_BYTES: usize = 256 << 10;
-/// What only means something while its server lives.
-const PASSING: &str = "/keelway/servers/";
-/// Events come with a lifetime, which begins anew.
+/// Where servers say that they are there: it only means something while they live.
+pub const SERVERS: &str = "/keelway/servers/";
+/// Where Events are kept, of whichever API group.
 const EVENTS: &str = "/core/events/";
+/// Upstream's default.
 const EVENT_LIFETIME: Duration = Duration::from_secs(3600);
 
 /// Snapshot is all records of a store at one revision.
@@ -42,7 +43,7 @@ pub enum SnapshotError {
     Damaged(&'static str),
 }
 
-/// How long a record lives from when it is written anew; None for good.
+/// How long a record of this key lives, from each time that it is written; None for good.
 pub fn lifetime(key: &str) -> Option<Duration> {
     key.starts_with(EVENTS).then_some(EVENT_LIFETIME)
 }
@@ -54,7 +55,7 @@ impl Snapshot {
         Ok(Self {
             revision: page.revision,
             records: records
-                .filter(|record| !record.key.starts_with(PASSING))
+                .filter(|record| !record.key.starts_with(SERVERS))
                 .collect(),
         })
     }

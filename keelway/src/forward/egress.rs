@@ -16,6 +16,7 @@ use tokio::io::{Interest, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
+use super::accepted;
 use super::gateway::Staying;
 use super::names::{self, NAME_SERVERS};
 
@@ -28,8 +29,6 @@ const UDP_IDLE: Duration = Duration::from_secs(120);
 /// A question for a name has a flow of its own, which is of no use for long, once it is answered still less.
 const DNS_IDLE: Duration = Duration::from_secs(10);
 const DNS_ANSWERED_IDLE: Duration = Duration::from_secs(2);
-/// Between two tries to accept, when there are no descriptors left.
-const ACCEPT_REST: Duration = Duration::from_millis(100);
 const DATAGRAM_BYTES_MAX: usize = 65_535;
 /// First datagrams of a flow that may wait for its sockets.
 const FLOW_QUEUE: usize = 64;
@@ -60,14 +59,7 @@ async fn accept(
 ) -> io::Result<()> {
     let listener = TcpListener::from_std(listener)?;
     loop {
-        let pod = match listener.accept().await {
-            Ok((pod, _)) => pod,
-            Err(error) => {
-                eprintln!("egress: cannot accept: {error}");
-                tokio::time::sleep(ACCEPT_REST).await;
-                continue;
-            }
-        };
+        let (pod, _) = accepted(&listener, "egress").await;
         // The socket has the address that the pod has asked for.
         let wanted = pod.local_addr().ok();
         let wanted = wanted.filter(|wanted| gateway.gateway.is_outside(wanted.ip()));

@@ -10,23 +10,27 @@ mod names;
 mod proxy;
 
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixDatagram;
+use std::time::Duration;
 
 use ipnetwork::IpNetwork;
 use nix::sched::{CloneFlags, setns};
+use tokio::net::{TcpListener, TcpStream};
 
 use crate::sys;
 
 pub use gateway::{GatewayError, NFT};
-pub use names::{NAME_SERVERS, NameError, Names};
+pub use names::{NAME_SERVERS, NameError};
 pub use proxy::Proxy;
 
 use gateway::Gateway;
 
 /// Where nodes find the HTTP proxy, at the control plane's address.
 pub const PROXY_PORT: u16 = 3128;
+/// Between two tries to accept, when there are no descriptors left.
+const ACCEPT_REST: Duration = Duration::from_millis(100);
 
 #[derive(Debug, thiserror::Error)]
 pub enum ForwardError {
@@ -71,7 +75,7 @@ pub struct ForwardArguments {
 pub fn run(arguments: &ForwardArguments) -> Result<(), ForwardError> {
     let proxy = arguments.proxy.map(|address| {
         let listen = |source| ForwardError::Listen { address, source };
-        let listener = TcpListener::bind(address).map_err(listen)?;
+        let listener = std::net::TcpListener::bind(address).map_err(listen)?;
         listener.set_nonblocking(true).map_err(listen)?;
         Ok::<_, ForwardError>(listener)
     });
@@ -98,7 +102,7 @@ pub fn run(arguments: &ForwardArguments) -> Result<(), ForwardError> {
         let proxying = async {
             if let Some(listener) = proxy {
                 let clients = arguments.client.iter().copied();
-                let listener = tokio::net::TcpListener::from_std(listener)?;
+                let listener = TcpListener::from_std(listener)?;
                 Proxy::new(clients).serve(listener).await;
             }
             Ok::<(), io::Error>(())
@@ -112,6 +116,19 @@ pub fn run(arguments: &ForwardArguments) -> Result<(), ForwardError> {
         tokio::try_join!(proxying, relaying).map_err(ForwardError::Runtime)?;
         Ok(())
     })
+}
+
+/// The next connection, and who it is from; `part` says in the log why one cannot be had yet.
+async fn accepted(listener: &TcpListener, part: &str) -> (TcpStream, SocketAddr) {
+    loop {
+        match listener.accept().await {
+            Ok(accepted) => return accepted,
+            Err(error) => {
+                eprintln!("{part}: cannot accept: {error}");
+                tokio::time::sleep(ACCEPT_REST).await;
+            }
+        }
+    }
 }
 
 /// Where it is told that the forwarder is ready (sd_notify), opened while the node's files are still in sight.

@@ -27,58 +27,52 @@ pub enum NameError {
     Connect { address: SocketAddr, reason: String },
 }
 
-/// Resolves names and connects.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Names;
-
-impl Names {
-    /// Connects to `host:port`, one address after the other.
-    ///
-    /// # Errors
-    /// Why the last address did not accept.
-    pub async fn connect(self, host: &str, port: u16) -> Result<TcpStream, NameError> {
-        let mut last = NameError::Unknown {
-            host: host.to_owned(),
-            reason: "it has no address".to_owned(),
+/// Connects to `host:port`, one address after the other.
+///
+/// # Errors
+/// Why the last address did not accept.
+pub async fn connect(host: &str, port: u16) -> Result<TcpStream, NameError> {
+    let mut last = NameError::Unknown {
+        host: host.to_owned(),
+        reason: "it has no address".to_owned(),
+    };
+    for address in resolve(host).await? {
+        let address = SocketAddr::new(address, port);
+        let reason = match tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await
+        {
+            Ok(Ok(stream)) => {
+                let _ = stream.set_nodelay(true);
+                return Ok(stream);
+            }
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("no answer within {CONNECT_TIMEOUT:?}"),
         };
-        for address in self.resolve(host).await? {
-            let address = SocketAddr::new(address, port);
-            let reason =
-                match tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await {
-                    Ok(Ok(stream)) => {
-                        let _ = stream.set_nodelay(true);
-                        return Ok(stream);
-                    }
-                    Ok(Err(error)) => error.to_string(),
-                    Err(_) => format!("no answer within {CONNECT_TIMEOUT:?}"),
-                };
-            last = NameError::Connect { address, reason };
-        }
-        Err(last)
+        last = NameError::Connect { address, reason };
     }
+    Err(last)
+}
 
-    /// The addresses of a host.
-    ///
-    /// # Errors
-    /// What the machine's resolver says.
-    pub async fn resolve(self, host: &str) -> Result<Vec<IpAddr>, NameError> {
-        let bare = host.trim_start_matches('[').trim_end_matches(']');
-        if let Ok(address) = bare.parse() {
-            return Ok(vec![address]);
-        }
-        if is_local(host) {
-            return Ok(vec![Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()]);
-        }
-        let system = |error: &dyn std::fmt::Display| NameError::System(error.to_string());
-        let resolver = TokioResolver::builder_tokio().map_err(|error| system(&error))?;
-        let resolver = resolver.build().map_err(|error| system(&error))?;
-        let answer = resolver.lookup_ip(host).await;
-        let answer = answer.map_err(|error| NameError::Unknown {
-            host: host.to_owned(),
-            reason: error.to_string(),
-        })?;
-        Ok(answer.iter().collect())
+/// The addresses of a host.
+///
+/// # Errors
+/// What the machine's resolver says.
+async fn resolve(host: &str) -> Result<Vec<IpAddr>, NameError> {
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    if let Ok(address) = bare.parse() {
+        return Ok(vec![address]);
     }
+    if is_local(host) {
+        return Ok(vec![Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()]);
+    }
+    let system = |error: &dyn std::fmt::Display| NameError::System(error.to_string());
+    let resolver = TokioResolver::builder_tokio().map_err(|error| system(&error))?;
+    let resolver = resolver.build().map_err(|error| system(&error))?;
+    let answer = resolver.lookup_ip(host).await;
+    let answer = answer.map_err(|error| NameError::Unknown {
+        host: host.to_owned(),
+        reason: error.to_string(),
+    })?;
+    Ok(answer.iter().collect())
 }
 
 /// The first of the machine's name servers.
@@ -142,12 +136,11 @@ mod tests {
 
     #[tokio::test]
     async fn local_names_and_addresses_need_no_name_server() {
-        let names = Names;
         for host in ["localhost", "registry.localhost", "Registry.LOCALHOST."] {
-            let all = names.resolve(host).await.expect(host);
+            let all = resolve(host).await.expect(host);
             assert!(all.iter().all(IpAddr::is_loopback), "{host}: {all:?}");
         }
-        let v6 = names.resolve("[2001:2::1]").await.expect("an address");
+        let v6 = resolve("[2001:2::1]").await.expect("an address");
         assert_eq!(v6, ["2001:2::1".parse::<IpAddr>().expect("an address")]);
     }
 }

@@ -15,14 +15,13 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::names::{Names, authority};
+use super::accepted;
+use super::names::{self, authority};
 
 /// Connections of nodes at a time; those beyond wait to be accepted.
 const CONNECTIONS_MAX: usize = 256;
 /// How long the head of a request may take.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
-/// Between two tries to accept, when there are no descriptors left.
-const ACCEPT_REST: Duration = Duration::from_millis(100);
 /// Headers that are between one client and one server (RFC 9110, 7.6.1).
 const HOP_BY_HOP: [&str; 8] = [
     "connection",
@@ -44,7 +43,6 @@ type Body = BoxBody<Bytes, hyper::Error>;
 #[derive(Debug, Clone)]
 pub struct Proxy {
     clients: Arc<BTreeSet<IpAddr>>,
-    names: Names,
 }
 
 impl Proxy {
@@ -52,7 +50,6 @@ impl Proxy {
     pub fn new(clients: impl IntoIterator<Item = IpAddr>) -> Self {
         Self {
             clients: Arc::new(clients.into_iter().collect()),
-            names: Names,
         }
     }
 
@@ -63,14 +60,7 @@ impl Proxy {
             let Ok(place) = places.clone().acquire_owned().await else {
                 return;
             };
-            let (stream, peer) = match listener.accept().await {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    eprintln!("proxy: cannot accept: {error}");
-                    tokio::time::sleep(ACCEPT_REST).await;
-                    continue;
-                }
-            };
+            let (stream, peer) = accepted(&listener, "proxy").await;
             let proxy = self.clone();
             let allowed = self.clients.contains(&peer.ip().to_canonical());
             tokio::spawn(async move {
@@ -113,7 +103,7 @@ impl Proxy {
             Ok(target) => target,
             Err(error) => return say(StatusCode::BAD_REQUEST, error),
         };
-        let mut server = match self.names.connect(&host, port).await {
+        let mut server = match names::connect(&host, port).await {
             Ok(server) => server,
             Err(error) => return refuse(error),
         };
@@ -139,7 +129,7 @@ impl Proxy {
             Ok(parts) => (target.to_owned(), parts),
             Err(error) => return say(StatusCode::BAD_REQUEST, error),
         };
-        let server = match self.names.connect(&host, port).await {
+        let server = match names::connect(&host, port).await {
             Ok(server) => server,
             Err(error) => return refuse(error),
         };

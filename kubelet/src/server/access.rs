@@ -65,6 +65,7 @@ fn needed(method: &Method, path: &[&str]) -> Vec<Right> {
         _ => return Vec::new(),
     };
     let one = |verb, part| vec![Right { verb, part }];
+    let or_proxy = |part| [part, "proxy"].map(|part| Right { verb, part }).to_vec();
     match path {
         // Entering a pod is more than looking, by whichever method it is asked for.
         ["exec" | "attach" | "portForward" | "run", ..] => one("create", "proxy"),
@@ -72,14 +73,9 @@ fn needed(method: &Method, path: &[&str]) -> Vec<Right> {
         ["stats", ..] => one(verb, "stats"),
         ["logs", ..] => one(verb, "log"),
         ["checkpoint", ..] => one(verb, "checkpoint"),
-        [part @ ("healthz" | "pods" | "configz")] => {
-            let part = match *part {
-                "healthz" => "healthz",
-                "pods" => "pods",
-                _ => "configz",
-            };
-            [part, "proxy"].map(|part| Right { verb, part }).to_vec()
-        }
+        ["healthz"] => or_proxy("healthz"),
+        ["pods"] => or_proxy("pods"),
+        ["configz"] => or_proxy("configz"),
         _ => one(verb, "proxy"),
     }
 }

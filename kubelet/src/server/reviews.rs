@@ -41,8 +41,8 @@ impl Reviews {
     {
         let failed = |reason: String| AuthorityError { question, reason };
         let api = Api::<K>::all(self.client.clone());
-        let (params, asking) = (PostParams::default(), api);
-        match tokio::time::timeout(PATIENCE, asking.create(&params, review)).await {
+        let params = PostParams::default();
+        match tokio::time::timeout(PATIENCE, api.create(&params, review)).await {
             Ok(answer) => answer.map_err(|error| failed(error.to_string())),
             Err(_) => Err(failed("it does not answer".to_owned())),
         }

@@ -15,7 +15,7 @@ use http::request::Parts;
 use serde_json::{Value, json};
 
 use super::request::{self, Query, Target};
-use crate::auth::Identity;
+use crate::auth::{ANONYMOUS, Identity, UNAUTHENTICATED};
 
 pub use policy::{Policy, PolicyError};
 pub use writer::Writer;
@@ -62,11 +62,10 @@ impl Asked {
         &self.id
     }
 
-    pub fn of(parts: &Parts) -> Self {
+    pub fn of(parts: &Parts, query: &Query) -> Self {
         let target = Target::parse(parts.uri.path());
-        let query = Query::parse(parts.uri.query().unwrap_or(""));
         let verb = match &target {
-            Some(target) => request::verb(&parts.method, target, &query).to_owned(),
+            Some(target) => request::verb(&parts.method, target, query).to_owned(),
             None => parts.method.as_str().to_ascii_lowercase(),
         };
         let header = |name: &str| {
@@ -106,8 +105,8 @@ impl Audit {
     ) {
         let callers = trail.0.into_inner().unwrap_or_else(PoisonError::into_inner);
         let anonymous = Identity {
-            user: "system:anonymous".to_owned(),
-            groups: vec!["system:unauthenticated".to_owned()],
+            user: ANONYMOUS.to_owned(),
+            groups: vec![UNAUTHENTICATED.to_owned()],
             ..Identity::default()
         };
         let caller = callers.caller.unwrap_or(anonymous);

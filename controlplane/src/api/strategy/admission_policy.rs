@@ -4,7 +4,9 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use super::metadata::{dns_subdomain, dns1035_label, qualified_name, validate_selector};
+use super::metadata::{
+    dns_subdomain, dns1035_label, mixed_case_label, qualified_name, validate_selector,
+};
 use super::place::Place;
 use super::webhook::{
     FAILURE_POLICIES, MATCH_POLICIES, REINVOCATION_POLICIES, default_matching, validate_conditions,
@@ -158,9 +160,8 @@ fn validate_kind(kind: &Place<'_>, errors: &mut Errors) {
         }
     }
     if name.require(errors)
-        && let Some(why) = dns1035_label(&name.text().to_lowercase())
+        && let Some(why) = mixed_case_label(name.text())
     {
-        let why = format!("may have mixed case, but should otherwise match: {why}");
         name.invalid(why, errors);
     }
 }

@@ -5,8 +5,9 @@ use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 
-use super::metadata::{dns_subdomain, dns1035_label};
+use super::metadata::{dns_subdomain, dns1035_label, mixed_case_label};
 use super::place::Place;
+use super::webhook::validate_service_port;
 use super::{Errors, NameRule, Strategy};
 use crate::api::fields::{self, Fields};
 use crate::api::status::FieldError;
@@ -100,15 +101,9 @@ fn validate_names(names: &Place<'_>, errors: &mut Errors) {
     for field in ["plural", "singular"] {
         names.field(field).keep_to(dns1035_label, errors);
     }
-    let mixed = |text: &str| {
-        let why = dns1035_label(&text.to_lowercase())?;
-        Some(format!(
-            "may have mixed case, but should otherwise match: {why}"
-        ))
-    };
     let (kind, list_kind) = (names.field("kind"), names.field("listKind"));
-    kind.keep_to(mixed, errors);
-    list_kind.keep_to(mixed, errors);
+    kind.keep_to(mixed_case_label, errors);
+    list_kind.keep_to(mixed_case_label, errors);
     for name in names.field("shortNames").items() {
         if let Some(why) = dns1035_label(name.text()) {
             name.invalid(why, errors);
@@ -168,11 +163,7 @@ impl Strategy for Service {
         }
         remote.field("namespace").require(errors);
         remote.field("name").require(errors);
-        let port = remote.field("port");
-        if !(1..=65535).contains(&port.int()) {
-            let why = "port is not valid: must be between 1 and 65535, inclusive";
-            port.invalid(why, errors);
-        }
+        validate_service_port(&remote.field("port"), errors);
         if unchecked.flag() && !bundle.is_empty() {
             unchecked.invalid("may not be true if caBundle is present", errors);
         }

@@ -97,6 +97,14 @@ pub fn dns1035_label(text: &str) -> Option<String> {
     (!is_dns_label(text) || !starts).then(|| DNS1035_RULE.to_owned())
 }
 
+/// What is wrong with the name of a kind: such a label, in whichever case.
+pub fn mixed_case_label(text: &str) -> Option<String> {
+    let why = dns1035_label(&text.to_lowercase())?;
+    Some(format!(
+        "may have mixed case, but should otherwise match: {why}"
+    ))
+}
+
 /// What is wrong with the name of a port, an IANA service name.
 pub fn port_name(text: &str) -> Vec<&'static str> {
     let mut faults = Vec::new();

@@ -161,11 +161,7 @@ fn validate_url(url: &Place<'_>, errors: &mut Errors) {
 fn validate_service(service: &Place<'_>, errors: &mut Errors) {
     service.field("name").require(errors);
     service.field("namespace").require(errors);
-    let port = service.field("port");
-    if !(1..=65535).contains(&port.int()) {
-        let why = "port is not valid: must be between 1 and 65535, inclusive";
-        port.invalid(why, errors);
-    }
+    validate_service_port(&service.field("port"), errors);
     let path = service.field("path");
     let text = path.text();
     match text {
@@ -182,6 +178,14 @@ fn validate_service(service: &Place<'_>, errors: &mut Errors) {
         } else if let Some(why) = dns_subdomain(step) {
             path.invalid(format!("segment[{at}]: {why}"), errors);
         }
+    }
+}
+
+/// The port of a Service that the API server itself calls.
+pub fn validate_service_port(port: &Place<'_>, errors: &mut Errors) {
+    if !(1..=65535).contains(&port.int()) {
+        let why = "port is not valid: must be between 1 and 65535, inclusive";
+        port.invalid(why, errors);
     }
 }
 

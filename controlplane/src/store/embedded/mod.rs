@@ -148,15 +148,8 @@ impl Store for Embedded {
         value: Bytes,
         expect: Expect,
     ) -> BoxFuture<'a, Result<Record, StoreError>> {
-        Box::pin(self.write(
-            Wish {
-                key: key.into(),
-                value: Some(value),
-                expect,
-                expires: None,
-            },
-            Vec::new(),
-        ))
+        let wish = Wish::new(key, Some(value), expect);
+        Box::pin(self.write(wish, Vec::new()))
     }
 
     fn put_for<'a>(
@@ -166,16 +159,11 @@ impl Store for Embedded {
         expect: Expect,
         lifetime: Duration,
     ) -> BoxFuture<'a, Result<Record, StoreError>> {
-        let expires = Some(Instant::after(lifetime));
-        Box::pin(self.write(
-            Wish {
-                key: key.into(),
-                value: Some(value),
-                expect,
-                expires,
-            },
-            Vec::new(),
-        ))
+        let wish = Wish {
+            expires: Some(Instant::after(lifetime)),
+            ..Wish::new(key, Some(value), expect)
+        };
+        Box::pin(self.write(wish, Vec::new()))
     }
 
     fn delete<'a>(
@@ -183,24 +171,11 @@ impl Store for Embedded {
         key: &'a str,
         expect: Expect,
     ) -> BoxFuture<'a, Result<Record, StoreError>> {
-        Box::pin(self.write(
-            Wish {
-                key: key.into(),
-                value: None,
-                expect,
-                expires: None,
-            },
-            Vec::new(),
-        ))
+        Box::pin(self.write(Wish::new(key, None, expect), Vec::new()))
     }
 
     fn commit(&self, first: Write, along: Vec<Write>) -> BoxFuture<'_, Result<Record, StoreError>> {
-        let wish = |write: Write| Wish {
-            key: write.key.into(),
-            value: write.value,
-            expect: write.expect,
-            expires: None,
-        };
+        let wish = |write: Write| Wish::new(&write.key, write.value, write.expect);
         Box::pin(self.write(wish(first), along.into_iter().map(wish).collect()))
     }
 

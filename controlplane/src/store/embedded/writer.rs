@@ -26,6 +26,18 @@ pub(super) struct Wish {
     pub expires: Option<Instant>,
 }
 
+impl Wish {
+    /// A write that stays.
+    pub fn new(key: &str, value: Option<Bytes>, expect: Expect) -> Self {
+        Self {
+            key: key.into(),
+            value,
+            expect,
+            expires: None,
+        }
+    }
+}
+
 /// Request is a wish and what is to be done along with it, all or nothing.
 pub(super) struct Request {
     pub first: Wish,
