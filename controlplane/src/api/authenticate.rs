@@ -1,5 +1,8 @@
-//! Who sends a request: a client certificate or a ServiceAccount token, and nobody else.
+//! Who sends a request: a client certificate, a ServiceAccount's token or a bootstrap token, and nobody else.
 
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use http::Method;
 use http::header::AUTHORIZATION;
 use http::request::Parts;
 use serde_json::Value;
@@ -8,8 +11,12 @@ use super::audit::Trail;
 use super::fields::Fields;
 use super::status::{Status, Subject};
 use super::{Api, Peer, config::TOKEN_ISSUER, impersonate, object};
-use crate::auth::{Identity, ObjectRef, TokenSpec};
+use crate::auth::{Identity, ObjectRef, TokenSpec, bootstrap};
 use crate::registry;
+
+/// The one object that may be read by who has shown nothing, if a Role lets `system:anonymous`: what machines that join know the
+/// cluster by.
+const CLUSTER_INFO: &str = "/api/v1/namespaces/kube-public/configmaps/cluster-info";
 
 impl Api {
     /// The caller, or 401.
@@ -38,22 +45,59 @@ impl Api {
             if !scheme.eq_ignore_ascii_case("bearer") {
                 return Err(Status::unauthorized());
             }
-            return match self.verify_token(token.trim(), &[TOKEN_ISSUER]).await? {
-                Ok(spec) => Ok(spec.identity()),
+            return match self.token_identity(token.trim()).await? {
+                Ok(identity) => Ok(identity),
                 Err(reason) => {
                     tracing::debug!(%reason, "token refused");
                     Err(Status::unauthorized())
                 }
             };
         }
-        let certificate = peer
-            .certificate
-            .as_deref()
-            .ok_or_else(Status::unauthorized)?;
+        let Some(certificate) = peer.certificate.as_deref() else {
+            let public = parts.method == Method::GET && parts.uri.path() == CLUSTER_INFO;
+            return if public {
+                Ok(Identity::anonymous())
+            } else {
+                Err(Status::unauthorized())
+            };
+        };
         Identity::from_certificate(certificate).map_err(|error| {
             tracing::debug!(%error, "certificate refused");
             Status::unauthorized()
         })
+    }
+
+    async fn token_identity(&self, token: &str) -> Result<Result<Identity, String>, Status> {
+        if let Some(shown) = bootstrap::Shown::parse(token) {
+            return self.bootstrap_identity(&shown).await;
+        }
+        let spec = self.verify_token(token, &[TOKEN_ISSUER]).await?;
+        Ok(spec.map(|spec| spec.identity()))
+    }
+
+    /// Who shows a bootstrap token, when it is good; else why not.
+    pub(super) async fn bootstrap_identity(
+        &self,
+        shown: &bootstrap::Shown<'_>,
+    ) -> Result<Result<Identity, String>, Status> {
+        let name = shown.secret_name();
+        let found = self
+            .lookup("", "secrets", Some(bootstrap::NAMESPACE), &name)
+            .await?;
+        let Some(secret) = found.filter(|secret| {
+            secret.text("/type") == bootstrap::SECRET_TYPE
+                && !secret.has("/metadata/deletionTimestamp")
+        }) else {
+            return Ok(Err(format!("there is no bootstrap token {}", shown.id)));
+        };
+        let field = |key: &str| {
+            let value = secret.pointer("/data")?.get(key)?.as_str()?;
+            String::from_utf8(BASE64_STANDARD.decode(value).ok()?).ok()
+        };
+        let now = jiff::Timestamp::now().as_second();
+        let kept = bootstrap::Kept::read(&name, field);
+        let identity = kept.and_then(|kept| kept.identity(shown, now));
+        Ok(identity.map_err(|error| error.to_string()))
     }
 
     /// A token's claims, when it is good and all that it is bound to still exists; else why not.

@@ -13,8 +13,8 @@ use super::reply::Answer;
 use super::request::{Form, MEDIA_TYPES};
 use super::status::{FieldError, Status};
 use super::{Api, Call, reply};
-use crate::auth::Identity;
 use crate::auth::node::node_of;
+use crate::auth::{Identity, bootstrap};
 use crate::registry::Resource;
 
 /// Whether objects of a resource are questions, answered at once.
@@ -69,25 +69,42 @@ impl Api {
                 } else {
                     asked
                 };
-                match self
-                    .verify_token(review.text("/spec/token"), &audiences)
+                self.token_review(review.text("/spec/token"), &audiences)
                     .await?
-                {
-                    Ok(spec) => {
-                        let common: Vec<&str> = audiences
-                            .iter()
-                            .copied()
-                            .filter(|a| spec.audiences.iter().any(|b| a == b))
-                            .collect();
-                        json!({"authenticated": true, "user": spec.identity().user_info(), "audiences": common})
-                    }
-                    Err(reason) => json!({"authenticated": false, "error": reason}),
-                }
             }
             _ => return Err(Status::method_not_allowed()),
         };
         review.set("/status", status);
         Ok(reply::json(StatusCode::CREATED, &review))
+    }
+}
+
+impl Api {
+    async fn token_review(&self, token: &str, audiences: &[&str]) -> Result<Value, Status> {
+        let (identity, of): (Result<Identity, String>, Vec<String>) =
+            match bootstrap::Shown::parse(token) {
+                Some(shown) => (
+                    self.bootstrap_identity(&shown).await?,
+                    vec![TOKEN_ISSUER.to_owned()],
+                ),
+                None => match self.verify_token(token, audiences).await? {
+                    Ok(spec) => (Ok(spec.identity()), spec.audiences),
+                    Err(reason) => (Err(reason), Vec::new()),
+                },
+            };
+        let common = audiences
+            .iter()
+            .filter(|asked| of.iter().any(|has| has == *asked));
+        let common: Vec<&&str> = common.collect();
+        Ok(match identity {
+            Ok(_) if common.is_empty() => {
+                json!({"authenticated": false, "error": "the token is for the API server alone"})
+            }
+            Ok(identity) => {
+                json!({"authenticated": true, "user": identity.user_info(), "audiences": common})
+            }
+            Err(reason) => json!({"authenticated": false, "error": reason}),
+        })
     }
 }
 

@@ -24,6 +24,15 @@ pub struct Identity {
 }
 
 impl Identity {
+    /// Of a request that nobody has signed.
+    pub fn anonymous() -> Self {
+        Self {
+            user: ANONYMOUS.to_owned(),
+            groups: vec![UNAUTHENTICATED.to_owned()],
+            ..Self::default()
+        }
+    }
+
     /// From a client certificate that the TLS layer has verified: CN is the user, O the groups.
     pub fn from_certificate(der: &[u8]) -> Result<Self, AuthError> {
         let (_, certificate) = X509Certificate::from_der(der)

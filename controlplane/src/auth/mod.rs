@@ -2,6 +2,7 @@
 //! what needs the store (does the pod still exist?) is left to the caller, who gets the claims.
 
 mod attributes;
+pub mod bootstrap;
 mod identity;
 mod keys;
 pub mod node;

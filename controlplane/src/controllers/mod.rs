@@ -5,6 +5,7 @@
 //! nor kube; `runner.rs`, `watch.rs`, `execute.rs` and `lease.rs` do nothing but carry changes in and writes out.
 
 mod aggregation;
+mod bootstrap;
 mod certificates;
 mod cronjob;
 mod daemonset;
@@ -68,6 +69,8 @@ pub(crate) const ALL: &[Controller] = &[
     quota::CONTROLLER,
     tokens::CONTROLLER,
     certificates::CONTROLLER,
+    bootstrap::SIGNER,
+    bootstrap::CLEANER,
     volumes::CLAIMS,
     volumes::VOLUMES,
     endpoints::CONTROLLER,

@@ -300,7 +300,12 @@ impl Decoded for ConfigMap {
     }
 
     fn slim(&mut self) {
-        if self.metadata.name.as_deref() != Some(super::namespaced_defaults::ROOT_CA) {
+        let read = [
+            super::namespaced_defaults::ROOT_CA,
+            super::bootstrap::CLUSTER_INFO,
+        ];
+        let name = self.metadata.name.as_deref();
+        if !name.is_some_and(|name| read.contains(&name)) {
             self.data = None;
             self.binary_data = None;
         }
@@ -312,8 +317,11 @@ impl Decoded for Secret {
         &mut self.metadata
     }
 
-    /// Nothing secret is kept: of a token, only that it is there.
+    /// Nothing secret is kept: of a token, only that it is there. Bootstrap tokens are an exception, since they sign.
     fn slim(&mut self) {
+        if super::bootstrap::is_token(self) {
+            return;
+        }
         if !super::tokens::is_token(self) {
             self.data = None;
             return;

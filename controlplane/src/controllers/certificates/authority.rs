@@ -80,6 +80,24 @@ impl Request {
         })
     }
 
+    /// The names and addresses that the certificate is to vouch for, as text.
+    pub fn hosts(&self) -> Vec<String> {
+        let names = self.params.params.subject_alt_names.iter();
+        names
+            .map(|name| match name {
+                SanType::DnsName(name) => name.as_str().to_owned(),
+                SanType::IpAddress(address) => address.to_string(),
+                other => format!("{other:?}"),
+            })
+            .collect()
+    }
+
+    /// The node that a kubelet's request is for.
+    pub fn node(&self) -> &str {
+        let name = self.common_name.strip_prefix(NODE_PREFIX);
+        name.unwrap_or_default()
+    }
+
     /// Whether the signer signs such requests.
     pub fn check(&self, signer: Signer) -> Result<(), Error> {
         let names = &self.params.params.subject_alt_names;

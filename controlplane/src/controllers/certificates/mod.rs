@@ -6,6 +6,7 @@ use k8s_openapi::ByteString;
 use k8s_openapi::api::certificates::v1::{
     CertificateSigningRequest, CertificateSigningRequestCondition, CertificateSigningRequestStatus,
 };
+use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use serde_json::json;
@@ -15,12 +16,14 @@ use self::authority::{Request, Signer};
 use super::object::{Key, Object, Target};
 use super::plan::{Action, Controller, Keys, Plan, View};
 use super::snapshot::{Change, Snapshot};
+use crate::auth::bootstrap;
 
 /// How long requests stay that nobody decides about, and those that are done with.
 const PENDING_MAX: SignedDuration = SignedDuration::from_hours(24);
 const DONE_MAX: SignedDuration = SignedDuration::from_hours(1);
 /// Who may ask for a kubelet's certificate and gets it without being looked at: joining nodes, and whoever may do all.
-const TRUSTED: [&str; 2] = ["system:bootstrappers", "system:masters"];
+const TRUSTED: [&str; 2] = [bootstrap::GROUP, MASTERS];
+const MASTERS: &str = "system:masters";
 
 pub const CONTROLLER: Controller = Controller {
     name: "certificatesigningrequest",
@@ -28,10 +31,58 @@ pub const CONTROLLER: Controller = Controller {
     plan,
 };
 
-fn affected(_: &Snapshot, change: &Change, keys: &mut Keys) {
-    if let Some(Object::CertificateSigningRequest(request)) = &change.new {
-        keys.insert(Key::of(&request.metadata));
+fn affected(snapshot: &Snapshot, change: &Change, keys: &mut Keys) {
+    match change.object() {
+        Object::CertificateSigningRequest(request) => {
+            keys.insert(Key::of(&request.metadata));
+        }
+        // What its kubelet may vouch for has changed, or whether somebody else may become it.
+        Object::Node(node) if decides(change) => {
+            let user = format!(
+                "system:node:{}",
+                node.metadata.name.as_deref().unwrap_or("")
+            );
+            let undecided = snapshot.signing_requests.iter().filter(|(_, request)| {
+                let status = request.status.as_ref();
+                let conditions = status.and_then(|status| status.conditions.as_ref());
+                let by_it = request.spec.username.as_ref() == Some(&user);
+                conditions.is_none_or(Vec::is_empty) && (by_it || is_bootstrappers(request))
+            });
+            keys.extend(undecided.map(|(key, _)| key.clone()));
+        }
+        _ => {}
     }
+}
+
+/// Whether a change of a Node is one that requests are decided by.
+fn decides(change: &Change) -> bool {
+    let of = |object: &Option<Object>| match object {
+        Some(Object::Node(node)) => Some((hosts(node), is_ready(node))),
+        _ => None,
+    };
+    of(&change.old) != of(&change.new)
+}
+
+fn hosts(node: &Node) -> Vec<String> {
+    let addresses = node.status.iter().flat_map(|status| &status.addresses);
+    let addresses = addresses.flatten().map(|address| address.address.clone());
+    addresses.collect()
+}
+
+fn is_ready(node: &Node) -> bool {
+    let conditions = node.status.iter().flat_map(|status| &status.conditions);
+    conditions
+        .flatten()
+        .any(|condition| condition.type_ == "Ready" && condition.status == "True")
+}
+
+fn is_in(request: &CertificateSigningRequest, wanted: &[&str]) -> bool {
+    let mut groups = request.spec.groups.iter().flatten();
+    groups.any(|group| wanted.contains(&group.as_str()))
+}
+
+fn is_bootstrappers(request: &CertificateSigningRequest) -> bool {
+    is_in(request, &[bootstrap::GROUP])
 }
 
 fn plan(view: &View<'_>, key: &Key) -> Plan {
@@ -49,7 +100,7 @@ fn plan(view: &View<'_>, key: &Key) -> Plan {
         .as_ref()
         .is_some_and(|pem| !pem.0.is_empty());
     let done = signed || has("Denied") || has("Failed");
-    if !done && !has("Approved") && is_kubelets_own(request) {
+    if !done && !has("Approved") && is_kubelets_own(view.snapshot, request) {
         plan.push(conclude(
             request,
             &status,
@@ -57,7 +108,7 @@ fn plan(view: &View<'_>, key: &Key) -> Plan {
             (
                 "Approved",
                 "AutoApproved",
-                "Auto approving kubelet client certificate.",
+                "Auto approving kubelet certificate.",
             ),
             view.now,
         ));
@@ -83,23 +134,43 @@ fn plan(view: &View<'_>, key: &Key) -> Plan {
     plan
 }
 
-/// Whether a node asks for its own certificate as a client, or one that joins for its first.
-fn is_kubelets_own(request: &CertificateSigningRequest) -> bool {
+/// Whether a node asks for its own certificate, as a client or as a server, or one that joins for its first.
+fn is_kubelets_own(snapshot: &Snapshot, request: &CertificateSigningRequest) -> bool {
     let spec = &request.spec;
-    if Signer::of(&spec.signer_name) != Some(Signer::KubeletClient) {
-        return false;
-    }
+    let signer = match Signer::of(&spec.signer_name) {
+        Some(signer @ (Signer::KubeletClient | Signer::KubeletServing)) => signer,
+        _ => return false,
+    };
     let usages = spec.usages.as_deref().unwrap_or_default();
     let Ok(read) = Request::read(&spec.request.0, usages) else {
         return false;
     };
-    let trusted = spec
-        .groups
-        .iter()
-        .flatten()
-        .any(|group| TRUSTED.contains(&group.as_str()));
+    if read.check(signer).is_err() {
+        return false;
+    }
     let own = spec.username.as_deref() == Some(read.common_name.as_str());
-    read.check(Signer::KubeletClient).is_ok() && (trusted || own)
+    let node = snapshot.nodes.get(&Key::cluster(read.node()));
+    if signer == Signer::KubeletServing {
+        // Only its own names, and none that another node has too.
+        return own
+            && node.is_some_and(|node| {
+                let known = hosts(node);
+                let elsewhere = |host: &String| {
+                    let mut others = snapshot.nodes.values();
+                    others.any(|other| {
+                        !std::sync::Arc::ptr_eq(other, node) && hosts(other).contains(host)
+                    })
+                };
+                let asked = read.hosts();
+                asked
+                    .iter()
+                    .all(|host| known.contains(host) && !elsewhere(host))
+            });
+    }
+    // A token that lets machines join does not let one take the place of a node that lives.
+    let taken = node.is_some_and(|node| is_ready(node));
+    let trusted = is_in(request, &TRUSTED) && (!taken || is_in(request, &[MASTERS]));
+    trusted || own
 }
 
 fn sign(
@@ -325,6 +396,74 @@ mod tests {
             let expected = (outcome == "signed", outcome == "Failed");
             assert_eq!((signed, failed), expected, "{signer} {usages:?}");
         }
+    }
+
+    /// What comes of a request of node `n` for a serving certificate, and of one by a token for a client certificate, when
+    /// these nodes are there, each with its addresses and whether it is Ready.
+    fn beside(nodes: &[(&str, &[&str], &str)], hosts: &[&str]) -> (bool, bool) {
+        let mut cluster = Cluster::new(&[CONTROLLER]);
+        cluster.settings.authority = Some(Arc::new(authority()));
+        let ask = |name: &str, request: String, signer: &str, usage: &str, who: Value| {
+            let mut value = json!({
+                "metadata": {"name": name},
+                "spec": {"request": ByteString(request.into_bytes()), "signerName": signer,
+                    "usages": ["digital signature", usage]},
+            });
+            json_patch::merge(&mut value, &json!({"spec": who}));
+            serde_json::from_value::<CertificateSigningRequest>(value).unwrap()
+        };
+        cluster.add(ask(
+            "serving",
+            pem("system:nodes", "system:node:n", hosts),
+            "kubernetes.io/kubelet-serving",
+            "server auth",
+            json!({"username": "system:node:n", "groups": ["system:nodes"]}),
+        ));
+        cluster.settle();
+        // The nodes come later: a request waits for what it is decided by.
+        for (name, addresses, ready) in nodes {
+            let addresses: Vec<Value> = addresses
+                .iter()
+                .map(|address| json!({"type": "InternalIP", "address": address}))
+                .collect();
+            let node = json!({"metadata": {"name": name}, "status": {"addresses": addresses,
+                "conditions": [{"type": "Ready", "status": ready}]}});
+            cluster.add::<Node>(serde_json::from_value(node).unwrap());
+        }
+        cluster.add(ask(
+            "client",
+            pem("system:nodes", "system:node:n", &[]),
+            "kubernetes.io/kube-apiserver-client-kubelet",
+            "client auth",
+            json!({"username": "system:bootstrap:abcdef", "groups": ["system:bootstrappers"]}),
+        ));
+        cluster.settle();
+        let signed = |name: &str| {
+            let request = cluster.snapshot.signing_requests.get(&Key::cluster(name));
+            let status = request.unwrap().status.as_ref();
+            status.is_some_and(|status| status.certificate.is_some())
+        };
+        (signed("serving"), signed("client"))
+    }
+
+    #[test]
+    fn a_node_serves_with_its_own_addresses_only() {
+        let own: &[&str] = &["10.0.0.1", "n"];
+        let n = ("n", own, "True");
+        assert!(beside(&[n], &["10.0.0.1", "n"]).0);
+        assert!(beside(&[n], &["10.0.0.1"]).0);
+        assert!(!beside(&[], &["10.0.0.1"]).0, "there is no such node");
+        assert!(!beside(&[n], &["10.0.0.1", "10.96.0.1"]).0);
+        let other: &[&str] = &["10.0.0.1"];
+        assert!(!beside(&[n, ("m", other, "True")], &["10.0.0.1"]).0);
+    }
+
+    #[test]
+    fn a_token_does_not_take_the_place_of_a_node_that_lives() {
+        let own: &[&str] = &["10.0.0.1"];
+        assert!(beside(&[], own).1);
+        assert!(beside(&[("n", own, "Unknown")], own).1);
+        assert!(!beside(&[("n", own, "True")], own).1);
     }
 
     #[test]
