@@ -8,6 +8,7 @@ pub mod codec;
 pub mod controllers;
 pub mod page;
 pub mod patch;
+pub mod pki;
 pub mod registry;
 pub mod scheduler;
 pub mod selector;

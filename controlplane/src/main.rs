@@ -1,5 +1,6 @@
 //! `keelway-controlplane`: flags become a configuration, and the parts that were asked for run until a signal.
 
+mod certs;
 mod maintenance;
 mod state;
 
@@ -10,7 +11,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
 use ipnetwork::IpNetwork;
-use keelway_controlplane::{api, controllers, scheduler, sys};
+use keelway_controlplane::{api, controllers, pki, scheduler, sys};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -19,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 #[derive(Debug, Parser)]
 #[command(
     version,
-    after_help = "`store --help` tells how a state is backed up, restored and moved."
+    after_help = "`store --help` tells how a state is backed up, restored and moved, `certs --help` how certificates are renewed."
 )]
 struct Flags {
     #[command(flatten)]
@@ -107,6 +108,9 @@ fn main() -> Result<()> {
         let arguments = std::env::args_os().skip(1);
         return runtime.block_on(maintenance::StoreCli::parse_from(arguments).run());
     }
+    if std::env::args().nth(1).as_deref() == Some("certs") {
+        return certs::CertsCli::parse_from(std::env::args_os().skip(1)).run();
+    }
     let flags = Flags::parse();
     if let Err(error) = sys::raise_descriptor_limit() {
         tracing::warn!(%error, "the limit of open files stays low");
@@ -162,6 +166,7 @@ async fn run(flags: Flags, passed: Vec<std::net::TcpListener>) -> Result<()> {
         let (server, listeners) = start_api(&flags, passed, &stop).await?;
         parts.spawn(async move { server.serve(listeners).await.context("the API server") });
     }
+    tokio::spawn(pki::keep(flags.pki_dir.clone()));
     // Both are clients of the API like any other: they wait until it answers, and end with the process.
     let identity = SocketAddr::new(flags.advertise_address, flags.bind.port()).to_string();
     if flags.components.contains(&Component::Controllers) {

@@ -17,6 +17,7 @@ use super::fields::Fields;
 use super::listener::{self, TlsError};
 use super::status::{Status, Subject};
 use super::unverified::any_certificate;
+use crate::pki::{Reloading, Source};
 
 const KUBELET_PORT: i64 = 10250;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -42,20 +43,14 @@ impl std::fmt::Display for KubeletAddress {
 
 impl Kubelets {
     pub fn new(pki_dir: &Path) -> Result<Self, TlsError> {
-        let certificates = listener::certificates(&pki_dir.join("apiserver-kubelet-client.crt"))?;
-        let key = listener::private_key(&pki_dir.join("apiserver-kubelet-client.key"))?;
+        let own = Reloading::new(Source::files(pki_dir, "apiserver-kubelet-client"))?;
         let roots = listener::roots(&pki_dir.join("ca.crt"))?;
-        let connector = |config: Result<ClientConfig, rustls::Error>| {
-            let config = config.map_err(|error| TlsError::Config(error.to_string()))?;
-            Ok::<_, TlsError>(TlsConnector::from(Arc::new(config)))
-        };
+        let verified = ClientConfig::builder().with_root_certificates(roots);
+        let verified = verified.with_client_cert_resolver(own.clone());
+        let unverified = any_certificate().with_client_cert_resolver(own);
         Ok(Self {
-            tls: connector(
-                ClientConfig::builder()
-                    .with_root_certificates(roots)
-                    .with_client_auth_cert(certificates.clone(), key.clone_key()),
-            )?,
-            unverified: connector(any_certificate().with_client_auth_cert(certificates, key))?,
+            tls: TlsConnector::from(Arc::new(verified)),
+            unverified: TlsConnector::from(Arc::new(unverified)),
         })
     }
 

@@ -8,8 +8,8 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::GracefulShutdown;
+use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig};
 use tokio::net::{TcpListener, TcpStream};
@@ -17,6 +17,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
 use super::{Api, Peer};
+use crate::pki::{PkiError, Reloading, Source};
 
 /// A client must finish its TLS handshake within this.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -32,6 +33,8 @@ const STOP_GRACE: Duration = Duration::from_secs(5);
 pub enum TlsError {
     #[error("cannot read {path}: {reason}")]
     Read { path: String, reason: String },
+    #[error(transparent)]
+    Certificate(#[from] PkiError),
     #[error("the serving certificate or the CA cannot be used: {0}")]
     Config(String),
 }
@@ -50,14 +53,6 @@ pub fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsErro
         Ok(_) => Err(failed("it holds no certificate".to_owned())),
         Err(error) => Err(failed(error.to_string())),
     }
-}
-
-/// Reads the private key of a PEM file.
-pub fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
-    PrivateKeyDer::from_pem_file(path).map_err(|error| TlsError::Read {
-        path: path.display().to_string(),
-        reason: error.to_string(),
-    })
 }
 
 /// Reads the certificates that others' certificates are checked against.
@@ -80,11 +75,7 @@ pub fn server_tls(pki_dir: &Path) -> Result<ServerConfig, TlsError> {
         .map_err(|error| config_error(&error))?;
     let mut config = ServerConfig::builder()
         .with_client_cert_verifier(verifier)
-        .with_single_cert(
-            certificates(&pki_dir.join("apiserver.crt"))?,
-            private_key(&pki_dir.join("apiserver.key"))?,
-        )
-        .map_err(|error| config_error(&error))?;
+        .with_cert_resolver(Reloading::new(Source::files(pki_dir, "apiserver"))?);
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(config)
 }

@@ -13,6 +13,8 @@ use kube::client::{Body, ConfigExt};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use tokio::sync::mpsc;
 
+use crate::pki::{Reloading, Source};
+
 use super::object::{Key, Listed, Object, ResourceType, WatchLine};
 
 /// How long one request may take. Watches are not bounded by it.
@@ -92,7 +94,9 @@ impl Api {
         if let Ok(agent) = http::HeaderValue::try_from(agent) {
             config.headers.push((http::header::USER_AGENT, agent));
         }
-        let client = connect(config).map_err(|source| ClientError::Client {
+        // A certificate in the file itself may be renewed there; what is named by it is read once.
+        let renewed = Reloading::new(Source::Kubeconfig(path.into())).ok();
+        let client = connect(config, renewed).map_err(|source| ClientError::Client {
             path: path.into(),
             source,
         })?;
@@ -195,13 +199,20 @@ impl Api {
 
 /// A client whose requests and watches share one HTTP/2 connection: kube's own speaks HTTP/1 only, which takes a connection
 /// and a TLS handshake for each of some thirty watches, and leaves Nagle's algorithm on.
-fn connect(config: kube::Config) -> Result<kube::Client, kube::Error> {
+fn connect(
+    config: kube::Config,
+    renewed: Option<Arc<Reloading>>,
+) -> Result<kube::Client, kube::Error> {
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
     tcp.set_nodelay(true);
     tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
+    let mut tls = config.rustls_client_config()?;
+    if let Some(renewed) = renewed {
+        tls.client_auth_cert_resolver = renewed;
+    }
     let tls = hyper_rustls::HttpsConnectorBuilder::new()
-        .with_tls_config(config.rustls_client_config()?)
+        .with_tls_config(tls)
         .https_only()
         .enable_all_versions()
         .wrap_connector(tcp);
