@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::Parser;
+use k8s_openapi::api::core::v1::Taint;
 
 /// Flags are the command line of `keelway-kubelet` (docs/ARCHITECTURE.md, "Commands").
 #[derive(Parser, Debug, Clone)]
@@ -30,11 +31,23 @@ pub struct Flags {
     #[arg(long, default_value = "/")]
     pub cgroup_root: String,
     /// Certificate chain of the server on port 10250
-    #[arg(long)]
-    pub tls_cert: PathBuf,
+    #[arg(long, required_unless_present = "cert_dir", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
     /// Private key of the server on port 10250
-    #[arg(long)]
-    pub tls_key: PathBuf,
+    #[arg(long, requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// Where the node's certificates are kept that the cluster signs; the kubelet asks for them, and renews them. The kubeconfig is
+    /// made, too
+    #[arg(
+        long,
+        value_name = "DIR",
+        conflicts_with = "tls_cert",
+        requires = "bootstrap_kubeconfig"
+    )]
+    pub cert_dir: Option<PathBuf>,
+    /// Credentials for asking for the node's first certificate
+    #[arg(long, value_name = "FILE", requires = "cert_dir")]
+    pub bootstrap_kubeconfig: Option<PathBuf>,
     /// Authority that certificates of the server's clients must be signed by
     #[arg(long)]
     pub client_ca: PathBuf,
@@ -62,6 +75,49 @@ pub struct Flags {
     /// Pods that fit on this node
     #[arg(long, default_value_t = 110)]
     pub max_pods: u32,
+    /// Labels that the node registers with
+    #[arg(long, value_name = "KEY=VALUE[,KEY=VALUE]", value_delimiter = ',', value_parser = label)]
+    pub node_labels: Vec<(String, String)>,
+    /// Taints that the node registers with
+    #[arg(long, value_name = "KEY[=VALUE]:EFFECT[,...]", value_delimiter = ',', value_parser = taint)]
+    pub register_with_taints: Vec<Taint>,
+}
+
+fn label(text: &str) -> Result<(String, String), String> {
+    let pair = text.split_once('=').filter(|(key, _)| !key.is_empty());
+    let pair = pair.map(|(key, value)| (key.to_owned(), value.to_owned()));
+    pair.ok_or_else(|| "a label is KEY=VALUE".to_owned())
+}
+
+fn taint(text: &str) -> Result<Taint, String> {
+    let (what, effect) = text
+        .rsplit_once(':')
+        .ok_or("a taint is KEY[=VALUE]:EFFECT")?;
+    if !["NoSchedule", "PreferNoSchedule", "NoExecute"].contains(&effect) {
+        return Err("a taint's effect is NoSchedule, PreferNoSchedule or NoExecute".to_owned());
+    }
+    let (key, value) = match what.split_once('=') {
+        Some((key, value)) => (key, Some(value.to_owned())),
+        None => (what, None),
+    };
+    if key.is_empty() {
+        return Err("a taint has a key".to_owned());
+    }
+    Ok(Taint {
+        key: key.to_owned(),
+        value,
+        effect: effect.to_owned(),
+        time_added: None,
+    })
+}
+
+/// What the server on port 10250 shows, and what the kubelet is to the API server.
+#[derive(Debug, Clone)]
+pub enum Credentials {
+    /// Files that somebody else renews: certificate and key of the server. The client's are in the kubeconfig.
+    Given { cert: PathBuf, key: PathBuf },
+    /// A folder with what the cluster has signed, and the kubeconfig that the first is asked for with.
+    Own { dir: PathBuf, bootstrap: PathBuf },
 }
 
 /// A ConfigError names the flag that cannot be used.
@@ -77,6 +133,8 @@ pub enum ConfigError {
     },
     #[error("--node-ip takes one address, or one of each family, and none of them unspecified")]
     NodeIps,
+    #[error("either --tls-cert and --tls-key, or --cert-dir and --bootstrap-kubeconfig are needed")]
+    Credentials,
     #[error("--cgroup-root {0}: must be an absolute path without `..`")]
     CgroupRoot(String),
     #[error("--{flag} {path}: must be an absolute path")]
@@ -93,8 +151,7 @@ pub struct Config {
     pub runtime_socket: PathBuf,
     /// Absolute, without a trailing slash; empty for the root of the hierarchy.
     pub cgroup_root: String,
-    pub tls_cert: PathBuf,
-    pub tls_key: PathBuf,
+    pub credentials: Credentials,
     pub client_ca: PathBuf,
     pub cluster_dns: Vec<IpAddr>,
     pub cluster_domain: String,
@@ -104,6 +161,8 @@ pub struct Config {
     pub port: u16,
     pub healthz: SocketAddr,
     pub pods_max: u32,
+    pub labels: Vec<(String, String)>,
+    pub taints: Vec<Taint>,
 }
 
 impl TryFrom<Flags> for Config {
@@ -136,26 +195,42 @@ impl TryFrom<Flags> for Config {
                 });
             }
         }
-        for (flag, path) in [
-            ("kubeconfig", &flags.kubeconfig),
-            ("tls-cert", &flags.tls_cert),
-            ("tls-key", &flags.tls_key),
-            ("client-ca", &flags.client_ca),
-        ] {
+        let mut files = vec![("client-ca", &flags.client_ca)];
+        // With certificates of its own, the first start makes the kubeconfig, and from then on needs no other.
+        match &flags.bootstrap_kubeconfig {
+            Some(bootstrap) if !flags.kubeconfig.exists() => {
+                files.push(("bootstrap-kubeconfig", bootstrap));
+            }
+            _ => files.push(("kubeconfig", &flags.kubeconfig)),
+        }
+        let given = [("tls-cert", &flags.tls_cert), ("tls-key", &flags.tls_key)];
+        files.extend(
+            given
+                .into_iter()
+                .filter_map(|(flag, path)| Some((flag, path.as_ref()?))),
+        );
+        for (flag, path) in files {
             std::fs::File::open(path).map_err(|source| ConfigError::Unreadable {
                 flag,
                 path: path.clone(),
                 source,
             })?;
         }
+        let credentials = match (
+            (flags.cert_dir, flags.bootstrap_kubeconfig),
+            (flags.tls_cert, flags.tls_key),
+        ) {
+            ((Some(dir), Some(bootstrap)), _) => Credentials::Own { dir, bootstrap },
+            (_, (Some(cert), Some(key))) => Credentials::Given { cert, key },
+            _ => return Err(ConfigError::Credentials),
+        };
         Ok(Self {
             runtime_socket: PathBuf::from(socket),
             cgroup_root: flags.cgroup_root.trim_end_matches('/').to_owned(),
             node_name: flags.node_name,
             node_ips: flags.node_ip,
             kubeconfig: flags.kubeconfig,
-            tls_cert: flags.tls_cert,
-            tls_key: flags.tls_key,
+            credentials,
             client_ca: flags.client_ca,
             cluster_dns: flags.cluster_dns,
             cluster_domain: flags.cluster_domain.trim_matches('.').to_owned(),
@@ -165,6 +240,8 @@ impl TryFrom<Flags> for Config {
             port: flags.port,
             healthz: flags.healthz,
             pods_max: flags.max_pods,
+            labels: flags.node_labels,
+            taints: flags.register_with_taints,
         })
     }
 }

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod backoff;
+pub mod certificates;
 pub mod cgroup;
 pub mod clock;
 pub mod cluster;

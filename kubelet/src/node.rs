@@ -148,7 +148,10 @@ impl Registration {
                 let status = self.status(&Node::default(), runtime, Timestamp::now());
                 let node = Node {
                     metadata: self.metadata(),
-                    spec: Some(NodeSpec::default()),
+                    spec: Some(NodeSpec {
+                        taints: Some(self.config.taints.clone()).filter(|t| !t.is_empty()),
+                        ..NodeSpec::default()
+                    }),
                     status: Some(status),
                 };
                 api.create(&PostParams::default(), &node).await?
@@ -183,14 +186,12 @@ impl Registration {
             ("beta.kubernetes.io/os", "linux"),
             ("beta.kubernetes.io/arch", architecture()),
         ];
+        let own = labels
+            .into_iter()
+            .map(|(key, value)| (key.to_owned(), value.to_owned()));
         ObjectMeta {
             name: Some(name.clone()),
-            labels: Some(
-                labels
-                    .into_iter()
-                    .map(|(key, value)| (key.to_owned(), value.to_owned()))
-                    .collect(),
-            ),
+            labels: Some(own.chain(self.config.labels.iter().cloned()).collect()),
             ..Default::default()
         }
     }

@@ -6,17 +6,21 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use futures::future::join_all;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
 use k8s_openapi::api::core::v1::Node;
+use kube::client::ConfigExt;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{broadcast, watch};
 
 use crate::backoff::Quick;
+use crate::certificates::{Certificates, Held};
 use crate::cgroup::Cgroups;
 use crate::clock::SystemClock;
 use crate::cluster::KubeCluster;
-use crate::config::Config;
+use crate::config::{Config, Credentials};
 use crate::machine::Machine;
 use crate::node::{Registration, allocatable_memory_bytes, watch_runtime};
 use crate::pod::operations::Context;
@@ -28,18 +32,19 @@ use crate::server::{self, Gate, Reviews, Server};
 /// Announcements of the runtime that may wait for the dispatcher.
 const CHANGES_MAX: usize = 4096;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a connection is tested, and how long the answer may take.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
 /// Runs the kubelet until it is told to stop. Pods go on without it.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let config = Arc::new(config);
-    let tls = server::server_config(&config.tls_cert, &config.tls_key, &config.client_ca)?;
     for folder in [&config.root_dir, &config.log_dir] {
         std::fs::create_dir_all(folder)
             .with_context(|| format!("cannot make {}", folder.display()))?;
     }
     let cgroups = Cgroups::discover(&config.cgroup_root)?;
     cgroups.make_classes()?;
-    let client = connect(&config).await?;
+    let (client, tls, own) = credentials(&config).await?;
 
     let mut https = Vec::new();
     for ip in &config.node_ips {
@@ -92,6 +97,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         recorder: cluster.recorder(),
     };
 
+    let kept = client.clone();
     tracing::info!(node = config.node_name, addresses = ?config.node_ips, port = config.port, runtime = runtime_version, "kubelet starts");
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -99,9 +105,10 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         () = watch_runtime(runtime.clone(), runtime_status, network) => {}
         () = watch_changes(runtime, changes, exit_source) => {}
         () = registration.run(status) => {}
-        () = Dispatcher::new(context, registry).run(client, changed) => {}
+        () = Dispatcher::new(context, registry).run(client.clone(), changed) => {}
         _ = join_all(https.into_iter().map(|listener| server::serve(server.clone(), listener, tls.clone()))) => {}
         () = server::serve_health(health_listener) => {}
+        () = renew(own, kept) => {}
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
@@ -109,7 +116,64 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn connect(config: &Config) -> anyhow::Result<Client> {
+/// The client of the API server, TLS of our own server, and the certificates that are to be renewed.
+async fn credentials(
+    config: &Config,
+) -> anyhow::Result<(Client, Arc<rustls::ServerConfig>, Option<Certificates>)> {
+    let ca = &config.client_ca;
+    let (dir, bootstrap) = match &config.credentials {
+        Credentials::Given { cert, key } => {
+            let tls = server::server_config(server::given(cert, key)?, ca)?;
+            return Ok((connect(config, None).await?, tls, None));
+        }
+        Credentials::Own { dir, bootstrap } => (dir, bootstrap),
+    };
+    let own = Certificates::read(dir, config)?;
+    if own.client.life().is_none() || !config.kubeconfig.exists() {
+        own.bootstrap(bootstrap, &config.kubeconfig).await?;
+    }
+    let client = connect(config, Some(own.client.clone())).await?;
+    let tls = server::server_config(own.serving.clone(), ca)?;
+    Ok((client, tls, Some(own)))
+}
+
+async fn renew(own: Option<Certificates>, client: Client) {
+    match own {
+        Some(own) => own.keep(client).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// A client that shows the certificate that is current at each new connection; without one, that of the kubeconfig.
+fn client_of(config: kube::Config, certificate: Option<Arc<Held>>) -> Result<Client, kube::Error> {
+    let Some(certificate) = certificate else {
+        return Client::try_from(config);
+    };
+    let mut tls = config.rustls_client_config()?;
+    tls.client_auth_cert_resolver = certificate;
+    let mut tcp = HttpConnector::new();
+    tcp.enforce_http(false);
+    tcp.set_nodelay(true);
+    tcp.set_connect_timeout(config.connect_timeout);
+    let tls = hyper_rustls::HttpsConnectorBuilder::new()
+        .with_tls_config(tls)
+        .https_only()
+        .enable_all_versions()
+        .wrap_connector(tcp);
+    let http = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .http2_keep_alive_timeout(KEEP_ALIVE)
+        .build(tls);
+    let service = tower::ServiceBuilder::new()
+        .layer(config.base_uri_layer())
+        .layer(config.extra_headers_layer()?)
+        .map_err(tower::BoxError::from)
+        .service(http);
+    Ok(Client::new(service, config.default_namespace))
+}
+
+async fn connect(config: &Config, certificate: Option<Arc<Held>>) -> anyhow::Result<Client> {
     let path = &config.kubeconfig;
     let kubeconfig =
         Kubeconfig::read_from(path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -124,7 +188,7 @@ async fn connect(config: &Config) -> anyhow::Result<Client> {
     client_config
         .headers
         .push((http::header::USER_AGENT, agent));
-    let client = Client::try_from(client_config)
+    let client = client_of(client_config, certificate)
         .with_context(|| format!("cannot use {}", path.display()))?;
     // Not fatal: the API server may come up later, and pods that run go on meanwhile.
     if let Err(error) = Api::<Node>::all(client.clone())

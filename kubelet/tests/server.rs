@@ -128,12 +128,11 @@ async fn kubelet() -> Kubelet {
         path
     };
     let (certificate, key) = authority.leaf("node-1", "", ExtendedKeyUsagePurpose::ServerAuth);
-    let tls = server::server_config(
+    let given = server::given(
         &write("kubelet.crt", &certificate),
         &write("kubelet.key", &key),
-        &write("ca.crt", &authority.pem),
-    )
-    .unwrap();
+    );
+    let tls = server::server_config(given.unwrap(), &write("ca.crt", &authority.pem)).unwrap();
     let rules = Rules::default();
     let asked = rules.0.clone();
     let clock = Arc::new(fake::JumpingClock::new());

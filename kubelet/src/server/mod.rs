@@ -31,7 +31,7 @@ use tokio_rustls::TlsAcceptor;
 
 pub use access::{Authority, AuthorityError, Caller, Gate, Right};
 pub use reviews::Reviews;
-pub use tls::{TlsError, server_config};
+pub use tls::{TlsError, given, server_config};
 
 use crate::logs::{Ended, Output, Selection, stream};
 use crate::pod::sandbox::log_directory_name;

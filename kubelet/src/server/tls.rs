@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustls::server::WebPkiClientVerifier;
+use rustls::server::{ResolvesServerCert, WebPkiClientVerifier};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{RootCertStore, ServerConfig};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
@@ -17,28 +18,37 @@ pub enum TlsError {
     Config(#[from] rustls::Error),
 }
 
-/// The TLS side of the server: TLS 1.2 or 1.3. A client may come without a certificate, to show a token; not with a bad one.
-pub fn server_config(
-    cert: &Path,
-    key: &Path,
-    client_ca: &Path,
-) -> Result<Arc<ServerConfig>, TlsError> {
-    let bad = |path: &Path, message: String| TlsError::File {
+fn bad(path: &Path, message: String) -> TlsError {
+    TlsError::File {
         path: path.to_path_buf(),
         message,
-    };
-    let certificates = |path: &Path| -> Result<Vec<CertificateDer<'static>>, TlsError> {
-        let read =
-            CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-        let read = read.map_err(|error| bad(path, error.to_string()))?;
-        if read.is_empty() {
-            Err(bad(path, "holds no certificate".to_owned()))
-        } else {
-            Ok(read)
-        }
-    };
+    }
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let read = CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+    let read = read.map_err(|error| bad(path, error.to_string()))?;
+    if read.is_empty() {
+        Err(bad(path, "holds no certificate".to_owned()))
+    } else {
+        Ok(read)
+    }
+}
+
+/// A certificate and key in files, as they are now.
+pub fn given(cert: &Path, key: &Path) -> Result<Arc<dyn ResolvesServerCert>, TlsError> {
     let chain = certificates(cert)?;
     let key_der = PrivateKeyDer::from_pem_file(key).map_err(|error| bad(key, error.to_string()))?;
+    let provider = rustls::crypto::ring::default_provider();
+    let certified = CertifiedKey::from_der(chain, key_der, &provider)?;
+    Ok(Arc::new(SingleCertAndKey::from(certified)))
+}
+
+/// The TLS side of the server: TLS 1.2 or 1.3. A client may come without a certificate, to show a token; not with a bad one.
+pub fn server_config(
+    shown: Arc<dyn ResolvesServerCert>,
+    client_ca: &Path,
+) -> Result<Arc<ServerConfig>, TlsError> {
     let mut roots = RootCertStore::empty();
     for root in certificates(client_ca)? {
         roots
@@ -54,7 +64,7 @@ pub fn server_config(
         ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
     let mut config = builder
         .with_client_cert_verifier(verifier)
-        .with_single_cert(chain, key_der)?;
+        .with_cert_resolver(shown);
     // Upgrades (exec, attach, port-forward) exist in HTTP/1.1 only.
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(Arc::new(config))

@@ -15,7 +15,7 @@ use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use keelway_kubelet::cgroup::Cgroups;
 use keelway_kubelet::clock::Clock;
-use keelway_kubelet::config::Config;
+use keelway_kubelet::config::{Config, Credentials};
 use keelway_kubelet::pod::admission::Refusal;
 use keelway_kubelet::pod::operations::Context;
 use keelway_kubelet::pod::status::NodeFacts;
@@ -108,8 +108,10 @@ impl Stage {
             kubeconfig: PathBuf::new(),
             runtime_socket: PathBuf::new(),
             cgroup_root: String::new(),
-            tls_cert: PathBuf::new(),
-            tls_key: PathBuf::new(),
+            credentials: Credentials::Given {
+                cert: PathBuf::new(),
+                key: PathBuf::new(),
+            },
             client_ca: PathBuf::new(),
             cluster_dns: Vec::new(),
             cluster_domain: "cluster.local".to_owned(),
@@ -119,6 +121,8 @@ impl Stage {
             port: 0,
             healthz: "127.0.0.1:0".parse().unwrap(),
             pods_max: 110,
+            labels: Vec::new(),
+            taints: Vec::new(),
         };
         let context = Arc::new(Context {
             config: Arc::new(config),

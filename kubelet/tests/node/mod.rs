@@ -13,7 +13,7 @@ use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use keelway_kubelet::cgroup::{Cgroups, hierarchies};
 use keelway_kubelet::clock::SystemClock;
-use keelway_kubelet::config::Config;
+use keelway_kubelet::config::{Config, Credentials};
 use keelway_kubelet::pod::operations::Context;
 use keelway_kubelet::pod::status::NodeFacts;
 use keelway_kubelet::pod::worker::{Handle, Signal, Worker};
@@ -171,8 +171,10 @@ impl Node {
                 kubeconfig: PathBuf::new(),
                 runtime_socket: socket.clone(),
                 cgroup_root: cgroup_root(folder),
-                tls_cert: PathBuf::new(),
-                tls_key: PathBuf::new(),
+                credentials: Credentials::Given {
+                    cert: PathBuf::new(),
+                    key: PathBuf::new(),
+                },
                 client_ca: PathBuf::new(),
                 cluster_dns: vec!["10.96.0.10".parse().unwrap()],
                 cluster_domain: "cluster.local".to_owned(),
@@ -182,6 +184,8 @@ impl Node {
                 port: 0,
                 healthz: "127.0.0.1:0".parse().unwrap(),
                 pods_max: 110,
+                labels: Vec::new(),
+                taints: Vec::new(),
             }),
             runtime: runtime.clone(),
             cluster: cluster.clone(),
