@@ -12,6 +12,7 @@ mod keeping;
 mod kinds;
 mod kubectl;
 mod kubelet;
+mod linear;
 mod pressure;
 mod server;
 mod several;

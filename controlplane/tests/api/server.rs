@@ -308,13 +308,17 @@ impl Server {
 
     /// A kube-rs client of the administrator.
     pub async fn client(&self) -> kube::Client {
+        kube::Client::try_from(self.config().await).expect("a client")
+    }
+
+    /// What a client of the administrator is made of.
+    pub async fn config(&self) -> kube::Config {
         let kubeconfig = kube::config::Kubeconfig::read_from(self.path("admin.kubeconfig"))
             .expect("a kubeconfig");
         let options = kube::config::KubeConfigOptions::default();
-        let config = kube::Config::from_custom_kubeconfig(kubeconfig, &options)
+        kube::Config::from_custom_kubeconfig(kubeconfig, &options)
             .await
-            .expect("a client's configuration");
-        kube::Client::try_from(config).expect("a client")
+            .expect("a client's configuration")
     }
 }
 
