@@ -1,6 +1,7 @@
 //! `keelway-bench`: measures Keelway beside what it replaces; every figure is a ratio or comes with one from the same run.
 #![forbid(unsafe_code)]
 
+mod api;
 mod cni;
 mod compare;
 mod control_groups;
@@ -40,6 +41,8 @@ enum Command {
     Cni(cni::Flags),
     /// Queries per second, latency and memory of the cluster DNS, or of any other server beside it
     Dns(dns::Flags),
+    /// API servers, each given by a kubeconfig: lists, watches, reads and writes, memory, and fleets of kubelets
+    Api(api::Flags),
     /// Two reports of one bench: what became worse; exit code 1 when something did
     Compare(compare::Flags),
     /// Instructions, lookups, stack and map operations against the project's baseline; exit code 1 when something grew
@@ -72,6 +75,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Sync(flags) => sync::run(&flags)?,
         Command::Cni(flags) => cni::run(&flags)?,
         Command::Dns(flags) => dns::run(&flags)?,
+        Command::Api(flags) => api::run(&flags)?,
         Command::Compare(flags) => return compare::run(&flags),
         Command::Gate(flags) => return gate::run(&flags),
         Command::Peer { role, place } => peer::live(&place, role)?,

@@ -112,6 +112,8 @@ fn write_credentials(folder: &Path) -> Result<()> {
         control_plane: vec![Ipv4Addr::LOCALHOST.into()],
         services: vec![Ipv4Addr::new(10, 96, 0, 1).into()],
         workers: Vec::new(),
+        names: Vec::new(),
+        renewed: false,
     })?;
     let write = |name: &str, text: &str| {
         let path = folder.join(name);

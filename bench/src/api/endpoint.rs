@@ -1,0 +1,222 @@
+//! An API server that is measured: where it is, as whom it is asked, and what its processes use.
+
+use std::fs;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use futures::StreamExt as _;
+use http::{Method, Request, StatusCode};
+use http_body_util::BodyExt as _;
+use kube::client::Body;
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Client, Config};
+use serde_json::Value;
+
+/// `NAME=VALUE`, as flags give it.
+#[derive(Clone, Debug)]
+pub struct Named<T> {
+    pub name: String,
+    pub value: T,
+}
+
+impl<T: FromStr> FromStr for Named<T>
+where
+    T::Err: std::fmt::Display,
+{
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, value) = text.split_once('=').ok_or("it is to be NAME=VALUE")?;
+        Ok(Self {
+            name: name.to_owned(),
+            value: value.parse().map_err(|error: T::Err| error.to_string())?,
+        })
+    }
+}
+
+/// Numbers with commas between them.
+#[derive(Clone, Debug)]
+pub struct Pids(Vec<u32>);
+
+impl FromStr for Pids {
+    type Err = std::num::ParseIntError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        text.split(',')
+            .map(str::parse)
+            .collect::<Result<_, _>>()
+            .map(Self)
+    }
+}
+
+/// An API server.
+pub struct Endpoint {
+    pub name: String,
+    config: Config,
+    pids: Vec<u32>,
+}
+
+/// What an answer was, and how long it took.
+pub struct Answer {
+    pub status: StatusCode,
+    pub body: Vec<u8>,
+    pub took: Duration,
+}
+
+impl Answer {
+    pub fn json(&self) -> Result<Value> {
+        serde_json::from_slice(&self.body).context("an answer that is no JSON")
+    }
+
+    /// The answer of a request that must not fail.
+    pub fn ok(self) -> Result<Self> {
+        let text = String::from_utf8_lossy(&self.body[..self.body.len().min(400)]).into_owned();
+        ensure!(self.status.is_success(), "{}: {text}", self.status);
+        Ok(self)
+    }
+}
+
+/// A client with connections of its own.
+#[derive(Clone)]
+pub struct Caller(Client);
+
+impl Endpoint {
+    pub async fn open(kubeconfig: &Named<PathBuf>, pids: &[Named<Pids>]) -> Result<Self> {
+        let path = &kubeconfig.value;
+        let read = Kubeconfig::read_from(path).with_context(|| path.display().to_string())?;
+        let mut config =
+            Config::from_custom_kubeconfig(read, &KubeConfigOptions::default()).await?;
+        config.proxy_url = None;
+        config.default_retry = false;
+        let own = pids.iter().filter(|pids| pids.name == kubeconfig.name);
+        Ok(Self {
+            name: kubeconfig.name.clone(),
+            config,
+            pids: own.flat_map(|pids| pids.value.0.clone()).collect(),
+        })
+    }
+
+    pub fn caller(&self) -> Result<Caller> {
+        Ok(Caller(Client::try_from(self.config.clone())?))
+    }
+
+    /// Processor time that its processes have used; None when they are not known.
+    pub fn cpu(&self) -> Result<Option<Duration>> {
+        // Of proc_pid_stat(5): user and system time are fields 14 and 15, in ticks of a hundredth of a second.
+        const TICK: Duration = Duration::from_millis(10);
+        let mut ticks: u32 = 0;
+        for pid in &self.pids {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat"))
+                .with_context(|| format!("process {pid} of {}", self.name))?;
+            let rest = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+            let mut fields = rest.split_whitespace().skip(11);
+            for _ in 0..2 {
+                let field = fields.next().context("a short stat")?;
+                ticks += field.parse::<u32>()?;
+            }
+        }
+        Ok((!self.pids.is_empty()).then(|| TICK * ticks))
+    }
+
+    /// Memory of its processes that is in use, in bytes.
+    pub fn memory(&self) -> Result<Option<f64>> {
+        let mut bytes = 0.0;
+        for pid in &self.pids {
+            let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+            let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+            let number = line.and_then(|line| line.split_whitespace().next());
+            bytes += number.context("no VmRSS")?.parse::<f64>()? * 1024.0;
+        }
+        Ok((!self.pids.is_empty()).then_some(bytes))
+    }
+}
+
+impl Caller {
+    pub async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        accept: &str,
+        body: Option<&Value>,
+    ) -> Result<Answer> {
+        let kind = match method {
+            Method::PATCH => "application/merge-patch+json",
+            _ => "application/json",
+        };
+        let bytes = body.map(|body| body.to_string().into_bytes());
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(http::header::ACCEPT, accept)
+            .header(http::header::CONTENT_TYPE, kind)
+            .body(Body::from(bytes.unwrap_or_default()))?;
+        let began = Instant::now();
+        let response = self.0.send(request).await?;
+        let (status, body) = (response.status(), response.into_body());
+        let body = body.collect().await?.to_bytes().to_vec();
+        Ok(Answer {
+            status,
+            body,
+            took: began.elapsed(),
+        })
+    }
+
+    pub async fn get(&self, path: &str) -> Result<Answer> {
+        self.send(Method::GET, path, "application/json", None)
+            .await?
+            .ok()
+    }
+
+    pub async fn post(&self, path: &str, body: &Value) -> Result<Answer> {
+        self.send(Method::POST, path, "application/json", Some(body))
+            .await
+    }
+
+    pub async fn patch(&self, path: &str, body: &Value) -> Result<Answer> {
+        self.send(Method::PATCH, path, "application/json", Some(body))
+            .await
+    }
+
+    pub async fn delete(&self, path: &str) -> Result<Answer> {
+        self.send(Method::DELETE, path, "application/json", None)
+            .await
+    }
+
+    /// Reads a watch, and calls `event` for each line of it, until that says that it is enough.
+    pub async fn watch(&self, path: &str, mut event: impl FnMut() -> bool) -> Result<()> {
+        let request = Request::get(path)
+            .header(http::header::ACCEPT, "application/json")
+            .body(Body::from(Vec::new()))?;
+        let response = self.0.send(request).await?;
+        ensure!(
+            response.status().is_success(),
+            "a watch: {}",
+            response.status()
+        );
+        let mut frames = response.into_body().into_data_stream();
+        while let Some(frame) = frames.next().await {
+            let lines = frame?.iter().filter(|byte| **byte == b'\n').count();
+            for _ in 0..lines {
+                if !event() {
+                    return Ok(());
+                }
+            }
+        }
+        bail!("a watch ended")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_name_endpoints() {
+        let pids: Named<Pids> = "ours=1,22".parse().expect("read");
+        assert_eq!((pids.name.as_str(), pids.value.0), ("ours", vec![1, 22]));
+        assert!("1,22".parse::<Named<Pids>>().is_err());
+        assert!("ours=x".parse::<Named<Pids>>().is_err());
+    }
+}

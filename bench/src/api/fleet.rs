@@ -1,0 +1,300 @@
+//! Kubelets that are simulated, at the rates of real ones: each renews its lease, reports its status, and watches its pods and the
+//! Services, over a connection of its own.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use futures::future::try_join_all;
+use hdrhistogram::Histogram;
+use http::Method;
+use serde_json::json;
+use tokio::sync::Mutex;
+use tokio::task::JoinSet;
+
+use super::endpoint::{Caller, Endpoint};
+use super::work::NAMESPACE;
+
+/// As kubelets have it: nodeLeaseDurationSeconds / 4, and nodeStatusReportFrequency.
+const LEASE_PERIOD: Duration = Duration::from_secs(10);
+const STATUS_PERIOD: Duration = Duration::from_secs(300);
+/// Changes of pods' states in a second, of all nodes together: what Kubernetes is measured with (thresholds of sig-scalability).
+const CHURN_PER_SECOND: f64 = 20.0;
+const MAKERS: usize = 16;
+
+/// How large.
+#[derive(Clone, Copy, Debug)]
+pub struct Size {
+    pub nodes: usize,
+    pub pods_per_node: usize,
+    pub services: usize,
+}
+
+/// What requests took, by what they did.
+pub struct Times {
+    pub of: Vec<(&'static str, Histogram<u64>)>,
+    pub events: u64,
+    pub failed: u64,
+    pub took: Duration,
+    pub cpu: Option<Duration>,
+    pub memory: Option<f64>,
+}
+
+#[derive(Default)]
+struct Shared {
+    leases: Mutex<Vec<u64>>,
+    statuses: Mutex<Vec<u64>>,
+    pods: Mutex<Vec<u64>>,
+    reads: Mutex<Vec<u64>>,
+    events: AtomicU64,
+    failed: AtomicU64,
+}
+
+/// Makes the nodes with all that is theirs, lets their kubelets live for a while, and measures.
+pub async fn run(endpoint: &Endpoint, size: Size, duration: Duration) -> Result<Times> {
+    make(endpoint, size).await?;
+    let shared = Arc::new(Shared::default());
+    let mut kubelets = JoinSet::new();
+    let stop = tokio_stop();
+    for number in 0..size.nodes {
+        let (caller, shared, stop) = (endpoint.caller()?, shared.clone(), stop.1.clone());
+        let rest = LEASE_PERIOD.mul_f64(number as f64 / size.nodes as f64);
+        kubelets.spawn(async move { live(caller, number, size, rest, shared, stop).await });
+    }
+    // Once around, so that all watches are open and all leases are there.
+    tokio::time::sleep(LEASE_PERIOD + Duration::from_secs(5)).await;
+    for times in [
+        &shared.leases,
+        &shared.statuses,
+        &shared.pods,
+        &shared.reads,
+    ] {
+        times.lock().await.clear();
+    }
+    shared.failed.store(0, Ordering::Relaxed);
+    let (cpu, began) = (endpoint.cpu()?, Instant::now());
+    tokio::time::sleep(duration).await;
+    let used = endpoint
+        .cpu()?
+        .zip(cpu)
+        .map(|(after, before)| after - before);
+    let (took, memory) = (began.elapsed(), endpoint.memory()?);
+    stop.0.send_replace(true);
+    while let Some(ended) = kubelets.join_next().await {
+        ended?;
+    }
+    let histogram = async |times: &Mutex<Vec<u64>>| {
+        let mut histogram = Histogram::<u64>::new(3).context("a histogram")?;
+        for micros in times.lock().await.iter() {
+            histogram.record(*micros)?;
+        }
+        Ok::<_, anyhow::Error>(histogram)
+    };
+    Ok(Times {
+        of: vec![
+            ("lease renewed", histogram(&shared.leases).await?),
+            ("node status", histogram(&shared.statuses).await?),
+            ("pod status", histogram(&shared.pods).await?),
+            ("own pod read", histogram(&shared.reads).await?),
+        ],
+        events: shared.events.load(Ordering::Relaxed),
+        failed: shared.failed.load(Ordering::Relaxed),
+        took,
+        cpu: used,
+        memory,
+    })
+}
+
+type Stop = tokio::sync::watch::Receiver<bool>;
+
+fn tokio_stop() -> (tokio::sync::watch::Sender<bool>, Stop) {
+    tokio::sync::watch::channel(false)
+}
+
+/// Nodes, leases, pods that are bound to them, and Services.
+async fn make(endpoint: &Endpoint, size: Size) -> Result<()> {
+    let next = Arc::new(AtomicU64::new(0));
+    let all = size.nodes + size.services;
+    let makers = (0..MAKERS).map(|_| {
+        let next = next.clone();
+        async move {
+            let caller = endpoint.caller()?;
+            loop {
+                let number = usize::try_from(next.fetch_add(1, Ordering::Relaxed))?;
+                if number >= all {
+                    return Ok::<_, anyhow::Error>(());
+                }
+                if number < size.nodes {
+                    make_node(&caller, number, size.pods_per_node).await?;
+                } else {
+                    make_service(&caller, number - size.nodes).await?;
+                }
+            }
+        }
+    });
+    try_join_all(makers).await.map(drop)
+}
+
+async fn make_node(caller: &Caller, number: usize, pods: usize) -> Result<()> {
+    let name = node(number);
+    let object = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}}});
+    caller.post("/api/v1/nodes", &object).await?.ok()?;
+    let lease = json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": name, "namespace": "kube-node-lease"},
+        "spec": {"holderIdentity": name, "leaseDurationSeconds": 40}});
+    let leases = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases";
+    caller.post(leases, &lease).await?.ok()?;
+    for pod in 0..pods {
+        let object = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": format!("{name}-{pod}"), "labels": {"app": "fleet"}},
+            "spec": {"nodeName": name, "automountServiceAccountToken": false, "containers": [{"name": "main", "image": "nothing"}]}});
+        let path = format!("/api/v1/namespaces/{NAMESPACE}/pods");
+        caller.post(&path, &object).await?.ok()?;
+    }
+    Ok(())
+}
+
+async fn make_service(caller: &Caller, number: usize) -> Result<()> {
+    let service = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": format!("s-{number}")},
+        "spec": {"selector": {"app": "fleet"}, "ports": [{"port": 80}]}});
+    let path = format!("/api/v1/namespaces/{NAMESPACE}/services");
+    caller.post(&path, &service).await?.ok()?;
+    Ok(())
+}
+
+fn node(number: usize) -> String {
+    format!("fleet-{number}")
+}
+
+/// One kubelet.
+async fn live(
+    caller: Caller,
+    number: usize,
+    size: Size,
+    rest: Duration,
+    shared: Arc<Shared>,
+    mut stop: Stop,
+) {
+    let name = node(number);
+    let own =
+        format!("/api/v1/pods?watch=1&fieldSelector=spec.nodeName%3D{name}&timeoutSeconds=3600");
+    let services = "/api/v1/services?watch=1&resourceVersion=0&timeoutSeconds=3600".to_owned();
+    let watch = |path: String| {
+        let (caller, shared) = (caller.clone(), shared.clone());
+        async move {
+            let count = || {
+                shared.events.fetch_add(1, Ordering::Relaxed);
+                true
+            };
+            if caller.watch(&path, count).await.is_err() {
+                shared.failed.fetch_add(1, Ordering::Relaxed);
+            }
+            std::future::pending::<()>().await;
+        }
+    };
+    let work = async {
+        tokio::time::sleep(rest).await;
+        let mut reported =
+            Instant::now() - STATUS_PERIOD.mul_f64(rest.as_secs_f64() / LEASE_PERIOD.as_secs_f64());
+        let mut turn = 0_u64;
+        // So often does a pod of this node change, in renewals of the lease.
+        let churn = CHURN_PER_SECOND * LEASE_PERIOD.as_secs_f64() / size.nodes as f64;
+        let mut due = churn * (number as f64 / size.nodes as f64);
+        loop {
+            let began = Instant::now();
+            turn += 1;
+            renew(&caller, &name, &shared).await;
+            if reported.elapsed() >= STATUS_PERIOD {
+                report(&caller, &name, turn, &shared).await;
+                reported = Instant::now();
+            }
+            due += churn;
+            while due >= 1.0 && size.pods_per_node > 0 {
+                due -= 1.0;
+                let pod = turn as usize % size.pods_per_node;
+                change_pod(&caller, &format!("{name}-{pod}"), turn, &shared).await;
+            }
+            tokio::time::sleep(LEASE_PERIOD.saturating_sub(began.elapsed())).await;
+        }
+    };
+    tokio::select! {
+        () = watch(own) => {}
+        () = watch(services) => {}
+        () = work => {}
+        _ = stop.wait_for(|stop| *stop) => {}
+    }
+}
+
+async fn timed(
+    caller: &Caller,
+    (method, path): (Method, &str),
+    body: Option<&serde_json::Value>,
+    times: &Mutex<Vec<u64>>,
+    failed: &AtomicU64,
+) {
+    match caller.send(method, path, "application/json", body).await {
+        Ok(answer) if answer.status.is_success() => {
+            let micros = u64::try_from(answer.took.as_micros()).unwrap_or(u64::MAX);
+            times.lock().await.push(micros);
+        }
+        _ => drop(failed.fetch_add(1, Ordering::Relaxed)),
+    }
+}
+
+async fn renew(caller: &Caller, name: &str, shared: &Shared) {
+    let path = format!("/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/{name}");
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let now = now.map_or(0, |since| since.as_micros());
+    // A time of the day is enough: it only has to be another one each time.
+    let (second, micro) = (now / 1_000_000, now % 1_000_000);
+    let at = format!(
+        "2026-11-26T{:02}:{:02}:{:02}.{micro:06}Z",
+        second / 3600 % 24,
+        second / 60 % 60,
+        second % 60
+    );
+    let body = json!({"spec": {"renewTime": at}});
+    timed(
+        caller,
+        (Method::PATCH, &path),
+        Some(&body),
+        &shared.leases,
+        &shared.failed,
+    )
+    .await;
+}
+
+async fn report(caller: &Caller, name: &str, turn: u64, shared: &Shared) {
+    let path = format!("/api/v1/nodes/{name}/status");
+    let condition = json!({"type": "Ready", "status": "True", "reason": "KubeletReady", "message": format!("turn {turn}")});
+    let body = json!({"status": {"capacity": {"cpu": "8", "memory": "32Gi", "pods": "110"}, "conditions": [condition]}});
+    timed(
+        caller,
+        (Method::PATCH, &path),
+        Some(&body),
+        &shared.statuses,
+        &shared.failed,
+    )
+    .await;
+}
+
+async fn change_pod(caller: &Caller, pod: &str, turn: u64, shared: &Shared) {
+    let path = format!("/api/v1/namespaces/{NAMESPACE}/pods/{pod}");
+    timed(
+        caller,
+        (Method::GET, &path),
+        None,
+        &shared.reads,
+        &shared.failed,
+    )
+    .await;
+    let body = json!({"status": {"phase": "Running", "message": format!("turn {turn}")}});
+    let status = format!("{path}/status");
+    timed(
+        caller,
+        (Method::PATCH, &status),
+        Some(&body),
+        &shared.pods,
+        &shared.failed,
+    )
+    .await;
+}
