@@ -71,6 +71,20 @@ impl ClusterApi {
         })
     }
 
+    /// The client itself.
+    pub fn client(&self) -> Client {
+        self.client.clone()
+    }
+
+    /// Waits until one node is there and Ready, by what that node may see.
+    pub async fn node_ready(&self, name: &str) {
+        let api: Api<Node> = Api::all(self.client.clone());
+        let ready = |node: Option<&Node>| node.is_some_and(is_ready);
+        while await_condition(api.clone(), name, ready).await.is_err() {
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+
     /// Waits until /readyz says ok. The socket is open before the server runs, so the first connection waits in its
     /// queue until the server takes it; only a server that says "not yet" is asked again.
     pub async fn ready(&self) {
@@ -286,7 +300,8 @@ fn http_get(path: &str) -> Result<http::Request<Vec<u8>>, http::Error> {
     http::Request::get(path).body(Vec::new())
 }
 
-fn is_ready(node: &Node) -> bool {
+/// Whether a node says that it is Ready.
+pub fn is_ready(node: &Node) -> bool {
     let conditions = node
         .status
         .iter()

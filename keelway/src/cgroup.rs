@@ -13,6 +13,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// The folder under which all clusters' groups are.
 const ROOT: &str = "keelway";
+/// The folder of the group of this machine as a node, which `down` does not know.
+const MACHINE_ROOT: &str = "keelway-node";
 /// The leaf that holds a node's own processes.
 const SYSTEM: &str = "system";
 
@@ -60,9 +62,12 @@ enum Kind {
     V1Cpuset,
 }
 
-/// The cgroup hierarchies that this machine has mounted.
+/// The cgroup hierarchies that this machine has mounted, and the folder in each of them that ours are in.
 #[derive(Debug, Clone)]
-pub struct Hierarchies(Vec<Hierarchy>);
+pub struct Hierarchies {
+    found: Vec<Hierarchy>,
+    root: &'static str,
+}
 
 impl Hierarchies {
     /// Those named in /proc/self/mountinfo.
@@ -72,7 +77,7 @@ impl Hierarchies {
     pub fn of_this_machine() -> Result<Self, CgroupError> {
         let path = Path::new("/proc/self/mountinfo");
         let found = Self::parse(&fs::read_to_string(path).map_err(io_error("read", path))?);
-        if found.0.is_empty() {
+        if found.found.is_empty() {
             return Err(CgroupError::NoHierarchy);
         }
         if found.v2().is_none() {
@@ -108,11 +113,27 @@ impl Hierarchies {
                 found.push(hierarchy);
             }
         }
-        Hierarchies(found)
+        Hierarchies { found, root: ROOT }
+    }
+
+    /// The same, for what this machine runs as a node itself.
+    #[must_use]
+    pub fn for_the_machine(&self) -> Self {
+        Hierarchies {
+            root: MACHINE_ROOT,
+            ..self.clone()
+        }
+    }
+
+    /// The group of a node below each hierarchy.
+    pub fn group(&self, cluster: &str, node: &str) -> PathBuf {
+        Path::new("/").join(self.root).join(cluster).join(node)
     }
 
     fn v2(&self) -> Option<&Hierarchy> {
-        self.0.iter().find(|hierarchy| hierarchy.kind == Kind::V2)
+        self.found
+            .iter()
+            .find(|hierarchy| hierarchy.kind == Kind::V2)
     }
 
     /// Where the v2 hierarchy is mounted: `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` beside v1.
@@ -124,9 +145,9 @@ impl Hierarchies {
     /// Names of clusters that have a group in any hierarchy.
     pub fn clusters(&self) -> Vec<String> {
         let mut names: Vec<String> = self
-            .0
+            .found
             .iter()
-            .flat_map(|hierarchy| folders(&hierarchy.mount.join(ROOT)))
+            .flat_map(|hierarchy| folders(&hierarchy.mount.join(self.root)))
             .collect();
         names.sort();
         names.dedup();
@@ -138,12 +159,12 @@ impl Hierarchies {
     /// # Errors
     /// When a folder cannot be made, usually because we are not root.
     pub fn create(&self, cluster: &str, node: &str) -> Result<(), CgroupError> {
-        for hierarchy in &self.0 {
+        for hierarchy in &self.found {
             let mut path = hierarchy.mount.clone();
             if hierarchy.kind == Kind::V2 {
                 delegate(&path);
             }
-            for part in [ROOT, cluster, node, SYSTEM] {
+            for part in [self.root, cluster, node, SYSTEM] {
                 let parent = path.clone();
                 path.push(part);
                 match fs::create_dir(&path) {
@@ -166,10 +187,10 @@ impl Hierarchies {
     /// # Errors
     /// When a group is not there (any more).
     pub fn join(&self, cluster: &str, node: &str) -> Result<(), CgroupError> {
-        for hierarchy in &self.0 {
+        for hierarchy in &self.found {
             let path = hierarchy
                 .mount
-                .join(ROOT)
+                .join(self.root)
                 .join(cluster)
                 .join(node)
                 .join(SYSTEM)
@@ -186,7 +207,7 @@ impl Hierarchies {
     pub fn kill(&self, cluster: &str, timeout: Duration) -> Result<(), CgroupError> {
         let deadline = Instant::now() + timeout;
         if let Some(v2) = self.v2() {
-            let group = v2.mount.join(ROOT).join(cluster);
+            let group = v2.mount.join(self.root).join(cluster);
             if group.is_dir() {
                 // cgroup.kill is from Linux 5.14, below our floor.
                 let path = group.join("cgroup.kill");
@@ -195,8 +216,12 @@ impl Hierarchies {
             }
         }
         // What was moved out of the v2 group, but not out of a v1 group.
-        for hierarchy in self.0.iter().filter(|hierarchy| hierarchy.kind != Kind::V2) {
-            let group = hierarchy.mount.join(ROOT).join(cluster);
+        for hierarchy in self
+            .found
+            .iter()
+            .filter(|hierarchy| hierarchy.kind != Kind::V2)
+        {
+            let group = hierarchy.mount.join(self.root).join(cluster);
             loop {
                 let pids = pids_below(&group);
                 if pids.is_empty() {
@@ -220,8 +245,8 @@ impl Hierarchies {
     /// When a group still holds a process after `timeout`.
     pub fn remove(&self, cluster: &str, timeout: Duration) -> Result<(), CgroupError> {
         let deadline = Instant::now() + timeout;
-        for hierarchy in &self.0 {
-            let root = hierarchy.mount.join(ROOT);
+        for hierarchy in &self.found {
+            let root = hierarchy.mount.join(self.root);
             remove_tree(&root.join(cluster), deadline)?;
             // Not empty while other clusters are up.
             drop(fs::remove_dir(&root));
@@ -232,9 +257,9 @@ impl Hierarchies {
     /// Processes (numbers as this process sees them) in a cluster's groups.
     pub fn pids(&self, cluster: &str) -> Vec<u32> {
         let mut pids: Vec<u32> = self
-            .0
+            .found
             .iter()
-            .flat_map(|hierarchy| pids_below(&hierarchy.mount.join(ROOT).join(cluster)))
+            .flat_map(|hierarchy| pids_below(&hierarchy.mount.join(self.root).join(cluster)))
             .collect();
         pids.sort_unstable();
         pids.dedup();
@@ -351,7 +376,7 @@ mod tests {
     fn hybrid_mounts_are_found_with_their_kinds() {
         let found = Hierarchies::parse(HYBRID);
         assert_eq!(found.v2_mount(), Path::new("/sys/fs/cgroup/unified"));
-        let kinds: Vec<Kind> = found.0.iter().map(|hierarchy| hierarchy.kind).collect();
+        let kinds: Vec<Kind> = found.found.iter().map(|hierarchy| hierarchy.kind).collect();
         assert_eq!(kinds, [Kind::V1, Kind::V1Cpuset, Kind::V1, Kind::V2]);
     }
 
@@ -360,7 +385,7 @@ mod tests {
         let found = Hierarchies::parse(
             "30 23 0:26 / /sys/fs/cgroup rw shared:4 - cgroup2 cgroup2 rw,nsdelegate\n",
         );
-        assert_eq!(found.0.len(), 1);
+        assert_eq!(found.found.len(), 1);
         assert_eq!(found.v2_mount(), Path::new("/sys/fs/cgroup"));
     }
 
@@ -380,10 +405,10 @@ mod tests {
             .arg("1000")
             .spawn()
             .expect("sleep starts");
-        for hierarchy in &hierarchies.0 {
+        for hierarchy in &hierarchies.found {
             let procs = hierarchy
                 .mount
-                .join(ROOT)
+                .join(hierarchies.root)
                 .join(&cluster)
                 .join("node-1")
                 .join(SYSTEM)

@@ -115,6 +115,19 @@ pub fn egress(machine: &Machine) -> Result<(), CheckError> {
     })
 }
 
+/// # Errors
+/// When etcd is to keep the state, and is not there.
+pub fn etcd(machine: &Machine) -> Result<(), CheckError> {
+    let found = std::env::split_paths(&machine.path).any(|folder| folder.join("etcd").is_file());
+    if found {
+        return Ok(());
+    }
+    Err(CheckError::NoProgram {
+        program: "etcd",
+        package: "etcd-server",
+    })
+}
+
 fn kernel() -> Result<(), CheckError> {
     let release = nix::sys::utsname::uname()
         .map(|name| name.release().to_string_lossy().into_owned())

@@ -13,6 +13,8 @@ use crate::family::IpFamily;
 
 /// Workers of one cluster: their /24 networks and addresses have to fit into the cluster's, with room to spare.
 pub const NODES_MAX: u8 = 100;
+/// Their addresses are before the workers'; an etcd of more members is slower, and no safer for a machine's purposes.
+pub const CONTROL_PLANES_MAX: u8 = 5;
 const NODES_DEFAULT: u8 = 3;
 const TIMEOUT_DEFAULT: Duration = Duration::from_secs(120);
 /// Host names and cgroup folders contain it.
@@ -26,6 +28,10 @@ pub enum ConfigError {
     Parse { path: PathBuf, reason: String },
     #[error("a cluster has 1 to {NODES_MAX} nodes, not {0}")]
     Nodes(u8),
+    #[error("a cluster has 1 to {CONTROL_PLANES_MAX} control planes, not {0}")]
+    ControlPlanes(u8),
+    #[error("{0} control planes need a state that all of them reach: --store etcd")]
+    NotShared(u8),
     #[error("cannot find {what} (looked for {places}); build it with `make`, or set {variable}")]
     Missing {
         what: String,
@@ -92,6 +98,12 @@ pub struct UpFlags {
     /// Worker nodes [default: 3]
     #[arg(long)]
     pub nodes: Option<u8>,
+    /// Control planes, each with a member of an etcd; more than one needs --store etcd [default: 1]
+    #[arg(long, value_name = "N")]
+    pub control_planes: Option<u8>,
+    /// Where the state is kept [default: embedded]
+    #[arg(long, value_enum)]
+    pub store: Option<StoreKind>,
     /// Addresses of nodes, pods and Services: IPv4, IPv6, or both with IPv4 first [default: ipv4]
     #[arg(long, value_name = "FAMILY")]
     pub ip_family: Option<IpFamily>,
@@ -121,12 +133,25 @@ pub struct UpFlags {
     pub keep_on_error: bool,
 }
 
+/// Where a cluster's state is kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StoreKind {
+    /// By the control plane itself
+    #[default]
+    Embedded,
+    /// By etcd (Debian: etcd-server), a member beside each control plane
+    Etcd,
+}
+
 /// The file of `--config`. Flags win over it.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 struct File {
     name: Option<ClusterName>,
     nodes: Option<u8>,
+    control_planes: Option<u8>,
+    store: Option<StoreKind>,
     ip_family: Option<IpFamily>,
     api_port: Option<u16>,
     image_dir: Option<PathBuf>,
@@ -156,6 +181,8 @@ struct DnsFile {
 pub struct ClusterConfig {
     pub name: ClusterName,
     pub nodes: u8,
+    pub control_planes: u8,
+    pub store: StoreKind,
     pub ip_family: IpFamily,
     /// 0: any free port.
     pub api_port: u16,
@@ -198,8 +225,15 @@ impl ClusterConfig {
         if !(1..=NODES_MAX).contains(&nodes) {
             return Err(ConfigError::Nodes(nodes));
         }
+        let control_planes = flags.control_planes.or(file.control_planes).unwrap_or(1);
+        let store = flags.store.or(file.store).unwrap_or_default();
+        if !(1..=CONTROL_PLANES_MAX).contains(&control_planes) {
+            return Err(ConfigError::ControlPlanes(control_planes));
+        }
+        if control_planes > 1 && store == StoreKind::Embedded {
+            return Err(ConfigError::NotShared(control_planes));
+        }
         let beside = program.parent().unwrap_or(Path::new("/"));
-        let bin_dir = flags.bin_dir.as_deref().unwrap_or(beside);
         let image_dir = flags.image_dir.clone().or(file.image_dir);
         let mut archives = archives(image_dir.as_deref(), beside)?;
         for image in file.images {
@@ -220,14 +254,12 @@ impl ClusterConfig {
         Ok(ClusterConfig {
             name: flags.name.clone().or(file.name).unwrap_or_default(),
             nodes,
+            control_planes,
+            store,
             ip_family: flags.ip_family.or(file.ip_family).unwrap_or_default(),
             api_port: flags.api_port.or(file.api_port).unwrap_or(0),
             archives,
-            binaries: Binaries {
-                keelway: program.to_owned(),
-                controlplane: binary(bin_dir, "keelway-controlplane")?,
-                kubelet: binary(bin_dir, "keelway-kubelet")?,
-            },
+            binaries: binaries(flags.bin_dir.as_deref(), program)?,
             egress: flags.egress || file.egress,
             pull: !flags.no_pull && file.pull.unwrap_or(true),
             registries,
@@ -251,6 +283,28 @@ fn read(path: &Path) -> Result<File, ConfigError> {
         path: path.to_owned(),
         reason: error.to_string(),
     })
+}
+
+/// The programs of nodes, in `dir` or beside this one.
+///
+/// # Errors
+/// Names the one that is missing.
+pub fn binaries(dir: Option<&Path>, program: &Path) -> Result<Binaries, ConfigError> {
+    let beside = program.parent().unwrap_or(Path::new("/"));
+    let dir = dir.unwrap_or(beside);
+    Ok(Binaries {
+        keelway: program.to_owned(),
+        controlplane: binary(dir, "keelway-controlplane")?,
+        kubelet: binary(dir, "keelway-kubelet")?,
+    })
+}
+
+/// The archives of Keelway's images, in `dir` or where they are relative to this program.
+///
+/// # Errors
+/// When there are none.
+pub fn images(dir: Option<&Path>, program: &Path) -> Result<Vec<PathBuf>, ConfigError> {
+    archives(dir, program.parent().unwrap_or(Path::new("/")))
 }
 
 fn binary(dir: &Path, name: &str) -> Result<PathBuf, ConfigError> {

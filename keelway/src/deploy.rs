@@ -7,6 +7,7 @@ use serde_json::Value;
 
 const AGENT: &str = include_str!("../../deploy/keelway.yaml");
 const DNS: &str = include_str!("../../deploy/dns.yaml");
+const JOIN: &str = include_str!("../../deploy/join.yaml");
 
 #[derive(Debug, thiserror::Error)]
 pub enum DeployError {
@@ -60,6 +61,14 @@ pub fn objects(settings: &Settings) -> Result<Vec<DynamicObject>, DeployError> {
         &settings.dns_args,
     )?);
     Ok(all)
+}
+
+/// The objects that let machines join.
+///
+/// # Errors
+/// As [`objects`].
+pub fn join_objects() -> Result<Vec<DynamicObject>, DeployError> {
+    parse("deploy/join.yaml", JOIN, &BTreeMap::new(), &[])
 }
 
 fn parse(
@@ -176,6 +185,15 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn tokens_of_this_program_have_the_rights_that_joining_needs() {
+        let objects = join_objects().expect("they parse");
+        let text = serde_json::to_string(&objects).expect("JSON");
+        assert!(text.contains(crate::machine::token::GROUP));
+        assert!(text.contains(crate::machine::discovery::NAME));
+        assert!(text.contains(crate::machine::server::FACTS));
     }
 
     #[test]

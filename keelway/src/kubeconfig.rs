@@ -59,6 +59,18 @@ pub fn single(name: &str, server: &str, ca: &str, client: &Credential) -> Value 
     })
 }
 
+/// A kubeconfig that says where a cluster is and whom to trust there, and nothing of its reader.
+pub fn without_credentials(server: &str, ca: &str) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{ "name": "", "cluster": { "server": server, "certificate-authority-data": BASE64_STANDARD.encode(ca) } }],
+        "contexts": [],
+        "current-context": "",
+        "users": [],
+    })
+}
+
 /// `config` as YAML.
 pub fn to_yaml(config: &Value) -> String {
     // A JSON value has no shape that YAML lacks.

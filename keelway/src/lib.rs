@@ -1,4 +1,4 @@
-//! The operator's command: development clusters on one machine.
+//! The operator's command: clusters on one machine, and machines as nodes of clusters ([`machine`]).
 //!
 //! `up` makes nodes ([`node`]), connects them ([`network`]), gives them credentials ([`pki`]) and waits until the cluster
 //! answers; `down` takes all of it away, also what a killed `up` left. What belongs to a cluster is known from its state
@@ -15,6 +15,7 @@ pub mod down;
 pub mod family;
 pub mod forward;
 pub mod kubeconfig;
+pub mod machine;
 pub mod monitor;
 pub mod network;
 pub mod node;

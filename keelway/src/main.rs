@@ -1,4 +1,4 @@
-//! `keelway`: development clusters on one machine.
+//! `keelway`: clusters on one machine, and machines as nodes of clusters.
 
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -8,17 +8,23 @@ use anyhow::{Context, bail};
 use clap::{Parser, Subcommand, ValueEnum};
 use futures::future::try_join_all;
 use keelway::cgroup::Hierarchies;
-use keelway::config::{ClusterConfig, ClusterName, UpFlags};
+use keelway::config::{ClusterConfig, ClusterName, StoreKind, UpFlags};
 use keelway::containerd::{Containerd, Snapshotter};
 use keelway::forward::ForwardArguments;
+use keelway::machine::MachineDir;
+use keelway::machine::balancer::{self, BalanceArguments};
+use keelway::machine::join::{self, JoinFlags};
+use keelway::machine::leave::{self, LeaveFlags};
+use keelway::machine::server::{self, ServerFlags, StoreFlags};
+use keelway::machine::token::command::{self as token, TokenCommand};
 use keelway::node::init::{self, InitArguments};
 use keelway::state::StateDir;
 use keelway::status::Status;
-use keelway::{checks, down, forward, monitor, up};
+use keelway::{checks, down, forward, machine, monitor, up};
 
-/// Development clusters on one machine: whole Kubernetes clusters whose network path is Keelway's.
+/// Whole Kubernetes clusters whose network path is Keelway's: on one machine (`up`), or of many (`server`, `join`).
 ///
-/// Each node is a set of namespaces with its own containerd; the machine's own network, files and settings stay as they are.
+/// With `up`, each node is a set of namespaces with its own containerd; the machine's own network, files and settings stay as they are.
 #[derive(Debug, Parser)]
 #[command(name = "keelway", version)]
 struct Cli {
@@ -68,6 +74,28 @@ enum Command {
     /// Images in a cluster
     #[command(subcommand)]
     Image(Image),
+    /// Begin a cluster of many machines on this one: its first control plane and node
+    Server(Box<ServerFlags>),
+    /// Add this machine to a cluster
+    Join(Box<JoinFlags>),
+    /// Take this machine out of its cluster, and remove what it left here
+    Leave(LeaveFlags),
+    /// Start this machine's node again, after a reboot for example
+    Start {
+        /// Stay with the node, and end it when this command is ended
+        #[arg(long)]
+        foreground: bool,
+        #[command(flatten)]
+        store: StoreFlags,
+    },
+    /// End this machine's node; `start` starts it again
+    Stop,
+    /// Tokens that machines join with
+    #[command(subcommand)]
+    Token(TokenCommand),
+    /// The certificates of this machine's node: those of its control plane, and those of its kubelet
+    #[command(subcommand)]
+    Certs(CertsCommand),
     /// Back up, restore or move the state of a control plane; arguments are those of `keelway-controlplane store`
     #[command(disable_help_flag = true)]
     Store {
@@ -91,6 +119,8 @@ enum Command {
         listener: bool,
     },
     #[command(hide = true)]
+    Balance(BalanceArguments),
+    #[command(hide = true)]
     Forward(ForwardArguments),
     #[command(hide = true)]
     NodeExec {
@@ -112,6 +142,17 @@ enum Image {
         /// Name of the cluster
         #[arg(long, default_value = "default")]
         name: ClusterName,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum CertsCommand {
+    /// List them, with when each expires
+    List,
+    /// Sign them anew, for a year; the cluster's authority stays. What runs takes them up by itself
+    Renew {
+        /// Names as `list` has them; all when none is given
+        names: Vec<String>,
     },
 }
 
@@ -141,7 +182,8 @@ fn main() -> ExitCode {
             listener,
             outside,
         } => Err(keelway::node::exec_service(&argv, listener, outside).into()),
-        Command::Store { arguments } => Err(store(&arguments)),
+        Command::Store { arguments } => Err(controlplane("store", &arguments)),
+        Command::Certs(command) => certs(&command),
         // It changes namespaces before it has threads.
         Command::Forward(arguments) => forward::run(&arguments).map_err(Into::into),
         command => run(command),
@@ -155,15 +197,64 @@ fn main() -> ExitCode {
     }
 }
 
-/// Becomes the control plane's program, which knows its stores; gives why it could not.
-fn store(arguments: &[String]) -> anyhow::Error {
+/// Becomes the control plane's program, which knows its stores and certificates; gives why it could not.
+fn controlplane(part: &str, arguments: &[String]) -> anyhow::Error {
     let program = match std::env::current_exe() {
         Ok(own) => own.with_file_name("keelway-controlplane"),
         Err(error) => return anyhow::Error::from(error).context("cannot find this program"),
     };
     let mut command = std::process::Command::new(&program);
-    let error = command.arg("store").args(arguments).exec();
+    let error = command.arg(part).args(arguments).exec();
     anyhow::Error::from(error).context(format!("cannot run {}", program.display()))
+}
+
+/// Becomes the control plane's program, for the certificates of this machine. A kubelet renews its own, when their files are gone.
+fn certs(command: &CertsCommand) -> anyhow::Result<()> {
+    let dir = MachineDir::of(&StateDir::from_environment());
+    if dir.read().is_none() {
+        bail!("this machine is no node of a cluster that `keelway server` made");
+    }
+    let mut arguments = vec![
+        "--pki-dir".to_owned(),
+        dir.credentials().display().to_string(),
+    ];
+    if dir.kubeconfig().exists() {
+        arguments.extend([
+            "--kubeconfig".to_owned(),
+            dir.kubeconfig().display().to_string(),
+        ]);
+    }
+    let kubelet = dir.kubelet_certificates();
+    match command {
+        CertsCommand::List => {
+            arguments.insert(0, "list".to_owned());
+            for path in kubelet.iter().filter(|path| path.exists()) {
+                arguments.extend(["--pem".to_owned(), path.display().to_string()]);
+            }
+        }
+        CertsCommand::Renew { names } => {
+            let stem = |path: &PathBuf| {
+                path.file_stem()
+                    .map(|name| name.to_string_lossy().into_owned())
+            };
+            let mut others = names.clone();
+            for path in kubelet {
+                let named = stem(&path).unwrap_or_default();
+                if (names.is_empty() || names.contains(&named)) && path.exists() {
+                    std::fs::remove_file(&path).with_context(|| path.display().to_string())?;
+                    println!("{named} is asked for anew by the kubelet, within a minute.");
+                }
+                others.retain(|name| *name != named);
+            }
+            let is_control_plane = dir.credentials().join("ca.key").exists();
+            if (others.is_empty() && !names.is_empty()) || (names.is_empty() && !is_control_plane) {
+                return Ok(());
+            }
+            arguments.insert(0, "renew".to_owned());
+            arguments.extend(others);
+        }
+    }
+    Err(controlplane("certs", &arguments))
 }
 
 #[tokio::main]
@@ -178,6 +269,9 @@ async fn run(command: Command) -> anyhow::Result<()> {
             checks::family(config.ip_family)?;
             if config.egress {
                 checks::egress(&machine)?;
+            }
+            if config.store == StoreKind::Etcd {
+                checks::etcd(&machine)?;
             }
             up::run(&config, &machine, &state).await?;
         }
@@ -220,12 +314,42 @@ async fn run(command: Command) -> anyhow::Result<()> {
             checks::root("image load")?;
             load(&state, &name, &files).await?;
         }
+        Command::Server(flags) => {
+            let (machine, program) = prepared("server")?;
+            server::run(&flags, &machine, &state, &program).await?;
+        }
+        Command::Join(flags) => {
+            let (machine, program) = prepared("join")?;
+            join::run(&flags, &machine, &state, &program).await?;
+        }
+        Command::Leave(flags) => {
+            let (machine, _) = prepared("leave")?;
+            leave::run(&flags, &machine, &state).await?;
+        }
+        Command::Start { foreground, store } => {
+            let (_, program) = prepared("start")?;
+            machine::run::start(&state, &program, (foreground, &store)).await?;
+        }
+        Command::Stop => {
+            checks::root("stop")?;
+            machine::run::stop(&state)?;
+        }
+        Command::Token(command) => token::run(&command, &state).await?,
+        Command::Balance(arguments) => balancer::run(&arguments).await?,
         Command::Store { .. }
+        | Command::Certs(_)
         | Command::NodeInit { .. }
         | Command::NodeExec { .. }
         | Command::Forward(_) => {}
     }
     Ok(())
+}
+
+/// What commands need that make or end a node of this machine.
+fn prepared(command: &'static str) -> anyhow::Result<(checks::Machine, PathBuf)> {
+    checks::root(command)?;
+    let program = std::env::current_exe().context("cannot find this program")?;
+    Ok((checks::machine()?, program))
 }
 
 async fn status(

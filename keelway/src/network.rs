@@ -71,7 +71,12 @@ impl Subnet {
 
     /// Addresses of the control plane's node, the primary family's first.
     pub fn control_plane(self, family: IpFamily) -> Vec<IpAddr> {
-        self.host(family, 2)
+        self.one_control_plane(family, 1)
+    }
+
+    /// Addresses of one of several control planes, counted from 1.
+    pub fn one_control_plane(self, family: IpFamily, number: u8) -> Vec<IpAddr> {
+        self.host(family, 1 + number)
     }
 
     /// Addresses of worker `number`, counted from 1.
@@ -98,7 +103,10 @@ pub struct Underlay {
     pub egress: bool,
     /// The ranges of pod addresses. The control plane reaches pods (its own clients among them) over the underlay.
     pub pods: Vec<IpNetwork>,
+    /// The node that holds the bridge: the control plane's. With several control planes, one that has no address.
     pub control_plane: (u32, Vec<IpAddr>),
+    /// Several control planes, which reach pods as the one does.
+    pub control_planes: Vec<(u32, Vec<IpAddr>)>,
     pub workers: Vec<(u32, Vec<IpAddr>)>,
 }
 
@@ -108,9 +116,24 @@ pub struct Underlay {
 /// Names the interface that could not be made. What was made before goes with its namespaces.
 pub fn connect(underlay: &Underlay) -> Result<(), NetworkError> {
     let bridge_namespace = namespace_of(underlay.control_plane.0)?;
+    let gateways = underlay
+        .control_planes
+        .first()
+        .unwrap_or(&underlay.control_plane);
     let mut workers = Vec::new();
-    for (number, (pid, addresses)) in (1_u8..).zip(&underlay.workers) {
-        workers.push((format!("node-{number}"), namespace_of(*pid)?, addresses));
+    for (prefix, nodes, of_pods) in [
+        ("cp", &underlay.control_planes, &underlay.pods[..]),
+        ("node", &underlay.workers, &[]),
+    ] {
+        for (number, (pid, addresses)) in (1_u8..).zip(nodes) {
+            let end = End {
+                port: format!("{prefix}-{number}"),
+                namespace: namespace_of(*pid)?,
+                addresses,
+                of_pods,
+            };
+            workers.push(end);
+        }
     }
     std::thread::scope(|scope| {
         let bridge = scope.spawn(|| {
@@ -125,17 +148,17 @@ pub fn connect(underlay: &Underlay) -> Result<(), NetworkError> {
         })?;
         let uplinks: Vec<_> = workers
             .iter()
-            .map(|(_, namespace, addresses)| {
+            .map(|end| {
                 scope.spawn(move || {
-                    enter(namespace)?;
+                    enter(&end.namespace)?;
                     block_on(|handle| async move {
                         let uplink = index(&handle, UPLINK).await?;
-                        add_addresses(&handle, uplink, addresses).await?;
+                        add_addresses(&handle, uplink, end.addresses).await?;
                         answer_for_pods()?;
                         up(&handle, uplink, UPLINK).await?;
-                        if underlay.egress {
-                            let gateways = &underlay.control_plane.1;
-                            leave_by(&handle, uplink, gateways).await?;
+                        reach_pods(&handle, uplink, end.of_pods).await?;
+                        if underlay.egress && end.of_pods.is_empty() {
+                            leave_by(&handle, uplink, &gateways.1).await?;
                         }
                         Ok(())
                     })
@@ -153,10 +176,37 @@ pub fn connect(underlay: &Underlay) -> Result<(), NetworkError> {
     })
 }
 
+/// A node's end of its link to the bridge.
+struct End<'a> {
+    /// The name of the bridge's end.
+    port: String,
+    namespace: File,
+    addresses: &'a [IpAddr],
+    /// Ranges of pods that it reaches over this link.
+    of_pods: &'a [IpNetwork],
+}
+
+/// Which node has which pods is not known here, and changes; each worker answers for its own (see `answer_for_pods`).
+async fn reach_pods(handle: &Handle, link: u32, ranges: &[IpNetwork]) -> Result<(), NetworkError> {
+    for range in ranges {
+        let IpNetwork::V4(range) = range else {
+            continue;
+        };
+        let route = RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(range.network(), range.prefix())
+            .output_interface(link)
+            .scope(RouteScope::Link)
+            .build();
+        let added = handle.route().add(route).execute().await;
+        added.map_err(netlink(format!("add a route to {range}")))?;
+    }
+    Ok(())
+}
+
 async fn make_bridge(
     handle: &Handle,
     underlay: &Underlay,
-    workers: &[(String, File, &Vec<IpAddr>)],
+    ends: &[End<'_>],
 ) -> Result<(), NetworkError> {
     let made = handle
         .link()
@@ -166,20 +216,13 @@ async fn make_bridge(
     made.map_err(netlink(format!("make bridge {BRIDGE}")))?;
     let bridge = index(handle, BRIDGE).await?;
     add_addresses(handle, bridge, &underlay.control_plane.1).await?;
-    // Which node has which pods is not known here, and changes; each worker answers for its own (see `answer_for_pods`).
-    for range in underlay.pods.iter() {
-        let IpNetwork::V4(range) = range else {
-            continue;
-        };
-        let route = RouteMessageBuilder::<Ipv4Addr>::new()
-            .destination_prefix(range.network(), range.prefix())
-            .output_interface(bridge)
-            .scope(RouteScope::Link)
-            .build();
-        let added = handle.route().add(route).execute().await;
-        added.map_err(netlink(format!("add a route to {range}")))?;
+    if underlay.control_planes.is_empty() {
+        reach_pods(handle, bridge, &underlay.pods).await?;
     }
-    for (port, namespace, _) in workers {
+    for End {
+        port, namespace, ..
+    } in ends
+    {
         // The far end is made in the worker's namespace at once, so its name cannot meet another one here.
         let peer = LinkMessageBuilder::<LinkUnspec>::new()
             .name(UPLINK.to_owned())

@@ -10,7 +10,9 @@ use rcgen::{
     KeyUsagePurpose, SanType, date_time_ymd,
 };
 
-/// A development cluster lives for days; its certificates must not be what ends it.
+use crate::kubeconfig;
+
+/// A development cluster lives for days; its certificates must not be what ends it. So does an authority, which is not renewed.
 const YEARS: i64 = 10;
 
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +39,8 @@ pub struct Credential {
 /// A certificate authority that is in memory while a cluster comes up.
 pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
+    /// How long what it signs is good.
+    years: i64,
     pub credential: Credential,
 }
 
@@ -52,10 +56,10 @@ impl Authority {
     ///
     /// # Errors
     /// When the system has no randomness.
-    pub fn new(cluster: &str) -> Result<Self, PkiError> {
+    pub fn new(cluster: &str, years: i64) -> Result<Self, PkiError> {
         let name = format!("keelway-{cluster}-ca");
         let key = KeyPair::generate().map_err(make(&name))?;
-        let mut params = params(&name, None, &Names::default()).map_err(make(&name))?;
+        let mut params = params(&name, None, &Names::default(), YEARS).map_err(make(&name))?;
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![
             KeyUsagePurpose::KeyCertSign,
@@ -69,6 +73,23 @@ impl Authority {
         };
         Ok(Authority {
             issuer: Issuer::new(params, key),
+            years,
+            credential,
+        })
+    }
+
+    /// One that is kept elsewhere too.
+    ///
+    /// # Errors
+    /// When the two are not a certificate and its key.
+    pub fn load(credential: Credential, years: i64) -> Result<Self, PkiError> {
+        let subject = "another control plane";
+        let key = KeyPair::from_pem(&credential.key).map_err(make(subject))?;
+        let issuer =
+            Issuer::from_ca_cert_pem(&credential.certificate, key).map_err(make(subject))?;
+        Ok(Authority {
+            issuer,
+            years,
             credential,
         })
     }
@@ -82,7 +103,7 @@ impl Authority {
             user,
             group,
             &Names::default(),
-            ExtendedKeyUsagePurpose::ClientAuth,
+            &[ExtendedKeyUsagePurpose::ClientAuth],
         )
     }
 
@@ -91,7 +112,19 @@ impl Authority {
     /// # Errors
     /// When the names cannot be put into a certificate.
     pub fn server(&self, subject: &str, names: &Names) -> Result<Credential, PkiError> {
-        self.sign(subject, None, names, ExtendedKeyUsagePurpose::ServerAuth)
+        self.sign(subject, None, names, &[ExtendedKeyUsagePurpose::ServerAuth])
+    }
+
+    /// A credential of a member of etcd, which is a server of clients and both to other members.
+    ///
+    /// # Errors
+    /// When the names cannot be put into a certificate.
+    pub fn member(&self, subject: &str, names: &Names) -> Result<Credential, PkiError> {
+        let both = [
+            ExtendedKeyUsagePurpose::ServerAuth,
+            ExtendedKeyUsagePurpose::ClientAuth,
+        ];
+        self.sign(subject, None, names, &both)
     }
 
     fn sign(
@@ -99,12 +132,12 @@ impl Authority {
         subject: &str,
         group: Option<&str>,
         names: &Names,
-        usage: ExtendedKeyUsagePurpose,
+        usages: &[ExtendedKeyUsagePurpose],
     ) -> Result<Credential, PkiError> {
         let key = KeyPair::generate().map_err(make(subject))?;
-        let mut params = params(subject, group, names).map_err(make(subject))?;
+        let mut params = params(subject, group, names, self.years).map_err(make(subject))?;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![usage];
+        params.extended_key_usages = usages.to_vec();
         params.use_authority_key_identifier_extension = true;
         let certificate = params
             .signed_by(&key, &self.issuer)
@@ -120,6 +153,7 @@ fn params(
     common_name: &str,
     organization: Option<&str>,
     names: &Names,
+    years: i64,
 ) -> Result<CertificateParams, rcgen::Error> {
     let mut params = CertificateParams::default();
     params.distinguished_name = rcgen::DistinguishedName::new();
@@ -145,7 +179,7 @@ fn params(
         .date();
     let (from, to) = (
         today.saturating_sub(1.day()),
-        today.saturating_add(YEARS.years()),
+        today.saturating_add(years.years()),
     );
     let date = |day: jiff::civil::Date| {
         date_time_ymd(
@@ -156,6 +190,36 @@ fn params(
     };
     (params.not_before, params.not_after) = (date(from), date(to));
     Ok(params)
+}
+
+/// What the members of an etcd need, and its client. The authority is one of its own: etcd lets in whom it has signed.
+pub struct EtcdPki {
+    pub ca: Credential,
+    pub client: Credential,
+    /// In the order of the members.
+    pub members: Vec<Credential>,
+}
+
+impl EtcdPki {
+    /// Makes the credentials of members, each given by its name and addresses.
+    ///
+    /// # Errors
+    /// Names the subject whose credential could not be made.
+    pub fn new(cluster: &str, members: &[(String, Vec<IpAddr>)]) -> Result<Self, PkiError> {
+        let authority = Authority::new(&format!("{cluster}-etcd"), YEARS)?;
+        let member = |(name, addresses): &(String, Vec<IpAddr>)| {
+            let names = Names {
+                dns: vec![name.clone(), "localhost".to_owned()],
+                addresses: with_loopback(addresses.clone()),
+            };
+            authority.member(name, &names)
+        };
+        Ok(EtcdPki {
+            client: authority.client("keelway-controlplane", None)?,
+            members: members.iter().map(member).collect::<Result<_, _>>()?,
+            ca: authority.credential,
+        })
+    }
 }
 
 /// Everything the nodes of one cluster need.
@@ -177,9 +241,20 @@ pub struct ClusterPki {
 pub struct Subjects<'a> {
     pub cluster: &'a str,
     pub control_plane: Vec<IpAddr>,
+    /// Other addresses and names that clients reach the API server by.
+    pub names: Vec<String>,
     /// The first address of each Service range, `default/kubernetes`.
     pub services: Vec<IpAddr>,
     pub workers: Vec<(String, Vec<IpAddr>)>,
+    /// They are renewed by the control plane, so that they need not be good for as long as the cluster lives.
+    pub renewed: bool,
+}
+
+impl Subjects<'_> {
+    /// How long certificates are good.
+    pub fn years(&self) -> i64 {
+        if self.renewed { 1 } else { YEARS }
+    }
 }
 
 fn with_loopback(mut addresses: Vec<IpAddr>) -> Vec<IpAddr> {
@@ -196,8 +271,22 @@ impl ClusterPki {
     /// # Errors
     /// Names the subject whose credential could not be made.
     pub fn new(subjects: &Subjects<'_>) -> Result<Self, PkiError> {
-        let authority = Authority::new(subjects.cluster)?;
-        let apiserver = Names {
+        let authority = Authority::new(subjects.cluster, subjects.years())?;
+        let tokens = KeyPair::generate().map_err(make("service accounts"))?;
+        let tokens = (tokens.serialize_pem(), tokens.public_key_pem());
+        Self::of(authority, tokens, subjects)
+    }
+
+    /// Makes what one more control plane needs, by the authority and the key of ServiceAccounts that the cluster has.
+    ///
+    /// # Errors
+    /// Names the subject whose credential could not be made.
+    pub fn of(
+        authority: Authority,
+        service_accounts: (String, String),
+        subjects: &Subjects<'_>,
+    ) -> Result<Self, PkiError> {
+        let mut apiserver = Names {
             dns: [
                 "localhost",
                 "kubernetes",
@@ -209,7 +298,12 @@ impl ClusterPki {
             .to_vec(),
             addresses: with_loopback([&subjects.services[..], &subjects.control_plane].concat()),
         };
-        let tokens = KeyPair::generate().map_err(make("service accounts"))?;
+        for name in &subjects.names {
+            match name.parse() {
+                Ok(address) => apiserver.addresses.push(address),
+                Err(_) => apiserver.dns.push(name.clone()),
+            }
+        }
         let kubelets = subjects
             .workers
             .iter()
@@ -232,10 +326,42 @@ impl ClusterPki {
             controllers: authority.client("system:keelway-controllers", None)?,
             scheduler: authority.client("system:kube-scheduler", None)?,
             admin: authority.client("keelway-admin", Some("system:masters"))?,
-            service_accounts: (tokens.serialize_pem(), tokens.public_key_pem()),
+            service_accounts,
             kubelets,
             ca: authority.credential,
         })
+    }
+
+    /// The files of a control plane's folder of credentials. Its own parts reach it at `port` of the loopback.
+    pub fn control_plane_files(&self, port: u16) -> Vec<(&'static str, String)> {
+        let local = format!("https://127.0.0.1:{port}");
+        let kubeconfig = |name: &str, client: &Credential| {
+            let config = kubeconfig::single(name, &local, &self.ca.certificate, client);
+            kubeconfig::to_yaml(&config)
+        };
+        let (token_key, token_public) = &self.service_accounts;
+        let to_kubelets = &self.apiserver_kubelet_client;
+        vec![
+            ("ca.crt", self.ca.certificate.clone()),
+            ("ca.key", self.ca.key.clone()),
+            ("apiserver.crt", self.apiserver.certificate.clone()),
+            ("apiserver.key", self.apiserver.key.clone()),
+            (
+                "apiserver-kubelet-client.crt",
+                to_kubelets.certificate.clone(),
+            ),
+            ("apiserver-kubelet-client.key", to_kubelets.key.clone()),
+            ("sa.key", token_key.clone()),
+            ("sa.pub", token_public.clone()),
+            (
+                "controllers.kubeconfig",
+                kubeconfig("controllers", &self.controllers),
+            ),
+            (
+                "scheduler.kubeconfig",
+                kubeconfig("scheduler", &self.scheduler),
+            ),
+        ]
     }
 }
 
@@ -252,7 +378,9 @@ mod tests {
         ClusterPki::new(&Subjects {
             cluster: "test",
             control_plane: addresses(&["198.18.0.2", "2001:2::2"]),
+            names: vec!["api.example.org".to_owned(), "192.0.2.7".to_owned()],
             services: addresses(&["10.96.0.1", "fd00:10:96::1"]),
+            renewed: false,
             workers: vec![(
                 "node-1".to_owned(),
                 addresses(&["198.18.0.11", "2001:2::b"]),
@@ -348,6 +476,8 @@ mod tests {
                 "localhost",
                 "kubernetes",
                 "kubernetes.default.svc.cluster.local",
+                "api.example.org",
+                "192.0.2.7",
             ] {
                 assert!(
                     names.iter().any(|name| name == wanted),

@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 
 use crate::sys;
@@ -40,6 +41,14 @@ impl Process {
     /// # Errors
     /// TimedOut when it has not ended within `timeout`; otherwise what the system calls say.
     pub fn kill_and_wait(&self, timeout: Duration) -> io::Result<()> {
+        self.signal_and_wait(Signal::SIGKILL, timeout)
+    }
+
+    /// Sends a signal that ends the process, and waits until it has. A process that is gone already is a success.
+    ///
+    /// # Errors
+    /// As [`Process::kill_and_wait`].
+    pub fn signal_and_wait(&self, signal: Signal, timeout: Duration) -> io::Result<()> {
         let fd = match sys::pidfd_open(self.pid) {
             Ok(fd) => fd,
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
@@ -49,7 +58,7 @@ impl Process {
         if !self.is_alive() {
             return Ok(());
         }
-        match sys::pidfd_kill(&fd) {
+        match sys::pidfd_kill(&fd, signal) {
             Ok(()) => {}
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
             Err(error) => return Err(error),

@@ -191,6 +191,7 @@ fn spec(source: &Source<'_>, dir: &Path) -> NodeSpec {
         )]),
         net_sysctls: BTreeMap::new(),
         path: source.machine.path.clone(),
+        machine: false,
         services: vec![containerd_service()],
     }
 }

@@ -111,6 +111,14 @@ impl StateDir {
         }
     }
 
+    /// The folder of this machine as a node of a cluster of many machines. Clusters' own are elsewhere.
+    pub fn machine(&self) -> ClusterDir {
+        ClusterDir {
+            name: "machine.images".to_owned(),
+            path: self.0.join("machine"),
+        }
+    }
+
     /// Names of the clusters that have a folder.
     pub fn names(&self) -> Vec<String> {
         let Ok(entries) = fs::read_dir(self.clusters_dir()) else {

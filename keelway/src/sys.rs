@@ -11,6 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::Signal;
 
 /// A file descriptor of process `pid`, which keeps naming that process when its number is used again. It becomes
 /// readable when the process ends.
@@ -27,18 +28,18 @@ pub fn pidfd_open(pid: u32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
-/// Sends SIGKILL to the process behind a pidfd.
+/// Sends a signal to the process behind a pidfd.
 ///
 /// # Errors
 /// ESRCH when it has ended and was reaped.
-pub fn pidfd_kill(fd: &OwnedFd) -> io::Result<()> {
+pub fn pidfd_kill(fd: &OwnedFd, signal: Signal) -> io::Result<()> {
     let no_info: *const libc::siginfo_t = std::ptr::null();
     // SAFETY: the descriptor is open for the length of the call, and a null siginfo is what kill(2) would send.
     let done = unsafe {
         libc::syscall(
             libc::SYS_pidfd_send_signal,
             fd.as_raw_fd(),
-            libc::SIGKILL,
+            signal as libc::c_int,
             no_info,
             0,
         )

@@ -60,6 +60,7 @@ impl Cluster {
             files: BTreeMap::from([("/etc/hosts".into(), "127.0.0.1 localhost\n".to_owned())]),
             net_sysctls: BTreeMap::from([("ipv4/ip_forward".to_owned(), "1".to_owned())]),
             path: "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".into(),
+            machine: false,
             services,
         };
         let file = dir.join("node.json");
@@ -342,6 +343,7 @@ async fn nodes_reach_each_other_over_the_underlay() {
         egress: false,
         pods: family.pods(),
         control_plane: (inits[0], subnet.control_plane(family)),
+        control_planes: Vec::new(),
         workers: vec![(inits[1], subnet.worker(family, 1)), (inits[2], other)],
     };
     network::connect(&underlay).expect("connected");

@@ -6,7 +6,7 @@
 
 mod egress;
 mod gateway;
-mod names;
+pub(crate) mod names;
 mod proxy;
 
 use std::io;

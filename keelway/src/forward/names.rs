@@ -56,7 +56,7 @@ pub async fn connect(host: &str, port: u16) -> Result<TcpStream, NameError> {
 ///
 /// # Errors
 /// What the machine's resolver says.
-async fn resolve(host: &str) -> Result<Vec<IpAddr>, NameError> {
+pub(crate) async fn resolve(host: &str) -> Result<Vec<IpAddr>, NameError> {
     let bare = host.trim_start_matches('[').trim_end_matches(']');
     if let Ok(address) = bare.parse() {
         return Ok(vec![address]);

@@ -106,15 +106,21 @@ fn make_namespaces(
         return Err(InitError::Abandoned);
     }
     let spec = read_spec(&arguments.spec)?;
-    Hierarchies::of_this_machine()?.join(&spec.cluster, &spec.name)?;
-    let own = CloneFlags::CLONE_NEWNS
-        | CloneFlags::CLONE_NEWNET
-        | CloneFlags::CLONE_NEWUTS
-        | CloneFlags::CLONE_NEWIPC;
+    let mut hierarchies = Hierarchies::of_this_machine()?;
+    if spec.machine {
+        hierarchies = hierarchies.for_the_machine();
+    }
+    hierarchies.join(&spec.cluster, &spec.name)?;
+    let mut own = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC;
+    if !spec.machine {
+        own |= CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWUTS;
+    }
     unshare(own).map_err(InitError::Namespaces)?;
-    sethostname(&spec.name).map_err(InitError::Namespaces)?;
-    // containerd listens on 127.0.0.1, which exists only once lo is up.
-    network::loopback_up()?;
+    if !spec.machine {
+        sethostname(&spec.name).map_err(InitError::Namespaces)?;
+        // containerd listens on 127.0.0.1, which exists only once lo is up.
+        network::loopback_up()?;
+    }
     // Last: from here on this process may not start threads.
     unshare(CloneFlags::CLONE_NEWPID).map_err(InitError::Namespaces)?;
 
@@ -210,7 +216,7 @@ struct Init {
 }
 
 impl Init {
-    /// Returns on SIGTERM, or when `up` ended before the cluster was up.
+    /// Returns when it is told to stop, and its services have ended or had their time; or when `up` ended before the cluster was up.
     fn run(
         &mut self,
         channel: &mut Channel,
@@ -218,6 +224,9 @@ impl Init {
         notifications: &UnixDatagram,
     ) -> Result<(), InitError> {
         loop {
+            if self.services.have_stopped(Instant::now()) {
+                return Ok(());
+            }
             for event in self.services.start_due(Instant::now()) {
                 channel.send(&event);
             }
@@ -245,7 +254,7 @@ impl Init {
                 if signal.ssi_signo == Signal::SIGTERM as u32
                     || signal.ssi_signo == Signal::SIGINT as u32
                 {
-                    return Ok(());
+                    self.services.stop(Instant::now());
                 }
             }
             self.reap(channel);
@@ -269,6 +278,7 @@ impl Init {
                     self.detached = true;
                     return Ok(());
                 }
+                Ok(Some(Order::Stop)) => self.services.stop(Instant::now()),
                 Ok(None) => return Ok(()),
                 Err(error) if error.kind() == ErrorKind::UnexpectedEof => {
                     return Err(InitError::Abandoned);

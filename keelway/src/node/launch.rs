@@ -227,6 +227,18 @@ impl Nodes {
         self.order(&Order::Detach).await
     }
 
+    /// Ends the nodes: their services are asked to end, and have some seconds for it.
+    ///
+    /// # Errors
+    /// When a node is gone already.
+    pub async fn stop(self) -> Result<(), LaunchError> {
+        self.order(&Order::Stop).await?;
+        // That is how its end shows; a PID 1 waits for no service for ever.
+        let ended = self.wait::<std::convert::Infallible>(|_| None).await;
+        drop(ended);
+        Ok(())
+    }
+
     async fn order(&self, order: &Order) -> Result<(), LaunchError> {
         for (node, channel) in self.orders.lock().await.iter_mut() {
             let failed = |source| LaunchError::Start {

@@ -35,6 +35,10 @@ pub struct NodeSpec {
     pub net_sysctls: BTreeMap<String, String>,
     /// The PATH of its services.
     pub path: String,
+    /// It is this machine as a node of a cluster of many machines: with the machine's own network and host name, and the folders
+    /// that no part of a node needs for itself.
+    #[serde(default)]
+    pub machine: bool,
     pub services: Vec<ServiceSpec>,
 }
 
@@ -94,6 +98,8 @@ pub enum Order {
     Happened { name: String },
     /// The cluster is up: go on without `up`.
     Detach,
+    /// End the services, then the node.
+    Stop,
 }
 
 /// The state of one service, in `services.json` of the node's folder.

@@ -35,6 +35,8 @@ const ETC: [&str; 14] = [
     "protocols",
     "ethertypes",
 ];
+/// Folders at a node's root that are its own, whatever the machine has there.
+const OWN: [&str; 8] = ["proc", "sys", "dev", "run", "tmp", "opt", "etc", "var"];
 /// Folders of a node's /var, which is kept on disk.
 const VAR: [&str; 7] = [
     "lib/kubelet",
@@ -193,6 +195,9 @@ pub fn enter(spec: &NodeSpec) -> Result<(), MountError> {
         symlink("/run", &run_link).map_err(file("link", &run_link))?;
     }
 
+    if spec.machine {
+        bind_others(&root)?;
+    }
     for Bind {
         from,
         to,
@@ -231,6 +236,22 @@ fn bind_programs(root: &Path) -> Result<(), MountError> {
             symlink(target, &to).map_err(file("link", &to))?;
         } else {
             bind(&from, &to, true, true)?;
+        }
+    }
+    Ok(())
+}
+
+/// Folders at the machine's root that a node has none of its own instead of: what pods with hostPath look for.
+fn bind_others(root: &Path) -> Result<(), MountError> {
+    let top = Path::new("/");
+    for entry in fs::read_dir(top).map_err(file("read", top))?.flatten() {
+        let (from, to) = (entry.path(), root.join(entry.file_name()));
+        let own = entry
+            .file_name()
+            .to_str()
+            .is_none_or(|name| OWN.contains(&name) || PROGRAM_FOLDERS.contains(&name));
+        if !own && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            bind(&from, &to, true, false)?;
         }
     }
     Ok(())

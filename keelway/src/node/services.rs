@@ -9,7 +9,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::SigSet;
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::unistd::Pid;
 
 use super::{BIN_DIR, Event, ServiceSpec, ServiceStatus};
 
@@ -20,6 +21,8 @@ const LOG_DIR: &str = "/var/log/keelway";
 /// A service that ran this long starts anew with the shortest rest.
 const HEALTHY: Duration = Duration::from_secs(10);
 const SHORTEST_REST: Duration = Duration::from_millis(50);
+/// What services have to end in when the node is told to stop.
+const STOP_GRACE: Duration = Duration::from_secs(8);
 const LONGEST_REST: Duration = Duration::from_secs(5);
 /// A log larger than this is put aside at its service's next start.
 const LOG_BYTES_MAX: u64 = 16 << 20;
@@ -59,6 +62,8 @@ pub struct Services {
     happened: BTreeSet<String>,
     path: String,
     handed: Handed,
+    /// When the node ends, whoever still runs; None while nobody has told it to.
+    stopping: Option<Instant>,
 }
 
 /// What `up` has handed over for some of the services.
@@ -86,7 +91,29 @@ impl Services {
             happened: BTreeSet::new(),
             path,
             handed,
+            stopping: None,
         }
+    }
+
+    /// Asks all services to end; none is started from now on.
+    pub fn stop(&mut self, now: Instant) {
+        if self.stopping.is_some() {
+            return;
+        }
+        self.stopping = Some(now + STOP_GRACE);
+        for service in &self.services {
+            if let State::Running { pid, .. } = service.state {
+                // One that has just ended by itself is collected like any other.
+                let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGTERM);
+            }
+        }
+    }
+
+    /// Whether the node was told to stop and no service runs, or those that do have had their time.
+    pub fn have_stopped(&self, now: Instant) -> bool {
+        let runs = |service: &Service| matches!(service.state, State::Running { .. });
+        self.stopping
+            .is_some_and(|deadline| now >= deadline || !self.services.iter().any(runs))
     }
 
     /// Records that something has happened that services may wait for.
@@ -97,6 +124,9 @@ impl Services {
     /// Starts all services that can start at `now`; failures to start are reported, and tried again.
     pub fn start_due(&mut self, now: Instant) -> Vec<Event> {
         let mut events = Vec::new();
+        if self.stopping.is_some() {
+            return events;
+        }
         for service in &mut self.services {
             let due = match service.state {
                 State::Waiting => service
@@ -134,8 +164,11 @@ impl Services {
         Some(&service.spec.name)
     }
 
-    /// When the next resting service is due.
+    /// When the next resting service is due, or the node ends.
     pub fn next_start(&self) -> Option<Instant> {
+        if self.stopping.is_some() {
+            return self.stopping;
+        }
         self.services
             .iter()
             .filter_map(|service| {

@@ -5,7 +5,7 @@
 
 mod converge;
 mod failure;
-mod specs;
+pub(crate) mod specs;
 
 use std::fs;
 use std::io;
@@ -16,19 +16,21 @@ use std::time::Duration;
 use crate::api::{ApiError, ClusterApi};
 use crate::cgroup::CgroupError;
 use crate::checks::{CheckError, Machine};
-use crate::config::{ClusterConfig, ConfigError};
+use crate::config::{ClusterConfig, ConfigError, StoreKind};
 use crate::containerd::Snapshotter;
 use crate::deploy::DeployError;
 use crate::down::{self, DownError};
 use crate::kubeconfig::{self, KubeconfigError};
 use crate::network::{self, NetworkError, Subnet, Underlay};
 use crate::node::launch::{LaunchError, Nodes};
-use crate::pki::{ClusterPki, PkiError, Subjects};
+use crate::pki::{ClusterPki, EtcdPki, PkiError, Subjects};
 use crate::progress::Progress;
 use crate::seed::SeedError;
 use crate::state::{ClusterDir, ClusterState, NodeState, StateDir, StateError};
 
 pub const CONTROL_PLANE: &str = "control-plane";
+/// The node that holds the bridge when there are several control planes: none of them may be the one that all need.
+const SWITCH: &str = "switch";
 const API_PORT: u16 = 6443;
 const CLUSTER_DOMAIN: &str = "cluster.local";
 /// What services wait for, told by [`Nodes::tell`].
@@ -219,30 +221,54 @@ impl Plan<'_> {
             .local_addr()
             .map_or(self.config.api_port, |address| address.port());
         let family = self.config.ip_family;
-        let control_plane = self.subnet.control_plane(family);
+        let several = self.config.control_planes > 1;
+        let control_planes: Vec<(String, Vec<IpAddr>)> = (1..=self.config.control_planes)
+            .map(|number| {
+                let name = match number {
+                    1 => CONTROL_PLANE.to_owned(),
+                    number => format!("{CONTROL_PLANE}-{number}"),
+                };
+                (name, self.subnet.one_control_plane(family, number))
+            })
+            .collect();
         let workers: Vec<(String, Vec<IpAddr>)> = (1..=self.config.nodes)
             .map(|number| (format!("node-{number}"), self.subnet.worker(family, number)))
             .collect();
         self.state.api_port = port;
-        self.state.nodes = std::iter::once((CONTROL_PLANE.to_owned(), control_plane.clone()))
-            .chain(workers.iter().cloned())
-            .map(|(name, addresses)| NodeState {
-                control_plane: name == CONTROL_PLANE,
+        // It has no address of its own; what is written down is that of the loopback.
+        let switch = several.then(|| (SWITCH.to_owned(), vec![Ipv4Addr::LOCALHOST.into()]));
+        let node = |control_plane| {
+            move |(name, addresses): (String, Vec<IpAddr>)| NodeState {
+                control_plane,
                 name,
                 address: addresses[0],
                 second_address: addresses.get(1).copied(),
                 init: None,
-            })
+            }
+        };
+        let beside_workers = switch.into_iter().chain(control_planes.iter().cloned());
+        self.state.nodes = beside_workers
+            .map(node(true))
+            .chain(workers.iter().cloned().map(node(false)))
             .collect();
         self.dir.write(&self.state)?;
 
         let subjects = Subjects {
             cluster: &name,
-            control_plane,
+            control_plane: control_planes
+                .iter()
+                .flat_map(|(_, addresses)| addresses.clone())
+                .collect(),
+            names: Vec::new(),
             services: family.api_services(),
+            renewed: false,
             workers,
         };
         let pki = ClusterPki::new(&subjects)?;
+        let etcd = match self.config.store {
+            StoreKind::Embedded => None,
+            StoreKind::Etcd => Some(EtcdPki::new(&name, &control_planes)?),
+        };
         let context = kubeconfig::context_name(&name);
         let admin = kubeconfig::single(
             &context,
@@ -254,8 +280,10 @@ impl Plan<'_> {
         let mut specs = Vec::new();
         for node in &self.state.nodes {
             self.machine.hierarchies.create(&name, &node.name)?;
-            let spec = if node.control_plane {
-                self.control_plane(node, &pki)?
+            let spec = if node.name == SWITCH {
+                self.switch(node)?
+            } else if node.control_plane {
+                self.control_plane(node, &pki, etcd.as_ref())?
             } else {
                 self.worker(node, &pki)?
             };
@@ -264,7 +292,6 @@ impl Plan<'_> {
         step.done();
 
         let step = self.progress.step("nodes");
-        let mut listener = Some(listener);
         for spec in &specs {
             let file = spec.dir.join("node.json");
             let text = serde_json::to_vec_pretty(spec).map_err(|error| UpError::Write {
@@ -275,13 +302,14 @@ impl Plan<'_> {
                 path: file.clone(),
                 source,
             })?;
-            let listener = if spec.name == CONTROL_PLANE {
-                listener.take().map(Into::into)
-            } else {
-                None
-            };
-            nodes.start(&self.config.binaries.keelway, spec, &file, listener)?;
+            // Several control planes accept from one socket: whichever lives.
+            let takes = spec.services.iter().any(|service| service.listens);
+            let own = takes.then(|| listener.try_clone()).transpose();
+            let own = own.map_err(|source| UpError::Listen { port, source })?;
+            let own = own.map(Into::into);
+            nodes.start(&self.config.binaries.keelway, spec, &file, own)?;
         }
+        drop(listener);
         let names: Vec<String> = specs.iter().map(|spec| spec.name.clone()).collect();
         let inits = nodes
             .wait(|board| {
@@ -312,19 +340,25 @@ impl Plan<'_> {
     }
 
     async fn connect(&self) -> Result<(), UpError> {
-        let mut ends = self
-            .state
-            .nodes
-            .iter()
-            .filter_map(|node| Some((node.init?.pid, node.addresses())));
-        let Some(control_plane) = ends.next() else {
+        let ends = |wanted: fn(&NodeState) -> bool| {
+            let nodes = self.state.nodes.iter().filter(move |node| wanted(node));
+            nodes.filter_map(|node| Some((node.init?.pid, node.addresses())))
+        };
+        let mut control_planes = ends(|node| node.control_plane && node.name != SWITCH);
+        let switch = ends(|node| node.name == SWITCH).next();
+        let control_plane = match switch {
+            Some((pid, _)) => Some((pid, Vec::new())),
+            None => control_planes.next(),
+        };
+        let Some(control_plane) = control_plane else {
             return Ok(());
         };
         let underlay = Underlay {
             egress: self.config.egress,
             pods: self.config.ip_family.pods(),
             control_plane,
-            workers: ends.collect(),
+            control_planes: control_planes.collect(),
+            workers: ends(|node| !node.control_plane).collect(),
         };
         // It moves threads between namespaces, so it has threads of its own.
         tokio::task::spawn_blocking(move || network::connect(&underlay))

@@ -7,15 +7,23 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use super::{API, API_PORT, CLUSTER_DOMAIN, FORWARDER, IMAGES, NETWORK, Plan, UpError};
+use super::{
+    API, API_PORT, CLUSTER_DOMAIN, CONTROL_PLANE, FORWARDER, IMAGES, NETWORK, Plan, SWITCH, UpError,
+};
 use crate::containerd;
 use crate::family;
 use crate::forward;
 use crate::kubeconfig;
+use crate::machine::balancer;
+use crate::machine::local_api;
 use crate::node::{BIN_DIR, Bind, NodeSpec, ServiceSpec};
-use crate::pki::{ClusterPki, Credential};
+use crate::pki::{ClusterPki, Credential, EtcdPki};
 use crate::seed;
 use crate::state::NodeState;
+
+/// Ports of etcd's members, for clients and for each other.
+const ETCD_PORT: u16 = 2379;
+const ETCD_PEER_PORT: u16 = 2380;
 
 impl Plan<'_> {
     pub(super) fn containerd_config(&self) -> String {
@@ -23,43 +31,92 @@ impl Plan<'_> {
         containerd::config(&pause, self.snapshotter)
     }
 
+    /// Where parts of workers find an API server: the one there is, or by a service of each worker one of those that live.
     pub(super) fn api_server(&self) -> String {
         let addresses = self.subnet.control_plane(self.config.ip_family);
+        if self.config.control_planes > 1 {
+            return format!("https://{}", local_api(addresses[0]));
+        }
         format!("https://{}", SocketAddr::new(addresses[0], API_PORT))
+    }
+
+    /// The node whose only part is the bridge.
+    pub(super) fn switch(&self, node: &NodeState) -> Result<NodeSpec, UpError> {
+        let credentials = self.credentials(node, &[])?;
+        Ok(self.spec(node, credentials, Vec::new(), Vec::new(), Vec::new()))
+    }
+
+    fn etcd_members(&self) -> Vec<(&NodeState, String)> {
+        let members = self.state.nodes.iter();
+        let members = members.filter(|node| node.control_plane && node.name != SWITCH);
+        let at =
+            |node: &NodeState, port| format!("https://{}", SocketAddr::new(node.address, port));
+        members.map(|node| (node, at(node, ETCD_PORT))).collect()
+    }
+
+    /// A member of the etcd that keeps the state.
+    fn etcd(&self, node: &NodeState) -> ServiceSpec {
+        let peer =
+            |node: &NodeState| format!("https://{}", SocketAddr::new(node.address, ETCD_PEER_PORT));
+        let members = self.etcd_members();
+        let cluster: Vec<String> = members
+            .iter()
+            .map(|(member, _)| format!("{}={}", member.name, peer(member)))
+            .collect();
+        let own = format!("https://{}", SocketAddr::new(node.address, ETCD_PORT));
+        let mut etcd = service(
+            "etcd",
+            Path::new("etcd"),
+            &[
+                ("--name", &node.name),
+                ("--data-dir", "/var/lib/etcd"),
+                ("--listen-client-urls", &own),
+                ("--advertise-client-urls", &own),
+                ("--listen-peer-urls", &peer(node)),
+                ("--initial-advertise-peer-urls", &peer(node)),
+                ("--initial-cluster", &cluster.join(",")),
+                ("--cert-file", "/etc/keelway/etcd.crt"),
+                ("--key-file", "/etc/keelway/etcd.key"),
+                ("--trusted-ca-file", "/etc/keelway/etcd-ca.crt"),
+                ("--peer-cert-file", "/etc/keelway/etcd.crt"),
+                ("--peer-key-file", "/etc/keelway/etcd.key"),
+                ("--peer-trusted-ca-file", "/etc/keelway/etcd-ca.crt"),
+            ],
+        );
+        for flag in ["--client-cert-auth", "--peer-client-cert-auth"] {
+            etcd.argv.push(flag.to_owned());
+        }
+        etcd.after = vec![NETWORK.to_owned()];
+        etcd.notifies = true;
+        etcd
     }
 
     pub(super) fn control_plane(
         &self,
         node: &NodeState,
         pki: &ClusterPki,
+        etcd: Option<&EtcdPki>,
     ) -> Result<NodeSpec, UpError> {
-        let local = format!("https://127.0.0.1:{API_PORT}");
-        let scheduler =
-            kubeconfig::single("scheduler", &local, &pki.ca.certificate, &pki.scheduler);
-        let controllers =
-            kubeconfig::single("controllers", &local, &pki.ca.certificate, &pki.controllers);
-        let (token_key, token_public) = &pki.service_accounts;
-        let credentials = self.credentials(
-            node,
-            &[
-                ("ca.crt", &pki.ca.certificate),
-                ("ca.key", &pki.ca.key),
-                ("apiserver.crt", &pki.apiserver.certificate),
-                ("apiserver.key", &pki.apiserver.key),
-                (
-                    "apiserver-kubelet-client.crt",
-                    &pki.apiserver_kubelet_client.certificate,
-                ),
-                (
-                    "apiserver-kubelet-client.key",
-                    &pki.apiserver_kubelet_client.key,
-                ),
-                ("sa.key", token_key),
-                ("sa.pub", token_public),
-                ("controllers.kubeconfig", &kubeconfig::to_yaml(&controllers)),
-                ("scheduler.kubeconfig", &kubeconfig::to_yaml(&scheduler)),
-            ],
-        )?;
+        let files = pki.control_plane_files(API_PORT);
+        let mut files: Vec<(&str, &str)> = files
+            .iter()
+            .map(|(name, text)| (*name, text.as_str()))
+            .collect();
+        let members = self.etcd_members();
+        let number = members
+            .iter()
+            .position(|(member, _)| member.name == node.name);
+        let member = etcd.and_then(|etcd| Some((etcd, etcd.members.get(number?)?)));
+        if let Some((etcd, own)) = member {
+            files.extend([
+                ("etcd-ca.crt", etcd.ca.certificate.as_str()),
+                ("etcd-client.crt", &etcd.client.certificate),
+                ("etcd-client.key", &etcd.client.key),
+                ("etcd.crt", &own.certificate),
+                ("etcd.key", &own.key),
+            ]);
+        }
+        let credentials = self.credentials(node, &files)?;
         let program = Path::new(BIN_DIR).join("keelway-controlplane");
         let ip_family = self.config.ip_family;
         // A socket of [::] takes IPv4 connections too, but only where there is IPv6.
@@ -68,11 +125,10 @@ impl Plan<'_> {
         } else {
             "0.0.0.0"
         };
-        let server = service(
+        let mut server = service(
             "controlplane",
             &program,
             &[
-                ("--data-dir", "/var/lib/keelway/controlplane"),
                 ("--pki-dir", "/etc/keelway"),
                 ("--bind", &format!("{everywhere}:{API_PORT}")),
                 ("--advertise-address", &node.address.to_string()),
@@ -81,13 +137,30 @@ impl Plan<'_> {
             ],
         );
         // It binds to every address, so it need not wait for the network.
-        let server = ServiceSpec {
-            listens: true,
-            ..server
-        };
+        server.listens = true;
+        if etcd.is_some() {
+            // Its own member first: without that one, the others do.
+            let mut urls: Vec<&str> = members.iter().map(|(_, url)| url.as_str()).collect();
+            urls.rotate_left(number.unwrap_or_default());
+            server.argv.extend([
+                format!("--store=etcd:{}", urls.join(",")),
+                "--etcd-cafile=/etc/keelway/etcd-ca.crt".to_owned(),
+                "--etcd-certfile=/etc/keelway/etcd-client.crt".to_owned(),
+                "--etcd-keyfile=/etc/keelway/etcd-client.key".to_owned(),
+            ]);
+            server.after = vec!["etcd".to_owned()];
+        } else {
+            let folder = ["--data-dir", "/var/lib/keelway/controlplane"];
+            server.argv.extend(folder.map(str::to_owned));
+        }
         let binaries = [(self.config.binaries.controlplane.clone(), program)];
         let mut services = vec![server];
-        services.extend(self.forwarder());
+        if etcd.is_some() {
+            services.insert(0, self.etcd(node));
+        }
+        if node.name == CONTROL_PLANE {
+            services.extend(self.forwarder());
+        }
         Ok(self.spec(node, credentials, binaries.into(), Vec::new(), services))
     }
 
@@ -167,21 +240,15 @@ impl Plan<'_> {
     }
 
     pub(super) fn worker(&self, node: &NodeState, pki: &ClusterPki) -> Result<NodeSpec, UpError> {
-        let number = self
-            .state
-            .nodes
-            .iter()
-            .position(|other| other.name == node.name)
-            .unwrap_or_default();
-        let Some((client, serving)) = number
-            .checked_sub(1)
-            .and_then(|index| pki.kubelets.get(index))
-        else {
+        let mut workers = self.state.nodes.iter().filter(|node| !node.control_plane);
+        let number = workers.position(|other| other.name == node.name);
+        let Some((client, serving)) = number.and_then(|index| pki.kubelets.get(index)) else {
             return Err(UpError::Panicked);
         };
         let kubelet =
             kubeconfig::single(&node.name, &self.api_server(), &pki.ca.certificate, client);
         let Credential { certificate, key } = serving;
+        let pair = format!("{}{}", client.certificate, client.key);
         let credentials = self.credentials(
             node,
             &[
@@ -189,6 +256,7 @@ impl Plan<'_> {
                 ("kubelet.kubeconfig", &kubeconfig::to_yaml(&kubelet)),
                 ("kubelet.crt", certificate),
                 ("kubelet.key", key),
+                ("kubelet-client.pem", &pair),
             ],
         )?;
         let containerd = ServiceSpec {
@@ -231,8 +299,26 @@ impl Plan<'_> {
             credentials,
             binaries.into(),
             files,
-            vec![containerd, kubelet],
+            self.balancer()
+                .into_iter()
+                .chain([containerd, kubelet])
+                .collect(),
         ))
+    }
+
+    /// Carries what a worker asks API servers to one that lives, where there are several.
+    fn balancer(&self) -> Option<ServiceSpec> {
+        if self.config.control_planes < 2 {
+            return None;
+        }
+        let servers: Vec<SocketAddr> = self
+            .etcd_members()
+            .iter()
+            .map(|(node, _)| SocketAddr::new(node.address, API_PORT))
+            .collect();
+        let local = local_api(servers[0].ip());
+        let certificate = "/etc/keelway/kubelet-client.pem";
+        Some(balancer::service(local, &servers, certificate))
     }
 
     /// Writes a node's credentials into a folder that only root can read, which the node sees as /etc/keelway.
@@ -308,12 +394,13 @@ impl Plan<'_> {
                 .map(|(name, value)| (name.to_owned(), value.to_owned()))
                 .collect(),
             path: self.machine.path.clone(),
+            machine: false,
             services,
         }
     }
 }
 
-fn service(name: &str, program: &Path, flags: &[(&str, &str)]) -> ServiceSpec {
+pub(crate) fn service(name: &str, program: &Path, flags: &[(&str, &str)]) -> ServiceSpec {
     let mut argv = vec![program.display().to_string()];
     argv.extend(
         flags
@@ -331,7 +418,7 @@ fn service(name: &str, program: &Path, flags: &[(&str, &str)]) -> ServiceSpec {
     }
 }
 
-pub(super) fn write_private(path: &Path, contents: &str) -> Result<(), UpError> {
+pub(crate) fn write_private(path: &Path, contents: &str) -> Result<(), UpError> {
     let failed = |source| UpError::Write {
         path: path.to_owned(),
         source,

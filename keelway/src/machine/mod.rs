@@ -1,0 +1,290 @@
+//! This machine as a node of a cluster of many machines: `keelway server` begins a cluster, `join` adds this machine to one, `start`
+//! starts it again, `leave` takes it out.
+//!
+//! A node is what it is in a cluster of one machine ([`crate::node`]): a PID 1 of ours that supervises, with files of its own below
+//! the state folder. Its network is the machine's.
+
+pub mod balancer;
+pub mod discovery;
+pub mod join;
+pub mod leave;
+pub mod run;
+pub mod server;
+pub mod share;
+mod spec;
+pub mod systemd;
+pub mod token;
+
+use std::fs;
+use std::io;
+use std::net::{IpAddr, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use ipnetwork::IpNetwork;
+use serde::{Deserialize, Serialize};
+
+use crate::api::ApiError;
+use crate::cgroup::CgroupError;
+use crate::config::ConfigError;
+use crate::containerd::Snapshotter;
+use crate::deploy::DeployError;
+use crate::kubeconfig::KubeconfigError;
+use crate::node::launch::LaunchError;
+use crate::pki::PkiError;
+use crate::process::Process;
+use crate::seed::SeedError;
+use crate::state::{ClusterDir, StateDir, StateError};
+
+/// Where each node reaches the API servers, whichever of them live ([`balancer`]).
+pub const LOCAL_API_PORT: u16 = 6444;
+/// The port that API servers listen at unless they are told otherwise.
+pub const API_PORT: u16 = 6443;
+pub use spec::local_api;
+
+/// How long a machine may take to become a node.
+pub const TIMEOUT: Duration = Duration::from_secs(180);
+const STATE_FILE: &str = "machine.json";
+
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    #[error(transparent)]
+    Pki(#[from] PkiError),
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
+    #[error(transparent)]
+    Seed(#[from] SeedError),
+    #[error(transparent)]
+    Api(#[from] ApiError),
+    #[error(transparent)]
+    Deploy(#[from] DeployError),
+    #[error(transparent)]
+    Kubeconfig(#[from] KubeconfigError),
+    #[error(transparent)]
+    Discovery(#[from] discovery::DiscoveryError),
+    #[error(transparent)]
+    Token(#[from] token::TokenError),
+    #[error(transparent)]
+    Share(#[from] share::ShareError),
+    #[error(transparent)]
+    Systemd(#[from] systemd::SystemdError),
+    #[error("cannot {action} {path}: {source}")]
+    File {
+        action: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
+    #[error(
+        "this machine is node {node} of cluster {cluster} already; `keelway leave` takes it out, `keelway start` starts it again"
+    )]
+    Member { node: String, cluster: String },
+    #[error(
+        "this machine is no node; `keelway server` begins a cluster, `keelway join` adds it to one"
+    )]
+    NoMember,
+    #[error("node {0} runs already")]
+    Running(String),
+    #[error(
+        "this machine has no default route, so its address in the cluster has to be given: --node-ip IP"
+    )]
+    NoAddress,
+    #[error("--node-ip takes one address, or one of each family with the IPv4 address first")]
+    NodeIps,
+    #[error(
+        "{0:?} cannot be a node's name: it is to be a DNS name in lower case; give one with --node-name"
+    )]
+    NodeName(String),
+    #[error("{flag} {range}: {reason}")]
+    Range {
+        flag: &'static str,
+        range: IpNetwork,
+        reason: &'static str,
+    },
+    #[error("{0}")]
+    Refused(String),
+    #[error("this machine did not become a node within {0:?}; what it wrote is in {1}")]
+    Timeout(Duration, PathBuf),
+    #[error("interrupted")]
+    Interrupted,
+}
+
+fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MachineError {
+    let path = path.to_owned();
+    move |source| MachineError::File {
+        action,
+        path,
+        source,
+    }
+}
+
+/// What a machine does in its cluster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Role {
+    ControlPlane,
+    Worker,
+}
+
+/// What is written down of this machine as a node, in `machine.json`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MachineState {
+    pub cluster: String,
+    pub node: String,
+    pub role: Role,
+    pub addresses: Vec<IpAddr>,
+    /// It has been a node once; what is written down before that is of an attempt.
+    pub complete: bool,
+    /// Its PID 1.
+    pub init: Option<Process>,
+    /// Settings of the machine's network that were changed, with what they were.
+    pub settings_before: Vec<(PathBuf, String)>,
+}
+
+impl MachineState {
+    pub fn is_running(&self) -> bool {
+        self.init.is_some_and(|init| init.is_alive())
+    }
+}
+
+/// The folder of this machine as a node.
+#[derive(Debug, Clone)]
+pub struct MachineDir(ClusterDir);
+
+impl MachineDir {
+    pub fn of(state: &StateDir) -> Self {
+        MachineDir(state.machine())
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0.path
+    }
+
+    /// The kubeconfig of the cluster's administrator, on control planes.
+    pub fn kubeconfig(&self) -> PathBuf {
+        self.0.kubeconfig()
+    }
+
+    /// The node's own folder.
+    pub fn node(&self) -> PathBuf {
+        self.path().join("node")
+    }
+
+    /// The node's description, from which it is started.
+    pub fn spec(&self) -> PathBuf {
+        self.node().join("node.json")
+    }
+
+    /// What the node sees as /etc/keelway: the control plane's certificates and keys, or what a worker joined with.
+    pub fn credentials(&self) -> PathBuf {
+        self.node().join("credentials")
+    }
+
+    /// The certificates that the kubelet has asked the cluster for, each with its key.
+    pub fn kubelet_certificates(&self) -> [PathBuf; 2] {
+        let folder = self.node().join("var/lib/kubelet/pki");
+        ["kubelet-client.pem", "kubelet-serving.pem"].map(|name| folder.join(name))
+    }
+
+    pub fn read(&self) -> Option<MachineState> {
+        serde_json::from_slice(&fs::read(self.path().join(STATE_FILE)).ok()?).ok()
+    }
+
+    fn write(&self, state: &MachineState) -> Result<(), MachineError> {
+        let (path, new) = (
+            self.path().join(STATE_FILE),
+            self.path().join("machine.new"),
+        );
+        let text =
+            serde_json::to_vec_pretty(state).map_err(|error| file("write", &new)(error.into()))?;
+        fs::write(&new, text).map_err(file("write", &new))?;
+        fs::rename(&new, &path).map_err(file("replace", &path))
+    }
+
+    fn snapshotter(&self) -> Snapshotter {
+        Snapshotter::for_folder(self.path())
+    }
+}
+
+/// The addresses of this machine in its cluster: those given, or the one that it reaches the world from.
+fn addresses(given: &[IpAddr]) -> Result<Vec<IpAddr>, MachineError> {
+    match given {
+        [_] => Ok(given.to_vec()),
+        [first, second] if first.is_ipv4() && second.is_ipv6() => Ok(given.to_vec()),
+        [] => Ok(vec![own_address().ok_or(MachineError::NoAddress)?]),
+        _ => Err(MachineError::NodeIps),
+    }
+}
+
+/// The source address that the kernel would choose towards an address of documentation (RFC 5737). Nothing is sent.
+fn own_address() -> Option<IpAddr> {
+    let socket = UdpSocket::bind("0.0.0.0:0").ok()?;
+    socket.connect("192.0.2.1:9").ok()?;
+    let address = socket.local_addr().ok()?.ip();
+    (!address.is_unspecified() && !address.is_loopback()).then_some(address)
+}
+
+/// A node's name: the one given, or the machine's.
+fn node_name(given: Option<&str>) -> Result<String, MachineError> {
+    let name = match given {
+        Some(name) => name.to_owned(),
+        None => nix::unistd::gethostname()
+            .ok()
+            .and_then(|name| name.into_string().ok())
+            .unwrap_or_default()
+            .to_lowercase(),
+    };
+    let inner = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    let label = |label: &str| {
+        !label.is_empty()
+            && label.len() <= 63
+            && label.chars().all(inner)
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    if name.len() <= 253 && name.split('.').all(label) {
+        Ok(name)
+    } else {
+        Err(MachineError::NodeName(name))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_has_one_address_or_one_of_each_family() {
+        let parse = |texts: &[&str]| -> Vec<IpAddr> {
+            let parsed = texts.iter().map(|text| text.parse().expect("an address"));
+            parsed.collect()
+        };
+        for good in [&["10.0.0.1"][..], &["fd00::1"], &["10.0.0.1", "fd00::1"]] {
+            let given = parse(good);
+            assert_eq!(addresses(&given).expect("good"), given);
+        }
+        for bad in [
+            &["fd00::1", "10.0.0.1"][..],
+            &["10.0.0.1", "10.0.0.2"],
+            &["10.0.0.1", "fd00::1", "fd00::2"],
+        ] {
+            assert!(addresses(&parse(bad)).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn node_names_are_dns_names() {
+        for good in ["a", "node-1", "n1.example.org"] {
+            assert_eq!(node_name(Some(good)).expect("good"), good);
+        }
+        for bad in ["", "Node", "a_b", "-a", "a..b", &"a".repeat(64)] {
+            assert!(node_name(Some(bad)).is_err(), "{bad}");
+        }
+    }
+}

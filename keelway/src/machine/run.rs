@@ -1,0 +1,194 @@
+//! A node that is described is started, by `server`, `join` or again by `start`, and watched over while its command stays.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::Api;
+use kube::api::{Patch, PatchParams};
+use nix::sys::signal::Signal;
+
+use super::server::{FACTS, StoreFlags};
+use super::spec::ClusterFacts;
+use super::{MachineDir, MachineError, MachineState, file, share};
+use crate::api::ClusterApi;
+use crate::checks;
+use crate::node::NodeSpec;
+use crate::node::launch::{LaunchError, Nodes};
+use crate::state::{ClusterLock, StateDir};
+
+/// What the kubelet waits for at the first start: that the API server knows the token that it comes with.
+pub const API: &str = "api";
+
+/// Longer than PID 1 waits for its services.
+const STOP_PATIENCE: Duration = Duration::from_secs(20);
+
+/// Locks this machine's folder, which has a node.
+pub(super) fn claim(
+    state: &StateDir,
+) -> Result<(MachineDir, MachineState, ClusterLock), MachineError> {
+    let dir = MachineDir::of(state);
+    let lock = dir.0.lock()?.ok_or(MachineError::NoMember)?;
+    let known = dir.read().ok_or(MachineError::NoMember)?;
+    Ok((dir, known, lock))
+}
+
+/// Starts the node from its description, and writes down its PID 1.
+///
+/// # Errors
+/// What PID 1 says.
+pub(super) async fn launch(
+    dir: &MachineDir,
+    spec: &NodeSpec,
+    known: &mut MachineState,
+    program: &Path,
+) -> Result<Nodes, MachineError> {
+    let machine = checks::machine().map_err(|error| MachineError::Refused(error.to_string()))?;
+    machine
+        .hierarchies
+        .for_the_machine()
+        .create(&spec.cluster, &spec.name)?;
+    remember_settings(spec, known);
+    dir.write(known)?;
+    let mut nodes = Nodes::default();
+    nodes.start(program, spec, &dir.spec(), None)?;
+    let name = spec.name.as_str();
+    let init = nodes.wait(|board| board.init(name)).await?;
+    known.init = Some(init);
+    dir.write(known)?;
+    nodes
+        .wait(|board| board.is_booted(name).then_some(()))
+        .await?;
+    Ok(nodes)
+}
+
+/// What the machine's network was set to before it became a node: `leave` gives that back.
+fn remember_settings(spec: &NodeSpec, known: &mut MachineState) {
+    for name in spec.net_sysctls.keys() {
+        let path = Path::new("/proc/sys/net").join(name);
+        let is_known = known
+            .settings_before
+            .iter()
+            .any(|(known, _)| *known == path);
+        if let (false, Ok(value)) = (is_known, fs::read_to_string(&path)) {
+            let value = value.trim().to_owned();
+            known.settings_before.push((path, value));
+        }
+    }
+}
+
+/// `keelway start`: starts a machine's node as it was described, after a reboot for example.
+///
+/// # Errors
+/// When this machine is no node, or runs as one already.
+pub async fn start(
+    state: &StateDir,
+    program: &Path,
+    (stay, store): (bool, &StoreFlags),
+) -> Result<(), MachineError> {
+    let (dir, mut known, lock) = claim(state)?;
+    if !known.complete {
+        return Err(MachineError::NoMember);
+    }
+    if known.is_running() {
+        return Err(MachineError::Running(known.node));
+    }
+    let path = dir.spec();
+    let text = fs::read(&path).map_err(file("read", &path))?;
+    let mut spec: NodeSpec =
+        serde_json::from_slice(&text).map_err(|error| file("read", &path)(error.into()))?;
+    if store.is_shared() {
+        let (flags, files) = store.flags();
+        share::change_store(&mut spec, &flags)?;
+        for (from, name) in files {
+            let text = fs::read_to_string(from).map_err(file("read", from))?;
+            share::write(&dir.credentials().join(name), &text)?;
+        }
+        let text = serde_json::to_vec_pretty(&spec);
+        let text = text.map_err(|error| file("write", &path)(error.into()))?;
+        fs::write(&path, text).map_err(file("write", &path))?;
+    }
+    let nodes = launch(&dir, &spec, &mut known, program).await?;
+    nodes.tell(API).await?;
+    if store.is_shared() {
+        nodes.while_well(tell_store(&dir)).await?;
+    }
+    drop(lock);
+    settle(nodes, stay).await
+}
+
+/// Lets machines that would join know that the state is where several control planes reach it.
+async fn tell_store(dir: &MachineDir) -> Result<(), MachineError> {
+    let path = dir.kubeconfig();
+    let text = fs::read_to_string(&path).map_err(file("read", &path))?;
+    let admin: serde_json::Value = serde_saphyr::from_str(&text)
+        .map_err(|error| MachineError::Refused(format!("{}: {error}", path.display())))?;
+    let api = ClusterApi::new(&admin).await?;
+    api.ready().await;
+    let refused =
+        |error: kube::Error| MachineError::Refused(format!("asking the cluster: {error}"));
+    let maps: Api<ConfigMap> = Api::namespaced(api.client(), "kube-system");
+    let map = maps.get(FACTS).await.map_err(refused)?;
+    let text = map.data.and_then(|mut data| data.remove("cluster"));
+    let facts = serde_json::from_str::<ClusterFacts>(&text.unwrap_or_default());
+    let unreadable = |error| MachineError::Refused(format!("ConfigMap {FACTS}: {error}"));
+    let mut facts = facts.map_err(unreadable)?;
+    facts.store = "etcd".to_owned();
+    let text = serde_json::to_string_pretty(&facts).map_err(unreadable)?;
+    let patch = Patch::Merge(serde_json::json!({"data": {"cluster": text}}));
+    let patched = maps.patch(FACTS, &PatchParams::default(), &patch).await;
+    patched.map(drop).map_err(refused)
+}
+
+/// `keelway stop`: ends this machine's node, which `start` starts again. Pods end with it.
+///
+/// # Errors
+/// When this machine is no node.
+pub fn stop(state: &StateDir) -> Result<(), MachineError> {
+    let (dir, known, _lock) = claim(state)?;
+    if let Some(init) = known.init {
+        let ended = init.signal_and_wait(Signal::SIGTERM, STOP_PATIENCE);
+        ended.map_err(file("end the node of", dir.path()))?;
+    }
+    Ok(())
+}
+
+/// Tells who started this command that the node runs (sd_notify(3)).
+fn notify_ready() -> std::io::Result<()> {
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
+        return Ok(());
+    };
+    let channel = std::os::unix::net::UnixDatagram::unbound()?;
+    channel.send_to(b"READY=1", path).map(drop)
+}
+
+/// Lets the node go on by itself, or stays with it until it or this command is ended.
+///
+/// # Errors
+/// Why the node ended.
+pub(super) async fn settle(nodes: Nodes, stay: bool) -> Result<(), MachineError> {
+    if !stay {
+        nodes.detach().await?;
+        return Ok(());
+    }
+    // Not needed where nobody waits to be told.
+    let _ = notify_ready();
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
+        .map_err(|source| {
+        MachineError::Launch(LaunchError::Start {
+            node: "this machine".to_owned(),
+            source,
+        })
+    })?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = tokio::signal::ctrl_c() => {}
+        ended = nodes.wait::<std::convert::Infallible>(|_| None) => match ended {
+            Ok(never) => match never {},
+            Err(error) => return Err(error.into()),
+        },
+    }
+    nodes.stop().await?;
+    Ok(())
+}
