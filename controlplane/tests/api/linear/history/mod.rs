@@ -168,7 +168,7 @@ impl Order {
                 ));
             }
             // The end of an epoch, which nobody watched: what was answered then, and what was found afterwards.
-            let unseen = last + 1..=epoch.until;
+            let unseen = last + 1..epoch.until + 1;
             let mut found: BTreeMap<Revision, (Key, Id)> = answered
                 .range(unseen.clone())
                 .map(|(revision, write)| (*revision, *write))
