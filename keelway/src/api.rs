@@ -8,7 +8,7 @@ use futures::future::try_join_all;
 use ipnetwork::IpNetwork;
 use k8s_openapi::api::apps::v1::DaemonSet;
 use k8s_openapi::api::core::v1::{Node, Pod};
-use kube::api::{ListParams, PostParams};
+use kube::api::{ListParams, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
 use kube::runtime::wait::await_condition;
@@ -74,6 +74,19 @@ impl ClusterApi {
     /// The client itself.
     pub fn client(&self) -> Client {
         self.client.clone()
+    }
+
+    /// Gives a node a label that its kubelet may not give it (NodeRestriction).
+    ///
+    /// # Errors
+    /// What the server says.
+    pub async fn label_node(&self, name: &str, label: &str) -> Result<(), ApiError> {
+        let api: Api<Node> = Api::all(self.client.clone());
+        let labels = serde_json::json!({"metadata": {"labels": {label: ""}}});
+        api.patch(name, &PatchParams::default(), &Patch::Merge(labels))
+            .await
+            .map(drop)
+            .map_err(request("label the node"))
     }
 
     /// Waits until one node is there and Ready, by what that node may see.

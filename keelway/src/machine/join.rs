@@ -65,12 +65,6 @@ impl NodeFlags {
         Ok(config::binaries(self.bin_dir.as_deref(), program)?)
     }
 
-    /// The labels given, and that of the node's role.
-    pub fn labels(&self, role: Option<&str>) -> Vec<String> {
-        let role = role.map(|role| format!("{role}="));
-        self.node_labels.iter().cloned().chain(role).collect()
-    }
-
     /// Ends the command's part: the node goes on by itself, or with it, or in systemd's hands.
     pub async fn hand_over(&self, nodes: Nodes, program: &Path) -> Result<(), MachineError> {
         if self.systemd {
@@ -278,7 +272,7 @@ pub async fn run(
             servers,
             ca: &cluster.ca,
             token: &token,
-            labels: flags.node.labels(role),
+            labels: flags.node.node_labels.clone(),
             taints: role
                 .map(|role| format!("{role}:NoSchedule"))
                 .into_iter()
@@ -379,6 +373,12 @@ async fn add(
         step.done();
         let step = progress.step("node Ready");
         api.node_ready(plan.node).await;
+        if plan.control_plane.is_some() {
+            let admin = leave::read_kubeconfig(&plan.dir.kubeconfig())?;
+            let api = ClusterApi::new(&admin).await?;
+            api.ready().await;
+            api.label_node(plan.node, CONTROL_PLANE_LABEL).await?;
+        }
         step.done();
         Ok::<_, MachineError>(())
     };

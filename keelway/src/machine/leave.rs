@@ -139,7 +139,7 @@ fn refused(error: kube::Error) -> MachineError {
     MachineError::Refused(format!("asking the cluster: {error}"))
 }
 
-fn read_kubeconfig(path: &std::path::Path) -> Result<Value, MachineError> {
+pub(super) fn read_kubeconfig(path: &std::path::Path) -> Result<Value, MachineError> {
     let text = fs::read_to_string(path).map_err(file("read", path))?;
     serde_saphyr::from_str(&text)
         .map_err(|error| file("read", path)(io::Error::other(error.to_string())))

@@ -177,7 +177,7 @@ impl Prepared<'_> {
             servers: vec![server],
             ca: &pki.ca.certificate,
             token: &token,
-            labels: self.flags.node.labels(Some(CONTROL_PLANE_LABEL)),
+            labels: self.flags.node.node_labels.clone(),
             taints: (!self.flags.schedulable)
                 .then_some(taint)
                 .into_iter()
@@ -210,6 +210,7 @@ impl Prepared<'_> {
             step.done();
             let step = self.progress.step("node Ready");
             api.nodes_ready(std::slice::from_ref(&self.node)).await?;
+            api.label_node(&self.node, CONTROL_PLANE_LABEL).await?;
             step.done();
             let step = self.progress.step("agent ready");
             api.daemon_set_ready("keelway-agent", 1).await;
