@@ -428,6 +428,13 @@ const APPROVES: Row = Row::On(
     "signers",
     "kubernetes.io/kube-apiserver-client-kubelet",
 );
+/// Upstream leaves serving certificates to others; ours decides by the Node's own addresses.
+const APPROVES_SERVING: Row = Row::On(
+    "approve",
+    "certificates.k8s.io",
+    "signers",
+    "kubernetes.io/kubelet-serving",
+);
 const SIGNS: Row = Row::On(
     "sign",
     "certificates.k8s.io",
@@ -474,6 +481,7 @@ const OWN: &[Row] = &[
         "certificatesigningrequests/status certificatesigningrequests/approval",
     ),
     APPROVES,
+    APPROVES_SERVING,
     SIGNS,
     // Aggregated roles get rules that the controllers do not hold themselves.
     on("escalate", "rbac.authorization.k8s.io", "clusterroles"),
