@@ -178,7 +178,7 @@ fn anybody_may_read_what_a_cluster_says_of_itself_where_a_role_says_so() {
         GET /api/v1/namespaces/kube-public/configmaps/other
         GET {INFO}/
         GET /api/v1//namespaces/kube-public/configmaps/cluster-info
-        PUT {INFO} {{\"metadata\": {{\"name\": \"cluster-info\"}}}}
+        PUT {INFO}
         DELETE {INFO}"
     );
     hold(&server, "", &[], &refused, 401);

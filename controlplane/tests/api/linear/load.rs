@@ -19,6 +19,8 @@ pub const NAMESPACE: &str = "linear";
 const KEYS: u64 = 24;
 /// An answer that takes longer counts as none.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
+/// So many answers take seconds at most, also from a server that is built for debugging.
+const PROGRESS_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a client waits after it was not answered, while servers are up.
 const REST: Duration = Duration::from_millis(20);
 
@@ -33,6 +35,7 @@ pub struct History {
     began: Instant,
     next_id: AtomicU64,
     operations: Mutex<Vec<Operation>>,
+    answered: watch::Sender<u64>,
 }
 
 impl History {
@@ -41,11 +44,21 @@ impl History {
             began: Instant::now(),
             next_id: AtomicU64::new(1),
             operations: Mutex::default(),
+            answered: watch::Sender::new(0),
         })
     }
 
     fn now_ns(&self) -> u64 {
         u64::try_from(self.began.elapsed().as_nanos()).expect("a test of less than 500 years")
+    }
+
+    /// Waits until so many more operations were answered.
+    pub async fn progress(&self, more: u64) {
+        let mut answered = self.answered.subscribe();
+        let target = *answered.borrow_and_update() + more;
+        let reached = answered.wait_for(|answered| *answered >= target);
+        let reached = tokio::time::timeout(PROGRESS_TIMEOUT, reached).await;
+        reached.expect("servers answer").expect("it has a sender");
     }
 
     pub fn take(&self) -> Vec<Operation> {
@@ -182,6 +195,9 @@ impl Worker {
             Said::Listed(..) => {}
         }
         let answered = said != Said::Unknown;
+        if answered {
+            self.history.answered.send_modify(|answered| *answered += 1);
+        }
         let operation = Operation {
             key,
             ask,
