@@ -99,6 +99,18 @@ impl Machine {
         arguments
     }
 
+    /// Waits until its node's PID 1 has ended, which follows the end of the command that it belonged to.
+    #[track_caller]
+    fn wait_ended(&self) {
+        let state = std::fs::read(self.state.join("machine/machine.json")).expect("a state");
+        let state: Value = serde_json::from_slice(&state).expect("JSON");
+        let process = PathBuf::from(format!("/proc/{}", state["init"]["pid"]));
+        eventually("PID 1 has ended", CHANGE_TIMEOUT, || {
+            let there = process.exists();
+            (!there).then_some(()).ok_or("it is there".to_owned())
+        });
+    }
+
     fn kubeconfig(&self) -> String {
         self.state.join("machine/kubeconfig").display().to_string()
     }
@@ -316,6 +328,7 @@ fn machines_join_work_and_leave() {
 
     // The control plane's machine goes down and comes back, with all that was there.
     drop(server);
+    first.wait_ended();
     let stopped = first.keelway(&["leave"]).refused();
     assert!(!stopped.is_empty());
     let server = first.keelway_running(&["start", "--foreground"]);
