@@ -125,7 +125,8 @@ impl Machine {
                 .filter_map(|line| line.split(": ").nth(1))
                 .collect();
             let forwarding = look(&["cat", "/proc/sys/net/ipv4/ip_forward"]);
-            let routes = look(&["ip", "route", "show", "table", "all"]);
+            // IPv6 makes addresses of its own some time after a link is up.
+            let routes = look(&["ip", "-4", "route", "show", "table", "all"]);
             let rules = look(&["ip", "rule"]);
             let filters = look(&["tc", "filter", "show", "dev", "eth0", "ingress"]);
             format!("{links:?}\n{forwarding}\n{routes}\n{rules}\n{filters}")
