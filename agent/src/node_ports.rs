@@ -50,7 +50,7 @@ pub fn listeners(proc_net: &Path) -> io::Result<BTreeSet<NodePort>> {
                 (Protocol::Tcp, LISTENING) | (Protocol::Udp, UNCONNECTED) => {}
                 // Those that listen come first; a busy node has very many of the others.
                 (Protocol::Tcp, _) => break,
-                (Protocol::Udp, _) => continue,
+                _ => continue,
             }
             let (v4, v6) = reach(address);
             let heard = [(true, v4), (false, v6)];

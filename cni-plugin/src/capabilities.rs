@@ -47,6 +47,7 @@ pub struct PortMapping {
 pub enum PortProtocol {
     Tcp,
     Udp,
+    Sctp,
 }
 
 /// Limits of a pod's traffic, as the runtime states them; 0 is no limit. Ingress is towards the pod.
@@ -212,10 +213,13 @@ fn port_mapping(raw: &RawPortMapping) -> Result<PortMapping, CniError> {
     let protocol = match raw.protocol.to_ascii_lowercase().as_str() {
         "tcp" | "" => PortProtocol::Tcp,
         "udp" => PortProtocol::Udp,
+        "sctp" => PortProtocol::Sctp,
         other => {
             return Err(CniError::new(
                 Code::UnsupportedField,
-                format!("portMappings: protocol {other:?} is not supported (tcp and udp are)"),
+                format!(
+                    "portMappings: protocol {other:?} is not supported (tcp, udp and sctp are)"
+                ),
             ));
         }
     };
@@ -414,9 +418,9 @@ mod tests {
                 "70000",
             ),
             (
-                serde_json::json!({"portMappings": [{"hostPort": 1, "containerPort": 1, "protocol": "sctp"}]}),
+                serde_json::json!({"portMappings": [{"hostPort": 1, "containerPort": 1, "protocol": "dccp"}]}),
                 2,
-                "sctp",
+                "dccp",
             ),
         ] {
             let (got, text) = wrong(runtime.clone());

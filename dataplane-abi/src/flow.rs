@@ -95,16 +95,18 @@ plain!(FragmentPorts, 4, { sport: 0, dport: 2 });
 
 /// Seconds without a packet after which a flow is collected, from what both directions have seen.
 ///
-/// Established TCP follows kube-proxy's default (24 h), UDP the kernel's conntrack (120 s answered, 30 s not).
+/// Established TCP follows kube-proxy's default (24 h), UDP and SCTP the kernel's conntrack (120 s answered, 30 s not; 210 s).
 /// `pressure` halves the longest of them that many times, when the table fills.
 pub const fn timeout_s(proto: u8, seen_client: u32, seen_backend: u32, pressure: u32) -> u32 {
     let seen = seen_client | seen_backend;
     let timeout = match proto {
-        proto::TCP if seen & SEEN_RST != 0 => 10,
-        proto::TCP if seen_client & seen_backend & SEEN_FIN != 0 => 30,
+        proto::TCP | proto::SCTP if seen & SEEN_RST != 0 => 10,
+        proto::TCP | proto::SCTP if seen_client & seen_backend & SEEN_FIN != 0 => 30,
+        // Both ends of an association send heartbeats, 30 s apart (RFC 9260).
+        proto::SCTP if seen & SEEN_REPLY != 0 => 210,
         proto::TCP if seen & SEEN_FIN != 0 => 3600,
         proto::TCP if seen & SEEN_REPLY != 0 => 86_400,
-        proto::TCP => 60,
+        proto::TCP | proto::SCTP => 60,
         _ if seen & SEEN_REPLY != 0 => 120,
         _ => 30,
     };

@@ -24,7 +24,7 @@ const PORT_COUNT: u16 = 16384;
 /// The SEEN_* bits of a packet.
 #[inline(always)]
 pub const fn seen(protocol: u8, tcp_flags: u8) -> u32 {
-    if protocol != proto::TCP {
+    if !matches!(protocol, proto::TCP | proto::SCTP) {
         return 0;
     }
     let mut seen = 0;

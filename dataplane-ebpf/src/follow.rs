@@ -111,7 +111,9 @@ pub(crate) fn follow<const V6: bool, P: Packet, T: Tables>(
     }
     // Only an opening may take a connection from the host's own listeners: what the host itself opened from a port that
     // is a NodePort too must hear its answers.
-    if side == Side::Answers || (side == Side::Outside && at_host && ip.is_tcp() && !ip.is_syn()) {
+    if side == Side::Answers
+        || (side == Side::Outside && at_host && ip.is_of_connection() && !ip.is_syn())
+    {
         return Followed::Untouched;
     }
     open::<V6, P, T>(packet, tables, features, notes, side, at_host, seen)
@@ -285,11 +287,11 @@ fn seen_by<const V6: bool, T: Tables>(
 }
 
 /// Whether a client's flow may go on. A datagram's backend must still be one: nothing else tells its
-/// sender that it is gone. An established TCP connection is left to end by itself; a new one needs a backend that is one.
+/// sender that it is gone. An established connection is left to end by itself; a new one needs a backend that is one.
 #[inline(always)]
 fn resume<const V6: bool, T: Tables>(tables: &T, ip: &Ip, entry: &T::Entry, seen: u32) -> bool {
     let flow = entry.get();
-    if !ip.is_tcp() || ip.is_syn() {
+    if !ip.is_of_connection() || ip.is_syn() {
         let known = Picked {
             addr: flow.other.src,
             port: flow.other.sport,
@@ -304,7 +306,7 @@ fn resume<const V6: bool, T: Tables>(tables: &T, ip: &Ip, entry: &T::Entry, seen
                 entry.locate(found.generation, found.slot);
             }
         }
-        if ip.is_tcp() && flow::is_closing(tables, flow) {
+        if ip.is_of_connection() && flow::is_closing(tables, flow) {
             return false;
         }
     }

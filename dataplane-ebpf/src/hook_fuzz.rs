@@ -6,7 +6,7 @@ use proptest::{prelude::*, sample::Index};
 
 use super::*;
 use crate::{
-    memory::{Bytes, Memory, checksums_are_right, hooks, icmp, ip, parsed, tcp, udp},
+    memory::{Bytes, Memory, checksums_are_right, hooks, icmp, ip, parsed, sctp, tcp, udp},
     packet::{ETH_LEN, IPV6_LEN},
 };
 
@@ -39,7 +39,7 @@ fn node() -> Memory {
     for affine in [2, 5] {
         tables.set_affinity_timeout(affine, 60);
     }
-    for protocol in [proto::TCP, proto::UDP] {
+    for protocol in [proto::TCP, proto::UDP, proto::SCTP] {
         for (at, service) in [
             ("10.96.0.1:80", 1),
             ("10.96.0.2:80", 2),
@@ -99,10 +99,11 @@ fn good() -> impl Strategy<Value = Vec<u8>> {
         (prop::sample::select(v6.clone()), prop::sample::select(v6)),
     ];
     let payload = prop::collection::vec(any::<u8>(), 0..40);
-    (pair, 0u8..4, any::<u8>(), payload).prop_map(|((src, dst), kind, flags, payload)| match kind {
+    (pair, 0u8..5, any::<u8>(), payload).prop_map(|((src, dst), kind, flags, payload)| match kind {
         0 => tcp(src, dst, flags, &payload),
         1 => udp(src, dst, &payload),
-        2 => icmp(
+        2 => sctp(src, dst, flags % 16, &payload),
+        3 => icmp(
             src,
             dst,
             [0, 3, 8, 11, 128, 129, 1, 2][flags as usize % 8],
@@ -168,11 +169,15 @@ fn may_change(before: &[u8]) -> Vec<bool> {
             open(l4 + 16..l4 + 18);
         }
         proto::UDP => open(l4..l4 + 8),
+        proto::SCTP => {
+            open(l4..l4 + 4);
+            open(l4 + 8..l4 + 12);
+        }
         _ => {
             open(l4 + 2..l4 + 6);
             // What an error quotes.
             let inner = headers(l4 + 8, &mut open);
-            open(inner..inner + 4);
+            open(inner..inner + 6);
         }
     }
     may

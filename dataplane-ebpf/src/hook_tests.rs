@@ -532,3 +532,6 @@ fn a_direct_connection_may_use_the_port_of_a_flow_that_has_ended() {
 
 #[path = "hook_outside_tests.rs"]
 mod outside;
+
+#[path = "hook_sctp_tests.rs"]
+mod sctp;

@@ -6,9 +6,10 @@ use dataplane_abi::{Addr, FlowKey, proto};
 use crate::{
     checksum,
     packet::{
-        ChecksumChange, ETH_LEN, Fragment, IPV4_LEN, IPV6_ADDRESSES, IPV6_LEN, Ip, Packet, word,
+        ChecksumChange, ETH_LEN, Echo, Fragment, IPV4_LEN, IPV6_ADDRESSES, IPV6_LEN, Ip, Packet,
+        echo, has_ports, word,
     },
-    translate::{address_difference, ports, write_addresses},
+    translate::{address_difference, ports, write_addresses, write_ports},
 };
 
 /// Type, code, checksum and four bytes that depend on the type.
@@ -44,9 +45,11 @@ pub struct Quoted {
     l4: usize,
     /// IPv4 header checksum as it lies in memory.
     checksum: u16,
+    /// An echo, which has an identifier for a port.
+    is_echo: bool,
 }
 
-/// Reads the key of what a packet quotes, when it is an ICMP error about TCP or UDP.
+/// Reads the key of what a packet quotes, when it is an ICMP error about what may be a flow's.
 #[inline(always)]
 pub fn quoted<const V6: bool, P: Packet>(packet: &P, ip: &Ip, key: &mut FlowKey) -> Option<Quoted> {
     if ip.key.proto != proto::icmp(V6) || !matches!(ip.fragment, Fragment::Whole) {
@@ -71,12 +74,11 @@ fn quoted_v4<P: Packet>(packet: &P, l3: usize, key: &mut FlowKey) -> Option<Quot
     let header_len = (version_ihl as usize & 0x0f) << 2;
     // Later fragments have no ports to tell whose they are.
     let is_first = u16::from_be(words[3]) & 0x1fff == 0;
-    let has_ports = matches!(protocol, proto::TCP | proto::UDP);
-    if version_ihl >> 4 != 4 || header_len < IPV4_LEN || !has_ports || !is_first {
+    if version_ihl >> 4 != 4 || header_len < IPV4_LEN || !is_first {
         return None;
     }
     let l4 = l3 + header_len;
-    let ports: [u16; 2] = packet.read(l4)?;
+    let (ports, is_echo) = quoted_ports::<false, P>(packet, l4, protocol)?;
     let src = Addr::from_v4_be(word(words[6], words[7]));
     let dst = Addr::from_v4_be(word(words[8], words[9]));
     *key = FlowKey::new(src, dst, ports[0], ports[1], protocol);
@@ -84,7 +86,23 @@ fn quoted_v4<P: Packet>(packet: &P, l3: usize, key: &mut FlowKey) -> Option<Quot
         l3,
         l4,
         checksum: words[5],
+        is_echo,
     })
+}
+
+/// The ports of what is quoted, of which there may be eight bytes only, and whether they are an echo's identifier.
+#[inline(always)]
+fn quoted_ports<const V6: bool, P: Packet>(
+    packet: &P,
+    l4: usize,
+    protocol: u8,
+) -> Option<([u16; 2], bool)> {
+    if has_ports(protocol) {
+        return Some((packet.read(l4)?, false));
+    }
+    let (ports, kind) = echo::<V6, P>(packet, l4);
+    let is_echo = protocol == proto::icmp(V6) && !matches!(kind, Echo::None);
+    is_echo.then_some((ports, true))
 }
 
 /// What is quoted with extension headers is left as it is: such packets are rare.
@@ -97,16 +115,17 @@ fn quoted_v6<P: Packet>(packet: &P, l3: usize, key: &mut FlowKey) -> Option<Quot
     let address = |high, low| Addr { words: [high, low] };
     let (src, dst) = (address(src_high, src_low), address(dst_high, dst_low));
     let is_mapped = src.v4_be().is_some() || dst.v4_be().is_some();
-    if version >> 4 != 6 || is_mapped || !matches!(protocol, proto::TCP | proto::UDP) {
+    if version >> 4 != 6 || is_mapped {
         return None;
     }
     let l4 = l3 + IPV6_LEN;
-    let ports: [u16; 2] = packet.read(l4)?;
+    let (ports, is_echo) = quoted_ports::<true, P>(packet, l4, protocol)?;
     *key = FlowKey::new(src, dst, ports[0], ports[1], protocol);
     Some(Quoted {
         l3,
         l4,
         checksum: 0,
+        is_echo,
     })
 }
 
@@ -150,6 +169,6 @@ pub fn translate<const V6: bool, P: Packet>(
     };
     summed
         && write_addresses::<V6, P>(packet, place.l3, place.checksum, inner, about)
-        && packet.write(place.l4, &[about.sport, about.dport])
+        && write_ports(packet, place.l4, about, place.is_echo)
         && write_addresses::<V6, P>(packet, ETH_LEN, ip.checksum, outer, to)
 }

@@ -3,7 +3,7 @@
 //! Packet and socket logic of the data plane. It compiles for the kernel, where the binary beside it gives it maps and
 //! packets, and for the host, where its tests give it vectors.
 //!
-//! - [`packet`]: reading headers; [`checksum`]: what changing them does to sums
+//! - [`packet`]: reading headers; [`checksum`], [`crc32c`]: what changing them does to sums
 //! - [`translate`]: rewriting a packet's addresses and ports; [`icmp`]: the same for an ICMP error and what it quotes;
 //!   [`reject`]: turning a packet into a reset or an ICMP error
 //! - [`tables`]: the maps, as a trait; [`balance`]: choosing a backend; [`flow`]: conntrack
@@ -12,6 +12,7 @@
 
 pub mod balance;
 pub mod checksum;
+pub mod crc32c;
 pub mod flow;
 mod follow;
 pub mod hook;

@@ -431,6 +431,30 @@ pub fn udp(src: &str, dst: &str, payload: &[u8]) -> Vec<u8> {
     summed(framed(src, dst, proto::UDP, &datagram), 6, true, true)
 }
 
+/// The CRC32c of a message, bit by bit.
+pub fn crc32c(message: &[u8]) -> u32 {
+    !message.iter().fold(u32::MAX, |crc, byte| {
+        (0..8).fold(crc ^ *byte as u32, |crc, _| match crc & 1 {
+            0 => crc >> 1,
+            _ => crc >> 1 ^ 0x82f6_3b78,
+        })
+    })
+}
+
+/// An SCTP packet over IP over Ethernet, of one chunk.
+pub fn sctp(src: &str, dst: &str, chunk: u8, value: &[u8]) -> Vec<u8> {
+    let (src, dst) = (socket(src), socket(dst));
+    let mut packet = Vec::from(src.port().to_be_bytes());
+    packet.extend(dst.port().to_be_bytes());
+    packet.extend([1, 2, 3, 4, 0, 0, 0, 0, chunk, 0]);
+    packet.extend((4 + value.len() as u16).to_be_bytes());
+    packet.extend(value);
+    packet.resize(packet.len().next_multiple_of(4), 0);
+    let sum = crc32c(&packet);
+    packet[8..12].copy_from_slice(&sum.to_le_bytes());
+    framed(src, dst, proto::SCTP, &packet)
+}
+
 /// An ICMP message of the family of the addresses over Ethernet; ports of the addresses are not used.
 pub fn icmp(src: &str, dst: &str, kind: u8, code: u8, body: &[u8]) -> Vec<u8> {
     let (src, dst) = (socket(src), socket(dst));
@@ -449,7 +473,8 @@ pub fn icmp(src: &str, dst: &str, kind: u8, code: u8, body: &[u8]) -> Vec<u8> {
     )
 }
 
-/// Whether the checksums of a whole packet without options or extensions are right: an IPv4 header's, and TCP's, UDP's or ICMP's.
+/// Whether the checksums of a whole packet without options or extensions are right: an IPv4 header's, and TCP's, UDP's, SCTP's or
+/// ICMP's.
 pub fn checksums_are_right(packet: &[u8]) -> bool {
     // A sum over data that holds its own checksum is all ones, of which the complement is zero.
     let headers = headers_len(packet);
@@ -462,13 +487,19 @@ pub fn checksums_are_right(packet: &[u8]) -> bool {
         (u16::from_be_bytes([packet[16], packet[17]]), packet[23])
     };
     let transport = &packet[headers..14 + len as usize];
+    let is_right = is_v6(packet) || sum(&packet[14..34], 0) == 0;
+    if protocol == proto::SCTP {
+        let (ports, rest) = transport.split_at(8);
+        let (field, rest) = rest.split_at(4);
+        let sum = crc32c(&[ports, &[0; 4], rest].concat());
+        return is_right && field == sum.to_le_bytes();
+    }
     let initial = match protocol {
         proto::TCP | proto::UDP | proto::ICMPV6 => pseudo(packet, transport.len()),
         _ => 0,
     };
     let unchecked_udp = protocol == proto::UDP && transport[6..8] == [0, 0];
-    (is_v6(packet) || sum(&packet[14..34], 0) == 0)
-        && (unchecked_udp || sum(transport, initial) == 0)
+    is_right && (unchecked_udp || sum(transport, initial) == 0)
 }
 
 /// The coordinates of a packet of either family.

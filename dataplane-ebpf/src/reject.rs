@@ -43,8 +43,8 @@ fn refusal<const V6: bool, P: Packet>(packet: &mut P, ip: &Ip) -> bool {
     }
     match ip.key.proto {
         proto::TCP => reset::<V6, P>(packet, ip),
-        proto::UDP if V6 => port_unreachable_v6(packet, ip),
-        proto::UDP => port_unreachable(packet, ip),
+        proto::UDP | proto::SCTP if V6 => port_unreachable_v6(packet, ip),
+        proto::UDP | proto::SCTP => port_unreachable(packet, ip),
         _ => false,
     }
 }

@@ -19,7 +19,7 @@ pub mod topology;
 /// Builders of packets whose checksums are right.
 pub mod packets {
     pub use dataplane_ebpf::{
-        memory::{checksums_are_right, icmp, tcp, udp},
-        packet::tcp_flag,
+        memory::{checksums_are_right, icmp, sctp, tcp, udp},
+        packet::{sctp_chunk, tcp_flag},
     };
 }

@@ -70,13 +70,13 @@ pub const BOTH: Hooks = Hooks {
 /// What a client of [`ask`] says when nobody listens.
 pub const REFUSED: &str = "error: connection refused";
 
-/// Lets an address and port lead to a service, by TCP and UDP.
-pub fn frontend(address: &str, lead: Lead) -> [Op; 2] {
+/// Lets an address and port lead to a service, by every protocol.
+pub fn frontend(address: &str, lead: Lead) -> [Op; 3] {
     frontends(address.parse().expect("an address and a port"), lead)
 }
 
-fn frontends(at: SocketAddr, lead: Lead) -> [Op; 2] {
-    [Protocol::Tcp, Protocol::Udp].map(|protocol| Op::SetFrontend {
+fn frontends(at: SocketAddr, lead: Lead) -> [Op; 3] {
+    [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].map(|protocol| Op::SetFrontend {
         frontend: Frontend {
             addr: at.ip(),
             port: at.port(),
@@ -126,7 +126,7 @@ impl Nodes {
         Ok(())
     }
 
-    /// Leads a Service address and port, TCP and UDP, to these backends, on both nodes.
+    /// Leads a Service address and port, by every protocol, to these backends, on both nodes.
     pub fn serve(&mut self, id: u32, at: &str, backends: &[&str]) -> Result<()> {
         let at: SocketAddr = at.parse()?;
         let active = backends

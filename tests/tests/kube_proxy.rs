@@ -23,7 +23,7 @@ use keelway_agent::{
     dataplane::{Op, State, Vip},
     plan::{Batch, Here, Ledger, check, plan},
 };
-use keelway_tests::packets::{tcp, tcp_flag, udp};
+use keelway_tests::packets::{sctp, sctp_chunk, tcp, tcp_flag, udp};
 use proptest::prelude::*;
 
 const NODE: &str = "node-1";
@@ -303,7 +303,8 @@ fn by_packet(
     let from = SocketAddr::new(client.address(to.is_ipv4()), port).to_string();
     let sent = match protocol {
         Protocol::Udp => udp(&from, &to.to_string(), b"x"),
-        _ => tcp(&from, &to.to_string(), tcp_flag::SYN, b""),
+        Protocol::Sctp => sctp(&from, &to.to_string(), sctp_chunk::INIT, b"x"),
+        Protocol::Tcp => tcp(&from, &to.to_string(), tcp_flag::SYN, b""),
     };
     let mut packet = Bytes(sent.clone());
     let verdict = match client {
@@ -368,7 +369,7 @@ fn compare(cluster: &Snapshot, state: &State) -> Result<(), TestCaseError> {
     let mut from_port = 40_000;
     for to in addresses() {
         for number in ports {
-            for protocol in [Protocol::Tcp, Protocol::Udp] {
+            for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
                 let at = SocketAddr::new(to, number);
                 let context = |client: Client| format!("{client:?} -> {at} {protocol}");
                 for client in [Client::PodHere, Client::HostHere, Client::Outside] {
@@ -384,7 +385,8 @@ fn compare(cluster: &Snapshot, state: &State) -> Result<(), TestCaseError> {
                             context(client)
                         );
                     }
-                    if client == Client::Outside {
+                    // No kernel asks it of sockets of SCTP.
+                    if client == Client::Outside || protocol == Protocol::Sctp {
                         continue;
                     }
                     match (at_socket(&tables, client, at, protocol), &wanted) {
@@ -451,11 +453,12 @@ fn some_families() -> impl Strategy<Value = Vec<bool>> {
 
 fn any_service() -> impl Strategy<Value = Object> {
     let policy = || prop::sample::select(vec![TrafficPolicy::Cluster, TrafficPolicy::Local]);
-    let ports = prop::collection::btree_set(0usize..3, 0..4).prop_map(|chosen| {
+    let ports = prop::collection::btree_set(0usize..4, 0..4).prop_map(|chosen| {
         let all = [
             ("http", Protocol::Tcp, 80, 30_080),
             ("dns", Protocol::Udp, 80, 30_080),
             ("other", Protocol::Tcp, 81, 30_081),
+            ("sctp", Protocol::Sctp, 80, 30_080),
         ];
         let port = |index: usize| {
             let (name, protocol, port, node_port) = all[index];
@@ -610,6 +613,7 @@ fn any_slice() -> impl Strategy<Value = Object> {
                     port("http", Protocol::Tcp, 8080),
                     port("dns", Protocol::Udp, 5353),
                     port("other", Protocol::Tcp, 9090),
+                    port("sctp", Protocol::Sctp, 9999),
                 ],
                 endpoints,
                 refused: vec![],

@@ -26,6 +26,7 @@ impl fmt::Display for ServiceId {
 pub enum Protocol {
     Tcp,
     Udp,
+    Sctp,
 }
 
 impl Protocol {
@@ -34,6 +35,7 @@ impl Protocol {
         match self {
             Protocol::Tcp => proto::TCP,
             Protocol::Udp => proto::UDP,
+            Protocol::Sctp => proto::SCTP,
         }
     }
 
@@ -41,7 +43,18 @@ impl Protocol {
         match number {
             proto::TCP => Some(Protocol::Tcp),
             proto::UDP => Some(Protocol::Udp),
+            proto::SCTP => Some(Protocol::Sctp),
             _ => None,
+        }
+    }
+}
+
+impl From<cluster_model::Protocol> for Protocol {
+    fn from(protocol: cluster_model::Protocol) -> Self {
+        match protocol {
+            cluster_model::Protocol::Tcp => Self::Tcp,
+            cluster_model::Protocol::Udp => Self::Udp,
+            cluster_model::Protocol::Sctp => Self::Sctp,
         }
     }
 }
@@ -51,6 +64,7 @@ impl fmt::Display for Protocol {
         f.write_str(match self {
             Protocol::Tcp => "TCP",
             Protocol::Udp => "UDP",
+            Protocol::Sctp => "SCTP",
         })
     }
 }

@@ -97,11 +97,11 @@ impl FlowState {
             flow.client_seen | flow.backend_seen,
         );
         match flow.client.proto {
-            proto::TCP if any & SEEN_RST != 0 => FlowState::Close,
-            proto::TCP if both & SEEN_FIN != 0 => FlowState::TimeWait,
-            proto::TCP if any & SEEN_FIN != 0 => FlowState::FinWait,
+            proto::TCP | proto::SCTP if any & SEEN_RST != 0 => FlowState::Close,
+            proto::TCP | proto::SCTP if both & SEEN_FIN != 0 => FlowState::TimeWait,
+            proto::TCP | proto::SCTP if any & SEEN_FIN != 0 => FlowState::FinWait,
             _ if !flow.replied => FlowState::Unreplied,
-            proto::TCP => FlowState::Established,
+            proto::TCP | proto::SCTP => FlowState::Established,
             _ => FlowState::Replied,
         }
     }
@@ -198,7 +198,11 @@ pub fn key(text: &str) -> Result<ObjectKey, FilterError> {
     }
 }
 
-const PROTOCOLS: [(&str, u8); 3] = [("TCP", proto::TCP), ("UDP", proto::UDP), ("SCTP", 132)];
+const PROTOCOLS: [(&str, u8); 3] = [
+    ("TCP", proto::TCP),
+    ("UDP", proto::UDP),
+    ("SCTP", proto::SCTP),
+];
 
 fn number(name: &str) -> Result<u8, FilterError> {
     PROTOCOLS

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use cluster_model::{
-    Endpoint, Kind, ObjectRef, Protocol, Rejected, Service, ServiceKey, ServicePort, ServiceType,
-    Snapshot, TrafficDistribution, TrafficPolicy,
+    Endpoint, Kind, ObjectRef, Rejected, Service, ServiceKey, ServiceType, Snapshot,
+    TrafficDistribution, TrafficPolicy,
 };
 use serde::{Deserialize, Serialize};
 
@@ -214,7 +214,6 @@ impl Books<'_> {
             item.refused
                 .extend(refusals(ledger, &service.key, plan, &ids));
         }
-        item.refused.extend(unserved_ports(service));
         item.refused
             .extend(self.health_checks.refusal(&service.key));
         item.warnings = self.node_ports.shared_of(&service.key);
@@ -296,23 +295,6 @@ impl Books<'_> {
             why: why.map(Into::into),
         }
     }
-}
-
-/// Ports of a Service with an address that no frontend can be had for, in words: their protocol is not spoken.
-pub fn unserved_ports(service: &Service) -> Vec<String> {
-    if not_served(service).is_some() {
-        return Vec::new();
-    }
-    let unspoken = |port: &&ServicePort| port.protocol == Protocol::Sctp;
-    let ports = service.ports.iter().filter(unspoken);
-    ports
-        .map(|port| {
-            format!(
-                "SCTP port {} is not served: endpoints are reached directly alone",
-                port.port
-            )
-        })
-        .collect()
 }
 
 fn policies(service: &Service) -> BTreeMap<String, String> {

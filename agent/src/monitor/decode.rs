@@ -103,12 +103,11 @@ fn ipv6(ip: &[u8]) -> Option<Decoded> {
 
 fn with_transport(mut decoded: Decoded, transport: Option<&[u8]>) -> Decoded {
     const ICMPV6: u8 = 58;
-    const SCTP: u8 = 132;
     let Some(bytes) = transport else {
         return decoded;
     };
     match decoded.protocol {
-        proto::TCP | proto::UDP | SCTP => {
+        proto::TCP | proto::UDP | proto::SCTP => {
             decoded.ports = u16_at(bytes, 0).zip(u16_at(bytes, 2));
             if decoded.protocol == proto::TCP {
                 decoded.tcp_flags = bytes.get(13).copied();

@@ -46,6 +46,7 @@ pub fn plan_host_ports(
                 protocol: match mapping.protocol {
                     PortProtocol::Tcp => Protocol::Tcp,
                     PortProtocol::Udp => Protocol::Udp,
+                    PortProtocol::Sctp => Protocol::Sctp,
                 },
             };
             let route = Route {

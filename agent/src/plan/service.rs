@@ -10,7 +10,7 @@ use dataplane_abi::limits;
 use litemap::LiteMap;
 
 use super::endpoints::Endpoints;
-use crate::dataplane::{Frontend, Protocol, ServiceBackends, Sources, Vip};
+use crate::dataplane::{Frontend, ServiceBackends, Sources, Vip};
 
 /// The node that plans are made for: some endpoints are nearer to it than others.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -104,10 +104,6 @@ pub fn plan(snapshot: &Snapshot, key: &ServiceKey, here: &Here) -> ServicePlan {
     }
     let (mut frontends, mut ports) = (BTreeMap::<Frontend, Route>::new(), BTreeMap::new());
     for port in &service.ports {
-        // SCTP is not spoken by the data plane: its packets are dropped there by name.
-        let Some(protocol) = Protocol::from_number(port.protocol.number()) else {
-            continue;
-        };
         for ipv4 in [true, false] {
             let port_key = |policy| PortKey {
                 service: key.clone(),
@@ -121,7 +117,7 @@ pub fn plan(snapshot: &Snapshot, key: &ServiceKey, here: &Here) -> ServicePlan {
                 let frontend = Frontend {
                     addr,
                     port: number,
-                    protocol,
+                    protocol: port.protocol.into(),
                 };
                 let (internal, external) = match reach {
                     Reach::Cluster => {

@@ -8,7 +8,6 @@ use cluster_model::{Kind, ServiceKey, Snapshot};
 
 use super::{Worker, WorkerError, reason};
 use crate::dataplane;
-use crate::inspect::service::unserved_ports;
 use crate::install;
 use crate::metrics::Extent;
 use crate::node::{Identity, Node};
@@ -339,13 +338,8 @@ fn complaints(
         slice.refused.iter().map(named)
     });
     let endpoints: Vec<String> = ports.chain(slices).take(UNUSABLE_MAX).collect();
-    let unserved: Vec<String> = snapshot
-        .service(key)
-        .map(|service| unserved_ports(service))
-        .unwrap_or_default();
-    [("EndpointsLeftOut", endpoints), ("PortNotServed", unserved)]
-        .into_iter()
-        .filter(|(_, words)| !words.is_empty())
-        .map(|(reason, words)| (reason, words.join("; ")))
-        .collect()
+    match endpoints.is_empty() {
+        true => Vec::new(),
+        false => vec![("EndpointsLeftOut", endpoints.join("; "))],
+    }
 }

@@ -5,6 +5,8 @@ mod ipv6;
 
 use dataplane_abi::{FlowKey, FragmentKey, Plain, proto};
 
+use crate::crc32c;
+
 /// Length of an Ethernet header; the IP header lies behind it.
 pub const ETH_LEN: usize = 14;
 /// Length of an IPv4 header without options.
@@ -35,6 +37,22 @@ pub mod tcp_flag {
     pub const ACK: u8 = 16;
 }
 
+/// Length of SCTP's common header (RFC 9260): ports, verification tag, checksum; chunks follow.
+pub const SCTP_LEN: usize = 12;
+/// Offset of that checksum.
+pub(crate) const SCTP_CHECKSUM: usize = 8;
+
+/// Types of SCTP's chunks.
+pub mod sctp_chunk {
+    pub const DATA: u8 = 0;
+    pub const INIT: u8 = 1;
+    pub const INIT_ACK: u8 = 2;
+    pub const ABORT: u8 = 6;
+    pub const SHUTDOWN: u8 = 7;
+    pub const SHUTDOWN_ACK: u8 = 8;
+    pub const SHUTDOWN_COMPLETE: u8 = 14;
+}
+
 /// A packet that starts with an Ethernet header.
 pub trait Packet {
     /// The bytes at `offset`, as they lie in memory, when the packet has them.
@@ -47,6 +65,11 @@ pub trait Packet {
     /// Corrects the TCP, UDP or ICMP checksum at `offset` for a change of what it covers.
     #[must_use]
     fn patch_checksum(&mut self, offset: usize, change: ChecksumChange) -> bool;
+
+    /// [`crc32c::change`], made where it costs least: its steps are many.
+    fn crc32c_change(&self, difference: u32, len: u32) -> u32 {
+        crc32c::change(difference, len)
+    }
 
     /// Makes the packet `len` bytes long, filling with zeros or cutting at the end.
     #[must_use]
@@ -94,7 +117,7 @@ pub struct Ip {
     pub fragment: Fragment,
     /// Identification, network order; 16 bits in IPv4.
     pub id: u32,
-    /// TCP's flags; 0 for other protocols.
+    /// TCP's flags, and SCTP's chunks in TCP's terms; 0 for other protocols.
     pub tcp_flags: u8,
     /// IPv4 header checksum as it lies in memory; 0 for IPv6, which has none.
     pub checksum: u16,
@@ -175,24 +198,59 @@ fn transport<const V6: bool, P: Packet>(
             read.ports = packet.read(l4)?;
             read.needed = 8;
         }
+        proto::SCTP => {
+            read.ports = packet.read(l4)?;
+            // The first chunk is the only one, or says what the packet is about. Two bytes: see `icmp::is_discovery`.
+            let [chunk, _flags] = packet.read::<[u8; 2]>(l4 + SCTP_LEN)?;
+            read.tcp_flags = in_tcp_terms(chunk);
+            read.needed = SCTP_LEN + 4;
+        }
         _ if protocol == proto::icmp(V6) => {
-            // Type and code, checksum, identifier.
-            let message = packet.read::<[u16; 3]>(l4).unwrap_or([u16::MAX; 3]);
-            let [kind, _code] = message[0].to_ne_bytes();
-            let (request, reply) = if V6 {
-                (ECHO_REQUEST_V6, ECHO_REPLY_V6)
-            } else {
-                (ECHO_REQUEST, ECHO_REPLY)
-            };
-            if kind == request {
-                (read.echo, read.ports[0]) = (Echo::Request, message[2]);
-            } else if kind == reply {
-                (read.echo, read.ports[1]) = (Echo::Reply, message[2]);
-            }
+            (read.ports, read.echo) = echo::<V6, P>(packet, l4);
         }
         _ => {}
     }
     Some(read)
+}
+
+/// Whether Services are spoken over a protocol.
+#[inline(always)]
+pub(crate) const fn has_ports(protocol: u8) -> bool {
+    matches!(protocol, proto::TCP | proto::UDP | proto::SCTP)
+}
+
+/// The identifier of the ICMP echo at `l4` in the place of a port, and what it is.
+#[inline(always)]
+pub(crate) fn echo<const V6: bool, P: Packet>(packet: &P, l4: usize) -> ([u16; 2], Echo) {
+    // Type and code, checksum, identifier.
+    let message = packet.read::<[u16; 3]>(l4).unwrap_or([u16::MAX; 3]);
+    let [kind, _code] = message[0].to_ne_bytes();
+    let (request, reply) = if V6 {
+        (ECHO_REQUEST_V6, ECHO_REPLY_V6)
+    } else {
+        (ECHO_REQUEST, ECHO_REPLY)
+    };
+    if kind == request {
+        ([message[2], 0], Echo::Request)
+    } else if kind == reply {
+        ([0, message[2]], Echo::Reply)
+    } else {
+        ([0, 0], Echo::None)
+    }
+}
+
+/// What a chunk of SCTP is to an association, as the flags of the segment that is the same to a TCP connection.
+#[inline(always)]
+const fn in_tcp_terms(chunk: u8) -> u8 {
+    match chunk {
+        sctp_chunk::INIT => tcp_flag::SYN,
+        sctp_chunk::INIT_ACK => tcp_flag::SYN | tcp_flag::ACK,
+        sctp_chunk::ABORT => tcp_flag::RST,
+        sctp_chunk::SHUTDOWN | sctp_chunk::SHUTDOWN_ACK | sctp_chunk::SHUTDOWN_COMPLETE => {
+            tcp_flag::FIN | tcp_flag::ACK
+        }
+        _ => tcp_flag::ACK,
+    }
 }
 
 /// Two 16-bit words of memory as one of 32 bits of memory.
@@ -233,15 +291,16 @@ impl Ip {
         }
     }
 
+    /// Whether it is of a connection, which has a beginning and an end.
     #[inline(always)]
-    pub fn is_tcp(&self) -> bool {
-        self.key.proto == proto::TCP
+    pub fn is_of_connection(&self) -> bool {
+        matches!(self.key.proto, proto::TCP | proto::SCTP)
     }
 
     /// Whether Services are spoken over the packet's protocol.
     #[inline(always)]
     pub fn has_ports(&self) -> bool {
-        matches!(self.key.proto, proto::TCP | proto::UDP)
+        has_ports(self.key.proto)
     }
 
     #[inline(always)]
@@ -249,10 +308,10 @@ impl Ip {
         !matches!(self.echo, Echo::None)
     }
 
-    /// Whether it opens a TCP connection.
+    /// Whether it opens a connection.
     #[inline(always)]
     pub fn is_syn(&self) -> bool {
-        self.is_tcp() && self.tcp_flags & (tcp_flag::SYN | tcp_flag::ACK) == tcp_flag::SYN
+        self.is_of_connection() && self.tcp_flags & (tcp_flag::SYN | tcp_flag::ACK) == tcp_flag::SYN
     }
 }
 

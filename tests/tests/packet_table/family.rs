@@ -87,6 +87,10 @@ impl Family {
         packets::udp(&self.text(src), &self.text(dst), payload)
     }
 
+    pub fn sctp(self, src: &str, dst: &str, chunk: u8, value: &[u8]) -> Vec<u8> {
+        packets::sctp(&self.text(src), &self.text(dst), chunk, value)
+    }
+
     pub fn icmp(self, src: &str, dst: &str, kind: u8, body: &[u8]) -> Vec<u8> {
         packets::icmp(&self.text(src), &self.text(dst), kind, 0, body)
     }

@@ -2,8 +2,10 @@
 //! loaded them, every row in both families. Nothing is sent: the kernel runs each program on each packet (BPF_PROG_TEST_RUN).
 
 mod family;
+mod flows;
 mod random;
 mod rows;
+mod rows_sctp;
 mod rows_v6;
 
 use std::{collections::BTreeMap, fs, net::IpAddr};
@@ -14,7 +16,7 @@ use keelway_agent::dataplane::{
     ServiceId, ServiceVeth, Vip,
 };
 use keelway_tests::{
-    packets::{checksums_are_right, tcp_flag::SYN},
+    packets::{checksums_are_right, sctp_chunk, tcp_flag::SYN},
     sandbox::{Sandbox, ip, is_root},
 };
 
@@ -27,8 +29,8 @@ use crate::{
 const A: u32 = 1;
 const B: u32 = 12;
 
-/// Pods A 10.0.0.11 and B 10.0.0.12, the host 198.18.0.1; the backends are reached by the Service 10.96.0.1:80, by UDP also by
-/// 10.96.0.2:80, by the node ports 30080 and, for clients here, 30081, and from 203.0.113.0/24 by 192.0.2.1:80.
+/// Pods A 10.0.0.11 and B 10.0.0.12, the host 198.18.0.1; the backends are reached by the Service 10.96.0.1:80, by UDP and SCTP
+/// also by 10.96.0.2:80, by the node ports 30080 and, for clients here, 30081, and from 203.0.113.0/24 by 192.0.2.1:80.
 fn state(family: Family, backends: &ServiceBackends) -> Vec<Op> {
     let (first, second, silent) = (ServiceId(1), ServiceId(2), ServiceId(3));
     let pod = |address: &str, ifindex| Op::SetPod {
@@ -81,11 +83,11 @@ fn state(family: Family, backends: &ServiceBackends) -> Vec<Op> {
         guarded: true,
         ..everybody
     };
-    let (tcp, udp) = (Protocol::Tcp, Protocol::Udp);
+    let (tcp, udp, sctp) = (Protocol::Tcp, Protocol::Udp, Protocol::Sctp);
     for (at, protocols, lead) in [
-        ("10.96.0.1:80", &[tcp, udp][..], everybody),
-        ("10.96.0.2:80", &[udp], Lead::to(second)),
-        ("0.0.0.0:30080", &[tcp, udp], everybody),
+        ("10.96.0.1:80", &[tcp, udp, sctp][..], everybody),
+        ("10.96.0.2:80", &[udp, sctp], Lead::to(second)),
+        ("0.0.0.0:30080", &[tcp, udp, sctp], everybody),
         ("0.0.0.0:30081", &[tcp, udp], local),
         ("192.0.2.1:80", &[tcp, udp], guarded),
     ] {
@@ -136,6 +138,13 @@ fn packets_leave_the_loaded_programs_as_the_table_says_over_ipv4() {
 fn packets_leave_the_loaded_programs_as_the_table_says_over_ipv6() {
     let rows = rows(Family::V6).into_iter().chain(rows_v6::rows());
     check_all(Family::V6, rows.collect());
+}
+
+#[test]
+fn associations_leave_the_loaded_programs_as_the_table_says() {
+    for family in Family::ALL {
+        check_all(family, rows_sctp::rows(family));
+    }
 }
 
 fn check_all(family: Family, rows: Vec<Row>) {
@@ -224,7 +233,12 @@ fn leaves_as_the_node(family: Family) {
     dataplane.apply(&state(family, &nothing)).unwrap();
     let segment = |src: &str, dst: &str, text: &[u8]| family.tcp(src, dst, SYN, text);
     let datagram = |src: &str, dst: &str, text: &[u8]| family.udp(src, dst, text);
-    for build in [&segment as &dyn Fn(&str, &str, &[u8]) -> Vec<u8>, &datagram] {
+    let chunk = |src: &str, dst: &str, text: &[u8]| family.sctp(src, dst, sctp_chunk::INIT, text);
+    for build in [
+        &segment as &dyn Fn(&str, &str, &[u8]) -> Vec<u8>,
+        &datagram,
+        &chunk,
+    ] {
         let (verdict, out) = run(&dataplane, PodIngress, &build(pod, there, b"odd"));
         assert_eq!(verdict, REDIRECT, "{family:?}");
         let node = format!("198.18.0.1:{}", source_port(family, &out));
@@ -249,53 +263,29 @@ fn leaves_as_the_node(family: Family) {
     assert_eq!(verdict, REDIRECT, "{family:?}");
     let heard = family.icmp(there, pod, answers, &asked);
     assert_eq!(hex(&back), hex(&heard));
-    // A router's error about what left is the pod's.
-    let (_, out) = run(&dataplane, PodIngress, &segment(pod, there, b"odd"));
-    let error = family.port_unreachable("198.18.0.9:0", &out);
-    let (verdict, back) = run(&dataplane, UplinkIngress, &error);
-    let for_the_pod = family.port_unreachable("198.18.0.9:0", &segment(pod, there, b"odd"));
-    let addresses = 14..family.l4();
-    assert_eq!(verdict, REDIRECT, "{family:?}");
-    assert_eq!(back[addresses.clone()], for_the_pod[addresses]);
-    assert!(checksums_are_right(&back));
+    // A router's errors about what left are the pod's, and quote what it sent: but for the sum, which is left as it left.
+    for (sent, sum_at) in [
+        (segment(pod, there, b"odd"), None),
+        (chunk(pod, there, b"odd"), None),
+        (request, Some(family.l4() + 2)),
+    ] {
+        let (_, out) = run(&dataplane, PodIngress, &sent);
+        let error = family.port_unreachable("198.18.0.9:0", &out);
+        let (verdict, back) = run(&dataplane, UplinkIngress, &error);
+        let mut sent = sent;
+        if let Some(at) = sum_at {
+            sent[at..at + 2].copy_from_slice(&out[at..at + 2]);
+        }
+        let for_the_pod = family.port_unreachable("198.18.0.9:0", &sent);
+        assert_eq!(verdict, REDIRECT, "{family:?}");
+        assert_eq!(hex(&back), hex(&for_the_pod));
+    }
     // What stays in the cluster stays as it is.
     let inside = segment(pod, "10.0.1.13:80", b"");
     assert_eq!(run(&dataplane, PodIngress, &inside), (PASS, inside.clone()));
     let counters: BTreeMap<Reason, u64> = dataplane.counters().unwrap().into_iter().collect();
-    assert_eq!(counters[&Reason::Masqueraded], 4);
-}
-
-#[test]
-fn ports_that_are_taken_on_two_cpus_at_once_are_never_the_same() {
-    if !is_root("ports") {
-        return;
-    }
-    const CLIENTS: u16 = 1_500;
-    let family = Family::V4;
-    let sandbox = Sandbox::enter().unwrap();
-    let mut dataplane = opened(&sandbox, false);
-    let backends = family.backends(&["10.0.1.13:8080"], &[]);
-    dataplane.apply(&state(family, &backends)).unwrap();
-    let dataplane = &dataplane;
-    let ports: Vec<u16> = std::thread::scope(|scope| {
-        let open = |first: u16| {
-            let client = |port| {
-                let client = format!("203.0.113.9:{}", first + port);
-                let packet = family.tcp(&client, "198.18.0.1:30080", SYN, b"");
-                let (verdict, out) = run(dataplane, PacketProgram::UplinkIngress, &packet);
-                assert_eq!(verdict, REDIRECT, "{client}");
-                source_port(family, &out)
-            };
-            (0..CLIENTS).map(client).collect::<Vec<u16>>()
-        };
-        let threads = [10_000, 20_000].map(|first| scope.spawn(move || open(first)));
-        threads
-            .into_iter()
-            .flat_map(|thread| thread.join().unwrap())
-            .collect()
-    });
-    let different: std::collections::BTreeSet<&u16> = ports.iter().collect();
-    assert_eq!(different.len(), usize::from(2 * CLIENTS));
+    assert_eq!(counters[&Reason::Masqueraded], 7);
+    assert_eq!(counters[&Reason::IcmpTranslated], 3);
 }
 
 fn hex(bytes: &[u8]) -> String {

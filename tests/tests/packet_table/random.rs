@@ -56,10 +56,11 @@ fn packet(numbers: &mut Numbers, family: Family) -> Vec<u8> {
     let payload: Vec<u8> = (0..numbers.below(60))
         .map(|_| numbers.below(256) as u8)
         .collect();
-    let mut packet = match numbers.below(5) {
+    let mut packet = match numbers.below(7) {
         0 | 1 => family.tcp(src, dst, numbers.below(32) as u8, &payload),
         2 => family.udp(src, dst, &payload),
         3 => family.echo(src, dst),
+        4 | 5 => family.sctp(src, dst, numbers.below(16) as u8, &payload),
         _ => family.port_unreachable(src, &family.udp(dst, src, &payload)),
     };
     match numbers.below(3) {
@@ -88,15 +89,19 @@ fn memory(family: Family, backend: &str) -> Memory {
     tables.set_service(2, &[&at(backend)], &[]);
     tables.set_service(3, &[], &[]);
     tables.set_silent(3);
-    for protocol in [Protocol::Tcp.number(), Protocol::Udp.number()] {
+    for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].map(Protocol::number) {
         tables.set_frontend(&at("10.96.0.1:80"), protocol, 1);
         tables.set_lead(&at("0.0.0.0:30080"), protocol, RawLead::new(1, 1, 0));
+        if protocol != Protocol::Tcp.number() {
+            tables.set_lead(&at("10.96.0.2:80"), protocol, RawLead::new(2, 2, 0));
+        }
+        if protocol == Protocol::Sctp.number() {
+            continue;
+        }
         tables.set_lead(&at("0.0.0.0:30081"), protocol, RawLead::new(1, 3, 0));
         let guarded = RawLead::new(1, 1, LEAD_GUARDED);
         tables.set_lead(&at("192.0.2.1:80"), protocol, guarded);
     }
-    let udp = Protocol::Udp.number();
-    tables.set_lead(&at("10.96.0.2:80"), udp, RawLead::new(2, 2, 0));
     tables.set_vip(&ip("192.0.2.1"));
     let ranges = [
         (1, family.ip("203.0.113.0").into(), 96 + 24),

@@ -531,7 +531,7 @@ pub fn rows(family: Family) -> Vec<Row> {
             counters: &[(Passed, 4), (FlowCreated, 0)],
         },
         Row {
-            name: "what is not TCP or UDP to a Service is dropped with a reason",
+            name: "what has no ports is dropped with a reason when it is for a Service",
             backends: to(&["10.0.0.12:8080"]),
             steps: vec![Step(
                 PodIngress,

@@ -1,0 +1,122 @@
+//! Many flows, and flows that two CPUs open at once, through the loaded programs.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use dataplane_abi::{Reason, limits};
+use keelway_agent::dataplane::PacketProgram::{PodIngress, UplinkIngress};
+use keelway_tests::{
+    packets::tcp_flag::{ACK, SYN},
+    sandbox::{Sandbox, is_root},
+};
+
+use crate::{family::Family, hex, opened, rows::REDIRECT, run, source_port, state};
+
+#[test]
+fn ports_that_are_taken_on_two_cpus_at_once_are_never_the_same() {
+    if !is_root("ports") {
+        return;
+    }
+    const CLIENTS: u16 = 1_500;
+    let family = Family::V4;
+    let sandbox = Sandbox::enter().unwrap();
+    let mut dataplane = opened(&sandbox, false);
+    let backends = family.backends(&["10.0.1.13:8080"], &[]);
+    dataplane.apply(&state(family, &backends)).unwrap();
+    let dataplane = &dataplane;
+    let ports: Vec<u16> = std::thread::scope(|scope| {
+        let open = |first: u16| {
+            let client = |port| {
+                let client = format!("203.0.113.9:{}", first + port);
+                let packet = family.tcp(&client, "198.18.0.1:30080", SYN, b"");
+                let (verdict, out) = run(dataplane, UplinkIngress, &packet);
+                assert_eq!(verdict, REDIRECT, "{client}");
+                source_port(family, &out)
+            };
+            (0..CLIENTS).map(client).collect::<Vec<u16>>()
+        };
+        let threads = [10_000, 20_000].map(|first| scope.spawn(move || open(first)));
+        threads
+            .into_iter()
+            .flat_map(|thread| thread.join().unwrap())
+            .collect()
+    });
+    let different: BTreeSet<&u16> = ports.iter().collect();
+    assert_eq!(different.len(), usize::from(2 * CLIENTS));
+}
+
+#[test]
+fn two_datagrams_of_one_socket_at_once_are_both_answered_by_the_service() {
+    if !is_root("two at once") {
+        return;
+    }
+    const TIMES: u16 = 500;
+    let family = Family::V4;
+    let sandbox = Sandbox::enter().unwrap();
+    let mut dataplane = opened(&sandbox, false);
+    let backends = family.backends(&["10.0.0.12:8080", "10.0.1.13:8080"], &[]);
+    dataplane.apply(&state(family, &backends)).unwrap();
+    let (dataplane, service) = (&dataplane, "10.96.0.1:80");
+    let start = &std::sync::Barrier::new(2);
+    // As a resolver asks for both kinds of addresses: two questions from one port, before there is any answer.
+    let ask = move || {
+        let client = |port| {
+            let client = format!("10.0.0.11:{}", 40_000 + port);
+            start.wait();
+            run(dataplane, PodIngress, &family.udp(&client, service, b"x")).1
+        };
+        (0..TIMES).map(client).collect::<Vec<_>>()
+    };
+    let asked: Vec<Vec<Vec<u8>>> = std::thread::scope(|scope| {
+        let threads = [scope.spawn(ask), scope.spawn(ask)];
+        threads.map(|thread| thread.join().unwrap()).into()
+    });
+    for (port, packets) in (0..TIMES).zip(asked[0].iter().zip(&asked[1])) {
+        let client = format!("10.0.0.11:{}", 40_000 + port);
+        for packet in [packets.0, packets.1] {
+            let backend = format!("10.0.{}.{}:8080", packet[32], packet[33]);
+            // Where the other one came first by another backend, this one may have come under another port.
+            let seen = format!("10.0.0.11:{}", source_port(family, packet));
+            assert_eq!(hex(packet), hex(&family.udp(&seen, &backend, b"x")));
+            let answer = family.udp(&backend, &seen, b"answer");
+            let (verdict, heard) = run(dataplane, UplinkIngress, &answer);
+            assert_eq!(verdict, REDIRECT, "{client}");
+            assert_eq!(hex(&heard), hex(&family.udp(service, &client, b"answer")));
+        }
+    }
+}
+
+#[test]
+fn a_flood_of_openings_evicts_no_flow_that_was_answered() {
+    if !is_root("flood") {
+        return;
+    }
+    let family = Family::V4;
+    let sandbox = Sandbox::enter().unwrap();
+    let mut dataplane = opened(&sandbox, false);
+    // On this node, so that clients outside need no port of the node's, of which there are fewer.
+    let backend = "10.0.0.12:8080";
+    let backends = family.backends(&[backend], &[]);
+    dataplane.apply(&state(family, &backends)).unwrap();
+    let (pod, service) = ("10.0.0.11:4000", "10.96.0.1:80");
+    run(&dataplane, PodIngress, &family.tcp(pod, service, SYN, b""));
+    let answer = family.tcp(backend, pod, SYN | ACK, b"");
+    let heard = (REDIRECT, family.tcp(service, pod, SYN | ACK, b""));
+    assert_eq!(run(&dataplane, UplinkIngress, &answer), heard);
+    // More than there is room for: each has two entries.
+    let flood = limits::FLOWS_UNREPLIED;
+    for number in 0..flood {
+        let [_, b, c, d] = number.to_be_bytes();
+        let from = format!("203.{b}.{c}.{d}:5000");
+        let packet = family.tcp(&from, "198.18.0.1:30080", SYN, b"");
+        assert_eq!(run(&dataplane, UplinkIngress, &packet).0, REDIRECT);
+    }
+    let counters: BTreeMap<Reason, u64> = dataplane.counters().unwrap().into_iter().collect();
+    assert_eq!(counters[&Reason::FlowCreated], u64::from(flood) + 1);
+    // The flow goes on with its backend, both ways.
+    let data = family.tcp(pod, service, ACK, b"more");
+    let (_, out) = run(&dataplane, PodIngress, &data);
+    assert_eq!(hex(&out), hex(&family.tcp(pod, backend, ACK, b"more")));
+    let answer = family.tcp(backend, pod, ACK, b"and more");
+    let (_, out) = run(&dataplane, UplinkIngress, &answer);
+    assert_eq!(hex(&out), hex(&family.tcp(service, pod, ACK, b"and more")));
+}
