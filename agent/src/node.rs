@@ -1,6 +1,6 @@
 //! This node: who it is, and its data plane once that is known.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs;
 use std::io;
@@ -203,8 +203,10 @@ impl Node {
             masquerade: config.masquerade,
         })?;
         let found = dataplane.state()?;
+        let mut ledger = Ledger::adopt(found.clone());
+        ledger.inherit(dataplane.inherited().clone());
         let mut node = Self {
-            ledger: Ledger::adopt(found.clone()),
+            ledger,
             host_addresses: found.host_addresses.clone(),
             unmasqueraded: found.unmasqueraded.clone(),
             dataplane,
@@ -347,6 +349,13 @@ impl Node {
         Ok(())
     }
 
+    /// Takes over from another version, now that all Services are in our maps.
+    pub fn take_over(&mut self) -> Result<(), dataplane::Error> {
+        self.dataplane.take_over()?;
+        self.ledger.inherit(BTreeMap::new());
+        Ok(())
+    }
+
     /// How full the maps are that a cluster or its traffic can fill.
     pub fn fills(&self) -> Vec<Fill> {
         let held = self.ledger.held();
@@ -360,7 +369,7 @@ impl Node {
             ),
             (map::FRONTENDS, count(frontends), limits::FRONTENDS),
             (map::BACKENDS, self.dataplane.cells_used(), limits::CELLS),
-            (map::FLOWS, self.flows, limits::FLOWS),
+            (map::FLOWS, self.flows, self.dataplane.flows_max()),
         ]
         .into_iter()
         .map(|(map, entries, limit)| Fill {

@@ -554,6 +554,41 @@ fn a_new_agent_keeps_the_ids_that_it_finds_and_changes_nothing() {
 }
 
 #[test]
+fn ids_of_another_versions_maps_stay_with_those_they_were_of() {
+    let cluster = |names: &[(&str, u8)]| {
+        let services = names.iter().map(|(name, ip)| service(name, *ip));
+        snapshot(services.collect(), vec![])
+    };
+    // Made one after the other, so that the order of their ids is not that of their names.
+    let before = cluster(&[("web", 2)]);
+    let theirs = full(
+        &cluster(&[("web", 2), ("a", 1)]),
+        full(&before, State::default()),
+    );
+    let now = cluster(&[("a", 1), ("newcomer", 3), ("web", 2)]);
+    let mut ledger = Ledger::adopt(State::default());
+    ledger.inherit(theirs.frontends.clone());
+    let mut ours = State::default();
+    for service in now.services() {
+        ledger.set(&service.key, plan(&now, &service.key, &here()));
+        let batch = ledger.diff();
+        apply(&mut ours, &batch);
+        ledger.applied(&batch);
+    }
+    for (frontend, lead) in &theirs.frontends {
+        assert_eq!(ours.frontends.get(frontend), Some(lead), "{frontend}");
+    }
+    assert_eq!(ours.services.len(), 3);
+    // Later they are as free as others.
+    ledger.inherit(Default::default());
+    for service in now.services() {
+        ledger.set(&service.key, Default::default());
+    }
+    apply(&mut ours, &ledger.diff());
+    assert_eq!(ours, State::default());
+}
+
+#[test]
 fn what_nobody_wants_any_more_is_pruned_after_a_restart() {
     let before = full(
         &snapshot(vec![service("gone", 1), service("web", 2)], vec![]),

@@ -3,8 +3,8 @@
 //!
 //! Everything here is `repr(C)` without implicit padding; the byte order of each number is named on its field.
 //! A change of a layout, of a limit that sizes a map, or of what a field means asks for a new [`ABI_VERSION`]:
-//! maps are pinned under a directory that carries it, so two versions never share a map. Flows are copied from one version to
-//! the next while their sizes agree: a [`Flow`] whose fields mean something else needs another size.
+//! maps are pinned under a directory that carries it, and two versions share those of [`map::OF_TRAFFIC`] alone, for as long as the
+//! sizes of their keys and values agree: a [`Flow`] whose fields mean something else needs another size.
 
 mod address;
 mod counter;
@@ -94,6 +94,10 @@ pub mod map {
     pub const MONITOR: &str = "MONITOR";
     /// [`crate::SocketPeers`]; socket storage.
     pub const SOCKET_PEERS: &str = "SOCKET_PEERS";
+
+    /// Maps that tell of traffic rather than of the cluster. They outlive the version that made them, and have the size that it gave
+    /// them.
+    pub const OF_TRAFFIC: [&str; 5] = [FLOWS, FLOWS_UNREPLIED, AFFINITY, FRAGMENTS, SOCKET_PEERS];
 }
 
 /// Names of load-time constants (`.rodata`), which the agent sets before it loads the object.

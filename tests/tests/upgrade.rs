@@ -5,6 +5,7 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream, UdpSocket},
+    ops::RangeInclusive,
     sync::atomic::{AtomicBool, AtomicU32, Ordering},
     thread,
     time::Duration,
@@ -24,20 +25,13 @@ fn client() {
     nodes::client(requests::carry_out);
 }
 
-/// What an agent would plan again, under other ids.
+/// What an agent would plan again: under the same ids, as its ledger has them from the other's frontends.
 fn planned(state: State) -> Vec<Op> {
-    let other = |id: ServiceId| ServiceId(id.0 + 100);
     let mut ops = Vec::new();
     for (id, backends) in state.services {
-        let id = other(id);
         ops.push(Op::SetService { id, backends });
     }
     for (frontend, lead) in state.frontends {
-        let lead = Lead {
-            internal: other(lead.internal),
-            external: other(lead.external),
-            ..lead
-        };
         ops.push(Op::SetFrontend { frontend, lead });
     }
     for (addr, kind) in state.vips {
@@ -51,6 +45,9 @@ fn planned(state: State) -> Vec<Op> {
     }
     ops
 }
+
+/// Versions that others take over from.
+const HANDOVERS: RangeInclusive<u32> = 9990..=9999;
 
 /// Services of which a client keeps its backend. Several, since each might lead it to the same one by chance.
 const AFFINE: [&str; 4] = [
@@ -94,6 +91,7 @@ fn replace_agent(node: &mut Node, cgroup: &Cgroup, number: u32) {
     // It hangs its programs on some of the pods by itself.
     let (host, pod) = (node.host.try_clone().unwrap(), node.pods["a"].ifindex);
     host.run(|| node.dataplane().attach_pod(pod)).unwrap();
+    assert_eq!(*node.dataplane().inherited(), state.frontends);
     node.dataplane().apply(&planned(state)).unwrap();
 }
 
@@ -176,8 +174,8 @@ fn another_version_hands_over_while_traffic_goes_on_and_takes_back() {
                 thread::yield_now();
             }
         };
-        // There and back.
-        for number in [9998, 9999] {
+        // There and back, and so on: a connection that is opened at the wrong moment is rare.
+        for number in HANDOVERS {
             more();
             replace_agent(first, &cgroup, number);
             let other = first.config.pin_root.join(format!("v{number}"));
@@ -190,12 +188,10 @@ fn another_version_hands_over_while_traffic_goes_on_and_takes_back() {
             );
             let taken = host.run(|| first.dataplane().take_over()).unwrap();
             assert_eq!(taken.versions, 1, "{taken:?}");
-            assert!(taken.flows >= 8, "{taken:?}");
             // Two pods with two hooks each, the uplink, the service veth, and the sockets' eight.
             assert_eq!(taken.links, 14, "{taken:?}");
             assert!(!other.exists());
             go_on("after the other's programs are gone");
-            assert_eq!(taken.affinities, AFFINE.len(), "{taken:?}");
             assert_eq!(AFFINE.map(|at| server(&pod, at)), kept);
             more();
             let now = first.dataplane().counters().unwrap();
@@ -204,9 +200,8 @@ fn another_version_hands_over_while_traffic_goes_on_and_takes_back() {
             assert_eq!(again, HandedOver::default());
         }
         stop.store(true, Ordering::Relaxed);
-        // The one that is on its way while flows are copied the second time.
         let failed = connecting.join().unwrap();
-        assert!(failed.len() <= 2, "{failed:?}");
+        assert!(failed.is_empty(), "{failed:?}");
     });
     assert_eq!(
         ask(&pod, None, "tcp 10.96.0.2:80").unwrap(),

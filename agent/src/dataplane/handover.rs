@@ -1,26 +1,28 @@
 //! From another version of the shared layouts to ours: an upgrade, or the way back.
 //!
-//! The other's programs hang where the agent before this one hung them, and go on with maps of their own. Once all Services are in
-//! our maps, its links and filters get our programs in place, one after the other within a millisecond or so, and become ours: there
-//! is no moment without a program, and none with two. Flows, and which backends clients keep, are copied before and after, where their
-//! layout is the same: of a connection that is opened between the two copies and answered before the second has ended, the answer is
-//! nobody's.
+//! The other's programs hang where the agent before this one hung them, and go on with its maps. What those say of the cluster we
+//! write anew into maps of our own; what they say of traffic both have in common, where the layout is the same: whichever program
+//! sees a packet knows the flow that the other opened. Service ports keep the ids that flows know them by ([`inherited`]), and
+//! generations go on where the other's ended, so that none means two things.
+//!
+//! Once all Services are in our maps, the other's links and filters get our programs in place, one after the other within a
+//! millisecond or so, and become ours: there is no moment without a program, and none with two.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::BTreeMap,
     fs, io,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
 };
 
-use dataplane_abi::{
-    Addr, Affinity, AffinityKey, Flow, FlowKey, FrontendKey, Lead, LocalAddress, map,
-};
+use dataplane_abi::{FrontendKey, Lead as RawLead, ServiceRef, limits, map};
 
 use super::{
     Error,
-    programs::{Programs, pins_in, program_of, unlink},
-    sys::{self, MapShape},
+    op::{Frontend, Lead},
+    programs::{Programs, pins_in, program_of, shape_fits, unlink},
+    sys::{self, Mapping},
+    tables::frontend_of,
 };
 
 /// What was taken over from other versions.
@@ -29,15 +31,65 @@ pub struct HandedOver {
     pub versions: u32,
     /// Links and filters that have our programs now.
     pub links: usize,
-    /// Entries (two per flow) of flows that go on.
-    pub flows: usize,
-    /// Clients of Services with affinity that keep their backends.
-    pub affinities: usize,
+}
+
+/// What another version left that its maps of the cluster say.
+#[derive(Debug, Default)]
+pub struct Inherited {
+    /// Where frontends led: ids that flows and clients' backends are known by.
+    pub leads: BTreeMap<Frontend, Lead>,
+    /// The newest generation of a service's backends.
+    pub generation: u32,
 }
 
 /// Whether another version's programs are at work.
 pub fn is_due(root: &Path, own: &Path) -> Result<bool, Error> {
     Ok(!others(root, own)?.is_empty())
+}
+
+/// Pins what another version's programs know of traffic as ours, where we have nothing of our own yet and the layout is the same. To be
+/// called before our maps are made.
+pub fn share(root: &Path, own: &Path) -> Result<(), Error> {
+    for dir in others(root, own)? {
+        // Without generations that go on, an entry's could be mistaken for one of ours.
+        if fitting(&dir, map::SERVICES)?.is_none() {
+            continue;
+        }
+        for name in map::OF_TRAFFIC {
+            let ours = own.join(name);
+            if ours.exists() {
+                continue;
+            }
+            if let Some(theirs) = fitting(&dir, name)? {
+                sys::pin(theirs.as_fd(), &ours).map_err(failed("pin", name))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What the versions beside `own` left of the cluster.
+pub fn inherited(root: &Path, own: &Path) -> Result<Inherited, Error> {
+    let mut found = Inherited::default();
+    for dir in others(root, own)? {
+        if let Some(services) = fitting(&dir, map::SERVICES)? {
+            let bytes = limits::SERVICES as usize * size_of::<u64>();
+            let words = Mapping::new(services.as_fd(), bytes);
+            let words = words.map_err(failed("map", map::SERVICES))?;
+            let generations = (0..limits::SERVICES)
+                .map(|id| ServiceRef::from_word(words.load_word(id)).generation);
+            found.generation = generations.fold(found.generation, u32::max);
+        }
+        if let Some(frontends) = fitting(&dir, map::FRONTENDS)? {
+            let entries = sys::entries::<FrontendKey, RawLead>(frontends.as_fd());
+            let entries = entries.map_err(failed("read", map::FRONTENDS))?;
+            let leads = entries
+                .iter()
+                .filter_map(|(key, lead)| frontend_of(key, lead));
+            found.leads.extend(leads);
+        }
+    }
+    Ok(found)
 }
 
 /// Takes over from the versions beside `own` under `root`, and removes their pins.
@@ -50,27 +102,16 @@ pub fn take_over(root: &Path, own: &Path, programs: &Programs) -> Result<HandedO
         let links = dir.join("links");
         // Where ours hang behind theirs already, they would see each packet twice.
         make_way_for(&links, programs)?;
-        taken.flows += take_flows(&dir, own)?;
-        taken.affinities += take_affinities(&dir, own)?;
         taken.links += hooks.replace(&pods)?;
         taken.links += take_links(&links, programs)?;
-        // What was opened or answered between the two.
-        taken.flows += take_flows(&dir, own)?;
-        taken.affinities += take_affinities(&dir, own)?;
         remove_all(&dir)?;
         taken.versions += 1;
-        tracing::info!(
-            path = %dir.display(),
-            links = taken.links,
-            flows = taken.flows,
-            affinities = taken.affinities,
-            "took over from another version"
-        );
+        tracing::info!(path = %dir.display(), links = taken.links, "took over from another version");
     }
     Ok(taken)
 }
 
-/// Directories beside `own` that are named like a version's.
+/// Directories beside `own` that are named like a version's: first those whose programs hang somewhere.
 fn others(root: &Path, own: &Path) -> Result<Vec<PathBuf>, Error> {
     let failed = |source| Error::Pins {
         path: root.to_owned(),
@@ -88,6 +129,10 @@ fn others(root: &Path, own: &Path) -> Result<Vec<PathBuf>, Error> {
         }
     }
     found.sort();
+    let is_at_work = |dir: &PathBuf| {
+        fs::read_dir(dir.join("links")).is_ok_and(|mut links| links.next().is_some())
+    };
+    found.sort_by_key(|dir| !is_at_work(dir));
     Ok(found)
 }
 
@@ -144,49 +189,6 @@ fn take_links(theirs: &Path, programs: &Programs) -> Result<usize, Error> {
     Ok(taken)
 }
 
-/// Copies flows that `own` does not have, answered ones and those that wait for it.
-fn take_flows(from: &Path, own: &Path) -> Result<usize, Error> {
-    let mut taken = 0;
-    for name in [map::FLOWS, map::FLOWS_UNREPLIED] {
-        taken += take_table(from, own, name)?;
-    }
-    Ok(taken)
-}
-
-/// Copies which backend each client of a Service with affinity keeps, where `own` does not know better.
-fn take_affinities(from: &Path, own: &Path) -> Result<usize, Error> {
-    let Some((their_frontends, our_frontends)) = both(from, own, map::FRONTENDS)? else {
-        return Ok(0);
-    };
-    let Some((theirs, ours)) = both(from, own, map::AFFINITY)? else {
-        return Ok(0);
-    };
-    // Ids are another ledger's: what leads to one there and to another here is the same service port.
-    let mut ids: HashMap<u32, u32> = HashMap::new();
-    let frontends = sys::entries::<FrontendKey, Lead>(their_frontends.as_fd());
-    for (key, lead) in frontends.map_err(failed("read", map::FRONTENDS))? {
-        let now = sys::lookup::<_, Lead>(our_frontends.as_fd(), &key)
-            .map_err(failed("read", map::FRONTENDS))?;
-        if let Some(now) = now.filter(|_| !key.is_marker()) {
-            ids.insert(lead.internal, now.internal);
-            ids.insert(lead.external, now.external);
-        }
-    }
-    let read = |map: &OwnedFd| {
-        sys::entries::<AffinityKey, Affinity>(map.as_fd()).map_err(failed("read", map::AFFINITY))
-    };
-    let known: HashSet<AffinityKey> = read(&ours)?.into_iter().map(|(key, _)| key).collect();
-    let taken: Vec<(AffinityKey, Affinity)> = read(&theirs)?
-        .into_iter()
-        .filter_map(|(key, kept)| {
-            let key = AffinityKey::new(key.client, *ids.get(&key.service)?);
-            (!known.contains(&key)).then_some((key, kept))
-        })
-        .collect();
-    sys::update_batch(ours.as_fd(), &taken).map_err(failed("write", map::AFFINITY))?;
-    Ok(taken.len())
-}
-
 fn failed(action: &'static str, map: &'static str) -> impl Fn(io::Error) -> Error {
     move |source| Error::Map {
         action,
@@ -195,76 +197,19 @@ fn failed(action: &'static str, map: &'static str) -> impl Fn(io::Error) -> Erro
     }
 }
 
-/// A map as another version has it and as ours does; nothing where it has none, or one of another layout.
-fn both(from: &Path, own: &Path, name: &'static str) -> Result<Option<(OwnedFd, OwnedFd)>, Error> {
-    let theirs = match sys::open_pinned(&from.join(name)) {
-        Ok(theirs) => theirs,
-        // Of a version that had none.
+/// A map of another version that our programs could have; nothing where it has none, or one of another layout.
+fn fitting(dir: &Path, name: &'static str) -> Result<Option<OwnedFd>, Error> {
+    let map = match sys::open_pinned(&dir.join(name)) {
+        Ok(map) => map,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(failed("open", name)(error)),
     };
-    let ours = sys::open_pinned(&own.join(name)).map_err(failed("open", name))?;
-    let layout = |shape: MapShape| (shape.key_size, shape.value_size);
-    let shape = |map: &OwnedFd| {
-        sys::map_shape(map.as_fd())
-            .map(layout)
-            .map_err(failed("open", name))
-    };
-    if shape(&theirs)? != shape(&ours)? {
-        tracing::warn!(path = %from.display(), map = name, "what is in a map of another layout ends");
+    let shape = sys::map_shape(map.as_fd()).map_err(failed("open", name))?;
+    if !shape_fits(name, shape) {
+        tracing::warn!(path = %dir.display(), map = name, "what is in a map of another layout ends");
         return Ok(None);
     }
-    Ok(Some((theirs, ours)))
-}
-
-fn take_table(from: &Path, own: &Path, name: &'static str) -> Result<usize, Error> {
-    let Some((theirs, ours)) = both(from, own, name)? else {
-        return Ok(0);
-    };
-    let open = |name| sys::open_pinned(&own.join(name)).map_err(failed("open", name));
-    let (frontends, local) = (open(map::FRONTENDS)?, open(map::LOCAL)?);
-    // Ids and generations are another ledger's.
-    let service_of = |client: &FlowKey| -> io::Result<u32> {
-        let asked = FrontendKey::new(client.dst, client.dport, client.proto);
-        let mut lead = sys::lookup::<_, Lead>(frontends.as_fd(), &asked)?;
-        if lead.is_none() {
-            lead = sys::lookup(frontends.as_fd(), &asked.on_every_address())?;
-        }
-        let here = sys::lookup::<Addr, LocalAddress>(local.as_fd(), &client.src)?.is_some();
-        Ok(match lead {
-            Some(lead) if here => lead.internal,
-            Some(lead) => lead.external,
-            // Of none: a datagram chooses anew, an established connection does not ask.
-            None => u32::MAX,
-        })
-    };
-    let read = |map| sys::entries::<FlowKey, Flow>(map).map_err(failed("read", name));
-    let known: HashSet<FlowKey> = read(ours.as_fd())?
-        .into_iter()
-        .map(|(key, _)| key)
-        .collect();
-    let mut taken = Vec::new();
-    for (key, flow) in read(theirs.as_fd())? {
-        if known.contains(&key) {
-            continue;
-        }
-        let client = if flow.reply == 1 { &flow.other } else { &key };
-        let service = match flow.service {
-            0 => 0,
-            _ => service_of(client).map_err(failed("read", map::FRONTENDS))?,
-        };
-        let generation = 0;
-        taken.push((
-            key,
-            Flow {
-                service,
-                generation,
-                ..flow
-            },
-        ));
-    }
-    sys::update_batch(ours.as_fd(), &taken).map_err(failed("write", name))?;
-    Ok(taken.len())
+    Ok(Some(map))
 }
 
 /// Removes a directory of pins and what is in it.

@@ -18,13 +18,15 @@ mod tables;
 mod verify;
 
 use std::{
+    collections::BTreeMap,
     fs,
     net::{Ipv4Addr, Ipv6Addr},
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
     time::Instant,
 };
 
-use dataplane_abi::{ABI_VERSION, Reason, limits};
+use dataplane_abi::{ABI_VERSION, Reason, map};
 
 pub use error::Error;
 pub use events::{EventRing, quiet};
@@ -128,8 +130,11 @@ pub struct Dataplane {
     dir: PathBuf,
     /// Until then, the filters on pods' interfaces are those of another version.
     to_take_over: bool,
-    /// Entries that the last collection left.
+    /// Where frontends led in another version's maps, until it is taken over.
+    inherited: BTreeMap<Frontend, Lead>,
+    /// Entries that the last collection left, of as many as there is room for.
     flows_left: u32,
+    flows_max: u32,
 }
 
 impl Dataplane {
@@ -145,8 +150,11 @@ impl Dataplane {
         if !sys::is_bpffs(&dir).map_err(failed)? {
             return Err(Error::NotBpffs { path: dir });
         }
+        handover::share(&config.pin_root, &dir)?;
         let programs = Programs::load(&dir, config)?;
-        let mut tables = Tables::adopt(PinnedMaps::open(&dir)?);
+        let inherited = handover::inherited(&config.pin_root, &dir)?;
+        let tables = Tables::adopt(PinnedMaps::open(&dir)?);
+        let mut tables = tables.after_generation(inherited.generation);
         if config.masquerade {
             tables.hold_masquerade_back(Instant::now())?;
         }
@@ -157,14 +165,21 @@ impl Dataplane {
             tables,
             service_veth: config.service_veth,
             pin_root: config.pin_root.clone(),
-            dir,
+            inherited: inherited.leads,
             flows_left: 0,
+            flows_max: flows_max(&dir)?,
+            dir,
         })
     }
 
     /// Everything that the maps hold now.
     pub fn state(&self) -> Result<State, Error> {
         self.tables.state()
+    }
+
+    /// Where frontends led in the maps of another version that is to be taken over: ids that its flows are known by.
+    pub fn inherited(&self) -> &BTreeMap<Frontend, Lead> {
+        &self.inherited
     }
 
     /// Carries out a batch. Of several changes of one thing the last counts; services come before the frontends that name
@@ -224,6 +239,7 @@ impl Dataplane {
     pub fn take_over(&mut self) -> Result<HandedOver, Error> {
         let taken = handover::take_over(&self.pin_root, &self.dir, &self.programs)?;
         self.to_take_over = false;
+        self.inherited = BTreeMap::new();
         Ok(taken)
     }
 
@@ -242,10 +258,15 @@ impl Dataplane {
         self.tables.cells_used()
     }
 
+    /// Entries that the table of answered flows has room for: as many as it was made for.
+    pub fn flows_max(&self) -> u32 {
+        self.flows_max
+    }
+
     /// Removes flows whose time is up; to be called every ten seconds or so. The fuller the table was left, the shorter
     /// flows may idle. Takes 140 ns per entry (measured) on the calling CPU.
     pub fn collect_flows(&mut self) -> Result<Collected, Error> {
-        let pressure = pressure(self.flows_left);
+        let pressure = pressure(self.flows_left, self.flows_max);
         let (removed, left) = self.programs.collect(pressure)?;
         self.flows_left = left;
         Ok(Collected {
@@ -273,10 +294,21 @@ impl Dataplane {
     }
 }
 
+fn flows_max(dir: &Path) -> Result<u32, Error> {
+    let failed = |source| Error::Map {
+        action: "open",
+        map: map::FLOWS,
+        source,
+    };
+    let flows = sys::open_pinned(&dir.join(map::FLOWS)).map_err(failed)?;
+    let shape = sys::map_shape(flows.as_fd()).map_err(failed)?;
+    Ok(shape.max_entries)
+}
+
 /// Halvings of the longest timeouts at a fill of the flow table: none up to one half, then ever more: 24 h becomes 20 minutes
 /// at seven eighths.
-fn pressure(entries: u32) -> u32 {
-    match entries as u64 * 8 / limits::FLOWS as u64 {
+fn pressure(entries: u32, max: u32) -> u32 {
+    match entries as u64 * 8 / max as u64 {
         0..=3 => 0,
         4 => 1,
         5 => 2,
@@ -287,13 +319,16 @@ fn pressure(entries: u32) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use dataplane_abi::limits;
+
     use super::*;
 
     #[test]
     fn pressure_rises_with_the_table_and_is_none_while_it_is_half_empty() {
-        assert_eq!(pressure(limits::FLOWS / 2 - 1), 0);
+        let max = limits::FLOWS;
+        assert_eq!(pressure(max / 2 - 1, max), 0);
         let rising: Vec<u32> = (4..9)
-            .map(|eighths| pressure(limits::FLOWS / 8 * eighths))
+            .map(|eighths| pressure(max / 8 * eighths, max))
             .collect();
         assert!(rising.is_sorted() && rising[0] > 0, "{rising:?}");
     }

@@ -560,7 +560,7 @@ fn check_shape(dir: &Path, name: &'static str, wanted: MapShape) -> Result<(), E
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(failed(error)),
     };
-    if pinned == wanted {
+    if shape_fits(name, pinned) {
         Ok(())
     } else {
         Err(Error::Shape {
@@ -569,4 +569,22 @@ fn check_shape(dir: &Path, name: &'static str, wanted: MapShape) -> Result<(), E
             wanted,
         })
     }
+}
+
+/// Whether programs can have a map of this shape under that name. One that tells of traffic may have been made by another version,
+/// which had room for more or less in it.
+pub(super) fn shape_fits(name: &str, shape: MapShape) -> bool {
+    let wanted = shapes().into_iter().find(|(known, _)| *known == name);
+    wanted.is_some_and(|(_, wanted)| {
+        let is_of_traffic = map::OF_TRAFFIC.contains(&name);
+        let max_entries = if is_of_traffic {
+            wanted.max_entries
+        } else {
+            shape.max_entries
+        };
+        MapShape {
+            max_entries,
+            ..shape
+        } == wanted
+    })
 }

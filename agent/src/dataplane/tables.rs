@@ -106,6 +106,12 @@ impl<M: MapIo> Tables<M> {
         }
     }
 
+    /// Lets generations go on behind one that other maps may have come to.
+    pub fn after_generation(mut self, generation: u32) -> Self {
+        self.generation = self.generation.max(generation);
+        self
+    }
+
     /// Everything that the maps hold.
     pub fn state(&self) -> Result<State, Error> {
         let mut state = State::default();
@@ -113,30 +119,17 @@ impl<M: MapIo> Tables<M> {
             state.services.insert(ServiceId(*id), self.backends(*id));
         }
         for (key, lead) in self.io.frontends()? {
-            let addr = IpAddr::from(key.addr);
-            match Protocol::from_number(key.proto) {
-                _ if lead.internal == RawLead::MARKER => {
-                    let kind = if lead.flags & MARKER_EXTERNAL == 0 {
-                        Vip::Cluster
-                    } else {
-                        Vip::External
-                    };
-                    state.vips.insert(addr, kind);
-                }
-                Some(protocol) => {
-                    let frontend = Frontend {
-                        addr,
-                        port: u16::from_be(key.port),
-                        protocol,
-                    };
-                    let lead = Lead {
-                        internal: ServiceId(lead.internal),
-                        external: ServiceId(lead.external),
-                        guarded: lead.flags & LEAD_GUARDED != 0,
-                    };
-                    state.frontends.insert(frontend, lead);
-                }
-                None => tracing::warn!(?key, ?lead, "a frontend of an unknown kind is left alone"),
+            if key.is_marker() {
+                let kind = if lead.flags & MARKER_EXTERNAL == 0 {
+                    Vip::Cluster
+                } else {
+                    Vip::External
+                };
+                state.vips.insert(key.addr.into(), kind);
+            } else if let Some((frontend, lead)) = frontend_of(&key, &lead) {
+                state.frontends.insert(frontend, lead);
+            } else {
+                tracing::warn!(?key, ?lead, "a frontend of an unknown kind is left alone");
             }
         }
         for key in self.io.ranges()? {
@@ -370,6 +363,24 @@ fn extent_of(io: &impl MapIo, id: u32, reference: ServiceRef) -> Option<Extent> 
         .start
         .is_multiple_of(1 << extent.order)
         .then_some(extent)
+}
+
+/// A frontend and where it leads, as the maps have them; nothing of a marker, or of a protocol that we do not speak.
+pub(super) fn frontend_of(key: &FrontendKey, lead: &RawLead) -> Option<(Frontend, Lead)> {
+    if key.is_marker() {
+        return None;
+    }
+    let frontend = Frontend {
+        addr: key.addr.into(),
+        port: u16::from_be(key.port),
+        protocol: Protocol::from_number(key.proto)?,
+    };
+    let lead = Lead {
+        internal: ServiceId(lead.internal),
+        external: ServiceId(lead.external),
+        guarded: lead.flags & LEAD_GUARDED != 0,
+    };
+    Some((frontend, lead))
 }
 
 /// What a batch leaves each key with; nothing where it is to be removed.

@@ -1,6 +1,6 @@
 //! The plans of all Services against what the maps hold.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 
 use cluster_model::ServiceKey;
@@ -24,6 +24,9 @@ pub struct Ledger {
     vip_claims: BTreeMap<IpAddr, Claims>,
     /// What the maps hold, of services, frontends and VIPs.
     held: State,
+    /// Where frontends led in another version's maps: flows are known by these ids, so each is kept for the service port that had it.
+    inherited: BTreeMap<Frontend, Lead>,
+    inherited_ids: HashSet<ServiceId>,
     /// Where the search for a free id goes on: an id rests as long as possible before it is used again.
     last_id: u32,
     touched: Touched,
@@ -68,6 +71,15 @@ impl Ledger {
         let mut ledger = Self::default();
         ledger.hold(held);
         ledger
+    }
+
+    /// Keeps the ids that another version's frontends lead to for the service ports that they are of; with none, no longer.
+    pub fn inherit(&mut self, leads: BTreeMap<Frontend, Lead>) {
+        let ids = leads
+            .values()
+            .flat_map(|lead| [lead.internal, lead.external]);
+        self.inherited_ids = ids.collect();
+        self.inherited = leads;
     }
 
     /// Takes what the maps were found to hold, after a change of them failed half way.
@@ -400,12 +412,15 @@ impl Ledger {
 
     /// The id that one of a port's frontends leads to already, when nobody owns it; else a free one.
     fn new_id(&mut self, won: &[(Frontend, Ends)]) -> Option<ServiceId> {
-        let leads_to = won.iter().filter_map(|(frontend, ends)| {
-            let held = self.held.frontends.get(frontend)?;
-            Some(if ends.internal {
-                held.internal
-            } else {
-                held.external
+        let maps = [&self.held.frontends, &self.inherited];
+        let leads_to = maps.into_iter().flat_map(|leads| {
+            won.iter().filter_map(|(frontend, ends)| {
+                let lead = leads.get(frontend)?;
+                Some(if ends.internal {
+                    lead.internal
+                } else {
+                    lead.external
+                })
             })
         });
         let mut unowned = leads_to.filter(|id| !self.owners.contains_key(id));
@@ -420,7 +435,10 @@ impl Ledger {
                 self.last_id + 1
             };
             let id = ServiceId(self.last_id);
-            if !self.owners.contains_key(&id) && !self.held.services.contains_key(&id) {
+            let is_another = self.owners.contains_key(&id)
+                || self.held.services.contains_key(&id)
+                || self.inherited_ids.contains(&id);
+            if !is_another {
                 return Some(id);
             }
         }

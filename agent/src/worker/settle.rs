@@ -302,7 +302,7 @@ impl Worker {
         self.report.last_batch_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
         if first && self.services_applied {
             let node = self.node.as_mut();
-            match node.map(|node| node.dataplane.take_over()) {
+            match node.map(Node::take_over) {
                 Some(Err(error)) => self.problem("other versions", reason(&error)),
                 _ => drop(self.problems.remove("other versions")),
             }
