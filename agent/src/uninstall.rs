@@ -10,9 +10,16 @@ use std::path::{Path, PathBuf};
 
 use crate::addresses::is_host_interface;
 use crate::config::share_beside;
+use crate::dataplane::PacketProgram;
 use crate::install::{CONF_LIST, PLUGIN, same_file};
-use crate::net::{Kernel, Netlink, NetlinkError, OUTER, OVERLAY};
+use crate::net::{Direction, Kernel, Link, Netlink, NetlinkError, OUTER, OVERLAY};
 use crate::{supervisor, surroundings};
+
+/// Programs of ours that filters may have.
+const PROGRAMS: [&str; 4] = {
+    let [a, b, c, d] = PacketProgram::ALL;
+    [a.name(), b.name(), c.name(), d.name()]
+};
 
 /// Where an agent has left what is to go.
 #[derive(Clone, Debug, clap::Args)]
@@ -61,6 +68,8 @@ enum Item {
     Folder(PathBuf),
     /// Interfaces, which go together.
     Links(Vec<String>),
+    /// Programs that hang by filters on an interface that stays.
+    Filters(u32, String),
     /// All routes of ours.
     Routes(usize),
     /// All rules of ours in the packet filter.
@@ -72,6 +81,7 @@ impl fmt::Display for Item {
         match self {
             Item::File(path) | Item::Folder(path) => write!(f, "{}", path.display()),
             Item::Links(names) => write!(f, "interfaces {}", names.join(", ")),
+            Item::Filters(_, name) => write!(f, "programs on {name}"),
             Item::Routes(count) => write!(f, "{count} routes"),
             Item::Rules => write!(f, "rules in the packet filter"),
         }
@@ -84,6 +94,7 @@ struct Found {
     links: Vec<String>,
     routes: usize,
     rules: bool,
+    filters: Vec<(u32, String)>,
     /// Those that exist, in the order in which they go.
     paths: Vec<Item>,
 }
@@ -121,6 +132,8 @@ fn plan(found: Found, with_pods: bool) -> Result<Vec<Item>, UninstallError> {
     if found.routes > 0 {
         items.push(Item::Routes(found.routes));
     }
+    let filters = found.filters.into_iter();
+    items.extend(filters.map(|(index, name)| Item::Filters(index, name)));
     if !found.links.is_empty() {
         items.push(Item::Links(found.links));
     }
@@ -144,22 +157,36 @@ fn find(places: &Places, kernel: &mut Kernel) -> Result<Found, UninstallError> {
         .chain(folders.map(Item::Folder))
         .filter(|item| match item {
             Item::File(path) | Item::Folder(path) => path.symlink_metadata().is_ok(),
-            Item::Links(_) | Item::Routes(_) | Item::Rules => true,
+            _ => true,
         });
     let ours = |name: &String| {
         // The pair's other end goes with it.
         name == OUTER || name == OVERLAY || is_host_interface(name)
     };
+    let with_clsact = kernel.with_clsact()?;
+    let (ours, others): (Vec<Link>, Vec<Link>) = kernel
+        .links()?
+        .into_iter()
+        .partition(|link| ours(&link.name));
+    let mut filters = Vec::new();
+    for link in others
+        .into_iter()
+        .filter(|link| with_clsact.contains(&link.index))
+    {
+        for direction in [Direction::Ingress, Direction::Egress] {
+            let names = kernel.filter_names(link.index, direction)?;
+            if names.iter().any(|name| PROGRAMS.contains(&name.as_str())) {
+                filters.push((link.index, link.name.clone()));
+            }
+        }
+    }
+    filters.dedup();
     Ok(Found {
         paths: paths.collect(),
         routes: kernel.count_routes()?,
         rules: surroundings::has_openings()?,
-        links: kernel
-            .links()?
-            .into_iter()
-            .map(|link| link.name)
-            .filter(ours)
-            .collect(),
+        filters,
+        links: ours.into_iter().map(|link| link.name).collect(),
     })
 }
 
@@ -177,6 +204,7 @@ fn remove(item: &Item, kernel: &mut Kernel) -> Result<(), UninstallError> {
         Item::Folder(path) => gone(path, fs::remove_dir_all(path)),
         Item::Routes(_) => Ok(kernel.remove_routes()?),
         Item::Rules => Ok(surroundings::close_openings()?),
+        Item::Filters(index, _) => Ok(kernel.remove_filters(*index, &PROGRAMS).map(drop)?),
         Item::Links(names) => Ok(kernel.delete_links(names)?),
     }
 }
@@ -190,6 +218,7 @@ mod tests {
             links: links.iter().map(|name| (*name).to_owned()).collect(),
             routes: 3,
             rules: false,
+            filters: vec![],
             paths: vec![Item::File("/etc/cni/net.d/05-keelway.conflist".into())],
         }
     }

@@ -4,9 +4,12 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
 
+use keelway_agent::dataplane::{Config, Dataplane};
+use keelway_agent::net::{Direction, Kernel, Netlink};
 use keelway_tests::agents::{AgentNode, program, two_dual_stack_nodes};
-use keelway_tests::sandbox::{Network, Sandbox, is_root};
+use keelway_tests::sandbox::{Network, Sandbox, ip, is_root};
 use nix::mount::{MsFlags, mount, umount};
+use nix::net::if_::if_nametoindex;
 
 fn uninstall(node: &AgentNode, bin_dir: &Path, more: &[&str]) -> Output {
     let mut command = Command::new(program("keelway-agent").expect("the agent"));
@@ -58,6 +61,9 @@ fn a_node_is_clean_afterwards_and_can_be_used_again() {
     let (cluster, [mut node, other]) =
         two_dual_stack_nodes(&sandbox, dir.path(), &[]).expect("two nodes");
     cluster.write(&[]).expect("the cluster's file");
+    // Of somebody else, and stays when we go.
+    let add = "link add theirs type veth peer name behind";
+    node.host.run(|| ip(add)).expect("an interface");
     let before = ["-o link", "-o -4 addr", "route", "-6 route"].map(|what| shown(&node.host, what));
     let bin_dir = dir.path().join("bin");
     assert!(install(&bin_dir).status.success());
@@ -71,6 +77,21 @@ fn a_node_is_clean_afterwards_and_can_be_used_again() {
         "{refused:?}"
     );
     node.stop().expect("a good end");
+    let theirs = node.host.run(|| {
+        let index = if_nametoindex("theirs").expect("the interface");
+        let mut dataplane = Dataplane::open(&Config::new(node.pin_root())).expect("what is pinned");
+        dataplane.attach_pod(index).expect("programs by filters");
+        index
+    });
+    let hangs = || {
+        let names = |direction| {
+            let mut kernel = Kernel::new(Netlink::open()?);
+            kernel.filter_names(theirs, direction)
+        };
+        let all = [Direction::Ingress, Direction::Egress].map(|way| node.host.run(|| names(way)));
+        all.map(|names| names.expect("filters")).concat()
+    };
+    assert_eq!(hangs(), ["pod_ingress", "pod_egress"]);
     let refused = uninstall(&node, &bin_dir, &[]);
     assert!(
         !refused.status.success() && said(&refused).contains("network from Keelway (1)"),
@@ -90,11 +111,13 @@ fn a_node_is_clean_afterwards_and_can_be_used_again() {
         "routes",
         "keelway-svc",
         "keelway-vx",
+        "programs on theirs",
     ] {
         assert!(said(&done).contains(trace), "{trace}: {}", said(&done));
     }
     let after = ["-o link", "-o -4 addr", "route", "-6 route"].map(|what| shown(&node.host, what));
     assert_eq!(after, before);
+    assert_eq!(hangs(), [""; 0]);
     assert!(!shown(&pod.network, "link").contains("eth0"));
     for path in [
         node.pin_root(),

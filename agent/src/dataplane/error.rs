@@ -23,10 +23,6 @@ pub enum Error {
     },
     #[error("cannot tell the host's network namespace from others (Linux 5.14 or newer is needed)")]
     Netns { source: io::Error },
-    #[error(
-        "this kernel has no tcx, by which programs hang on uplinks: Linux 6.6 or newer is needed"
-    )]
-    NoTcx,
     #[error("cannot load the eBPF object")]
     Load(#[source] Box<EbpfError>),
     #[error("the kernel refused the program {program}")]

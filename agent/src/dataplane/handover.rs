@@ -20,7 +20,7 @@ use dataplane_abi::{FrontendKey, Lead as RawLead, ServiceRef, limits, map};
 use super::{
     Error,
     op::{Frontend, Lead},
-    programs::{Programs, pins_in, program_of, shape_fits, unlink},
+    programs::{POD_PROGRAMS, PacketProgram, Programs, pins_in, program_of, shape_fits, unlink},
     sys::{self, Mapping},
     tables::frontend_of,
 };
@@ -92,10 +92,16 @@ pub fn inherited(root: &Path, own: &Path) -> Result<Inherited, Error> {
     Ok(found)
 }
 
-/// Takes over from the versions beside `own` under `root`, and removes their pins.
-pub fn take_over(root: &Path, own: &Path, programs: &Programs) -> Result<HandedOver, Error> {
+/// Takes over from the versions beside `own` under `root`, and removes their pins. `filtered` is what hangs by filters beside the
+/// programs of pods.
+pub fn take_over(
+    root: &Path,
+    own: &Path,
+    programs: &Programs,
+    filtered: &[(PacketProgram, u32)],
+) -> Result<HandedOver, Error> {
     let mut taken = HandedOver::default();
-    let hooks = programs.pod_hooks()?;
+    let hooks = programs.filters(&POD_PROGRAMS)?;
     for dir in others(root, own)? {
         // Looked up before, so that all change within a millisecond or so.
         let pods = hooks.attached()?;
@@ -103,6 +109,9 @@ pub fn take_over(root: &Path, own: &Path, programs: &Programs) -> Result<HandedO
         // Where ours hang behind theirs already, they would see each packet twice.
         make_way_for(&links, programs)?;
         taken.links += hooks.replace(&pods)?;
+        for (program, ifindex) in filtered {
+            taken.links += programs.filters(&[*program])?.replace(&[*ifindex])?;
+        }
         taken.links += take_links(&links, programs)?;
         remove_all(&dir)?;
         taken.versions += 1;

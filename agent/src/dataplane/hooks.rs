@@ -1,18 +1,18 @@
-//! The hooks of pods' interfaces: filters of traffic control, which come and go with their interface and outlive the agent. The
-//! other hooks are pinned links.
+//! Programs on interfaces as filters of traffic control, which come and go with their interface and outlive the agent: those of pods,
+//! and where the kernel has no tcx those of all interfaces. Other hooks are pinned links.
 
 use std::os::fd::{AsFd as _, OwnedFd};
 
 use super::{Error, programs::PacketProgram, sys::LinkTarget};
 use crate::net::{Filter, Kernel, Netlink, NetlinkError};
 
-/// The programs of a pod's interface, for threads beside the loop too.
-pub struct PodHooks {
+/// The programs of one kind of interface, for threads beside the loop too.
+pub struct FilterHooks {
     pub(super) programs: Vec<(PacketProgram, OwnedFd)>,
 }
 
-impl PodHooks {
-    /// What is to hang on the host's side of a pod's veth.
+impl FilterHooks {
+    /// What is to hang on such an interface.
     pub fn filters(&self) -> Vec<Filter<'_>> {
         let all = self.programs.iter().map(|(program, fd)| Filter {
             direction: program.direction(),
@@ -33,12 +33,12 @@ impl PodHooks {
     }
 
     /// Puts the programs in place of those that hang on interfaces; gives how many.
-    pub(super) fn replace(&self, pods: &[u32]) -> Result<usize, Error> {
+    pub(super) fn replace(&self, interfaces: &[u32]) -> Result<usize, Error> {
         let (mut kernel, filters) = (kernel()?, self.filters());
-        for &ifindex in pods {
+        for &ifindex in interfaces {
             kernel.set_filters(ifindex, &filters).map_err(at(ifindex))?;
         }
-        Ok(pods.len() * filters.len())
+        Ok(interfaces.len() * filters.len())
     }
 
     /// Interfaces on which all the programs hang, in order.
@@ -54,10 +54,10 @@ impl PodHooks {
     }
 
     /// Hangs on again what is missing on these interfaces, and gives its names. Those that are gone need nothing.
-    pub(super) fn repair(&self, pods: &[u32]) -> Result<Vec<String>, Error> {
+    pub(super) fn repair(&self, interfaces: &[u32]) -> Result<Vec<String>, Error> {
         let mut kernel = kernel()?;
         let mut repaired = Vec::new();
-        for &ifindex in pods {
+        for &ifindex in interfaces {
             let missing = self.missing(&mut kernel, ifindex)?;
             if missing.is_empty() {
                 continue;

@@ -18,7 +18,7 @@ mod tables;
 mod verify;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     net::{Ipv4Addr, Ipv6Addr},
     os::fd::AsFd as _,
@@ -32,7 +32,7 @@ pub use error::Error;
 pub use events::{EventRing, quiet};
 pub use flows::{FlowTables, FlowView, monotonic_ns, monotonic_s};
 pub use handover::HandedOver;
-pub use hooks::PodHooks;
+pub use hooks::FilterHooks;
 pub use op::{
     Frontend, Lead, LocalPod, Op, Protocol, ServiceBackends, ServiceId, Sources, State, Vip,
 };
@@ -40,7 +40,11 @@ pub use programs::PacketProgram;
 pub use sys::{LinkTarget, MapShape};
 pub use tables::{Applied, Usage};
 
-use crate::dataplane::{pinned::PinnedMaps, programs::Programs, tables::Tables};
+use crate::dataplane::{
+    pinned::PinnedMaps,
+    programs::{POD_PROGRAMS, Programs},
+    tables::Tables,
+};
 
 /// Where pins lie unless configured otherwise.
 pub const PIN_ROOT: &str = "/sys/fs/bpf/keelway";
@@ -128,8 +132,10 @@ pub struct Dataplane {
     service_veth: Option<ServiceVeth>,
     pin_root: PathBuf,
     dir: PathBuf,
-    /// Until then, the filters on pods' interfaces are those of another version.
+    /// Until then, filters on interfaces are those of another version.
     to_take_over: bool,
+    /// What hangs by filters beside the programs of pods: all other packet programs, where the kernel has no tcx.
+    filtered: BTreeSet<(PacketProgram, u32)>,
     /// Where frontends led in another version's maps, until it is taken over.
     inherited: BTreeMap<Frontend, Lead>,
     /// Entries that the last collection left, of as many as there is room for.
@@ -166,6 +172,7 @@ impl Dataplane {
             service_veth: config.service_veth,
             pin_root: config.pin_root.clone(),
             inherited: inherited.leads,
+            filtered: BTreeSet::new(),
             flows_left: 0,
             flows_max: flows_max(&dir)?,
             dir,
@@ -200,8 +207,8 @@ impl Dataplane {
     }
 
     /// The hooks of pods' interfaces, for threads that make interfaces beside the loop.
-    pub fn pod_hooks(&self) -> Result<PodHooks, Error> {
-        self.programs.pod_hooks()
+    pub fn pod_hooks(&self) -> Result<FilterHooks, Error> {
+        self.programs.filters(&POD_PROGRAMS)
     }
 
     /// Interfaces with pod hooks, in order.
@@ -211,18 +218,30 @@ impl Dataplane {
 
     /// Hangs the packet hook on an interface by which other nodes are reached.
     pub fn attach_uplink(&mut self, ifindex: u32) -> Result<(), Error> {
-        self.programs
-            .attach_packet(PacketProgram::UplinkIngress, ifindex)
+        self.attach_packet(PacketProgram::UplinkIngress, ifindex)
     }
 
     /// Hangs the packet hook on the configured service veth pair, if there is one.
     pub fn attach_service_veth(&mut self) -> Result<(), Error> {
         match self.service_veth {
-            Some(pair) => self
-                .programs
-                .attach_packet(PacketProgram::ServiceIngress, pair.inner),
+            Some(pair) => self.attach_packet(PacketProgram::ServiceIngress, pair.inner),
             None => Ok(()),
         }
+    }
+
+    fn attach_packet(&mut self, program: PacketProgram, ifindex: u32) -> Result<(), Error> {
+        if self.programs.has_tcx() {
+            return self.programs.attach_packet(program, ifindex);
+        }
+        let hooks = self.programs.filters(&[program])?;
+        hooks.attach(ifindex, self.to_take_over)?;
+        self.filtered.insert((program, ifindex));
+        Ok(())
+    }
+
+    /// Whether programs hang on other interfaces than pods' by tcx links, as they do where the kernel has them.
+    pub fn has_tcx(&self) -> bool {
+        self.programs.has_tcx()
     }
 
     /// Hangs on again what somebody took off: a link that hangs nowhere though its interface is there, or the control group, and
@@ -231,13 +250,19 @@ impl Dataplane {
     pub fn repair(&mut self, cgroup: Option<&Path>, pods: &[u32]) -> Result<Vec<String>, Error> {
         let mut repaired = self.programs.repair(cgroup)?;
         repaired.extend(self.pod_hooks()?.repair(pods)?);
+        for (program, ifindex) in &self.filtered {
+            let hooks = self.programs.filters(&[*program])?;
+            repaired.extend(hooks.repair(&[*ifindex])?);
+        }
         Ok(repaired)
     }
 
     /// Takes over from agents of another [`ABI_VERSION`], whose programs work until then: to be called when all Services are in our
     /// maps.
     pub fn take_over(&mut self) -> Result<HandedOver, Error> {
-        let taken = handover::take_over(&self.pin_root, &self.dir, &self.programs)?;
+        let programs = &self.programs;
+        let filtered = self.filtered.iter().copied().collect::<Vec<_>>();
+        let taken = handover::take_over(&self.pin_root, &self.dir, programs, &filtered)?;
         self.to_take_over = false;
         self.inherited = BTreeMap::new();
         Ok(taken)

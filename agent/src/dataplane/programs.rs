@@ -16,7 +16,7 @@ use dataplane_abi::{
 };
 
 use super::{
-    Config, Error, PodHooks,
+    Config, Error, FilterHooks,
     sys::{self, LinkTarget, MapShape},
     verify::verify,
 };
@@ -73,6 +73,10 @@ impl PacketProgram {
         }
     }
 }
+
+/// What hangs on the host's side of a pod's veth.
+pub(super) const POD_PROGRAMS: [PacketProgram; 2] =
+    [PacketProgram::PodIngress, PacketProgram::PodEgress];
 
 /// The programs at control groups, by name, with the kernel's number of their attach type.
 const SOCKET_PROGRAMS: [(&str, u32); 8] = [
@@ -202,6 +206,7 @@ fn shapes() -> [(&'static str, MapShape); 13] {
 pub struct Programs {
     ebpf: Ebpf,
     links: PathBuf,
+    tcx: bool,
 }
 
 impl Programs {
@@ -237,12 +242,18 @@ impl Programs {
         let socket = SOCKET_PROGRAMS.iter().map(|(name, _)| *name);
         let names: Vec<&'static str> = packet.chain([COLLECT]).chain(socket).collect();
         verify(&mut ebpf, &names)?;
-        let programs = Self {
+        let mut programs = Self {
             ebpf,
             links: dir.join("links"),
+            tcx: true,
         };
-        check_tcx(programs.fd(PacketProgram::UplinkIngress.name())?)?;
+        programs.tcx = has_tcx(programs.fd(PacketProgram::UplinkIngress.name())?);
         Ok(programs)
+    }
+
+    /// Whether packet programs can hang by links; else they do by filters.
+    pub fn has_tcx(&self) -> bool {
+        self.tcx
     }
 
     fn fd(&self, name: &'static str) -> Result<BorrowedFd<'_>, Error> {
@@ -342,11 +353,11 @@ impl Programs {
         sys::pin(link.as_fd(), &path).map_err(|source| Error::Link { link: path, source })
     }
 
-    /// The hooks of pods' interfaces, for other threads.
-    pub fn pod_hooks(&self) -> Result<PodHooks, Error> {
-        let programs = [PacketProgram::PodIngress, PacketProgram::PodEgress]
-            .into_iter()
-            .map(|program| {
+    /// Packet programs as filters, for other threads.
+    pub fn filters(&self, programs: &[PacketProgram]) -> Result<FilterHooks, Error> {
+        let programs = programs
+            .iter()
+            .map(|&program| {
                 let fd = self.fd(program.name())?.try_clone_to_owned();
                 let failed = |source| Error::Attach {
                     program: program.name(),
@@ -356,10 +367,10 @@ impl Programs {
                 Ok((program, fd.map_err(failed)?))
             })
             .collect::<Result<_, Error>>()?;
-        Ok(PodHooks { programs })
+        Ok(FilterHooks { programs })
     }
 
-    /// Hangs a packet program on an interface.
+    /// Hangs a packet program on an interface by a link.
     pub fn attach_packet(&self, program: PacketProgram, ifindex: u32) -> Result<(), Error> {
         self.attach(
             program.name(),
@@ -507,11 +518,11 @@ impl Programs {
 /// No interface has this number.
 const NOBODY: u32 = i32::MAX.cast_unsigned();
 
-/// Says when the kernel has no tcx, before anything is changed: only one that has it looks for the interface.
-fn check_tcx(program: BorrowedFd<'_>) -> Result<(), Error> {
+/// Whether the kernel has tcx (Linux 6.6): only one that has it looks for the interface.
+fn has_tcx(program: BorrowedFd<'_>) -> bool {
     match sys::create_link(program, NOBODY, PacketProgram::UplinkIngress.attach_type()) {
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Err(Error::NoTcx),
-        _ => Ok(()),
+        Err(error) => error.raw_os_error() != Some(libc::EINVAL),
+        Ok(_) => true,
     }
 }
 

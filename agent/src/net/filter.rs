@@ -1,4 +1,5 @@
-//! Programs on an interface as filters of traffic control: the clsact qdisc, and one filter in each direction.
+//! Programs on an interface as filters of traffic control: the clsact qdisc, and one filter in each direction. Kernels before Linux 6.6
+//! know nothing else.
 //!
 //! The kernel sets such a filter without waiting for anybody, and it goes with its interface. A tcx link makes the kernel wait for
 //! every CPU when it comes and when it goes, 4 to 16 ms each (measured on 6.18), and nobody can change any interface meanwhile.
@@ -69,6 +70,25 @@ impl Kernel {
         Ok(answers.into_iter().filter_map(name).collect())
     }
 
+    /// Takes filters of ours from an interface, where their programs have one of these names; says whether there were any. Those of
+    /// others stay.
+    pub fn remove_filters(&mut self, index: u32, names: &[&str]) -> Result<bool, NetlinkError> {
+        let mut steps = Vec::new();
+        for direction in [Direction::Ingress, Direction::Egress] {
+            let here = self.filter_names(index, direction)?;
+            if here.iter().any(|name| names.contains(&name.as_str())) {
+                steps.push(Step {
+                    operation: format!("take our filter from interface {index}"),
+                    message: RouteNetlinkMessage::DelTrafficFilter(place(index, direction)),
+                    flags: 0,
+                });
+            }
+        }
+        let any = !steps.is_empty();
+        self.run(steps)?;
+        Ok(any)
+    }
+
     /// Interfaces that can have filters.
     pub fn with_clsact(&mut self) -> Result<BTreeSet<u32>, NetlinkError> {
         self.links_with(CLSACT)
@@ -101,11 +121,17 @@ fn add_clsact(index: u32) -> Step {
     }
 }
 
-fn set_filter(index: u32, filter: &Filter<'_>) -> Step {
+/// Where our filter of a direction is.
+fn place(index: u32, direction: Direction) -> TcMessage {
     let mut message = TcMessage::with_index(index as i32);
-    message.header.parent = parent(filter.direction);
+    message.header.parent = parent(direction);
     message.header.handle = HANDLE.into();
     message.header.info = PRIORITY << 16 | ETH_P_ALL;
+    message
+}
+
+fn set_filter(index: u32, filter: &Filter<'_>) -> Step {
+    let mut message = place(index, filter.direction);
     let options = [
         TcFilterBpfOption::ProgFd(filter.program.as_raw_fd() as u32),
         TcFilterBpfOption::ProgName(filter.name.into()),

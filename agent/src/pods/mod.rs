@@ -24,7 +24,7 @@ use keelway_cni::{Attachment, Mac};
 
 use crate::addresses::{AddressFile, Allocation, Pool, is_host_interface};
 use crate::config::Config;
-use crate::dataplane::{LocalPod, Op, PodHooks};
+use crate::dataplane::{FilterHooks, LocalPod, Op};
 use crate::event::{Event, Reply};
 use crate::net::{Kernel, Link, PodWire};
 use crate::node::{Node, NodeError};
@@ -38,7 +38,7 @@ pub struct Pods {
     spool: std::path::PathBuf,
     events: Sender<Event>,
     /// What hangs on pods' interfaces; known once the node is set up.
-    hooks: Option<Arc<PodHooks>>,
+    hooks: Option<Arc<FilterHooks>>,
     /// ADDs that wait for their addresses to be on disk, or for an interface to go.
     to_wire: Vec<ToWire>,
     /// ADDs whose interfaces are being made, by the host's interface.
