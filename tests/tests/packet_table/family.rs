@@ -221,9 +221,11 @@ pub fn with_byte(mut packet: Vec<u8>, offset: usize, value: u8) -> Vec<u8> {
     packet
 }
 
-fn fix_header(packet: &mut [u8]) {
+/// Makes the sum of an IPv4 header right.
+pub fn fix_header(packet: &mut [u8]) {
     packet[24..26].fill(0);
-    let field = sum(&packet[14..34], 0);
+    let end = 14 + 4 * usize::from(packet[14] & 15);
+    let field = sum(&packet[14..end], 0);
     packet[24..26].copy_from_slice(&field.to_be_bytes());
 }
 

@@ -5,7 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use dataplane_abi::{Reason, limits};
 use keelway_agent::dataplane::PacketProgram::{PodIngress, UplinkIngress};
 use keelway_tests::{
-    packets::tcp_flag::{ACK, SYN},
+    packets::{
+        sctp_chunk::INIT,
+        tcp_flag::{ACK, SYN},
+    },
     sandbox::{Sandbox, is_root},
 };
 
@@ -81,6 +84,30 @@ fn two_datagrams_of_one_socket_at_once_are_both_answered_by_the_service() {
             let (verdict, heard) = run(dataplane, UplinkIngress, &answer);
             assert_eq!(verdict, REDIRECT, "{client}");
             assert_eq!(hex(&heard), hex(&family.udp(service, &client, b"answer")));
+        }
+    }
+}
+
+#[test]
+fn an_opening_that_is_sent_again_goes_to_the_same_backend() {
+    if !is_root("openings sent again") {
+        return;
+    }
+    for family in Family::ALL {
+        let sandbox = Sandbox::enter().unwrap();
+        let mut dataplane = opened(&sandbox, false);
+        let backends = family.backends(&["10.0.0.12:8080", "10.0.1.13:8080"], &[]);
+        dataplane.apply(&state(family, &backends)).unwrap();
+        // By chance alone, as many would not all be alike.
+        for port in 4_000..4_020 {
+            let (pod, service) = (format!("10.0.0.11:{port}"), "10.96.0.1:80");
+            let again = |packet: &[u8]| {
+                let [first, second] = [(); 2].map(|()| run(&dataplane, PodIngress, packet));
+                assert_eq!(first, second, "{family:?} {port}");
+            };
+            again(&family.tcp(&pod, service, SYN, b""));
+            again(&family.udp(&pod, service, b"question"));
+            again(&family.sctp(&pod, service, INIT, b""));
         }
     }
 }

@@ -6,6 +6,7 @@ mod flows;
 mod random;
 mod rows;
 mod rows_sctp;
+mod rows_v4;
 mod rows_v6;
 
 use std::{collections::BTreeMap, fs, net::IpAddr};
@@ -131,7 +132,8 @@ fn run(dataplane: &Dataplane, program: PacketProgram, packet: &[u8]) -> (i32, Ve
 
 #[test]
 fn packets_leave_the_loaded_programs_as_the_table_says_over_ipv4() {
-    check_all(Family::V4, rows(Family::V4));
+    let rows = rows(Family::V4).into_iter().chain(rows_v4::rows());
+    check_all(Family::V4, rows.collect());
 }
 
 #[test]
