@@ -186,18 +186,17 @@ fn enter<T: Tables>(tables: &T, opening: &Opening<'_>, answers: &mut FlowKey) ->
         answers.dport = random_port(tables);
     }
     let mut attempt = 0;
-    loop {
-        if claim(tables, answers, &entry) {
-            break;
-        }
+    while !claim(tables, answers, &entry) {
         attempt += 1;
-        if attempt > PORT_ATTEMPTS {
-            return NO_PORT;
-        }
         if attempt == 1 && !opening.fresh_port {
             tables.count(Reason::FlowPortChanged);
         }
         answers.dport = random_port(tables);
+        // Last in a turn: kernels before Linux 6.8 take a loop only when the way back is a jump, and without a condition here the
+        // compiler lets the end of the turn fall into its beginning.
+        if attempt > PORT_ATTEMPTS {
+            return NO_PORT;
+        }
     }
     entry.other = *answers;
     entry.seen = opening.seen;

@@ -354,20 +354,30 @@ fn portless<const V6: bool, P: Packet, T: Tables>(
     at_host: bool,
 ) -> Followed {
     let Notes { ip, to, aside } = notes;
-    let came_to = if V6 {
-        error_apart(packet, tables, ip, to, aside)
+    let (about, is_written) = if V6 {
+        let about = about_apart(packet, tables, ip, to, aside);
+        (
+            about,
+            about == NO_FLOW || rewrite_apart(packet, ip, to, aside),
+        )
     } else {
-        error::<false, P, T>(packet, tables, ip, to, aside)
+        let about = about_flow::<false, P, T>(packet, tables, ip, to, aside);
+        (
+            about,
+            about == NO_FLOW || rewrite_error::<false, P>(packet, ip, to, aside),
+        )
     };
-    match came_to {
+    if !is_written {
+        return dropped(tables, Reason::RewriteFailed);
+    }
+    match about {
         ABOUT_ANSWER | ABOUT_REQUEST => {
             tables.count(Reason::IcmpTranslated);
-            return match came_to {
+            return match about {
                 ABOUT_ANSWER => Followed::ToBackend,
                 _ => Followed::ToClient,
             };
         }
-        UNWRITTEN => return dropped(tables, Reason::RewriteFailed),
         _ => {}
     }
     let ip = &notes.ip;
@@ -382,37 +392,48 @@ fn portless<const V6: bool, P: Packet, T: Tables>(
     Followed::Untouched
 }
 
-/// What an ICMP error was about, and what became of it: a number, since only such come back from a function in a register.
+/// What an ICMP error is about: a number, since only such come back from a function in a register.
 const NO_FLOW: u32 = 0;
 const ABOUT_REQUEST: u32 = 1;
 const ABOUT_ANSWER: u32 = 2;
-const UNWRITTEN: u32 = 3;
 
-/// As [`error`], for IPv6: a function of its own, for the stack (see [`Notes`]).
+/// As [`about_flow`], for IPv6: a function of its own, for the stack (see [`Notes`]). Two of them, one after the other, need less than
+/// one: Linux 6.1 counts every frame in steps of 32 bytes.
 #[inline(never)]
-fn error_apart<P: Packet, T: Tables>(
-    packet: &mut P,
+fn about_apart<P: Packet, T: Tables>(
+    packet: &P,
     tables: &T,
     ip: &Ip,
     to: &mut FlowKey,
     aside: &mut Aside,
 ) -> u32 {
-    error::<true, P, T>(packet, tables, ip, to, aside)
+    about_flow::<true, P, T>(packet, tables, ip, to, aside)
 }
 
-/// Translates an ICMP error about a flow.
+/// As [`rewrite_error`], for IPv6.
+#[inline(never)]
+fn rewrite_apart<P: Packet>(packet: &mut P, ip: &Ip, to: &FlowKey, aside: &Aside) -> bool {
+    rewrite_error::<true, P>(packet, ip, to, aside)
+}
+
+/// Finds the flow that an ICMP error is about, and with it what the error becomes.
 #[inline(always)]
-fn error<const V6: bool, P: Packet, T: Tables>(
-    packet: &mut P,
+fn about_flow<const V6: bool, P: Packet, T: Tables>(
+    packet: &P,
     tables: &T,
     ip: &Ip,
     to: &mut FlowKey,
     aside: &mut Aside,
 ) -> u32 {
-    let Aside { about, quoted } = aside;
-    let Some(place) = icmp::quoted::<V6, P>(packet, ip, quoted) else {
-        return NO_FLOW;
-    };
+    let Aside {
+        about,
+        quoted,
+        place,
+    } = aside;
+    match icmp::quoted::<V6, P>(packet, ip, quoted) {
+        Some(found) => *place = found,
+        None => return NO_FLOW,
+    }
     *about = quoted.mirrored();
     let Some(entry) = flow::lookup(tables, about) else {
         return NO_FLOW;
@@ -426,11 +447,26 @@ fn error<const V6: bool, P: Packet, T: Tables>(
     let src = follows(&ip.key.src, &quoted.dst, &about.dst);
     let dst = follows(&ip.key.dst, &quoted.src, &about.src);
     *to = FlowKey::new(src, dst, 0, 0, ip.key.proto);
-    match icmp::translate::<V6, P>(packet, ip, &place, quoted, to, about) {
-        false => UNWRITTEN,
-        true if reply == 1 => ABOUT_REQUEST,
-        true => ABOUT_ANSWER,
+    if reply == 1 {
+        ABOUT_REQUEST
+    } else {
+        ABOUT_ANSWER
     }
+}
+
+#[inline(always)]
+fn rewrite_error<const V6: bool, P: Packet>(
+    packet: &mut P,
+    ip: &Ip,
+    to: &FlowKey,
+    aside: &Aside,
+) -> bool {
+    let Aside {
+        about,
+        quoted,
+        place,
+    } = aside;
+    icmp::translate::<V6, P>(packet, ip, place, quoted, to, about)
 }
 
 #[inline(always)]

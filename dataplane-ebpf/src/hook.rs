@@ -7,6 +7,7 @@ use dataplane_abi::{
 
 use crate::{
     follow::{Followed, Side, follow},
+    icmp::Quoted,
     packet::{Ip, Packet, Parsed, parse},
     tables::Tables,
 };
@@ -62,8 +63,9 @@ pub struct Notes {
 pub struct Aside {
     /// Of the other side of a flow that is opened or forgotten, or of what an ICMP error is about.
     pub about: FlowKey,
-    /// Of what an ICMP error quotes.
+    /// Of what an ICMP error quotes, and where that lies.
     pub quoted: FlowKey,
+    pub place: Quoted,
 }
 
 impl Notes {
@@ -74,6 +76,7 @@ impl Notes {
         aside: Aside {
             about: FlowKey::NONE,
             quoted: FlowKey::NONE,
+            place: Quoted::NONE,
         },
     };
 }

@@ -49,6 +49,16 @@ pub struct Quoted {
     is_echo: bool,
 }
 
+impl Quoted {
+    /// Of no packet yet.
+    pub const NONE: Self = Self {
+        l3: 0,
+        l4: 0,
+        checksum: 0,
+        is_echo: false,
+    };
+}
+
 /// Reads the key of what a packet quotes, when it is an ICMP error about what may be a flow's.
 #[inline(always)]
 pub fn quoted<const V6: bool, P: Packet>(packet: &P, ip: &Ip, key: &mut FlowKey) -> Option<Quoted> {

@@ -20,7 +20,8 @@ use dataplane_abi::{FrontendKey, Lead as RawLead, ServiceRef, limits, map};
 use super::{
     Error,
     op::{Frontend, Lead},
-    programs::{POD_PROGRAMS, PacketProgram, Programs, pins_in, program_of, shape_fits, unlink},
+    programs::{POD_PROGRAMS, PacketProgram, Programs, pins_in, program_of, unlink},
+    shapes::shape_fits,
     sys::{self, Mapping},
     tables::frontend_of,
 };

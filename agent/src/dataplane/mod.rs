@@ -13,6 +13,7 @@ mod hooks;
 mod op;
 mod pinned;
 mod programs;
+mod shapes;
 mod sys;
 mod tables;
 mod verify;

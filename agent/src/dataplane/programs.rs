@@ -10,14 +10,12 @@ use aya::{
     Ebpf, EbpfLoader, include_bytes_aligned,
     maps::{MapData, PerCpuArray},
 };
-use dataplane_abi::{
-    Addr, Affinity, AffinityKey, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey,
-    Lead, LocalAddress, MONITOR_WORDS, RangeKey, Reason, SocketPeers, global, limits, map,
-};
+use dataplane_abi::{Addr, Reason, global, map};
 
 use super::{
     Config, Error, FilterHooks,
-    sys::{self, LinkTarget, MapShape},
+    shapes::{check_shape, shapes},
+    sys::{self, LinkTarget},
     verify::verify,
 };
 use crate::net::Direction;
@@ -91,116 +89,6 @@ const SOCKET_PROGRAMS: [(&str, u32); 8] = [
 ];
 
 const COLLECT: &str = "collect";
-
-/// Shapes that pinned maps must have: aya takes whatever is pinned under the name.
-fn shapes() -> [(&'static str, MapShape); 13] {
-    const HASH: u32 = 1;
-    const ARRAY: u32 = 2;
-    const PERCPU_ARRAY: u32 = 6;
-    const LRU_HASH: u32 = 9;
-    const LPM_TRIE: u32 = 11;
-    const SK_STORAGE: u32 = 24;
-    const RINGBUF: u32 = 27;
-    const NO_PREALLOC: u32 = 1;
-    const MMAPABLE: u32 = 1024;
-    let word = size_of::<u32>();
-    [
-        (
-            map::FRONTENDS,
-            MapShape::new(
-                HASH,
-                size_of::<FrontendKey>(),
-                size_of::<Lead>(),
-                limits::FRONTENDS,
-                NO_PREALLOC,
-            ),
-        ),
-        (
-            map::SERVICES,
-            MapShape::new(ARRAY, word, size_of::<u64>(), limits::SERVICES, MMAPABLE),
-        ),
-        (
-            map::BACKENDS,
-            MapShape::new(ARRAY, word, size_of::<Cell>(), limits::CELLS, MMAPABLE),
-        ),
-        (
-            map::LOCAL,
-            MapShape::new(
-                HASH,
-                size_of::<Addr>(),
-                size_of::<LocalAddress>(),
-                limits::LOCAL_ADDRESSES,
-                NO_PREALLOC,
-            ),
-        ),
-        (
-            map::FLOWS,
-            MapShape::new(
-                HASH,
-                size_of::<FlowKey>(),
-                size_of::<Flow>(),
-                limits::FLOWS,
-                NO_PREALLOC,
-            ),
-        ),
-        (
-            map::FLOWS_UNREPLIED,
-            MapShape::new(
-                LRU_HASH,
-                size_of::<FlowKey>(),
-                size_of::<Flow>(),
-                limits::FLOWS_UNREPLIED,
-                0,
-            ),
-        ),
-        (
-            map::AFFINITY,
-            MapShape::new(
-                LRU_HASH,
-                size_of::<AffinityKey>(),
-                size_of::<Affinity>(),
-                limits::AFFINITY,
-                0,
-            ),
-        ),
-        (
-            map::RANGES,
-            MapShape::new(
-                LPM_TRIE,
-                size_of::<RangeKey>(),
-                word,
-                limits::RANGES,
-                NO_PREALLOC,
-            ),
-        ),
-        (
-            map::FRAGMENTS,
-            MapShape::new(
-                LRU_HASH,
-                size_of::<FragmentKey>(),
-                size_of::<FragmentPorts>(),
-                limits::FRAGMENTS,
-                0,
-            ),
-        ),
-        (
-            map::COUNTERS,
-            MapShape::new(PERCPU_ARRAY, word, size_of::<u64>(), Reason::COUNT, 0),
-        ),
-        (
-            map::EVENTS,
-            MapShape::new(RINGBUF, 0, 0, limits::EVENTS_BYTES, 0),
-        ),
-        (
-            map::MONITOR,
-            MapShape::new(ARRAY, word, size_of::<u64>(), MONITOR_WORDS, MMAPABLE),
-        ),
-        (
-            map::SOCKET_PEERS,
-            MapShape::new(SK_STORAGE, word, size_of::<SocketPeers>(), 0, NO_PREALLOC),
-        ),
-    ]
-}
 
 /// The loaded programs and where their links are pinned.
 pub struct Programs {
@@ -558,44 +446,4 @@ pub(super) fn unlink(path: &Path) -> Result<(), Error> {
         }),
         _ => Ok(()),
     }
-}
-
-fn check_shape(dir: &Path, name: &'static str, wanted: MapShape) -> Result<(), Error> {
-    let failed = |source| Error::Map {
-        action: "open",
-        map: name,
-        source,
-    };
-    let pinned = match sys::open_pinned(&dir.join(name)) {
-        Ok(map) => sys::map_shape(map.as_fd()).map_err(failed)?,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(failed(error)),
-    };
-    if shape_fits(name, pinned) {
-        Ok(())
-    } else {
-        Err(Error::Shape {
-            path: dir.join(name),
-            pinned,
-            wanted,
-        })
-    }
-}
-
-/// Whether programs can have a map of this shape under that name. One that tells of traffic may have been made by another version,
-/// which had room for more or less in it.
-pub(super) fn shape_fits(name: &str, shape: MapShape) -> bool {
-    let wanted = shapes().into_iter().find(|(known, _)| *known == name);
-    wanted.is_some_and(|(_, wanted)| {
-        let is_of_traffic = map::OF_TRAFFIC.contains(&name);
-        let max_entries = if is_of_traffic {
-            wanted.max_entries
-        } else {
-            shape.max_entries
-        };
-        MapShape {
-            max_entries,
-            ..shape
-        } == wanted
-    })
 }

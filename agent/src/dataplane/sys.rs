@@ -147,6 +147,15 @@ impl MapShape {
     }
 }
 
+impl MapShape {
+    pub const fn with_max_entries(self, max_entries: u32) -> Self {
+        Self {
+            max_entries,
+            ..self
+        }
+    }
+}
+
 #[repr(C)]
 struct InfoAttr {
     fd: u32,

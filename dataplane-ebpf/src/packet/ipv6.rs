@@ -62,13 +62,14 @@ pub(super) fn parse<P: Packet>(packet: &P, ip: &mut Ip) -> Option<()> {
             }
             _ => break,
         }
-        extensions += 1;
-        if extensions > EXTENSIONS_MAX {
-            return None;
-        }
         if matches!(fragment, Fragment::Later) {
             // What follows is the middle of something.
             break;
+        }
+        // Last in a turn: see `flow::enter`.
+        extensions += 1;
+        if extensions > EXTENSIONS_MAX {
+            return None;
         }
     }
     let transport = transport::<true, P>(packet, l4, protocol, fragment)?;
