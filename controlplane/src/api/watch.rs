@@ -15,6 +15,7 @@ use super::request::{Encoding, Form, ListOptions, Target};
 use super::status::Status;
 use super::{Api, Call, object, reply, table};
 use crate::codec::transcode;
+use crate::registry::Resource;
 use crate::store::{Change, Record, Revision, WatchEvent, WatchStream};
 
 /// A watch without timeoutSeconds ends after this to twice this, as upstream's min-request-timeout.
@@ -46,9 +47,11 @@ impl Kind {
     }
 }
 
-/// One change with what watchers have worked out about it: each part once for all of them.
+/// One change with what watchers of a resource have worked out about it: each part once for all of them.
 pub(super) struct Encoded {
     event: WatchEvent,
+    /// Versions of a kind share their records, and differ in how these are sent.
+    resource: &'static Resource,
     current: OnceLock<Option<Value>>,
     previous: OnceLock<Option<Value>>,
     /// The whole event, by kind: as a line of JSON, and as a frame of protobuf.
@@ -56,43 +59,48 @@ pub(super) struct Encoded {
     frames: [OnceLock<Bytes>; 3],
 }
 
-/// The recent changes, encoded. A revision is one write, so its number finds it.
+/// The recent changes, encoded. A slot has those of one revision: a write takes what goes along with it into the same (a Service
+/// its addresses), and each is watched under its own kind and versions.
 pub(super) struct EncodedEvents {
-    slots: Vec<Mutex<Option<Arc<Encoded>>>>,
+    slots: Vec<Mutex<Vec<Arc<Encoded>>>>,
 }
 
 impl Default for EncodedEvents {
     fn default() -> Self {
         Self {
-            slots: (0..ENCODED_EVENTS).map(|_| Mutex::new(None)).collect(),
+            slots: (0..ENCODED_EVENTS).map(|_| Mutex::default()).collect(),
         }
     }
 }
 
 impl EncodedEvents {
-    fn share(&self, event: WatchEvent) -> Arc<Encoded> {
+    fn share(&self, event: WatchEvent, resource: &'static Resource) -> Arc<Encoded> {
         let revision = event.record.revision;
         let slot = &self.slots[usize::try_from(revision.0 % ENCODED_EVENTS as u64).unwrap_or(0)];
         let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = slot
-            .as_ref()
-            .filter(|known| known.event.record.revision == revision)
-        {
+        let same = |known: &&Arc<Encoded>| {
+            known.revision() == revision
+                && known.event.record.key == event.record.key
+                && std::ptr::eq(known.resource, resource)
+        };
+        if let Some(known) = slot.iter().find(same) {
             return known.clone();
         }
         let encoded = Arc::new(Encoded {
             event,
+            resource,
             current: OnceLock::new(),
             previous: OnceLock::new(),
             lines: Default::default(),
             frames: Default::default(),
         });
         // A watcher that lags must not push out what the others are about to read.
-        if slot
-            .as_ref()
-            .is_none_or(|known| known.event.record.revision < revision)
-        {
-            *slot = Some(encoded.clone());
+        let kept = slot.first().map(|known| known.revision());
+        if kept.is_none_or(|kept| kept < revision) {
+            slot.clear();
+        }
+        if kept.is_none_or(|kept| kept <= revision) {
+            slot.push(encoded.clone());
         }
         encoded
     }
@@ -427,7 +435,7 @@ impl Watcher {
             };
             let mut chunk: Vec<Bytes> = Vec::new();
             for event in batch {
-                let encoded = events.share(event);
+                let encoded = events.share(event, self.target.resource);
                 if let Some(kind) = self.seen_as(&encoded) {
                     chunk.push(self.write(kind, &encoded));
                 }

@@ -177,6 +177,32 @@ async fn a_streaming_list_ends_with_its_bookmark_and_goes_on() {
 }
 
 #[tokio::test]
+async fn what_one_write_makes_of_two_kinds_is_watched_as_two() {
+    let server = Server::start();
+    let client = server.client().await;
+    let (_, list) = server.raw("/api/v1/services");
+    let revision = list["metadata"]["resourceVersion"]
+        .as_str()
+        .expect("a revision");
+    server.kubectl("create service clusterip one --tcp=80");
+    // A Service and its address are written at one revision; whoever watches first has it encoded.
+    for (path, kind, version) in [
+        (
+            "/apis/networking.k8s.io/v1/ipaddresses",
+            "IPAddress",
+            "networking.k8s.io/v1",
+        ),
+        ("/api/v1/services", "Service", "v1"),
+    ] {
+        let path = format!("{path}?watch=true&resourceVersion={revision}");
+        let seen = events(&client, &path, 1).await;
+        assert_eq!(seen[0]["type"], "ADDED", "{path}");
+        assert_eq!(seen[0]["object"]["kind"], kind, "{path}");
+        assert_eq!(seen[0]["object"]["apiVersion"], version, "{path}");
+    }
+}
+
+#[tokio::test]
 async fn revisions_out_of_reach_are_told() {
     let server = Server::start();
     let client = server.client().await;
