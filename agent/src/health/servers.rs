@@ -188,6 +188,8 @@ where
             let connection = hyper::server::conn::http1::Builder::new()
                 .timer(TokioTimer::new())
                 .header_read_timeout(HEADER_TIMEOUT)
+                // A client may close its side once it has asked.
+                .half_close(true)
                 // A connection that is kept would go on answering for a Service that lost the port.
                 .keep_alive(false)
                 .serve_connection(TokioIo::new(stream), service);

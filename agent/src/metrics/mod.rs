@@ -39,6 +39,8 @@ pub async fn serve(listener: TcpListener, events: Sender<Event>) {
         tokio::spawn(async move {
             let service = service_fn(|request| answer(request, events.clone()));
             let connection = hyper::server::conn::http1::Builder::new()
+                // A client may close its side once it has asked.
+                .half_close(true)
                 .serve_connection(TokioIo::new(stream), service);
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "metrics: connection");

@@ -82,6 +82,8 @@ impl Proxy {
         // A connection that breaks is the client's to notice.
         let _ = hyper::server::conn::http1::Builder::new()
             .preserve_header_case(true)
+            // A client may close its side once it has asked, as nc does. By default the answer would be lost if the end is read first.
+            .half_close(true)
             .timer(TokioTimer::new())
             .header_read_timeout(HEAD_TIMEOUT)
             .serve_connection(TokioIo::new(stream), service)
@@ -321,6 +323,27 @@ mod tests {
                 "{request}: {answer}"
             );
             assert!(answer.contains(why), "{request}: {answer}");
+        }
+    }
+
+    #[tokio::test]
+    async fn who_closes_its_side_with_the_request_is_still_answered() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        // Request and end are both there before anything is read.
+        let mut streams = Vec::new();
+        for _ in 0..50 {
+            let mut stream = TcpStream::connect(address).await.expect("connected");
+            let request = b"CONNECT a.example:1 HTTP/1.1\r\nHost: x\r\n\r\n";
+            stream.write_all(request).await.expect("sent");
+            stream.shutdown().await.expect("closed");
+            streams.push(stream);
+        }
+        tokio::spawn(Proxy::new([]).serve(listener));
+        for mut stream in streams {
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await.expect("text");
+            assert!(answer.starts_with("HTTP/1.1 403 "), "{answer:?}");
         }
     }
 
