@@ -2,6 +2,7 @@
 //! builds cnitool; `KEELWAY_CNITOOL` names another one, and where there is none these tests are skipped.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -80,7 +81,10 @@ impl Lab {
         tool.args([command, "keelway"])
             .arg(network.path())
             .env("NETCONFPATH", &self.confs)
-            .env("CNI_PATH", format!("{ours}:{REFERENCE_PLUGINS}"))
+            .env(
+                "CNI_PATH",
+                format!("{ours}:{REFERENCE_PLUGINS}:{}", self.confs.display()),
+            )
             .env("CAP_ARGS", json!({"mac": "02:00:00:00:00:77"}).to_string());
         let output = self.node.host.run(|| tool.output()).expect("cnitool");
         let said = [output.stdout, output.stderr].concat();
@@ -128,13 +132,24 @@ fn cnitool_runs_every_command() {
         if version == "1.1.0" {
             let (ok, said) = lab.call("status", &network);
             assert!(ok, "{version} status: {said}");
-            // cnitool names no list of what is to stay, which the specification asks for: taking that for an empty list would remove
-            // every pod of the node.
+            // cnitool deletes what it has added. Then it has every plugin collect, and names no list of what is to stay, which the
+            // specification asks for: taking that for an empty list would remove every pod of the node.
+            let pod = lab.node.wire("of-a-runtime").expect("a pod");
+            let (ok, said) = lab.call("add", &network);
+            assert!(ok, "{version} add: {said}");
             let (ok, said) = lab.call("gc", &network);
             assert!(
                 !ok && said.contains("valid-attachments"),
                 "{version} gc: {said}"
             );
+            until("one pod", || {
+                let report = lab.node.report()?;
+                let left = report["allocations"].as_array().map(Vec::len);
+                Ok((left == Some(1)).then_some(()))
+            })
+            .expect("what cnitool has added goes, and nothing else");
+            let deleted = lab.node.cni("DEL", &pod.container, None, json!({}));
+            assert!(deleted.expect("the plugin").status.success());
         }
         lab.nothing_is_left();
     }
@@ -189,4 +204,74 @@ fn cnitool_runs_chains_with_other_plugins() {
     let (ok, said) = lab.call("del", &network);
     assert!(ok, "{said}");
     lab.nothing_is_left();
+}
+
+/// A plugin that gives a pod an interface of its own, and knows nothing of any other.
+const BEFORE: &str = r#"#!/bin/sh
+inside() { nsenter --net="$CNI_NETNS" ip "$@"; }
+case $CNI_COMMAND in
+ADD)
+    inside link add net1 type veth peer name net2 || exit 1
+    echo '{"cniVersion": "1.0.0", "interfaces": [{"name": "net1", "sandbox": "'"$CNI_NETNS"'"}],
+        "ips": [{"address": "192.0.2.7/24", "interface": 0}], "dns": {"domain": "before.example"}}' ;;
+CHECK) inside link show net1 >&2 ;;
+DEL) inside link del net1 2> /dev/null || true ;;
+VERSION) echo '{"cniVersion": "1.0.0", "supportedVersions": ["0.4.0", "1.0.0", "1.1.0"]}' ;;
+esac
+"#;
+
+#[test]
+fn cnitool_runs_it_behind_another_plugin() {
+    let Some(lab) = Lab::start("cnitool_runs_it_behind_another_plugin") else {
+        return;
+    };
+    let script = lab.confs.join("before");
+    fs::write(&script, BEFORE).expect("written");
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).expect("executable");
+    let before = json!({"type": "before"});
+    let tuning = json!({"type": "tuning", "sysctl": {"net.core.somaxconn": "512"}});
+    // Debian's plugins do not speak 1.1.0 yet.
+    let mut chains = vec![("1.1.0", vec![before.clone(), lab.plugin()])];
+    if Path::new(REFERENCE_PLUGINS).join("tuning").exists() {
+        chains.push(("1.0.0", vec![before, lab.plugin(), tuning]));
+    }
+    for (version, plugins) in chains {
+        lab.write(version, &plugins);
+        let network = Network::new().expect("a network");
+        let (ok, said) = lab.call("add", &network);
+        assert!(ok, "{version} add: {said}");
+        let result: Value = serde_json::from_str(&said).expect("a result");
+        let interfaces = result["interfaces"].as_array().expect("interfaces");
+        let names: Vec<&str> = interfaces
+            .iter()
+            .filter_map(|interface| interface["name"].as_str())
+            .collect();
+        assert!(
+            matches!(names[..], ["net1", host, "eth0"] if host.starts_with("kw")),
+            "{version}: {result}"
+        );
+        assert_eq!(
+            result["ips"][0],
+            json!({"address": "192.0.2.7/24", "interface": 0})
+        );
+        let owners: Vec<&Value> = result["ips"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .map(|ip| &ip["interface"])
+            .collect();
+        assert_eq!(owners, [0, 2, 2], "{result}");
+        let there = inside(&network, &["ip", "link"]);
+        assert!(
+            there.contains("net1") && there.contains("eth0"),
+            "{version}: {there}"
+        );
+        for command in ["check", "del", "del"] {
+            let (ok, said) = lab.call(command, &network);
+            assert!(ok, "{version} {command}: {said}");
+        }
+        let there = inside(&network, &["ip", "link"]);
+        assert!(!there.contains("net1"), "{version}: {there}");
+        lab.nothing_is_left();
+    }
 }

@@ -163,11 +163,21 @@ pub struct OtherSuites {
 impl OtherSuites {
     /// Fetches the package lists of `suites` into `folder`.
     pub fn fetch(folder: &Path, suites: &[&str]) -> Result<OtherSuites> {
+        Self::fetch_with_sources(folder, suites, &[])
+    }
+
+    /// Fetches the package lists of `suites`, and of the source packages of `sources`.
+    pub fn fetch_with_sources(
+        folder: &Path,
+        suites: &[&str],
+        sources: &[&str],
+    ) -> Result<OtherSuites> {
         let mirror = debian_mirror()?;
         let keys = "/usr/share/keyrings/debian-archive-keyring.gpg";
-        let sources: String = suites
-            .iter()
-            .map(|suite| format!("deb [signed-by={keys}] {mirror} {suite} main\n"))
+        let packages = suites.iter().map(|suite| ("deb", suite));
+        let sources: String = packages
+            .chain(sources.iter().map(|suite| ("deb-src", suite)))
+            .map(|(kind, suite)| format!("{kind} [signed-by={keys}] {mirror} {suite} main\n"))
             .collect();
         fs::create_dir_all(folder.join("lists/partial"))?;
         fs::create_dir_all(folder.join("cache/archives/partial"))?;
@@ -222,6 +232,32 @@ impl OtherSuites {
             Command::new("dpkg-deb")
                 .arg("--extract")
                 .arg(&deb)
+                .arg(into),
+        )?;
+        fs::remove_dir_all(&download)?;
+        Ok(())
+    }
+
+    /// Downloads the archive that a source package is made from, as its authors published it, and unpacks it into `into`.
+    pub fn unpack_source(&self, package: &str, into: &Path) -> Result<()> {
+        let download = into.join(".download");
+        fs::create_dir_all(&download)?;
+        process::run_quiet(self.command("apt-get").current_dir(&download).args([
+            "source",
+            "-q",
+            "--download-only",
+            "--tar-only",
+            package,
+        ]))?;
+        let archive = fs::read_dir(&download)?
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .find(|path| path.to_string_lossy().contains(".orig.tar."))
+            .with_context(|| format!("apt downloaded no archive for the source of {package}"))?;
+        process::run_quiet(
+            Command::new("tar")
+                .args(["--strip-components=1", "-xf"])
+                .arg(&archive)
+                .arg("-C")
                 .arg(into),
         )?;
         fs::remove_dir_all(&download)?;

@@ -1,5 +1,5 @@
-//! cnitool, the CNI project's own runtime, with which tests call the plugin. No Debian package has it, so it is built from its module by
-//! Debian's Go of a newer suite, which is unpacked and not installed.
+//! cnitool, the CNI project's own runtime, with which tests call the plugin. Debian has its source, in the package of the project's
+//! libraries, and builds no program of it; Debian's Go of a newer suite does, which is unpacked and not installed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,13 +11,14 @@ use super::{apt, say};
 use crate::process;
 use crate::project::Project;
 
-/// The Debian suite whose Go is new enough for the module, and runs on Debian 12's C library.
+/// The Debian suite whose Go is new enough, and runs on Debian 12's C library.
 const SUITE: &str = "trixie";
 const GO: &str = "1.24";
-/// The module, at the version that tests are written for: the first that knows STATUS and GC.
-const MODULE: &str = "github.com/containernetworking/cni/cnitool@v1.3.0";
+/// The source package, and the suite that has version 1.3: the first whose cnitool knows STATUS and GC.
+const SOURCE: &str = "golang-github-appc-cni";
+const SOURCE_SUITE: &str = "forky";
 
-/// Puts cnitool into the folder of the suites' clients. Without it its tests are skipped, so a machine without module proxy can go on.
+/// Puts cnitool into the folder of the suites' clients. Without it its tests are skipped, so a machine without these suites can go on.
 pub fn pin(project: &Project) -> Result<()> {
     let target = project.clients_dir().join("cnitool");
     if target.is_file() {
@@ -44,32 +45,39 @@ pub fn pin(project: &Project) -> Result<()> {
 }
 
 fn build(staging: &Path) -> Result<PathBuf> {
-    let root = go_root(staging)?;
-    let bin = staging.join("bin");
+    let suites =
+        apt::OtherSuites::fetch_with_sources(&staging.join("apt"), &[SUITE], &[SOURCE_SUITE])?;
+    let root = go_root(&suites, staging)?;
+    let source = staging.join("source");
+    suites.unpack_source(SOURCE, &source)?;
+    let program = staging.join("cnitool");
+    // What it imports is all in that archive.
     process::run_quiet(
         Command::new(root.join("bin/go"))
-            .args(["install", "-trimpath", MODULE])
+            .args(["build", "-trimpath", "-o"])
+            .arg(&program)
+            .arg("./cnitool")
+            .current_dir(&source)
             .env("GOROOT", &root)
-            .env("GOBIN", &bin)
             .env("GOPATH", staging.join("path"))
             .env("GOCACHE", staging.join("cache"))
+            .env("GOPROXY", "off")
             .env("GOTOOLCHAIN", "local")
             .env("CGO_ENABLED", "0"),
     )?;
-    Ok(bin.join("cnitool"))
+    Ok(program)
 }
 
 /// Go, unpacked below `staging`.
-fn go_root(staging: &Path) -> Result<PathBuf> {
-    let suite = apt::OtherSuites::fetch(&staging.join("apt"), &[SUITE])?;
+fn go_root(suites: &apt::OtherSuites, staging: &Path) -> Result<PathBuf> {
     let unpacked = staging.join("deb");
     fs::create_dir_all(&unpacked)?;
     for part in ["go", "src"] {
         let package = format!("golang-{GO}-{part}");
-        let version = suite
+        let version = suites
             .version_starting(&package, GO)?
             .with_context(|| format!("Debian's {SUITE} has no {package}"))?;
-        suite.unpack(&package, &version, &unpacked)?;
+        suites.unpack(&package, &version, &unpacked)?;
     }
     Ok(unpacked.join(format!("usr/lib/go-{GO}")))
 }
