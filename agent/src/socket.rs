@@ -6,6 +6,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, sync_channel};
 use std::thread;
 use std::time::Duration;
@@ -18,6 +20,8 @@ use crate::inspect::serve;
 
 /// How long a client may take to send its request.
 const RECEIVE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Threads that wait for requests: a burst's threads beyond these end with it.
+const WAITING_MAX: usize = 4;
 /// How long a request may take: less than a plugin waits, so that it hears why.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 
@@ -35,30 +39,62 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Serves requests, each on a thread of its own: they are few, and mostly wait.
+/// Serves requests. A thread takes a connection and stays with it to its end; before it does, it sees to it that another one waits for
+/// the next. So a request mostly finds a thread that waits already.
 pub fn serve(listener: UnixListener, events: Sender<Event>) -> io::Result<()> {
-    thread::Builder::new()
-        .name("socket".into())
-        .spawn(move || {
-            for stream in listener.incoming() {
-                match stream {
-                    Ok(stream) => {
-                        let events = events.clone();
-                        let serving = thread::Builder::new()
-                            .name("request".into())
-                            .spawn(move || one(stream, &events));
-                        if let Err(error) = serving {
-                            tracing::error!(%error, "socket: no thread for a request");
-                        }
-                    }
-                    Err(error) => {
-                        tracing::warn!(%error, "socket: accept");
-                        thread::sleep(Duration::from_millis(100));
-                    }
+    let door = Arc::new(Door {
+        listener,
+        events,
+        waiting: AtomicUsize::new(0),
+    });
+    door.wait()
+}
+
+/// Where requests come in.
+struct Door {
+    listener: UnixListener,
+    events: Sender<Event>,
+    /// Threads that wait, or are about to.
+    waiting: AtomicUsize,
+}
+
+impl Door {
+    /// Has one more thread wait.
+    fn wait(self: &Arc<Self>) -> io::Result<()> {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let door = Arc::clone(self);
+        let started = thread::Builder::new()
+            .name("request".into())
+            .spawn(move || door.serve());
+        if started.is_err() {
+            self.waiting.fetch_sub(1, Ordering::SeqCst);
+        }
+        started.map(drop)
+    }
+
+    fn serve(self: Arc<Self>) {
+        loop {
+            let stream = match self.listener.accept() {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    tracing::warn!(%error, "socket: accept");
+                    thread::sleep(Duration::from_millis(100));
+                    continue;
                 }
+            };
+            if self.waiting.fetch_sub(1, Ordering::SeqCst) == 1
+                && let Err(error) = self.wait()
+            {
+                // The next request waits until this one is done.
+                tracing::error!(%error, "socket: no thread for a request");
             }
-        })?;
-    Ok(())
+            one(stream, &self.events);
+            if self.waiting.fetch_add(1, Ordering::SeqCst) >= WAITING_MAX {
+                self.waiting.fetch_sub(1, Ordering::SeqCst);
+                return;
+            }
+        }
+    }
 }
 
 fn one(mut stream: UnixStream, events: &Sender<Event>) {

@@ -14,8 +14,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
-/// write, sendto, sendmsg, rename, unlink, unlinkat, renameat, setns, renameat2, bpf: x86-64's numbers.
-const STEPS: [u64; 10] = [1, 44, 46, 82, 87, 263, 264, 308, 316, 321];
+/// write, sendto, sendmsg, ftruncate, rename, unlink, unlinkat, renameat, setns, renameat2, bpf: x86-64's numbers.
+const STEPS: [u64; 11] = [1, 44, 46, 77, 82, 87, 263, 264, 308, 316, 321];
 
 /// A process whose steps are counted. It is let go when this is dropped.
 pub struct Steps {

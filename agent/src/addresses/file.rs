@@ -6,6 +6,7 @@ use std::io::{self, Write};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use serde::{Deserialize, Serialize};
 
 use super::{Allocation, Pool};
@@ -91,6 +92,9 @@ impl AddressFile {
 
     /// Writes the pool: whenever this process is killed, the file holds the old pool or the new one, whole.
     ///
+    /// Two files trade names. To put one in the place of another has ext4 write its data at once (`auto_da_alloc`), 0.35 ms of every
+    /// ADD and DEL, and so has it one that was made empty.
+    ///
     /// It does not wait for the disk. What that could save is a power cut, and after one no pod is left whose address could be given
     /// twice; the interfaces that are there tell the truth then, as they do when the file is lost.
     pub fn save(&self, pool: &Pool) -> Result<(), FileError> {
@@ -105,15 +109,35 @@ impl AddressFile {
             let dir = self.path.parent().unwrap_or(Path::new("/"));
             let partial = self.path.with_extension("json.new");
             let json = serde_json::to_vec(&content)?;
-            let mut file = match File::create(&partial) {
+            let open = || {
+                let mut options = File::options();
+                options
+                    .write(true)
+                    .create(true)
+                    .truncate(false)
+                    .open(&partial)
+            };
+            let mut file = match open() {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
                     fs::create_dir_all(dir)?;
-                    File::create(&partial)?
+                    open()?
                 }
                 other => other?,
             };
             file.write_all(&json)?;
-            fs::rename(&partial, &self.path)
+            file.set_len(json.len() as u64)?;
+            let traded = renameat2(
+                AT_FDCWD,
+                &partial,
+                AT_FDCWD,
+                &self.path,
+                RenameFlags::RENAME_EXCHANGE,
+            );
+            match traded {
+                Ok(()) => Ok(()),
+                // The first time there is nothing to trade with, and not every file system can.
+                Err(_) => fs::rename(&partial, &self.path),
+            }
         };
         write().map_err(|source| FileError::Io {
             path: self.path.clone(),

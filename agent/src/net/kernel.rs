@@ -125,6 +125,9 @@ impl Kernel {
                 .attributes
                 .push(LinkAttribute::Address(end.mac.to_vec()));
             message.attributes.push(LinkAttribute::Mtu(mtu));
+            // As many as are used of those that the kernel would make, one for each CPU, to take the others away again.
+            message.attributes.push(LinkAttribute::NumTxQueues(1));
+            message.attributes.push(LinkAttribute::NumRxQueues(1));
             if let Some(netns) = end.netns {
                 message
                     .attributes

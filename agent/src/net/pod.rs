@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 
 use dataplane_abi::HOST_VETH_MAC;
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
-use nix::net::if_::if_nametoindex;
+use nix::errno::Errno;
 use sha2::{Digest, Sha256};
 
 use super::kernel::{VethEnd, pod_steps};
@@ -75,12 +75,15 @@ pub fn wire_pod(
     wire: &PodWire,
     filters: &[Filter<'_>],
 ) -> Result<Link, NetlinkError> {
-    // Asking takes no lock of the kernel's, removing one that is not there does.
-    if if_nametoindex(wire.host_interface.as_str()).is_ok() {
-        host.delete_link(&wire.host_interface)?;
-    }
     let mut pod = Kernel::new(Netlink::open_in(netns)?);
-    let made = make(host, &mut pod, netns, wire, filters);
+    let mut made = make(host, &mut pod, netns, wire, filters);
+    // Mostly there is nothing left, so nobody asks first.
+    if let Err(error) = &made
+        && error.errno() == Some(Errno::EEXIST)
+        && host.delete_link(&wire.host_interface)?
+    {
+        made = make(host, &mut pod, netns, wire, filters);
+    }
     if made.is_err() {
         // The pair goes with either end. Failing to remove it is no better news than what failed before.
         let _ = host.delete_link(&wire.host_interface);

@@ -196,13 +196,10 @@ impl Pods {
         });
         let response = match attached {
             Ok(link) => {
-                self.add_last_us =
-                    u64::try_from(one.began.elapsed().as_micros()).unwrap_or(u64::MAX);
                 self.indexes.insert(host_interface.clone(), link.index);
                 if !one.wish.capabilities.port_mappings.is_empty() {
                     self.host_ports.insert(host_interface.clone());
                 }
-                tracing::info!(%attachment, addresses = ?one.wire.addresses, took_us = self.add_last_us, "pod added");
                 Response::Added(result_of(&one.wish, &one.wire, &link))
             }
             Err(error) => {
@@ -219,7 +216,12 @@ impl Pods {
                 )
             }
         };
+        let is_added = matches!(response, Response::Added(_));
         self.respond("ADD", &one.reply, response);
+        if is_added {
+            self.add_last_us = u64::try_from(one.began.elapsed().as_micros()).unwrap_or(u64::MAX);
+            tracing::info!(%attachment, addresses = ?one.wire.addresses, took_us = self.add_last_us, "pod added");
+        }
         // It was deleted while it was made.
         for reply in deletions {
             self.delete(attachment.clone(), Some(reply), kernel, node.as_deref_mut());
