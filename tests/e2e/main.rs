@@ -9,6 +9,7 @@
 mod access;
 mod balancer;
 mod changes;
+mod connectivity;
 mod faults;
 mod helm;
 mod kubectl;
@@ -55,6 +56,7 @@ const SCENARIOS: &[Scenario] = scenarios![
     operate::flows_are_listed_by_name_and_flushed "nodes",
     operate::services_that_cannot_have_what_they_want_are_told_so "nodes",
     operate::a_pods_bandwidth_is_what_its_annotations_say "nodes",
+    connectivity::every_pair_of_nodes_is_told_with_its_latency "nodes",
     balancer::a_service_gets_an_address_that_answers_from_outside "nodes",
     balancer::another_agent_gives_out_addresses_when_the_holder_of_the_lease_is_gone "nodes",
     balancer::an_address_is_served_by_another_node_when_its_node_is_cut_off "nodes",
