@@ -4,6 +4,7 @@ use std::process::Command;
 
 use anyhow::Result;
 
+use crate::fuzz::{self, Effort};
 use crate::process;
 use crate::project::Project;
 
@@ -36,6 +37,15 @@ pub fn lint(project: &Project) -> Result<()> {
         ]))?;
     }
     Ok(())
+}
+
+/// Inputs that CI tries on each fuzz target.
+const FUZZ_INPUTS: u64 = 20_000;
+
+/// The fuzz targets, with the same inputs every time; `cargo xtask fuzz` tries others, and for longer.
+pub fn fuzz(project: &Project) -> Result<()> {
+    step("fuzz targets");
+    fuzz::run(project, &[], Effort::Inputs(FUZZ_INPUTS))
 }
 
 /// Runs the tests. With arguments, they choose; without, every test of every crate runs. The test runner speaks last.

@@ -3,6 +3,7 @@
 
 mod build;
 mod check;
+mod fuzz;
 mod images;
 mod process;
 mod project;
@@ -85,6 +86,13 @@ enum Task {
         #[arg(long, env = "KEELWAY_TEST_PROFILE", default_value = "dev")]
         profile: String,
     },
+    /// Try the API's parsers with inputs that libFuzzer makes up: each target for so many seconds
+    Fuzz {
+        /// Targets (the names in fuzz/fuzz_targets); all when none is named
+        names: Vec<String>,
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+    },
     /// Formatting, clippy and conventions
     Lint,
     /// Conventions that code can check: imports between crates, unsafe code, file lengths, module names
@@ -147,6 +155,7 @@ fn run(task: Task) -> Result<()> {
             if args.is_empty() {
                 check::lint(&project)?;
                 tidy::run(&project)?;
+                check::fuzz(&project)?;
             }
             build::all(&project, &profile)?;
             images::run(&project, &profile, &[], false)?;
@@ -169,6 +178,9 @@ fn run(task: Task) -> Result<()> {
                 bench.arg("--update");
             }
             process::become_command(&mut bench)
+        }
+        Task::Fuzz { names, seconds } => {
+            fuzz::run(&project, &names, fuzz::Effort::Seconds(seconds))
         }
         Task::Lint => {
             setup::run(&project)?;

@@ -60,6 +60,11 @@ impl Project {
         self.target_dir.join(self.triple).join(folder)
     }
 
+    /// What is built for.
+    pub fn triple(&self) -> &'static str {
+        self.triple
+    }
+
     pub fn images_dir(&self) -> PathBuf {
         self.target_dir.join("images")
     }

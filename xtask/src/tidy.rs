@@ -32,6 +32,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("keelway-kubelet", &[]),
     ("keelway", &[]),
     ("keelway-image-programs", &[]),
+    ("keelway-fuzz", &[]),
     ("xtask", &[]),
 ];
 const IMPORT_ANYTHING: &[&str] = &["keelway-tests", "keelway-bench"];
