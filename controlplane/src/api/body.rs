@@ -133,14 +133,24 @@ pub fn settle_namespace(object: &mut Value, target: &Target) -> Result<(), Statu
         Some(namespace) => {
             let given = fields::namespace(object);
             if !given.is_empty() && given != namespace {
-                return Err(Status::bad_request(format!(
-                    "the namespace of the provided object does not match the namespace sent on the request ({given} != {namespace})"
-                )));
+                return Err(Status::bad_request(
+                    "the namespace of the provided object does not match the namespace sent on the request",
+                ));
             }
             object.set("/metadata/namespace", namespace);
         }
     }
     Ok(())
+}
+
+/// Refuses an object that does not say which one it is, or says another than the path.
+pub fn require_name(object: &mut Value, name: &str) -> Result<(), Status> {
+    if fields::name(object).is_empty() {
+        return Err(Status::bad_request(format!(
+            "the name of the object ({name} based on URL) was undeterminable: name must be provided"
+        )));
+    }
+    check_name(object, name)
 }
 
 /// Sets the name that the path gives, or refuses another one.

@@ -4,7 +4,8 @@ use serde_json::Value;
 
 use super::fields::Fields;
 use super::request::Target;
-use super::status::Status;
+use super::status::{FieldError, Status};
+use super::strategy;
 use super::write::Part;
 
 /// resourceVersion and uid of the wanted object, where given, must be those of the present one.
@@ -24,6 +25,52 @@ pub fn check_preconditions(target: &Target, new: &Value, old: &Value) -> Result<
         return Err(Status::conflict(target.subject(), why));
     }
     Ok(())
+}
+
+/// Refuses to replace an object of a kind that asks for the version it is replaced from, when that is not given.
+pub fn check_revision_given(target: &Target, new: &Value) -> Result<(), Status> {
+    let resource = target.resource;
+    let given = !new.text("/metadata/resourceVersion").is_empty();
+    if given || !strategy::replaced_by_revision(resource) {
+        return Ok(());
+    }
+    let why = "must be specified for an update";
+    let error = FieldError::invalid("metadata.resourceVersion", 0, why);
+    let name = super::fields::name(new);
+    // Upstream names the resource here, not the kind.
+    let (group, plural) = (resource.group, resource.plural);
+    Err(Status::invalid(group, plural, name, vec![error]))
+}
+
+/// A patch that names another identity would make another object of this one.
+pub fn check_identity(target: &Target, new: &Value, old: &Value) -> Result<(), Status> {
+    let field = "/metadata/uid";
+    hold(target, new, old, field, !new.text(field).is_empty())
+}
+
+/// Nothing but a deletion says when an object ends. One that has begun stands, whatever is written.
+pub fn check_lifetime(target: &Target, new: &Value, old: &Value) -> Result<(), Status> {
+    let field = "/metadata/deletionTimestamp";
+    hold(target, new, old, field, new.has(field) && !old.has(field))
+}
+
+/// Refuses a change of a fixed field, where it is `given`.
+fn hold(target: &Target, new: &Value, old: &Value, field: &str, given: bool) -> Result<(), Status> {
+    let (wanted, present) = (new.pointer(field), old.pointer(field));
+    if !given || wanted == present {
+        return Ok(());
+    }
+    let resource = target.resource;
+    let path = field.trim_start_matches('/').replace('/', ".");
+    let value = wanted.cloned().unwrap_or_default();
+    let error = FieldError::invalid(path, value, "field is immutable");
+    let name = super::fields::name(old);
+    Err(Status::invalid(
+        resource.group,
+        resource.kind,
+        name,
+        vec![error],
+    ))
 }
 
 /// Puts back what the write may not change.

@@ -72,18 +72,21 @@ impl Api {
         if !methods.contains(&parts.method) {
             return Err(Status::method_not_allowed());
         }
-        check_options(&call.query, subresource, target.object_name()?)?;
+        if subresource == "log" {
+            check_log_options(&call.query, target.object_name()?)?;
+        }
         let pod = target.decode(&self.record(target).await?)?;
         let node = pod.text("/spec/nodeName");
         let path = kubelet_path(&call, subresource, &pod)?;
         if node.is_empty() {
             // A log that has not begun is empty; nothing else can be done with a pod that is nowhere.
             if subresource == "log" {
-                return Ok(super::reply::text(StatusCode::OK, Bytes::new()));
+                return Ok(super::reply::text(StatusCode::NO_CONTENT, Bytes::new()));
             }
             let why = format!("pod {} does not have a host assigned", fields::name(&pod));
             return Err(Status::bad_request(why));
         }
+        check_command(&call.query, subresource)?;
         let kubelet = self.kubelet_address(node).await?;
         let offered = forward::websocket_protocols(&parts.headers);
         if let Some(translation) = Translation::of(subresource, &offered) {
@@ -223,59 +226,63 @@ fn channels(query: &Query) -> Channels {
     }
 }
 
-/// Options that make no sense are refused before a kubelet is asked.
-fn check_options(query: &Query, subresource: &str, pod: &str) -> Result<(), Status> {
+/// Options of a log that make no sense are refused before anything is looked up.
+fn check_log_options(query: &Query, pod: &str) -> Result<(), Status> {
     let mut errors = Vec::new();
-    match subresource {
-        "log" => {
-            let tail = query.number::<i64>("tailLines")?;
-            let limit = query.number::<i64>("limitBytes")?;
-            let since = query.number::<i64>("sinceSeconds")?;
-            for (field, value, least) in [
-                ("tailLines", tail, 0),
-                ("limitBytes", limit, 1),
-                ("sinceSeconds", since, 1),
-            ] {
-                if let Some(value) = value.filter(|value| *value < least) {
-                    let why = format!("must be greater than or equal to {least}");
-                    errors.push(FieldError::invalid(field, value, why));
-                }
-            }
-            if since.is_some() && !query.get("sinceTime").is_empty() {
-                let why = "at most one of `sinceTime` or `sinceSeconds` may be specified";
-                errors.push(FieldError::forbidden("", why));
-            }
-            match query.get("stream") {
-                "" | "All" => {}
-                "Stdout" | "Stderr" if tail.is_some() => {
-                    let why = "`tailLines` and specific `stream` are mutually exclusive for now";
-                    errors.push(FieldError::forbidden("", why));
-                }
-                "Stdout" | "Stderr" => {}
-                other => {
-                    let known = ["All", "Stdout", "Stderr"];
-                    errors.push(FieldError::unsupported("stream", other, &known));
-                }
-            }
+    let tail = query.number("tailLines")?;
+    let limit = query.number("limitBytes")?;
+    let since = query.number("sinceSeconds")?;
+    for (field, value, least) in [
+        ("tailLines", tail, 0),
+        ("limitBytes", limit, 1),
+        ("sinceSeconds", since, 1),
+    ] {
+        if let Some(value) = value.filter(|value| *value < least) {
+            let why = match least {
+                0 => "must be greater than or equal to 0",
+                _ => "must be greater than 0",
+            };
+            errors.push(FieldError::invalid(field, value, why));
         }
-        "exec" | "attach" => {
-            let wanted = channels(query);
-            if !(wanted.stdin || wanted.stdout || wanted.stderr) {
-                let why = "you must specify at least 1 of stdin, stdout, stderr";
-                return Err(Status::bad_request(why));
-            }
-            if subresource == "exec" && query.get("command").is_empty() {
-                return Err(Status::bad_request(
-                    "you must specify at least 1 command for the container",
-                ));
-            }
+    }
+    if since.is_some() && !query.get("sinceTime").is_empty() {
+        let why = "at most one of `sinceTime` or `sinceSeconds` may be specified";
+        errors.push(FieldError::forbidden("[]", why));
+    }
+    match query.get("stream") {
+        "" | "All" => {}
+        "Stdout" | "Stderr" if tail.is_some() => {
+            let why = "`tailLines` and specific `stream` are mutually exclusive for now";
+            errors.push(FieldError::forbidden("", why));
         }
-        _ => {}
+        "Stdout" | "Stderr" => {}
+        other => {
+            let known = ["All", "Stdout", "Stderr"];
+            errors.push(FieldError::unsupported("stream", other, &known));
+        }
     }
     if errors.is_empty() {
         return Ok(());
     }
     Err(Status::invalid("", "PodLogOptions", pod, errors))
+}
+
+/// A command without a stream, or no command at all, is refused before a kubelet is asked.
+fn check_command(query: &Query, subresource: &str) -> Result<(), Status> {
+    if !matches!(subresource, "exec" | "attach") {
+        return Ok(());
+    }
+    let wanted = channels(query);
+    if !(wanted.stdin || wanted.stdout || wanted.stderr) {
+        let why = "you must specify at least 1 of stdin, stdout, stderr";
+        return Err(Status::bad_request(why));
+    }
+    if subresource == "exec" && query.get("command").is_empty() {
+        return Err(Status::bad_request(
+            "you must specify at least 1 command for the container",
+        ));
+    }
+    Ok(())
 }
 
 /// Path and query that the kubelet knows the request by.

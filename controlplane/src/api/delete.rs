@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::fields::{self, Fields};
 use super::reply::Answer;
 use super::request::{Form, ListOptions, Query, Target, WriteOptions, check_dry_run};
-use super::status::{FieldError, Status};
+use super::status::{FieldError, Status, Subject};
 use super::{Api, Call, body, object, reply, strategy};
 use crate::registry::Resource;
 use crate::store::{Expect, StoreError};
@@ -37,9 +37,9 @@ impl DeleteOptions {
                 let media =
                     media.ok_or_else(|| Status::unsupported_media_type(&["application/json"]))?;
                 let decoded = crate::codec::decode(body, media, "v1", "DeleteOptions", validation);
-                decoded
-                    .map_err(|error| Status::bad_request(error.message))?
-                    .value
+                let decoded = decoded.map_err(|error| Status::bad_request(error.reason))?;
+                check_options_kind(&decoded.value)?;
+                decoded.value
             }
         };
         let text = |pointer: &str, key: &str| match body.text(pointer) {
@@ -83,6 +83,17 @@ impl DeleteOptions {
             dry_run: !dry_run.is_empty(),
         })
     }
+}
+
+/// Refuses a body that is no DeleteOptions; their group is that of whoever sends them.
+fn check_options_kind(options: &Value) -> Result<(), Status> {
+    let (version, kind) = (options.text("/apiVersion"), options.text("/kind"));
+    if kind == "DeleteOptions" {
+        return Ok(());
+    }
+    Err(Status::bad_request(format!(
+        "no kind {kind:?} is registered for version {version:?} in scheme \"pkg/apis/meta/internalversion/scheme/register.go:27\""
+    )))
 }
 
 /// Whether a deletion is answered with the object that is gone, as upstream and its schema have it, not with a Status:
@@ -253,21 +264,27 @@ impl Api {
 
 impl DeleteOptions {
     fn check(&self, target: &Target, object: &Value) -> Result<(), Status> {
-        let differs = |what: &str, wanted: &str, present: &str| {
+        let differs = |what: &str, wanted: &str, present: &str, then: &str| {
             let why = format!(
-                "Precondition failed: {what} in precondition: {wanted}, {what} in object meta: {present}"
+                "the {what} in the precondition ({wanted}) does not match the {what} in record ({present}). The object might have been {then}"
             );
-            Err(Status::conflict(target.subject(), why))
+            // Named by its kind, as upstream has it here and nowhere else.
+            let subject = Subject {
+                resource: target.resource.kind,
+                ..target.subject()
+            };
+            Err(Status::conflict(subject, why))
         };
         let (uid, revision) = (
             object.text("/metadata/uid"),
             object.text("/metadata/resourceVersion"),
         );
         if !self.uid.is_empty() && self.uid != uid {
-            return differs("UID", &self.uid, uid);
+            return differs("UID", &self.uid, uid, "deleted and then recreated");
         }
         if !self.resource_version.is_empty() && self.resource_version != revision {
-            return differs("ResourceVersion", &self.resource_version, revision);
+            let wanted = &self.resource_version;
+            return differs("ResourceVersion", wanted, revision, "modified");
         }
         Ok(())
     }

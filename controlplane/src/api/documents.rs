@@ -28,7 +28,9 @@ pub struct Documents {
 /// The API level, as `kubectl version` shows it.
 pub fn version() -> Value {
     json!({
-        "major": "1", "minor": "36", "gitVersion": format!("v1.36.0+keelway-{}", env!("CARGO_PKG_VERSION")),
+        "major": "1", "minor": "36", "emulationMajor": "1", "emulationMinor": "36",
+        "minCompatibilityMajor": "1", "minCompatibilityMinor": "35",
+        "gitVersion": format!("v1.36.0+keelway-{}", env!("CARGO_PKG_VERSION")),
         "gitCommit": "", "gitTreeState": "", "buildDate": "", "goVersion": "", "compiler": "",
         "platform": format!("{}/{}", std::env::consts::OS, match std::env::consts::ARCH {
             "x86_64" => "amd64",

@@ -232,12 +232,20 @@ impl Api {
         query: Query,
         body: Incoming,
     ) -> Result<Answer, Status> {
-        let path = parts.uri.path().to_owned();
+        let mut query = query;
+        let mut path = parts.uri.path().to_owned();
+        if let Some(watched) = request::watched_path(&path) {
+            path = watched;
+            query.turn_on("watch");
+        }
         let path = path.as_str();
         if let Some(health) = self.health(&parts).await {
             return health;
         }
         if matches!(path, "/version" | "/version/") {
+            if parts.method != Method::GET {
+                return Err(Status::method_not_allowed());
+            }
             return Ok(reply::json(StatusCode::OK, &documents::version()));
         }
         let identity = self.authenticate(peer, &parts, trail).await?;
@@ -275,7 +283,8 @@ impl Api {
         }
         let call = Call {
             identity: identity.into(),
-            target: target.ok_or_else(Status::no_such_path)?,
+            target: target
+                .ok_or_else(|| request::name_fault(path).unwrap_or_else(Status::no_such_path))?,
             query,
         };
         call.check_verb(&parts.method)?;
@@ -386,7 +395,10 @@ impl Call {
             }
             None => self.target.resource.verbs,
         };
-        if verbs.contains(&verb) {
+        // All namespaces at once can be read, and nothing else.
+        let everywhere = self.target.resource.namespaced && self.target.namespace.is_none();
+        let reads = matches!(verb, "list" | "watch");
+        if verbs.contains(&verb) && method != Method::HEAD && (reads || !everywhere) {
             Ok(())
         } else {
             Err(Status::method_not_allowed())

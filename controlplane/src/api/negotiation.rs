@@ -221,7 +221,7 @@ mod tests {
         );
         assert_eq!(
             stream("application/yaml").expect_err("refused").message,
-            "only the following media types are accepted: application/json;stream=watch, application/vnd.kubernetes.protobuf;stream=watch"
+            "406: Not Acceptable\n\nAvailable representations: application/json;stream=watch, application/vnd.kubernetes.protobuf;stream=watch"
         );
     }
 }

@@ -28,7 +28,7 @@ impl Api {
 
     pub(super) async fn get(&self, call: &Call, parts: &Parts) -> Result<Answer, Status> {
         let form = Form::negotiate(&parts.headers, &call.query)?;
-        self.not_ahead(call.query.number("resourceVersion")?)?;
+        self.not_ahead(call.query.revision().map_err(Status::bad_request)?)?;
         let record = self.record(&call.target).await?;
         let resource = call.target.resource;
         if form == Form::Object && !object::converts(resource) {
@@ -131,8 +131,9 @@ impl Api {
             }
             "" => (None, None, now),
             token => {
-                let token = Continue::read(token, &prefix)
-                    .map_err(|error| Status::bad_request(error.to_string()))?;
+                let token = Continue::read(token, &prefix).map_err(|error| {
+                    Status::bad_request(format!("invalid continue token: {error}"))
+                })?;
                 (Some(token.start), token.revision.map(Revision), token.since)
             }
         };

@@ -1,6 +1,7 @@
 //! What a request asks for: its path, query and headers, checked once.
 
 use std::borrow::Cow;
+use std::num::{IntErrorKind, ParseIntError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -115,18 +116,48 @@ impl Target {
     }
 }
 
-/// The segments of a path that are not empty; what is left of it stays as it is.
+/// The segments of a path, up to one that is empty; what is left of it stays as it is.
 struct Segments<'a>(&'a str);
 
 impl<'a> Iterator for Segments<'a> {
     type Item = &'a str;
 
     fn next(&mut self) -> Option<&'a str> {
-        let path = self.0.trim_start_matches('/');
+        let path = self.0.strip_prefix('/')?;
         let (segment, rest) = path.split_at(path.find('/').unwrap_or(path.len()));
+        if segment.is_empty() {
+            return None;
+        }
         self.0 = rest;
-        Some(segment).filter(|segment| !segment.is_empty())
+        Some(segment)
     }
+}
+
+/// The path that the older form of a watch (`/api/v1/watch/pods`) stands for.
+pub fn watched_path(path: &str) -> Option<String> {
+    let (head, rest) = path.split_once("/watch/")?;
+    let depth = head.split('/').count();
+    let versioned = match head.split('/').nth(1) {
+        Some("api") => depth == 3,
+        Some("apis") => depth == 4,
+        _ => false,
+    };
+    versioned.then(|| format!("{head}/{rest}"))
+}
+
+/// What is wrong with the name at the end of a path that names an object otherwise.
+pub fn name_fault(path: &str) -> Option<Status> {
+    let (head, last) = path.rsplit_once('/')?;
+    let name = percent_decode(last);
+    let why = match &*name {
+        "." | ".." => format!("may not be '{name}'"),
+        name if name.contains('%') && !name.contains('/') => "may not contain '%'".to_owned(),
+        _ => return None,
+    };
+    Target::parse(&format!("{head}/x"))?.name?;
+    Some(Status::bad_request(format!(
+        "Name parameter invalid: {name:?}: {why}"
+    )))
 }
 
 /// The query of a request, decoded.
@@ -144,6 +175,11 @@ impl Query {
                 (decode(key), decode(value))
             });
         Self(pairs.collect())
+    }
+
+    /// Turns a switch on, whatever was given.
+    pub fn turn_on(&mut self, key: &str) {
+        self.0.insert(0, (key.to_owned(), "true".to_owned()));
     }
 
     /// The first value of a key, "" when absent.
@@ -166,17 +202,28 @@ impl Query {
         self.0.iter().any(|(name, _)| name == key)
     }
 
+    /// Whether a switch is on: whatever is given is a yes, unless it says no. As upstream reads them.
     pub fn flag(&self, key: &str) -> bool {
-        matches!(self.get(key), "true" | "True" | "TRUE" | "1" | "t")
+        self.has(key) && self.get(key) != "0" && !self.get(key).eq_ignore_ascii_case("false")
     }
 
-    pub fn number<T: std::str::FromStr>(&self, key: &str) -> Result<Option<T>, Status> {
+    pub fn number(&self, key: &str) -> Result<Option<i64>, Status> {
         match self.get(key) {
             "" => Ok(None),
-            text => text.parse().map(Some).map_err(|_| {
-                Status::bad_request(format!(
-                    "the query parameter {key} must be a number, not {text:?}"
-                ))
+            text => text
+                .parse()
+                .map(Some)
+                .map_err(|error| Status::bad_request(not_parsed("ParseInt", text, &error))),
+        }
+    }
+
+    /// The revision that a read is to be of, or why there is none.
+    pub fn revision(&self) -> Result<Option<u64>, String> {
+        match self.get("resourceVersion") {
+            "" => Ok(None),
+            text => text.parse().map(Some).map_err(|error| {
+                let why = not_parsed("ParseUint", text, &error);
+                format!("resourceVersion: Invalid value: {text:?}: {why}")
             }),
         }
     }
@@ -188,12 +235,29 @@ impl Query {
         match self.get(key) {
             "" => Ok(None),
             text => duration(text).map(Some).ok_or_else(|| {
+                let bare = text
+                    .bytes()
+                    .all(|byte| byte.is_ascii_digit() || byte == b'.');
+                let why = if bare {
+                    "missing unit in duration"
+                } else {
+                    "invalid duration"
+                };
                 Status::bad_request(format!(
-                    "invalid {key} specified in the request URL - time: invalid duration {text:?}"
+                    "invalid {key} specified in the request URL - time: {why} {text:?}"
                 ))
             }),
         }
     }
+}
+
+/// A text that is no number, in the words of Go's parser.
+fn not_parsed(parser: &str, text: &str, error: &ParseIntError) -> String {
+    let why = match error.kind() {
+        IntErrorKind::PosOverflow | IntErrorKind::NegOverflow => "value out of range",
+        _ => "invalid syntax",
+    };
+    format!("strconv.{parser}: parsing {text:?}: {why}")
 }
 
 fn duration(text: &str) -> Option<Duration> {
@@ -243,27 +307,37 @@ pub struct ListOptions {
 impl ListOptions {
     pub fn parse(query: &Query, resource: &Resource) -> Result<Self, Status> {
         let fields = super::object::stored_selector(query.get("fieldSelector"), resource);
-        let resource_version = query.number::<u64>("resourceVersion")?;
+        let resource_version = query.revision().map_err(|why| {
+            let whole = !query.flag("watch");
+            let what = if whole {
+                "invalid resource version: "
+            } else {
+                ""
+            };
+            Status::bad_request(format!("{what}{why}"))
+        })?;
         let version_match = query.get("resourceVersionMatch").to_owned();
         let options = Self {
-            labels: LabelSelector::parse(query.get("labelSelector")).map_err(|error| {
-                Status::bad_request(format!("unable to parse labelSelector: {error}"))
-            })?,
-            fields: FieldSelector::parse(&fields).map_err(|error| {
-                Status::bad_request(format!("unable to parse fieldSelector: {error}"))
-            })?,
+            labels: LabelSelector::parse(query.get("labelSelector"))
+                .map_err(|error| Status::bad_request(error.to_string()))?,
+            fields: FieldSelector::parse(&fields)
+                .map_err(|error| Status::bad_request(error.to_string()))?,
             watch: query.flag("watch"),
             resource_version,
             resource_version_match: version_match,
-            limit: query.number::<usize>("limit")?.filter(|limit| *limit > 0),
+            limit: query
+                .number("limit")?
+                .and_then(|limit| usize::try_from(limit).ok())
+                .filter(|limit| *limit > 0),
             continue_token: query.get("continue").to_owned(),
             timeout_s: query
                 .number("timeoutSeconds")?
-                .filter(|timeout: &u64| *timeout > 0),
+                .and_then(|timeout| u64::try_from(timeout).ok())
+                .filter(|timeout| *timeout > 0),
             bookmarks: query.flag("allowWatchBookmarks"),
-            initial_events: Some(query.get("sendInitialEvents"))
-                .filter(|v| !v.is_empty())
-                .map(|v| v == "true"),
+            initial_events: query
+                .has("sendInitialEvents")
+                .then(|| query.flag("sendInitialEvents")),
         };
         options.check()?;
         Ok(options)
@@ -593,6 +667,57 @@ mod tests {
         ] {
             assert!(Target::parse(trick).is_none(), "{trick}");
         }
+    }
+
+    #[test]
+    fn older_watches_are_watches_and_odd_paths_are_none() {
+        for (path, expected) in [
+            ("/api/v1/watch/pods", Some("/api/v1/pods")),
+            (
+                "/apis/apps/v1/watch/namespaces/a/deployments/b",
+                Some("/apis/apps/v1/namespaces/a/deployments/b"),
+            ),
+            ("/api/v1/namespaces/a/pods/watch/log", None),
+            ("/api/v1/namespaces/a/services/b/proxy/watch/x", None),
+        ] {
+            assert_eq!(watched_path(path).as_deref(), expected, "{path}");
+        }
+        for path in [
+            "//api/v1/pods",
+            "/api/v1//pods",
+            "/api/v1/namespaces//pods",
+            "/api/v1/namespaces/a//pods",
+        ] {
+            assert!(Target::parse(path).is_none(), "{path}");
+        }
+        let fault = |path: &str| name_fault(path).map(|status| status.message);
+        assert_eq!(
+            fault("/api/v1/namespaces/a/pods/%2e%2e").as_deref(),
+            Some("Name parameter invalid: \"..\": may not be '..'")
+        );
+        assert_eq!(
+            fault("/api/v1/nodes/a%25b").as_deref(),
+            Some("Name parameter invalid: \"a%b\": may not contain '%'")
+        );
+        assert!(fault("/api/v1/nodes/a%252Fb").is_some());
+        assert_eq!(fault("/api/v1/namespaces/../secrets"), None);
+        assert_eq!(fault("/openapi/.."), None);
+    }
+
+    #[test]
+    fn switches_and_numbers_are_read_as_upstream_reads_them() {
+        let query = Query::parse("a&b=0&c=False&d=x&e=&n=-1&m=x&resourceVersion=-1");
+        let on = ["a", "b", "c", "d", "e", "f"].map(|key| query.flag(key));
+        assert_eq!(on, [true, false, false, true, true, false]);
+        assert_eq!(query.number("n").expect("a number"), Some(-1));
+        assert_eq!(
+            query.number("m").expect_err("none").message,
+            "strconv.ParseInt: parsing \"x\": invalid syntax"
+        );
+        assert_eq!(
+            query.revision().expect_err("none"),
+            "resourceVersion: Invalid value: \"-1\": strconv.ParseUint: parsing \"-1\": invalid syntax"
+        );
     }
 
     #[test]

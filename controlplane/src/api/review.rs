@@ -119,7 +119,8 @@ fn check(review: &Value, call: &Call) -> Result<(), Status> {
     if asks_access {
         let named = review.has("/spec/resourceAttributes");
         if named == review.has("/spec/nonResourceAttributes") {
-            let given = review.pointer("/spec").cloned().unwrap_or_default();
+            let given = review.pointer("/spec/nonResourceAttributes").cloned();
+            let given = given.filter(|_| named).unwrap_or_default();
             let why = match named {
                 true => "cannot be specified in combination with resourceAttributes",
                 false => {
@@ -160,6 +161,9 @@ fn check(review: &Value, call: &Call) -> Result<(), Status> {
                 why,
             ));
         }
+    }
+    if resource.kind == "SelfSubjectRulesReview" && review.text("/spec/namespace").is_empty() {
+        return Err(Status::bad_request("no namespace on request"));
     }
     if resource.kind == "TokenReview" && review.text("/spec/token").is_empty() {
         return Err(Status::bad_request(

@@ -36,13 +36,15 @@ impl Subject<'_> {
     }
 
     fn details(&self) -> Map<String, Value> {
-        let mut details = Map::new();
-        details.insert("name".into(), self.name.into());
-        if !self.group.is_empty() {
-            details.insert("group".into(), self.group.into());
-        }
-        details.insert("kind".into(), self.resource.into());
-        details
+        let given = [
+            ("name", self.name),
+            ("group", self.group),
+            ("kind", self.resource),
+        ];
+        let given = given.into_iter().filter(|(_, value)| !value.is_empty());
+        given
+            .map(|(key, value)| (key.into(), value.into()))
+            .collect()
     }
 }
 
@@ -219,6 +221,14 @@ impl Status {
         Self::about(subject, StatusCode::CONFLICT, "AlreadyExists", message)
     }
 
+    /// The name that a prefix was made up to is taken.
+    pub fn already_exists_generated(subject: Subject<'_>) -> Self {
+        let mut status = Self::already_exists(subject);
+        status.message += ", the server was not able to generate a unique name for the object";
+        status.details.insert("retryAfterSeconds".into(), 1.into());
+        status
+    }
+
     pub fn conflict(subject: Subject<'_>, why: impl fmt::Display) -> Self {
         let message = format!(
             "Operation cannot be fulfilled on {} {:?}: {why}",
@@ -287,6 +297,15 @@ impl Status {
         )
     }
 
+    /// The body is in a format that the path does not take at all.
+    pub fn unsupported_patch() -> Self {
+        Self::new(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "UnsupportedMediaType",
+            "415: Unsupported Media Type",
+        )
+    }
+
     pub fn unsupported_media_type(supported: &[&str]) -> Self {
         let message = format!(
             "the body of the request was in an unknown format - accepted media types include: {}",
@@ -304,7 +323,7 @@ impl Status {
         Self::new(
             StatusCode::NOT_ACCEPTABLE,
             "NotAcceptable",
-            format!("only the following media types are accepted: {supported}"),
+            format!("406: Not Acceptable\n\nAvailable representations: {supported}"),
         )
     }
 
@@ -359,7 +378,12 @@ impl Status {
         if let Some(token) = &self.continue_token {
             object["metadata"]["continue"] = token.as_str().into();
         }
-        if !self.details.is_empty() {
+        if self.reason.is_empty() {
+            object.as_object_mut().map(|fields| fields.remove("reason"));
+        }
+        // What is said of a path alone has details too, with nothing in them, as upstream.
+        let of_path = matches!(self.reason, "NotFound" | "MethodNotAllowed" | "Invalid");
+        if of_path || !self.details.is_empty() {
             object["details"] = Value::Object(*self.details.clone());
         }
         object["code"] = self.code.as_u16().into();

@@ -10,8 +10,11 @@ use rand::RngExt;
 use serde_json::{Value, json};
 
 use super::allocation::{self, Reservation};
-use super::body::{check_name, decode, read_body, settle_namespace};
-use super::change::{carry_over, check_preconditions, drop_empty, finished, spec_differs};
+use super::body::{decode, read_body, require_name, settle_namespace};
+use super::change::{
+    carry_over, check_identity, check_lifetime, check_preconditions, check_revision_given,
+    drop_empty, finished, spec_differs,
+};
 use super::fields::{self, Fields};
 use super::patching::Patch;
 use super::reply::Answer;
@@ -156,9 +159,12 @@ impl Api {
         )?;
         let mut wanted = object::to_stored(decoded.value, resource);
         settle_namespace(&mut wanted, &call.target)?;
-        check_name(&mut wanted, call.target.object_name()?)?;
+        require_name(&mut wanted, call.target.object_name()?)?;
         let mut outcome = self
-            .modify(&call.target, &options, part, |_| Ok(wanted.clone()))
+            .modify(&call.target, &options, part, |_| {
+                check_revision_given(&call.target, &wanted)?;
+                Ok(wanted.clone())
+            })
             .await;
         let mut code = StatusCode::OK;
         let absent = matches!(&outcome, Err(status) if status.code == StatusCode::NOT_FOUND);
@@ -232,8 +238,9 @@ impl Api {
                 let checked = patch.checked(&old, target, &options, part)?;
                 found = checked.warnings;
                 let mut object = object::to_stored(checked.value, target.resource);
-                check_name(&mut object, target.object_name()?)?;
+                require_name(&mut object, target.object_name()?)?;
                 settle_namespace(&mut object, target)?;
+                check_identity(target, &object, &old)?;
                 Ok(object)
             })
             .await?;
@@ -304,6 +311,11 @@ impl Api {
         if target.resource.subresource("status").is_some() && !strategy.keeps_status() {
             object.remove("/status");
         }
+        if let Some(status) = strategy::first_status(target.resource)
+            && !object.has("/status")
+        {
+            object.set("/status", status);
+        }
         let reservation = self.settle(write, &mut object, None).await?;
         object.set("/metadata/uid", uuid::Uuid::new_v4().to_string());
         object.set("/metadata/creationTimestamp", fields::now());
@@ -314,7 +326,11 @@ impl Api {
         self.track(write, None, &mut object);
         let name = fields::name(&object).to_owned();
         let key = target.key_of(&name);
-        let exists = || Status::already_exists(target.subject_named(&name));
+        let generates = !object.text("/metadata/generateName").is_empty();
+        let exists = || match generates {
+            false => Status::already_exists(target.subject_named(&name)),
+            true => Status::already_exists_generated(target.subject_named(&name)),
+        };
         if self.store.get(&key).await?.is_some() {
             return Err(exists());
         }
@@ -371,6 +387,9 @@ impl Api {
             let old = target.decode(&record)?;
             let mut new = change(&old)?;
             check_preconditions(target, &new, &old)?;
+            if write.part == Part::Main {
+                check_lifetime(target, &new, &old)?;
+            }
             carry_over(&mut new, &old, write.part, target);
             drop_empty(&mut new);
             let reservation = self.settle(write, &mut new, Some(&old)).await?;
@@ -532,7 +551,9 @@ fn check(write: Write<'_>, object: &Value, old: Option<&Value>) -> Result<(), St
     let mut errors: Vec<FieldError> = Vec::new();
     strategy::validate_metadata(object, resource, &mut errors);
     // What a status write leaves alone was checked when it was written, by the rules of that time.
-    if write.part != Part::Status {
+    if write.part == Part::Status {
+        strategy::validate_status(resource, object, &mut errors);
+    } else {
         strategy.validate(object, &mut errors);
     }
     // Subresources with rules of their own change what others may not: a pod's node, its resources.

@@ -7,7 +7,7 @@ use serde_json::{Map, Number, Value};
 
 use super::node::Node;
 use super::{quantity, time};
-use crate::registry::{FieldType, Shape, Type, type_named};
+use crate::registry::{Field, FieldType, Shape, Type, Wire, type_named};
 
 /// Faults that do not make the document unusable: what `fieldValidation` is about.
 pub type StrictFaults = Vec<String>;
@@ -39,6 +39,10 @@ pub fn check_untyped(node: Node) -> (Value, StrictFaults) {
 
 enum Step {
     Field(String),
+    /// Of a struct, which Go may have in parts: its decoder names the part too.
+    Member(&'static Type, String),
+    /// Of a map: Go's decoder names the map alone when the type of a value is wrong.
+    Key(String),
     Index(usize),
 }
 
@@ -55,7 +59,7 @@ impl Checker {
         let mut out = String::new();
         for step in &self.path {
             match step {
-                Step::Field(name) => {
+                Step::Field(name) | Step::Member(_, name) | Step::Key(name) => {
                     if !out.is_empty() {
                         out.push('.');
                     }
@@ -75,14 +79,17 @@ impl Checker {
         let Some(owner) = self.owner else {
             return format!("json: cannot unmarshal {what} into Go value of type {go_type}");
         };
-        let fields = self.path.iter().filter_map(|s| {
-            if let Step::Field(name) = s {
-                Some(name.as_str())
-            } else {
-                None
+        let mut path: Vec<&str> = Vec::new();
+        for step in &self.path {
+            match step {
+                Step::Member(ty, name) => {
+                    parts(ty, name, &mut path);
+                    path.push(name);
+                }
+                Step::Field(name) => path.push(name),
+                Step::Key(_) | Step::Index(_) => {}
             }
-        });
-        let path: Vec<&str> = fields.collect();
+        }
         format!(
             "json: cannot unmarshal {what} into Go struct field {}.{} of type {go_type}",
             owner.short_name(),
@@ -129,7 +136,7 @@ impl Checker {
             (FieldType::Map(inner), Node::Object(entries)) => {
                 let mut out = Map::with_capacity(entries.len());
                 for (key, value) in entries {
-                    self.path.push(Step::Field(key.clone()));
+                    self.path.push(Step::Key(key.clone()));
                     let value = self
                         .of_field_type(value, inner)?
                         .unwrap_or_else(|| zero(inner));
@@ -162,8 +169,15 @@ impl Checker {
                 };
                 let layout = "2006-01-02T15:04:05Z07:00";
                 canonical.map(|t| Some(t.into())).ok_or_else(|| {
+                    // Where Go's parser stops: at the year, when there is none.
+                    let year = text.bytes().take(4).all(|byte| byte.is_ascii_digit());
+                    let wanted = if year && text.len() >= 4 {
+                        layout
+                    } else {
+                        "2006"
+                    };
                     format!(
-                        "parsing time {text:?} as {layout:?}: cannot parse {text:?} as {layout:?}"
+                        "parsing time {text:?} as {layout:?}: cannot parse {text:?} as {wanted:?}"
                     )
                 })
             }
@@ -210,10 +224,10 @@ impl Checker {
                     .push(format!("duplicate field {:?}", self.strict_path(&key)));
             }
             seen.push(field.name);
-            self.path.push(Step::Field(key.clone()));
+            self.path.push(Step::Member(ty, key.clone()));
             let value = self.of_field_type(value, &field.ty)?;
             self.path.pop();
-            match value {
+            match value.filter(|value| !is_left_out(value, field)) {
                 Some(value) => {
                     out.insert(key, value);
                 }
@@ -275,6 +289,40 @@ impl Checker {
     }
 }
 
+/// Whether Go leaves a value out when it writes the object: the zero of a field that it does not hold behind a pointer. Kept, it
+/// would be a difference to who reads the object and writes it back, and a new generation where nothing changes.
+fn is_left_out(value: &Value, field: &Field) -> bool {
+    if field.pointer || field.required {
+        return false;
+    }
+    // The published schema has a zero for the default of what is written even so.
+    let zero = match (&field.ty, value) {
+        (FieldType::List(_), Value::Array(items)) => return items.is_empty(),
+        (FieldType::Map(_), Value::Object(entries)) => return entries.is_empty(),
+        (FieldType::String | FieldType::Bytes, Value::String(text)) if text.is_empty() => "\"\"",
+        (FieldType::Bool, Value::Bool(false)) => "false",
+        (FieldType::Int32 | FieldType::Int64 | FieldType::Double, Value::Number(number))
+            if number.as_f64() == Some(0.0) =>
+        {
+            "0"
+        }
+        _ => return false,
+    };
+    zero != field.default
+}
+
+/// The parts of a struct that a field is in, the outermost first: what JSON has inline and Go embeds.
+fn parts(ty: &'static Type, name: &str, path: &mut Vec<&str>) {
+    let mut inline = ty.wire.iter().filter_map(|wire| match wire.to {
+        Wire::Inline(id) => Some(id.get()),
+        _ => None,
+    });
+    if let Some(part) = inline.find(|part| part.field(name).is_some()) {
+        path.push(part.short_name());
+        parts(part, name, path);
+    }
+}
+
 fn bytes(text: &str) -> Result<String, String> {
     // Go ignores line breaks in base64.
     let text: String = text.chars().filter(|c| !matches!(c, '\n' | '\r')).collect();
@@ -283,7 +331,11 @@ fn bytes(text: &str) -> Result<String, String> {
         Err(
             base64::DecodeError::InvalidByte(at, _) | base64::DecodeError::InvalidLastSymbol(at, _),
         ) => Err(format!("illegal base64 data at input byte {at}")),
-        Err(_) => Err(format!("illegal base64 data at input byte {}", text.len())),
+        // Go names the beginning of the group of four that is cut off.
+        Err(_) => {
+            let at = text.len() / 4 * 4;
+            Err(format!("illegal base64 data at input byte {at}"))
+        }
     }
 }
 

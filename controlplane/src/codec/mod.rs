@@ -117,6 +117,10 @@ pub fn decode(
     kind: &str,
     validation: FieldValidation,
 ) -> Result<Decoded, DecodeError> {
+    let unrecognized = |reason: String| DecodeError {
+        message: words::unrecognized(body, kind, &reason),
+        reason,
+    };
     let node = match media {
         MediaType::Protobuf => {
             let value =
@@ -130,17 +134,16 @@ pub fn decode(
             });
         }
         MediaType::Json => json(body).map_err(|fault| {
-            let why = format!("couldn't get version/kind; json parse error: {fault}");
-            words::unrecognized(body, kind, &why)
+            unrecognized(format!(
+                "couldn't get version/kind; json parse error: {fault}"
+            ))
         })?,
-        MediaType::Yaml => yaml(body, validation).map_err(|fault| {
-            let why = format!("error converting YAML to JSON: {fault}");
-            words::unrecognized(body, kind, &why)
-        })?,
+        MediaType::Yaml => {
+            yaml(body, validation).map_err(|fault| unrecognized(words::yaml_fault(&fault)))?
+        }
     };
     if !matches!(node, Node::Object(_)) {
-        let why = words::no_object(&node.describe());
-        return Err(words::unrecognized(body, kind, &why).into());
+        return Err(unrecognized(words::no_object(&node.describe())));
     }
     finish(node, api_version, kind, validation)
 }

@@ -103,6 +103,14 @@ fn wrong_types_are_refused_whatever_the_validation() {
             "json: cannot unmarshal number into Go struct field EnvVar.spec.template.spec.containers.env.value of type string",
         ),
         (
+            json!({"template": {"spec": {"volumes": [{"configMap": {"name": 1}}]}}}),
+            "json: cannot unmarshal number into Go struct field ConfigMapVolumeSource.spec.template.spec.volumes.VolumeSource.configMap.LocalObjectReference.name of type string",
+        ),
+        (
+            json!({"selector": {"matchLabels": {"a": true}}}),
+            "json: cannot unmarshal bool into Go struct field LabelSelector.spec.selector.matchLabels of type string",
+        ),
+        (
             json!({"template": {"spec": {"containers": [{"resources": {"limits": {"cpu": "lots"}}}]}}}),
             "quantities must match the regular expression",
         ),

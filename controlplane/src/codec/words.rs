@@ -41,6 +41,18 @@ fn character(body: &[u8], error: &serde_json::Error) -> char {
     text.chars().next().unwrap_or('\n')
 }
 
+/// Why a body is no YAML, in one line: the parser shows the place in several.
+pub fn yaml_fault(said: &str) -> String {
+    let first = said.lines().next().unwrap_or("");
+    let first = first.strip_prefix("error: ").unwrap_or(first);
+    let place = first.strip_prefix("line ").and_then(|rest| {
+        let (line, rest) = rest.split_once(' ')?;
+        let (_, why) = rest.split_once(": ")?;
+        Some(format!("yaml: line {line}: {why}"))
+    });
+    place.unwrap_or_else(|| format!("yaml: {first}"))
+}
+
 /// The message for a body of which not even the kind can be told.
 pub fn unrecognized(body: &[u8], kind: &str, why: &str) -> String {
     format!(
@@ -104,6 +116,13 @@ mod tests {
             let error = serde_json::from_str::<serde_json::Value>(body).expect_err("no JSON");
             assert_eq!(json_fault(body.as_bytes(), &error), expected, "{body}");
         }
+    }
+
+    #[test]
+    fn faults_of_yaml_are_one_line() {
+        let said = "error: line 2 column 4: unclosed bracket '['\n --> <input>:2:4\n  |";
+        assert_eq!(yaml_fault(said), "yaml: line 2: unclosed bracket '['");
+        assert_eq!(yaml_fault("odd"), "yaml: odd");
     }
 
     #[test]

@@ -73,12 +73,17 @@ pub fn json(target: &mut Value, patch: &Value) -> Result<(), PatchError> {
             "The allowed maximum operations in a JSON patch is {OPERATIONS_MAX}, got {count}"
         )));
     }
-    let patch: json_patch::Patch = serde_json::from_value(patch.clone())
-        .map_err(|e| PatchError::Invalid(format!("error decoding patch: {e}")))?;
+    let mut patch = patch.clone();
+    for operation in patch.as_array_mut().into_iter().flatten() {
+        complete(operation);
+    }
+    let patch: json_patch::Patch = serde_json::from_value(patch)
+        .map_err(|e| PatchError::Unprocessable(format!("error decoding patch: {e}")))?;
     let mut patched = target.clone();
     let mut copied = 0;
     for (index, operation) in patch.0.iter().enumerate() {
         hold(&patched, operation, &mut copied).map_err(PatchError::Unprocessable)?;
+        let operation = &addition(&patched, operation);
         let done = json_patch::patch_unsafe(&mut patched, std::slice::from_ref(operation));
         done.map_err(|mut e| {
             e.operation = index;
@@ -87,6 +92,30 @@ pub fn json(target: &mut Value, patch: &Value) -> Result<(), PatchError> {
     }
     *target = patched;
     Ok(())
+}
+
+/// An operation that gives no value gives null, as upstream's patcher reads it.
+fn complete(operation: &mut Value) {
+    let takes = matches!(operation["op"].as_str(), Some("add" | "replace" | "test"));
+    if let Some(fields) = operation.as_object_mut().filter(|_| takes) {
+        fields.entry("value").or_insert(Value::Null);
+    }
+}
+
+/// An operation as upstream's patcher means it: to replace a member that an object does not have is to add it.
+fn addition(target: &Value, operation: &PatchOperation) -> PatchOperation {
+    if let PatchOperation::Replace(replace) = operation
+        && let Some((parent, _)) = replace.path.split_back()
+        && target
+            .pointer(parent.as_str())
+            .is_some_and(Value::is_object)
+    {
+        return PatchOperation::Add(json_patch::AddOperation {
+            path: replace.path.clone(),
+            value: replace.value.clone(),
+        });
+    }
+    operation.clone()
 }
 
 /// Holds an operation to the limits of depth and of copies. Each can build on the one before, so a small patch could
@@ -147,8 +176,14 @@ mod tests {
         ));
         assert!(matches!(
             json(&mut target, &json!([{"op": "fly", "path": "/a"}])),
-            Err(PatchError::Invalid(_))
+            Err(PatchError::Unprocessable(_))
         ));
+        let lax =
+            json!([{"op": "replace", "path": "/new", "value": 1}, {"op": "add", "path": "/null"}]);
+        json(&mut target, &lax).expect("upstream takes these");
+        assert_eq!(target, json!({"l": [1, 2, 3], "new": 1, "null": null}));
+        let strict = json!([{"op": "replace", "path": "/l/7", "value": 1}]);
+        assert!(json(&mut target, &strict).is_err());
     }
 
     /// Each operation builds on the one before: followed, the first would take the stack, the second all memory.

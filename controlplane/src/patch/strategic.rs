@@ -76,6 +76,12 @@ fn invalid(message: String) -> PatchError {
     PatchError::Invalid(message)
 }
 
+fn unknown(directive: &Value) -> PatchError {
+    let shown = directive.as_str().map(str::to_owned);
+    let shown = shown.unwrap_or_else(|| directive.to_string());
+    invalid(format!("unknown patch type: {shown}"))
+}
+
 fn list<'a>(value: &'a Value, directive: &str) -> Result<&'a Vec<Value>, PatchError> {
     value
         .as_array()
@@ -103,7 +109,7 @@ fn merge_object(
             return Ok(());
         }
         Some(Some("merge")) => {}
-        Some(other) => return Err(invalid(format!("unknown {DIRECTIVE} directive: {other:?}"))),
+        Some(_) => return Err(unknown(&patch[DIRECTIVE])),
     }
     if let Some(retained) = patch.get(RETAIN_KEYS) {
         retain_keys(target, patch, list(retained, RETAIN_KEYS)?)?;
@@ -248,9 +254,7 @@ fn merge_list(target: &mut Vec<Value>, patch: &[Value], slot: Slot) -> Result<()
                 continue;
             }
             None | Some("merge") => {}
-            Some(other) => {
-                return Err(invalid(format!("unknown {DIRECTIVE} directive: {other:?}")));
-            }
+            Some(_) => return Err(unknown(&item[DIRECTIVE])),
         }
         if id.is_none() {
             return Err(missing(key));

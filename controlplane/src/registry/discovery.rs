@@ -1,6 +1,9 @@
 //! Discovery documents from the tables, for the resources that a server chooses to serve.
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
 
 use super::{Resource, Subresource, api_version, groups};
 
@@ -121,6 +124,21 @@ fn api_group(group: &str, versions: &[&str]) -> Map<String, Value> {
     out
 }
 
+/// What tells clients in which form objects are stored, as upstream makes it: a digest of group, version and kind. Two forms of
+/// one kind have the same; what is not stored has none.
+fn storage_version_hash(resource: &Resource) -> Option<String> {
+    if !resource.verbs.contains(&"watch") {
+        return None;
+    }
+    let (group, version) = match (resource.group, resource.kind) {
+        ("events.k8s.io", "Event") => ("", "v1"),
+        ("autoscaling", _) => ("autoscaling", "v2"),
+        _ => (resource.group, resource.version),
+    };
+    let digest = Sha256::digest(format!("{group}/{version}/{}", resource.kind));
+    Some(STANDARD.encode(&digest[..8]))
+}
+
 /// `APIResourceList` of `/api/v1` or `/apis/<group>/<version>`; None when nothing of it is served.
 pub fn resource_list(served: &[&Resource], group: &str, version: &str) -> Option<Value> {
     let mut resources = Vec::new();
@@ -137,6 +155,9 @@ pub fn resource_list(served: &[&Resource], group: &str, version: &str) -> Option
         }
         if !resource.categories.is_empty() {
             out["categories"] = json!(resource.categories);
+        }
+        if let Some(hash) = storage_version_hash(resource) {
+            out["storageVersionHash"] = hash.into();
         }
         resources.push(out);
         for sub in resource.subresources {
@@ -209,6 +230,25 @@ mod tests {
         );
         assert!(group(&some(), "batch").is_none());
         assert!(resource_list(&some(), "apps", "v2").is_none());
+    }
+
+    #[test]
+    fn what_is_stored_says_in_which_form() {
+        let hash = |group, version, plural: &str| {
+            let list = resource_list(&resources().iter().collect::<Vec<_>>(), group, version);
+            let list = list.expect("a list");
+            let mut all = list["resources"].as_array().expect("resources").iter();
+            let found = all.find(|resource| resource["name"] == plural);
+            found.expect("the resource")["storageVersionHash"].clone()
+        };
+        // As servers of v1.36 give them.
+        assert_eq!(hash("", "v1", "pods"), "xPOwRZ+Yhw8=");
+        assert_eq!(hash("events.k8s.io", "v1", "events"), "r2yiGXH7wu8=");
+        assert_eq!(
+            hash("autoscaling", "v1", "horizontalpodautoscalers"),
+            "qwQve8ut294="
+        );
+        assert_eq!(hash("", "v1", "bindings"), Value::Null);
     }
 
     #[test]

@@ -27,7 +27,7 @@ impl FieldSelector {
             }
             let invalid = || {
                 SelectorError(format!(
-                    "invalid selector: {text:?}; can't understand {part:?}"
+                    "invalid selector: '{text}'; can't understand '{part}'"
                 ))
             };
             let at = part.find('=').ok_or_else(invalid)?;
@@ -40,7 +40,7 @@ impl FieldSelector {
             } else {
                 value
             };
-            let value = unescape(value).ok_or_else(invalid)?;
+            let value = unescape(value)?;
             requirements.push(Requirement {
                 path: path.to_owned(),
                 equal,
@@ -125,17 +125,24 @@ fn split(text: &str) -> Vec<&str> {
     parts
 }
 
-fn unescape(text: &str) -> Option<String> {
+fn unescape(text: &str) -> Result<String, SelectorError> {
+    let invalid = |why: String| SelectorError(format!("invalid field selector: {why}"));
     let mut out = String::with_capacity(text.len());
     let mut chars = text.chars();
     while let Some(c) = chars.next() {
         match c {
-            '\\' => out.push(chars.next().filter(|c| "\\,=".contains(*c))?),
-            '=' => return None,
+            '\\' => match chars.next() {
+                Some(escaped @ ('\\' | ',' | '=')) => out.push(escaped),
+                other => {
+                    let other = other.map(String::from).unwrap_or_default();
+                    return Err(invalid(format!("invalid escape sequence: \\{other}")));
+                }
+            },
+            '=' => return Err(invalid("unescaped character in value: =".to_owned())),
             c => out.push(c),
         }
     }
-    Some(out)
+    Ok(out)
 }
 
 #[cfg(test)]

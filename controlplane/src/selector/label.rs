@@ -2,10 +2,11 @@
 
 use serde_json::{Map, Value};
 
-use super::SelectorError;
+use super::names::{key_faults, value_faults};
+use super::{SelectorError, parse};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Test {
+pub(super) enum Test {
     In(Vec<String>),
     NotIn(Vec<String>),
     Exists,
@@ -15,9 +16,9 @@ enum Test {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Requirement {
-    key: String,
-    test: Test,
+pub(super) struct Requirement {
+    pub key: String,
+    pub test: Test,
 }
 
 /// LabelSelector is a conjunction of requirements on labels. Empty matches everything.
@@ -29,20 +30,12 @@ pub struct LabelSelector {
 impl LabelSelector {
     /// The query form: `app=hello,tier in (a,b),!old`.
     pub fn parse(text: &str) -> Result<Self, SelectorError> {
-        let mut requirements = Vec::new();
-        for part in split(text) {
-            let part = part.trim();
-            if part.is_empty() {
-                if text.trim().is_empty() {
-                    continue;
-                }
-                return Err(unparsable(
-                    text,
-                    "found an empty requirement, expected a key",
-                ));
-            }
-            requirements.push(requirement(part).map_err(|reason| unparsable(part, &reason))?);
-        }
+        Self::of(parse::requirements(text)?)
+    }
+
+    /// In order of their keys, as upstream shows them.
+    fn of(mut requirements: Vec<Requirement>) -> Result<Self, SelectorError> {
+        requirements.sort_by(|one, other| one.key.cmp(&other.key));
         Ok(Self { requirements })
     }
 
@@ -51,8 +44,7 @@ impl LabelSelector {
         let mut requirements = Vec::new();
         for (key, value) in selector["matchLabels"].as_object().into_iter().flatten() {
             let value = value.as_str().unwrap_or_default();
-            requirements
-                .push(checked(key, Test::In(vec![value.to_owned()])).map_err(SelectorError)?);
+            requirements.push(checked(key, Test::In(vec![value.to_owned()]))?);
         }
         for expression in selector["matchExpressions"]
             .as_array()
@@ -88,9 +80,9 @@ impl LabelSelector {
                     )));
                 }
             };
-            requirements.push(checked(key, test).map_err(SelectorError)?);
+            requirements.push(checked(key, test)?);
         }
-        Ok(Self { requirements })
+        Self::of(requirements)
     }
 
     pub fn is_empty(&self) -> bool {
@@ -142,125 +134,30 @@ impl std::fmt::Display for LabelSelector {
     }
 }
 
-fn unparsable(text: &str, reason: &str) -> SelectorError {
-    SelectorError(format!("unable to parse requirement {text:?}: {reason}"))
-}
-
-/// At commas outside parentheses.
-fn split(text: &str) -> Vec<&str> {
-    let (mut parts, mut start, mut depth) = (Vec::new(), 0, 0);
-    for (i, c) in text.char_indices() {
-        match c {
-            '(' => depth += 1,
-            ')' => depth -= 1,
-            ',' if depth <= 0 => {
-                parts.push(&text[start..i]);
-                start = i + 1;
-            }
-            _ => {}
+fn checked(key: &str, test: Test) -> Result<Requirement, SelectorError> {
+    let mut faults = Vec::new();
+    let mut told = |path: &str, given: &str, why: Vec<String>| {
+        if !why.is_empty() {
+            faults.push(format!(
+                "{path}: Invalid value: {given:?}: {}",
+                why.join("; ")
+            ));
+        }
+    };
+    told("key", key, key_faults(key));
+    if let Test::In(values) | Test::NotIn(values) = &test {
+        for (at, value) in values.iter().enumerate() {
+            told(&format!("values[{at}][{key}]"), value, value_faults(value));
         }
     }
-    parts.push(&text[start..]);
-    parts
-}
-
-fn requirement(text: &str) -> Result<Requirement, String> {
-    if let Some(key) = text.strip_prefix('!') {
-        return checked(key.trim(), Test::Absent);
+    match faults.as_slice() {
+        [] => Ok(Requirement {
+            key: key.to_owned(),
+            test,
+        }),
+        [fault] => Err(SelectorError(fault.clone())),
+        faults => Err(SelectorError(format!("[{}]", faults.join(", ")))),
     }
-    let end = text
-        .find(|c: char| "=!<>( \t".contains(c))
-        .unwrap_or(text.len());
-    let (key, rest) = (&text[..end], text[end..].trim_start());
-    if rest.is_empty() {
-        return checked(key, Test::Exists);
-    }
-    for operator in ["==", "!=", "=", ">", "<"] {
-        let Some(value) = rest.strip_prefix(operator) else {
-            continue;
-        };
-        let value = value.trim();
-        let bound = || {
-            value
-                .parse::<i64>()
-                .map_err(|_| format!("for {operator:?}, {value:?} must be an integer"))
-        };
-        let test = match operator {
-            "!=" => Test::NotIn(vec![value.to_owned()]),
-            ">" => Test::Greater(bound()?),
-            "<" => Test::Less(bound()?),
-            _ => Test::In(vec![value.to_owned()]),
-        };
-        return checked(key, test);
-    }
-    for (word, negative) in [("notin", true), ("in", false)] {
-        let Some(values) = rest.strip_prefix(word) else {
-            continue;
-        };
-        let values = values
-            .trim()
-            .strip_prefix('(')
-            .and_then(|v| v.strip_suffix(')'));
-        let values =
-            values.ok_or_else(|| format!("{word:?} needs a list of values in parentheses"))?;
-        let values = values.split(',').map(|v| v.trim().to_owned()).collect();
-        return checked(
-            key,
-            if negative {
-                Test::NotIn(values)
-            } else {
-                Test::In(values)
-            },
-        );
-    }
-    Err(format!(
-        "found {rest:?}, expected: in, notin, =, ==, !=, gt, lt"
-    ))
-}
-
-fn checked(key: &str, test: Test) -> Result<Requirement, String> {
-    if !is_key(key) {
-        return Err(format!(
-            "{key:?} is not a label key: it must be a name of up to 63 letters, digits, '-', '_' or '.', optionally after a DNS prefix and '/'"
-        ));
-    }
-    if let Test::In(values) | Test::NotIn(values) = &test
-        && let Some(bad) = values.iter().find(|v| !is_value(v))
-    {
-        return Err(format!(
-            "{bad:?} is not a label value: it must be empty or up to 63 letters, digits, '-', '_' or '.', beginning and ending with a letter or digit"
-        ));
-    }
-    Ok(Requirement {
-        key: key.to_owned(),
-        test,
-    })
-}
-
-fn is_key(key: &str) -> bool {
-    let (prefix, name) = key
-        .split_once('/')
-        .map_or((None, key), |(prefix, name)| (Some(prefix), name));
-    let prefix_fits = prefix.is_none_or(|p| {
-        let label = |l: &str| {
-            !l.is_empty()
-                && l.bytes()
-                    .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
-        };
-        p.len() <= 253 && p.split('.').all(label)
-    });
-    prefix_fits && !name.is_empty() && is_value(name)
-}
-
-fn is_value(value: &str) -> bool {
-    let ends = |b: Option<&u8>| b.is_none_or(u8::is_ascii_alphanumeric);
-    let bytes = value.as_bytes();
-    bytes.len() <= 63
-        && ends(bytes.first())
-        && ends(bytes.last())
-        && bytes
-            .iter()
-            .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(b))
 }
 
 #[cfg(test)]
@@ -339,7 +236,7 @@ mod tests {
             {"key": "tier", "operator": "NotIn", "values": ["a", "b"]}, {"key": "z", "operator": "DoesNotExist"},
             {"key": "y", "operator": "Exists"}]});
         let selector = LabelSelector::from_object(&object).unwrap();
-        assert_eq!(selector.to_string(), "app=x,tier notin (a,b),!z,y");
+        assert_eq!(selector.to_string(), "app=x,tier notin (a,b),y,!z");
         assert_eq!(
             LabelSelector::parse(&selector.to_string()).unwrap(),
             selector

@@ -187,7 +187,7 @@ fn what_cannot_be_given_or_taken_is_said() {
     assert_eq!(code, 406);
     assert_eq!(
         said,
-        "only the following media types are accepted: application/json, application/yaml, application/vnd.kubernetes.protobuf"
+        "406: Not Acceptable\n\nAvailable representations: application/json, application/yaml, application/vnd.kubernetes.protobuf"
     );
     let (code, _) = refused(
         &["-H", "Accept: application/yaml"],

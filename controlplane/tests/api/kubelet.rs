@@ -493,7 +493,7 @@ fn options_of_logs_that_make_no_sense_are_refused() {
         ),
         (
             "limitBytes=0",
-            "limitBytes: Invalid value: 0: must be greater than or equal to 1",
+            "limitBytes: Invalid value: 0: must be greater than 0",
         ),
         (
             "sinceSeconds=5&sinceTime=2026-01-01T00:00:00Z",

@@ -144,7 +144,7 @@ async fn bodies_and_content_types() {
         (
             406,
             "NotAcceptable",
-            "only the following media types are accepted",
+            "406: Not Acceptable\n\nAvailable representations: application/json, application/yaml",
         ),
     );
     html.accept = "text/html";
@@ -152,7 +152,15 @@ async fn bodies_and_content_types() {
     hold(&client, &[
         html,
         row(create, "text/plain", map("a"), (415, "UnsupportedMediaType", "accepted media types include: application/json")),
-        row(("PATCH", MAP), JSON, "{}", (415, "UnsupportedMediaType", "application/strategic-merge-patch+json")),
+        row(("PATCH", MAP), JSON, "{}", (415, "UnsupportedMediaType", "415: Unsupported Media Type")),
+        row(create, JSON, json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "a"}, "data": {"a": 1}}), (400, "BadRequest", "json: cannot unmarshal number into Go struct field ConfigMap.data of type string")),
+        row(create, "application/yaml", "a: [", (400, "BadRequest", "the object provided is unrecognized (must be of type ConfigMap): yaml: line 1: ")),
+        row(("PUT", MAP), JSON, json!({"apiVersion": "v1", "kind": "ConfigMap"}), (400, "BadRequest", "the name of the object (here based on URL) was undeterminable: name must be provided")),
+        row(("PATCH", MAP), MERGE, json!({"metadata": {"uid": "q"}}), (422, "Invalid", "ConfigMap \"here\" is invalid: metadata.uid: Invalid value: \"q\": field is immutable")),
+        row(("PATCH", MAP), MERGE, json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}}), (422, "Invalid", "metadata.deletionTimestamp: Invalid value: \"2026-01-01T00:00:00Z\": field is immutable")),
+        row(("PATCH", &format!("{MAP}?fieldManager=m")), APPLY, "data: {a: b}", (400, "BadRequest", "invalid object type: /, Kind=")),
+        row(("PATCH", &format!("{MAP}?fieldManager=m")), APPLY, "{apiVersion: v1, kind: Secret}", (400, "BadRequest", "invalid object type: /v1, Kind=Secret")),
+        row(("PATCH", &format!("{MAP}?fieldManager=m&fieldValidation=Ignore")), APPLY, "{apiVersion: v1, kind: ConfigMap, zzz: 1}", (500, "", "failed to create typed patch object (/; /v1, Kind=ConfigMap): .zzz: field not declared in schema")),
         row(create, JSON, "{", (400, "BadRequest", "")),
         row(create, JSON, "", (400, "BadRequest", "")),
         row(create, JSON, "[]", (400, "BadRequest", "")),
@@ -210,25 +218,67 @@ async fn options_selectors_and_tokens() {
         &[
             list(
                 "labelSelector=a%3Db%3Dc",
-                (400, "BadRequest", "unable to parse"),
+                (
+                    400,
+                    "BadRequest",
+                    "found '=', expected: ',' or 'end of string'",
+                ),
             ),
-            list("labelSelector=a+in", (400, "BadRequest", "unable to parse")),
+            list(
+                "labelSelector=a+in",
+                (
+                    400,
+                    "BadRequest",
+                    "unable to parse requirement: found '' expected: '('",
+                ),
+            ),
             list(
                 "fieldSelector=spec.color%3Dred",
+                (
+                    400,
+                    "BadRequest",
+                    "\"spec.color\" is not a known field selector: only \"metadata.name\", \"metadata.namespace\"",
+                ),
+            ),
+            asked(
+                ("GET", "/api/v1/pods?fieldSelector=spec.color%3Dred"),
                 (400, "BadRequest", "field label not supported: spec.color"),
             ),
             list(
+                "fieldSelector=metadata.name",
+                (
+                    400,
+                    "BadRequest",
+                    "invalid selector: 'metadata.name'; can't understand 'metadata.name'",
+                ),
+            ),
+            list(
                 "limit=1&continue=rubbish",
-                (400, "BadRequest", "continue key is not valid"),
+                (
+                    400,
+                    "BadRequest",
+                    "invalid continue token: continue key is not valid",
+                ),
             ),
             list(
                 "limit=1&continue=eyJ2IjoibWV0YS5rOHMuaW8vdjEiLCJydiI6MSwic3RhcnQiOiIuLi9hIn0",
                 (400, "BadRequest", "continue key is not valid: ../a"),
             ),
-            list("limit=many", (400, "BadRequest", "limit")),
+            list(
+                "limit=many",
+                (
+                    400,
+                    "BadRequest",
+                    "strconv.ParseInt: parsing \"many\": invalid syntax",
+                ),
+            ),
             list(
                 "resourceVersion=new",
-                (400, "BadRequest", "resourceVersion"),
+                (
+                    400,
+                    "BadRequest",
+                    "invalid resource version: resourceVersion: Invalid value: \"new\": strconv.ParseUint: parsing \"new\": invalid syntax",
+                ),
             ),
             list(
                 "resourceVersionMatch=Exact",
@@ -338,6 +388,10 @@ async fn paths_names_and_preconditions() {
     let absent = "/api/v1/namespaces/default/configmaps/absent";
     let stale = with(map("here"), "/metadata/resourceVersion", "1");
     let other = with(map("here"), "/metadata/uid", "another");
+    let class = json!({"apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "metadata": {"name": "rc"}, "handler": "h"});
+    let created = ("POST", "/apis/node.k8s.io/v1/runtimeclasses");
+    let created = answer(&client, &row(created, JSON, class, (0, "", ""))).await;
+    assert_eq!(created.0, 201);
     let precondition =
         json!({"apiVersion": "v1", "kind": "DeleteOptions", "preconditions": {"uid": "another"}});
     hold(&client, &[
@@ -356,7 +410,23 @@ async fn paths_names_and_preconditions() {
         row(("POST", MAPS), JSON, map("here"), (409, "AlreadyExists", "configmaps \"here\" already exists")),
         row(("PUT", MAP), JSON, stale, (409, "Conflict", "the object has been modified; please apply your changes to the latest version")),
         row(("PUT", MAP), JSON, other, (409, "Conflict", "Precondition failed: UID in precondition: another")),
-        row(("DELETE", MAP), JSON, precondition, (409, "Conflict", "Precondition failed: UID in precondition: another")),
+        row(("DELETE", MAP), JSON, precondition, (409, "Conflict", "Operation cannot be fulfilled on ConfigMap \"here\": the UID in the precondition (another) does not match the UID in record (")),
+        row(("DELETE", MAP), JSON, json!({"apiVersion": "v1", "kind": "Pod"}), (400, "BadRequest", "no kind \"Pod\" is registered for version \"v1\"")),
+        row(("POST", MAPS), JSON, with(map("here"), "/metadata/generateName", "he"), (409, "AlreadyExists", "already exists, the server was not able to generate a unique name for the object")),
+        row(("POST", "/api/v1/configmaps"), JSON, map("a"), (405, "MethodNotAllowed", "")),
+        row(("PUT", "/apis/node.k8s.io/v1/runtimeclasses/rc"), JSON,
+            json!({"apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "metadata": {"name": "rc"}, "handler": "h"}),
+            (422, "Invalid", "runtimeclasses.node.k8s.io \"rc\" is invalid: metadata.resourceVersion: Invalid value: 0: must be specified for an update")),
+        row(("POST", "/version"), JSON, "{}", (405, "MethodNotAllowed", "")),
+        asked(("GET", "/api/v1/namespaces/default/configmaps/%2e%2e"), (400, "BadRequest", "Name parameter invalid: \"..\": may not be '..'")),
+        asked(("GET", "/api/v1//configmaps"), (404, "NotFound", "")),
+        row(("POST", "/api/v1/namespaces/default/pods/a/binding"), JSON,
+            json!({"apiVersion": "v1", "kind": "Binding", "metadata": {"name": "a"}, "target": {"kind": "Pod", "name": "n"}}),
+            (422, "Invalid", "target.kind: Unsupported value: \"Pod\": supported values: \"Node\", \"<empty>\"")),
+        row(("POST", "/apis/authorization.k8s.io/v1/selfsubjectrulesreviews"), JSON, json!({"spec": {}}), (400, "BadRequest", "no namespace on request")),
+        row(("PUT", "/api/v1/namespaces/default/finalize"), JSON,
+            json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "default"}, "spec": {"finalizers": ["bad"]}}),
+            (422, "Invalid", "spec.finalizers[0]: Invalid value: \"bad\": name is neither a standard finalizer name nor is it fully qualified")),
         row(("POST", "/api/v1/namespaces/default/serviceaccounts/absent/token"), JSON,
             json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"audiences": []}}),
             (404, "NotFound", "serviceaccounts \"absent\" not found")),

@@ -138,7 +138,15 @@ fn a_put_creates_what_upstream_lets_it_create_and_nothing_else() {
         (201, true),
         "{made}"
     );
-    let (code, same) = put(path, &lease);
+    // Who replaces one of these says what it replaces.
+    let (code, refused) = put(path, &lease);
+    let message = refused["message"].as_str().unwrap_or("");
+    assert_eq!(code, 422, "{message}");
+    assert!(
+        message.contains("resourceVersion: Invalid value: 0: must be specified for an update"),
+        "{message}"
+    );
+    let (code, same) = put(path, &made);
     assert_eq!(
         (code, &same["metadata"]["uid"]),
         (200, &made["metadata"]["uid"])

@@ -85,20 +85,22 @@ impl Strategy for Binding {
         let role = root.field("roleRef");
         role.field("apiGroup").one_of(&[GROUP], errors);
         let kinds: &[&str] = if binding.has("/metadata/namespace") {
-            &["ClusterRole", "Role"]
+            &["Role", "ClusterRole"]
         } else {
             &["ClusterRole"]
         };
         let kind = role.field("kind");
         if !kinds.contains(&kind.text()) {
-            errors.push(FieldError::unsupported(kind.path(), kind.text(), kinds));
+            let error = FieldError::unsupported_as_listed(kind.path(), kind.text(), kinds);
+            errors.push(error);
         }
         role.field("name").require(errors);
         for subject in root.field("subjects").items() {
             let kind = subject.field("kind");
-            let kinds = ["Group", "ServiceAccount", "User"];
+            let kinds = ["ServiceAccount", "User", "Group"];
             if !kinds.contains(&kind.text()) {
-                errors.push(FieldError::unsupported(kind.path(), kind.text(), &kinds));
+                let error = FieldError::unsupported_as_listed(kind.path(), kind.text(), &kinds);
+                errors.push(error);
             }
             subject.field("name").require(errors);
             let group = subject.field("apiGroup");
@@ -159,7 +161,7 @@ mod tests {
             [
                 r#"roleRef.kind: Unsupported value: "Role": supported values: "ClusterRole""#,
                 "subjects[1].namespace: Required value",
-                r#"subjects[2].kind: Unsupported value: "Robot": supported values: "Group", "ServiceAccount", "User""#,
+                r#"subjects[2].kind: Unsupported value: "Robot": supported values: "ServiceAccount", "User", "Group""#,
             ]
         );
     }

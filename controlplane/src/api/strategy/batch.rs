@@ -75,6 +75,9 @@ impl Strategy for Job {
             job.text("/metadata/uid").to_owned(),
             fields::name(job).to_owned(),
         );
+        // A job with the labels of its pods, or none, shows these too.
+        let own = job.object("/metadata/labels").cloned().unwrap_or_default();
+        let shares = own.is_empty() || job.object("/spec/template/metadata/labels") == Some(&own);
         let labels = job.object_mut("/spec/template/metadata/labels");
         for (key, value) in [
             (CONTROLLER_UID, &uid),
@@ -84,6 +87,11 @@ impl Strategy for Job {
         ] {
             labels.insert(key.to_owned(), value.as_str().into());
         }
+        if shares {
+            let labels = job["spec"]["template"]["metadata"]["labels"].clone();
+            job.set("/metadata/labels", labels);
+        }
+        job.default("/spec/manualSelector", false);
         job.set(
             "/spec/selector",
             json!({"matchLabels": {CONTROLLER_UID: uid}}),
@@ -193,7 +201,7 @@ fn validate_spec(spec: &Place<'_>, errors: &mut Errors) {
     if mode.text() != "Indexed" {
         for only in ["backoffLimitPerIndex", "successPolicy"] {
             if spec.field(only).is_there() {
-                let why = "may not be used with non-indexed jobs: requires indexed completion mode";
+                let why = "requires indexed completion mode";
                 spec.field(only).invalid(why, errors);
             }
         }

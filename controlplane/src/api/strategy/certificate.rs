@@ -3,13 +3,17 @@
 use serde_json::{Value, json};
 
 use super::place::Place;
-use super::{Errors, Strategy};
+use super::{Errors, NameRule, Strategy};
 use crate::api::fields::Fields;
 use crate::auth::Identity;
 
 pub struct SigningRequest;
 
 impl Strategy for SigningRequest {
+    fn name_rule(&self) -> NameRule {
+        NameRule::PathSegment
+    }
+
     fn validate(&self, request: &Value, errors: &mut Errors) {
         let spec = Place::root(request).field("spec");
         for field in ["request", "signerName", "usages"] {

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::metadata::config_key;
 use super::place::Place;
-use super::{Errors, Strategy};
+use super::{Errors, NameRule, Strategy};
 use crate::api::fields::{self, Fields};
 use crate::api::status::FieldError;
 
@@ -110,6 +110,23 @@ impl Strategy for Secret {
                 errors.push(FieldError::required(format!("data[{key}]"), ""));
             }
         }
+        let has = |key: &str| secret["data"].get(key).is_some();
+        if secret.text("/type") == "kubernetes.io/basic-auth"
+            && !has("username")
+            && !has("password")
+        {
+            for key in ["username", "password"] {
+                errors.push(FieldError::required(format!("data[{key}]"), ""));
+            }
+        }
+        const ACCOUNT: &str = "kubernetes.io/service-account.name";
+        let account = secret["metadata"]["annotations"][ACCOUNT].as_str();
+        if secret.text("/type") == "kubernetes.io/service-account-token"
+            && account.unwrap_or("").is_empty()
+        {
+            let path = format!("metadata.annotations[{ACCOUNT}]");
+            errors.push(FieldError::required(path, ""));
+        }
     }
 
     fn validate_update(&self, secret: &Value, old: &Value, errors: &mut Errors) {
@@ -126,6 +143,10 @@ impl Strategy for Secret {
 pub struct Event;
 
 impl Strategy for Event {
+    fn name_rule(&self) -> NameRule {
+        NameRule::PathSegment
+    }
+
     fn creates_on_update(&self) -> bool {
         true
     }

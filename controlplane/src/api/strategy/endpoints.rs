@@ -124,9 +124,6 @@ impl Strategy for EndpointSlice {
                 name.duplicate(errors);
             }
             port.field("protocol").require_one_of(&PROTOCOLS, errors);
-            if port.field("port").is_there() {
-                port.field("port").port(errors);
-            }
             port.field("appProtocol").keep_to(qualified_name, errors);
         }
     }
@@ -172,7 +169,7 @@ fn validate_endpoint(endpoint: &Place<'_>, family: &str, errors: &mut Errors) {
         let mut names: BTreeSet<&str> = BTreeSet::new();
         for hint in hints.items() {
             let name = hint.field("name");
-            if name.require(errors) && !names.insert(name.text()) {
+            if !names.insert(name.text()) {
                 name.duplicate(errors);
             }
         }

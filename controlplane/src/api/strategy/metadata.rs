@@ -7,6 +7,7 @@ use super::{Errors, NameRule, of};
 use crate::api::fields::{self, Fields};
 use crate::api::status::FieldError;
 use crate::registry::Resource;
+use crate::selector::{key_faults, value_faults};
 
 /// The most bytes that all annotations of an object may have together.
 const ANNOTATIONS_BYTES_MAX: usize = 256 << 10;
@@ -14,11 +15,9 @@ const ANNOTATIONS_BYTES_MAX: usize = 256 << 10;
 const SUBDOMAIN_RULE: &str = "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '-' or '.', and must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?(\\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*')";
 const LABEL_RULE: &str = "a lowercase RFC 1123 label must consist of lower case alphanumeric characters or '-', and must start and end with an alphanumeric character (e.g. 'my-name',  or '123-abc', regex used for validation is '[a-z0-9]([-a-z0-9]*[a-z0-9])?')";
 const DNS1035_RULE: &str = "a DNS-1035 label must consist of lower case alphanumeric characters or '-', start with an alphabetic character, and end with an alphanumeric character (e.g. 'my-name',  or 'abc-123', regex used for validation is '[a-z]([-a-z0-9]*[a-z0-9])?')";
-const VALUE_RULE: &str = "a valid label must be an empty string or consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyValue',  or 'my_value',  or '12345', regex used for validation is '(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?')";
-const KEY_RULE: &str = "name part must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')";
 
-fn too_long(bytes_max: usize) -> String {
-    format!("must be no more than {bytes_max} bytes")
+fn too_long(length_max: usize) -> String {
+    format!("must be no more than {length_max} characters")
 }
 
 /// What is wrong with an RFC 1123 label.
@@ -45,44 +44,14 @@ pub fn dns_subdomain(text: &str) -> Option<String> {
     (!text.split('.').all(is_dns_label)).then(|| SUBDOMAIN_RULE.to_owned())
 }
 
-/// What is wrong with `[prefix/]name` as label and annotation keys have it.
+/// What is wrong first with `[prefix/]name`, as keys of labels and annotations have it.
 pub fn qualified_name(text: &str) -> Option<String> {
-    let name = match text.split_once('/') {
-        None => text,
-        Some((prefix, name)) => {
-            if let Some(why) = dns_subdomain(prefix) {
-                return Some(format!("prefix part {why}"));
-            }
-            name
-        }
-    };
-    if name.is_empty() {
-        return Some("name part must be non-empty".to_owned());
-    }
-    if name.len() > 63 {
-        return Some(format!("name part {}", too_long(63)));
-    }
-    (!is_label_text(name)).then(|| KEY_RULE.to_owned())
+    key_faults(text).into_iter().next()
 }
 
-fn is_label_text(text: &str) -> bool {
-    text.bytes()
-        .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
-        && text
-            .bytes()
-            .next()
-            .is_some_and(|byte| byte.is_ascii_alphanumeric())
-        && text
-            .bytes()
-            .last()
-            .is_some_and(|byte| byte.is_ascii_alphanumeric())
-}
-
+/// What is wrong first with the value of a label.
 pub fn label_value(text: &str) -> Option<String> {
-    if text.len() > 63 {
-        return Some(too_long(63));
-    }
-    (!text.is_empty() && !is_label_text(text)).then(|| VALUE_RULE.to_owned())
+    value_faults(text).into_iter().next()
 }
 
 /// What is wrong with an RFC 1035 label, as Services are named.
@@ -175,7 +144,9 @@ pub fn validate_selector(selector: &Place<'_>, errors: &mut Errors) {
                     values.missing(why, errors);
                 }
                 for value in values.items() {
-                    value.keep_to(label_value, errors);
+                    for why in value_faults(value.text()) {
+                        value.invalid(why, errors);
+                    }
                 }
             }
             "Exists" | "DoesNotExist" => {
@@ -186,10 +157,7 @@ pub fn validate_selector(selector: &Place<'_>, errors: &mut Errors) {
             }
             _ => operator.invalid("not a valid selector operator", errors),
         }
-        let key = expression.field("key");
-        if key.require(errors) {
-            key.keep_to(qualified_name, errors);
-        }
+        expression.field("key").label_key(errors);
     }
 }
 
@@ -216,11 +184,11 @@ pub fn validate_labels(
     errors: &mut Errors,
 ) {
     for (key, value) in labels.into_iter().flatten() {
-        if let Some(why) = qualified_name(key) {
+        for why in key_faults(key) {
             errors.push(FieldError::invalid(field, key.as_str(), why));
         }
         let value = value.as_str().unwrap_or("");
-        if let Some(why) = label_value(value) {
+        for why in value_faults(value) {
             errors.push(FieldError::invalid(field, value, why));
         }
     }
@@ -243,6 +211,18 @@ pub fn validate_metadata(object: &Value, resource: &Resource, errors: &mut Error
     } else if let Some(why) = check(name) {
         errors.push(FieldError::invalid("metadata.name", name, why));
     }
+    // What a prefix is made to a name with keeps to every rule: it may end in anything that a name may contain.
+    let prefix = object.text("/metadata/generateName");
+    let begun = match prefix.strip_suffix('-') {
+        Some(whole) if prefix.len() > 1 => format!("{whole}a"),
+        _ => prefix.to_owned(),
+    };
+    if let Some(why) = Some(begun)
+        .filter(|begun| !begun.is_empty())
+        .and_then(|begun| check(&begun))
+    {
+        errors.push(FieldError::invalid("metadata.generateName", prefix, why));
+    }
     let namespace = fields::namespace(object);
     if let Some(why) = Some(namespace)
         .filter(|namespace| !namespace.is_empty())
@@ -253,12 +233,9 @@ pub fn validate_metadata(object: &Value, resource: &Resource, errors: &mut Error
     validate_labels(object.object("/metadata/labels"), "metadata.labels", errors);
     let mut bytes = 0;
     for (key, value) in object.object("/metadata/annotations").into_iter().flatten() {
-        if let Some(why) = qualified_name(&key.to_lowercase()) {
-            errors.push(FieldError::invalid(
-                "metadata.annotations",
-                key.as_str(),
-                why,
-            ));
+        for why in key_faults(&key.to_lowercase()) {
+            let path = "metadata.annotations";
+            errors.push(FieldError::invalid(path, key.as_str(), why));
         }
         bytes += key.len() + value.as_str().map_or(0, str::len);
     }
@@ -295,7 +272,7 @@ pub fn validate_metadata(object: &Value, resource: &Resource, errors: &mut Error
         .iter()
         .filter_map(Value::as_str)
     {
-        if let Some(why) = qualified_name(finalizer) {
+        for why in key_faults(finalizer) {
             errors.push(FieldError::invalid("metadata.finalizers", finalizer, why));
         }
     }

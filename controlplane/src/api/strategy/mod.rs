@@ -2,9 +2,11 @@
 
 mod access;
 mod admission_policy;
+mod autoscaler;
 mod batch;
 mod certificate;
 mod configuration;
+mod counted;
 mod csi;
 mod device;
 mod endpoints;
@@ -29,7 +31,7 @@ mod warnings;
 mod webhook;
 mod workload;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::request::Target;
 use super::status::{FieldError, Status};
@@ -37,6 +39,7 @@ use crate::registry::Resource;
 use crate::selector::FieldSelector;
 
 pub use certificate::asked_by;
+pub use counted::validate_status;
 pub use metadata::{dns_label, qualified_name, validate_metadata};
 pub use pod::qos_class;
 pub use service::wants_node_ports;
@@ -147,7 +150,7 @@ pub fn of(resource: &Resource) -> &'static dyn Strategy {
         ("", "resourcequotas") => &policy::Quota,
         ("", "limitranges") => &policy::LimitRange,
         ("policy", "poddisruptionbudgets") => &policy::DisruptionBudget,
-        ("autoscaling", "horizontalpodautoscalers") => &policy::Autoscaler,
+        ("autoscaling", "horizontalpodautoscalers") => &autoscaler::Autoscaler,
         ("node.k8s.io", "runtimeclasses") => &policy::RuntimeClass,
         ("", "persistentvolumes") => &storage::Volume,
         ("", "persistentvolumeclaims") => &storage::Claim,
@@ -188,14 +191,67 @@ pub fn of(resource: &Resource) -> &'static dyn Strategy {
     }
 }
 
+/// What the status of a new object says before anybody has looked at it: clients with types read numbers, and find zeroes.
+pub fn first_status(resource: &Resource) -> Option<Value> {
+    Some(match (resource.group, resource.plural) {
+        ("" | "apps", "replicationcontrollers" | "replicasets") => json!({"replicas": 0}),
+        ("apps", "statefulsets") => json!({"replicas": 0, "availableReplicas": 0}),
+        ("apps", "daemonsets") => json!({"currentNumberScheduled": 0, "numberMisscheduled": 0,
+            "desiredNumberScheduled": 0, "numberReady": 0}),
+        ("policy", "poddisruptionbudgets") => json!({"disruptionsAllowed": 0, "currentHealthy": 0,
+            "desiredHealthy": 0, "expectedPods": 0}),
+        ("storage.k8s.io", "volumeattachments") => json!({"attached": false}),
+        (
+            "apps"
+            | "batch"
+            | "networking.k8s.io"
+            | "certificates.k8s.io"
+            | "admissionregistration.k8s.io"
+            | "flowcontrol.apiserver.k8s.io"
+            | "resource.k8s.io",
+            "deployments"
+            | "jobs"
+            | "cronjobs"
+            | "servicecidrs"
+            | "certificatesigningrequests"
+            | "validatingadmissionpolicies"
+            | "flowschemas"
+            | "prioritylevelconfigurations"
+            | "resourceclaims",
+        ) => json!({}),
+        _ => return None,
+    })
+}
+
+/// Whether who replaces an object must say which version of it was read, as upstream asks for these kinds.
+pub fn replaced_by_revision(resource: &Resource) -> bool {
+    match resource.group {
+        "admissionregistration.k8s.io"
+        | "apiextensions.k8s.io"
+        | "apiregistration.k8s.io"
+        | "coordination.k8s.io"
+        | "node.k8s.io"
+        | "policy" => true,
+        "storage.k8s.io" => matches!(
+            resource.plural,
+            "csidrivers" | "csinodes" | "csistoragecapacities" | "volumeattachments"
+        ),
+        _ => false,
+    }
+}
+
 /// Refuses field selectors on fields that the kind cannot be selected by.
 pub fn check_selectable(target: &Target, fields: &FieldSelector) -> Result<(), Status> {
     let selectable = of(target.resource).selectable();
     for path in fields.paths() {
         if path != "metadata.name" && path != "metadata.namespace" && !selectable.contains(&path) {
-            return Err(Status::bad_request(format!(
-                "field label not supported: {path}"
-            )));
+            let why = match selectable {
+                [] => format!(
+                    "{path:?} is not a known field selector: only \"metadata.name\", \"metadata.namespace\""
+                ),
+                _ => format!("field label not supported: {path}"),
+            };
+            return Err(Status::bad_request(why));
         }
     }
     Ok(())

@@ -230,7 +230,7 @@ impl Strategy for NetworkPolicy {
             kinds.invalid("may not specify more than two policyTypes", errors);
         } else {
             for kind in kinds.items() {
-                kind.one_of(&["Egress", "Ingress"], errors);
+                kind.exactly_one_as_listed(&["Ingress", "Egress"], errors);
             }
         }
     }
@@ -242,7 +242,7 @@ impl Strategy for NetworkPolicy {
 
 fn validate_policy_port(port: &Place<'_>, errors: &mut Errors) {
     port.field("protocol")
-        .one_of(&["SCTP", "TCP", "UDP"], errors);
+        .exactly_one_as_listed(&["TCP", "UDP", "SCTP"], errors);
     let (first, last) = (port.field("port"), port.field("endPort"));
     if first.is_there() {
         first.port_or_name(errors);

@@ -107,7 +107,37 @@ impl<'a> Place<'a> {
     }
 
     pub fn invalid(&self, why: impl AsRef<str>, errors: &mut Errors) {
-        errors.push(FieldError::invalid(&self.path, self.value.clone(), why));
+        // An absent text is shown as Go has it: most that rules look at are texts.
+        let shown = match self.value {
+            Value::Null => "".into(),
+            value => value.clone(),
+        };
+        errors.push(FieldError::invalid(&self.path, shown, why));
+    }
+
+    /// As [`Place::invalid`], of a number: an absent one is zero.
+    fn invalid_number(&self, why: impl AsRef<str>, errors: &mut Errors) {
+        let shown = match self.value {
+            Value::Null => 0.into(),
+            value => value.clone(),
+        };
+        errors.push(FieldError::invalid(&self.path, shown, why));
+    }
+
+    /// As [`Place::invalid`], of a list or map, which is nothing when it is absent or empty.
+    pub fn invalid_set(&self, why: impl AsRef<str>, errors: &mut Errors) {
+        let shown = match self.is_empty() {
+            true => Value::Null,
+            false => self.value.clone(),
+        };
+        errors.push(FieldError::invalid(&self.path, shown, why));
+    }
+
+    /// Requires a key of labels; all that is wrong with it is told.
+    pub fn label_key(&self, errors: &mut Errors) {
+        for why in crate::selector::key_faults(self.text()) {
+            self.invalid(why, errors);
+        }
     }
 
     pub fn forbidden(&self, why: &str, errors: &mut Errors) {
@@ -119,7 +149,11 @@ impl<'a> Place<'a> {
     }
 
     pub fn not_found(&self, errors: &mut Errors) {
-        errors.push(FieldError::not_found(&self.path, self.value.clone()));
+        let shown = match self.value {
+            Value::Null => "".into(),
+            value => value.clone(),
+        };
+        errors.push(FieldError::not_found(&self.path, shown));
     }
 
     /// Requires a value; true when there is one.
@@ -130,11 +164,27 @@ impl<'a> Place<'a> {
         !self.is_empty()
     }
 
+    /// Requires one of some texts, which a message lists in this order.
+    pub fn require_one_as_listed(&self, allowed: &[&str], errors: &mut Errors) {
+        if self.require(errors) && !allowed.contains(&self.text()) {
+            let error = FieldError::unsupported_as_listed(&self.path, self.text(), allowed);
+            errors.push(error);
+        }
+    }
+
     /// Requires one of some texts, where there is a text. An empty one is Go's way to have none.
     pub fn one_of(&self, allowed: &[&str], errors: &mut Errors) {
         let given = self.value.as_str().filter(|text| !text.is_empty());
         if let Some(text) = given.filter(|text| !allowed.contains(text)) {
             errors.push(FieldError::unsupported(&self.path, text, allowed));
+        }
+    }
+
+    /// As [`Place::exactly_one_of`], for lists that a message does not sort.
+    pub fn exactly_one_as_listed(&self, allowed: &[&str], errors: &mut Errors) {
+        if let Some(text) = self.value.as_str().filter(|text| !allowed.contains(text)) {
+            let error = FieldError::unsupported_as_listed(&self.path, text, allowed);
+            errors.push(error);
         }
     }
 
@@ -164,10 +214,24 @@ impl<'a> Place<'a> {
         }
     }
 
+    /// Holds a text, where there is one, to a rule that an empty one breaks too.
+    pub fn hold_to(&self, rule: impl Fn(&str) -> Option<String>, errors: &mut Errors) {
+        if let Some(why) = self.value.as_str().and_then(rule) {
+            self.invalid(why, errors);
+        }
+    }
+
     /// Requires a text that keeps to a rule.
     pub fn require_name(&self, rule: impl Fn(&str) -> Option<String>, errors: &mut Errors) {
         if self.require(errors) {
             self.keep_to(rule, errors);
+        }
+    }
+
+    /// Requires an RFC 1123 subdomain; none at all is a wrong one.
+    pub fn require_subdomain(&self, errors: &mut Errors) {
+        if let Some(why) = super::metadata::dns_subdomain(self.text()) {
+            self.invalid(why, errors);
         }
     }
 
@@ -197,7 +261,7 @@ impl<'a> Place<'a> {
     /// Requires a port number.
     pub fn port(&self, errors: &mut Errors) {
         if !(1..=65535).contains(&self.int()) {
-            self.invalid("must be between 1 and 65535, inclusive", errors);
+            self.invalid_number("must be between 1 and 65535, inclusive", errors);
         }
     }
 

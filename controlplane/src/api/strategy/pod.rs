@@ -4,13 +4,14 @@ use serde_json::{Value, json};
 
 use super::place::Place;
 use super::{Errors, Strategy, pod_spec};
-use crate::api::fields::Fields;
+use crate::api::fields::{self, Fields};
 use crate::api::status::FieldError;
 
 pub struct Pod;
 
 impl Strategy for Pod {
     fn default(&self, pod: &mut Value) {
+        pod.object_mut("/spec");
         let Some(spec) = pod.pointer_mut("/spec") else {
             return;
         };
@@ -37,6 +38,13 @@ impl Strategy for Pod {
     fn prepare_create(&self, pod: &mut Value) {
         let class = qos_class(pod);
         pod.set("/status", json!({"phase": "Pending", "qosClass": class}));
+        // Told at once: no scheduler looks at the pod until its gates are gone.
+        if !pod.items("/spec/schedulingGates").is_empty() {
+            let gated = json!({"type": "PodScheduled", "status": "False", "lastProbeTime": null,
+                "lastTransitionTime": fields::now(), "reason": "SchedulingGated",
+                "message": "Scheduling is blocked due to non-empty scheduling gates"});
+            pod.set("/status/conditions", json!([gated]));
+        }
     }
 
     fn validate(&self, pod: &Value, errors: &mut Errors) {
@@ -65,7 +73,17 @@ impl Strategy for Pod {
             }
             spec
         };
-        if fixed(pod) != fixed(old) {
+        let count = |pod: &Value, list: &str| pod.items(&format!("/spec/{list}")).len();
+        let lists = ["containers", "initContainers"];
+        let mut lists = lists.into_iter();
+        let resized = lists.find(|list| count(pod, list) != count(old, list));
+        if let Some(list) = resized {
+            let why = match list {
+                "containers" => "pod updates may not add or remove containers",
+                _ => "pod updates may not add or remove init containers",
+            };
+            errors.push(FieldError::forbidden(format!("spec.{list}"), why));
+        } else if fixed(pod) != fixed(old) {
             let why = "pod updates may not change fields other than `spec.containers[*].image`,`spec.initContainers[*].image`,`spec.activeDeadlineSeconds`,`spec.tolerations` (only additions to existing tolerations),`spec.terminationGracePeriodSeconds` (allow it to be set to 1 if it was previously negative)";
             errors.push(FieldError::forbidden("spec", why));
         }

@@ -1,10 +1,10 @@
-//! Quotas, limits, disruption budgets, autoscalers, runtime classes.
+//! Quotas, limits, disruption budgets, runtime classes.
 
 use serde_json::{Value, json};
 
 use super::metadata::{dns_label, qualified_name, validate_selector};
 use super::place::Place;
-use super::{Errors, Strategy};
+use super::{Errors, NameRule, Strategy};
 use crate::api::fields::Fields;
 use crate::api::status::FieldError;
 use crate::codec::quantity::Quantity;
@@ -220,6 +220,10 @@ impl Strategy for LimitRange {
 pub struct DisruptionBudget;
 
 impl Strategy for DisruptionBudget {
+    fn name_rule(&self) -> NameRule {
+        NameRule::PathSegment
+    }
+
     fn validate(&self, budget: &Value, errors: &mut Errors) {
         let spec = Place::root(budget).field("spec");
         let (least, most) = (spec.field("minAvailable"), spec.field("maxUnavailable"));
@@ -233,115 +237,6 @@ impl Strategy for DisruptionBudget {
         validate_selector(&spec.field("selector"), errors);
         spec.field("unhealthyPodEvictionPolicy")
             .one_of(&["AlwaysAllow", "IfHealthyBudget"], errors);
-    }
-
-    fn counts_generations(&self) -> bool {
-        true
-    }
-}
-
-/// An autoscaler in its stored form, that of v2.
-pub struct Autoscaler;
-
-/// Of pods that nobody said otherwise about, this share of their CPU is kept busy.
-const CPU_UTILIZATION_PERCENT: i64 = 80;
-
-impl Strategy for Autoscaler {
-    fn default(&self, autoscaler: &mut Value) {
-        autoscaler.default("/spec/minReplicas", 1);
-        if autoscaler.items("/spec/metrics").is_empty() {
-            let target =
-                json!({"type": "Utilization", "averageUtilization": CPU_UTILIZATION_PERCENT});
-            let metric = json!({"type": "Resource", "resource": {"name": "cpu", "target": target}});
-            autoscaler.set("/spec/metrics", json!([metric]));
-        }
-        if !autoscaler.has("/spec/behavior") {
-            return;
-        }
-        let rules = [
-            (
-                "scaleUp",
-                0,
-                json!([{"type": "Pods", "value": 4, "periodSeconds": 15}, {"type": "Percent", "value": 100, "periodSeconds": 15}]),
-            ),
-            (
-                "scaleDown",
-                -1,
-                json!([{"type": "Percent", "value": 100, "periodSeconds": 15}]),
-            ),
-        ];
-        for (direction, window_s, policies) in rules {
-            let at = format!("/spec/behavior/{direction}");
-            autoscaler.default(&format!("{at}/selectPolicy"), "Max");
-            if window_s >= 0 {
-                autoscaler.default(&format!("{at}/stabilizationWindowSeconds"), window_s);
-            }
-            autoscaler.default(&format!("{at}/policies"), policies);
-        }
-    }
-
-    fn validate(&self, autoscaler: &Value, errors: &mut Errors) {
-        let spec = Place::root(autoscaler).field("spec");
-        let (least, most) = (spec.field("minReplicas"), spec.field("maxReplicas"));
-        least.positive(errors);
-        if most.int() == 0 {
-            most.missing("must be set and greater than 0", errors);
-        } else if most.int() < 1 {
-            most.invalid("must be greater than or equal to 1", errors);
-        }
-        if most.int() < least.int() {
-            let why = "must be greater than or equal to `minReplicas`";
-            errors.push(FieldError::invalid(most.path(), most.int(), why));
-        }
-        spec.field("scaleTargetRef.kind").require(errors);
-        spec.field("scaleTargetRef.name").require(errors);
-        for metric in spec.field("metrics").items() {
-            let kinds = [
-                "ContainerResource",
-                "External",
-                "Object",
-                "Pods",
-                "Resource",
-            ];
-            let kind = metric.field("type");
-            kind.require_one_of(&kinds, errors);
-            let field = match kind.text() {
-                "ContainerResource" => "containerResource",
-                "External" => "external",
-                "Object" => "object",
-                "Pods" => "pods",
-                "Resource" => "resource",
-                _ => continue,
-            };
-            if !metric.field(field).is_there() {
-                let why = "must populate information for the given metric source";
-                metric.field(field).missing(why, errors);
-                continue;
-            }
-            metric
-                .field(&format!("{field}.target.type"))
-                .require_one_of(&["AverageValue", "Utilization", "Value"], errors);
-        }
-        for direction in ["behavior.scaleUp", "behavior.scaleDown"] {
-            let rules = spec.field(direction);
-            let window = rules.field("stabilizationWindowSeconds");
-            window.not_negative(errors);
-            if window.int() > 3600 {
-                window.invalid("must be less than or equal to 3600", errors);
-            }
-            rules
-                .field("selectPolicy")
-                .one_of(&["Disabled", "Max", "Min"], errors);
-            for policy in rules.field("policies").items() {
-                policy.field("type").one_of(&["Percent", "Pods"], errors);
-                policy.field("value").positive(errors);
-                let period = policy.field("periodSeconds");
-                period.positive(errors);
-                if period.int() > 1800 {
-                    period.invalid("must be less than or equal to 1800", errors);
-                }
-            }
-        }
     }
 
     fn counts_generations(&self) -> bool {
@@ -410,25 +305,6 @@ mod tests {
             [
                 r#"spec.limits[0].min[cpu]: Invalid value: "2": min value 2 is greater than max value 1"#,
                 r#"spec.limits[1].type: Duplicate value: "Pod""#,
-            ]
-        );
-    }
-
-    #[test]
-    fn an_autoscaler_scales_between_bounds() {
-        let mut autoscaler =
-            json!({"spec": {"maxReplicas": 0, "scaleTargetRef": {"kind": "Deployment"}}});
-        Autoscaler.default(&mut autoscaler);
-        assert_eq!(
-            autoscaler["spec"]["metrics"][0]["resource"]["target"]["averageUtilization"],
-            80
-        );
-        assert_eq!(
-            told(&Autoscaler, &autoscaler),
-            [
-                "spec.maxReplicas: Required value: must be set and greater than 0",
-                "spec.maxReplicas: Invalid value: 0: must be greater than or equal to `minReplicas`",
-                "spec.scaleTargetRef.name: Required value",
             ]
         );
     }

@@ -40,7 +40,9 @@ fn validate_access(modes: &Place<'_>, errors: &mut Errors) {
 
 fn validate_size(size: &Place<'_>, errors: &mut Errors) {
     if !size.is_there() {
-        size.missing("", errors);
+        // Named as upstream names it, which is no path.
+        let path = size.path().replace(".requests.storage", "[storage]");
+        errors.push(FieldError::required(path, ""));
     } else if size.quantity(errors).is_some_and(Quantity::is_zero) {
         size.invalid("must be greater than zero", errors);
     }

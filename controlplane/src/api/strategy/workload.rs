@@ -1,7 +1,7 @@
 //! Deployments, ReplicaSets, ReplicationControllers, DaemonSets, StatefulSets: defaults, and selectors that must fit their
 //! templates.
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::place::Place;
 use super::{Errors, Strategy, pod_spec, storage};
@@ -17,6 +17,7 @@ pub fn default_template(object: &mut Value, pointer: &str) {
         return;
     }
     object.object_mut(&format!("{pointer}/metadata"));
+    object.object_mut(&format!("{pointer}/spec"));
     if let Some(spec) = object.pointer_mut(&format!("{pointer}/spec")) {
         pod_spec::default(spec);
     }
@@ -49,13 +50,9 @@ fn validate_selector_and_template(object: &Value, kind: &str, errors: &mut Error
             selector.invalid(format!("{EMPTY_SELECTOR} {kind}"), errors);
         }
         Ok(parsed) if parsed.is_empty() || !parsed.matches_labels(labels) => {
-            let given = template.value().pointer("/metadata/labels");
-            let given = given.cloned().unwrap_or_else(|| json!({}));
-            errors.push(FieldError::invalid(
-                "spec.template.metadata.labels",
-                given,
-                NO_MATCH,
-            ));
+            template
+                .field("metadata.labels")
+                .invalid_set(NO_MATCH, errors);
         }
         // Said field by field above.
         Ok(_) | Err(_) => {}
@@ -206,11 +203,7 @@ impl Strategy for ReplicationController {
             .entries()
             .any(|(key, value)| labels.value().get(key) != Some(value.value()))
         {
-            let given = match labels.value() {
-                Value::Null => json!({}),
-                labels => labels.clone(),
-            };
-            errors.push(FieldError::invalid(labels.path(), given, NO_MATCH));
+            labels.invalid_set(NO_MATCH, errors);
         }
         pod_spec::validate_template(&template, errors);
         always_restarts(&template, errors);
@@ -227,6 +220,8 @@ impl Strategy for ReplicationController {
 
 pub struct DaemonSet;
 
+const TEMPLATE_GENERATION: &str = "deprecated.daemonset.template.generation";
+
 impl Strategy for DaemonSet {
     fn default(&self, set: &mut Value) {
         set.default("/spec/updateStrategy/type", "RollingUpdate");
@@ -236,6 +231,24 @@ impl Strategy for DaemonSet {
         }
         set.default("/spec/revisionHistoryLimit", 10);
         default_template(set, "/spec/template");
+    }
+
+    fn prepare_create(&self, set: &mut Value) {
+        set.object_mut("/metadata/annotations")
+            .insert(TEMPLATE_GENERATION.to_owned(), "1".into());
+    }
+
+    /// Counts the changes of the template, as the field of older versions did that this annotation stands for.
+    fn prepare_update(&self, set: &mut Value, old: &Value) {
+        let counted = &old["metadata"]["annotations"][TEMPLATE_GENERATION];
+        let counted: Option<u64> = counted.as_str().and_then(|text| text.parse().ok());
+        let Some(counted) = counted else { return };
+        let mut whole = set.clone();
+        self.default(&mut whole);
+        let changed = whole["spec"]["template"] != old["spec"]["template"];
+        let counted = counted + u64::from(changed);
+        set.object_mut("/metadata/annotations")
+            .insert(TEMPLATE_GENERATION.to_owned(), counted.to_string().into());
     }
 
     fn validate(&self, set: &Value, errors: &mut Errors) {
@@ -402,6 +415,7 @@ impl Strategy for PodTemplate {
 mod tests {
     use super::super::testing::told;
     use super::*;
+    use serde_json::json;
 
     fn deployment(labels: Value) -> Value {
         let mut object = json!({"metadata": {"name": "web"}, "spec": {

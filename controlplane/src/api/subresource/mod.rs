@@ -18,7 +18,7 @@ use super::fields::Fields;
 use super::patching::Patch;
 use super::reply::{self, Answer};
 use super::request::Form;
-use super::status::Status;
+use super::status::{FieldError, Status};
 use super::write::Part;
 use super::{Api, Call, object};
 
@@ -139,6 +139,22 @@ enum Sent {
 fn finalizers(old: &Value, wanted: &Value) -> Result<Value, Status> {
     let mut new = old.clone();
     let finalizers = wanted.items("/spec/finalizers").to_vec();
+    let mut errors = Vec::new();
+    for (at, finalizer) in finalizers.iter().enumerate() {
+        let (path, given) = (format!("spec.finalizers[{at}]"), finalizer.as_str());
+        let given = given.unwrap_or("");
+        for why in crate::selector::key_faults(given) {
+            errors.push(FieldError::invalid(path.as_str(), given, why));
+        }
+        if given != "kubernetes" && !given.contains('/') {
+            let why = "name is neither a standard finalizer name nor is it fully qualified";
+            errors.push(FieldError::invalid(path, given, why));
+        }
+    }
+    if !errors.is_empty() {
+        let name = old.text("/metadata/name");
+        return Err(Status::invalid("", "Namespace", name, errors));
+    }
     new.set("/spec/finalizers", finalizers);
     Ok(new)
 }

@@ -40,15 +40,27 @@ impl Api {
             },
             _ => call.target.clone(),
         };
+        if fields::name(&binding) != target.object_name()? {
+            let why = "name in URL does not match name in Binding object";
+            return Err(Status::bad_request(why));
+        }
         let node = binding.text("/target/name").to_owned();
-        if node.is_empty() {
-            let error = FieldError::required("target.name", "");
-            return Err(Status::invalid(
-                "",
-                "Binding",
-                target.object_name()?,
-                vec![error],
+        let kind = binding.text("/target/kind");
+        let mut errors = Vec::new();
+        if !["", "Node"].contains(&kind) {
+            let known = ["Node", "<empty>"];
+            errors.push(FieldError::unsupported_as_listed(
+                "target.kind",
+                kind,
+                &known,
             ));
+        }
+        if node.is_empty() {
+            errors.push(FieldError::required("target.name", ""));
+        }
+        if !errors.is_empty() {
+            let name = target.object_name()?;
+            return Err(Status::invalid("", "Binding", name, errors));
         }
         let change = |old: &Value| {
             let uid = binding.text("/metadata/uid");

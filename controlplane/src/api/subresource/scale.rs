@@ -71,7 +71,8 @@ impl Api {
             })
         };
         let change = |old: &Value| {
-            let scale = wanted(&scale_of(old))?;
+            let mut scale = wanted(&scale_of(old))?;
+            check_name(&mut scale, target.object_name()?)?;
             let revision = scale.text("/metadata/resourceVersion");
             if !revision.is_empty() && revision != old.text("/metadata/resourceVersion") {
                 return Err(Status::modified(target.subject()));
@@ -176,10 +177,13 @@ fn selector_text(selector: &Value) -> String {
         true => selector.object("/matchLabels"),
         false => selector.as_object(),
     };
-    let mut parts: Vec<String> = labels
+    let mut parts: Vec<(&str, String)> = labels
         .into_iter()
         .flatten()
-        .map(|(key, value)| format!("{key}={}", value.as_str().unwrap_or("")))
+        .map(|(key, value)| {
+            let value = value.as_str().unwrap_or("");
+            (key.as_str(), format!("{key}={value}"))
+        })
         .collect();
     for expression in selector.items("/matchExpressions") {
         let key = expression.text("/key");
@@ -188,14 +192,16 @@ fn selector_text(selector: &Value) -> String {
             .iter()
             .filter_map(Value::as_str)
             .collect();
-        parts.push(match expression.text("/operator") {
+        let part = match expression.text("/operator") {
             "In" => format!("{key} in ({})", values.join(",")),
             "NotIn" => format!("{key} notin ({})", values.join(",")),
             "DoesNotExist" => format!("!{key}"),
             _ => key.to_owned(),
-        });
+        };
+        parts.push((key, part));
     }
-    parts.sort();
+    parts.sort_by_key(|(key, _)| *key);
+    let parts: Vec<String> = parts.into_iter().map(|(_, part)| part).collect();
     parts.join(",")
 }
 

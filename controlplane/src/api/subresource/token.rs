@@ -49,17 +49,14 @@ impl Api {
                 Some(found.ok_or_else(|| Status::not_found(subject))?)
             }
             _ => {
-                let error = FieldError::unsupported(
-                    "spec.boundObjectRef.kind",
-                    kind,
-                    &["Node", "Pod", "Secret"],
-                );
-                return Err(Status::invalid(
-                    "authentication.k8s.io",
-                    "TokenRequest",
-                    name,
-                    vec![error],
-                ));
+                let version = request.text("/spec/boundObjectRef/apiVersion");
+                let version = match version.split_once('/') {
+                    None => format!("/{version}"),
+                    Some(_) => version.to_owned(),
+                };
+                return Err(Status::bad_request(format!(
+                    "cannot bind token to object of type {version}, Kind={kind}"
+                )));
             }
         };
         let node = match bound.as_ref().map(|bound| bound.text("/spec/nodeName")) {

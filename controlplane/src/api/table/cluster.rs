@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::{Column, Printer, age, column, count, created, name, or_none, selector, wide};
+use super::{Column, Printer, age, boolean, column, count, created, name, or_none, selector, wide};
 use crate::api::fields::Fields;
 
 pub(super) static NODE: Printer = Printer {
@@ -101,7 +101,7 @@ pub(super) static NAMESPACE: Printer = Printer {
 };
 
 pub(super) static CONFIG_MAP: Printer = Printer {
-    columns: &[column("Name"), count("Data"), column("Age")],
+    columns: &[column("Name"), column("Data"), column("Age")],
     cells: |map| {
         let size = |field: &str| map.object(field).map_or(0, serde_json::Map::len);
         vec![
@@ -113,7 +113,12 @@ pub(super) static CONFIG_MAP: Printer = Printer {
 };
 
 pub(super) static SECRET: Printer = Printer {
-    columns: &[column("Name"), column("Type"), count("Data"), column("Age")],
+    columns: &[
+        column("Name"),
+        column("Type"),
+        column("Data"),
+        column("Age"),
+    ],
     cells: |secret| {
         let size = secret.object("/data").map_or(0, serde_json::Map::len);
         vec![
@@ -121,17 +126,6 @@ pub(super) static SECRET: Printer = Printer {
             secret.text("/type").into(),
             size.into(),
             created(secret),
-        ]
-    },
-};
-
-pub(super) static SERVICE_ACCOUNT: Printer = Printer {
-    columns: &[column("Name"), count("Secrets"), column("Age")],
-    cells: |account| {
-        vec![
-            name(account),
-            account.items("/secrets").len().into(),
-            created(account),
         ]
     },
 };
@@ -148,7 +142,7 @@ pub(super) static EVENT: Printer = Printer {
         wide("First Seen"),
         Column {
             name: "Count",
-            kind: "integer",
+            kind: "string",
             priority: 1,
         },
         Column {
@@ -227,7 +221,7 @@ pub(super) static PRIORITY_CLASS: Printer = Printer {
     columns: &[
         column("Name"),
         count("Value"),
-        column("Global-Default"),
+        boolean("Global-Default"),
         column("Age"),
         column("PreemptionPolicy"),
     ],

@@ -2,6 +2,7 @@
 
 mod age;
 mod cluster;
+mod extension;
 mod pod;
 mod policy;
 mod service;
@@ -36,6 +37,14 @@ const fn count(name: &'static str) -> Column {
     }
 }
 
+const fn boolean(name: &'static str) -> Column {
+    Column {
+        name,
+        kind: "boolean",
+        priority: 0,
+    }
+}
+
 const fn wide(name: &'static str) -> Column {
     Column {
         name,
@@ -54,7 +63,14 @@ pub struct Printer {
 
 /// The columns of kinds that have none of their own.
 static GENERIC: Printer = Printer {
-    columns: &[column("Name"), column("Created At")],
+    columns: &[
+        column("Name"),
+        Column {
+            name: "Created At",
+            kind: "date",
+            priority: 0,
+        },
+    ],
     cells: |object| {
         vec![
             name(object),
@@ -77,7 +93,6 @@ pub fn printer(group: &str, kind: &str) -> &'static Printer {
         ("", "Namespace") => &cluster::NAMESPACE,
         ("", "ConfigMap") => &cluster::CONFIG_MAP,
         ("", "Secret") => &cluster::SECRET,
-        ("", "ServiceAccount") => &cluster::SERVICE_ACCOUNT,
         ("", "Event") | ("events.k8s.io", "Event") => &cluster::EVENT,
         ("coordination.k8s.io", "Lease") => &cluster::LEASE,
         ("scheduling.k8s.io", "PriorityClass") => &cluster::PRIORITY_CLASS,
@@ -94,7 +109,6 @@ pub fn printer(group: &str, kind: &str) -> &'static Printer {
         ("batch", "CronJob") => &policy::CRON_JOB,
         ("", "PodTemplate") => &policy::POD_TEMPLATE,
         ("", "ResourceQuota") => &policy::QUOTA,
-        ("", "LimitRange") => &policy::LIMIT_RANGE,
         ("policy", "PodDisruptionBudget") => &policy::DISRUPTION_BUDGET,
         ("autoscaling", "HorizontalPodAutoscaler") => &policy::AUTOSCALER,
         ("", "PersistentVolumeClaim") => &storage::CLAIM,
@@ -108,6 +122,30 @@ pub fn printer(group: &str, kind: &str) -> &'static Printer {
         ("networking.k8s.io", "ServiceCIDR") => &storage::SERVICE_CIDR,
         ("node.k8s.io", "RuntimeClass") => &storage::RUNTIME_CLASS,
         ("certificates.k8s.io", "CertificateSigningRequest") => &storage::SIGNING_REQUEST,
+        ("storage.k8s.io", "CSIDriver") => &extension::CSI_DRIVER,
+        ("storage.k8s.io", "VolumeAttachment") => &extension::VOLUME_ATTACHMENT,
+        ("storage.k8s.io", "VolumeAttributesClass") => &extension::VOLUME_ATTRIBUTES_CLASS,
+        (
+            "admissionregistration.k8s.io",
+            "ValidatingWebhookConfiguration" | "MutatingWebhookConfiguration",
+        ) => &extension::WEBHOOKS,
+        ("admissionregistration.k8s.io", "ValidatingAdmissionPolicy") => {
+            &extension::VALIDATING_POLICY
+        }
+        ("admissionregistration.k8s.io", "MutatingAdmissionPolicy") => &extension::MUTATING_POLICY,
+        (
+            "admissionregistration.k8s.io",
+            "ValidatingAdmissionPolicyBinding" | "MutatingAdmissionPolicyBinding",
+        ) => &extension::POLICY_BINDING,
+        ("apiregistration.k8s.io", "APIService") => &extension::API_SERVICE,
+        ("flowcontrol.apiserver.k8s.io", "FlowSchema") => &extension::FLOW_SCHEMA,
+        ("flowcontrol.apiserver.k8s.io", "PriorityLevelConfiguration") => {
+            &extension::PRIORITY_LEVEL
+        }
+        ("resource.k8s.io", "ResourceClaim") => &extension::DEVICE_CLAIM,
+        ("resource.k8s.io", "ResourceSlice") => &extension::DEVICE_SLICE,
+        ("resource.k8s.io", "ResourceClaimTemplate" | "DeviceClass") => &extension::AGED,
+        ("", "ServiceAccount") => &extension::AGED,
         _ => &GENERIC,
     }
 }

@@ -21,7 +21,7 @@ pub(super) static CRON_JOB: Printer = Printer {
         column("Name"),
         column("Schedule"),
         column("Timezone"),
-        column("Suspend"),
+        super::boolean("Suspend"),
         count("Active"),
         column("Last Schedule"),
         column("Age"),
@@ -109,16 +109,6 @@ pub(super) static QUOTA: Printer = Printer {
     },
 };
 
-pub(super) static LIMIT_RANGE: Printer = Printer {
-    columns: &[column("Name"), column("Created At")],
-    cells: |range| {
-        vec![
-            name(range),
-            range.text("/metadata/creationTimestamp").into(),
-        ]
-    },
-};
-
 pub(super) static DISRUPTION_BUDGET: Printer = Printer {
     columns: &[
         column("Name"),
@@ -145,7 +135,7 @@ pub(super) static AUTOSCALER: Printer = Printer {
         column("Targets"),
         column("MinPods"),
         column("MaxPods"),
-        count("Replicas"),
+        column("Replicas"),
         column("Age"),
     ],
     cells: |autoscaler| {
@@ -163,7 +153,7 @@ pub(super) static AUTOSCALER: Printer = Printer {
             reference.into(),
             targets(autoscaler).into(),
             least.into(),
-            autoscaler.int("/spec/maxReplicas").to_string().into(),
+            autoscaler.int("/spec/maxReplicas").into(),
             autoscaler.int("/status/currentReplicas").into(),
             created(autoscaler),
         ]

@@ -194,15 +194,26 @@ pub(super) static INGRESS_CLASS: Printer = Printer {
     ],
     cells: |class| {
         let parameters = match class.has("/spec/parameters") {
-            true => format!(
-                "{}/{}",
-                class.text("/spec/parameters/kind"),
-                class.text("/spec/parameters/name")
-            ),
+            true => {
+                let group = match class.text("/spec/parameters/apiGroup") {
+                    "" => String::new(),
+                    group => format!(".{group}"),
+                };
+                format!(
+                    "{}{group}/{}",
+                    class.text("/spec/parameters/kind"),
+                    class.text("/spec/parameters/name")
+                )
+            }
             false => "<none>".to_owned(),
         };
+        let default = "/metadata/annotations/ingressclass.kubernetes.io~1is-default-class";
+        let shown = match class.text(default) {
+            "true" => format!("{} (default)", class.text("/metadata/name")).into(),
+            _ => name(class),
+        };
         vec![
-            name(class),
+            shown,
             class.text("/spec/controller").into(),
             parameters.into(),
             created(class),

@@ -15,8 +15,8 @@ pub(super) static DEPLOYMENT: Printer = Printer {
     columns: &[
         column("Name"),
         column("Ready"),
-        count("Up-to-date"),
-        count("Available"),
+        column("Up-to-date"),
+        column("Available"),
         column("Age"),
         wide("Containers"),
         wide("Images"),
@@ -64,7 +64,14 @@ pub(super) static REPLICA_SET: Printer = Printer {
             created(set),
             names,
             images,
-            selector(set.pointer("/spec/selector")).into(),
+            // A ReplicationController has the labels alone.
+            match set.pointer("/spec/selector") {
+                Some(of) if of.has("/matchLabels") || of.has("/matchExpressions") => {
+                    selector(Some(of))
+                }
+                labels => pairs(labels.and_then(Value::as_object)),
+            }
+            .into(),
         ]
     },
 };
@@ -124,7 +131,7 @@ pub(super) static CONTROLLER_REVISION: Printer = Printer {
     columns: &[
         column("Name"),
         column("Controller"),
-        count("Revision"),
+        column("Revision"),
         column("Age"),
     ],
     cells: |revision| {

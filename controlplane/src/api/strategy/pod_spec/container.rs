@@ -104,7 +104,10 @@ fn validate(container: &Place<'_>, volumes: &BTreeSet<&str>, errors: &mut Errors
         .one_of(&["Always", "IfNotPresent", "Never"], errors);
     container
         .field("terminationMessagePolicy")
-        .one_of(&["FallbackToLogsOnError", "File"], errors);
+        .require_one_as_listed(&["File", "FallbackToLogsOnError"], errors);
+    container
+        .field("restartPolicy")
+        .exactly_one_of(&["Always", "Never", "OnFailure"], errors);
     let mut ports: BTreeSet<&str> = BTreeSet::new();
     for port in container.field("ports").items() {
         let name = port.field("name");
@@ -177,7 +180,7 @@ fn validate_environment(container: &Place<'_>, errors: &mut Errors) {
         for kind in ["configMapKeyRef", "secretKeyRef"] {
             let reference = source.field(kind);
             if reference.is_there() {
-                reference.field("name").require(errors);
+                reference.field("name").require_subdomain(errors);
                 reference.field("key").require_name(config_key, errors);
             }
         }
@@ -204,7 +207,8 @@ fn validate_mounts(container: &Place<'_>, volumes: &BTreeSet<&str>, errors: &mut
     let mut paths: BTreeSet<&str> = BTreeSet::new();
     for mount in container.field("volumeMounts").items() {
         let (name, path) = (mount.field("name"), mount.field("mountPath"));
-        if name.require(errors) && !volumes.contains(name.text()) {
+        name.require(errors);
+        if !volumes.contains(name.text()) {
             name.not_found(errors);
         }
         if path.require(errors) && !paths.insert(path.text()) {
@@ -221,7 +225,10 @@ fn validate_mounts(container: &Place<'_>, volumes: &BTreeSet<&str>, errors: &mut
         }
         mount
             .field("mountPropagation")
-            .one_of(&["Bidirectional", "HostToContainer", "None"], errors);
+            .exactly_one_of(&["Bidirectional", "HostToContainer", "None"], errors);
+        mount
+            .field("recursiveReadOnly")
+            .exactly_one_of(&["Disabled", "Enabled", "IfPossible"], errors);
         let shared = mount.field("mountPropagation").text() == "Bidirectional";
         if shared && !container.field("securityContext.privileged").flag() {
             let why = "Bidirectional mount propagation is available only to privileged containers";
@@ -329,7 +336,10 @@ pub fn validate_seccomp(profile: &Place<'_>, errors: &mut Errors) {
         return;
     }
     let (kind, file) = (profile.field("type"), profile.field("localhostProfile"));
-    kind.require_one_of(&["Localhost", "RuntimeDefault", "Unconfined"], errors);
+    if kind.is_empty() {
+        kind.missing("type is required when seccompProfile is set", errors);
+    }
+    kind.one_of(&["Localhost", "RuntimeDefault", "Unconfined"], errors);
     if kind.text() == "Localhost" {
         if file.is_empty() {
             file.missing("must be set when seccomp type is Localhost", errors);
@@ -362,6 +372,7 @@ fn validate_probes(container: &Place<'_>, errors: &mut Errors) {
             if grace.is_there() {
                 grace.invalid("must not be set for readinessProbes", errors);
             }
+            grace.positive(errors);
         } else {
             grace.positive(errors);
             let successes = probe.field("successThreshold");

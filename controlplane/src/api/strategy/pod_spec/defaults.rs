@@ -36,10 +36,18 @@ pub fn container(container: &mut Value, host_network: bool) {
             .pointer_mut(&format!("/{probe}"))
             .filter(|probe| probe.is_object())
         {
-            probe.default("/timeoutSeconds", 1);
-            probe.default("/periodSeconds", 10);
-            probe.default("/successThreshold", 1);
-            probe.default("/failureThreshold", 3);
+            let defaults = [
+                ("/timeoutSeconds", 1),
+                ("/periodSeconds", 10),
+                ("/successThreshold", 1),
+                ("/failureThreshold", 3),
+            ];
+            for (field, value) in defaults {
+                // Go does not tell zero from none here.
+                if probe.int(field) == 0 {
+                    probe.set(field, value);
+                }
+            }
             default_handler(probe);
             if probe.has("/grpc") {
                 probe.default("/grpc/service", "");

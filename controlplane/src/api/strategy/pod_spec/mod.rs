@@ -17,11 +17,15 @@ use super::place::Place;
 use super::{Errors, dns_label, qualified_name};
 use crate::api::fields::Fields;
 use crate::api::status::FieldError;
+use crate::selector::key_faults;
 
 /// How many name servers and search domains a pod may give.
 const NAMESERVERS_MAX: usize = 3;
 const SEARCHES_MAX: usize = 32;
 const SEARCHES_BYTES_MAX: usize = 2048;
+
+/// The longest host name that Linux takes.
+const HOSTNAME_BYTES_MAX: usize = 64;
 
 /// The three lists of containers.
 pub const CONTAINER_LISTS: [&str; 3] = ["initContainers", "containers", "ephemeralContainers"];
@@ -63,7 +67,7 @@ pub fn validate_template(template: &Place<'_>, errors: &mut Errors) {
     );
     let annotations = template.field("metadata.annotations");
     for (key, _) in annotations.entries() {
-        if let Some(why) = qualified_name(&key.to_lowercase()) {
+        for why in key_faults(&key.to_lowercase()) {
             errors.push(FieldError::invalid(annotations.path(), key, why));
         }
     }
@@ -83,21 +87,21 @@ pub fn validate(spec: &Place<'_>, errors: &mut Errors) {
     }
     container::validate_all(spec, &volumes, errors);
     spec.field("restartPolicy")
-        .require_one_of(&["Always", "Never", "OnFailure"], errors);
+        .require_one_as_listed(&["Always", "OnFailure", "Never"], errors);
     validate_dns(spec, errors);
     validate_identity(spec, errors);
     validate_security(spec, errors);
     scheduling::validate(spec, errors);
-    spec.field("terminationGracePeriodSeconds")
-        .not_negative(errors);
     spec.field("activeDeadlineSeconds")
         .within(1..=i64::from(i32::MAX), errors);
     for gate in spec.field("readinessGates").items() {
         gate.field("conditionType")
             .require_name(qualified_name, errors);
     }
-    spec.field("preemptionPolicy")
-        .one_of(&["Never", "PreemptLowerPriority"], errors);
+    let preemption = spec.field("preemptionPolicy");
+    if preemption.is_there() {
+        preemption.require_one_as_listed(&["PreemptLowerPriority", "Never"], errors);
+    }
     if spec.field("os").is_there() {
         spec.field("os.name")
             .require_one_of(&["linux", "windows"], errors);
@@ -110,8 +114,8 @@ pub fn validate(spec: &Place<'_>, errors: &mut Errors) {
 
 fn validate_dns(spec: &Place<'_>, errors: &mut Errors) {
     let policy = spec.field("dnsPolicy");
-    let policies = ["ClusterFirst", "ClusterFirstWithHostNet", "Default", "None"];
-    policy.require_one_of(&policies, errors);
+    let policies = ["ClusterFirstWithHostNet", "ClusterFirst", "Default", "None"];
+    policy.require_one_as_listed(&policies, errors);
     let config = spec.field("dnsConfig");
     let servers = config.field("nameservers");
     if policy.text() == "None" {
@@ -166,16 +170,16 @@ fn validate_dns(spec: &Place<'_>, errors: &mut Errors) {
 fn validate_identity(spec: &Place<'_>, errors: &mut Errors) {
     spec.field("hostname").keep_to(dns_label, errors);
     spec.field("subdomain").keep_to(dns_label, errors);
-    for name in [
-        "serviceAccountName",
-        "nodeName",
-        "runtimeClassName",
-        "priorityClassName",
-    ] {
+    for name in ["serviceAccountName", "nodeName", "priorityClassName"] {
         spec.field(name).keep_to(dns_subdomain, errors);
     }
-    spec.field("hostnameOverride")
-        .keep_to(dns_subdomain, errors);
+    for name in ["runtimeClassName", "hostnameOverride"] {
+        spec.field(name).hold_to(dns_subdomain, errors);
+    }
+    let hostname = spec.field("hostnameOverride");
+    if hostname.text().len() > HOSTNAME_BYTES_MAX {
+        hostname.too_long(HOSTNAME_BYTES_MAX, errors);
+    }
     let mut claims: BTreeSet<&str> = BTreeSet::new();
     for claim in spec.field("resourceClaims").items() {
         let name = claim.field("name");

@@ -99,9 +99,7 @@ pub fn validate_node_selector(selector: &Place<'_>, errors: &mut Errors) {
 fn validate_node_term(term: &Place<'_>, errors: &mut Errors) {
     for requirement in term.field("matchExpressions").items() {
         validate_requirement(&requirement, errors);
-        requirement
-            .field("key")
-            .require_name(qualified_name, errors);
+        requirement.field("key").label_key(errors);
     }
     for requirement in term.field("matchFields").items() {
         let (key, operator) = (requirement.field("key"), requirement.field("operator"));
@@ -159,9 +157,8 @@ fn validate_pod_term(term: &Place<'_>, errors: &mut Errors) {
     let key = term.field("topologyKey");
     if key.is_empty() {
         key.missing("can not be empty", errors);
-    } else {
-        key.keep_to(qualified_name, errors);
     }
+    key.label_key(errors);
 }
 
 fn validate_spreading(spec: &Place<'_>, errors: &mut Errors) {
@@ -178,8 +175,6 @@ fn validate_spreading(spec: &Place<'_>, errors: &mut Errors) {
         let key = constraint.field("topologyKey");
         if key.is_empty() {
             key.missing("can not be empty", errors);
-        } else {
-            key.keep_to(qualified_name, errors);
         }
         let action = constraint.field("whenUnsatisfiable");
         action.require_one_of(&["DoNotSchedule", "ScheduleAnyway"], errors);
@@ -253,6 +248,8 @@ mod tests {
                 "affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms[0].matchExpressions[0].values: Required value: must be specified when `operator` is 'In' or 'NotIn'",
                 "affinity.podAntiAffinity.preferredDuringSchedulingIgnoredDuringExecution[0].weight: Invalid value: 0: must be in the range 1-100",
                 "affinity.podAntiAffinity.preferredDuringSchedulingIgnoredDuringExecution[0].podAffinityTerm.topologyKey: Required value: can not be empty",
+                "affinity.podAntiAffinity.preferredDuringSchedulingIgnoredDuringExecution[0].podAffinityTerm.topologyKey: Invalid value: \"\": name part must be non-empty",
+                "affinity.podAntiAffinity.preferredDuringSchedulingIgnoredDuringExecution[0].podAffinityTerm.topologyKey: Invalid value: \"\": name part must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyName',  or 'my.name',  or '123-abc', regex used for validation is '([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9]')",
                 "topologySpreadConstraints[0].maxSkew: Invalid value: 0: must be greater than zero",
             ]
         );

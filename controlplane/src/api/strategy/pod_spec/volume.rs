@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use super::super::metadata::{config_key, dns_subdomain};
 use super::super::place::Place;
 use super::super::{Errors, dns_label};
+use crate::api::status::FieldError;
 
 /// The sources with what each cannot do without.
 const SOURCES: [(&str, &[&str]); 29] = [
@@ -62,14 +62,19 @@ const TOKEN_EXPIRATION_S_MIN: i64 = 600;
 pub fn validate_all<'a>(volumes: &Place<'a>, errors: &mut Errors) -> BTreeSet<&'a str> {
     let mut names = BTreeSet::new();
     for volume in volumes.items() {
+        let told = errors.len();
         let name = volume.field("name");
         if name.require(errors) {
             name.keep_to(dns_label, errors);
-            if !names.insert(name.text()) {
+            if names.contains(name.text()) {
                 name.duplicate(errors);
             }
         }
         validate_source(&volume, errors);
+        // A volume that is wrong is none: what mounts it is told so too.
+        if errors.len() == told {
+            names.insert(name.text());
+        }
     }
     names
 }
@@ -115,7 +120,19 @@ fn validate_details(source: &str, place: &Place<'_>, errors: &mut Errors) {
                 validate_projection(&source, errors);
             }
         }
-        "persistentVolumeClaim" => place.field("claimName").keep_to(dns_subdomain, errors),
+        "nfs" if !place.field("path").text().starts_with('/') => {
+            let path = place.field("path");
+            path.invalid("must be an absolute path", errors);
+        }
+        "ephemeral" => {
+            let resources = place.field("volumeClaimTemplate.spec.resources");
+            if place.field("volumeClaimTemplate.spec").is_there()
+                && !resources.field("requests.storage").is_there()
+            {
+                let path = format!("{}[storage]", resources.path());
+                errors.push(FieldError::required(path, ""));
+            }
+        }
         "image" => place
             .field("pullPolicy")
             .one_of(&["Always", "IfNotPresent", "Never"], errors),
@@ -133,6 +150,7 @@ fn validate_projection(source: &Place<'_>, errors: &mut Errors) {
         "serviceAccountToken",
     ];
     let mut found = 0;
+    // A source of nothing is allowed, and brings nothing.
     for kind in kinds {
         let place = source.field(kind);
         if !place.is_there() {
@@ -166,18 +184,13 @@ fn validate_projection(source: &Place<'_>, errors: &mut Errors) {
             _ => {}
         }
     }
-    if found == 0 {
-        source.missing("must specify at least one source", errors);
-    }
 }
 
 /// Files made of the keys of a ConfigMap or Secret.
 fn validate_files(place: &Place<'_>, errors: &mut Errors) {
     validate_mode(&place.field("defaultMode"), errors);
     for item in place.field("items").items() {
-        if item.field("key").require(errors) {
-            item.field("key").keep_to(config_key, errors);
-        }
+        item.field("key").require(errors);
         if item.field("path").require(errors) {
             inside(&item.field("path"), errors);
         }
@@ -283,7 +296,6 @@ mod tests {
                 "volumes[4].secret.defaultMode: Invalid value: 512: must be a number between 0 and 0777 (octal), both inclusive",
                 "volumes[4].secret.items[0].path: Invalid value: \"../x\": must not contain '..'",
                 "volumes[5].projected.sources[0].serviceAccountToken.expirationSeconds: Invalid value: 5: may not specify a duration less than 10 minutes",
-                "volumes[5].projected.sources[1]: Required value: must specify at least one source",
             ]
         );
     }
