@@ -16,7 +16,7 @@ use super::history::{Ask, Event, Id, Key, NEVER, Operation, Revision, Said};
 
 pub const NAMESPACE: &str = "linear";
 /// Few keys for many writers: most of what is asked meets what another one does.
-const KEYS: u64 = 24;
+const KEYS: u64 = 48;
 /// An answer that takes longer counts as none.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 /// So many answers take seconds at most, also from a server that is built for debugging.
@@ -35,7 +35,8 @@ pub struct History {
     began: Instant,
     next_id: AtomicU64,
     operations: Mutex<Vec<Operation>>,
-    answered: watch::Sender<u64>,
+    /// Writes that were done, and answered so.
+    written: watch::Sender<u64>,
 }
 
 impl History {
@@ -44,7 +45,7 @@ impl History {
             began: Instant::now(),
             next_id: AtomicU64::new(1),
             operations: Mutex::default(),
-            answered: watch::Sender::new(0),
+            written: watch::Sender::new(0),
         })
     }
 
@@ -52,11 +53,11 @@ impl History {
         u64::try_from(self.began.elapsed().as_nanos()).expect("a test of less than 500 years")
     }
 
-    /// Waits until so many more operations were answered.
+    /// Waits until so many more writes were answered.
     pub async fn progress(&self, more: u64) {
-        let mut answered = self.answered.subscribe();
-        let target = *answered.borrow_and_update() + more;
-        let reached = answered.wait_for(|answered| *answered >= target);
+        let mut written = self.written.subscribe();
+        let target = *written.borrow_and_update() + more;
+        let reached = written.wait_for(|written| *written >= target);
         let reached = tokio::time::timeout(PROGRESS_TIMEOUT, reached).await;
         reached.expect("servers answer").expect("it has a sender");
     }
@@ -195,8 +196,8 @@ impl Worker {
             Said::Listed(..) => {}
         }
         let answered = said != Said::Unknown;
-        if answered {
-            self.history.answered.send_modify(|answered| *answered += 1);
+        if matches!(said, Said::Written(_) | Said::Deleted) {
+            self.history.written.send_modify(|written| *written += 1);
         }
         let operation = Operation {
             key,
