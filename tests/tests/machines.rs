@@ -364,3 +364,116 @@ fn machines_join_work_and_leave() {
     drop(server);
     assert!(!first.state.exists());
 }
+
+/// An etcd in the test's own namespace, which ends with the test.
+fn etcd(folder: &Path) -> Running {
+    let data = folder.join("etcd").display().to_string();
+    let clients = "http://198.18.230.254:2379";
+    let command = [
+        "setpriv",
+        "--pdeathsig",
+        "KILL",
+        "etcd",
+        "--data-dir",
+        &data,
+        "--listen-client-urls",
+        clients,
+        "--advertise-client-urls",
+        clients,
+        "--listen-peer-urls",
+        "http://127.0.0.1:2380",
+    ];
+    Running::start(&command, &[])
+}
+
+#[test]
+fn a_second_control_plane_joins_on_etcd_and_takes_over() {
+    const STORE: &str = "etcd:http://198.18.230.254:2379";
+    if !is_root("a_second_control_plane_joins_on_etcd_and_takes_over") {
+        return;
+    }
+    let _sandbox = Sandbox::enter().expect("a sandbox");
+    ip("link add machines type bridge").expect("a bridge");
+    ip("link set machines up").expect("up");
+    ip("address add 198.18.230.254/24 dev machines").expect("an address");
+    let folder = tempfile::tempdir().expect("a folder");
+    let [first, second] = [3, 4].map(|number| Machine::new(folder.path(), number));
+    let _etcd = etcd(folder.path());
+    let arguments = [
+        "server",
+        "--name",
+        "planes",
+        "--node-name",
+        &first.name,
+        "--node-ip",
+        &first.address,
+        "--schedulable",
+        "--foreground",
+    ];
+    let server = first.keelway_running(&arguments);
+    server.line_with("keelway join", UP_TIMEOUT);
+    let cluster = Cluster { server: &first };
+    cluster
+        .kubectl(&["create", "configmap", "kept", "--from-literal=a=b"])
+        .ok();
+
+    // One machine's store is for one control plane, and both sides say what to do.
+    let refused = first
+        .keelway(&["token", "create", "--control-plane"])
+        .refused();
+    assert!(refused.contains("keelway store migrate"), "{refused}");
+    let mut plain = joining(&first.keelway(&["token", "create"]).ok());
+    let key = "a".repeat(64);
+    plain.extend([
+        "--control-plane".to_owned(),
+        "--certificate-key".to_owned(),
+        key,
+    ]);
+    let refused = second.keelway(&second.join(&plain)).refused();
+    assert!(refused.contains("keelway store migrate"), "{refused}");
+    assert!(!second.state.exists(), "something is left");
+
+    first.keelway(&["stop"]).ok();
+    drop(server);
+    let state = first
+        .state
+        .join("machine/node/var/lib/keelway/controlplane");
+    let from = format!("embedded:{}", state.display());
+    first
+        .keelway(&["store", "migrate", "--from", &from, "--to", STORE])
+        .ok();
+    let server = first.keelway_running(&["start", "--store", STORE, "--foreground"]);
+    let offered = eventually("the cluster's keys are offered", CHANGE_TIMEOUT, || {
+        let made = first.keelway(&["token", "create", "--control-plane"]);
+        if made.success {
+            Ok(made.stdout)
+        } else {
+            Err(made.stderr)
+        }
+    });
+    let joins = joining(&offered);
+    let other = changed(&joins, "--certificate-key", &"b".repeat(64));
+    let refused = second.keelway(&second.join(&other)).refused();
+    assert!(refused.contains("cannot be opened"), "{refused}");
+    let mut arguments = second.join(&joins);
+    arguments.push("--foreground");
+    let joined = second.keelway_running(&arguments);
+    joined.line_with("is node", UP_TIMEOUT);
+
+    // The first one goes, with its machine; the second has the state, and nodes find it.
+    first.keelway(&["leave", "--drain-timeout", "60"]).ok();
+    drop(server);
+    let cluster = Cluster { server: &second };
+    assert_eq!(cluster.get(&["configmap", "kept"])["data"]["a"], "b");
+    cluster.wait_ready(&second.name);
+    let nodes = cluster.get(&["nodes"]);
+    assert_eq!(nodes["items"].as_array().expect("a list").len(), 1);
+    let labels = &nodes["items"][0]["metadata"]["labels"];
+    assert!(
+        labels
+            .get("node-role.kubernetes.io/control-plane")
+            .is_some()
+    );
+    second.keelway(&["leave", "--delete-cluster"]).ok();
+    drop(joined);
+}
