@@ -73,6 +73,18 @@ impl Source {
         }
     }
 
+    /// Whether the certificate is in these files; a kubeconfig may name another one.
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub fn holds_certificate(&self) -> Result<bool, PkiError> {
+        let Self::Kubeconfig(path) = self else {
+            return Ok(true);
+        };
+        let text = fs::read_to_string(path).map_err(file("read", path))?;
+        Ok(text.contains("client-certificate-data"))
+    }
+
     fn certified(&self) -> Result<CertifiedKey, PkiError> {
         let (certificate, key) = self.read()?;
         let unusable = |reason: String| PkiError::Unusable {

@@ -52,6 +52,10 @@ pub fn known(folder: &Path, kubeconfigs: &[PathBuf]) -> Result<Vec<Known>, PkiEr
             "kubeconfig" => "admin".to_owned(),
             stem => stem.to_owned(),
         };
+        // One that names files has its certificate from somebody else.
+        if !source.holds_certificate()? {
+            continue;
+        }
         let (certificate, _) = source.read()?;
         let leaf = leaf(path, &certificate)?;
         found.push(Known { name, source, leaf });
