@@ -10,8 +10,9 @@ use cluster_model::watch::ApiOptions;
 use ipnetwork::IpNetwork;
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
+use crate::dataplane::{XdpMode, maglev};
 use crate::node_ranges::{ClusterRange, ClusterRangeError};
-use crate::plan::Routing;
+use crate::plan::{Balancing, Routing};
 
 /// By which pods are told of the API server: its Service's address.
 const SERVICE_HOST: &str = "KUBERNETES_SERVICE_HOST";
@@ -40,6 +41,18 @@ pub struct RunFlags {
     /// Translate Service addresses per packet, for what the socket did not.
     #[arg(long, value_enum, default_value_t = Switch::On)]
     packet_lb: Switch,
+    /// How backends are chosen for clients outside, unless a Service says otherwise (annotation keelway.io/balancing): at random by each
+    /// node, or by tables that are the same on all (Maglev).
+    #[arg(long, value_enum, default_value_t = BalancingFlag::Random)]
+    balancing: BalancingFlag,
+    /// Entries of a Maglev table, a prime, of 2 bytes each: losing one backend moves at most one in a hundred of the other backends' clients
+    /// with 65521 entries up to 250 backends, with 131071 up to 1000; up to two in a hundred with 16381. All nodes must have the same.
+    #[arg(long, default_value_t = maglev::SIZE_DEFAULT, value_name = "ENTRIES")]
+    maglev_table_size: u32,
+    /// Translate what comes by the uplink for Services, and leaves by it again, in its driver (XDP), where that can: `auto` falls back to
+    /// tc by itself, and `status` says so.
+    #[arg(long, value_enum, default_value_t = XdpMode::Auto)]
+    xdp: XdpMode,
     /// Range of Service addresses, IPv4 or IPv6; may be given more than once.
     #[arg(long, default_value = "10.96.0.0/16")]
     service_cidr: Vec<IpNetwork>,
@@ -102,6 +115,12 @@ enum Switch {
     Off,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum BalancingFlag {
+    Random,
+    Maglev,
+}
+
 /// Where the agent learns about the cluster.
 #[derive(Clone, Debug)]
 pub enum Source {
@@ -118,6 +137,8 @@ pub struct Config {
     pub cgroup: PathBuf,
     pub socket_lb: bool,
     pub packet_lb: bool,
+    pub balancing: Balancing,
+    pub xdp: XdpMode,
     pub service_ranges: Vec<IpNetwork>,
     pub routing: Routing,
     /// What nodes get their ranges out of, where the cluster gives them none.
@@ -158,6 +179,8 @@ pub enum ConfigError {
         "--masquerade on needs --packet-lb on: packets are given the node's address where they are balanced"
     )]
     MasqueradeAlone,
+    #[error("--maglev-table-size {0}: must be one of {sizes:?}", sizes = maglev::SIZES)]
+    TableSize(u32),
     #[error("--service-cidr {0}: has bits set after its prefix")]
     ServiceRange(IpNetwork),
     #[error("--cluster-cidr {0}")]
@@ -190,6 +213,9 @@ impl RunFlags {
         }
         if self.masquerade == Switch::On && !packet_lb {
             return Err(ConfigError::MasqueradeAlone);
+        }
+        if !maglev::SIZES.contains(&self.maglev_table_size) {
+            return Err(ConfigError::TableSize(self.maglev_table_size));
         }
         if let Some(range) = self
             .service_cidr
@@ -252,6 +278,11 @@ impl RunFlags {
             },
             socket_lb,
             packet_lb,
+            xdp: if packet_lb { self.xdp } else { XdpMode::Off },
+            balancing: Balancing {
+                maglev: self.balancing == BalancingFlag::Maglev,
+                table_size: self.maglev_table_size,
+            },
             service_ranges: self.service_cidr,
             routing: self.routing,
             cluster_ranges,

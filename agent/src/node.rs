@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::addresses::Reserved;
 use crate::config::Config;
-use crate::dataplane::{self, Dataplane, Op, ServiceVeth, State};
+use crate::dataplane::{self, Dataplane, EarlyUplink, Op, ServiceVeth, State, Xdp, XdpMode};
 use crate::net::{self, Kernel, Link, NetlinkError, Uplink};
 use crate::plan::{Ledger, Routing};
 use crate::report::Fill;
@@ -148,6 +148,10 @@ pub struct Node {
     ipv6: bool,
     /// Whose sockets are translated, if any are.
     cgroup: Option<PathBuf>,
+    early: EarlyUplink,
+    xdp_mode: XdpMode,
+    /// What of it is so.
+    xdp: Xdp,
     service_veth: ServiceVeth,
     service_ranges: Vec<IpNetwork>,
     routing: Routing,
@@ -201,7 +205,12 @@ impl Node {
                 IpAddr::V6(v6) => Some(*v6),
             }),
             masquerade: config.masquerade,
+            uplink_mac: uplink.link.mac,
         })?;
+        let early = EarlyUplink {
+            ifindex: uplink.link.index,
+            is_veth: kernel.is_veth(&uplink.link.name)?,
+        };
         let found = dataplane.state()?;
         let mut ledger = Ledger::adopt(found.clone());
         ledger.inherit(dataplane.inherited().clone());
@@ -217,6 +226,9 @@ impl Node {
             flows: 0,
             ipv6,
             cgroup: config.socket_lb.then(|| config.cgroup.clone()),
+            early,
+            xdp_mode: config.xdp,
+            xdp: Xdp::Off,
             service_veth: pair,
             service_ranges: config.service_ranges.clone(),
             routing: config.routing,
@@ -237,7 +249,22 @@ impl Node {
         if let Some(overlay) = &self.overlay {
             self.dataplane.attach_uplink(overlay.index)?;
         }
+        let xdp = self.dataplane.attach_early(&self.early, self.xdp_mode)?;
+        if xdp != self.xdp {
+            tracing::info!(
+                uplink = self.uplink.link.name,
+                at = xdp.name(),
+                why_not = xdp.why_not(),
+                "where packets of the uplink are looked at first"
+            );
+            self.xdp = xdp;
+        }
         Ok(())
+    }
+
+    /// Whether the uplink's driver translates.
+    pub fn xdp(&self) -> &Xdp {
+        &self.xdp
     }
 
     /// The MTU of pods' interfaces: what fits every way that their packets may take.
@@ -370,6 +397,11 @@ impl Node {
             (map::FRONTENDS, count(frontends), limits::FRONTENDS),
             (map::BACKENDS, self.dataplane.cells_used(), limits::CELLS),
             (map::FLOWS, self.flows, self.dataplane.flows_max()),
+            (
+                map::MAGLEV,
+                self.dataplane.maglev().blocks,
+                limits::MAGLEV_BLOCKS,
+            ),
         ]
         .into_iter()
         .map(|(map, entries, limit)| Fill {

@@ -37,6 +37,12 @@ pub struct Report {
     pub synced: Vec<String>,
     pub socket_lb: bool,
     pub packet_lb: bool,
+    /// Where packets of the uplink are looked at first: its driver (`native`), the kernel's stand-in for one (`generic`), or `tc`.
+    #[serde(default)]
+    pub xdp: String,
+    /// Why it is tc, where something else was wished for.
+    #[serde(default)]
+    pub xdp_why_not: Option<String>,
     pub services: usize,
     pub endpoint_slices: usize,
     pub nodes: usize,
@@ -152,6 +158,11 @@ impl fmt::Display for Report {
             on(self.socket_lb),
             on(self.packet_lb)
         )?;
+        if !self.xdp.is_empty() {
+            let why_not = self.xdp_why_not.as_deref();
+            let why_not = why_not.map_or(String::new(), |why| format!(", not XDP: {why}"));
+            writeln!(f, "Uplink:    {}{why_not}", self.xdp)?;
+        }
         writeln!(
             f,
             "Services:  {} ({} ports, {} frontends, {} backends), {} slices",

@@ -6,13 +6,14 @@ use std::sync::Arc;
 use cluster_model::*;
 use keelway_agent::dataplane::{self, Lead, Op, ServiceBackends, ServiceId, Sources, State, Vip};
 use keelway_agent::plan::{
-    Batch, Here, Ledger, NodeRoute, PortKey, Refusal, Route, RouteChange, Routing, check,
-    diff_routes, plan, plan_routes, plan_unmasqueraded,
+    Balancing, Batch, Here, Ledger, NodeRoute, PortKey, Refusal, Route, RouteChange, Routing,
+    check, diff_routes, plan, plan_routes, plan_unmasqueraded,
 };
 use proptest::prelude::*;
 
 fn here() -> Here {
     Here {
+        balancing: Balancing::default(),
         node: "node-1".into(),
         zone: Some("a".into()),
     }

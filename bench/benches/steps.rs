@@ -7,7 +7,7 @@ use std::hint::black_box;
 use cluster_model::{Change, Dirty, Kind, Object, Snapshot, read_manifest};
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use keelway_agent::dataplane::{Config, Dataplane, Op, State};
-use keelway_agent::plan::{Here, Ledger, ServicePlan, check, plan};
+use keelway_agent::plan::{Balancing, Here, Ledger, ServicePlan, check, plan};
 use keelway_tests::{lists, sandbox::Sandbox};
 use serde_json::Value;
 
@@ -16,6 +16,7 @@ const ENDPOINTS: usize = 5;
 
 fn here() -> Here {
     Here {
+        balancing: Balancing::default(),
         node: "node-1".into(),
         zone: None,
     }

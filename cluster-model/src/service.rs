@@ -36,6 +36,8 @@ pub struct Service {
     pub health_check_node_port: Option<u16>,
     /// Label `service.kubernetes.io/service-proxy-name`: another proxy serves this Service.
     pub proxy_name: Option<Arc<str>>,
+    /// Annotation [`BALANCING_ANNOTATION`], whatever it says.
+    pub balancing: Option<Arc<str>>,
 }
 
 impl Service {
@@ -58,6 +60,7 @@ impl Service {
             external_traffic_policy: TrafficPolicy::Cluster,
             health_check_node_port: None,
             proxy_name: None,
+            balancing: None,
         }
     }
 }
@@ -148,6 +151,8 @@ pub enum TrafficPolicy {
     Local,
 }
 
+/// Annotation that says how backends are chosen for clients outside: `maglev` or `random`.
+pub const BALANCING_ANNOTATION: &str = "keelway.io/balancing";
 const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 /// The API's default timeout of `sessionAffinity: ClientIP`, in seconds.
 const AFFINITY_TIMEOUT_DEFAULT_S: u32 = 10_800;
@@ -225,6 +230,12 @@ fn convert(service: &core::Service) -> Result<Service, BadField> {
             .as_ref()
             .and_then(|labels| labels.get(PROXY_NAME_LABEL))
             .map(|name| name.as_str().into()),
+        balancing: service
+            .metadata
+            .annotations
+            .as_ref()
+            .and_then(|annotations| annotations.get(BALANCING_ANNOTATION))
+            .map(|text| text.as_str().into()),
         key,
     })
 }

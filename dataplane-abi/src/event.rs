@@ -51,15 +51,18 @@ pub enum Hook {
     ServiceIngress,
     /// connect or sendmsg: `data` is a [`SocketEvent`].
     Socket,
+    /// The uplink's driver, before the stack.
+    UplinkEarly,
 }
 
 impl Hook {
-    pub const ALL: [Hook; 5] = [
+    pub const ALL: [Hook; 6] = [
         Hook::PodIngress,
         Hook::PodEgress,
         Hook::UplinkIngress,
         Hook::ServiceIngress,
         Hook::Socket,
+        Hook::UplinkEarly,
     ];
 
     /// Name of the program.
@@ -70,6 +73,7 @@ impl Hook {
             Hook::UplinkIngress => "uplink_ingress",
             Hook::ServiceIngress => "service_ingress",
             Hook::Socket => "socket",
+            Hook::UplinkEarly => "uplink_early",
         }
     }
 }

@@ -25,12 +25,12 @@ pub use flow::{
 pub use layout::Plain;
 pub use service::{
     Affinity, AffinityKey, Backend, Cell, ExtentHeader, FrontendKey, LEAD_GUARDED, Lead,
-    MARKER_EXTERNAL, RangeKey, SERVICE_SILENT, ServiceRef, SocketPeer, SocketPeers, VIP_PORT,
-    VIP_PROTO,
+    MARKER_EXTERNAL, MaglevBlock, MaglevKey, RangeKey, SERVICE_SILENT, ServiceRef, SocketPeer,
+    SocketPeers, VIP_PORT, VIP_PROTO,
 };
 
 /// Version of everything in this crate; part of the pin directory's name.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// Sizes of maps and what relates them.
 pub mod limits {
@@ -54,6 +54,8 @@ pub mod limits {
     pub const RANGES: u32 = 1 << 16;
     /// Fragmented datagrams whose ports are remembered.
     pub const FRAGMENTS: u32 = 1 << 12;
+    /// Blocks of all Maglev tables, a kilobyte each, of which as many are there as are used: room for 950 tables of 65,521 entries.
+    pub const MAGLEV_BLOCKS: u32 = 1 << 17;
     /// Bytes of the ring of events: a power of two of pages, and what may wait until the agent reads it.
     pub const EVENTS_BYTES: u32 = 1 << 19;
 
@@ -63,6 +65,8 @@ pub mod limits {
     const _: () = assert!(CELLS >= 8 * SERVICES);
     const _: () = assert!(FRONTENDS >= 2 * SERVICES);
     const _: () = assert!(FLOWS > 4 * FLOWS_UNREPLIED);
+    // A place in an extent fits an entry of a table.
+    const _: () = assert!(BACKENDS_PER_SERVICE <= u16::MAX as u32);
     const _: () = assert!(EVENTS_BYTES.is_power_of_two() && EVENTS_BYTES >= 4096);
 }
 
@@ -84,6 +88,8 @@ pub mod map {
     pub const AFFINITY: &str = "AFFINITY";
     /// [`crate::RangeKey`] to u32, 1; longest-prefix-match trie.
     pub const RANGES: &str = "RANGES";
+    /// [`crate::MaglevKey`] to [`crate::MaglevBlock`]; hash.
+    pub const MAGLEV: &str = "MAGLEV";
     /// [`crate::FragmentKey`] to [`crate::FragmentPorts`]; LRU hash.
     pub const FRAGMENTS: &str = "FRAGMENTS";
     /// [`crate::Reason`] to packets, u64; per-CPU array.
@@ -117,6 +123,9 @@ pub mod global {
     pub const HOST_NETNS: &str = "HOST_NETNS";
     /// u32, 1 when pods take the node's address for destinations outside RANGES.
     pub const MASQUERADE: &str = "MASQUERADE";
+    /// u64, the uplink's hardware address as its six bytes lie in the memory of a little-endian word; 0 where its driver runs no
+    /// program of ours.
+    pub const UPLINK_MAC: &str = "UPLINK_MAC";
 }
 
 /// MAC address of the host's side of every pod veth and of both ends of the service veth pair. One address for all lets a

@@ -232,7 +232,7 @@ pub struct ExtentHeader {
     pub flags: u32,
     /// ClientIP affinity; 0 is none.
     pub affinity_timeout_s: u32,
-    /// Base of a Maglev ring; 0 is none. Not acted on yet.
+    /// Entries of the Maglev table of this generation (MAGLEV), by which backends are chosen for clients outside; 0 without one.
     pub maglev: u32,
     pub pad: u32,
 }
@@ -240,6 +240,38 @@ plain!(ExtentHeader, 32, { service: 0, generation: 4, active: 8, total: 12, flag
 
 /// [`ExtentHeader::flags`]: without backends, clients are not answered: there are some elsewhere, which the traffic policy rules out.
 pub const SERVICE_SILENT: u32 = 1;
+
+/// Which entries of which Maglev table a block holds. Tables go by the generation of their extent, so a service and its table
+/// change in the same store.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct MaglevKey {
+    pub generation: u32,
+    /// Position of the block's first entry in the table, in blocks.
+    pub block: u32,
+}
+plain!(MaglevKey, 8, { generation: 0, block: 4 });
+
+/// A run of entries of a Maglev table: places of active backends in their extent, from 0.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct MaglevBlock {
+    pub slots: [u16; Self::ENTRIES as usize],
+}
+plain!(MaglevBlock, 960, { slots: 0 });
+
+impl MaglevBlock {
+    /// With its key and what the kernel keeps of an element of a hash (56 bytes), a block fills a kilobyte of the kernel's allocator.
+    pub const ENTRIES: u32 = 480;
+    pub const EMPTY: Self = Self {
+        slots: [0; Self::ENTRIES as usize],
+    };
+
+    /// Blocks of a table of so many entries.
+    pub const fn count(entries: u32) -> u32 {
+        entries.div_ceil(Self::ENTRIES)
+    }
+}
 
 /// A cell after the header: where to send.
 #[repr(C, align(8))]

@@ -1,10 +1,10 @@
 //! Choosing a backend of a service port, and finding one again.
 
 use dataplane_abi::{
-    Addr, Affinity, AffinityKey, Backend, ExtentHeader, Reason, SERVICE_SILENT, ServiceRef,
+    Addr, Affinity, AffinityKey, Backend, ExtentHeader, FlowKey, Reason, SERVICE_SILENT, ServiceRef,
 };
 
-use crate::tables::Tables;
+use crate::{packet::word, tables::Tables};
 
 /// A backend and where it was found.
 #[derive(Clone, Copy, Debug)]
@@ -43,24 +43,69 @@ pub enum Pick {
     Torn,
 }
 
-/// Who asks, for services with affinity.
+/// Who asks, for services with affinity, or with a Maglev table.
 #[derive(Clone, Copy, Debug)]
 pub struct Client {
     pub addr: Addr,
+    /// Its port and the one it asks for, network order both, as a word of memory.
+    ports: u32,
     /// False when the address is not known.
     pub known: bool,
+    /// Its flow may come by any node, each of which is to choose the same backend, where the service asks for that.
+    outside: bool,
 }
 
 impl Client {
     #[inline(always)]
     pub const fn at(addr: Addr) -> Self {
-        Self { addr, known: true }
+        Self {
+            addr,
+            ports: 0,
+            known: true,
+            outside: false,
+        }
+    }
+
+    /// A client outside, by the key of its packet.
+    #[inline(always)]
+    pub const fn outside(key: &FlowKey) -> Self {
+        Self {
+            addr: key.src,
+            ports: word(key.sport, key.dport),
+            known: true,
+            outside: true,
+        }
     }
 
     pub const UNKNOWN: Self = Self {
         addr: Addr { words: [0, 0] },
+        ports: 0,
         known: false,
+        outside: false,
     };
+}
+
+/// A number that any node makes alike of a client outside, or of its flow: any bit of it depends on all of these. The address that
+/// was asked is not among them: a NodePort is asked at whichever node.
+#[inline(always)]
+const fn spread(client: &Client, by_address: bool) -> u32 {
+    let ports = if by_address {
+        0
+    } else {
+        u32::from_be(client.ports)
+    };
+    let mut hash = mixed(u64::from_be(client.addr.words[0]) ^ ports as u64);
+    hash = mixed(hash ^ u64::from_be(client.addr.words[1]));
+    (hash >> 32) as u32
+}
+
+/// The finalizer of MurmurHash3, whose constants are known to spread well.
+#[inline(always)]
+const fn mixed(word: u64) -> u64 {
+    let mut word = word ^ 0x9e37_79b9_7f4a_7c15;
+    word = (word ^ (word >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
+    word = (word ^ (word >> 33)).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+    word ^ (word >> 33)
 }
 
 /// How many places [`find`] looks at, around where the backend was: one that moved further counts as gone. Backends are
@@ -154,7 +199,9 @@ fn choose<T: Tables>(tables: &T, service: u32, client: &Client, picked: &mut Pic
         if header.affinity_timeout_s != 0 {
             return choose_again(tables, client, &reference, &header, candidates, picked);
         }
-        if let Some(drawn) = draw(tables, &reference, &header, candidates) {
+        // A table that is not there was another generation's a moment ago.
+        let is_last = attempt == 2;
+        if let Some(drawn) = draw(tables, client, &reference, &header, candidates, is_last) {
             *picked = drawn;
             return CHOSEN;
         }
@@ -162,19 +209,34 @@ fn choose<T: Tables>(tables: &T, service: u32, client: &Client, picked: &mut Pic
     TORN
 }
 
-/// One of the first `candidates` backends, at random.
+/// One of the first `candidates` backends: the one that the service's Maglev table has for a client outside, else any. Without the
+/// table, any only where `is_last`.
 #[inline(always)]
 fn draw<T: Tables>(
     tables: &T,
+    client: &Client,
     reference: &ServiceRef,
     header: &ExtentHeader,
     candidates: u32,
+    is_last: bool,
 ) -> Option<Picked> {
     if header.active == 0 {
         tables.count(Reason::TerminatingUsed);
     }
     // Multiply and shift instead of a remainder: no division, and no bias worth the name below 2^16 backends.
-    let slot = ((tables.random() as u64 * candidates as u64) >> 32) as u32;
+    let share = |number: u32, of: u32| ((number as u64 * of as u64) >> 32) as u32;
+    let mut slot = u32::MAX;
+    if client.outside && header.maglev != 0 && header.active != 0 {
+        let number = spread(client, header.affinity_timeout_s != 0);
+        match tables.maglev(header.generation, share(number, header.maglev)) {
+            Some(entry) => slot = entry as u32,
+            None if is_last => {}
+            None => return None,
+        }
+    }
+    if slot >= candidates {
+        slot = share(tables.random(), candidates);
+    }
     let cell = tables.cell(reference.extent.wrapping_add(1).wrapping_add(slot))?;
     let backend = Backend::from(cell);
     Some(Picked {
@@ -219,7 +281,7 @@ fn choose_again<T: Tables>(
     if kept {
         tables.count(Reason::AffinityKept);
     } else {
-        match draw(tables, reference, header, candidates) {
+        match draw(tables, client, reference, header, candidates, true) {
             Some(drawn) => *picked = drawn,
             None => return TORN,
         }
@@ -386,6 +448,82 @@ mod tests {
         }
         tables.clock_s.set(tables.clock_s.get() + 61);
         assert_ne!((0..20).map(&ask).collect::<Vec<_>>(), first);
+    }
+
+    fn key(client: u8, port: u16, asked: [u8; 4]) -> FlowKey {
+        let (sport, dport) = (port.to_be(), 80u16.to_be());
+        FlowKey::new(addr([203, 0, 113, client]), addr(asked), sport, dport, 6)
+    }
+
+    #[test]
+    fn a_table_decides_for_clients_outside_alone_and_alike_at_every_node() {
+        let tables = Memory::default();
+        let backends = ["10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"];
+        tables.set_service(7, &backends, &[]);
+        // All of a table leads to one backend.
+        tables.set_maglev(7, &[2; 251]);
+        let ask = |client: &Client| match pick(&tables, 7, client) {
+            Pick::Backend(picked) => picked.slot,
+            other => panic!("{other:?}"),
+        };
+        for port in 0..100 {
+            assert_eq!(ask(&Client::outside(&key(9, port, [198, 18, 0, 1]))), 2);
+        }
+        let inside = Client::at(addr([10, 0, 9, 9]));
+        assert!((0..100).any(|_| ask(&inside) != 2));
+        // The entries of different flows are different ones, whichever node is asked.
+        tables.set_maglev(7, &[0, 1, 2].repeat(2000));
+        let of = |node: u8| -> Vec<u32> {
+            let flows = (0..90u16).map(|port| key(port as u8 % 7, port, [198, 18, 0, node]));
+            flows.map(|key| ask(&Client::outside(&key))).collect()
+        };
+        let (first, second) = (of(1), of(2));
+        assert_eq!(first, second);
+        for slot in 0..3 {
+            let share = first.iter().filter(|chosen| **chosen == slot).count();
+            assert!((15..=45).contains(&share), "{slot}: {share} of 90");
+        }
+    }
+
+    #[test]
+    fn affinity_and_a_table_lead_a_client_alike_from_all_its_ports_at_every_node() {
+        let table = [0, 1, 2, 3].repeat(1000);
+        let ask = |client: u8, port: u16| {
+            // Each node's own memory of clients is empty.
+            let tables = Memory::default();
+            let backends = ["10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80", "10.0.0.4:80"];
+            tables.set_service(7, &backends, &[]);
+            tables.set_affinity_timeout(7, 60);
+            tables.set_maglev(7, &table);
+            match pick(
+                &tables,
+                7,
+                &Client::outside(&key(client, port, [198, 18, 0, 1])),
+            ) {
+                Pick::Backend(picked) => picked.slot,
+                other => panic!("{other:?}"),
+            }
+        };
+        let mut chosen = std::collections::BTreeSet::new();
+        for client in 0..20 {
+            chosen.insert(ask(client, 1));
+            assert_eq!(ask(client, 1), ask(client, 2));
+        }
+        assert!(chosen.len() > 1);
+    }
+
+    #[test]
+    fn a_service_whose_table_is_missing_or_wrong_is_served_all_the_same() {
+        let tables = Memory::default();
+        tables.set_service(7, &["10.0.0.1:80"], &["10.0.0.2:80"]);
+        let client = Client::outside(&key(9, 1, [198, 18, 0, 1]));
+        tables.set_maglev(7, &[1; 251]);
+        assert!(matches!(pick(&tables, 7, &client), Pick::Backend(picked) if picked.slot == 0));
+        tables.maglev.borrow_mut().clear();
+        assert!(matches!(pick(&tables, 7, &client), Pick::Backend(picked) if picked.slot == 0));
+        tables.set_service(7, &[], &["10.0.0.2:80"]);
+        tables.set_maglev(7, &[1; 251]);
+        assert!(matches!(pick(&tables, 7, &client), Pick::Backend(picked) if picked.slot == 0));
     }
 
     #[test]

@@ -121,7 +121,7 @@ pub(crate) fn follow<const V6: bool, P: Packet, T: Tables>(
 
 /// Where a packet's destination leads, when it is a frontend: its address and port, or the port of every address of the node.
 #[inline(always)]
-fn lead<T: Tables>(tables: &T, ip: &Ip, at_host: bool) -> Option<Lead> {
+pub(crate) fn lead<T: Tables>(tables: &T, ip: &Ip, at_host: bool) -> Option<Lead> {
     let key = FrontendKey::new(ip.key.dst, ip.key.dport, ip.key.proto);
     match tables.frontend(&key) {
         None if at_host => tables.frontend(&key.on_every_address()),
@@ -162,7 +162,10 @@ fn open<const V6: bool, P: Packet, T: Tables>(
         if lead.flags & LEAD_GUARDED != 0 && !tables.in_range(service, &ip.key.src) {
             return dropped(tables, Reason::SourceRange);
         }
-        let client = Client::at(ip.key.src);
+        let client = match side {
+            Side::Outside => Client::outside(&ip.key),
+            _ => Client::at(ip.key.src),
+        };
         let picked = if V6 {
             balance::pick_apart(tables, service, &client)
         } else {
@@ -221,7 +224,7 @@ fn may_be_echo<const V6: bool>(ip: &Ip) -> bool {
 }
 
 #[inline(always)]
-fn is_zero(addr: &Addr) -> bool {
+pub(crate) fn is_zero(addr: &Addr) -> bool {
     addr.words[0] == 0 && addr.words[1] == 0
 }
 
@@ -236,20 +239,20 @@ fn keeps_source<T: Tables>(tables: &T, dst: &Addr) -> bool {
 }
 
 /// [`dataplane_abi::Flow::service`] of what is masqueraded, and the owner of ranges without.
-const NO_SERVICE: u32 = 0;
+pub(crate) const NO_SERVICE: u32 = 0;
 
 /// The source that a backend is to see.
-struct Source {
+pub(crate) struct Source {
     /// Zero when it should be the node's and there is none of the family.
-    addr: Addr,
+    pub addr: Addr,
     /// The node's own address, whose ports are shared by all that it sends on.
-    is_node: bool,
+    pub is_node: bool,
 }
 
 /// The client's own address where the answers pass a hook anyway; the hairpin address where a backend would answer its client
 /// without (a pod itself, the host the host, the host a client outside); the node's where the answers would go elsewhere.
 #[inline(always)]
-fn seen_by<const V6: bool, T: Tables>(
+pub(crate) fn seen_by<const V6: bool, T: Tables>(
     tables: &T,
     features: &Features,
     ip: &Ip,
@@ -289,7 +292,12 @@ fn seen_by<const V6: bool, T: Tables>(
 /// Whether a client's flow may go on. A datagram's backend must still be one: nothing else tells its
 /// sender that it is gone. An established connection is left to end by itself; a new one needs a backend that is one.
 #[inline(always)]
-fn resume<const V6: bool, T: Tables>(tables: &T, ip: &Ip, entry: &T::Entry, seen: u32) -> bool {
+pub(crate) fn resume<const V6: bool, T: Tables>(
+    tables: &T,
+    ip: &Ip,
+    entry: &T::Entry,
+    seen: u32,
+) -> bool {
     let flow = entry.get();
     if !ip.is_of_connection() || ip.is_syn() {
         let known = Picked {

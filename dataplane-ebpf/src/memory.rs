@@ -97,6 +97,8 @@ pub struct Memory {
     pub affinities: RefCell<HashMap<AffinityKey, Affinity>>,
     pub services: RefCell<HashMap<u32, ServiceRef>>,
     pub cells: RefCell<Vec<Cell>>,
+    /// Tables by the generations of their extents.
+    pub maglev: RefCell<HashMap<u32, Vec<u16>>>,
     pub local: RefCell<HashMap<Addr, LocalAddress>>,
     pub flows: FlowTable,
     pub flows_max: usize,
@@ -115,6 +117,7 @@ impl Default for Memory {
             affinities: RefCell::default(),
             services: RefCell::default(),
             cells: RefCell::new(Vec::from([Cell::default()])),
+            maglev: RefCell::default(),
             local: RefCell::default(),
             flows: RefCell::default(),
             flows_max: usize::MAX,
@@ -183,6 +186,13 @@ impl Memory {
     /// Gives a service affinity, until its backends are set anew.
     pub fn set_affinity_timeout(&self, id: u32, seconds: u32) {
         self.change_header(id, |header| header.affinity_timeout_s = seconds);
+    }
+
+    /// Gives a service a Maglev table, until its backends are set anew.
+    pub fn set_maglev(&self, id: u32, table: &[u16]) {
+        let generation = self.services.borrow()[&id].generation;
+        self.change_header(id, |header| header.maglev = table.len() as u32);
+        self.maglev.borrow_mut().insert(generation, table.into());
     }
 
     /// Makes a service silent without backends, until these are set anew.
@@ -265,6 +275,11 @@ impl Tables for Memory {
 
     fn cell(&self, index: u32) -> Option<Cell> {
         self.cells.borrow().get(index as usize).copied()
+    }
+
+    fn maglev(&self, generation: u32, position: u32) -> Option<u16> {
+        let tables = self.maglev.borrow();
+        tables.get(&generation)?.get(position as usize).copied()
     }
 
     fn local(&self, addr: &Addr) -> Option<LocalAddress> {

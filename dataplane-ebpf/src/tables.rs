@@ -30,6 +30,8 @@ pub trait Tables {
     fn frontend(&self, key: &FrontendKey) -> Option<Lead>;
     fn service(&self, id: u32) -> Option<ServiceRef>;
     fn cell(&self, index: u32) -> Option<Cell>;
+    /// The entry at a position of the Maglev table of a generation.
+    fn maglev(&self, generation: u32, position: u32) -> Option<u16>;
     fn local(&self, addr: &Addr) -> Option<LocalAddress>;
     /// Whether an address lies in one of the ranges of a service or, for service 0, of destinations without masquerade.
     fn in_range(&self, service: u32, addr: &Addr) -> bool;

@@ -18,10 +18,10 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use keelway_agent::{
     dataplane::{
-        Config, Dataplane, Frontend, Lead, LocalPod, Op, Protocol, ServiceBackends, ServiceId,
-        ServiceVeth, Vip,
+        Config, Dataplane, EarlyUplink, Frontend, Lead, LocalPod, Op, Protocol, ServiceBackends,
+        ServiceId, ServiceVeth, Vip, Xdp, XdpMode,
     },
-    net::{Kernel, Limits, Netlink, PodWire, make_service_veth, pod_mac, wire_pod},
+    net::{Kernel, Limits, Link, Netlink, PodWire, make_service_veth, pod_mac, wire_pod},
 };
 
 use crate::sandbox::{Network, Sandbox, ifindex, ip};
@@ -303,6 +303,24 @@ impl Node {
             Ok(dataplane)
         })?;
         self.dataplane = Some(dataplane);
+        Ok(())
+    }
+
+    /// Hangs the program on the uplink's driver, for frames that name it.
+    pub fn with_early(&mut self, mode: XdpMode) -> Result<()> {
+        let uplink = self.host.run(|| -> Result<Link> {
+            let mut kernel = Kernel::new(Netlink::open()?);
+            kernel.link("eth0")?.context("an uplink")
+        })?;
+        self.config.uplink_mac = uplink.mac;
+        self.open()?;
+        let early = EarlyUplink {
+            ifindex: uplink.index,
+            is_veth: true,
+        };
+        let host = self.host.try_clone()?;
+        let xdp = host.run(|| self.dataplane().attach_early(&early, mode))?;
+        ensure!(!matches!(xdp, Xdp::AtTc(_)), "{xdp:?}");
         Ok(())
     }
 

@@ -21,7 +21,7 @@ use dataplane_ebpf::{
 use ipnetwork::IpNetwork;
 use keelway_agent::{
     dataplane::{Op, State, Vip},
-    plan::{Batch, Here, Ledger, check, plan},
+    plan::{Balancing, Batch, Here, Ledger, check, plan},
 };
 use keelway_tests::packets::{sctp, sctp_chunk, tcp, tcp_flag, udp};
 use proptest::prelude::*;
@@ -46,6 +46,7 @@ fn in_family(address: Ipv4Addr, ipv4: bool) -> IpAddr {
 
 fn here() -> Here {
     Here {
+        balancing: Balancing::default(),
         node: NODE.into(),
         zone: Some("a".into()),
     }

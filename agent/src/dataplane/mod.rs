@@ -4,12 +4,14 @@
 //! place, so that a restart drops no packet. [`Dataplane::state`] reads back what the maps hold; the agent diffs its plan
 //! against that and hands the difference to [`Dataplane::apply`].
 
+mod early;
 mod error;
 mod events;
 mod extent;
 mod flows;
 mod handover;
 mod hooks;
+pub mod maglev;
 mod op;
 mod pinned;
 mod programs;
@@ -29,6 +31,7 @@ use std::{
 
 use dataplane_abi::{ABI_VERSION, Reason, map};
 
+pub use early::{EarlyUplink, Xdp, XdpMode};
 pub use error::Error;
 pub use events::{EventRing, quiet};
 pub use flows::{FlowTables, FlowView, monotonic_ns, monotonic_s};
@@ -39,7 +42,7 @@ pub use op::{
 };
 pub use programs::PacketProgram;
 pub use sys::{LinkTarget, MapShape};
-pub use tables::{Applied, Usage};
+pub use tables::{Applied, MaglevUse, Usage};
 
 use crate::dataplane::{
     pinned::PinnedMaps,
@@ -67,6 +70,8 @@ pub struct Config {
     pub node_v6: Option<Ipv6Addr>,
     /// Pods take the node's address for destinations that [`Op::SetUnmasqueraded`] does not name.
     pub masquerade: bool,
+    /// Hardware address of the uplink whose driver shall run our program ([`Dataplane::attach_early`]): other frames are not for us.
+    pub uplink_mac: Option<[u8; 6]>,
 }
 
 impl Config {
@@ -80,6 +85,7 @@ impl Config {
             node_v4: None,
             node_v6: None,
             masquerade: false,
+            uplink_mac: None,
         }
     }
 }
@@ -222,6 +228,12 @@ impl Dataplane {
         self.attach_packet(PacketProgram::UplinkIngress, ifindex)
     }
 
+    /// Hangs the program on an uplink's driver, as far as that can be; to be called again when it may have become possible. Gives what
+    /// is so.
+    pub fn attach_early(&mut self, uplink: &EarlyUplink, mode: XdpMode) -> Result<Xdp, Error> {
+        self.programs.attach_early(uplink, mode)
+    }
+
     /// Hangs the packet hook on the configured service veth pair, if there is one.
     pub fn attach_service_veth(&mut self) -> Result<(), Error> {
         match self.service_veth {
@@ -289,6 +301,11 @@ impl Dataplane {
         self.flows_max
     }
 
+    /// How much of the room for Maglev tables is used.
+    pub fn maglev(&self) -> MaglevUse {
+        self.tables.maglev()
+    }
+
     /// Removes flows whose time is up; to be called every ten seconds or so. The fuller the table was left, the shorter
     /// flows may idle. Takes 140 ns per entry (measured) on the calling CPU.
     pub fn collect_flows(&mut self) -> Result<Collected, Error> {
@@ -312,6 +329,16 @@ impl Dataplane {
         repeat: u32,
     ) -> Result<Run, Error> {
         let (verdict, packet, nanoseconds) = self.programs.run(program, packet, ifindex, repeat)?;
+        Ok(Run {
+            verdict,
+            packet,
+            nanoseconds,
+        })
+    }
+
+    /// As [`Dataplane::run`], of the uplink driver's program: verdict 2 is up to the hook at tc, 3 out again.
+    pub fn run_early(&self, packet: &[u8], ifindex: u32, repeat: u32) -> Result<Run, Error> {
+        let (verdict, packet, nanoseconds) = self.programs.run_early(packet, ifindex, repeat)?;
         Ok(Run {
             verdict,
             packet,

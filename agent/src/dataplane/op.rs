@@ -131,6 +131,9 @@ pub struct ServiceBackends {
     pub silent: bool,
     /// A client gets the backend that it had within so many seconds; 0 for any.
     pub affinity_timeout_s: u32,
+    /// Entries of the Maglev table by which backends are chosen for clients outside, one of [`super::maglev::SIZES`]; 0 for any at
+    /// random. Read back, 0 also where there was no room for the table.
+    pub maglev: u32,
 }
 
 /// The ranges from which clients may come to a service port by its guarded frontends.

@@ -2,12 +2,14 @@
 
 use std::{
     io,
+    ops::ControlFlow,
     os::fd::{AsFd as _, OwnedFd},
     path::Path,
 };
 
 use dataplane_abi::{
-    Addr, Cell, FrontendKey, Lead, LocalAddress, RangeKey, ServiceRef, limits, map,
+    Addr, Cell, FrontendKey, Lead, LocalAddress, MaglevBlock, MaglevKey, RangeKey, ServiceRef,
+    limits, map,
 };
 
 use super::{
@@ -21,6 +23,7 @@ pub struct PinnedMaps {
     frontends: OwnedFd,
     local: OwnedFd,
     ranges: OwnedFd,
+    maglev: OwnedFd,
     services: Mapping,
     backends: Mapping,
 }
@@ -37,6 +40,7 @@ impl PinnedMaps {
             frontends: open(map::FRONTENDS)?,
             local: open(map::LOCAL)?,
             ranges: open(map::RANGES)?,
+            maglev: open(map::MAGLEV)?,
             services: mapped(map::SERVICES, limits::SERVICES as usize * size_of::<u64>())?,
             backends: mapped(map::BACKENDS, limits::CELLS as usize * size_of::<Cell>())?,
         })
@@ -105,6 +109,25 @@ impl MapIo for PinnedMaps {
 
     fn remove_local_addresses(&mut self, keys: &[Addr]) -> Result<(), Error> {
         sys::delete_batch(self.local.as_fd(), keys).map_err(failed("delete from", map::LOCAL))
+    }
+
+    fn maglev_blocks(&self) -> Result<Vec<MaglevKey>, Error> {
+        let mut keys = Vec::new();
+        sys::visit_entries(self.maglev.as_fd(), |(key, _): (MaglevKey, MaglevBlock)| {
+            keys.push(key);
+            ControlFlow::Continue(())
+        })
+        .map_err(failed("read", map::MAGLEV))?;
+        Ok(keys)
+    }
+
+    fn set_maglev(&mut self, blocks: &[(MaglevKey, MaglevBlock)]) -> Result<(), Error> {
+        sys::update_batch(self.maglev.as_fd(), blocks)
+            .map_err(written(map::MAGLEV, limits::MAGLEV_BLOCKS))
+    }
+
+    fn remove_maglev(&mut self, keys: &[MaglevKey]) -> Result<(), Error> {
+        sys::delete_batch(self.maglev.as_fd(), keys).map_err(failed("delete from", map::MAGLEV))
     }
 
     fn service(&self, id: u32) -> ServiceRef {

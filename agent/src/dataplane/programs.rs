@@ -13,7 +13,7 @@ use aya::{
 use dataplane_abi::{Addr, Reason, global, map};
 
 use super::{
-    Config, Error, FilterHooks,
+    Config, Error, FilterHooks, early,
     shapes::{check_shape, shapes},
     sys::{self, LinkTarget},
     verify::verify,
@@ -123,12 +123,17 @@ impl Programs {
         loader.override_global(global::NODE_V6_LOW, &low, true);
         loader.override_global(global::MASQUERADE, &masquerade, true);
         loader.override_global(global::HOST_NETNS, &host_netns, true);
+        let uplink_mac = config.uplink_mac.map_or(0, word_of);
+        loader.override_global(global::UPLINK_MAC, &uplink_mac, true);
         let mut ebpf = loader
             .load(OBJECT)
             .map_err(|source| Error::Load(Box::new(source)))?;
         let packet = PacketProgram::ALL.iter().map(|program| program.name());
         let socket = SOCKET_PROGRAMS.iter().map(|(name, _)| *name);
-        let names: Vec<&'static str> = packet.chain([COLLECT]).chain(socket).collect();
+        let names: Vec<&'static str> = packet
+            .chain([early::PROGRAM, COLLECT])
+            .chain(socket)
+            .collect();
         verify(&mut ebpf, &names)?;
         let mut programs = Self {
             ebpf,
@@ -144,7 +149,7 @@ impl Programs {
         self.tcx
     }
 
-    fn fd(&self, name: &'static str) -> Result<BorrowedFd<'_>, Error> {
+    pub(super) fn fd(&self, name: &'static str) -> Result<BorrowedFd<'_>, Error> {
         let program = self
             .ebpf
             .program(name)
@@ -369,6 +374,23 @@ impl Programs {
         })
     }
 
+    /// Runs the program of the uplink's driver on a packet.
+    pub fn run_early(
+        &self,
+        packet: &[u8],
+        ifindex: u32,
+        repeat: u32,
+    ) -> Result<(i32, Vec<u8>, u32), Error> {
+        let mut frame = sys::XdpFrame {
+            data_end: packet.len() as u32,
+            ingress_ifindex: ifindex,
+            ..sys::XdpFrame::default()
+        };
+        let program = early::PROGRAM;
+        sys::test_run(self.fd(program)?, packet, &mut frame, repeat)
+            .map_err(|source| Error::Run { program, source })
+    }
+
     /// Runs the collector of flows: how many entries it removed and left.
     pub fn collect(&self, pressure: u32) -> Result<(u32, u32), Error> {
         let mut skb = sys::SkBuff {
@@ -403,6 +425,12 @@ impl Programs {
     }
 }
 
+/// A hardware address as programs compare it.
+fn word_of(mac: [u8; 6]) -> u64 {
+    let [a, b, c, d, e, f] = mac;
+    u64::from_le_bytes([a, b, c, d, e, f, 0, 0])
+}
+
 /// No interface has this number.
 const NOBODY: u32 = i32::MAX.cast_unsigned();
 
@@ -430,6 +458,9 @@ pub(super) fn pins_in(dir: &Path) -> Result<Vec<PathBuf>, Error> {
 pub(super) fn program_of(path: &Path) -> Option<&'static str> {
     let name = path.file_name()?.to_str()?;
     let name = name.split_once('-').map_or(name, |(program, _)| program);
+    if name == early::PIN {
+        return Some(early::PROGRAM);
+    }
     let packet = [PacketProgram::UplinkIngress, PacketProgram::ServiceIngress];
     packet
         .map(PacketProgram::name)

@@ -4,7 +4,8 @@ use std::{io, os::fd::AsFd as _, path::Path};
 
 use dataplane_abi::{
     Addr, Affinity, AffinityKey, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey,
-    Lead, LocalAddress, MONITOR_WORDS, RangeKey, Reason, SocketPeers, limits, map,
+    Lead, LocalAddress, MONITOR_WORDS, MaglevBlock, MaglevKey, RangeKey, Reason, SocketPeers,
+    limits, map,
 };
 
 use super::{
@@ -13,7 +14,7 @@ use super::{
 };
 
 /// What each map of the object is made like.
-pub(super) fn shapes() -> [(&'static str, MapShape); 13] {
+pub(super) fn shapes() -> [(&'static str, MapShape); 14] {
     const HASH: u32 = 1;
     const ARRAY: u32 = 2;
     const PERCPU_ARRAY: u32 = 6;
@@ -90,6 +91,16 @@ pub(super) fn shapes() -> [(&'static str, MapShape); 13] {
                 size_of::<RangeKey>(),
                 word,
                 limits::RANGES,
+                NO_PREALLOC,
+            ),
+        ),
+        (
+            map::MAGLEV,
+            MapShape::new(
+                HASH,
+                size_of::<MaglevKey>(),
+                size_of::<MaglevBlock>(),
+                limits::MAGLEV_BLOCKS,
                 NO_PREALLOC,
             ),
         ),

@@ -183,7 +183,7 @@ pub fn map_shape(map: BorrowedFd<'_>) -> io::Result<MapShape> {
     Ok(shape)
 }
 
-/// The leading fields of a link's information, for tcx and cgroup links alike.
+/// The leading fields of a link's information, for tcx, XDP and cgroup links alike.
 #[repr(C)]
 #[derive(Clone, Copy, Default, Debug)]
 struct RawLinkInfo {
@@ -191,7 +191,7 @@ struct RawLinkInfo {
     id: u32,
     prog_id: u32,
     pad: u32,
-    /// tcx: interface index, attach type; cgroup: id, as two words.
+    /// tcx: interface index, attach type; XDP: interface index; cgroup: id, as two words.
     words: [u32; 4],
 }
 
@@ -207,6 +207,7 @@ pub enum LinkTarget {
 
 pub fn link_target(link: BorrowedFd<'_>) -> io::Result<LinkTarget> {
     const LINK_TYPE_CGROUP: u32 = 3;
+    const LINK_TYPE_XDP: u32 = 6;
     const LINK_TYPE_TCX: u32 = 11;
     let mut info = RawLinkInfo::default();
     let mut attr = InfoAttr {
@@ -219,7 +220,7 @@ pub fn link_target(link: BorrowedFd<'_>) -> io::Result<LinkTarget> {
         LINK_TYPE_CGROUP => {
             LinkTarget::Cgroup(u64::from(info.words[0]) | u64::from(info.words[1]) << 32)
         }
-        LINK_TYPE_TCX => LinkTarget::Interface(info.words[0]),
+        LINK_TYPE_TCX | LINK_TYPE_XDP => LinkTarget::Interface(info.words[0]),
         _ => LinkTarget::Other,
     })
 }
@@ -243,11 +244,21 @@ struct LinkCreateAttr {
 
 /// Attaches a program to an interface (by index) or a control group (by descriptor), behind what is there.
 pub fn create_link(program: BorrowedFd<'_>, target: u32, attach_type: u32) -> io::Result<OwnedFd> {
+    create_link_with(program, target, attach_type, 0)
+}
+
+/// As [`create_link`], with flags of the attach type's own.
+pub fn create_link_with(
+    program: BorrowedFd<'_>,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+) -> io::Result<OwnedFd> {
     let mut attr = LinkCreateAttr {
         prog_fd: program.as_raw_fd() as u32,
         target,
         attach_type,
-        flags: 0,
+        flags,
         relative: 0,
         pad: 0,
         expected_revision: 0,
@@ -567,11 +578,24 @@ struct TestRunAttr {
     pad: u32,
 }
 
-/// Runs a tc program on a packet `repeat` times: its verdict, the packet it left, and the mean time of a run in nanoseconds.
-pub fn test_run(
+/// The kernel's `struct xdp_md`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub struct XdpFrame {
+    pub data: u32,
+    pub data_end: u32,
+    pub data_meta: u32,
+    pub ingress_ifindex: u32,
+    pub rx_queue_index: u32,
+    pub egress_ifindex: u32,
+}
+
+/// Runs a program on a packet `repeat` times, with its context ([`SkBuff`] or [`XdpFrame`]): its verdict, the packet it left, and the
+/// mean time of a run in nanoseconds.
+pub fn test_run<C>(
     program: BorrowedFd<'_>,
     packet: &[u8],
-    skb: &mut SkBuff,
+    context: &mut C,
     repeat: u32,
 ) -> io::Result<(i32, Vec<u8>, u32)> {
     // Room to grow: an ICMP error is longer than the datagram that it answers.
@@ -585,10 +609,10 @@ pub fn test_run(
         data_out: out.as_mut_ptr() as u64,
         repeat,
         duration: 0,
-        ctx_size_in: size_of::<SkBuff>() as u32,
-        ctx_size_out: size_of::<SkBuff>() as u32,
-        ctx_in: ptr::from_mut(skb) as u64,
-        ctx_out: ptr::from_mut(skb) as u64,
+        ctx_size_in: size_of::<C>() as u32,
+        ctx_size_out: size_of::<C>() as u32,
+        ctx_in: ptr::from_mut(context) as u64,
+        ctx_out: ptr::from_mut(context) as u64,
         flags: 0,
         cpu: 0,
         batch_size: 0,

@@ -10,14 +10,15 @@ use std::{
 
 use dataplane_abi::{
     Addr, Backend, Cell, ExtentHeader, FROM_HOST, FROM_POD, FrontendKey, LEAD_GUARDED,
-    Lead as RawLead, LocalAddress, MARKER_EXTERNAL, QUEUED, RangeKey, SERVICE_SILENT, ServiceRef,
-    limits,
+    Lead as RawLead, LocalAddress, MARKER_EXTERNAL, MaglevBlock, MaglevKey, QUEUED, RangeKey,
+    SERVICE_SILENT, ServiceRef, limits,
 };
 use ipnetwork::IpNetwork;
 
 use super::{
     Error,
     extent::{Extent, Extents},
+    maglev,
     op::{Frontend, Lead, LocalPod, Op, Protocol, ServiceBackends, ServiceId, State, Vip},
 };
 
@@ -35,6 +36,11 @@ pub trait MapIo {
     fn set_local_addresses(&mut self, entries: &[(Addr, LocalAddress)]) -> Result<(), Error>;
     fn remove_local_addresses(&mut self, keys: &[Addr]) -> Result<(), Error>;
 
+    /// Which blocks of Maglev tables there are.
+    fn maglev_blocks(&self) -> Result<Vec<MaglevKey>, Error>;
+    fn set_maglev(&mut self, blocks: &[(MaglevKey, MaglevBlock)]) -> Result<(), Error>;
+    fn remove_maglev(&mut self, keys: &[MaglevKey]) -> Result<(), Error>;
+
     fn service(&self, id: u32) -> ServiceRef;
     /// Replaces a service's reference in one store, after all cells written before.
     fn set_service(&mut self, id: u32, reference: ServiceRef);
@@ -49,6 +55,14 @@ pub struct Usage {
     pub frontends: u32,
     pub cells: u32,
     pub local_addresses: u32,
+}
+
+/// How much of the room for Maglev tables is used.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct MaglevUse {
+    pub blocks: u32,
+    /// Service ports whose table found no room: they choose at random.
+    pub refused: usize,
 }
 
 /// What was done by [`Tables::apply`]: entries written and removed.
@@ -68,6 +82,12 @@ pub struct Tables<M> {
     /// Ranges of each service that has any, and of destinations without masquerade under 0; nothing before they are first asked for.
     ranges: Option<BTreeMap<u32, BTreeSet<RangeKey>>>,
     generation: u32,
+    /// Generation and size of each service's Maglev table.
+    maglev: HashMap<u32, (u32, u32)>,
+    /// Blocks of all of them.
+    maglev_blocks: u32,
+    /// Services whose table found no room.
+    maglev_refused: BTreeSet<u32>,
 }
 
 const CELLS_ORDER: u8 = limits::CELLS.trailing_zeros() as u8;
@@ -78,6 +98,7 @@ impl<M: MapIo> Tables<M> {
     pub fn adopt(mut io: M) -> Self {
         let mut extents = Extents::new(CELLS_ORDER);
         let (mut placed, mut generation) = (HashMap::new(), 0);
+        let mut tables = HashMap::new();
         for id in 1..limits::SERVICES {
             let reference = io.service(id);
             if reference.generation == 0 {
@@ -86,6 +107,10 @@ impl<M: MapIo> Tables<M> {
             generation = generation.max(reference.generation);
             match extent_of(&io, id, reference) {
                 Some(extent) if extents.reserve(extent) => {
+                    let entries = ExtentHeader::from(io.cell(reference.extent)).maglev;
+                    if entries != 0 {
+                        tables.insert(id, (reference.generation, entries));
+                    }
                     placed.insert(id, extent);
                 }
                 _ => {
@@ -97,13 +122,31 @@ impl<M: MapIo> Tables<M> {
                 }
             }
         }
-        Self {
+        let mut adopted = Self {
             io,
             extents,
             placed,
             ranges: None,
             generation,
+            maglev: tables,
+            maglev_blocks: 0,
+            maglev_refused: BTreeSet::new(),
+        };
+        if let Err(error) = adopted.adopt_maglev() {
+            tracing::warn!(%error, "what is left of Maglev tables cannot be looked at");
         }
+        adopted
+    }
+
+    /// Removes the Maglev tables that belong to nobody: an agent that was killed between a table and its service left them.
+    fn adopt_maglev(&mut self) -> Result<(), Error> {
+        let held = self.io.maglev_blocks()?;
+        let owned: BTreeSet<u32> = self.maglev.values().map(|(owner, _)| *owner).collect();
+        let (kept, stray): (Vec<MaglevKey>, Vec<MaglevKey>) = held
+            .into_iter()
+            .partition(|key| owned.contains(&key.generation));
+        self.maglev_blocks = kept.len() as u32;
+        self.io.remove_maglev(&stray)
     }
 
     /// Lets generations go on behind one that other maps may have come to.
@@ -183,6 +226,7 @@ impl<M: MapIo> Tables<M> {
             terminating: (header.active..header.total).map(backend).collect(),
             silent: header.flags & SERVICE_SILENT != 0,
             affinity_timeout_s: header.affinity_timeout_s,
+            maglev: header.maglev,
         }
     }
 
@@ -212,6 +256,9 @@ impl<M: MapIo> Tables<M> {
             {
                 self.io.set_service(*id, ServiceRef::default());
                 self.extents.retire(extent, now);
+                self.maglev_refused.remove(id);
+                let table = self.maglev.remove(id);
+                self.forget_maglev(table)?;
             }
         }
         Ok(Applied {
@@ -237,6 +284,7 @@ impl<M: MapIo> Tables<M> {
         })?;
         // 0 says that there is no service.
         self.generation = self.generation.checked_add(1).unwrap_or(1);
+        let entries = self.write_maglev(id, backends)?;
         let header = ExtentHeader {
             service: id,
             generation: self.generation,
@@ -244,6 +292,7 @@ impl<M: MapIo> Tables<M> {
             total: total as u32,
             flags: if backends.silent { SERVICE_SILENT } else { 0 },
             affinity_timeout_s: backends.affinity_timeout_s,
+            maglev: entries,
             ..ExtentHeader::default()
         };
         let mut cells = vec![Cell::from(header)];
@@ -264,7 +313,57 @@ impl<M: MapIo> Tables<M> {
         if let Some(old) = self.placed.insert(id, extent) {
             self.extents.retire(old, now);
         }
+        let old = match entries {
+            0 => self.maglev.remove(&id),
+            entries => self.maglev.insert(id, (self.generation, entries)),
+        };
+        // It need not rest: a program that finds no table any more looks again for the service.
+        self.forget_maglev(old)
+    }
+
+    /// Writes the Maglev table that a service asks for, under the generation it is about to have; gives its entries, 0 without one.
+    fn write_maglev(&mut self, id: u32, backends: &ServiceBackends) -> Result<u32, Error> {
+        self.maglev_refused.remove(&id);
+        if backends.maglev == 0 || backends.active.len() < 2 {
+            return Ok(0);
+        }
+        let wanted = MaglevBlock::count(backends.maglev);
+        if self.maglev_blocks + wanted > limits::MAGLEV_BLOCKS {
+            self.maglev_refused.insert(id);
+            return Ok(0);
+        }
+        let table = maglev::table(&backends.active, backends.maglev);
+        let blocks = table.chunks(MaglevBlock::ENTRIES as usize);
+        let blocks: Vec<(MaglevKey, MaglevBlock)> = keys(self.generation, backends.maglev)
+            .zip(blocks)
+            .map(|(key, slots)| {
+                let mut block = MaglevBlock::EMPTY;
+                block.slots[..slots.len()].copy_from_slice(slots);
+                (key, block)
+            })
+            .collect();
+        self.io.set_maglev(&blocks)?;
+        self.maglev_blocks += wanted;
+        Ok(backends.maglev)
+    }
+
+    /// Removes a table that no service has any more.
+    fn forget_maglev(&mut self, table: Option<(u32, u32)>) -> Result<(), Error> {
+        let Some((generation, entries)) = table else {
+            return Ok(());
+        };
+        let gone: Vec<MaglevKey> = keys(generation, entries).collect();
+        self.io.remove_maglev(&gone)?;
+        self.maglev_blocks = self.maglev_blocks.saturating_sub(gone.len() as u32);
         Ok(())
+    }
+
+    /// How much of the room for Maglev tables is used.
+    pub fn maglev(&self) -> MaglevUse {
+        MaglevUse {
+            blocks: self.maglev_blocks,
+            refused: self.maglev_refused.len(),
+        }
     }
 
     /// Adds the ranges that some services shall have and have not, and gives those to be removed once no frontend asks for them.
@@ -343,6 +442,11 @@ impl<M: MapIo> Tables<M> {
             local_addresses: self.io.local_addresses()?.len() as u32,
         })
     }
+}
+
+/// The keys of a Maglev table's blocks.
+fn keys(generation: u32, entries: u32) -> impl Iterator<Item = MaglevKey> {
+    (0..MaglevBlock::count(entries)).map(move |block| MaglevKey { generation, block })
 }
 
 /// Where a service's header says that its extent is, when it is one.

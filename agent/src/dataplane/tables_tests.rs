@@ -8,6 +8,7 @@ use crate::dataplane::extent::GRACE;
 struct Memory {
     frontends: BTreeMap<FrontendKey, RawLead>,
     ranges: BTreeSet<RangeKey>,
+    maglev: BTreeMap<MaglevKey, MaglevBlock>,
     locals: BTreeMap<Addr, LocalAddress>,
     services: BTreeMap<u32, ServiceRef>,
     cells: BTreeMap<u32, Cell>,
@@ -59,6 +60,21 @@ impl MapIo for Memory {
     }
     fn remove_local_addresses(&mut self, keys: &[Addr]) -> Result<(), Error> {
         self.locals.retain(|key, _| !keys.contains(key));
+        Ok(())
+    }
+    fn maglev_blocks(&self) -> Result<Vec<MaglevKey>, Error> {
+        Ok(self.maglev.keys().copied().collect())
+    }
+    fn set_maglev(&mut self, blocks: &[(MaglevKey, MaglevBlock)]) -> Result<(), Error> {
+        self.maglev.extend(blocks.iter().copied());
+        self.log.push("set table");
+        Ok(())
+    }
+    fn remove_maglev(&mut self, keys: &[MaglevKey]) -> Result<(), Error> {
+        self.maglev.retain(|key, _| !keys.contains(key));
+        if !keys.is_empty() {
+            self.log.push("remove table");
+        }
         Ok(())
     }
     fn service(&self, id: u32) -> ServiceRef {
@@ -433,4 +449,84 @@ fn pods_keep_their_addresses_everywhere_until_it_is_known_where() {
     // A worker that is replaced knows from the maps, and changes nothing.
     tables.hold_masquerade_back(now).unwrap();
     assert_eq!(held(&tables), ["10.244.0.0/16"]);
+}
+
+/// A service whose backends are chosen by a table of 509 entries, two blocks.
+fn by_table(active: &[&str]) -> Op {
+    Op::SetService {
+        id: ServiceId(3),
+        backends: ServiceBackends {
+            maglev: 509,
+            ..backends(active, &[])
+        },
+    }
+}
+
+#[test]
+fn a_table_comes_before_its_service_and_goes_after_it() {
+    let mut tables = Tables::adopt(Memory::default());
+    let now = Instant::now();
+    let first = by_table(&["10.0.0.1:80", "10.0.0.2:80"]);
+    tables.apply(&[first], now).unwrap();
+    let of = |tables: &Tables<Memory>| -> BTreeSet<u32> {
+        let keys = tables.io.maglev.keys();
+        keys.map(|key| key.generation).collect()
+    };
+    assert_eq!(of(&tables), [tables.io.service(3).generation].into());
+    assert_eq!(
+        tables.io.log[..3],
+        ["set table", "write cells", "set service"]
+    );
+    assert_eq!(tables.maglev().blocks, 2);
+    let header = ExtentHeader::from(tables.io.cell(tables.io.service(3).extent));
+    assert_eq!(header.maglev, 509);
+    tables.io.log.clear();
+    let second = by_table(&["10.0.0.1:80", "10.0.0.3:80"]);
+    tables.apply(&[second], now).unwrap();
+    let order = ["set table", "write cells", "set service", "remove table"];
+    assert_eq!(tables.io.log[..4], order);
+    assert_eq!(of(&tables), [tables.io.service(3).generation].into());
+    // One backend needs no table.
+    tables.apply(&[by_table(&["10.0.0.1:80"])], now).unwrap();
+    assert!(tables.io.maglev.is_empty());
+    let third = by_table(&["10.0.0.1:80", "10.0.0.3:80"]);
+    tables.apply(&[third], now).unwrap();
+    let gone = Op::RemoveService { id: ServiceId(3) };
+    tables.apply(&[gone], now).unwrap();
+    assert!(tables.io.maglev.is_empty());
+    assert_eq!(tables.maglev(), MaglevUse::default());
+}
+
+#[test]
+fn the_next_agent_takes_tables_over_and_clears_those_of_nobody() {
+    let mut tables = Tables::adopt(Memory::default());
+    let both = by_table(&["10.0.0.1:80", "10.0.0.2:80"]);
+    tables.apply(&[both], Instant::now()).unwrap();
+    let held = tables.state().unwrap();
+    assert_eq!(held.services[&ServiceId(3)].maglev, 509);
+    let mut io = tables.io;
+    let stray = MaglevKey {
+        generation: 99,
+        block: 0,
+    };
+    io.maglev.insert(stray, MaglevBlock::EMPTY);
+    let next = Tables::adopt(io);
+    assert_eq!(next.maglev().blocks, 2);
+    assert!(!next.io.maglev.contains_key(&stray) && next.io.maglev.len() == 2);
+    assert_eq!(next.state().unwrap(), held);
+}
+
+#[test]
+fn a_table_without_room_leaves_its_service_served_and_is_told() {
+    let mut tables = Tables::adopt(Memory::default());
+    tables.maglev_blocks = limits::MAGLEV_BLOCKS - 1;
+    let both = by_table(&["10.0.0.1:80", "10.0.0.2:80"]);
+    tables.apply(&[both.clone()], Instant::now()).unwrap();
+    assert_eq!(tables.maglev().refused, 1);
+    let state = tables.state().unwrap();
+    let held = &state.services[&ServiceId(3)];
+    assert_eq!((held.active.len(), held.maglev), (2, 0));
+    tables.maglev_blocks = 0;
+    tables.apply(&[both], Instant::now()).unwrap();
+    assert_eq!(tables.maglev().refused, 0);
 }

@@ -51,6 +51,7 @@ pub fn verify(ebpf: &mut Ebpf, names: &[&'static str]) -> Result<(), Error> {
 fn load(program: &mut Program) -> Result<(), ProgramError> {
     match program {
         Program::SchedClassifier(program) => program.load(),
+        Program::Xdp(program) => program.load(),
         Program::CgroupSockAddr(program) => program.load(),
         _ => Err(ProgramError::UnexpectedProgramType),
     }

@@ -21,6 +21,11 @@ struct MapLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct UplinkLabels {
+    at: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RequestLabels {
     command: String,
     outcome: String,
@@ -152,6 +157,16 @@ pub(super) fn render(report: &Report) -> Result<String, std::fmt::Error> {
     }
     registry.register("map_entries", "Entries of a map that are in use", entries);
     registry.register("map_limit", "Entries that a map can have", limits);
+    if !report.xdp.is_empty() {
+        let uplink = Family::<UplinkLabels, Gauge>::default();
+        let at = report.xdp.clone();
+        uplink.get_or_create(&UplinkLabels { at }).set(1);
+        registry.register(
+            "uplink",
+            "Where packets of the uplink are looked at first: 1 for `native` or `generic` (XDP), or `tc`",
+            uplink,
+        );
+    }
     let requests = Family::<RequestLabels, Counter>::default();
     for (name, count) in &report.cni_requests {
         let (command, outcome) = name.split_once(' ').unwrap_or((name, ""));

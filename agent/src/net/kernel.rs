@@ -102,6 +102,31 @@ impl Kernel {
         }
     }
 
+    /// Whether an interface is one end of a veth pair.
+    pub fn is_veth(&mut self, name: &str) -> Result<bool, NetlinkError> {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::IfName(name.into()));
+        let answers = self.netlink.get(
+            || format!("look up interface {name}"),
+            RouteNetlinkMessage::GetLink(message),
+        )?;
+        let is_veth = |answer: &RouteNetlinkMessage| {
+            let RouteNetlinkMessage::NewLink(link) = answer else {
+                return false;
+            };
+            let infos = link
+                .attributes
+                .iter()
+                .filter_map(|attribute| match attribute {
+                    LinkAttribute::LinkInfo(infos) => Some(infos),
+                    _ => None,
+                });
+            let mut infos = infos.flatten();
+            infos.any(|info| matches!(info, LinkInfo::Kind(InfoKind::Veth)))
+        };
+        Ok(answers.iter().any(is_veth))
+    }
+
     /// The interface of this name, which must be there.
     pub(super) fn known_link(&mut self, name: &str) -> Result<Link, NetlinkError> {
         self.link(name)?

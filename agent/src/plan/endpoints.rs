@@ -87,6 +87,7 @@ impl<'a> Endpoints<'a> {
             active,
             silent,
             affinity_timeout_s: service.affinity_timeout_s.unwrap_or(0),
+            maglev: 0,
         }
     }
 }

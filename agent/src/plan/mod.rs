@@ -17,5 +17,7 @@ pub use lifeline::{is_lifeline, keep_backends};
 pub use routes::{
     NodeRoute, PathKey, Probed, RouteChange, RoutePlan, Routing, diff_routes, plan_routes,
 };
-pub use service::{Here, Policy, PortKey, PortPlan, Route, ServicePlan, Violation, check, plan};
+pub use service::{
+    Balancing, Here, Policy, PortKey, PortPlan, Route, ServicePlan, Violation, check, plan,
+};
 pub use unmasqueraded::plan_unmasqueraded;

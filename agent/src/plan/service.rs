@@ -10,13 +10,60 @@ use dataplane_abi::limits;
 use litemap::LiteMap;
 
 use super::endpoints::Endpoints;
-use crate::dataplane::{Frontend, ServiceBackends, Sources, Vip};
+use crate::dataplane::{Frontend, ServiceBackends, Sources, Vip, maglev};
 
 /// The node that plans are made for: some endpoints are nearer to it than others.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Here {
     pub node: Arc<str>,
     pub zone: Option<Arc<str>>,
+    pub balancing: Balancing,
+}
+
+/// How backends are chosen for clients outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Balancing {
+    /// By a Maglev table, so that all nodes choose alike, unless a Service says otherwise.
+    pub maglev: bool,
+    /// Entries of a table, one of [`maglev::SIZES`].
+    pub table_size: u32,
+}
+
+impl Default for Balancing {
+    fn default() -> Self {
+        Self {
+            maglev: false,
+            table_size: maglev::SIZE_DEFAULT,
+        }
+    }
+}
+
+/// A table has at least so many entries for each backend, whatever size was asked for: with fewer, shares would differ too much.
+const ENTRIES_PER_BACKEND: usize = 16;
+const _: () = assert!(
+    limits::BACKENDS_PER_SERVICE as usize * ENTRIES_PER_BACKEND
+        <= maglev::SIZES[maglev::SIZES.len() - 1] as usize
+);
+
+impl Balancing {
+    /// Entries of the table for so many backends of a Service; 0 without one. What the annotation says otherwise than it may counts as
+    /// not said.
+    fn entries(self, service: &Service, backends: usize) -> u32 {
+        let by_table = match service.balancing.as_deref() {
+            Some("maglev") => true,
+            Some("random") => false,
+            _ => self.maglev,
+        };
+        if !by_table || backends < 2 {
+            return 0;
+        }
+        let least = backends * ENTRIES_PER_BACKEND;
+        let enough = maglev::SIZES.into_iter();
+        let mut enough = enough.filter(|size| *size as usize >= least);
+        enough
+            .next()
+            .map_or(self.table_size, |size| size.max(self.table_size))
+    }
 }
 
 /// Which endpoints a service port leads to.
@@ -111,8 +158,8 @@ pub fn plan(snapshot: &Snapshot, key: &ServiceKey, here: &Here) -> ServicePlan {
                 ipv4,
                 policy,
             };
-            // What frontends of this port lead to, and whether one of them is guarded.
-            let mut asked: BTreeMap<PortKey, bool> = BTreeMap::new();
+            // What frontends of this port lead to, and how.
+            let mut asked: BTreeMap<PortKey, Asked> = BTreeMap::new();
             for (addr, number, reach) in addresses(service, port, ipv4) {
                 let frontend = Frontend {
                     addr,
@@ -144,9 +191,14 @@ pub fn plan(snapshot: &Snapshot, key: &ServiceKey, here: &Here) -> ServicePlan {
                     .entry(frontend)
                     .and_modify(|there| there.guarded |= route.guarded)
                     .or_insert(route);
-                for key in [&there.internal, &there.external] {
+                for (key, outside) in [
+                    (&there.internal, false),
+                    (&there.external, reach != Reach::Cluster),
+                ] {
                     if key.port == port.name {
-                        *asked.entry(key.clone()).or_insert(false) |= there.guarded;
+                        let asked = asked.entry(key.clone()).or_default();
+                        asked.guarded |= there.guarded;
+                        asked.outside |= outside;
                     }
                 }
             }
@@ -158,6 +210,15 @@ pub fn plan(snapshot: &Snapshot, key: &ServiceKey, here: &Here) -> ServicePlan {
         frontends: kept(frontends),
         ports: kept(ports),
     }
+}
+
+/// How frontends ask for a service port.
+#[derive(Clone, Copy, Default)]
+struct Asked {
+    /// One of them is guarded.
+    guarded: bool,
+    /// One of them is for clients outside.
+    outside: bool,
 }
 
 /// By what kind of address a client comes.
@@ -228,19 +289,22 @@ fn plan_ports(
     service: &Service,
     port: &ServicePort,
     here: &Here,
-    asked: BTreeMap<PortKey, bool>,
+    asked: BTreeMap<PortKey, Asked>,
     ports: &mut BTreeMap<PortKey, PortPlan>,
 ) {
     let Some(ipv4) = asked.keys().next().map(|key| key.ipv4) else {
         return;
     };
     let endpoints = Endpoints::of(snapshot.slices(&service.key), service, port, ipv4);
-    for (key, guarded) in asked {
+    for (key, Asked { guarded, outside }) in asked {
         let mut backends = endpoints.by(key.policy, service, here);
         let limit = limits::BACKENDS_PER_SERVICE as usize;
         let wished = backends.active.len() + backends.terminating.len();
         backends.active.truncate(limit);
         backends.terminating.truncate(limit - backends.active.len());
+        if outside {
+            backends.maglev = here.balancing.entries(service, backends.active.len());
+        }
         let ranges = service.load_balancer_source_ranges.iter();
         let sources = ranges
             .filter(|range| guarded && range.is_ipv4() == ipv4)
@@ -270,6 +334,8 @@ pub enum Violation {
     BackendTwice(PortKey, std::net::SocketAddr),
     #[error("{0}: {1} backends are more than a service port can have")]
     TooManyBackends(PortKey, usize),
+    #[error("{0}: {1} backends have a table of {2} entries")]
+    Table(PortKey, usize, u32),
 }
 
 /// Checks what must hold of a plan, whatever the cluster looks like.
@@ -303,6 +369,11 @@ pub fn check(plan: &ServicePlan) -> Result<(), Violation> {
             if !seen.insert(backend) {
                 return Err(Violation::BackendTwice(key.clone(), *backend));
             }
+        }
+        let (active, entries) = (port.backends.active.len(), port.backends.maglev);
+        let is_good = maglev::SIZES.contains(&entries) && (2..entries as usize).contains(&active);
+        if entries != 0 && !is_good {
+            return Err(Violation::Table(key.clone(), active, entries));
         }
         if seen.len() > limits::BACKENDS_PER_SERVICE as usize {
             return Err(Violation::TooManyBackends(key.clone(), seen.len()));

@@ -112,6 +112,7 @@ impl Worker {
             here: Here {
                 node: config.node_name.as_str().into(),
                 zone: None,
+                balancing: config.balancing,
             },
             identity_file,
             identity,

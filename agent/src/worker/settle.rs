@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use cluster_model::{Kind, ServiceKey, Snapshot};
+use cluster_model::{BALANCING_ANNOTATION, Kind, ServiceKey, Snapshot};
 
 use super::{Worker, WorkerError, reason};
 use crate::dataplane;
@@ -338,8 +338,20 @@ fn complaints(
         slice.refused.iter().map(named)
     });
     let endpoints: Vec<String> = ports.chain(slices).take(UNUSABLE_MAX).collect();
-    match endpoints.is_empty() {
-        true => Vec::new(),
-        false => vec![("EndpointsLeftOut", endpoints.join("; "))],
-    }
+    let annotation = snapshot
+        .service(key)
+        .and_then(|service| service.balancing.clone());
+    let annotation: Vec<String> = annotation
+        .filter(|text| !matches!(&**text, "maglev" | "random"))
+        .map(|text| format!("annotation {BALANCING_ANNOTATION}: {text:?} is not maglev or random"))
+        .into_iter()
+        .collect();
+    let all = [
+        ("EndpointsLeftOut", endpoints),
+        ("UnknownBalancing", annotation),
+    ];
+    all.into_iter()
+        .filter(|(_, words)| !words.is_empty())
+        .map(|(reason, words)| (reason, words.join("; ")))
+        .collect()
 }

@@ -114,7 +114,16 @@ impl Worker {
                 .values()
                 .map(|one| one.active.len() + one.terminating.len())
                 .sum();
+            let xdp = node.xdp();
+            report.xdp = xdp.name().into();
+            report.xdp_why_not = xdp.why_not().map(str::to_owned);
             report.maps = node.fills();
+            let refused = node.dataplane.maglev().refused;
+            if refused > 0 {
+                report.problems.push(format!(
+                    "maglev: {refused} service ports choose their backends at random, there being no room for their tables"
+                ));
+            }
             match node.dataplane.counters() {
                 Ok(counters) => report.counters = counters.into_iter().map(counter).collect(),
                 Err(error) => report

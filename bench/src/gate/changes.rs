@@ -3,7 +3,7 @@
 use anyhow::{Context as _, Result};
 use cluster_model::{Change, Dirty, Kind, Object, ObjectRef, Snapshot, read_manifest};
 use keelway_agent::dataplane::State;
-use keelway_agent::plan::{Here, Ledger, plan};
+use keelway_agent::plan::{Balancing, Here, Ledger, plan};
 use keelway_tests::lists;
 use serde_json::Value;
 
@@ -27,6 +27,7 @@ pub fn operations(services: usize) -> Result<Vec<(&'static str, usize)>> {
         snapshot: Snapshot::default(),
         ledger: Ledger::adopt(State::default()),
         here: Here {
+            balancing: Balancing::default(),
             node: "node-1".into(),
             zone: None,
         },

@@ -5,8 +5,8 @@ use keelway_agent::dataplane::{
     Config, Dataplane, Frontend, Lead, LocalPod, Op, PacketProgram, Protocol, ServiceBackends,
     ServiceId, ServiceVeth, Vip,
 };
-use keelway_tests::packets::{tcp, tcp_flag::ACK};
-use keelway_tests::sandbox::Sandbox;
+use keelway_tests::packets::{tcp, tcp_flag::ACK, udp};
+use keelway_tests::sandbox::{Sandbox, ifindex, ip};
 
 use crate::report::{Better, Figure};
 use crate::stats::Spread;
@@ -24,11 +24,36 @@ const OTHER_POD: &str = "10.0.0.12:8080";
 const FAR_POD: &str = "10.0.1.13:8080";
 const SERVICE: &str = "10.96.0.1:80";
 const NODE: &str = "198.18.0.1:4000";
+const OUTSIDE: &str = "203.0.113.9:5000";
+const NODE_PORT: &str = "198.18.0.1:30080";
+
+/// Hardware addresses of the uplink, and of the router behind it.
+const UPLINK_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+const ROUTER: &str = "02:00:00:00:00:09";
+
+/// Which program a packet is run through.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Program {
+    AtTc(PacketProgram),
+    /// The uplink driver's.
+    Early,
+}
+
+impl Program {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::AtTc(program) => program.name(),
+            Self::Early => "uplink_early",
+        }
+    }
+}
 
 struct Row {
-    program: PacketProgram,
+    program: Program,
     what: &'static str,
     packet: Vec<u8>,
+    /// It comes by the uplink rather than by the loopback.
+    by_uplink: bool,
     translated: bool,
 }
 
@@ -38,16 +63,19 @@ pub fn measure() -> Result<Vec<Figure>> {
     std::thread::scope(|scope| {
         let measured = scope.spawn(|| {
             let sandbox = Sandbox::enter()?;
+            let uplink = uplink()?;
             let mut dataplane = Dataplane::open(&Config {
                 service_veth: Some(ServiceVeth {
                     outer: LOOPBACK,
                     inner: LOOPBACK,
                 }),
                 node_v4: Some([198, 18, 0, 1].into()),
+                uplink_mac: Some(UPLINK_MAC),
                 ..Config::new(sandbox.pin_root())
             })?;
             dataplane.apply(&state()?)?;
-            rows().iter().map(|row| cost(&dataplane, row)).collect()
+            let cost = |row: &Row| cost(&dataplane, row, uplink);
+            rows().iter().map(cost).collect()
         });
         measured
             .join()
@@ -55,7 +83,23 @@ pub fn measure() -> Result<Vec<Figure>> {
     })
 }
 
-/// Two pods of this node, the node itself, and a Service whose one backend is the second pod.
+/// An uplink with a router behind it that leads everywhere: packets that leave need a way, though none is sent.
+fn uplink() -> Result<u32> {
+    for command in [
+        "link add up0 address 02:00:00:00:00:01 type veth peer name up1",
+        "link set up0 up",
+        "link set up1 up",
+        "addr add 198.18.0.1/24 dev up0",
+        &format!("neigh replace 198.18.0.9 lladdr {ROUTER} dev up0 nud permanent"),
+        "route add default via 198.18.0.9",
+    ] {
+        ip(command)?;
+    }
+    std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").context("switching forwarding on")?;
+    ifindex("up0")
+}
+
+/// Two pods of this node, the node itself, a Service whose one backend is the second pod, and a NodePort whose backend is elsewhere.
 fn state() -> Result<Vec<Op>> {
     let frontend = Frontend {
         addr: "10.96.0.1".parse()?,
@@ -92,15 +136,43 @@ fn state() -> Result<Vec<Op>> {
             frontend,
             lead: Lead::to(ServiceId(1)),
         },
+        Op::SetService {
+            id: ServiceId(2),
+            backends: ServiceBackends {
+                active: vec![FAR_POD.parse()?],
+                ..ServiceBackends::default()
+            },
+        },
+        Op::SetFrontend {
+            frontend: Frontend {
+                addr: [0, 0, 0, 0].into(),
+                port: 30080,
+                protocol: Protocol::Udp,
+            },
+            lead: Lead::to(ServiceId(2)),
+        },
     ])
 }
 
 fn rows() -> Vec<Row> {
     let row = |program, what, src, dst, translated| Row {
-        program,
+        program: Program::AtTc(program),
         what,
         packet: tcp(src, dst, ACK, b"x"),
+        by_uplink: false,
         translated,
+    };
+    // A datagram, whose first opens the flow.
+    let node_port = |program| {
+        let mut packet = udp(OUTSIDE, NODE_PORT, b"x");
+        packet[..6].copy_from_slice(&UPLINK_MAC);
+        Row {
+            program,
+            what: "client outside to NodePort, backend elsewhere",
+            packet,
+            by_uplink: true,
+            translated: true,
+        }
     };
     vec![
         row(
@@ -139,14 +211,19 @@ fn rows() -> Vec<Row> {
             SERVICE,
             true,
         ),
+        node_port(Program::AtTc(PacketProgram::UplinkIngress)),
+        node_port(Program::Early),
     ]
 }
 
-fn cost(dataplane: &Dataplane, row: &Row) -> Result<Figure> {
+fn cost(dataplane: &Dataplane, row: &Row, uplink: u32) -> Result<Figure> {
+    let ifindex = if row.by_uplink { uplink } else { LOOPBACK };
     let run = |repeat| {
-        dataplane
-            .run(row.program, &row.packet, LOOPBACK, repeat)
-            .map(|run| f64::from(run.nanoseconds))
+        let run = match row.program {
+            Program::AtTc(program) => dataplane.run(program, &row.packet, ifindex, repeat),
+            Program::Early => dataplane.run_early(&row.packet, ifindex, repeat),
+        };
+        run.map(|run| f64::from(run.nanoseconds))
     };
     // Opens the flow, and warms what there is to warm.
     run(1)?;

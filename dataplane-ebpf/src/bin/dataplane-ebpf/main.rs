@@ -4,6 +4,7 @@
 #![no_main]
 
 mod collect;
+mod early;
 mod maps;
 mod monitor;
 mod packets;
@@ -36,6 +37,8 @@ static NODE_V6_LOW: Global<u64> = Global::new(0);
 static HOST_NETNS: Global<u64> = Global::new(0);
 #[unsafe(no_mangle)]
 static MASQUERADE: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+static UPLINK_MAC: Global<u64> = Global::new(0);
 
 #[inline(always)]
 fn features() -> Features {
@@ -91,7 +94,7 @@ fn from_pod<const V6: bool>(ctx: &TcContext) -> i32 {
     };
     let mut skb = Skb::new::<V6>(ctx);
     let ifindex = skb.ifindex();
-    let tables = Watched::new(&skb, Hook::PodIngress);
+    let tables = Watched::new(skb.raw(), Hook::PodIngress);
     let verdict = hook::pod_ingress::<V6, _, _>(&mut skb, &tables, &features(), notes, ifindex);
     act::<V6>(&mut skb, verdict)
 }
@@ -121,7 +124,7 @@ fn to_pod<const V6: bool>(ctx: &TcContext) -> i32 {
         return TC_ACT_SHOT;
     };
     let mut skb = Skb::new::<V6>(ctx);
-    let tables = Watched::new(&skb, Hook::PodEgress);
+    let tables = Watched::new(skb.raw(), Hook::PodEgress);
     match hook::pod_egress::<V6, _, _>(&mut skb, &tables, &features(), notes) {
         hook::Verdict::Drop => TC_ACT_SHOT,
         _ => packets::NEXT,
@@ -156,7 +159,7 @@ fn from_outside<const V6: bool>(ctx: &TcContext) -> i32 {
         return TC_ACT_SHOT;
     };
     let mut skb = Skb::new::<V6>(ctx);
-    let tables = Watched::new(&skb, Hook::UplinkIngress);
+    let tables = Watched::new(skb.raw(), Hook::UplinkIngress);
     let verdict = hook::uplink_ingress::<V6, _, _>(&mut skb, &tables, &features(), notes);
     act::<V6>(&mut skb, verdict)
 }
@@ -189,7 +192,7 @@ fn to_service<const V6: bool>(ctx: &TcContext) -> i32 {
         return TC_ACT_SHOT;
     };
     let mut skb = Skb::new::<V6>(ctx);
-    let tables = Watched::new(&skb, Hook::ServiceIngress);
+    let tables = Watched::new(skb.raw(), Hook::ServiceIngress);
     let verdict = hook::service_ingress::<V6, _, _>(&mut skb, &tables, &features(), notes);
     act::<V6>(&mut skb, verdict)
 }

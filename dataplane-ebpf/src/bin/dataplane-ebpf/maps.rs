@@ -10,7 +10,7 @@ use aya_ebpf::{
 };
 use dataplane_abi::{
     Addr, Affinity, AffinityKey, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey,
-    Lead, LocalAddress, RangeKey, Reason, ServiceRef, SocketPeers, limits,
+    Lead, LocalAddress, MaglevBlock, MaglevKey, RangeKey, Reason, ServiceRef, SocketPeers, limits,
 };
 use dataplane_ebpf::{
     hook::Notes,
@@ -45,6 +45,13 @@ pub static FLOWS_UNREPLIED: LruHashMap<FlowKey, Flow, { limits::FLOWS_UNREPLIED 
 #[btf_map]
 pub static AFFINITY: LruHashMap<AffinityKey, Affinity, { limits::AFFINITY as usize }> =
     LruHashMap::new();
+#[btf_map]
+pub static MAGLEV: HashMap<
+    MaglevKey,
+    MaglevBlock,
+    { limits::MAGLEV_BLOCKS as usize },
+    NO_PREALLOC,
+> = HashMap::new();
 /// Keys are [`RangeKey`]s: what follows the length of the prefix, as words.
 #[btf_map]
 pub static RANGES: LpmTrie<[u32; 5], u32, { limits::RANGES as usize }> = LpmTrie::new();
@@ -142,6 +149,19 @@ impl Tables for Maps {
     #[inline(always)]
     fn cell(&self, index: u32) -> Option<Cell> {
         BACKENDS.get(index).copied()
+    }
+
+    #[inline(always)]
+    fn maglev(&self, generation: u32, position: u32) -> Option<u16> {
+        let block = position / MaglevBlock::ENTRIES;
+        let key = MaglevKey { generation, block };
+        let slots = MAGLEV.get_ptr(&key)?;
+        let at = position.wrapping_sub(block.wrapping_mul(MaglevBlock::ENTRIES));
+        if at >= MaglevBlock::ENTRIES {
+            return None;
+        }
+        // SAFETY: within the value, of a map that is not preallocated, as above.
+        Some(unsafe { slots.cast::<u16>().add(at as usize).read() })
     }
 
     #[inline(always)]

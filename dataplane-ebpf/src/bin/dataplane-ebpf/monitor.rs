@@ -18,10 +18,7 @@ use dataplane_abi::{
 };
 use dataplane_ebpf::tables::{Refused, Tables};
 
-use crate::{
-    maps::{Entry, Maps},
-    packets::Skb,
-};
+use crate::maps::{Entry, Maps};
 
 #[btf_map]
 pub static EVENTS: RingBuf<PacketEvent, { limits::EVENTS_BYTES as usize }> = RingBuf::new();
@@ -30,18 +27,23 @@ pub static MONITOR: Array<u64, { MONITOR_WORDS as usize }, { BPF_F_MMAPABLE as u
     Array::new();
 
 /// The maps, for the packets of one hook: what is counted is also told.
-pub struct Watched {
+pub struct Watched<P> {
     maps: Maps,
-    skb: *mut __sk_buff,
+    packet: P,
     hook: Hook,
 }
 
-impl Watched {
+/// A packet that can be told of.
+pub trait Told {
+    fn tell(&self, hook: u32, reason: u32);
+}
+
+impl<P: Told> Watched<P> {
     #[inline(always)]
-    pub fn new(skb: &Skb, hook: Hook) -> Self {
+    pub fn new(packet: P, hook: Hook) -> Self {
         Self {
             maps: Maps,
-            skb: skb.raw(),
+            packet,
             hook,
         }
     }
@@ -58,13 +60,14 @@ macro_rules! forward {
     };
 }
 
-impl Tables for Watched {
+impl<P: Told> Tables for Watched<P> {
     type Entry = Entry;
 
     forward! {
         frontend(key: &FrontendKey) -> Option<Lead>;
         service(id: u32) -> Option<ServiceRef>;
         cell(index: u32) -> Option<Cell>;
+        maglev(generation: u32, position: u32) -> Option<u16>;
         local(addr: &Addr) -> Option<LocalAddress>;
         in_range(service: u32, addr: &Addr) -> bool;
         affinity(key: &AffinityKey) -> Option<Affinity>;
@@ -89,13 +92,13 @@ impl Tables for Watched {
             (Class::Event, Reason::FlowCreated) => {
                 // SAFETY: the helper has no arguments and no effect.
                 if wanted().drops() && wanted().flow(unsafe { bpf_get_prandom_u32() }) {
-                    tell(self.skb, self.hook as u32, reason as u32);
+                    self.packet.tell(self.hook as u32, reason as u32);
                 }
             }
             (Class::Event, _) => {}
             (Class::Drop | Class::Reject, _) => {
                 if wanted().drops() {
-                    tell(self.skb, self.hook as u32, reason as u32);
+                    self.packet.tell(self.hook as u32, reason as u32);
                 }
             }
         }
@@ -111,30 +114,54 @@ fn wanted() -> Wanted {
     }
 }
 
-/// Writes an event. One function, not inlined, so that reasons cost the programs little.
+impl Told for *mut __sk_buff {
+    #[inline(always)]
+    fn tell(&self, hook: u32, reason: u32) {
+        tell_buffer(*self, hook, reason);
+    }
+}
+
+/// One function, not inlined, so that reasons cost the programs little.
 #[inline(never)]
-fn tell(skb: *mut __sk_buff, hook: u32, reason: u32) {
+fn tell_buffer(skb: *mut __sk_buff, hook: u32, reason: u32) {
+    // SAFETY: a valid context.
+    let (ifindex, len) = unsafe { ((*skb).ifindex, (*skb).len) };
+    tell(hook, reason, ifindex, len, |data, bytes| {
+        // SAFETY: a valid context, and memory for so many bytes.
+        unsafe { bpf_skb_load_bytes(skb.cast(), 0, data, bytes) == 0 }
+    });
+}
+
+/// Writes an event. `load` copies so many bytes of the packet's beginning, if it has them.
+#[inline(always)]
+pub fn tell(
+    hook: u32,
+    reason: u32,
+    ifindex: u32,
+    len: u32,
+    load: impl Fn(*mut core::ffi::c_void, u32) -> bool,
+) {
     let Some(mut entry) = EVENTS.reserve(0) else {
         lost();
         return;
     };
     let event: *mut PacketEvent = entry.as_mut_ptr();
-    // SAFETY: the context is valid; the ring gives memory for an event, all of which is written before it is submitted. Bytes are
+    // SAFETY: the ring gives memory for an event, all of which is written before it is submitted. Bytes are
     // loaded in fixed sizes: the verifier takes a computed one only with a proof that it is not zero.
     unsafe {
         (*event).time_ns = bpf_ktime_get_ns();
         (*event).reason = reason;
         (*event).hook = hook;
-        (*event).ifindex = (*skb).ifindex;
-        (*event).len = (*skb).len;
+        (*event).ifindex = ifindex;
+        (*event).len = len;
         (*event).pad = 0;
         let data: *mut core::ffi::c_void = (&raw mut (*event).data).cast();
         // The shortest is an IPv4 header with the ports. A load that fails leaves zeros.
-        (*event).captured = if bpf_skb_load_bytes(skb.cast(), 0, data, CAPTURE_LEN as u32) == 0 {
+        (*event).captured = if load(data, CAPTURE_LEN as u32) {
             CAPTURE_LEN as u32
-        } else if bpf_skb_load_bytes(skb.cast(), 0, data, SHORT_LEN) == 0 {
+        } else if load(data, SHORT_LEN) {
             SHORT_LEN
-        } else if bpf_skb_load_bytes(skb.cast(), 0, data, SHORTEST_LEN) == 0 {
+        } else if load(data, SHORTEST_LEN) {
             SHORTEST_LEN
         } else {
             0

@@ -36,10 +36,10 @@ const HEADERS_MAX: u32 = 14 + 60 + 60;
 const IPV6_NEXT_HEADER: usize = 6;
 /// Protocol of a buffer, as it lies in memory.
 const ETH_P_IPV6: u32 = u16::from_ne_bytes([0x86, 0xdd]) as u32;
-const AF_INET: u8 = 2;
+pub const AF_INET: u8 = 2;
 /// `PACKET_OTHERHOST`: the frame names another machine's hardware address.
 const FOR_ANOTHER: u32 = 3;
-const AF_INET6: u8 = 10;
+pub const AF_INET6: u8 = 10;
 
 /// Whether a buffer's protocol is IPv6.
 #[inline(always)]
@@ -170,7 +170,7 @@ impl Packet for Skb {
 /// walk anew on each path that leads to it, a thousand steps each time.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn crc32c_change(difference: u32, len: u32) -> u32 {
+pub extern "C" fn crc32c_change(difference: u32, len: u32) -> u32 {
     crc32c::change(difference, len)
 }
 

@@ -1,0 +1,167 @@
+//! What an uplink's packets for Services can have before the stack makes buffers of them (XDP): flows between clients outside and
+//! backends on other nodes are rewritten and sent on. Whatever else a packet is, or may be, is left to the hook at tc, unchanged; what
+//! was decided here it finds among the flows.
+
+use dataplane_abi::{Addr, LEAD_GUARDED, Reason, SEEN_FIN, SEEN_REPLY, SEEN_RST, SEEN_SYN, proto};
+
+use crate::{
+    balance::{self, Client, Pick, Picked},
+    flow,
+    follow::{NO_SERVICE, Side, is_zero, lead, resume, seen_by},
+    hook::{Features, Notes, Place},
+    packet::{ETH_LEN, Fragment, IPV4_LEN, IPV6_LEN, Packet, Parsed, parse},
+    tables::{FlowEntry, Tables},
+};
+
+/// What becomes of a packet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Early {
+    /// Up to the hook at tc, as it is.
+    Leave,
+    /// Out again as [`Notes::to`] says, if the way there is known. What is counted then: [`Reason::ServiceTranslated`] for a client's
+    /// packet, [`Reason::ReplyTranslated`] for a backend's.
+    Forward(Reason),
+}
+
+/// Looks at a packet that came by an uplink. Changes flows as the hook at tc would, and may be followed by it on the same packet.
+#[inline(always)]
+pub fn uplink_early<const V6: bool, P: Packet, T: Tables>(
+    packet: &P,
+    tables: &T,
+    features: &Features,
+    notes: &mut Notes,
+) -> Early {
+    if !features.packet_lb || !matches!(parse::<V6, P>(packet, &mut notes.ip), Parsed::Ip) {
+        return Early::Leave;
+    }
+    let ip = &notes.ip;
+    let plain = ETH_LEN + if V6 { IPV6_LEN } else { IPV4_LEN };
+    // SCTP's sum is over the whole packet, and its changes are tc's.
+    let is_known = matches!(ip.key.proto, proto::TCP | proto::UDP);
+    if !is_known || !matches!(ip.fragment, Fragment::Whole) || ip.l4() != plain {
+        return Early::Leave;
+    }
+    let at = Place::of(tables, &ip.key.dst);
+    if at.is_pod() {
+        return Early::Leave;
+    }
+    let seen = flow::seen(ip.key.proto, ip.tcp_flags);
+    if let Some(entry) = flow::lookup(tables, &ip.key) {
+        return follow_early::<V6, T>(tables, notes, &entry, seen);
+    }
+    // As at tc: only an opening may take a connection from the host's own listeners. One that ends what it opens is nobody's, and the
+    // hook at tc would take it for the end of an older one.
+    let is_ending = seen & (SEEN_FIN | SEEN_RST) != 0;
+    if is_ending || (at.is_host() && ip.is_of_connection() && !ip.is_syn()) {
+        return Early::Leave;
+    }
+    open_early::<V6, T>(tables, features, notes, at.is_host(), seen)
+}
+
+/// A packet of a flow that is known.
+#[inline(always)]
+fn follow_early<const V6: bool, T: Tables>(
+    tables: &T,
+    notes: &mut Notes,
+    entry: &T::Entry,
+    seen: u32,
+) -> Early {
+    let flow = entry.get();
+    if flow.service == NO_SERVICE {
+        return Early::Leave;
+    }
+    if flow.reply == 1 {
+        // The client may be here, and what may be an answer may be an opening.
+        if is_here(tables, &flow.other.src)
+            || (seen & SEEN_SYN != 0 && flow::has_ended(tables, flow))
+        {
+            return Early::Leave;
+        }
+        notes.to = flow.other.mirrored();
+        if flow.seen & SEEN_REPLY == 0 {
+            flow::promote::<V6, T>(tables, &notes.ip.key, flow, seen);
+        } else {
+            entry.touch(tables.now_s(), seen);
+        }
+        return Early::Forward(Reason::ReplyTranslated);
+    }
+    // A flow that may not go on is forgotten at tc, and its packet chooses anew there.
+    if is_here(tables, &flow.other.src) || !resume::<V6, T>(tables, &notes.ip, entry, seen) {
+        return Early::Leave;
+    }
+    notes.to = flow.other.mirrored();
+    Early::Forward(Reason::ServiceTranslated)
+}
+
+/// Opens a flow for a packet that asks a Service, wherever its backend is: where it is here, the hook at tc goes on with it. What
+/// would be refused is left to that.
+#[inline(always)]
+fn open_early<const V6: bool, T: Tables>(
+    tables: &T,
+    features: &Features,
+    notes: &mut Notes,
+    at_host: bool,
+    seen: u32,
+) -> Early {
+    let ip = &notes.ip;
+    let Some(lead) = lead(tables, ip, at_host) else {
+        return Early::Leave;
+    };
+    let service = lead.external;
+    if lead.flags & LEAD_GUARDED != 0 && !tables.in_range(service, &ip.key.src) {
+        return Early::Leave;
+    }
+    let client = Client::outside(&ip.key);
+    let picked = if V6 {
+        balance::pick_apart(tables, service, &client)
+    } else {
+        balance::pick(tables, service, &client)
+    };
+    let Pick::Backend(backend) = picked else {
+        return Early::Leave;
+    };
+    enter_early::<V6, T>(tables, features, notes, service, &backend, seen)
+}
+
+#[inline(always)]
+fn enter_early<const V6: bool, T: Tables>(
+    tables: &T,
+    features: &Features,
+    notes: &mut Notes,
+    service: u32,
+    backend: &Picked,
+    seen: u32,
+) -> Early {
+    let source = seen_by::<V6, T>(tables, features, &notes.ip, Side::Outside, backend);
+    if is_zero(&source.addr) {
+        return Early::Leave;
+    }
+    let opening = flow::Opening {
+        key: &notes.ip.key,
+        service,
+        backend,
+        src: source.addr,
+        fresh_port: source.is_node,
+        seen,
+    };
+    let answers = &mut notes.aside.about;
+    if flow::open::<V6, T>(tables, &opening, answers).is_err() {
+        return Early::Leave;
+    }
+    if !source.is_node {
+        return Early::Leave;
+    }
+    tables.count(Reason::SourceNat);
+    notes.to = answers.mirrored();
+    Early::Forward(Reason::ServiceTranslated)
+}
+
+/// Whether an address is the node's, or a pod's of it.
+#[inline(always)]
+fn is_here<T: Tables>(tables: &T, addr: &Addr) -> bool {
+    Place::of(tables, addr).kind != 0
+}
+
+#[cfg(test)]
+#[path = "early_tests.rs"]
+mod tests;
