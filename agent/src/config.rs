@@ -12,7 +12,7 @@ use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
 use crate::dataplane::{XdpMode, maglev};
 use crate::node_ranges::{ClusterRange, ClusterRangeError};
-use crate::plan::{Balancing, Routing};
+use crate::plan::{Balancing, Dsr, Routing};
 
 /// By which pods are told of the API server: its Service's address.
 const SERVICE_HOST: &str = "KUBERNETES_SERVICE_HOST";
@@ -49,6 +49,10 @@ pub struct RunFlags {
     /// with 65521 entries up to 250 backends, with 131071 up to 1000; up to two in a hundred with 16381. All nodes must have the same.
     #[arg(long, default_value_t = maglev::SIZE_DEFAULT, value_name = "ENTRIES")]
     maglev_table_size: u32,
+    /// Let clients outside be answered by their endpoint's node directly, wherever they asked, so that endpoints see their addresses:
+    /// never, for Services that say so (annotation keelway.io/dsr: on), or unless one says otherwise. Needs the overlay.
+    #[arg(long, value_enum, default_value_t = Dsr::Off)]
+    dsr: Dsr,
     /// Translate what comes by the uplink for Services, and leaves by it again, in its driver (XDP), where that can: `auto` falls back to
     /// tc by itself, and `status` says so.
     #[arg(long, value_enum, default_value_t = XdpMode::Auto)]
@@ -179,6 +183,12 @@ pub enum ConfigError {
         "--masquerade on needs --packet-lb on: packets are given the node's address where they are balanced"
     )]
     MasqueradeAlone,
+    #[error("--dsr needs --packet-lb on: clients outside are served per packet")]
+    DsrAlone,
+    #[error(
+        "--dsr needs the overlay, by which packets are sent on as they came: --routing auto or vxlan"
+    )]
+    DsrWithoutOverlay,
     #[error("--maglev-table-size {0}: must be one of {sizes:?}", sizes = maglev::SIZES)]
     TableSize(u32),
     #[error("--service-cidr {0}: has bits set after its prefix")]
@@ -213,6 +223,12 @@ impl RunFlags {
         }
         if self.masquerade == Switch::On && !packet_lb {
             return Err(ConfigError::MasqueradeAlone);
+        }
+        if self.dsr != Dsr::Off && !packet_lb {
+            return Err(ConfigError::DsrAlone);
+        }
+        if self.dsr != Dsr::Off && self.routing == Routing::Direct {
+            return Err(ConfigError::DsrWithoutOverlay);
         }
         if !maglev::SIZES.contains(&self.maglev_table_size) {
             return Err(ConfigError::TableSize(self.maglev_table_size));
@@ -282,6 +298,7 @@ impl RunFlags {
             balancing: Balancing {
                 maglev: self.balancing == BalancingFlag::Maglev,
                 table_size: self.maglev_table_size,
+                dsr: self.dsr,
             },
             service_ranges: self.service_cidr,
             routing: self.routing,

@@ -14,9 +14,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::addresses::Reserved;
 use crate::config::Config;
-use crate::dataplane::{self, Dataplane, EarlyUplink, Op, ServiceVeth, State, Xdp, XdpMode};
+use crate::dataplane::{self, Dataplane, EarlyUplink, Op, Peers, ServiceVeth, State, Xdp, XdpMode};
 use crate::net::{self, Kernel, Link, NetlinkError, Uplink};
-use crate::plan::{Ledger, Routing};
+use crate::plan::{Dsr, Ledger, Routing};
 use crate::report::Fill;
 
 /// What a node must know of itself before pods can have a network.
@@ -142,6 +142,7 @@ pub struct Node {
     reserved: Vec<Reserved>,
     host_addresses: BTreeSet<IpAddr>,
     unmasqueraded: BTreeSet<IpNetwork>,
+    peers: Peers,
     /// Entries of answered flows that the last collection left.
     flows: u32,
     /// The node has IPv6 pods.
@@ -206,6 +207,10 @@ impl Node {
             }),
             masquerade: config.masquerade,
             uplink_mac: uplink.link.mac,
+            overlay: overlay
+                .as_ref()
+                .filter(|_| config.balancing.dsr != Dsr::Off)
+                .map(|overlay| overlay.index),
         })?;
         let early = EarlyUplink {
             ifindex: uplink.link.index,
@@ -218,6 +223,7 @@ impl Node {
             ledger,
             host_addresses: found.host_addresses.clone(),
             unmasqueraded: found.unmasqueraded.clone(),
+            peers: found.peers.clone(),
             dataplane,
             uplink,
             found,
@@ -325,7 +331,7 @@ impl Node {
         self.flows = collected.left;
         self.keep_service_veth(kernel)?;
         if self.overlay.is_some() {
-            for interface in [self.uplink.link.name.as_str(), net::OVERLAY] {
+            for interface in [self.uplink.link.name.as_str(), net::OVERLAY, net::OUTER] {
                 loosen_reverse_path_filter(interface)?;
             }
         }
@@ -380,6 +386,17 @@ impl Node {
     pub fn take_over(&mut self) -> Result<(), dataplane::Error> {
         self.dataplane.take_over()?;
         self.ledger.inherit(BTreeMap::new());
+        Ok(())
+    }
+
+    /// Where addresses on other nodes are, for packets that are sent on as they came.
+    pub fn settle_peers(&mut self, wished: Peers) -> Result<(), NodeError> {
+        if self.peers != wished {
+            self.apply(&[Op::SetPeers {
+                peers: wished.clone(),
+            }])?;
+            self.peers = wished;
+        }
         Ok(())
     }
 

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use cluster_model::*;
 use keelway_agent::dataplane::maglev;
-use keelway_agent::plan::{Balancing, Here, Policy, PortKey, check, plan};
+use keelway_agent::plan::{Balancing, Dsr, Here, Policy, PortKey, check, plan, plan_peers};
 
 fn node(name: &str, balancing: Balancing) -> Here {
     Here {
@@ -17,6 +17,7 @@ fn node(name: &str, balancing: Balancing) -> Here {
 const BY_TABLE: Balancing = Balancing {
     maglev: true,
     table_size: 1021,
+    dsr: Dsr::Off,
 };
 
 /// A Service of three endpoints, on nodes 1, 2 and 2.
@@ -156,6 +157,7 @@ fn many_backends_have_a_table_of_more_entries_than_asked_for() {
     let least = Balancing {
         maglev: true,
         table_size: 251,
+        dsr: Dsr::Off,
     };
     let mut service = web(Some(30080));
     let key = service.key.clone();
@@ -176,4 +178,89 @@ fn many_backends_have_a_table_of_more_entries_than_asked_for() {
     check(&planned).unwrap();
     let port = planned.ports.iter().next().unwrap().1;
     assert_eq!(port.backends.maglev, 4093);
+}
+
+/// Whether clients outside are answered directly, and by how large a table.
+fn direct(service: Service, dsr: Dsr) -> Vec<(bool, u32)> {
+    let here = node(
+        "node-1",
+        Balancing {
+            dsr,
+            ..Balancing::default()
+        },
+    );
+    let key = service.key.clone();
+    let planned = plan(&snapshot(service), &key, &here);
+    check(&planned).unwrap();
+    let ports = planned.ports.iter();
+    ports
+        .map(|(_, port)| (port.backends.direct, port.backends.maglev))
+        .collect()
+}
+
+#[test]
+fn clients_are_answered_directly_where_every_node_can_choose_alike() {
+    let size = maglev::SIZE_DEFAULT;
+    let said = |word: &str| Service {
+        dsr: Some(word.into()),
+        ..web(Some(30080))
+    };
+    assert_eq!(direct(web(Some(30080)), Dsr::On), [(true, size)]);
+    assert_eq!(direct(web(Some(30080)), Dsr::Annotated), [(false, 0)]);
+    assert_eq!(direct(said("on"), Dsr::Annotated), [(true, size)]);
+    assert_eq!(direct(said("off"), Dsr::On), [(false, 0)]);
+    assert_eq!(direct(said("on"), Dsr::Off), [(false, 0)]);
+    assert_eq!(direct(web(None), Dsr::On), [(false, 0)]);
+    let sticky = Service {
+        affinity_timeout_s: Some(60),
+        ..web(Some(30080))
+    };
+    let near = Service {
+        traffic_distribution: TrafficDistribution::SameZone,
+        ..web(Some(30080))
+    };
+    assert_eq!(direct(sticky, Dsr::On), [(false, 0)]);
+    assert_eq!(direct(near, Dsr::On), [(false, 0)]);
+    let local = Service {
+        external_traffic_policy: TrafficPolicy::Local,
+        ..web(Some(30080))
+    };
+    assert_eq!(direct(local, Dsr::On), [(false, 0), (false, 0)]);
+}
+
+#[test]
+fn other_nodes_addresses_are_where_the_overlay_leads_to_them() {
+    let address = |last: u8| std::net::IpAddr::from([198, 18, 0, last]);
+    let node = |number: u8, name: &str| Node {
+        name: name.into(),
+        internal_ips: vec![
+            address(number),
+            format!("fd00:18::{number}").parse().unwrap(),
+        ],
+        pod_cidrs: vec![
+            format!("10.244.{number}.0/24").parse().unwrap(),
+            format!("fd00:244:{number}::/64").parse().unwrap(),
+        ],
+        zone: None,
+        leaving: false,
+    };
+    let (mut snapshot, mut dirty) = (Snapshot::default(), Dirty::default());
+    for object in [node(1, "node-1"), node(2, "node-2")] {
+        snapshot.apply(Change::Upsert(Object::Node(object.into())), &mut dirty);
+    }
+    let peers = plan_peers(&snapshot, "node-1");
+    let ranges: Vec<String> = peers.keys().map(ToString::to_string).collect();
+    let wanted = [
+        "10.244.2.0/24",
+        "198.18.0.2/32",
+        "fd00:18::2/128",
+        "fd00:244:2::/64",
+    ];
+    assert_eq!(ranges, wanted);
+    assert!(
+        peers
+            .values()
+            .all(|mac| *mac == [0x0a, 0x6d, 198, 18, 0, 2])
+    );
+    assert!(plan_peers(&snapshot, "node-9").is_empty());
 }

@@ -25,8 +25,8 @@ pub use node::{Node, Pod};
 pub use object::{Kind, Object, ObjectKey, ObjectRef, ServiceKey, SliceKey};
 pub use reject::Rejected;
 pub use service::{
-    BALANCING_ANNOTATION, Protocol, Service, ServicePort, ServiceType, TrafficDistribution,
-    TrafficPolicy,
+    BALANCING_ANNOTATION, DSR_ANNOTATION, Protocol, Service, ServicePort, ServiceType,
+    TrafficDistribution, TrafficPolicy,
 };
 pub use snapshot::{Change, Dirty, Snapshot};
 

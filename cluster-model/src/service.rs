@@ -38,6 +38,8 @@ pub struct Service {
     pub proxy_name: Option<Arc<str>>,
     /// Annotation [`BALANCING_ANNOTATION`], whatever it says.
     pub balancing: Option<Arc<str>>,
+    /// Annotation [`DSR_ANNOTATION`], whatever it says.
+    pub dsr: Option<Arc<str>>,
 }
 
 impl Service {
@@ -61,6 +63,7 @@ impl Service {
             health_check_node_port: None,
             proxy_name: None,
             balancing: None,
+            dsr: None,
         }
     }
 }
@@ -153,6 +156,8 @@ pub enum TrafficPolicy {
 
 /// Annotation that says how backends are chosen for clients outside: `maglev` or `random`.
 pub const BALANCING_ANNOTATION: &str = "keelway.io/balancing";
+/// Annotation that says whether clients outside are answered by their endpoint's node directly: `on` or `off`.
+pub const DSR_ANNOTATION: &str = "keelway.io/dsr";
 const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 /// The API's default timeout of `sessionAffinity: ClientIP`, in seconds.
 const AFFINITY_TIMEOUT_DEFAULT_S: u32 = 10_800;
@@ -230,14 +235,15 @@ fn convert(service: &core::Service) -> Result<Service, BadField> {
             .as_ref()
             .and_then(|labels| labels.get(PROXY_NAME_LABEL))
             .map(|name| name.as_str().into()),
-        balancing: service
-            .metadata
-            .annotations
-            .as_ref()
-            .and_then(|annotations| annotations.get(BALANCING_ANNOTATION))
-            .map(|text| text.as_str().into()),
+        balancing: annotation(service, BALANCING_ANNOTATION),
+        dsr: annotation(service, DSR_ANNOTATION),
         key,
     })
+}
+
+fn annotation(service: &core::Service, name: &str) -> Option<Arc<str>> {
+    let annotations = service.metadata.annotations.as_ref()?;
+    Some(annotations.get(name)?.as_str().into())
 }
 
 /// The addresses of a Service, and whether it is headless. `clusterIP` alone is an older writer's form.

@@ -45,6 +45,8 @@ reasons! {
     IcmpTranslated = "icmp_translated", Event;
     /// A packet went to a local pod's namespace without the host's stack.
     Delivered = "delivered", Event;
+    /// A client's packet went to its backend's node as it came, for the client to be answered directly.
+    Dispatched = "dispatched", Event;
     /// A packet left again by the uplink's driver, before the host's stack saw it.
     SentEarly = "sent_early", Event;
     /// A packet was left to the host's stack.

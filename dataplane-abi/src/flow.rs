@@ -46,6 +46,9 @@ pub const SEEN_RST: u32 = 4;
 /// The flow has been answered: it lives in FLOWS, not in FLOWS_UNREPLIED.
 pub const SEEN_REPLY: u32 = 8;
 
+/// In the client's entry: its packets go to the backend's node as they come, which answers the client directly.
+pub const SEEN_DISPATCHED: u32 = 16;
+
 /// One direction of a translated flow. A flow has two entries that name each other: under the client's tuple, and under
 /// that of the backend's answers. A packet that arrives under an entry's key leaves as the mirror of `other`.
 ///

@@ -20,13 +20,14 @@ pub use event::{
     Wanted,
 };
 pub use flow::{
-    Flow, FlowKey, FragmentKey, FragmentPorts, SEEN_FIN, SEEN_REPLY, SEEN_RST, SEEN_SYN, timeout_s,
+    Flow, FlowKey, FragmentKey, FragmentPorts, SEEN_DISPATCHED, SEEN_FIN, SEEN_REPLY, SEEN_RST,
+    SEEN_SYN, timeout_s,
 };
 pub use layout::Plain;
 pub use service::{
     Affinity, AffinityKey, Backend, Cell, ExtentHeader, FrontendKey, LEAD_GUARDED, Lead,
-    MARKER_EXTERNAL, MaglevBlock, MaglevKey, RangeKey, SERVICE_SILENT, ServiceRef, SocketPeer,
-    SocketPeers, VIP_PORT, VIP_PROTO,
+    MARKER_EXTERNAL, MaglevBlock, MaglevKey, PeerKey, RangeKey, SERVICE_DIRECT, SERVICE_SILENT,
+    ServiceRef, SocketPeer, SocketPeers, VIP_PORT, VIP_PROTO,
 };
 
 /// Version of everything in this crate; part of the pin directory's name.
@@ -54,6 +55,8 @@ pub mod limits {
     pub const RANGES: u32 = 1 << 16;
     /// Fragmented datagrams whose ports are remembered.
     pub const FRAGMENTS: u32 = 1 << 12;
+    /// Ranges of addresses on other nodes: four of each of 8,000.
+    pub const PEERS: u32 = 1 << 15;
     /// Blocks of all Maglev tables, a kilobyte each, of which as many are there as are used: room for 950 tables of 65,521 entries.
     pub const MAGLEV_BLOCKS: u32 = 1 << 17;
     /// Bytes of the ring of events: a power of two of pages, and what may wait until the agent reads it.
@@ -88,6 +91,8 @@ pub mod map {
     pub const AFFINITY: &str = "AFFINITY";
     /// [`crate::RangeKey`] to u32, 1; longest-prefix-match trie.
     pub const RANGES: &str = "RANGES";
+    /// [`crate::PeerKey`] to u64; longest-prefix-match trie.
+    pub const PEERS: &str = "PEERS";
     /// [`crate::MaglevKey`] to [`crate::MaglevBlock`]; hash.
     pub const MAGLEV: &str = "MAGLEV";
     /// [`crate::FragmentKey`] to [`crate::FragmentPorts`]; LRU hash.
@@ -123,6 +128,8 @@ pub mod global {
     pub const HOST_NETNS: &str = "HOST_NETNS";
     /// u32, 1 when pods take the node's address for destinations outside RANGES.
     pub const MASQUERADE: &str = "MASQUERADE";
+    /// u32, interface index of the overlay, by which packets are dispatched to other nodes as they came; 0 where none are.
+    pub const OVERLAY: &str = "OVERLAY";
     /// u64, the uplink's hardware address as its six bytes lie in the memory of a little-endian word; 0 where its driver runs no
     /// program of ours.
     pub const UPLINK_MAC: &str = "UPLINK_MAC";

@@ -228,7 +228,7 @@ pub struct ExtentHeader {
     pub active: u32,
     /// Active and terminating backends. Terminating ones are used only when `active` is 0.
     pub total: u32,
-    /// [`SERVICE_SILENT`].
+    /// [`SERVICE_SILENT`], [`SERVICE_DIRECT`].
     pub flags: u32,
     /// ClientIP affinity; 0 is none.
     pub affinity_timeout_s: u32,
@@ -270,6 +270,45 @@ impl MaglevBlock {
     /// Blocks of a table of so many entries.
     pub const fn count(entries: u32) -> u32 {
         entries.div_ceil(Self::ENTRIES)
+    }
+}
+
+/// [`ExtentHeader::flags`]: clients outside are answered by their backend's node directly (DSR). Every node chooses alike.
+pub const SERVICE_DIRECT: u32 = 2;
+
+/// A range of addresses on another node. A key of a longest-prefix-match trie; the value is the hardware address of that node's end of
+/// the overlay, its six bytes as they lie in the memory of a little-endian word.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct PeerKey {
+    /// Bits of `addr` that count, an IPv4 range's being 96 longer.
+    pub prefix_len: u32,
+    /// The 16 bytes in network order.
+    pub addr: [u32; 4],
+}
+plain!(PeerKey, 20, { prefix_len: 0, addr: 4 });
+
+impl PeerKey {
+    /// Bits of a key that is looked up.
+    pub const FULL: u32 = 128;
+
+    /// The key of a range of `len` bits out of 128.
+    #[inline(always)]
+    pub const fn new(addr: Addr, len: u32) -> Self {
+        Self {
+            prefix_len: len,
+            addr: RangeKey::new(0, addr, 0).addr,
+        }
+    }
+
+    /// The address of the range.
+    pub const fn address(&self) -> Addr {
+        let as_range = RangeKey {
+            prefix_len: 0,
+            service: 0,
+            addr: self.addr,
+        };
+        as_range.address()
     }
 }
 

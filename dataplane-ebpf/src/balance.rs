@@ -1,7 +1,8 @@
 //! Choosing a backend of a service port, and finding one again.
 
 use dataplane_abi::{
-    Addr, Affinity, AffinityKey, Backend, ExtentHeader, FlowKey, Reason, SERVICE_SILENT, ServiceRef,
+    Addr, Affinity, AffinityKey, Backend, ExtentHeader, FlowKey, Reason, SERVICE_DIRECT,
+    SERVICE_SILENT, ServiceRef,
 };
 
 use crate::{packet::word, tables::Tables};
@@ -14,6 +15,8 @@ pub struct Picked {
     pub port: u16,
     pub generation: u32,
     pub slot: u32,
+    /// Its node may answer clients outside directly.
+    pub direct: bool,
 }
 
 impl Picked {
@@ -25,6 +28,7 @@ impl Picked {
             port: 0,
             generation: 0,
             slot: 0,
+            direct: false,
         }
     }
 }
@@ -244,6 +248,7 @@ fn draw<T: Tables>(
         port: backend.port,
         generation: reference.generation,
         slot: backend.slot,
+        direct: header.flags & SERVICE_DIRECT != 0,
     })
 }
 
@@ -272,6 +277,7 @@ fn choose_again<T: Tables>(
             port: had.port,
             generation: 0,
             slot: had.slot,
+            direct: false,
         };
         if let Some(found) = search(tables, reference, header, picked) {
             kept = found.slot < candidates;
@@ -574,6 +580,7 @@ mod tests {
             port: 80u16.to_be(),
             generation: tables.service(7).unwrap().generation,
             slot: 1,
+            direct: false,
         };
         tables.set_service(7, &["10.0.0.2:80", "10.0.0.3:80"], &[]);
         assert_eq!(find(&tables, 7, &known).map(|p| p.slot), Some(0));
@@ -599,6 +606,7 @@ mod tests {
                 port: 80u16.to_be(),
                 generation,
                 slot,
+                direct: false,
             };
             set(&all);
             assert_eq!(find(&tables, 7, &known).map(|p| p.slot), Some(slot));

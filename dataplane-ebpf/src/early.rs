@@ -2,7 +2,9 @@
 //! backends on other nodes are rewritten and sent on. Whatever else a packet is, or may be, is left to the hook at tc, unchanged; what
 //! was decided here it finds among the flows.
 
-use dataplane_abi::{Addr, LEAD_GUARDED, Reason, SEEN_FIN, SEEN_REPLY, SEEN_RST, SEEN_SYN, proto};
+use dataplane_abi::{
+    Addr, LEAD_GUARDED, Reason, SEEN_DISPATCHED, SEEN_FIN, SEEN_REPLY, SEEN_RST, SEEN_SYN, proto,
+};
 
 use crate::{
     balance::{self, Client, Pick, Picked},
@@ -67,7 +69,8 @@ fn follow_early<const V6: bool, T: Tables>(
     seen: u32,
 ) -> Early {
     let flow = entry.get();
-    if flow.service == NO_SERVICE {
+    // What goes by the overlay goes by tc.
+    if flow.service == NO_SERVICE || flow.seen & SEEN_DISPATCHED != 0 {
         return Early::Leave;
     }
     if flow.reply == 1 {
@@ -120,6 +123,9 @@ fn open_early<const V6: bool, T: Tables>(
     let Pick::Backend(backend) = picked else {
         return Early::Leave;
     };
+    if features.overlay && backend.direct {
+        return Early::Leave;
+    }
     enter_early::<V6, T>(tables, features, notes, service, &backend, seen)
 }
 

@@ -26,6 +26,8 @@ fn features() -> Features {
         masquerade: true,
         node_v4: ip(NODE),
         node_v6: ip("fd00:18::1"),
+        overlay: false,
+        by_overlay: false,
     }
 }
 

@@ -277,6 +277,7 @@ mod tests {
             port: 8080u16.to_be(),
             generation: 1,
             slot: 0,
+            direct: false,
         };
         let mut answers = FlowKey::NONE;
         let opening = Opening {

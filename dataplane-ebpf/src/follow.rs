@@ -1,8 +1,8 @@
 //! What a packet is to Services, and its translation.
 
 use dataplane_abi::{
-    Addr, FlowKey, FragmentPorts, FrontendKey, LEAD_GUARDED, Lead, Reason, SEEN_REPLY, SEEN_SYN,
-    proto,
+    Addr, FlowKey, FragmentPorts, FrontendKey, LEAD_GUARDED, Lead, Reason, SEEN_DISPATCHED,
+    SEEN_REPLY, SEEN_SYN, proto,
 };
 
 use crate::{
@@ -37,6 +37,8 @@ pub(crate) enum Followed {
     ToBackend,
     /// A backend's, which now goes to the client.
     ToClient,
+    /// A client's, which goes to the backend's node as it is: [`Notes::peer`].
+    Dispatched,
     /// It has become the refusal of what it was.
     Rejected,
     /// Counted already.
@@ -101,6 +103,9 @@ pub(crate) fn follow<const V6: bool, P: Packet, T: Tables>(
         }
         if side != Side::Answers {
             if resume::<V6, T>(tables, ip, &entry, seen) {
+                if side == Side::Outside && flow.seen & SEEN_DISPATCHED != 0 {
+                    return dispatch(tables, &flow.other.src, &mut notes.peer);
+                }
                 notes.to = flow.other.mirrored();
                 return forward::<V6, P, T>(packet, tables, notes, flow.service);
             }
@@ -111,12 +116,57 @@ pub(crate) fn follow<const V6: bool, P: Packet, T: Tables>(
     }
     // Only an opening may take a connection from the host's own listeners: what the host itself opened from a port that
     // is a NodePort too must hear its answers.
-    if side == Side::Answers
-        || (side == Side::Outside && at_host && ip.is_of_connection() && !ip.is_syn())
-    {
+    if side == Side::Answers {
+        return Followed::Untouched;
+    }
+    if !features.overlay && is_joining(features, ip, side, at_host) {
         return Followed::Untouched;
     }
     open::<V6, P, T>(packet, tables, features, notes, side, at_host, seen)
+}
+
+/// Whether a packet is of a connection to the node that is not known, and so the host's own business. What another node sent on may
+/// be of any moment of one.
+#[inline(always)]
+fn is_joining(features: &Features, ip: &Ip, side: Side, at_host: bool) -> bool {
+    side == Side::Outside
+        && at_host
+        && !features.by_overlay
+        && ip.is_of_connection()
+        && !ip.is_syn()
+}
+
+/// Sends a client's packet to its backend's node as it is.
+#[inline(always)]
+fn dispatch<T: Tables>(tables: &T, backend: &Addr, peer: &mut u64) -> Followed {
+    match tables.peer(backend) {
+        Some(mac) => {
+            *peer = mac;
+            tables.count(Reason::Dispatched);
+            Followed::Dispatched
+        }
+        // The node is gone.
+        None => dropped(tables, Reason::NoRoute),
+    }
+}
+
+/// Whether a packet goes to its backend's node as it is, so that the client is answered from there: the Service asks for it, the
+/// backend is on another node that the overlay reaches, and no node sent the packet on before. A client is not sent its own packets
+/// back, which it would take for a stranger's.
+#[inline(always)]
+fn is_dispatched<T: Tables>(
+    tables: &T,
+    features: &Features,
+    ip: &Ip,
+    side: Side,
+    backend: &Picked,
+) -> bool {
+    side == Side::Outside
+        && features.overlay
+        && !features.by_overlay
+        && backend.direct
+        && !same(&backend.addr, &ip.key.src)
+        && tables.peer(&backend.addr).is_some()
 }
 
 /// Where a packet's destination leads, when it is a frontend: its address and port, or the port of every address of the node.
@@ -149,7 +199,10 @@ fn open<const V6: bool, P: Packet, T: Tables>(
         port: ip.key.dport,
         generation: 0,
         slot: 0,
+        direct: false,
     };
+    let joining = is_joining(features, ip, side, at_host);
+    let mut dispatched = false;
     let mut source = Source {
         addr: features.node::<V6>(),
         is_node: true,
@@ -159,7 +212,7 @@ fn open<const V6: bool, P: Packet, T: Tables>(
             Side::Outside => lead.external,
             _ => lead.internal,
         };
-        if lead.flags & LEAD_GUARDED != 0 && !tables.in_range(service, &ip.key.src) {
+        if lead.flags & LEAD_GUARDED != 0 && !tables.in_range(service, &ip.key.src) && !joining {
             return dropped(tables, Reason::SourceRange);
         }
         let client = match side {
@@ -173,15 +226,28 @@ fn open<const V6: bool, P: Packet, T: Tables>(
         };
         backend = match picked {
             Pick::Backend(backend) => backend,
+            _ if joining => return Followed::Untouched,
             Pick::None => return refused::<V6, P, T>(packet, tables, ip, Reason::NoBackend),
             Pick::Silent => return dropped(tables, Reason::NoLocalBackend),
             Pick::Torn | Pick::ClientUnknown => return dropped(tables, Reason::ServiceTorn),
         };
         source = seen_by::<V6, T>(tables, features, ip, side, &backend);
+        dispatched = source.is_node && is_dispatched(tables, features, ip, side, &backend);
+        if dispatched {
+            source = Source {
+                addr: ip.key.src,
+                is_node: false,
+            };
+        } else if joining {
+            return Followed::Untouched;
+        }
         if is_zero(&source.addr) {
             return dropped(tables, Reason::NoNodeAddress);
         }
     } else {
+        if joining {
+            return Followed::Untouched;
+        }
         if !at_host && is_vip(tables, &ip.key.dst) {
             if !ip.has_ports() {
                 return dropped(tables, Reason::ServiceProtocol);
@@ -204,10 +270,11 @@ fn open<const V6: bool, P: Packet, T: Tables>(
         backend: &backend,
         src: source.addr,
         fresh_port: source.is_node,
-        seen,
+        seen: seen | if dispatched { SEEN_DISPATCHED } else { 0 },
     };
     let answers = &mut notes.aside.about;
     match flow::open::<V6, T>(tables, &opening, answers) {
+        Ok(()) if dispatched => dispatch(tables, &backend.addr, &mut notes.peer),
         Ok(()) => {
             notes.to = answers.mirrored();
             forward::<V6, P, T>(packet, tables, notes, service)
@@ -305,6 +372,7 @@ pub(crate) fn resume<const V6: bool, T: Tables>(
             port: flow.other.sport,
             generation: flow.generation,
             slot: flow.slot,
+            direct: false,
         };
         if flow.service != NO_SERVICE {
             let Some(found) = balance::find_for::<V6, T>(tables, flow.service, &known) else {
@@ -361,7 +429,7 @@ fn portless<const V6: bool, P: Packet, T: Tables>(
     side: Side,
     at_host: bool,
 ) -> Followed {
-    let Notes { ip, to, aside } = notes;
+    let Notes { ip, to, aside, .. } = notes;
     let (about, is_written) = if V6 {
         let about = about_apart(packet, tables, ip, to, aside);
         (

@@ -25,6 +25,8 @@ pub enum Verdict {
     /// Out by the host's routes, from and to the addresses that the packet has now. They are not carried here: the compiler would
     /// compare them before it looks which verdict it is, and the verifier refuses registers that were never written.
     Route,
+    /// To another node by the overlay, as it came: [`Notes::peer`] says which.
+    Overlay,
 }
 
 /// Load-time constants that the hooks depend on.
@@ -38,6 +40,10 @@ pub struct Features {
     /// The node's address, the source of what it sends on for others; zero without one.
     pub node_v4: Addr,
     pub node_v6: Addr,
+    /// There is an overlay, by which clients' packets for backends elsewhere can be sent on as they came.
+    pub overlay: bool,
+    /// The packet came by it: another node sent it on, and chose a backend here.
+    pub by_overlay: bool,
 }
 
 impl Features {
@@ -56,6 +62,8 @@ pub struct Notes {
     /// What the packet was translated to.
     pub to: FlowKey,
     pub aside: Aside,
+    /// The hardware address of the node that [`Verdict::Overlay`] sends to, as a word.
+    pub peer: u64,
 }
 
 /// Keys that are needed for a moment.
@@ -78,6 +86,7 @@ impl Notes {
             quoted: FlowKey::NONE,
             place: Quoted::NONE,
         },
+        peer: 0,
     };
 }
 
@@ -190,7 +199,7 @@ pub fn pod_ingress<const V6: bool, P: Packet, T: Tables>(
             }
             Followed::ToClient => return onward(tables, &notes.to, features),
             Followed::Rejected => return Verdict::Peer(ifindex),
-            Followed::Dropped => return Verdict::Drop,
+            Followed::Dispatched | Followed::Dropped => return Verdict::Drop,
         }
     }
     deliver(tables, &at)
@@ -238,7 +247,9 @@ pub fn uplink_ingress<const V6: bool, P: Packet, T: Tables>(
         } else {
             Side::Outside
         };
-        match follow::<V6, P, T>(packet, tables, features, notes, side, at.is_host()) {
+        // By the overlay comes what was sent to another node's port, and is this node's now.
+        let at_host = at.is_host() || (features.by_overlay && !at.is_pod());
+        match follow::<V6, P, T>(packet, tables, features, notes, side, at_host) {
             Followed::Untouched => {}
             Followed::ToBackend => return onward(tables, &notes.to, features),
             Followed::ToClient => {
@@ -248,6 +259,7 @@ pub fn uplink_ingress<const V6: bool, P: Packet, T: Tables>(
                 return onward(tables, &notes.to, features);
             }
             Followed::Rejected => return Verdict::Route,
+            Followed::Dispatched => return Verdict::Overlay,
             Followed::Dropped => return Verdict::Drop,
         }
     }
@@ -273,7 +285,7 @@ pub fn service_ingress<const V6: bool, P: Packet, T: Tables>(
         Followed::ToBackend => onward(tables, &notes.to, features),
         Followed::ToClient => onward(tables, &notes.to, features),
         Followed::Rejected => Verdict::Host,
-        Followed::Dropped => Verdict::Drop,
+        Followed::Dispatched | Followed::Dropped => Verdict::Drop,
     }
 }
 
@@ -330,6 +342,10 @@ fn drop<T: Tables>(tables: &T, reason: Reason) -> Verdict {
 #[cfg(test)]
 #[path = "hook_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "dispatch_tests.rs"]
+mod dispatch;
 
 #[cfg(test)]
 #[path = "hook_fuzz.rs"]

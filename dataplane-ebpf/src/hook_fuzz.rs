@@ -19,6 +19,8 @@ fn features(masquerade: bool) -> Features {
         masquerade,
         node_v4: ip("198.18.0.1"),
         node_v6: ip("fd00:18::1"),
+        overlay: false,
+        by_overlay: false,
     }
 }
 

@@ -16,6 +16,8 @@ const FEATURES: Features = Features {
     masquerade: false,
     node_v4: Addr::from_v4_be(u32::from_ne_bytes([198, 18, 0, 1])),
     node_v6: Addr { words: [0, 0] },
+    overlay: false,
+    by_overlay: false,
 };
 
 /// A node with two pods, and a Service 10.96.0.1:80 without backends yet.

@@ -10,8 +10,8 @@ use std::{
 
 use dataplane_abi::{
     Addr, Affinity, AffinityKey, Backend, Cell, ExtentHeader, Flow, FlowKey, FragmentKey,
-    FragmentPorts, FrontendKey, Lead, LocalAddress, Plain, Reason, SERVICE_SILENT, ServiceRef,
-    proto,
+    FragmentPorts, FrontendKey, Lead, LocalAddress, Plain, Reason, SERVICE_DIRECT, SERVICE_SILENT,
+    ServiceRef, proto,
 };
 
 use crate::{
@@ -99,6 +99,8 @@ pub struct Memory {
     pub cells: RefCell<Vec<Cell>>,
     /// Tables by the generations of their extents.
     pub maglev: RefCell<HashMap<u32, Vec<u16>>>,
+    /// Single addresses on other nodes.
+    pub peers: RefCell<HashMap<Addr, u64>>,
     pub local: RefCell<HashMap<Addr, LocalAddress>>,
     pub flows: FlowTable,
     pub flows_max: usize,
@@ -118,6 +120,7 @@ impl Default for Memory {
             services: RefCell::default(),
             cells: RefCell::new(Vec::from([Cell::default()])),
             maglev: RefCell::default(),
+            peers: RefCell::default(),
             local: RefCell::default(),
             flows: RefCell::default(),
             flows_max: usize::MAX,
@@ -193,6 +196,11 @@ impl Memory {
         let generation = self.services.borrow()[&id].generation;
         self.change_header(id, |header| header.maglev = table.len() as u32);
         self.maglev.borrow_mut().insert(generation, table.into());
+    }
+
+    /// Lets clients outside be answered directly, until a service's backends are set anew.
+    pub fn set_direct(&self, id: u32) {
+        self.change_header(id, |header| header.flags |= SERVICE_DIRECT);
     }
 
     /// Makes a service silent without backends, until these are set anew.
@@ -280,6 +288,10 @@ impl Tables for Memory {
     fn maglev(&self, generation: u32, position: u32) -> Option<u16> {
         let tables = self.maglev.borrow();
         tables.get(&generation)?.get(position as usize).copied()
+    }
+
+    fn peer(&self, addr: &Addr) -> Option<u64> {
+        self.peers.borrow().get(addr).copied()
     }
 
     fn local(&self, addr: &Addr) -> Option<LocalAddress> {

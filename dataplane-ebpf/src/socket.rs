@@ -84,6 +84,7 @@ pub fn destination<T: Tables>(
                 port: peer.backend_port,
                 generation: peer.generation,
                 slot: peer.slot,
+                direct: false,
             };
             balance::find(tables, service, &known)
         }

@@ -32,6 +32,8 @@ pub trait Tables {
     fn cell(&self, index: u32) -> Option<Cell>;
     /// The entry at a position of the Maglev table of a generation.
     fn maglev(&self, generation: u32, position: u32) -> Option<u16>;
+    /// The hardware address of the overlay's end on the other node that has an address, as a word; see [`dataplane_abi::PeerKey`].
+    fn peer(&self, addr: &Addr) -> Option<u64>;
     fn local(&self, addr: &Addr) -> Option<LocalAddress>;
     /// Whether an address lies in one of the ranges of a service or, for service 0, of destinations without masquerade.
     fn in_range(&self, service: u32, addr: &Addr) -> bool;

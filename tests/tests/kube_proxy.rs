@@ -300,6 +300,8 @@ fn by_packet(
         masquerade: false,
         node_v4: NODE_IP.into(),
         node_v6: in_family(NODE_IP, false).into(),
+        overlay: false,
+        by_overlay: false,
     };
     let from = SocketAddr::new(client.address(to.is_ipv4()), port).to_string();
     let sent = match protocol {
@@ -554,6 +556,8 @@ fn any_service() -> impl Strategy<Value = Object> {
                     external_traffic_policy: external,
                     health_check_node_port: None,
                     proxy_name: elsewhere.then(|| "another".into()),
+                    balancing: None,
+                    dsr: None,
                 }))
             },
         )

@@ -38,7 +38,7 @@ pub use flows::{FlowTables, FlowView, monotonic_ns, monotonic_s};
 pub use handover::HandedOver;
 pub use hooks::FilterHooks;
 pub use op::{
-    Frontend, Lead, LocalPod, Op, Protocol, ServiceBackends, ServiceId, Sources, State, Vip,
+    Frontend, Lead, LocalPod, Op, Peers, Protocol, ServiceBackends, ServiceId, Sources, State, Vip,
 };
 pub use programs::PacketProgram;
 pub use sys::{LinkTarget, MapShape};
@@ -72,6 +72,9 @@ pub struct Config {
     pub masquerade: bool,
     /// Hardware address of the uplink whose driver shall run our program ([`Dataplane::attach_early`]): other frames are not for us.
     pub uplink_mac: Option<[u8; 6]>,
+    /// Interface index of the overlay, where clients outside may be answered by other nodes directly; the hook of uplinks is to hang on
+    /// it too. It carries to the nodes that [`Op::SetPeers`] names.
+    pub overlay: Option<u32>,
 }
 
 impl Config {
@@ -86,6 +89,7 @@ impl Config {
             node_v6: None,
             masquerade: false,
             uplink_mac: None,
+            overlay: None,
         }
     }
 }

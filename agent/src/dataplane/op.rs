@@ -134,6 +134,9 @@ pub struct ServiceBackends {
     /// Entries of the Maglev table by which backends are chosen for clients outside, one of [`super::maglev::SIZES`]; 0 for any at
     /// random. Read back, 0 also where there was no room for the table.
     pub maglev: u32,
+    /// Clients outside are answered by their backend's node directly, where all nodes can choose alike: with a Maglev table, or one
+    /// backend. Read back, false also where there was no room for the table.
+    pub direct: bool,
 }
 
 /// The ranges from which clients may come to a service port by its guarded frontends.
@@ -203,7 +206,14 @@ pub enum Op {
     SetUnmasqueraded {
         ranges: BTreeSet<IpNetwork>,
     },
+    /// Sets all ranges of addresses that are on other nodes, with the hardware address of the overlay's end there.
+    SetPeers {
+        peers: Peers,
+    },
 }
+
+/// Where addresses on other nodes are, in the overlay.
+pub type Peers = BTreeMap<IpNetwork, [u8; 6]>;
 
 /// Everything that the maps hold: what an agent that restarts diffs its plan against.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -216,4 +226,5 @@ pub struct State {
     pub pods: BTreeMap<IpAddr, LocalPod>,
     pub host_addresses: BTreeSet<IpAddr>,
     pub unmasqueraded: BTreeSet<IpNetwork>,
+    pub peers: Peers,
 }

@@ -8,8 +8,8 @@ use std::{
 };
 
 use dataplane_abi::{
-    Addr, Cell, FrontendKey, Lead, LocalAddress, MaglevBlock, MaglevKey, RangeKey, ServiceRef,
-    limits, map,
+    Addr, Cell, FrontendKey, Lead, LocalAddress, MaglevBlock, MaglevKey, PeerKey, RangeKey,
+    ServiceRef, limits, map,
 };
 
 use super::{
@@ -24,6 +24,7 @@ pub struct PinnedMaps {
     local: OwnedFd,
     ranges: OwnedFd,
     maglev: OwnedFd,
+    peers: OwnedFd,
     services: Mapping,
     backends: Mapping,
 }
@@ -41,6 +42,7 @@ impl PinnedMaps {
             local: open(map::LOCAL)?,
             ranges: open(map::RANGES)?,
             maglev: open(map::MAGLEV)?,
+            peers: open(map::PEERS)?,
             services: mapped(map::SERVICES, limits::SERVICES as usize * size_of::<u64>())?,
             backends: mapped(map::BACKENDS, limits::CELLS as usize * size_of::<Cell>())?,
         })
@@ -128,6 +130,18 @@ impl MapIo for PinnedMaps {
 
     fn remove_maglev(&mut self, keys: &[MaglevKey]) -> Result<(), Error> {
         sys::delete_batch(self.maglev.as_fd(), keys).map_err(failed("delete from", map::MAGLEV))
+    }
+
+    fn peers(&self) -> Result<Vec<(PeerKey, u64)>, Error> {
+        sys::entries(self.peers.as_fd()).map_err(failed("read", map::PEERS))
+    }
+
+    fn set_peers(&mut self, entries: &[(PeerKey, u64)]) -> Result<(), Error> {
+        sys::update_batch(self.peers.as_fd(), entries).map_err(written(map::PEERS, limits::PEERS))
+    }
+
+    fn remove_peers(&mut self, keys: &[PeerKey]) -> Result<(), Error> {
+        sys::delete_batch(self.peers.as_fd(), keys).map_err(failed("delete from", map::PEERS))
     }
 
     fn service(&self, id: u32) -> ServiceRef {

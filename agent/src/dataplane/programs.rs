@@ -123,6 +123,8 @@ impl Programs {
         loader.override_global(global::NODE_V6_LOW, &low, true);
         loader.override_global(global::MASQUERADE, &masquerade, true);
         loader.override_global(global::HOST_NETNS, &host_netns, true);
+        let overlay = config.overlay.unwrap_or(0);
+        loader.override_global(global::OVERLAY, &overlay, true);
         let uplink_mac = config.uplink_mac.map_or(0, word_of);
         loader.override_global(global::UPLINK_MAC, &uplink_mac, true);
         let mut ebpf = loader
@@ -425,8 +427,8 @@ impl Programs {
     }
 }
 
-/// A hardware address as programs compare it.
-fn word_of(mac: [u8; 6]) -> u64 {
+/// A hardware address as programs have it.
+pub(super) fn word_of(mac: [u8; 6]) -> u64 {
     let [a, b, c, d, e, f] = mac;
     u64::from_le_bytes([a, b, c, d, e, f, 0, 0])
 }

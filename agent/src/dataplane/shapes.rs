@@ -4,8 +4,8 @@ use std::{io, os::fd::AsFd as _, path::Path};
 
 use dataplane_abi::{
     Addr, Affinity, AffinityKey, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey,
-    Lead, LocalAddress, MONITOR_WORDS, MaglevBlock, MaglevKey, RangeKey, Reason, SocketPeers,
-    limits, map,
+    Lead, LocalAddress, MONITOR_WORDS, MaglevBlock, MaglevKey, PeerKey, RangeKey, Reason,
+    SocketPeers, limits, map,
 };
 
 use super::{
@@ -14,7 +14,7 @@ use super::{
 };
 
 /// What each map of the object is made like.
-pub(super) fn shapes() -> [(&'static str, MapShape); 14] {
+pub(super) fn shapes() -> [(&'static str, MapShape); 15] {
     const HASH: u32 = 1;
     const ARRAY: u32 = 2;
     const PERCPU_ARRAY: u32 = 6;
@@ -91,6 +91,16 @@ pub(super) fn shapes() -> [(&'static str, MapShape); 14] {
                 size_of::<RangeKey>(),
                 word,
                 limits::RANGES,
+                NO_PREALLOC,
+            ),
+        ),
+        (
+            map::PEERS,
+            MapShape::new(
+                LPM_TRIE,
+                size_of::<PeerKey>(),
+                size_of::<u64>(),
+                limits::PEERS,
                 NO_PREALLOC,
             ),
         ),

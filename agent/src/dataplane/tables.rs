@@ -10,8 +10,8 @@ use std::{
 
 use dataplane_abi::{
     Addr, Backend, Cell, ExtentHeader, FROM_HOST, FROM_POD, FrontendKey, LEAD_GUARDED,
-    Lead as RawLead, LocalAddress, MARKER_EXTERNAL, MaglevBlock, MaglevKey, QUEUED, RangeKey,
-    SERVICE_SILENT, ServiceRef, limits,
+    Lead as RawLead, LocalAddress, MARKER_EXTERNAL, MaglevBlock, MaglevKey, PeerKey, QUEUED,
+    RangeKey, SERVICE_DIRECT, SERVICE_SILENT, ServiceRef, limits,
 };
 use ipnetwork::IpNetwork;
 
@@ -20,6 +20,7 @@ use super::{
     extent::{Extent, Extents},
     maglev,
     op::{Frontend, Lead, LocalPod, Op, Protocol, ServiceBackends, ServiceId, State, Vip},
+    programs::word_of,
 };
 
 /// The maps of the data plane, as the agent reads and writes them.
@@ -40,6 +41,10 @@ pub trait MapIo {
     fn maglev_blocks(&self) -> Result<Vec<MaglevKey>, Error>;
     fn set_maglev(&mut self, blocks: &[(MaglevKey, MaglevBlock)]) -> Result<(), Error>;
     fn remove_maglev(&mut self, keys: &[MaglevKey]) -> Result<(), Error>;
+
+    fn peers(&self) -> Result<Vec<(PeerKey, u64)>, Error>;
+    fn set_peers(&mut self, entries: &[(PeerKey, u64)]) -> Result<(), Error>;
+    fn remove_peers(&mut self, keys: &[PeerKey]) -> Result<(), Error>;
 
     fn service(&self, id: u32) -> ServiceRef;
     /// Replaces a service's reference in one store, after all cells written before.
@@ -189,6 +194,13 @@ impl<M: MapIo> Tables<M> {
                     .insert(range),
             };
         }
+        for (key, mac) in self.io.peers()? {
+            let [a, b, c, d, e, f, ..] = mac.to_le_bytes();
+            match range_of(key.address(), key.prefix_len) {
+                Some(range) => drop(state.peers.insert(range, [a, b, c, d, e, f])),
+                None => tracing::warn!(?key, "a range of another node that is none is left alone"),
+            }
+        }
         for (addr, local) in self.io.local_addresses()? {
             match local.kind & !QUEUED {
                 FROM_POD => {
@@ -227,6 +239,7 @@ impl<M: MapIo> Tables<M> {
             silent: header.flags & SERVICE_SILENT != 0,
             affinity_timeout_s: header.affinity_timeout_s,
             maglev: header.maglev,
+            direct: header.flags & SERVICE_DIRECT != 0,
         }
     }
 
@@ -238,6 +251,9 @@ impl<M: MapIo> Tables<M> {
             if let Some(backends) = backends {
                 self.place(*id, backends, now)?;
             }
+        }
+        if let Some(peers) = &batch.peers {
+            self.settle_peers(peers)?;
         }
         let stale_ranges = self.extend_ranges(&batch.ranges)?;
         let (set, removed) = parted(&batch.locals);
@@ -285,12 +301,16 @@ impl<M: MapIo> Tables<M> {
         // 0 says that there is no service.
         self.generation = self.generation.checked_add(1).unwrap_or(1);
         let entries = self.write_maglev(id, backends)?;
+        // Nodes that do not choose alike would send clients' packets to nodes that send them on.
+        let direct = backends.direct && (entries != 0 || backends.active.len() == 1);
+        let flags = if backends.silent { SERVICE_SILENT } else { 0 }
+            | if direct { SERVICE_DIRECT } else { 0 };
         let header = ExtentHeader {
             service: id,
             generation: self.generation,
             active: backends.active.len() as u32,
             total: total as u32,
-            flags: if backends.silent { SERVICE_SILENT } else { 0 },
+            flags,
             affinity_timeout_s: backends.affinity_timeout_s,
             maglev: entries,
             ..ExtentHeader::default()
@@ -413,6 +433,19 @@ impl<M: MapIo> Tables<M> {
         Ok(removed)
     }
 
+    /// Makes the ranges of other nodes these.
+    fn settle_peers(&mut self, wished: &BTreeMap<PeerKey, u64>) -> Result<(), Error> {
+        let held: BTreeMap<PeerKey, u64> = self.io.peers()?.into_iter().collect();
+        let new = wished
+            .iter()
+            .filter(|(key, mac)| held.get(key) != Some(mac));
+        let new: Vec<(PeerKey, u64)> = new.map(|(key, mac)| (*key, *mac)).collect();
+        let gone = held.keys().filter(|key| !wished.contains_key(key));
+        let gone: Vec<PeerKey> = gone.copied().collect();
+        self.io.remove_peers(&gone)?;
+        self.io.set_peers(&new)
+    }
+
     /// Lets pods keep their addresses everywhere, unless it is known where they do. Programs that masquerade must not see a packet
     /// before that: what one pod sends to another would leave as the node.
     pub fn hold_masquerade_back(&mut self, now: Instant) -> Result<(), Error> {
@@ -494,6 +527,7 @@ struct Batch {
     ranges: BTreeMap<u32, BTreeSet<RangeKey>>,
     frontends: BTreeMap<FrontendKey, Option<RawLead>>,
     locals: BTreeMap<Addr, Option<LocalAddress>>,
+    peers: Option<BTreeMap<PeerKey, u64>>,
 }
 
 impl Batch {
@@ -513,6 +547,13 @@ impl Batch {
                 }
                 Op::SetUnmasqueraded { ranges } => {
                     batch.ranges.insert(0, range_keys(0, ranges));
+                }
+                Op::SetPeers { peers } => {
+                    let entry = |(range, mac): (&IpNetwork, &[u8; 6])| {
+                        let len = u32::from(range.prefix()) + deeper(range);
+                        (PeerKey::new(range.network().into(), len), word_of(*mac))
+                    };
+                    batch.peers = Some(peers.iter().map(entry).collect());
                 }
                 Op::SetFrontend { frontend, lead } => {
                     let flags = if lead.guarded { LEAD_GUARDED } else { 0 };
@@ -583,20 +624,25 @@ fn checked(id: ServiceId) -> Result<u32, Error> {
 /// The keys of ranges; an IPv4 range lies 96 bits deep in the mapped ones.
 fn range_keys(id: u32, ranges: &BTreeSet<IpNetwork>) -> BTreeSet<RangeKey> {
     let key = |range: &IpNetwork| {
-        let deeper = if range.is_ipv4() { 96 } else { 0 };
-        RangeKey::new(
-            id,
-            range.network().into(),
-            u32::from(range.prefix()) + deeper,
-        )
+        let len = u32::from(range.prefix()) + deeper(range);
+        RangeKey::new(id, range.network().into(), len)
     };
     ranges.iter().map(key).collect()
 }
 
+/// Bits before those of a range's own addresses.
+fn deeper(range: &IpNetwork) -> u32 {
+    if range.is_ipv4() { 96 } else { 0 }
+}
+
 /// The range of a key.
 fn network(key: &RangeKey) -> Option<IpNetwork> {
-    let addr = IpAddr::from(key.address());
-    let len = key.prefix_len.checked_sub(32)?;
+    range_of(key.address(), key.prefix_len.checked_sub(32)?)
+}
+
+/// The range of an address and so many bits out of 128.
+fn range_of(addr: Addr, len: u32) -> Option<IpNetwork> {
+    let addr = IpAddr::from(addr);
     let len = if addr.is_ipv4() {
         len.checked_sub(96)?
     } else {

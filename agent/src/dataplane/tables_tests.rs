@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::dataplane::extent::GRACE;
+use crate::dataplane::op::Peers;
 
 /// Maps in memory, which note in what order they were written.
 #[derive(Default)]
@@ -9,6 +10,7 @@ struct Memory {
     frontends: BTreeMap<FrontendKey, RawLead>,
     ranges: BTreeSet<RangeKey>,
     maglev: BTreeMap<MaglevKey, MaglevBlock>,
+    peers: BTreeMap<PeerKey, u64>,
     locals: BTreeMap<Addr, LocalAddress>,
     services: BTreeMap<u32, ServiceRef>,
     cells: BTreeMap<u32, Cell>,
@@ -75,6 +77,17 @@ impl MapIo for Memory {
         if !keys.is_empty() {
             self.log.push("remove table");
         }
+        Ok(())
+    }
+    fn peers(&self) -> Result<Vec<(PeerKey, u64)>, Error> {
+        Ok(self.peers.clone().into_iter().collect())
+    }
+    fn set_peers(&mut self, entries: &[(PeerKey, u64)]) -> Result<(), Error> {
+        self.peers.extend(entries.iter().copied());
+        Ok(())
+    }
+    fn remove_peers(&mut self, keys: &[PeerKey]) -> Result<(), Error> {
+        self.peers.retain(|key, _| !keys.contains(key));
         Ok(())
     }
     fn service(&self, id: u32) -> ServiceRef {
@@ -521,12 +534,61 @@ fn a_table_without_room_leaves_its_service_served_and_is_told() {
     let mut tables = Tables::adopt(Memory::default());
     tables.maglev_blocks = limits::MAGLEV_BLOCKS - 1;
     let both = by_table(&["10.0.0.1:80", "10.0.0.2:80"]);
-    tables.apply(&[both.clone()], Instant::now()).unwrap();
+    let once = std::slice::from_ref(&both);
+    tables.apply(once, Instant::now()).unwrap();
     assert_eq!(tables.maglev().refused, 1);
     let state = tables.state().unwrap();
     let held = &state.services[&ServiceId(3)];
     assert_eq!((held.active.len(), held.maglev), (2, 0));
     tables.maglev_blocks = 0;
-    tables.apply(&[both], Instant::now()).unwrap();
+    tables.apply(once, Instant::now()).unwrap();
     assert_eq!(tables.maglev().refused, 0);
+}
+
+#[test]
+fn ranges_of_other_nodes_are_replaced_whole_and_read_back() {
+    let mut tables = Tables::adopt(Memory::default());
+    let peers = |list: &[(&str, u8)]| -> Peers {
+        let peer =
+            |(range, last): &(&str, u8)| (range.parse().unwrap(), [10, 0x6d, 198, 18, 0, *last]);
+        list.iter().map(peer).collect()
+    };
+    for list in [
+        &[
+            ("10.244.2.0/24", 2),
+            ("fd00:244:2::/64", 2),
+            ("198.18.0.2/32", 2),
+        ][..],
+        &[("10.244.2.0/24", 3), ("fd00:244:4::/64", 4)],
+        &[],
+    ] {
+        let wished = peers(list);
+        let op = Op::SetPeers {
+            peers: wished.clone(),
+        };
+        tables.apply(&[op], Instant::now()).unwrap();
+        assert_eq!(tables.state().unwrap().peers, wished);
+    }
+}
+
+#[test]
+fn clients_are_answered_directly_only_where_all_nodes_choose_alike() {
+    let mut tables = Tables::adopt(Memory::default());
+    let mut direct = |active: &[&str], maglev: u32| {
+        let wished = ServiceBackends {
+            maglev,
+            direct: true,
+            ..backends(active, &[])
+        };
+        let op = Op::SetService {
+            id: ServiceId(1),
+            backends: wished,
+        };
+        tables.apply(&[op], Instant::now()).unwrap();
+        tables.state().unwrap().services[&ServiceId(1)].direct
+    };
+    assert!(direct(&["10.0.0.1:80"], 0));
+    assert!(direct(&["10.0.0.1:80", "10.0.0.2:80"], 251));
+    assert!(!direct(&["10.0.0.1:80", "10.0.0.2:80"], 0));
+    assert!(!direct(&[], 0));
 }

@@ -88,6 +88,7 @@ impl<'a> Endpoints<'a> {
             silent,
             affinity_timeout_s: service.affinity_timeout_s.unwrap_or(0),
             maglev: 0,
+            direct: false,
         }
     }
 }

@@ -321,7 +321,8 @@ impl Ledger {
                 | Op::RemovePod { .. }
                 | Op::SetHostAddress { .. }
                 | Op::RemoveHostAddress { .. }
-                | Op::SetUnmasqueraded { .. } => {}
+                | Op::SetUnmasqueraded { .. }
+                | Op::SetPeers { .. } => {}
             }
         }
         self.touched = Touched::default();

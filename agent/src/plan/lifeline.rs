@@ -29,6 +29,7 @@ pub fn keep_backends(plan: &mut ServicePlan, held: &State) -> bool {
             port.backends.active.clone_from(&last.active);
             port.backends.terminating.clone_from(&last.terminating);
             port.backends.maglev = last.maglev;
+            port.backends.direct = last.direct;
             port.backends.silent = false;
             kept = true;
         }

@@ -7,6 +7,7 @@ mod endpoints;
 mod host_ports;
 mod ledger;
 mod lifeline;
+mod peers;
 mod routes;
 mod service;
 mod unmasqueraded;
@@ -14,10 +15,11 @@ mod unmasqueraded;
 pub use host_ports::{collide, host_ports_key, plan_host_ports};
 pub use ledger::{Batch, Ledger, Refusal};
 pub use lifeline::{is_lifeline, keep_backends};
+pub use peers::plan_peers;
 pub use routes::{
     NodeRoute, PathKey, Probed, RouteChange, RoutePlan, Routing, diff_routes, plan_routes,
 };
 pub use service::{
-    Balancing, Here, Policy, PortKey, PortPlan, Route, ServicePlan, Violation, check, plan,
+    Balancing, Dsr, Here, Policy, PortKey, PortPlan, Route, ServicePlan, Violation, check, plan,
 };
 pub use unmasqueraded::plan_unmasqueraded;

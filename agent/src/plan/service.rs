@@ -5,7 +5,9 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
-use cluster_model::{Service, ServiceKey, ServicePort, ServiceType, Snapshot, TrafficPolicy};
+use cluster_model::{
+    Service, ServiceKey, ServicePort, ServiceType, Snapshot, TrafficDistribution, TrafficPolicy,
+};
 use dataplane_abi::limits;
 use litemap::LiteMap;
 
@@ -27,6 +29,19 @@ pub struct Balancing {
     pub maglev: bool,
     /// Entries of a table, one of [`maglev::SIZES`].
     pub table_size: u32,
+    pub dsr: Dsr,
+}
+
+/// Whether clients outside are answered by their backend's node directly, wherever they asked (direct server return).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Dsr {
+    /// Never: by the node that they asked.
+    #[default]
+    Off,
+    /// Those of Services that say so.
+    Annotated,
+    /// Unless a Service says otherwise.
+    On,
 }
 
 impl Default for Balancing {
@@ -34,6 +49,7 @@ impl Default for Balancing {
         Self {
             maglev: false,
             table_size: maglev::SIZE_DEFAULT,
+            dsr: Dsr::Off,
         }
     }
 }
@@ -48,12 +64,13 @@ const _: () = assert!(
 impl Balancing {
     /// Entries of the table for so many backends of a Service; 0 without one. What the annotation says otherwise than it may counts as
     /// not said.
-    fn entries(self, service: &Service, backends: usize) -> u32 {
-        let by_table = match service.balancing.as_deref() {
-            Some("maglev") => true,
-            Some("random") => false,
-            _ => self.maglev,
-        };
+    fn entries(self, service: &Service, backends: usize, direct: bool) -> u32 {
+        let by_table = direct
+            || match service.balancing.as_deref() {
+                Some("maglev") => true,
+                Some("random") => false,
+                _ => self.maglev,
+            };
         if !by_table || backends < 2 {
             return 0;
         }
@@ -111,6 +128,21 @@ pub struct Route {
     pub internal: PortKey,
     pub external: PortKey,
     pub guarded: bool,
+}
+
+impl Balancing {
+    /// Whether clients outside are to be answered directly. All nodes have to choose alike, knowing no more than the packet.
+    fn is_direct(self, service: &Service, policy: Policy) -> bool {
+        let asked = match (self.dsr, service.dsr.as_deref()) {
+            (Dsr::Off, _) | (_, Some("off")) => false,
+            (_, Some("on")) | (Dsr::On, _) => true,
+            (Dsr::Annotated, _) => false,
+        };
+        asked
+            && policy == Policy::Cluster
+            && service.affinity_timeout_s.is_none()
+            && service.traffic_distribution == TrafficDistribution::Any
+    }
 }
 
 /// All that the data plane shall hold of one Service. Empty for a Service that has no address of its own.
@@ -303,7 +335,11 @@ fn plan_ports(
         backends.active.truncate(limit);
         backends.terminating.truncate(limit - backends.active.len());
         if outside {
-            backends.maglev = here.balancing.entries(service, backends.active.len());
+            let direct = here.balancing.is_direct(service, key.policy);
+            let count = backends.active.len();
+            backends.maglev = here.balancing.entries(service, count, direct);
+            // Where nobody is left but who terminates, every node chooses for itself.
+            backends.direct = direct && count > 0;
         }
         let ranges = service.load_balancer_source_ranges.iter();
         let sources = ranges

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use cluster_model::{BALANCING_ANNOTATION, Kind, ServiceKey, Snapshot};
+use cluster_model::{BALANCING_ANNOTATION, DSR_ANNOTATION, Kind, ServiceKey, Snapshot};
 
 use super::{Worker, WorkerError, reason};
 use crate::dataplane;
@@ -13,7 +13,8 @@ use crate::metrics::Extent;
 use crate::node::{Identity, Node};
 use crate::node_ports::{NodePort, listeners};
 use crate::plan::{
-    Refusal, ServicePlan, check, is_lifeline, keep_backends, plan, plan_unmasqueraded,
+    Dsr, Refusal, ServicePlan, check, is_lifeline, keep_backends, plan, plan_peers,
+    plan_unmasqueraded,
 };
 
 /// Refusals of one batch whose Services are told: more come of one mistake.
@@ -135,9 +136,26 @@ impl Worker {
         }
     }
 
+    /// Other nodes' addresses, where clients outside may be answered from there.
+    fn settle_peers(&mut self) {
+        let dsr = self.config.balancing.dsr != Dsr::Off;
+        let Some(node) = self
+            .node
+            .as_mut()
+            .filter(|_| dsr && self.snapshot.synced(Kind::Node))
+        else {
+            return;
+        };
+        match node.settle_peers(plan_peers(&self.snapshot, &self.here.node)) {
+            Ok(()) => drop(self.problems.remove("dsr")),
+            Err(error) => self.problem("dsr", reason(&error)),
+        }
+    }
+
     /// `again` compares the kernel's table also when the plan is what it was.
     pub(super) fn settle_routes(&mut self, again: bool) {
         self.settle_unmasqueraded();
+        self.settle_peers();
         let Some(node) = self
             .node
             .as_ref()
@@ -338,17 +356,26 @@ fn complaints(
         slice.refused.iter().map(named)
     });
     let endpoints: Vec<String> = ports.chain(slices).take(UNUSABLE_MAX).collect();
-    let annotation = snapshot
-        .service(key)
-        .and_then(|service| service.balancing.clone());
-    let annotation: Vec<String> = annotation
-        .filter(|text| !matches!(&**text, "maglev" | "random"))
-        .map(|text| format!("annotation {BALANCING_ANNOTATION}: {text:?} is not maglev or random"))
-        .into_iter()
-        .collect();
+    let service = snapshot.service(key);
+    let said = |name: &str, word: Option<&str>, may: [&str; 2]| -> Vec<String> {
+        let wrong = word.filter(|word| !may.contains(word));
+        let wrong = wrong.map(|word| {
+            format!(
+                "annotation {name}: {word:?} is not {} or {}",
+                may[0], may[1]
+            )
+        });
+        wrong.into_iter().collect()
+    };
+    let balancing = service.and_then(|service| service.balancing.as_deref());
+    let dsr = service.and_then(|service| service.dsr.as_deref());
     let all = [
         ("EndpointsLeftOut", endpoints),
-        ("UnknownBalancing", annotation),
+        (
+            "UnknownBalancing",
+            said(BALANCING_ANNOTATION, balancing, ["maglev", "random"]),
+        ),
+        ("UnknownDsr", said(DSR_ANNOTATION, dsr, ["on", "off"])),
     ];
     all.into_iter()
         .filter(|(_, words)| !words.is_empty())

@@ -118,6 +118,8 @@ fn features(masquerade: bool) -> Features {
         masquerade,
         node_v4: addr([198, 18, 0, 1]),
         node_v6: Family::V6.ip("198.18.0.1").into(),
+        overlay: false,
+        by_overlay: false,
     }
 }
 
@@ -186,7 +188,7 @@ fn compare(program: PacketProgram, run: &Run, on_the_host: (Verdict, Vec<u8>), p
         Verdict::Drop => run.verdict == DROP,
         Verdict::Route => matches!(run.verdict, REDIRECT | DROP),
         // Into a pod nothing is redirected from the host's side.
-        Verdict::Peer(_) | Verdict::Host => {
+        Verdict::Peer(_) | Verdict::Host | Verdict::Overlay => {
             run.verdict == REDIRECT || (program == PodEgress && run.verdict == PASS)
         }
     };

@@ -39,6 +39,8 @@ static HOST_NETNS: Global<u64> = Global::new(0);
 static MASQUERADE: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 static UPLINK_MAC: Global<u64> = Global::new(0);
+#[unsafe(no_mangle)]
+static OVERLAY: Global<u32> = Global::new(0);
 
 #[inline(always)]
 fn features() -> Features {
@@ -48,6 +50,8 @@ fn features() -> Features {
         masquerade: MASQUERADE.load() != 0,
         node_v4: node_v4(),
         node_v6: node_v6(),
+        overlay: OVERLAY.load() != 0,
+        by_overlay: false,
     }
 }
 
@@ -160,7 +164,12 @@ fn from_outside<const V6: bool>(ctx: &TcContext) -> i32 {
     };
     let mut skb = Skb::new::<V6>(ctx);
     let tables = Watched::new(skb.raw(), Hook::UplinkIngress);
-    let verdict = hook::uplink_ingress::<V6, _, _>(&mut skb, &tables, &features(), notes);
+    let mut features = features();
+    features.by_overlay = features.overlay && skb.ifindex() == OVERLAY.load();
+    let verdict = hook::uplink_ingress::<V6, _, _>(&mut skb, &tables, &features, notes);
+    if features.overlay && matches!(verdict, hook::Verdict::Overlay) {
+        return packets::to_peer(&mut skb, notes.peer);
+    }
     act::<V6>(&mut skb, verdict)
 }
 

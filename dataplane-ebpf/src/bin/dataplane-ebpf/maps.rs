@@ -10,7 +10,8 @@ use aya_ebpf::{
 };
 use dataplane_abi::{
     Addr, Affinity, AffinityKey, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey,
-    Lead, LocalAddress, MaglevBlock, MaglevKey, RangeKey, Reason, ServiceRef, SocketPeers, limits,
+    Lead, LocalAddress, MaglevBlock, MaglevKey, PeerKey, RangeKey, Reason, ServiceRef, SocketPeers,
+    limits,
 };
 use dataplane_ebpf::{
     hook::Notes,
@@ -55,6 +56,9 @@ pub static MAGLEV: HashMap<
 /// Keys are [`RangeKey`]s: what follows the length of the prefix, as words.
 #[btf_map]
 pub static RANGES: LpmTrie<[u32; 5], u32, { limits::RANGES as usize }> = LpmTrie::new();
+/// Keys are [`PeerKey`]s.
+#[btf_map]
+pub static PEERS: LpmTrie<[u32; 4], u64, { limits::PEERS as usize }> = LpmTrie::new();
 #[btf_map]
 pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, { limits::FRAGMENTS as usize }> =
     LruHashMap::new();
@@ -162,6 +166,12 @@ impl Tables for Maps {
         }
         // SAFETY: within the value, of a map that is not preallocated, as above.
         Some(unsafe { slots.cast::<u16>().add(at as usize).read() })
+    }
+
+    #[inline(always)]
+    fn peer(&self, addr: &Addr) -> Option<u64> {
+        let PeerKey { addr, .. } = PeerKey::new(*addr, 128);
+        PEERS.get(&PrefixKey::new(PeerKey::FULL, addr)).copied()
     }
 
     #[inline(always)]

@@ -68,6 +68,7 @@ impl<P: Told> Tables for Watched<P> {
         service(id: u32) -> Option<ServiceRef>;
         cell(index: u32) -> Option<Cell>;
         maglev(generation: u32, position: u32) -> Option<u16>;
+        peer(addr: &Addr) -> Option<u64>;
         local(addr: &Addr) -> Option<LocalAddress>;
         in_range(service: u32, addr: &Addr) -> bool;
         affinity(key: &AffinityKey) -> Option<Affinity>;

@@ -21,7 +21,7 @@ use dataplane_ebpf::{
     tables::Tables as _,
 };
 
-use crate::{SERVICE_VETH, maps::Maps};
+use crate::{OVERLAY, SERVICE_VETH, maps::Maps};
 
 /// TCX_NEXT, and TC_ACT_UNSPEC where there is no tcx: the next program, then the stack.
 pub const NEXT: i32 = -1;
@@ -179,7 +179,8 @@ pub extern "C" fn crc32c_change(difference: u32, len: u32) -> u32 {
 pub fn act<const V6: bool>(skb: &mut Skb, verdict: Verdict) -> i32 {
     match verdict {
         Verdict::Pass => NEXT,
-        Verdict::Drop => TC_ACT_SHOT,
+        // To other nodes the hook of the uplink alone sends, by a way of its own.
+        Verdict::Drop | Verdict::Overlay => TC_ACT_SHOT,
         // SAFETY: the helper has no memory arguments. The pod's own Ethernet header is not looked at by its stack.
         Verdict::Peer(ifindex) => unsafe { bpf_redirect_peer(ifindex, 0) as i32 },
         Verdict::Host => to_host(skb),
@@ -197,6 +198,18 @@ fn to_host(skb: &mut Skb) -> i32 {
     }
     // SAFETY: no memory arguments.
     unsafe { bpf_redirect(SERVICE_VETH.load(), BPF_F_INGRESS as u64) as i32 }
+}
+
+/// To another node by the overlay, whose end there has this hardware address.
+#[inline(always)]
+pub fn to_peer(skb: &mut Skb, mac: u64) -> i32 {
+    let mac = [mac as u16, (mac >> 16) as u16, (mac >> 32) as u16];
+    if !skb.write(0, &mac) {
+        Maps.count(Reason::RewriteFailed);
+        return TC_ACT_SHOT;
+    }
+    // SAFETY: no memory arguments.
+    unsafe { bpf_redirect(OVERLAY.load(), 0) as i32 }
 }
 
 /// A function of its own, for the stack (see [`dataplane_ebpf::hook::Notes`]).
