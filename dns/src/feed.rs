@@ -65,6 +65,7 @@ impl Feed {
                             socket: socket.clone(),
                             part,
                             metrics: self.shared.metrics.clone(),
+                            offers: self.shared.offers(),
                         };
                         tokio::spawn(sources.run(sender));
                     }
@@ -107,6 +108,9 @@ impl Feed {
                 }
                 () = sleep_until(settles.unwrap_or_else(Instant::now)), if settles.is_some() => {
                     sys::give_memory_back();
+                    if let Err(error) = sys::give_code_back() {
+                        tracing::debug!(%error, "code that a list needed stays in memory");
+                    }
                     settles = None;
                 }
                 changed = settings.changed() => {
