@@ -11,6 +11,7 @@ use crate::report::{Better, Figure, Held, Report};
 const QUERIES: &str = "queries; latency by open load at 70 %";
 const DNSPERF: &str = "queries by dnsperf, 16 clients";
 const MEMORY: &str = "memory";
+const PODS: &str = "queries from a pod";
 
 /// Where a figure belongs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -95,6 +96,17 @@ impl Findings {
         self.push(what, place, (5, "lost"), "", sample.lost as f64);
     }
 
+    /// One round from a pod: a question at a time, and many.
+    pub fn pod(&mut self, place: Place, workload: &'static str, one: &Sample, many: &Sample) {
+        let what = (PODS, workload);
+        self.push(what, place, (1, "one at a time"), "/s", one.per_second);
+        self.push(what, place, (2, "p50"), "us", one.p50_us);
+        self.push(what, place, (3, "p99"), "us", one.p99_us);
+        self.push(what, place, MANY, "/s", many.per_second);
+        let lost = one.lost + many.lost;
+        self.push(what, place, (6, "lost"), "", lost as f64);
+    }
+
     /// Memory of the process, in bytes: before the load, after it, and the most that it ever was.
     pub fn memory(
         &mut self,
@@ -127,13 +139,13 @@ impl Findings {
             let Some(figure) = Figure::new(case.section, &labels, quantity, rounds.clone()) else {
                 continue;
             };
-            let compared = [PER_CORE, AFTER_LOAD].contains(&case.quantity);
+            let compared = [PER_CORE, AFTER_LOAD, MANY].contains(&case.quantity);
             let other = self.0.get(&Case {
                 subject: COREDNS,
                 ..case.clone()
             });
             let figure = match other {
-                Some(other) if compared && case.subject == KEELWAY => figure.beside(COREDNS, other),
+                Some(other) if compared && case.subject != COREDNS => figure.beside(COREDNS, other),
                 _ => figure,
             };
             report.held.extend(held(case, &figure));
@@ -144,6 +156,7 @@ impl Findings {
 
 const PER_CORE: (usize, &str) = (0, "per core");
 const P99_TO_P50: (usize, &str) = (4, "p99/p50");
+const MANY: (usize, &str) = (4, "32 at a time");
 const AFTER_LOAD: (usize, &str) = (2, "after load");
 
 /// What the project is held to: five times CoreDNS 1.13.1, whose figures were 36,500 per core and 187 MB; and clients that wait alike.

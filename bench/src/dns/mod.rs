@@ -3,6 +3,7 @@
 mod dnsperf;
 mod findings;
 mod load;
+mod pods;
 mod subject;
 mod workload;
 
@@ -44,6 +45,10 @@ pub struct Flags {
     /// Process of that server, for its memory and CPU time.
     #[arg(long, requires = "server")]
     pid: Option<u32>,
+    /// Ask from a pod, at its Service's address, what is answered at the pod's interface, and what servers in other pods answer. Needs root,
+    /// and KEELWAY_BIN_DIR.
+    #[arg(long, conflicts_with_all = ["server", "list_only"])]
+    pods: bool,
     /// Only serve the cluster of the first --services, for a server to be measured with --server, until a key is pressed.
     #[arg(long)]
     list_only: bool,
@@ -89,6 +94,14 @@ pub fn run(flags: &Flags) -> Result<()> {
     if !extent.dnsperf {
         report.notes.push("dnsperf: it is not installed".into());
     }
+    let mut findings = Findings::default();
+    if flags.pods {
+        for &count in &sizes {
+            pods::measure(count, flags.coredns.as_deref(), &extent, &mut findings)?;
+        }
+        findings.tell(&mut report);
+        return flags.output.show(&report);
+    }
     let cpus = thread::available_parallelism()?.get();
     let mut cpu_sets = vec![vec![0]];
     if cpus > 1 {
@@ -110,7 +123,6 @@ pub fn run(flags: &Flags) -> Result<()> {
         folder: folder.path(),
         kubeconfig: &kubeconfig,
     };
-    let mut findings = Findings::default();
     for &count in &sizes {
         fill(&api, count);
         for cpus in &cpu_sets {
