@@ -79,6 +79,9 @@ pub struct RunFlags {
     /// Range of destinations to which pods keep their own addresses, beside the cluster's own; may be given more than once.
     #[arg(long, value_name = "RANGE")]
     non_masquerade_cidr: Vec<IpNetwork>,
+    /// Answer pods' questions for addresses of cluster names at their interfaces, in the kernel, as this node's DNS server says it would.
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    kernel_dns: Switch,
     /// Address for /metrics, /healthz and /readyz.
     #[arg(long)]
     metrics: Option<SocketAddr>,
@@ -149,6 +152,8 @@ pub struct Config {
     pub cluster_ranges: Vec<ClusterRange>,
     pub masquerade: bool,
     pub unmasqueraded: Vec<IpNetwork>,
+    /// Questions may be answered at pods' interfaces.
+    pub kernel_dns: bool,
     pub metrics: Option<SocketAddr>,
     pub healthz: Option<SocketAddr>,
     /// Pools from a file; without one, they are read from a ConfigMap, and followed.
@@ -305,6 +310,7 @@ impl RunFlags {
             cluster_ranges,
             masquerade: self.masquerade == Switch::On,
             unmasqueraded: self.non_masquerade_cidr,
+            kernel_dns: self.kernel_dns == Switch::On,
             metrics: self.metrics,
             pools: self
                 .load_balancer_config

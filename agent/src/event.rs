@@ -7,6 +7,7 @@ use std::sync::mpsc::SyncSender;
 use std::time::Instant;
 
 use cluster_model::ServiceKey;
+use cluster_model::share::Offer;
 use cluster_model::watch::Report as WatchReport;
 use keelway_cni::Attachment;
 use keelway_cni::protocol::{Request, Response};
@@ -55,6 +56,8 @@ pub enum Event {
     },
     /// A process of the node wants to be told of the cluster; nothing before all of it is known.
     Share { reply: Reply<Option<Told>> },
+    /// A listener says of its own answers to questions for cluster names; `None` when it has gone.
+    Offer { listener: u64, offer: Option<Offer> },
     /// The pools of load balancers' addresses, as they are configured now.
     Pools(Configured),
     /// The agents on the link, this one included, that can answer for load balancers' addresses.

@@ -211,6 +211,7 @@ impl Node {
                 .as_ref()
                 .filter(|_| config.balancing.dsr != Dsr::Off)
                 .map(|overlay| overlay.index),
+            kernel_dns: config.kernel_dns,
         })?;
         let early = EarlyUplink {
             ifindex: uplink.link.index,

@@ -85,6 +85,14 @@ pub struct Report {
     pub cni_add_last_us: u64,
     /// Counters of the data plane, by the name of their reason.
     pub counters: Vec<Counter>,
+    /// Names that are answered at pods' interfaces, and Services for whose names there is no room.
+    #[serde(default)]
+    pub dns_names: usize,
+    #[serde(default)]
+    pub dns_left_out: usize,
+    /// Questions for the cluster DNS at pods' interfaces, by what became of them.
+    #[serde(default)]
+    pub dns: BTreeMap<String, u64>,
     /// How full the maps are.
     pub maps: Vec<Fill>,
     /// For metrics only.
@@ -176,6 +184,18 @@ impl fmt::Display for Report {
             )?;
         }
         writeln!(f, "Nodes:     {} ({} routes)", self.nodes, self.routes)?;
+        if !self.dns.is_empty() {
+            let counts = self
+                .dns
+                .iter()
+                .map(|(what, count)| format!("{what} {count}"));
+            let counts: Vec<String> = counts.collect();
+            let (names, counts) = (self.dns_names, counts.join(", "));
+            writeln!(
+                f,
+                "DNS:       {names} names answered at pods' interfaces ({counts})"
+            )?;
+        }
         writeln!(
             f,
             "Batches:   {} ({} failed), the last one {} operations in {} us",

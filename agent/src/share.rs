@@ -1,18 +1,20 @@
 //! The agent's view of the cluster for other processes of its node, so that a node watches the API server once.
 //!
 //! The event loop owns [`Shares`] and tells each change to whoever listens, already as frames; a thread for each listener writes them.
+//! Another one hears what the listener says of its own answers.
 
 use std::fs;
 use std::io::{self, BufWriter, Read as _, Write as _};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, TryRecvError, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use cluster_model::share::{HELLO, KINDS, Message, Versions, put};
+use cluster_model::share::{HELLO, KINDS, Message, Offer, Versions, offer_bytes, put};
 use cluster_model::{Change, Kind, Object, Snapshot};
 
 use crate::event::Event;
@@ -220,6 +222,7 @@ fn tell(mut stream: UnixStream, events: &Sender<Event>) -> io::Result<()> {
     }
     // What was true when it began is not needed any more, and would be kept for as long as the listener stays.
     drop(snapshot);
+    let _heard = hear(out.get_ref(), events)?;
     loop {
         let piece = match news.try_recv() {
             Ok(piece) => piece,
@@ -234,6 +237,54 @@ fn tell(mut stream: UnixStream, events: &Sender<Event>) -> io::Result<()> {
         };
         out.write_all(&piece)?;
     }
+}
+
+/// The connection that a listener is heard by. When it is told no more, it is not heard any more either.
+struct Heard(UnixStream);
+
+impl Drop for Heard {
+    fn drop(&mut self) {
+        // It fails when the other side was first.
+        let _ = self.0.shutdown(Shutdown::Both);
+    }
+}
+
+/// Hears what a listener says, on a thread of its own. It has been told of the whole cluster by now, so what it says is said of that.
+fn hear(stream: &UnixStream, events: &Sender<Event>) -> io::Result<Heard> {
+    static LISTENERS: AtomicU64 = AtomicU64::new(0);
+    let listener = LISTENERS.fetch_add(1, Ordering::Relaxed);
+    stream.set_read_timeout(None)?;
+    let (heard, events) = (Heard(stream.try_clone()?), events.clone());
+    let mut stream = stream.try_clone()?;
+    let hearing = move || {
+        let why = loop {
+            match offer(&mut stream) {
+                Ok(offer) => {
+                    let offer = Some(offer);
+                    if events.send(Event::Offer { listener, offer }).is_err() {
+                        return;
+                    }
+                }
+                Err(error) => break error,
+            }
+        };
+        tracing::debug!(error = %why, "share: a listener is heard no more");
+        // Without a loop there is nobody to tell.
+        let _ = events.send(Event::Offer {
+            listener,
+            offer: None,
+        });
+    };
+    thread::Builder::new().name("hear".into()).spawn(hearing)?;
+    Ok(heard)
+}
+
+fn offer(stream: &mut UnixStream) -> io::Result<Offer> {
+    let mut head = [0; 4];
+    stream.read_exact(&mut head)?;
+    let mut frame = vec![0; offer_bytes(head).map_err(io::Error::other)?];
+    stream.read_exact(&mut frame)?;
+    Offer::read(&frame).map_err(io::Error::other)
 }
 
 fn objects(snapshot: &Snapshot, kind: Kind) -> Box<dyn Iterator<Item = Object> + '_> {

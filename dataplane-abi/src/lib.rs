@@ -8,6 +8,7 @@
 
 mod address;
 mod counter;
+mod dns;
 mod event;
 mod flow;
 mod layout;
@@ -15,6 +16,10 @@ mod service;
 
 pub use address::{Addr, FROM_HOST, FROM_POD, LocalAddress, QUEUED};
 pub use counter::{Class, Reason};
+pub use dns::{
+    DNS_ADDRESSES, DNS_NAME_BYTES, DNS_RECURSION, DnsCount, DnsZone, NameAddresses, NameKey,
+    POD_DNS, POD_INGRESS, name_key,
+};
 pub use event::{
     CAPTURE_LEN, Hook, MONITOR_LOST, MONITOR_WANTED, MONITOR_WORDS, PacketEvent, SocketEvent,
     Wanted,
@@ -59,6 +64,10 @@ pub mod limits {
     pub const PEERS: u32 = 1 << 15;
     /// Blocks of all Maglev tables, a kilobyte each, of which as many are there as are used: room for 950 tables of 65,521 entries.
     pub const MAGLEV_BLOCKS: u32 = 1 << 17;
+    /// Names that are answered at pods' interfaces, each in each of the cluster's domains.
+    pub const DNS_NAMES: u32 = 1 << 17;
+    /// Addresses at which the cluster DNS is asked: its Services' and its endpoints'.
+    pub const DNS_SERVERS: u32 = 1 << 10;
     /// Bytes of the ring of events: a power of two of pages, and what may wait until the agent reads it.
     pub const EVENTS_BYTES: u32 = 1 << 19;
 
@@ -109,6 +118,18 @@ pub mod map {
     /// Maps that tell of traffic rather than of the cluster. They outlive the version that made them, and have the size that it gave
     /// them.
     pub const OF_TRAFFIC: [&str; 5] = [FLOWS, FLOWS_UNREPLIED, AFFINITY, FRAGMENTS, SOCKET_PEERS];
+
+    // Not pinned: who answers for the cluster must know it, so answers end with the agent.
+    /// [`crate::POD_DNS`] and [`crate::POD_INGRESS`] to programs; the kernel empties it when the agent ends.
+    pub const POD_PROGRAMS: &str = "POD_PROGRAMS";
+    /// [`crate::NameKey`] to [`crate::NameAddresses`]; hash.
+    pub const DNS_NAMES: &str = "DNS_NAMES";
+    /// [`crate::FrontendKey`] to u32, 1; hash.
+    pub const DNS_SERVERS: &str = "DNS_SERVERS";
+    /// [`crate::DnsZone`]; array of one.
+    pub const DNS_ZONE: &str = "DNS_ZONE";
+    /// [`crate::DnsCount`] to questions, u64; per-CPU array.
+    pub const DNS_COUNTS: &str = "DNS_COUNTS";
 }
 
 /// Names of load-time constants (`.rodata`), which the agent sets before it loads the object.
@@ -133,6 +154,8 @@ pub mod global {
     /// u64, the uplink's hardware address as its six bytes lie in the memory of a little-endian word; 0 where its driver runs no
     /// program of ours.
     pub const UPLINK_MAC: &str = "UPLINK_MAC";
+    /// u32, 1 when questions for cluster names may be answered at pods' interfaces.
+    pub const KERNEL_DNS: &str = "KERNEL_DNS";
 }
 
 /// MAC address of the host's side of every pod veth and of both ends of the service veth pair. One address for all lets a

@@ -8,12 +8,14 @@
 //!   [`reject`]: turning a packet into a reset or an ICMP error
 //! - [`tables`]: the maps, as a trait; [`balance`]: choosing a backend; [`flow`]: conntrack
 //! - [`early`]: what an uplink does with a packet before the stack does, where there is XDP
+//! - [`dns`]: answers to questions for cluster names
 //! - [`hook`]: what each tc hook does with a packet; `follow`: what the packet is to Services; [`socket`]: what each cgroup hook
 //!   does with a call
 
 pub mod balance;
 pub mod checksum;
 pub mod crc32c;
+pub mod dns;
 pub mod early;
 pub mod flow;
 mod follow;

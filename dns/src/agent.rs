@@ -4,11 +4,14 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
-use cluster_model::share::{self, BadFrame, HELLO, Message, Versions};
+use cluster_model::share::{self, BadFrame, HELLO, Message, Offer, Versions};
 use cluster_model::watch::Report;
 use cluster_model::{Change, Object};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 /// An agent that knows the cluster opens at once.
@@ -36,7 +39,10 @@ pub enum AgentError {
 
 /// An agent that tells.
 pub struct Agent {
-    stream: BufReader<UnixStream>,
+    stream: BufReader<OwnedReadHalf>,
+    /// Until it is told what this server says of its answers.
+    back: Option<OwnedWriteHalf>,
+    telling: Option<JoinHandle<()>>,
     frame: Vec<u8>,
     list: Vec<Object>,
     /// How far it knew the cluster when it began.
@@ -56,14 +62,17 @@ impl Agent {
                 }
                 Err(error) => return Err(error.into()),
             };
+            let (stream, mut back) = stream.into_split();
+            back.write_all(&HELLO).await?;
             let mut agent = Self {
                 stream: BufReader::with_capacity(64 << 10, stream),
+                back: Some(back),
+                telling: None,
                 frame: Vec::new(),
                 list: Vec::new(),
                 versions: Versions::default(),
                 well_for: Duration::ZERO,
             };
-            agent.stream.write_all(&HELLO).await?;
             let mut hello = [0; HELLO.len()];
             match agent.stream.read_exact(&mut hello).await {
                 Ok(_) if hello == HELLO => {}
@@ -83,6 +92,24 @@ impl Agent {
         timeout(OPENING, begun)
             .await
             .unwrap_or(Err(AgentError::Silent))
+    }
+
+    /// Tells the agent of this server's answers, now and whenever it changes.
+    pub fn tell(&mut self, mut offers: watch::Receiver<Offer>) {
+        let Some(mut back) = self.back.take() else {
+            return;
+        };
+        self.telling = Some(tokio::spawn(async move {
+            offers.mark_changed();
+            while offers.changed().await.is_ok() {
+                let mut frame = Vec::new();
+                offers.borrow_and_update().put(&mut frame);
+                // One that does not listen is gone, which is noticed where it is listened to.
+                if back.write_all(&frame).await.is_err() {
+                    return;
+                }
+            }
+        }));
     }
 
     async fn message(&mut self) -> Result<Message, AgentError> {
@@ -117,6 +144,14 @@ impl Agent {
                 Message::Reached { kind, version } => Report::Reached { kind, version },
                 Message::Failed { kind, error } => Report::Failed { kind, error },
             });
+        }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if let Some(telling) = &self.telling {
+            telling.abort();
         }
     }
 }

@@ -72,6 +72,11 @@ impl Hosts {
         Ok(())
     }
 
+    /// Every name of the table.
+    pub fn names(&self) -> impl Iterator<Item = &Name> {
+        self.addresses.keys()
+    }
+
     pub fn len(&self) -> usize {
         self.addresses.len()
     }

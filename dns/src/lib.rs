@@ -24,6 +24,7 @@ pub mod message;
 pub mod metrics;
 pub mod name;
 mod names;
+pub mod offer;
 mod plan;
 pub mod query;
 pub mod reload;
@@ -35,4 +36,4 @@ mod sources;
 mod sys;
 pub mod zone;
 
-pub use plan::{Owner, Record, Records};
+pub use plan::{Naming, Owner, Record, Records, plan, undashed};

@@ -9,10 +9,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cluster_model::Object;
-use cluster_model::share::{KINDS, Versions};
+use cluster_model::share::{KINDS, Offer, Versions};
 use cluster_model::watch::kube::Client;
 use cluster_model::watch::{Report, watch_part};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch as latest};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 
@@ -37,6 +37,8 @@ pub struct Sources {
     pub socket: PathBuf,
     pub part: fn(Object) -> Object,
     pub metrics: Arc<Metrics>,
+    /// What the agent is told of this server's answers.
+    pub offers: latest::Receiver<Offer>,
 }
 
 /// A watch of our own, which ends with this.
@@ -158,6 +160,7 @@ impl Sources {
 
     /// Passes on what an agent tells until it does not any more, and returns why.
     async fn listen(&self, mut agent: Agent, teller: &mut Teller) -> Result<AgentError, Unheard> {
+        agent.tell(self.offers.clone());
         loop {
             match agent.next(self.part).await {
                 Ok(report) => teller.tell(report).await?,

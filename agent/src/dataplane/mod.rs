@@ -12,6 +12,7 @@ mod flows;
 mod handover;
 mod hooks;
 pub mod maglev;
+mod names;
 mod op;
 mod pinned;
 mod programs;
@@ -37,6 +38,7 @@ pub use events::{EventRing, quiet};
 pub use flows::{FlowTables, FlowView, monotonic_ns, monotonic_s};
 pub use handover::HandedOver;
 pub use hooks::FilterHooks;
+pub use names::NameTables;
 pub use op::{
     Frontend, Lead, LocalPod, Op, Peers, Protocol, ServiceBackends, ServiceId, Sources, State, Vip,
 };
@@ -75,6 +77,8 @@ pub struct Config {
     /// Interface index of the overlay, where clients outside may be answered by other nodes directly; the hook of uplinks is to hang on
     /// it too. It carries to the nodes that [`Op::SetPeers`] names.
     pub overlay: Option<u32>,
+    /// Questions for cluster names may be answered at pods' interfaces; see [`Dataplane::load_names`].
+    pub kernel_dns: bool,
 }
 
 impl Config {
@@ -90,6 +94,7 @@ impl Config {
             masquerade: false,
             uplink_mac: None,
             overlay: None,
+            kernel_dns: false,
         }
     }
 }
@@ -283,6 +288,11 @@ impl Dataplane {
         self.to_take_over = false;
         self.inherited = BTreeMap::new();
         Ok(taken)
+    }
+
+    /// Has the kernel verify the program that answers questions, and gives the maps that it answers from: possible once.
+    pub fn load_names(&mut self) -> Result<NameTables, Error> {
+        self.programs.load_names()
     }
 
     /// Counters since the maps were made, all of them, in the order of [`Reason::ALL`].

@@ -13,7 +13,7 @@ use aya::{
 use dataplane_abi::{Addr, Reason, global, map};
 
 use super::{
-    Config, Error, FilterHooks, early,
+    Config, Error, FilterHooks, NameTables, early,
     shapes::{check_shape, shapes},
     sys::{self, LinkTarget},
     verify::verify,
@@ -117,11 +117,13 @@ impl Programs {
             .map_or(0, |v4| u32::from_ne_bytes(v4.octets()));
         let [high, low] = config.node_v6.map_or([0, 0], |v6| Addr::from(v6).words);
         let masquerade = u32::from(config.masquerade);
+        let kernel_dns = u32::from(config.kernel_dns);
         let host_netns = sys::netns_cookie().map_err(|source| Error::Netns { source })?;
         loader.override_global(global::NODE_V4, &node_v4, true);
         loader.override_global(global::NODE_V6_HIGH, &high, true);
         loader.override_global(global::NODE_V6_LOW, &low, true);
         loader.override_global(global::MASQUERADE, &masquerade, true);
+        loader.override_global(global::KERNEL_DNS, &kernel_dns, true);
         loader.override_global(global::HOST_NETNS, &host_netns, true);
         let overlay = config.overlay.unwrap_or(0);
         loader.override_global(global::OVERLAY, &overlay, true);
@@ -263,6 +265,11 @@ impl Programs {
             })
             .collect::<Result<_, Error>>()?;
         Ok(FilterHooks { programs })
+    }
+
+    /// The program that answers questions, and its maps; see [`super::Dataplane::load_names`].
+    pub fn load_names(&mut self) -> Result<NameTables, Error> {
+        NameTables::load(&mut self.ebpf)
     }
 
     /// Hangs a packet program on an interface by a link.

@@ -16,6 +16,11 @@ struct PacketLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct QuestionLabels {
+    outcome: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct MapLabels {
     map: String,
 }
@@ -31,12 +36,44 @@ struct RequestLabels {
     outcome: String,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DnsRequestLabels {
+    proto: &'static str,
+    r#type: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DnsResponseLabels {
+    proto: &'static str,
+    rcode: &'static str,
+}
+
+/// What was answered in the kernel under the names that the cluster DNS counts its own answers by: sums over both are whole.
+fn as_the_server_does(report: &Report, all: &mut Registry) {
+    let count = |outcome: &str| report.dns.get(outcome).copied().unwrap_or_default();
+    let proto = "udp";
+    let requests = Family::<DnsRequestLabels, Counter>::default();
+    for (r#type, outcome) in [("A", "a"), ("AAAA", "aaaa")] {
+        let labels = DnsRequestLabels { proto, r#type };
+        requests.get_or_create(&labels).inc_by(count(outcome));
+    }
+    let responses = Family::<DnsResponseLabels, Counter>::default();
+    let rcode = "NOERROR";
+    responses
+        .get_or_create(&DnsResponseLabels { proto, rcode })
+        .inc_by(count("a") + count("aaaa"));
+    let help = "Queries, by transport and type, answered in the kernel";
+    all.register("coredns_dns_requests", help, requests);
+    let help = "Answers, by transport and response code, given in the kernel";
+    all.register("coredns_dns_responses", help, responses);
+}
+
 /// A report in the OpenMetrics text format. Counters live in the kernel and in the loop; a registry is filled per scrape.
 pub(super) fn render(report: &Report) -> Result<String, std::fmt::Error> {
     let mut all = Registry::default();
     report.measures.register(&mut all);
     let registry = all.sub_registry_with_prefix("keelway");
-    let gauges: [(&str, &str, i64); 13] = [
+    let gauges: [(&str, &str, i64); 15] = [
         (
             "problems",
             "Things that are wrong now, as `keelway-agent status` lists them",
@@ -59,6 +96,16 @@ pub(super) fn render(report: &Report) -> Result<String, std::fmt::Error> {
             signed(report.endpoint_slices),
         ),
         ("nodes", "Nodes known", signed(report.nodes)),
+        (
+            "dns_names",
+            "Names that are answered at pods' interfaces",
+            signed(report.dns_names),
+        ),
+        (
+            "dns_services_left_out",
+            "Services for whose names there is no room at pods' interfaces",
+            signed(report.dns_left_out),
+        ),
         (
             "node_ports_shared",
             "Node ports that a process of the node listens on too",
@@ -177,6 +224,21 @@ pub(super) fn render(report: &Report) -> Result<String, std::fmt::Error> {
         requests.get_or_create(&labels).inc_by(*count);
     }
     registry.register("cni_requests", "Requests of the CNI plugin", requests);
+    let questions = Family::<QuestionLabels, Counter>::default();
+    for (outcome, count) in &report.dns {
+        let outcome = outcome.clone();
+        questions
+            .get_or_create(&QuestionLabels { outcome })
+            .inc_by(*count);
+    }
+    registry.register(
+        "dns_questions",
+        "Questions for the cluster DNS at pods' interfaces: answered there (a, aaaa; of both nodata), or left to the server",
+        questions,
+    );
+    if !report.dns.is_empty() {
+        as_the_server_does(report, &mut all);
+    }
     let mut text = String::new();
     encode(&mut text, &all)?;
     Ok(text)

@@ -7,6 +7,7 @@ mod endpoints;
 mod host_ports;
 mod ledger;
 mod lifeline;
+pub mod names;
 mod peers;
 mod routes;
 mod service;

@@ -63,6 +63,10 @@ impl Worker {
                 // Whoever waited has left when this fails, and with the answer goes what it was to be told by.
                 let _ = reply.send(self.shares.add(&self.snapshot));
             }
+            Event::Offer { listener, offer } => match offer {
+                Some(offer) => self.offers.say(listener, offer),
+                None => self.offers.leave(listener, Instant::now()),
+            },
             Event::Pools(Ok(pools)) => {
                 self.problems.remove("load balancer");
                 self.announcements.set_pools(pools);

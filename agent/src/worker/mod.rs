@@ -24,9 +24,11 @@ use crate::event::Event;
 use crate::health::{Complaint, HealthChecks, ProxyHealth, Servers};
 use crate::metrics::Measures;
 use crate::monitor::Hub;
+use crate::names::KernelNames;
 use crate::net::{Kernel, Netlink, NetlinkError};
 use crate::node::{Identity, IdentityFile, Node, NodeError};
 use crate::node_ports::NodePorts;
+use crate::offers::Offers;
 use crate::plan::Here;
 use crate::pods::Pods;
 use crate::progress::Progress;
@@ -81,6 +83,9 @@ pub struct Worker {
     monitor: Hub,
     announcements: Announcements,
     shares: Shares,
+    offers: Offers,
+    /// What is answered at pods' interfaces, since a DNS server has said by what rules.
+    names: Option<KernelNames>,
     /// Where owners of Services are told what they cannot have; absent without an API server.
     notes: Option<Notes>,
     progress: Progress,
@@ -126,6 +131,8 @@ impl Worker {
             monitor: Hub::new(&config.pin_root),
             notes: None,
             shares: Shares::default(),
+            offers: Offers::default(),
+            names: None,
             announcements: Announcements::new(&config.node_name, events),
             progress: Progress::default(),
             health_checks: HealthChecks::default(),
@@ -170,6 +177,7 @@ impl Worker {
             self.settle_services(taken, false);
             self.settle_node_ports(false);
             self.settle_announcements();
+            self.settle_names(false);
             self.pods.settle();
             if Instant::now() >= upkeep_due {
                 self.upkeep()?;
@@ -257,6 +265,7 @@ impl Worker {
         self.settle_routes(true);
         self.settle_services(Instant::now(), self.retry);
         self.settle_node_ports(true);
+        self.settle_names(true);
         Ok(())
     }
 

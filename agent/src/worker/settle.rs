@@ -10,6 +10,7 @@ use super::{Worker, WorkerError, reason};
 use crate::dataplane;
 use crate::install;
 use crate::metrics::Extent;
+use crate::names::KernelNames;
 use crate::node::{Identity, Node};
 use crate::node_ports::{NodePort, listeners};
 use crate::plan::{
@@ -102,6 +103,7 @@ impl Worker {
                     tracing::warn!(error = reason(&error), "the monitor cannot be reset");
                 }
                 self.node = Some(node);
+                self.names = None;
                 // Routes were left alone until now.
                 self.settle_routes(true);
             }
@@ -117,6 +119,32 @@ impl Worker {
         match self.announcements.settle(&node.uplink, &self.snapshot) {
             Ok(()) => drop(self.problems.remove("announce")),
             Err(error) => self.problem("announce", error.to_string()),
+        }
+    }
+
+    /// Answers pods' questions for cluster names as the node's DNS server says that it would. `again` tries also what has failed.
+    pub(super) fn settle_names(&mut self, again: bool) {
+        // Not before all is known: what is missing would be denied by nobody, but what is old would be told.
+        let Some(node) = self
+            .node
+            .as_mut()
+            .filter(|_| self.services_applied && self.config.kernel_dns)
+            .filter(|_| again || !self.problems.contains_key("dns"))
+        else {
+            return;
+        };
+        let terms = self.offers.terms(Instant::now());
+        let names = match &mut self.names {
+            Some(names) => names,
+            None if terms.is_none() => return,
+            none => match node.dataplane.load_names() {
+                Ok(tables) => none.insert(KernelNames::new(tables)),
+                Err(error) => return self.problem("dns", reason(&error)),
+            },
+        };
+        match names.settle(&self.snapshot, terms) {
+            Ok(()) => drop(self.problems.remove("dns")),
+            Err(error) => self.problem("dns", reason(&error)),
         }
     }
 
@@ -232,6 +260,9 @@ impl Worker {
             self.health_checks
                 .replan(&self.snapshot, &key, &self.here.node);
             self.announcements.replan(&self.snapshot, &key);
+            if let Some(names) = &mut self.names {
+                names.replan(&self.snapshot, &key);
+            }
             let mut wish = plan(&self.snapshot, &key, &self.here);
             if is_lifeline(&key) {
                 let known = node.ledger.service(&key).is_some();

@@ -1,7 +1,7 @@
 //! What the loop tells of itself: to operators, to the CNI plugin, to metrics.
 
 use cluster_model::Kind;
-use dataplane_abi::Class;
+use dataplane_abi::{Class, DnsCount};
 use keelway_cni::protocol::Response;
 use keelway_cni::{CniError, Code};
 
@@ -105,6 +105,17 @@ impl Worker {
         report.services = self.snapshot.count(Kind::Service);
         report.endpoint_slices = self.snapshot.count(Kind::EndpointSlice);
         report.nodes = self.snapshot.count(Kind::Node);
+        if let Some(names) = &self.names {
+            report.dns_names = names.count();
+            report.dns_left_out = names.left_out();
+            match names.counts() {
+                Ok(counts) => {
+                    let outcomes = DnsCount::ALL.iter().map(|count| count.name().to_owned());
+                    report.dns = outcomes.zip(counts).collect();
+                }
+                Err(error) => report.problems.push(format!("dns: {}", reason(&error))),
+            }
+        }
         if let Some(node) = &self.node {
             let held = node.ledger.held();
             report.service_ports = held.services.len();

@@ -1,15 +1,17 @@
 //! How one process of a node tells another about the cluster, so that a node watches it once.
 //!
 //! Both ends say [`HELLO`]. The teller goes on with frames: an [`Message::Opening`], a complete list of each kind that is shared, and
-//! then what happens. A frame is its length (four bytes, little endian) and a [`Message`]. Only what names are made of is told: addresses
+//! then what happens. A DNS server may answer with [`Offer`]s. A frame is its length (four bytes, little endian) and a [`Message`]. Only what names are made of is told: addresses
 //! and ports of Services, addresses and conditions of endpoints.
 
 mod object;
+mod offer;
 
 use crate::{Kind, Object, ObjectKey, ObjectRef};
 use object::Reader;
 
 pub use object::{pack_service, pack_slice, unpack_service, unpack_slice};
+pub use offer::{Offer, Rules, offer_bytes};
 
 /// What both ends say first: a name and the version of these frames. Another version is another language.
 pub const HELLO: [u8; 8] = *b"KWSHARE\x01";

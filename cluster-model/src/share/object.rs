@@ -39,7 +39,7 @@ pub(super) fn put_key(out: &mut Vec<u8>, key: &ObjectKey) {
     put_text(out, &key.name);
 }
 
-fn put_address(out: &mut Vec<u8>, address: IpAddr) {
+pub(super) fn put_address(out: &mut Vec<u8>, address: IpAddr) {
     match address {
         IpAddr::V4(v4) => out.extend(v4.octets()),
         IpAddr::V6(v6) => out.extend(v6.octets()),
@@ -297,7 +297,7 @@ impl<'a> Reader<'a> {
         })
     }
 
-    fn address(&mut self, flags: u8) -> Result<IpAddr, BadFrame> {
+    pub fn address(&mut self, flags: u8) -> Result<IpAddr, BadFrame> {
         Ok(if flags & V6 == 0 {
             IpAddr::from(self.array::<4>()?)
         } else {

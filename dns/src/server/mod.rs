@@ -13,16 +13,19 @@ use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
+use cluster_model::share::Offer;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 
 use crate::answer::{Policy, cut};
 use crate::forward::Upstream;
 use crate::metrics::Metrics;
+use crate::offer::{offer, own_addresses};
 use crate::settings::Settings;
 use crate::sys;
 use crate::zone::Zone;
@@ -46,6 +49,10 @@ pub struct Shared {
     /// For the answers that come late.
     slow_rates: Mutex<Option<Rates>>,
     probes: Probes,
+    /// Where it serves, once it does.
+    serves: OnceLock<(SocketAddr, Vec<IpAddr>)>,
+    /// What the agent of the node is told about its answers.
+    offer: watch::Sender<Offer>,
     /// It is about to stop: readiness says no.
     stopping: AtomicBool,
     /// UDP threads end as soon as nothing is left to answer.
@@ -71,6 +78,8 @@ impl Shared {
             amplified_s,
             slow_rates: Mutex::new(Rates::new(amplified_s)),
             probes: Probes::default(),
+            serves: OnceLock::new(),
+            offer: watch::Sender::new(Offer::Refuse),
             stopping: AtomicBool::new(false),
             draining: AtomicBool::new(false),
             serving: AtomicUsize::new(0),
@@ -117,7 +126,22 @@ impl Shared {
     /// Takes a configuration over, and looks for loops among its upstreams.
     pub fn configure(&self, settings: Settings) {
         self.probes.send(&settings);
+        // What is not so any more is not said any longer; what is new, only once it is so.
+        self.offer.send_replace(Offer::Refuse);
         self.settings.store(Arc::new(settings));
+        self.renew_offer();
+    }
+
+    fn renew_offer(&self) {
+        if let Some((address, own)) = self.serves.get() {
+            let offer = offer(&self.settings.load().spec, *address, own);
+            self.offer.send_replace(offer);
+        }
+    }
+
+    /// By what rules others may answer in this server's place, and from when on by others.
+    pub fn offers(&self) -> watch::Receiver<Offer> {
+        self.offer.subscribe()
     }
 }
 
@@ -190,6 +214,8 @@ pub async fn start(
     }
     tokio::spawn(tcp::serve(shared.clone(), listener));
     shared.probes.send(&shared.settings.load());
+    shared.serves.get_or_init(|| (address, own_addresses()));
+    shared.renew_offer();
     Ok(address)
 }
 

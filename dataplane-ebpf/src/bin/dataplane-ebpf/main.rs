@@ -4,6 +4,7 @@
 #![no_main]
 
 mod collect;
+mod dns;
 mod early;
 mod maps;
 mod monitor;
@@ -41,6 +42,8 @@ static MASQUERADE: Global<u32> = Global::new(0);
 static UPLINK_MAC: Global<u64> = Global::new(0);
 #[unsafe(no_mangle)]
 static OVERLAY: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
+static KERNEL_DNS: Global<u32> = Global::new(0);
 
 #[inline(always)]
 fn features() -> Features {
@@ -75,7 +78,9 @@ fn node_v6() -> Addr {
 /// Ingress of the host's side of a pod's veth: what the pod sends.
 #[classifier]
 pub fn pod_ingress(ctx: TcContext) -> i32 {
-    match is_ipv6(&ctx) {
+    let v6 = is_ipv6(&ctx);
+    dns::ask(&ctx, v6);
+    match v6 {
         true => pod_ingress_v6(&ctx),
         false => pod_ingress_v4(&ctx),
     }

@@ -1,0 +1,95 @@
+//! By what rules others may answer for names of the cluster in this server's place: a pure function of the configuration.
+//!
+//! The agent of the node answers plain questions at pods' interfaces where it may (`docs/dns.md`). It may where such an answer depends on
+//! nothing but the cluster: whatever the configuration does to names of the cluster before the cluster is looked at is not its to know.
+
+use std::net::{IpAddr, SocketAddr};
+
+use cluster_model::share::{Offer, Rules};
+use nix::ifaddrs::getifaddrs;
+
+use crate::config::spec::{BlockSpec, DNS_PORT, Spec};
+use crate::log::Classes;
+use crate::name::{Name, before};
+
+/// What a server that serves at an address says.
+pub fn offer(spec: &Spec, serves: SocketAddr, own: &[IpAddr]) -> Offer {
+    let addresses = match serves.ip() {
+        any if any.is_unspecified() => own.to_vec(),
+        one => vec![one],
+    };
+    match rules(spec) {
+        Some(rules) if serves.port() == DNS_PORT && !addresses.is_empty() => {
+            Offer::Answer { rules, addresses }
+        }
+        _ => Offer::Refuse,
+    }
+}
+
+/// What holds for all names of the cluster; `None` when something else than the cluster may decide about one.
+pub fn rules(spec: &Spec) -> Option<Rules> {
+    let origins = &spec.zone.origins;
+    let first = block(spec, origins.first()?)?;
+    for origin in origins {
+        let apart = |other: &Name| other == origin || !is_below(other, origin);
+        let is_ours = block(spec, origin).is_some_and(|block| std::ptr::eq(block, first));
+        let mut zones = spec.blocks.iter().flat_map(|block| &block.zones);
+        if !is_ours || !origins.iter().all(apart) || !zones.all(apart) || hides(first, origin) {
+            return None;
+        }
+    }
+    let cluster = first.cluster.as_ref()?;
+    if !first.rewrites.is_empty() || first.log.queries != Classes::NONE {
+        return None;
+    }
+    Some(Rules {
+        origins: origins.iter().map(ToString::to_string).collect(),
+        ttl_s: cluster.ttl_s,
+        udp_bytes_max: u16::try_from(first.udp_bytes_max).ok()?,
+        recursion: !first.routes.is_empty(),
+        endpoint_pod_names: spec.zone.endpoint_pod_names,
+    })
+}
+
+/// The block that decides about a name, as [`crate::settings::Settings::block`] finds it.
+fn block<'a>(spec: &'a Spec, name: &Name) -> Option<&'a BlockSpec> {
+    let blocks = spec.blocks.iter();
+    let zones = blocks.flat_map(|block| block.zones.iter().map(move |zone| (zone, block)));
+    let around = zones.filter(|(zone, _)| is_below(name, zone));
+    // The first of several that are as long.
+    let longest = around.rev().max_by_key(|(zone, _)| zone.labels());
+    longest.map(|(_, block)| block)
+}
+
+/// Whether a table of hosts has, or denies, names of a domain.
+fn hides(block: &BlockSpec, origin: &Name) -> bool {
+    let Some(hosts) = &block.hosts else {
+        return false;
+    };
+    let goes_on = hosts.fallthrough.iter().any(|zone| is_below(origin, zone));
+    !goes_on || hosts.names().any(|name| is_below(name, origin))
+}
+
+fn is_below(name: &Name, zone: &Name) -> bool {
+    before(name.wire(), zone.wire()).is_some()
+}
+
+/// The addresses of this process's interfaces.
+pub fn own_addresses() -> Vec<IpAddr> {
+    let interfaces = match getifaddrs() {
+        Ok(interfaces) => interfaces,
+        Err(error) => {
+            tracing::warn!(%error, "the addresses of this machine are not known");
+            return Vec::new();
+        }
+    };
+    let addresses = interfaces.filter_map(|interface| {
+        let address = interface.address?;
+        let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+        v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
+    });
+    let is_of_link = |address: &IpAddr| {
+        matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local()) || address.is_loopback()
+    };
+    addresses.filter(|address| !is_of_link(address)).collect()
+}

@@ -1,0 +1,218 @@
+//! The loaded program, reached as pods' packets reach it.
+
+use std::cell::Cell;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use cluster_model::{Change, Dirty, Kind, ObjectRef, ServiceKey};
+use keelway_agent::dataplane::{Config, Dataplane, PacketProgram, Run};
+use keelway_agent::names::KernelNames;
+use keelway_agent::offers::Terms;
+use keelway_tests::process::eventually;
+use keelway_tests::sandbox::{Sandbox, is_root};
+use proptest::prelude::*;
+
+use crate::packets::{datagram, opened};
+use crate::{CLIENT, SERVER, SERVER_POD, asked, check, cluster, query, terms};
+
+const REDIRECT: i32 = 7;
+
+fn plain(name: &[u8]) -> Vec<u8> {
+    let mut query = vec![0, 9, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+    query.extend(name);
+    query.extend([0, 1, 0, 1]);
+    query
+}
+
+const FOUR: &[u8] = b"\x04four\x04prod\x03svc\x07cluster\x05local\0";
+const FEW: &[u8] = b"\x03few\x04prod\x03svc\x07cluster\x05local\0";
+const NONE: &[u8] = b"\x04none\x04prod\x03svc\x07cluster\x05local\0";
+
+fn dataplane(sandbox: &Sandbox, kernel_dns: bool) -> Dataplane {
+    Dataplane::open(&Config {
+        kernel_dns,
+        ..Config::new(sandbox.pin_root())
+    })
+    .expect("the data plane")
+}
+
+fn run(dataplane: &Dataplane, packet: &[u8]) -> Run {
+    dataplane
+        .run(PacketProgram::PodIngress, packet, 1, 1)
+        .expect("it runs")
+}
+
+#[test]
+fn the_program_answers_as_the_server_does() {
+    if !is_root("kernel_dns") {
+        return;
+    }
+    let sandbox = Sandbox::enter().expect("namespaces");
+    let mut dataplane = dataplane(&sandbox, true);
+    let cluster = cluster();
+    let mut names = KernelNames::new(dataplane.load_names().expect("the program loads"));
+    names
+        .settle(&cluster.snapshot, Some(terms()))
+        .expect("the maps are written");
+    let answered = Cell::new([0; 2]);
+    proptest!(ProptestConfig::with_cases(4000), |(query in query(), v6 in any::<bool>())| {
+        let packet = asked(&query, v6);
+        let run = run(&dataplane, &packet);
+        if run.verdict == REDIRECT {
+            let mut counts = answered.get();
+            counts[usize::from(v6)] += 1;
+            answered.set(counts);
+            check(&cluster, &query, Some(opened(&run.packet, v6)?))?;
+        } else {
+            prop_assert_eq!(&run.packet, &packet, "a packet that is left is left alone");
+            check(&cluster, &query, None)?;
+        }
+    });
+    assert!(
+        answered.get().iter().all(|count| *count > 250),
+        "{answered:?}"
+    );
+    let counts = names.counts().expect("counters");
+    assert!(counts.iter().all(|count| *count > 50), "{counts:?}");
+    // The order of addresses differs from answer to answer.
+    let query = plain(FEW);
+    let packet = asked(&query, false);
+    let mut firsts: Vec<u8> = (0..64)
+        .map(|_| run(&dataplane, &packet).packet)
+        .map(|packet| packet[42 + query.len() + 15])
+        .collect();
+    firsts.sort_unstable();
+    firsts.dedup();
+    assert_eq!(firsts, [1, 2, 3]);
+    let nanoseconds = |packet: &[u8]| {
+        let mean = dataplane.run(PacketProgram::PodIngress, packet, 1, 100_000);
+        mean.expect("it runs").nanoseconds
+    };
+    let of = |name, to: IpAddr| datagram(CLIENT.into(), to, &plain(name));
+    let mut other_port = of(FOUR, SERVER.into());
+    other_port[37] = 54;
+    println!(
+        "a question that is left: {} ns; to another server: {} ns; to another port: {} ns",
+        nanoseconds(&of(NONE, SERVER.into())),
+        nanoseconds(&of(FOUR, [10, 96, 0, 11].into())),
+        nanoseconds(&other_port)
+    );
+}
+
+#[test]
+fn nothing_is_answered_but_what_the_nodes_server_would() {
+    if !is_root("kernel_dns") {
+        return;
+    }
+    let sandbox = Sandbox::enter().expect("namespaces");
+    let mut dataplane = dataplane(&sandbox, true);
+    let cluster = cluster();
+    let mut snapshot = cluster.snapshot.clone();
+    let four = asked(&plain(FOUR), false);
+    let to = |server: IpAddr| datagram(CLIENT.into(), server, &plain(FOUR));
+    assert_ne!(
+        run(&dataplane, &four).verdict,
+        REDIRECT,
+        "nobody has said how"
+    );
+    let mut names = KernelNames::new(dataplane.load_names().expect("the program loads"));
+    let answers = |packet: &[u8]| run(&dataplane, packet).verdict == REDIRECT;
+    names.settle(&snapshot, None).expect("nothing to do");
+    assert!(!answers(&four), "nobody has said how");
+    names
+        .settle(&snapshot, Some(terms()))
+        .expect("the maps are written");
+    assert!(answers(&four) && answers(&to(SERVER_POD.into())));
+    assert!(!answers(&to([10, 96, 0, 11].into())), "another server");
+    assert!(
+        !answers(&to([10, 244, 2, 2].into())),
+        "another node's server, which has not said how"
+    );
+    // What is no plain datagram of one packet is the server's.
+    for (what, at, byte) in [
+        ("TCP", 23, 6),
+        ("IP options", 14, 0x46),
+        ("a first fragment", 20, 0x20),
+        ("a later fragment", 21, 1),
+        ("another port", 37, 54),
+        ("longer than it says", 39, 40),
+    ] {
+        let mut packet = four.clone();
+        packet[at] = byte;
+        assert!(!answers(&packet), "{what}");
+    }
+    // Servers of other addresses, and rules.
+    let elsewhere = Terms {
+        addresses: vec![[10, 244, 9, 9].into()],
+        ..terms()
+    };
+    names
+        .settle(&snapshot, Some(elsewhere))
+        .expect("the maps are written");
+    assert!(!answers(&four), "the Service leads to others");
+    let mut slower = terms();
+    slower.rules.ttl_s = 77;
+    slower.rules.origins.remove(0);
+    names
+        .settle(&snapshot, Some(slower))
+        .expect("the maps are written");
+    assert!(!answers(&four), "of a domain that is served no more");
+    let corp = asked(
+        &plain(b"\x04four\x04prod\x03svc\x04corp\x07example\0"),
+        false,
+    );
+    let answer = run(&dataplane, &corp);
+    assert_eq!(answer.verdict, REDIRECT);
+    assert_eq!(answer.packet[42 + plain(FOUR).len() - 1 + 9..][..1], [77]);
+    // A name that goes is the server's to deny.
+    names
+        .settle(&snapshot, Some(terms()))
+        .expect("the maps are written");
+    assert!(answers(&four));
+    let key = ServiceKey::new("prod", "four");
+    let gone = ObjectRef {
+        kind: Kind::Service,
+        key: key.clone(),
+    };
+    snapshot.apply(Change::Remove(gone), &mut Dirty::default());
+    names.replan(&snapshot, &key);
+    names
+        .settle(&snapshot, Some(terms()))
+        .expect("the maps are written");
+    assert!(!answers(&four) && answers(&asked(&plain(FEW), false)));
+    // The server says no more how it would answer, and with the agent goes all that it answered.
+    names.settle(&snapshot, None).expect("it is turned off");
+    assert!(!answers(&asked(&plain(FEW), false)));
+    names
+        .settle(&snapshot, Some(terms()))
+        .expect("the maps are written");
+    assert!(answers(&asked(&plain(FEW), false)));
+    drop(names);
+    // The kernel empties the array a moment later.
+    eventually(
+        "the end of answers",
+        Duration::from_secs(10),
+        || match answers(&asked(&plain(FEW), false)) {
+            false => Ok(()),
+            true => Err("an answer".to_owned()),
+        },
+    );
+}
+
+#[test]
+fn where_it_is_off_it_costs_no_instruction() {
+    if !is_root("kernel_dns") {
+        return;
+    }
+    let sandbox = Sandbox::enter().expect("namespaces");
+    let mut dataplane = dataplane(&sandbox, false);
+    let mut names = KernelNames::new(dataplane.load_names().expect("the program loads"));
+    let snapshot = cluster().snapshot;
+    names
+        .settle(&snapshot, Some(terms()))
+        .expect("the maps are written");
+    let four = asked(&plain(FOUR), false);
+    assert_ne!(run(&dataplane, &four).verdict, REDIRECT);
+    assert_eq!(names.counts().expect("counters"), [0; 4]);
+    let _ = SERVER;
+}
