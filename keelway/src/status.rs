@@ -96,7 +96,7 @@ impl Status {
         Some(Status {
             context: crate::kubeconfig::context_name(&state.name),
             api_server: format!("https://127.0.0.1:{}", state.api_port),
-            authorization: "whoever authenticates may do everything",
+            authorization: "RBAC and Node",
             healthy: api_error.is_none() && nodes_well && all_ready(agents) && all_ready(dns),
             name: state.name,
             api_error,

@@ -9,7 +9,7 @@ use dataplane_abi::{
 };
 
 use super::Error;
-use super::sys::{self, Mapping};
+use super::{mapping::Mapping, sys};
 
 /// The pinned ring. One reader at a time: whoever reads an event takes it.
 pub struct EventRing {
@@ -71,5 +71,5 @@ fn words(dir: &Path) -> Result<Mapping, Error> {
         source,
     };
     let fd = sys::open_pinned(&dir.join(map::MONITOR)).map_err(failed)?;
-    Mapping::new(fd.as_fd(), MONITOR_WORDS as usize * size_of::<u64>()).map_err(failed)
+    Mapping::whole(fd.as_fd(), MONITOR_WORDS as usize * size_of::<u64>()).map_err(failed)
 }

@@ -22,6 +22,11 @@ impl Extent {
         (backends + 1).next_power_of_two().trailing_zeros() as u8
     }
 
+    /// The first cell after it.
+    pub fn end(self) -> u32 {
+        self.start + (1 << self.order)
+    }
+
     fn buddy(self) -> Extent {
         Extent {
             start: self.start ^ 1 << self.order,
@@ -171,7 +176,7 @@ mod tests {
         let mut used = BTreeSet::new();
         for order in [0, 3, 1, 2, 0, 4, 0, 3] {
             let extent = extents.allocate(order, now).unwrap();
-            for cell in extent.start..extent.start + (1 << order) {
+            for cell in extent.start..extent.end() {
                 assert!(cell != 0 && used.insert(cell), "cell {cell} twice");
             }
         }

@@ -19,10 +19,11 @@ use dataplane_abi::{FrontendKey, Lead as RawLead, ServiceRef, limits, map};
 
 use super::{
     Error,
+    mapping::Mapping,
     op::{Frontend, Lead},
     programs::{POD_PROGRAMS, PacketProgram, Programs, pins_in, program_of, unlink},
     shapes::shape_fits,
-    sys::{self, Mapping},
+    sys,
     tables::frontend_of,
 };
 
@@ -75,7 +76,7 @@ pub fn inherited(root: &Path, own: &Path) -> Result<Inherited, Error> {
     for dir in others(root, own)? {
         if let Some(services) = fitting(&dir, map::SERVICES)? {
             let bytes = limits::SERVICES as usize * size_of::<u64>();
-            let words = Mapping::new(services.as_fd(), bytes);
+            let words = Mapping::whole(services.as_fd(), bytes);
             let words = words.map_err(failed("map", map::SERVICES))?;
             let generations = (0..limits::SERVICES)
                 .map(|id| ServiceRef::from_word(words.load_word(id)).generation);

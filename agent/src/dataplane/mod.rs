@@ -12,6 +12,7 @@ mod flows;
 mod handover;
 mod hooks;
 pub mod maglev;
+mod mapping;
 mod names;
 mod op;
 mod pinned;
@@ -138,7 +139,7 @@ pub struct Collected {
 
 /// Everything that a node's maps hold, for whoever looks from beside its agent.
 pub fn held(pin_root: &Path) -> Result<State, Error> {
-    Tables::adopt(PinnedMaps::open(&pin_root.join(format!("v{ABI_VERSION}")))?).state()
+    Tables::adopt(PinnedMaps::open(&pin_root.join(format!("v{ABI_VERSION}")))?)?.state()
 }
 
 /// The loaded data plane of this node.
@@ -175,7 +176,7 @@ impl Dataplane {
         handover::share(&config.pin_root, &dir)?;
         let programs = Programs::load(&dir, config)?;
         let inherited = handover::inherited(&config.pin_root, &dir)?;
-        let tables = Tables::adopt(PinnedMaps::open(&dir)?);
+        let tables = Tables::adopt(PinnedMaps::open(&dir)?)?;
         let mut tables = tables.after_generation(inherited.generation);
         if config.masquerade {
             tables.hold_masquerade_back(Instant::now())?;

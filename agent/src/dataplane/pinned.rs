@@ -12,11 +12,7 @@ use dataplane_abi::{
     ServiceRef, limits, map,
 };
 
-use super::{
-    Error,
-    sys::{self, Mapping},
-    tables::MapIo,
-};
+use super::{Error, mapping::Mapping, sys, tables::MapIo};
 
 /// The pinned maps that the agent writes.
 pub struct PinnedMaps {
@@ -34,17 +30,19 @@ impl PinnedMaps {
     pub fn open(dir: &Path) -> Result<Self, Error> {
         let open =
             |name: &'static str| sys::open_pinned(&dir.join(name)).map_err(failed("open", name));
-        let mapped = |name: &'static str, bytes: usize| {
-            Mapping::new(open(name)?.as_fd(), bytes).map_err(failed("map", name))
-        };
+        let (services, backends) = (open(map::SERVICES)?, open(map::BACKENDS)?);
+        let service_bytes = limits::SERVICES as usize * size_of::<u64>();
+        let cell_bytes = limits::CELLS as usize * size_of::<Cell>();
         Ok(Self {
             frontends: open(map::FRONTENDS)?,
             local: open(map::LOCAL)?,
             ranges: open(map::RANGES)?,
             maglev: open(map::MAGLEV)?,
             peers: open(map::PEERS)?,
-            services: mapped(map::SERVICES, limits::SERVICES as usize * size_of::<u64>())?,
-            backends: mapped(map::BACKENDS, limits::CELLS as usize * size_of::<Cell>())?,
+            services: Mapping::whole(services.as_fd(), service_bytes)
+                .map_err(failed("map", map::SERVICES))?,
+            backends: Mapping::reserve(backends.as_fd(), cell_bytes)
+                .map_err(failed("map", map::BACKENDS))?,
         })
     }
 }
@@ -150,6 +148,12 @@ impl MapIo for PinnedMaps {
 
     fn set_service(&mut self, id: u32, reference: ServiceRef) {
         self.services.store_word(id, reference.to_word());
+    }
+
+    fn reach_cells(&mut self, cells: u32) -> Result<(), Error> {
+        self.backends
+            .reach_cells(cells)
+            .map_err(failed("map", map::BACKENDS))
     }
 
     fn cell(&self, index: u32) -> Cell {

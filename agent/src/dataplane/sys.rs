@@ -1,4 +1,4 @@
-//! bpf(2) commands that aya does not have: batches, links of any kind, mmapped arrays, test runs.
+//! bpf(2) commands that aya does not have: batches, links of any kind, test runs.
 //!
 //! Attributes are the leading fields of the kernel's `union bpf_attr` for each command (include/uapi/linux/bpf.h).
 
@@ -13,10 +13,9 @@ use std::{
     },
     path::Path,
     ptr,
-    sync::atomic::{AtomicU64, Ordering},
 };
 
-use dataplane_abi::{Cell, Plain};
+use dataplane_abi::Plain;
 
 use crate::net::socket_option;
 
@@ -453,90 +452,6 @@ pub fn monotonic_ns() -> u64 {
     // SAFETY: a clock that every kernel has, into a struct of ours.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut now) };
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
-}
-
-/// An mmapped array of elements of 8 or 32 bytes.
-pub struct Mapping {
-    base: *mut u8,
-    bytes: usize,
-}
-
-// SAFETY: shared memory of the kernel; all access is by the methods below, single words of it atomic.
-unsafe impl Send for Mapping {}
-// SAFETY: as above; `write_cells` takes the mapping mutably.
-unsafe impl Sync for Mapping {}
-
-impl Mapping {
-    /// Maps an array of `bytes` that was made with BPF_F_MMAPABLE.
-    pub fn new(map: BorrowedFd<'_>, bytes: usize) -> io::Result<Self> {
-        // SAFETY: a fresh mapping at an address of the kernel's choice.
-        let base = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                bytes,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                map.as_raw_fd(),
-                0,
-            )
-        };
-        if base == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(Self {
-            base: base.cast(),
-            bytes,
-        })
-    }
-
-    fn word(&self, index: u32) -> &AtomicU64 {
-        let offset = index as usize * size_of::<u64>();
-        assert!(
-            offset + size_of::<u64>() <= self.bytes,
-            "word {index} lies beyond the map"
-        );
-        // SAFETY: within the mapping, aligned, and accessed atomically only.
-        unsafe { AtomicU64::from_ptr(self.base.add(offset).cast()) }
-    }
-
-    pub fn load_word(&self, index: u32) -> u64 {
-        self.word(index).load(Ordering::Acquire)
-    }
-
-    /// Publishes a word: whoever reads it sees all that was written before.
-    pub fn store_word(&self, index: u32, value: u64) {
-        self.word(index).store(value, Ordering::Release);
-    }
-
-    fn cell(&self, index: u32) -> *mut Cell {
-        let offset = index as usize * size_of::<Cell>();
-        assert!(
-            offset + size_of::<Cell>() <= self.bytes,
-            "cell {index} lies beyond the map"
-        );
-        // SAFETY: within the mapping.
-        unsafe { self.base.add(offset).cast() }
-    }
-
-    pub fn read_cell(&self, index: u32) -> Cell {
-        // SAFETY: within the mapping, aligned; only this process writes.
-        unsafe { self.cell(index).read_volatile() }
-    }
-
-    /// Writes cells that no program reads yet, or whose reader checks them.
-    pub fn write_cells(&mut self, first: u32, cells: &[Cell]) {
-        for (index, cell) in (first..).zip(cells) {
-            // SAFETY: within the mapping, aligned.
-            unsafe { self.cell(index).write_volatile(*cell) };
-        }
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: our own mapping, to which no reference outlives self.
-        unsafe { libc::munmap(self.base.cast(), self.bytes) };
-    }
 }
 
 /// The part of the kernel's `struct __sk_buff` that a test run takes and gives back.

@@ -49,6 +49,8 @@ pub trait MapIo {
     fn service(&self, id: u32) -> ServiceRef;
     /// Replaces a service's reference in one store, after all cells written before.
     fn set_service(&mut self, id: u32, reference: ServiceRef);
+    /// Lets the first cells be read and written: those after them must not be touched.
+    fn reach_cells(&mut self, cells: u32) -> Result<(), Error>;
     fn cell(&self, index: u32) -> Cell;
     fn write_cells(&mut self, first: u32, cells: &[Cell]);
 }
@@ -100,7 +102,7 @@ const _: () = assert!(limits::CELLS.is_power_of_two());
 
 impl<M: MapIo> Tables<M> {
     /// Takes over maps as they are. A service whose extent contradicts it (only a bug could write one) is removed.
-    pub fn adopt(mut io: M) -> Self {
+    pub fn adopt(mut io: M) -> Result<Self, Error> {
         let mut extents = Extents::new(CELLS_ORDER);
         let (mut placed, mut generation) = (HashMap::new(), 0);
         let mut tables = HashMap::new();
@@ -110,7 +112,7 @@ impl<M: MapIo> Tables<M> {
                 continue;
             }
             generation = generation.max(reference.generation);
-            match extent_of(&io, id, reference) {
+            match extent_of(&mut io, id, reference)? {
                 Some(extent) if extents.reserve(extent) => {
                     let entries = ExtentHeader::from(io.cell(reference.extent)).maglev;
                     if entries != 0 {
@@ -140,7 +142,7 @@ impl<M: MapIo> Tables<M> {
         if let Err(error) = adopted.adopt_maglev() {
             tracing::warn!(%error, "what is left of Maglev tables cannot be looked at");
         }
-        adopted
+        Ok(adopted)
     }
 
     /// Removes the Maglev tables that belong to nobody: an agent that was killed between a table and its service left them.
@@ -322,6 +324,10 @@ impl<M: MapIo> Tables<M> {
                 Cell::from(Backend::new(at.ip().into(), at.port().to_be(), slot))
             }),
         );
+        if let Err(error) = self.io.reach_cells(extent.end()) {
+            self.extents.retire(extent, now);
+            return Err(error);
+        }
         self.io.write_cells(extent.start, &cells);
         self.io.set_service(
             id,
@@ -482,24 +488,26 @@ fn keys(generation: u32, entries: u32) -> impl Iterator<Item = MaglevKey> {
     (0..MaglevBlock::count(entries)).map(move |block| MaglevKey { generation, block })
 }
 
-/// Where a service's header says that its extent is, when it is one.
-fn extent_of(io: &impl MapIo, id: u32, reference: ServiceRef) -> Option<Extent> {
+/// Where a service's header says that its extent is, when it is one. All of it can be read then.
+fn extent_of(io: &mut impl MapIo, id: u32, reference: ServiceRef) -> Result<Option<Extent>, Error> {
     if reference.extent == 0 || reference.extent >= limits::CELLS {
-        return None;
+        return Ok(None);
     }
+    io.reach_cells(reference.extent + 1)?;
     let header = ExtentHeader::from(io.cell(reference.extent));
     let is_its = header.service == id && header.generation == reference.generation;
     if !is_its || header.active > header.total || header.total > limits::BACKENDS_PER_SERVICE {
-        return None;
+        return Ok(None);
     }
     let extent = Extent {
         start: reference.extent,
         order: Extent::order_for(header.total),
     };
-    extent
-        .start
-        .is_multiple_of(1 << extent.order)
-        .then_some(extent)
+    if !extent.start.is_multiple_of(1 << extent.order) {
+        return Ok(None);
+    }
+    io.reach_cells(extent.end())?;
+    Ok(Some(extent))
 }
 
 /// A frontend and where it leads, as the maps have them; nothing of a marker, or of a protocol that we do not speak.

@@ -14,6 +14,7 @@ struct Memory {
     locals: BTreeMap<Addr, LocalAddress>,
     services: BTreeMap<u32, ServiceRef>,
     cells: BTreeMap<u32, Cell>,
+    reached: u32,
     log: Vec<&'static str>,
     /// Frontends and markers in the order in which they were set, and in which they were removed.
     set: Vec<FrontendKey>,
@@ -101,10 +102,16 @@ impl MapIo for Memory {
             "set service"
         });
     }
+    fn reach_cells(&mut self, cells: u32) -> Result<(), Error> {
+        self.reached = self.reached.max(cells);
+        Ok(())
+    }
     fn cell(&self, index: u32) -> Cell {
+        assert!(index < self.reached, "cell {index} was not reached for");
         self.cells.get(&index).copied().unwrap_or_default()
     }
     fn write_cells(&mut self, first: u32, cells: &[Cell]) {
+        assert!(first + cells.len() as u32 <= self.reached);
         self.cells.extend((first..).zip(cells.iter().copied()));
         self.log.push("write cells");
     }
@@ -189,7 +196,7 @@ fn everything() -> Vec<Op> {
 
 #[test]
 fn what_is_written_is_read_back_also_by_the_next_agent() {
-    let mut tables = Tables::adopt(Memory::default());
+    let mut tables = Tables::adopt(Memory::default()).unwrap();
     tables.apply(&everything(), Instant::now()).unwrap();
     let state = tables.state().unwrap();
     assert_eq!(
@@ -222,16 +229,16 @@ fn what_is_written_is_read_back_also_by_the_next_agent() {
         7
     );
     assert_eq!(state.host_addresses, ["198.18.0.1".parse().unwrap()].into());
-    let next = Tables::adopt(tables.io);
+    let next = Tables::adopt(tables.io).unwrap();
     assert_eq!(next.state().unwrap(), state);
 }
 
 #[test]
 fn the_next_agent_neither_reuses_a_generation_nor_overwrites_an_extent() {
-    let mut tables = Tables::adopt(Memory::default());
+    let mut tables = Tables::adopt(Memory::default()).unwrap();
     tables.apply(&everything(), Instant::now()).unwrap();
     let before = tables.io.service(1);
-    let mut next = Tables::adopt(tables.io);
+    let mut next = Tables::adopt(tables.io).unwrap();
     next.apply(
         &[Op::SetService {
             id: ServiceId(9),
@@ -249,7 +256,7 @@ fn the_next_agent_neither_reuses_a_generation_nor_overwrites_an_extent() {
 
 #[test]
 fn services_are_there_before_their_frontends_and_gone_after_them() {
-    let mut tables = Tables::adopt(Memory::default());
+    let mut tables = Tables::adopt(Memory::default()).unwrap();
     tables.apply(&everything(), Instant::now()).unwrap();
     let set = tables
         .io
@@ -282,7 +289,7 @@ fn services_are_there_before_their_frontends_and_gone_after_them() {
 #[test]
 fn an_address_is_marked_after_its_ports_are_there_and_before_they_go() {
     let now = Instant::now();
-    let mut tables = Tables::adopt(Memory::default());
+    let mut tables = Tables::adopt(Memory::default()).unwrap();
     let ports = ["10.96.0.1:80", "10.96.0.1:443", "10.96.0.2:80"].map(frontend);
     let addresses: BTreeSet<IpAddr> = ports.iter().map(|port| port.addr).collect();
     let mut ops = vec![Op::SetService {
@@ -309,7 +316,7 @@ fn an_address_is_marked_after_its_ports_are_there_and_before_they_go() {
 
 #[test]
 fn a_change_writes_a_new_extent_before_it_leads_there_and_leaves_the_old_one_whole_for_a_while() {
-    let mut tables = Tables::adopt(Memory::default());
+    let mut tables = Tables::adopt(Memory::default()).unwrap();
     let now = Instant::now();
     let set = |to: &str| {
         [Op::SetService {
@@ -338,7 +345,7 @@ fn a_change_writes_a_new_extent_before_it_leads_there_and_leaves_the_old_one_who
 
 #[test]
 fn of_several_changes_the_last_counts() {
-    let mut tables = Tables::adopt(Memory::default());
+    let mut tables = Tables::adopt(Memory::default()).unwrap();
     let id = ServiceId(1);
     let ops = [
         Op::SetService {
@@ -367,7 +374,7 @@ fn of_several_changes_the_last_counts() {
 
 #[test]
 fn what_does_not_fit_is_an_error_that_says_which_limit() {
-    let mut tables = Tables::adopt(Memory::default());
+    let mut tables = Tables::adopt(Memory::default()).unwrap();
     for id in [0, limits::SERVICES] {
         let error = tables
             .apply(&[Op::RemoveService { id: ServiceId(id) }], Instant::now())
@@ -401,13 +408,13 @@ fn what_does_not_fit_is_an_error_that_says_which_limit() {
 
 #[test]
 fn ranges_are_there_before_the_frontends_that_ask_for_them_and_gone_after() {
-    let mut tables = Tables::adopt(Memory::default());
+    let mut tables = Tables::adopt(Memory::default()).unwrap();
     tables.apply(&everything(), Instant::now()).unwrap();
     let place = |log: &[&str], what| log.iter().position(|entry| *entry == what).unwrap();
     let log = &tables.io.log;
     assert!(place(log, "set ranges") < place(log, "set frontends"));
     // Also by the next agent, which has not read them yet.
-    let mut next = Tables::adopt(tables.io);
+    let mut next = Tables::adopt(tables.io).unwrap();
     next.io.log.clear();
     let ops = [
         Op::SetSources {
@@ -432,18 +439,18 @@ fn ranges_are_there_before_the_frontends_that_ask_for_them_and_gone_after() {
 
 #[test]
 fn a_service_that_leads_to_anothers_extent_is_not_adopted() {
-    let mut tables = Tables::adopt(Memory::default());
+    let mut tables = Tables::adopt(Memory::default()).unwrap();
     tables.apply(&everything(), Instant::now()).unwrap();
     let stolen = tables.io.service(1);
     tables.io.set_service(5, stolen);
-    let next = Tables::adopt(tables.io);
+    let next = Tables::adopt(tables.io).unwrap();
     assert_eq!(next.io.service(5), ServiceRef::default());
     assert!(next.placed.contains_key(&1));
 }
 
 #[test]
 fn pods_keep_their_addresses_everywhere_until_it_is_known_where() {
-    let mut tables = Tables::adopt(Memory::default());
+    let mut tables = Tables::adopt(Memory::default()).unwrap();
     let now = Instant::now();
     let held = |tables: &Tables<Memory>| {
         let ranges = tables.state().unwrap().unmasqueraded;
@@ -477,7 +484,7 @@ fn by_table(active: &[&str]) -> Op {
 
 #[test]
 fn a_table_comes_before_its_service_and_goes_after_it() {
-    let mut tables = Tables::adopt(Memory::default());
+    let mut tables = Tables::adopt(Memory::default()).unwrap();
     let now = Instant::now();
     let first = by_table(&["10.0.0.1:80", "10.0.0.2:80"]);
     tables.apply(&[first], now).unwrap();
@@ -512,7 +519,7 @@ fn a_table_comes_before_its_service_and_goes_after_it() {
 
 #[test]
 fn the_next_agent_takes_tables_over_and_clears_those_of_nobody() {
-    let mut tables = Tables::adopt(Memory::default());
+    let mut tables = Tables::adopt(Memory::default()).unwrap();
     let both = by_table(&["10.0.0.1:80", "10.0.0.2:80"]);
     tables.apply(&[both], Instant::now()).unwrap();
     let held = tables.state().unwrap();
@@ -523,7 +530,7 @@ fn the_next_agent_takes_tables_over_and_clears_those_of_nobody() {
         block: 0,
     };
     io.maglev.insert(stray, MaglevBlock::EMPTY);
-    let next = Tables::adopt(io);
+    let next = Tables::adopt(io).unwrap();
     assert_eq!(next.maglev().blocks, 2);
     assert!(!next.io.maglev.contains_key(&stray) && next.io.maglev.len() == 2);
     assert_eq!(next.state().unwrap(), held);
@@ -531,7 +538,7 @@ fn the_next_agent_takes_tables_over_and_clears_those_of_nobody() {
 
 #[test]
 fn a_table_without_room_leaves_its_service_served_and_is_told() {
-    let mut tables = Tables::adopt(Memory::default());
+    let mut tables = Tables::adopt(Memory::default()).unwrap();
     tables.maglev_blocks = limits::MAGLEV_BLOCKS - 1;
     let both = by_table(&["10.0.0.1:80", "10.0.0.2:80"]);
     let once = std::slice::from_ref(&both);
@@ -547,7 +554,7 @@ fn a_table_without_room_leaves_its_service_served_and_is_told() {
 
 #[test]
 fn ranges_of_other_nodes_are_replaced_whole_and_read_back() {
-    let mut tables = Tables::adopt(Memory::default());
+    let mut tables = Tables::adopt(Memory::default()).unwrap();
     let peers = |list: &[(&str, u8)]| -> Peers {
         let peer =
             |(range, last): &(&str, u8)| (range.parse().unwrap(), [10, 0x6d, 198, 18, 0, *last]);
@@ -573,7 +580,7 @@ fn ranges_of_other_nodes_are_replaced_whole_and_read_back() {
 
 #[test]
 fn clients_are_answered_directly_only_where_all_nodes_choose_alike() {
-    let mut tables = Tables::adopt(Memory::default());
+    let mut tables = Tables::adopt(Memory::default()).unwrap();
     let mut direct = |active: &[&str], maglev: u32| {
         let wished = ServiceBackends {
             maglev,
