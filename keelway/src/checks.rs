@@ -6,8 +6,8 @@ use crate::cgroup::{CgroupError, Hierarchies};
 use crate::family::IpFamily;
 use crate::forward::NFT;
 
-/// The oldest kernel that the data plane has been tried on (docs/services.md).
-const KERNEL_MIN: (u32, u32) = (6, 1);
+/// The oldest kernel that the data plane may work on (docs/services.md): the verifier of 6.1 refuses some programs.
+const KERNEL_MIN: (u32, u32) = (6, 6);
 /// Programs that nodes run, and the Debian package each is in.
 const PROGRAMS: [(&str, &str); 4] = [
     ("containerd", "containerd"),
@@ -168,7 +168,7 @@ mod tests {
         assert_eq!(version("6.18.44-fc-v657"), Some((6, 18)));
         assert_eq!(version("5.4.0-150-generic"), Some((5, 4)));
         assert!(version("5.15.0-91-generic").expect("read") < KERNEL_MIN);
-        assert!(version("6.1.0-18-amd64").expect("read") >= KERNEL_MIN);
+        assert!(version("6.1.0-18-amd64").expect("read") < KERNEL_MIN);
         assert!(version("6.12.0").expect("read") > KERNEL_MIN);
         assert_eq!(version("weird"), None);
     }
