@@ -16,6 +16,17 @@ const LIFE_SECONDS: i64 = 365 * 24 * 3600;
 /// Clocks of others may be behind by this much.
 const BACKDATED_SECONDS: i64 = 300;
 
+/// Why a certificate cannot be signed anew.
+#[derive(Debug, thiserror::Error)]
+pub enum SignError {
+    #[error(
+        "it is of several organizations ({0}), as none of ours is: whoever made it can make another"
+    )]
+    Organizations(String),
+    #[error(transparent)]
+    Sign(#[from] rcgen::Error),
+}
+
 /// When a certificate is good, in seconds since 1970.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Life {
@@ -121,7 +132,11 @@ impl Leaf {
         &self,
         authority: &Issuer<'_, KeyPair>,
         now: Timestamp,
-    ) -> Result<(String, String), rcgen::Error> {
+    ) -> Result<(String, String), SignError> {
+        // A name has one value of a kind here: signed with one organization, it would lose the groups of the others.
+        if self.organizations.len() > 1 {
+            return Err(SignError::Organizations(self.organizations.join(", ")));
+        }
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
@@ -181,7 +196,7 @@ mod tests {
         let issuer = Issuer::new(params, key);
         let old = Leaf {
             common_name: "kube-apiserver".to_owned(),
-            organizations: vec!["a".to_owned(), "b".to_owned()],
+            organizations: vec!["a".to_owned()],
             names: vec!["kubernetes".to_owned()],
             addresses: vec!["10.96.0.1".parse().unwrap(), "fd00::1".parse().unwrap()],
             client: true,
@@ -204,5 +219,11 @@ mod tests {
             },
             old
         );
+        let several = Leaf {
+            organizations: vec!["a".to_owned(), "b".to_owned()],
+            ..old
+        };
+        let refused = several.renewed(&issuer, now);
+        assert!(matches!(refused, Err(SignError::Organizations(_))));
     }
 }

@@ -240,11 +240,11 @@ mod tests {
         for text in [
             "",
             "abcdef",
-            "abcdef.0123456789abcdeF",
-            "abc.0123456789abcdef",
+            "abcdef.zyxwvutsrqponmlK",
+            "abc.zyxwvutsrqponmlk",
         ] {
             let error = text.parse::<Token>().expect_err("none").to_string();
-            assert!(!error.contains("0123456789abcde"), "{error}");
+            assert!(!error.contains("zyxw"), "{error}");
         }
     }
 
