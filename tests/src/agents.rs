@@ -108,6 +108,7 @@ impl ClusterFile {
                 },
                 "ports": [
                     {"name": "tcp", "port": ECHO_PORT, "protocol": "TCP"}, {"name": "udp", "port": ECHO_PORT, "protocol": "UDP"},
+                    {"name": "sctp", "port": ECHO_PORT, "protocol": "SCTP"},
                 ],
                 "endpoints": endpoints,
             }));

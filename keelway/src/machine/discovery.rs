@@ -3,6 +3,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
+use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::prelude::{BASE64_STANDARD, BASE64_URL_SAFE_NO_PAD};
@@ -21,6 +22,9 @@ use crate::forward::names::{self, NameError};
 pub const NAMESPACE: &str = "kube-public";
 pub const NAME: &str = "cluster-info";
 const CONTENT: &str = "kubeconfig";
+/// How long a token may take to sign what a cluster tells of itself; a machine may read that, and may not watch it.
+const SIGNING_TIMEOUT: Duration = Duration::from_secs(5);
+const SIGNING_RETRY: Duration = Duration::from_millis(200);
 
 #[derive(Debug, thiserror::Error)]
 pub enum DiscoveryError {
@@ -145,9 +149,27 @@ pub async fn address(text: &str) -> Result<SocketAddr, DiscoveryError> {
 
 /// Asks an API server for its cluster, and believes it when its authority has the hash and the token has signed what it says.
 ///
+/// A token that was made just now signs a moment later: one that has not is waited for.
+///
 /// # Errors
 /// Why it is not believed.
 pub async fn discover(
+    address: SocketAddr,
+    token: &Token,
+    hash: &CaHash,
+) -> Result<Known, DiscoveryError> {
+    let until = Instant::now() + SIGNING_TIMEOUT;
+    loop {
+        match discover_once(address, token, hash).await {
+            Err(DiscoveryError::Unsigned(_)) if Instant::now() < until => {
+                tokio::time::sleep(SIGNING_RETRY).await;
+            }
+            known => return known,
+        }
+    }
+}
+
+async fn discover_once(
     address: SocketAddr,
     token: &Token,
     hash: &CaHash,
