@@ -39,13 +39,14 @@ pub use events::{EventRing, quiet};
 pub use flows::{FlowTables, FlowView, monotonic_ns, monotonic_s};
 pub use handover::HandedOver;
 pub use hooks::FilterHooks;
+pub use maglev::MaglevUse;
 pub use names::NameTables;
 pub use op::{
     Frontend, Lead, LocalPod, Op, Peers, Protocol, ServiceBackends, ServiceId, Sources, State, Vip,
 };
 pub use programs::PacketProgram;
 pub use sys::{LinkTarget, MapShape};
-pub use tables::{Applied, MaglevUse, Usage};
+pub use tables::{Applied, Usage};
 
 use crate::dataplane::{
     pinned::PinnedMaps,

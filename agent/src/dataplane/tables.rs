@@ -18,7 +18,7 @@ use ipnetwork::IpNetwork;
 use super::{
     Error,
     extent::{Extent, Extents},
-    maglev,
+    maglev::{Held, MaglevStore, MaglevUse},
     op::{Frontend, Lead, LocalPod, Op, Protocol, ServiceBackends, ServiceId, State, Vip},
     programs::word_of,
 };
@@ -64,14 +64,6 @@ pub struct Usage {
     pub local_addresses: u32,
 }
 
-/// How much of the room for Maglev tables is used.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct MaglevUse {
-    pub blocks: u32,
-    /// Service ports whose table found no room: they choose at random.
-    pub refused: usize,
-}
-
 /// What was done by [`Tables::apply`]: entries written and removed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Applied {
@@ -89,12 +81,7 @@ pub struct Tables<M> {
     /// Ranges of each service that has any, and of destinations without masquerade under 0; nothing before they are first asked for.
     ranges: Option<BTreeMap<u32, BTreeSet<RangeKey>>>,
     generation: u32,
-    /// Generation and size of each service's Maglev table.
-    maglev: HashMap<u32, (u32, u32)>,
-    /// Blocks of all of them.
-    maglev_blocks: u32,
-    /// Services whose table found no room.
-    maglev_refused: BTreeSet<u32>,
+    maglev: MaglevStore,
 }
 
 const CELLS_ORDER: u8 = limits::CELLS.trailing_zeros() as u8;
@@ -116,7 +103,14 @@ impl<M: MapIo> Tables<M> {
                 Some(extent) if extents.reserve(extent) => {
                     let entries = ExtentHeader::from(io.cell(reference.extent)).maglev;
                     if entries != 0 {
-                        tables.insert(id, (reference.generation, entries));
+                        let generation = reference.generation;
+                        tables.insert(
+                            id,
+                            Held {
+                                generation,
+                                entries,
+                            },
+                        );
                     }
                     placed.insert(id, extent);
                 }
@@ -129,31 +123,15 @@ impl<M: MapIo> Tables<M> {
                 }
             }
         }
-        let mut adopted = Self {
+        let maglev = MaglevStore::adopt(&mut io, tables);
+        Ok(Self {
             io,
             extents,
             placed,
             ranges: None,
             generation,
-            maglev: tables,
-            maglev_blocks: 0,
-            maglev_refused: BTreeSet::new(),
-        };
-        if let Err(error) = adopted.adopt_maglev() {
-            tracing::warn!(%error, "what is left of Maglev tables cannot be looked at");
-        }
-        Ok(adopted)
-    }
-
-    /// Removes the Maglev tables that belong to nobody: an agent that was killed between a table and its service left them.
-    fn adopt_maglev(&mut self) -> Result<(), Error> {
-        let held = self.io.maglev_blocks()?;
-        let owned: BTreeSet<u32> = self.maglev.values().map(|(owner, _)| *owner).collect();
-        let (kept, stray): (Vec<MaglevKey>, Vec<MaglevKey>) = held
-            .into_iter()
-            .partition(|key| owned.contains(&key.generation));
-        self.maglev_blocks = kept.len() as u32;
-        self.io.remove_maglev(&stray)
+            maglev,
+        })
     }
 
     /// Lets generations go on behind one that other maps may have come to.
@@ -274,9 +252,7 @@ impl<M: MapIo> Tables<M> {
             {
                 self.io.set_service(*id, ServiceRef::default());
                 self.extents.retire(extent, now);
-                self.maglev_refused.remove(id);
-                let table = self.maglev.remove(id);
-                self.forget_maglev(table)?;
+                self.maglev.remove(&mut self.io, *id)?;
             }
         }
         Ok(Applied {
@@ -300,16 +276,21 @@ impl<M: MapIo> Tables<M> {
             map: dataplane_abi::map::BACKENDS,
             limit: limits::CELLS,
         })?;
+        if let Err(error) = self.io.reach_cells(extent.end()) {
+            self.extents.retire(extent, now);
+            return Err(error);
+        }
         // 0 says that there is no service.
         self.generation = self.generation.checked_add(1).unwrap_or(1);
-        let entries = self.write_maglev(id, backends)?;
+        let generation = self.generation;
+        let entries = self.maglev.write(&mut self.io, id, generation, backends)?;
         // Nodes that do not choose alike would send clients' packets to nodes that send them on.
         let direct = backends.direct && (entries != 0 || backends.active.len() == 1);
         let flags = if backends.silent { SERVICE_SILENT } else { 0 }
             | if direct { SERVICE_DIRECT } else { 0 };
         let header = ExtentHeader {
             service: id,
-            generation: self.generation,
+            generation,
             active: backends.active.len() as u32,
             total: total as u32,
             flags,
@@ -324,72 +305,24 @@ impl<M: MapIo> Tables<M> {
                 Cell::from(Backend::new(at.ip().into(), at.port().to_be(), slot))
             }),
         );
-        if let Err(error) = self.io.reach_cells(extent.end()) {
-            self.extents.retire(extent, now);
-            return Err(error);
-        }
         self.io.write_cells(extent.start, &cells);
         self.io.set_service(
             id,
             ServiceRef {
                 extent: extent.start,
-                generation: self.generation,
+                generation,
             },
         );
         if let Some(old) = self.placed.insert(id, extent) {
             self.extents.retire(old, now);
         }
-        let old = match entries {
-            0 => self.maglev.remove(&id),
-            entries => self.maglev.insert(id, (self.generation, entries)),
-        };
-        // It need not rest: a program that finds no table any more looks again for the service.
-        self.forget_maglev(old)
-    }
-
-    /// Writes the Maglev table that a service asks for, under the generation it is about to have; gives its entries, 0 without one.
-    fn write_maglev(&mut self, id: u32, backends: &ServiceBackends) -> Result<u32, Error> {
-        self.maglev_refused.remove(&id);
-        if backends.maglev == 0 || backends.active.len() < 2 {
-            return Ok(0);
-        }
-        let wanted = MaglevBlock::count(backends.maglev);
-        if self.maglev_blocks + wanted > limits::MAGLEV_BLOCKS {
-            self.maglev_refused.insert(id);
-            return Ok(0);
-        }
-        let table = maglev::table(&backends.active, backends.maglev);
-        let blocks = table.chunks(MaglevBlock::ENTRIES as usize);
-        let blocks: Vec<(MaglevKey, MaglevBlock)> = keys(self.generation, backends.maglev)
-            .zip(blocks)
-            .map(|(key, slots)| {
-                let mut block = MaglevBlock::EMPTY;
-                block.slots[..slots.len()].copy_from_slice(slots);
-                (key, block)
-            })
-            .collect();
-        self.io.set_maglev(&blocks)?;
-        self.maglev_blocks += wanted;
-        Ok(backends.maglev)
-    }
-
-    /// Removes a table that no service has any more.
-    fn forget_maglev(&mut self, table: Option<(u32, u32)>) -> Result<(), Error> {
-        let Some((generation, entries)) = table else {
-            return Ok(());
-        };
-        let gone: Vec<MaglevKey> = keys(generation, entries).collect();
-        self.io.remove_maglev(&gone)?;
-        self.maglev_blocks = self.maglev_blocks.saturating_sub(gone.len() as u32);
-        Ok(())
+        // The old table need not rest: a program that finds none any more looks again for the service.
+        self.maglev.changed(&mut self.io, id, generation, entries)
     }
 
     /// How much of the room for Maglev tables is used.
     pub fn maglev(&self) -> MaglevUse {
-        MaglevUse {
-            blocks: self.maglev_blocks,
-            refused: self.maglev_refused.len(),
-        }
+        self.maglev.usage()
     }
 
     /// Adds the ranges that some services shall have and have not, and gives those to be removed once no frontend asks for them.
@@ -481,11 +414,6 @@ impl<M: MapIo> Tables<M> {
             local_addresses: self.io.local_addresses()?.len() as u32,
         })
     }
-}
-
-/// The keys of a Maglev table's blocks.
-fn keys(generation: u32, entries: u32) -> impl Iterator<Item = MaglevKey> {
-    (0..MaglevBlock::count(entries)).map(move |block| MaglevKey { generation, block })
 }
 
 /// Where a service's header says that its extent is, when it is one. All of it can be read then.

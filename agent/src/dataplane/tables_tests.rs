@@ -539,7 +539,7 @@ fn the_next_agent_takes_tables_over_and_clears_those_of_nobody() {
 #[test]
 fn a_table_without_room_leaves_its_service_served_and_is_told() {
     let mut tables = Tables::adopt(Memory::default()).unwrap();
-    tables.maglev_blocks = limits::MAGLEV_BLOCKS - 1;
+    tables.maglev.blocks = limits::MAGLEV_BLOCKS - 1;
     let both = by_table(&["10.0.0.1:80", "10.0.0.2:80"]);
     let once = std::slice::from_ref(&both);
     tables.apply(once, Instant::now()).unwrap();
@@ -547,7 +547,7 @@ fn a_table_without_room_leaves_its_service_served_and_is_told() {
     let state = tables.state().unwrap();
     let held = &state.services[&ServiceId(3)];
     assert_eq!((held.active.len(), held.maglev), (2, 0));
-    tables.maglev_blocks = 0;
+    tables.maglev.blocks = 0;
     tables.apply(once, Instant::now()).unwrap();
     assert_eq!(tables.maglev().refused, 0);
 }

@@ -4,7 +4,12 @@
 //!
 //! The table is filled by turns: each backend in turn takes the first free entry in an order of its own.
 
+mod store;
+
 use std::net::{IpAddr, SocketAddr};
+
+pub use store::MaglevUse;
+pub(super) use store::{Held, MaglevStore};
 
 /// Sizes that a table may have: primes, so that every step from entry to entry passes all of them.
 ///
