@@ -15,7 +15,6 @@ use dataplane_abi::{
 };
 
 use crate::{
-    checksum,
     packet::{ChecksumChange, Ip, Packet, Parsed, is_ipv6, parse},
     tables::{FlowEntry, Refused, Tables},
 };
@@ -42,14 +41,7 @@ impl Packet for Bytes {
         let Some(field) = self.read::<u16>(offset) else {
             return false;
         };
-        if field == 0 && change.optional {
-            return true;
-        }
-        let mut patched = checksum::updated(field, change.difference);
-        if patched == 0 && change.optional {
-            patched = 0xffff;
-        }
-        self.write(offset, &patched)
+        self.write(offset, &change.applied_to(field))
     }
 
     fn resize(&mut self, len: u32) -> bool {

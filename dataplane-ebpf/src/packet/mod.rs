@@ -87,6 +87,20 @@ pub struct ChecksumChange {
     pub optional: bool,
 }
 
+impl ChecksumChange {
+    /// What a whole checksum becomes.
+    #[inline(always)]
+    pub fn applied_to(self, field: u16) -> u16 {
+        if field == 0 && self.optional {
+            return 0;
+        }
+        match crate::checksum::updated(field, self.difference) {
+            0 if self.optional => 0xffff,
+            patched => patched,
+        }
+    }
+}
+
 /// Whether a packet is a fragment.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Fragment {

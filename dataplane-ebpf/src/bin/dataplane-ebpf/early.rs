@@ -12,7 +12,6 @@ use aya_ebpf::{
 };
 use dataplane_abi::{Hook, Plain, Reason};
 use dataplane_ebpf::{
-    checksum,
     early::{self, Early},
     hook::Notes,
     packet::{ChecksumChange, Packet, is_ipv6},
@@ -74,14 +73,7 @@ impl Packet for Frame {
         let Some(field) = self.read::<u16>(offset) else {
             return false;
         };
-        if field == 0 && change.optional {
-            return true;
-        }
-        let mut patched = checksum::updated(field, change.difference);
-        if patched == 0 && change.optional {
-            patched = 0xffff;
-        }
-        self.write(offset, &patched)
+        self.write(offset, &change.applied_to(field))
     }
 
     #[inline(always)]
