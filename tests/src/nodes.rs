@@ -324,6 +324,17 @@ impl Node {
         Ok(())
     }
 
+    /// Starts anew with masquerade, for all but these ranges.
+    pub fn masquerade(&mut self, but: &[&str]) -> Result<()> {
+        self.close();
+        self.config.masquerade = true;
+        self.open()?;
+        let ranges = but.iter().map(|range| range.parse());
+        let ranges = ranges.collect::<Result<_, _>>()?;
+        self.dataplane().apply(&[Op::SetUnmasqueraded { ranges }])?;
+        Ok(())
+    }
+
     /// Ends the agent, so to speak: what it pinned stays.
     pub fn close(&mut self) {
         self.dataplane = None;

@@ -7,7 +7,6 @@ use std::{
 };
 
 use dataplane_abi::Reason;
-use keelway_agent::dataplane::Op;
 use keelway_tests::{
     nodes::{Nodes, PER_PACKET},
     requests::TIMEOUT,
@@ -56,17 +55,8 @@ fn echoes_leave_as_the_node_and_their_answers_and_errors_come_back() {
     let sandbox = Sandbox::enter().unwrap();
     let mut nodes = Nodes::start(&sandbox, PER_PACKET).unwrap();
     let [first, second] = &mut nodes.nodes;
-    first.close();
-    first.config.masquerade = true;
-    first.open().unwrap();
-    let dataplane = first.dataplane.as_mut().unwrap();
-    for pod in first.pods.values() {
-        let attached = first.host.run(|| dataplane.attach_pod(pod.ifindex));
-        attached.unwrap();
-    }
-    let ranges = ["10.244.0.0/16", "fd00:244::/32", "fe80::/10"];
-    let ranges = ranges.map(|range| range.parse().unwrap()).into();
-    dataplane.apply(&[Op::SetUnmasqueraded { ranges }]).unwrap();
+    let cluster = ["10.244.0.0/16", "fd00:244::/32", "fe80::/10"];
+    first.masquerade(&cluster).unwrap();
     // Behind the other node there is nothing, which it says.
     first.host.run(|| {
         ip("route add 192.0.2.0/24 via 198.18.0.2").unwrap();

@@ -395,20 +395,7 @@ fn with_masquerade_pods_leave_the_cluster_as_their_node() {
     let Some((_sandbox, mut nodes, _cgroup)) = started("masquerade", PER_PACKET) else {
         return;
     };
-    let first = &mut nodes.nodes[0];
-    first.close();
-    first.config.masquerade = true;
-    first.open().unwrap();
-    let dataplane = first.dataplane.as_mut().unwrap();
-    for pod in first.pods.values() {
-        first
-            .host
-            .run(|| dataplane.attach_pod(pod.ifindex))
-            .unwrap();
-    }
-    let cluster = ["10.244.0.0/16".parse().unwrap()].into();
-    let ranges = Op::SetUnmasqueraded { ranges: cluster };
-    dataplane.apply(&[ranges]).unwrap();
+    nodes.nodes[0].masquerade(&["10.244.0.0/16"]).unwrap();
     let mut failures = String::new();
     for protocol in ["tcp", "udp", "udp-connected", "20*tcp"] {
         for (pod, own) in [("a", "10.244.1.11"), ("b", "10.244.1.12")] {

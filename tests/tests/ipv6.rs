@@ -324,20 +324,9 @@ fn with_masquerade_pods_leave_the_cluster_as_their_node() {
     let Some((_sandbox, mut nodes, _cgroup)) = started("IPv6 masquerade", PER_PACKET) else {
         return;
     };
-    let first = &mut nodes.nodes[0];
-    first.close();
-    first.config.masquerade = true;
-    first.open().unwrap();
-    let dataplane = first.dataplane.as_mut().unwrap();
-    for pod in first.pods.values() {
-        let attached = first.host.run(|| dataplane.attach_pod(pod.ifindex));
-        attached.unwrap();
-    }
-    let ranges = ["fd00:244::/32", "fe80::/10"].map(|range| range.parse().unwrap());
-    let ranges = Op::SetUnmasqueraded {
-        ranges: ranges.into(),
-    };
-    dataplane.apply(&[ranges]).unwrap();
+    nodes.nodes[0]
+        .masquerade(&["fd00:244::/32", "fe80::/10"])
+        .unwrap();
     let mut failures = String::new();
     for protocol in ["tcp", "udp", "udp-connected", "20*tcp"] {
         for (pod, own) in [("a", "fd00:244:1::b"), ("b", "fd00:244:1::c")] {

@@ -20,6 +20,15 @@ struct Machine {
     state: PathBuf,
 }
 
+/// A namespace of the test's own, with the bridge that machines are on.
+fn sandbox() -> Sandbox {
+    let sandbox = Sandbox::enter().expect("a sandbox");
+    ip("link add machines type bridge").expect("a bridge");
+    ip("link set machines up").expect("up");
+    ip("address add 198.18.230.254/24 dev machines").expect("an address");
+    sandbox
+}
+
 impl Machine {
     fn new(folder: &Path, number: u8) -> Machine {
         let network = Network::new().expect("a network");
@@ -202,10 +211,7 @@ fn machines_join_work_and_leave() {
     if !is_root("machines_join_work_and_leave") {
         return;
     }
-    let _sandbox = Sandbox::enter().expect("a sandbox");
-    ip("link add machines type bridge").expect("a bridge");
-    ip("link set machines up").expect("up");
-    ip("address add 198.18.230.254/24 dev machines").expect("an address");
+    let _sandbox = sandbox();
     let folder = tempfile::tempdir().expect("a folder");
     let [first, second] = [1, 2].map(|number| Machine::new(folder.path(), number));
     let untouched = second.look();
@@ -392,10 +398,7 @@ fn a_second_control_plane_joins_on_etcd_and_takes_over() {
     if !is_root("a_second_control_plane_joins_on_etcd_and_takes_over") {
         return;
     }
-    let _sandbox = Sandbox::enter().expect("a sandbox");
-    ip("link add machines type bridge").expect("a bridge");
-    ip("link set machines up").expect("up");
-    ip("address add 198.18.230.254/24 dev machines").expect("an address");
+    let _sandbox = sandbox();
     let folder = tempfile::tempdir().expect("a folder");
     let [first, second] = [3, 4].map(|number| Machine::new(folder.path(), number));
     let _etcd = etcd(folder.path());

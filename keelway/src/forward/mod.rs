@@ -119,7 +119,7 @@ pub fn run(arguments: &ForwardArguments) -> Result<(), ForwardError> {
 }
 
 /// The next connection, and who it is from; `part` says in the log why one cannot be had yet.
-async fn accepted(listener: &TcpListener, part: &str) -> (TcpStream, SocketAddr) {
+pub async fn accepted(listener: &TcpListener, part: &str) -> (TcpStream, SocketAddr) {
     loop {
         match listener.accept().await {
             Ok(accepted) => return accepted,

@@ -18,6 +18,7 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use tokio::net::{TcpListener, TcpStream};
 
+use crate::forward::accepted;
 use crate::node::{BIN_DIR, ServiceSpec};
 use crate::up::specs;
 
@@ -141,16 +142,8 @@ pub async fn run(arguments: &BalanceArguments) -> Result<(), BalancerError> {
 
 async fn accept(listener: &TcpListener, servers: &Servers) {
     loop {
-        match listener.accept().await {
-            Ok((client, _)) => {
-                tokio::spawn(carry(client, servers.clone()));
-            }
-            Err(error) => {
-                // Out of descriptors, most likely: accepting again at once would spin.
-                eprintln!("cannot accept a connection: {error}");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-        }
+        let (client, _) = accepted(listener, "balancer").await;
+        tokio::spawn(carry(client, servers.clone()));
     }
 }
 

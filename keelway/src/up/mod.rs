@@ -31,7 +31,6 @@ use crate::state::{ClusterDir, ClusterState, NodeState, StateDir, StateError};
 pub const CONTROL_PLANE: &str = "control-plane";
 /// The node that holds the bridge when there are several control planes: none of them may be the one that all need.
 const SWITCH: &str = "switch";
-const API_PORT: u16 = 6443;
 const CLUSTER_DOMAIN: &str = "cluster.local";
 /// What services wait for, told by [`Nodes::tell`].
 const NETWORK: &str = "network";

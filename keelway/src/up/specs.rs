@@ -8,14 +8,14 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::{
-    API, API_PORT, CLUSTER_DOMAIN, CONTROL_PLANE, FORWARDER, IMAGES, NETWORK, Plan, SWITCH, UpError,
+    API, CLUSTER_DOMAIN, CONTROL_PLANE, FORWARDER, IMAGES, NETWORK, Plan, SWITCH, UpError,
 };
 use crate::containerd;
 use crate::family;
 use crate::forward;
 use crate::kubeconfig;
 use crate::machine::balancer;
-use crate::machine::local_api;
+use crate::machine::{API_PORT, local_api};
 use crate::node::{BIN_DIR, Bind, NodeSpec, ServiceSpec};
 use crate::pki::{ClusterPki, Credential, EtcdPki};
 use crate::seed;

@@ -7,6 +7,7 @@ mod history;
 mod load;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::future::join_all;
@@ -18,7 +19,7 @@ use tokio::task::JoinSet;
 use crate::etcd::{Etcd, free_port};
 use crate::server::Server;
 use history::{Epoch, Event, Revision, check};
-use load::{History, Maps, Worker, follow, maps};
+use load::{History, Maps, Serving, Worker, follow, maps};
 
 const WORKERS: u64 = 64;
 /// Connections that they share.
@@ -55,6 +56,29 @@ async fn make_namespace(client: &Client) {
     api.create(&PostParams::default(), &namespace)
         .await
         .expect("made");
+}
+
+/// Starts the clients that write and read. `parks`: see [`Worker::parks`].
+fn start_workers(
+    clients: &[Client],
+    history: &Arc<History>,
+    serving: &Serving,
+    parked: &watch::Sender<usize>,
+    (parks, dice): (bool, u64),
+) -> JoinSet<()> {
+    let mut workers = JoinSet::new();
+    for at in 0..WORKERS {
+        let maps = maps(&clients[usize::try_from(at).expect("few") % CLIENTS]);
+        let worker = Worker::new(
+            maps,
+            history.clone(),
+            serving.clone(),
+            parked.clone(),
+            (parks, dice ^ at),
+        );
+        workers.spawn(worker.run());
+    }
+    workers
 }
 
 /// What is there now: the revision, and each key's.
@@ -114,7 +138,7 @@ async fn a_server_that_is_killed_keeps_what_it_has_answered() {
     let mut workers = JoinSet::new();
     let mut dice = seed();
     // They begin with the first round.
-    let (mut from, mut before) = state(&maps(&clients[0])).await;
+    let (mut from, _) = state(&maps(&clients[0])).await;
     let mut epochs = Vec::new();
     let rounds = rounds(ROUNDS_DEFAULT);
     for round in 0..rounds {
@@ -131,17 +155,7 @@ async fn a_server_that_is_killed_keeps_what_it_has_answered() {
             })
             .collect();
         if round == 0 {
-            for at in 0..WORKERS {
-                let maps = maps(&clients[usize::try_from(at).expect("few") % CLIENTS]);
-                let worker = Worker::new(
-                    maps,
-                    history.clone(),
-                    serving.clone(),
-                    parked.clone(),
-                    (true, dice ^ at),
-                );
-                workers.spawn(worker.run());
-            }
+            workers = start_workers(&clients, &history, &serving, &parked, (true, dice));
         } else {
             say.send_replace(Some(round));
             // Else one that has not noticed would pass for one that waits already.
@@ -178,11 +192,10 @@ async fn a_server_that_is_killed_keeps_what_it_has_answered() {
             from,
             events: longest,
             until,
-            state: found.clone(),
+            state: found,
         });
-        (from, before) = (until, found);
+        from = until;
     }
-    drop(before);
     say.send_replace(None);
     while let Some(ended) = workers.join_next().await {
         ended.expect("a worker");
@@ -252,18 +265,7 @@ async fn members_of_etcd_that_are_killed_and_paused_lose_nothing_that_was_answer
             ))
         })
         .collect();
-    let mut workers = JoinSet::new();
-    for at in 0..WORKERS {
-        let maps = maps(&clients[usize::try_from(at).expect("few") % CLIENTS]);
-        let worker = Worker::new(
-            maps,
-            history.clone(),
-            serving.clone(),
-            parked.clone(),
-            (false, dice ^ at),
-        );
-        workers.spawn(worker.run());
-    }
+    let mut workers = start_workers(&clients, &history, &serving, &parked, (false, dice));
     let rounds = rounds(ETCD_ROUNDS_DEFAULT);
     for round in 0..rounds {
         dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
