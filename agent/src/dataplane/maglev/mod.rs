@@ -2,7 +2,10 @@
 //! flow's number leads to an entry, and an entry to a backend. Whoever knows the same backends makes the same table, each backend has
 //! nearly the same share of it, and when one comes or goes nearly all entries of the others stay.
 //!
-//! The table is filled by turns: each backend in turn takes the first free entry in an order of its own.
+//! The table is filled by turns: each backend in turn takes the first free entry of those that it draws. The paper walks the table in
+//! steps of one width for each backend; two whose widths are related follow each other all the way, and of 6,000 sets of 2 to 60
+//! backends 11 moved more than one flow in a hundred when one was lost, up to 6.9. Draws know nothing of each other: 0.6 at most,
+//! over the same sets, for 1.7 ms a table of 50 backends instead of 1.1.
 
 mod store;
 
@@ -11,7 +14,7 @@ use std::net::{IpAddr, SocketAddr};
 pub use store::MaglevUse;
 pub(super) use store::{Held, MaglevStore};
 
-/// Sizes that a table may have: primes, so that every step from entry to entry passes all of them.
+/// Sizes that a table may have: those of the field, primes since the paper's steps ask for it.
 ///
 /// What a table costs and keeps, measured: losing one backend moves at most one flow in a hundred of the others' with 65,521 entries
 /// up to 250 backends, with 131,071 up to 1,000 (`tests`), and up to two in a hundred with 16,381; 137, 274 and 35 kB.
@@ -32,7 +35,7 @@ pub fn table(backends: &[SocketAddr], size: u32) -> Vec<u16> {
     places.sort_by_key(|place| backends[usize::from(*place)]);
     let mut turns: Vec<Turn> = places
         .into_iter()
-        .map(|place| Turn::of(place, backends[usize::from(place)], size))
+        .map(|place| Turn::of(place, backends[usize::from(place)]))
         .collect();
     if turns.is_empty() {
         return Vec::new();
@@ -41,12 +44,11 @@ pub fn table(backends: &[SocketAddr], size: u32) -> Vec<u16> {
     let mut left = table.len();
     loop {
         for turn in &mut turns {
-            let mut at = turn.next;
-            while table[at as usize] != FREE {
-                at = turn.after(at, size);
+            let mut at = turn.draw(size);
+            while table[at] != FREE {
+                at = turn.draw(size);
             }
-            table[at as usize] = turn.place;
-            turn.next = turn.after(at, size);
+            table[at] = turn.place;
             left -= 1;
             if left == 0 {
                 return table;
@@ -55,44 +57,43 @@ pub fn table(backends: &[SocketAddr], size: u32) -> Vec<u16> {
     }
 }
 
-/// A backend's way through the table.
+/// A backend's draws.
 struct Turn {
     place: u16,
-    /// The entry that it looks at next.
-    next: u32,
-    /// From there to the one after, `1..size`.
-    step: u32,
+    state: u64,
 }
 
 impl Turn {
-    fn of(place: u16, backend: SocketAddr, size: u32) -> Self {
+    fn of(place: u16, backend: SocketAddr) -> Self {
         let octets = match backend.ip() {
             IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
             IpAddr::V6(v6) => v6.octets(),
         };
         let address = u128::from_be_bytes(octets);
-        let halves = [(address >> 64) as u64, address as u64];
-        let number = |seed: u64| {
-            let words = [halves[0], halves[1], u64::from(backend.port())];
-            words
-                .into_iter()
-                .fold(seed, |hash, word| mixed(hash ^ word))
-        };
-        // Two numbers that know nothing of each other.
-        let next = (number(0x6b65_656c_7761_7931) % u64::from(size)) as u32;
-        let step = (number(0x6b65_656c_7761_7932) % u64::from(size - 1)) as u32 + 1;
-        Self { place, next, step }
+        let words = [
+            (address >> 64) as u64,
+            address as u64,
+            u64::from(backend.port()),
+        ];
+        let state = words.into_iter().fold(0, |hash, word| mixed(hash ^ word));
+        Self { place, state }
     }
 
-    fn after(&self, at: u32, size: u32) -> u32 {
-        let next = at + self.step;
-        if next >= size { next - size } else { next }
+    /// An entry below `size`, by SplitMix64 (Steele and others, OOPSLA 2014).
+    fn draw(&mut self, size: u32) -> usize {
+        let word = mixed(self.state);
+        self.state = self.state.wrapping_add(GOLDEN);
+        // The high half as a fraction of the table.
+        (((word >> 32) * u64::from(size)) >> 32) as usize
     }
 }
 
-/// The finalizer of SplitMix64 (Steele and others, OOPSLA 2014).
-fn mixed(word: u64) -> u64 {
-    let word = word.wrapping_add(0x9e37_79b9_7f4a_7c15);
+/// What SplitMix64 goes on by: the golden ratio's fraction of 64 bits, odd.
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+
+/// The number that SplitMix64 gives at a state.
+fn mixed(state: u64) -> u64 {
+    let word = state.wrapping_add(GOLDEN);
     let word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     word ^ (word >> 31)
@@ -132,14 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_are_prime() {
-        for size in SIZES {
-            let is_divided = |by: u32| size.is_multiple_of(by);
-            assert!(
-                !(2..).take_while(|by| by * by <= size).any(is_divided),
-                "{size}"
-            );
-        }
+    fn the_default_is_one_of_the_sizes() {
         assert!(SIZES.is_sorted() && SIZES.contains(&SIZE_DEFAULT));
     }
 
@@ -186,15 +180,20 @@ mod tests {
             };
             prop_assert_eq!(of(&all), of(&turned));
         }
+    }
 
-        /// Whatever the backends are: on average over who is lost, since with few backends one of them may have a way much like another's.
+    proptest! {
+        // A case costs six tables.
+        #![proptest_config(ProptestConfig::with_cases(50))]
+
+        /// Whatever the backends are, and whoever of them is lost.
         #[test]
         fn a_lost_backend_moves_few_of_the_others_flows(seed: u64, count in 2usize..60) {
             let all = backends(seed, count);
-            let lost: Vec<usize> = (0..count).step_by(count.div_ceil(5)).collect();
-            let moved: f64 = lost.iter().map(|lost| moved_percent(&all, *lost, SIZE_DEFAULT)).sum();
-            let mean = moved / lost.len() as f64;
-            prop_assert!(mean <= 1.0, "{} % of {} backends", mean, count);
+            for lost in (0..count).step_by(count.div_ceil(5)) {
+                let moved = moved_percent(&all, lost, SIZE_DEFAULT);
+                prop_assert!(moved <= 1.0, "{} % of {} backends", moved, count);
+            }
         }
     }
 }
