@@ -3,11 +3,10 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use k8s_openapi::api::discovery::v1 as discovery;
 use k8s_openapi::jiff::Timestamp;
 
 use crate::reject::{self, BadField};
-use crate::{Kind, ObjectKey, Protocol, Rejected, ServiceKey, SliceKey};
+use crate::{Kind, ObjectKey, Protocol, Rejected, ServiceKey, SliceKey, wire};
 
 /// A part of the endpoints of one Service, all of one address family.
 #[derive(Clone, Debug, PartialEq)]
@@ -65,20 +64,20 @@ pub struct TargetRef {
     pub key: ObjectKey,
 }
 
-const LAST_CHANGE_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";
-const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+pub(crate) const LAST_CHANGE_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";
+pub(crate) const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
 
-impl TryFrom<discovery::EndpointSlice> for EndpointSlice {
+impl TryFrom<wire::EndpointSlice<'_>> for EndpointSlice {
     type Error = Rejected;
 
-    fn try_from(slice: discovery::EndpointSlice) -> Result<Self, Rejected> {
+    fn try_from(slice: wire::EndpointSlice<'_>) -> Result<Self, Rejected> {
         convert(&slice).map_err(|bad| bad.of(Kind::EndpointSlice, &slice.metadata))
     }
 }
 
-fn convert(slice: &discovery::EndpointSlice) -> Result<EndpointSlice, BadField> {
+fn convert(slice: &wire::EndpointSlice<'_>) -> Result<EndpointSlice, BadField> {
     let key = reject::namespaced(&slice.metadata)?;
-    let ipv4 = match slice.address_type.as_str() {
+    let ipv4 = match slice.address_type.as_deref().unwrap_or_default() {
         "IPv4" => true,
         "IPv6" => false,
         other => {
@@ -91,12 +90,11 @@ fn convert(slice: &discovery::EndpointSlice) -> Result<EndpointSlice, BadField> 
     let service = slice
         .metadata
         .labels
-        .as_ref()
-        .and_then(|labels| labels.get(SERVICE_NAME_LABEL))
+        .get(SERVICE_NAME_LABEL)
         .filter(|name| !name.is_empty())
         .map(|name| ServiceKey {
             namespace: key.namespace.clone(),
-            name: name.as_str().into(),
+            name: name.into(),
         });
 
     let mut ports = Vec::new();
@@ -118,27 +116,40 @@ fn convert(slice: &discovery::EndpointSlice) -> Result<EndpointSlice, BadField> 
     }
     let (mut endpoints, mut refused) = (Vec::new(), Vec::new());
     for (i, one) in slice.endpoints.iter().flatten().enumerate() {
-        match endpoint(i, one, ipv4) {
+        match endpoint(i, one, ipv4, &key, endpoints.last()) {
             Ok(endpoint) => endpoints.push(endpoint),
             Err(bad) => refused.push(bad.to_string()),
         }
     }
-    let annotations = slice.metadata.annotations.as_ref();
+    let last_change = slice.metadata.annotations.get(LAST_CHANGE_ANNOTATION);
     Ok(EndpointSlice {
         key,
         service,
         ports,
         endpoints,
         refused,
-        last_change: annotations
-            .and_then(|annotations| annotations.get(LAST_CHANGE_ANNOTATION))
-            .and_then(|time| time.parse().ok()),
+        last_change: last_change.and_then(|time| time.parse().ok()),
     })
 }
 
-fn endpoint(i: usize, endpoint: &discovery::Endpoint, ipv4: bool) -> Result<Endpoint, BadField> {
+/// A text that is most often one which is known already, and then takes no memory of its own.
+fn shared(text: &str, known: Option<&Arc<str>>) -> Arc<str> {
+    match known {
+        Some(known) if **known == *text => known.clone(),
+        _ => text.into(),
+    }
+}
+
+/// `before` is the one that precedes it in the slice `slice`.
+fn endpoint(
+    i: usize,
+    endpoint: &wire::Endpoint<'_>,
+    ipv4: bool,
+    slice: &SliceKey,
+    before: Option<&Endpoint>,
+) -> Result<Endpoint, BadField> {
     let field = || format!("endpoints[{i}].addresses");
-    let Some(text) = endpoint.addresses.first() else {
+    let Some(text) = endpoint.addresses.iter().flatten().next() else {
         return Err(BadField::new(field(), "is empty"));
     };
     let address = reject::endpoint_address(text, || format!("{}[0]", field()))?;
@@ -158,17 +169,31 @@ fn endpoint(i: usize, endpoint: &discovery::Endpoint, ipv4: bool) -> Result<Endp
             serving: conditions.and_then(|c| c.serving).unwrap_or(ready),
             terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
         },
-        node_name: endpoint.node_name.as_deref().map(Into::into),
-        zone: endpoint.zone.as_deref().map(Into::into),
+        node_name: endpoint
+            .node_name
+            .as_deref()
+            .map(|name| shared(name, before.and_then(|before| before.node_name.as_ref()))),
+        zone: endpoint
+            .zone
+            .as_deref()
+            .map(|zone| shared(zone, before.and_then(|before| before.zone.as_ref()))),
         hostname: endpoint
             .hostname
             .as_deref()
             .filter(|name| !name.is_empty())
             .map(Into::into),
         target: endpoint.target_ref.as_ref().map(|target| TargetRef {
-            kind: target.kind.as_deref().unwrap_or_default().into(),
+            kind: shared(
+                target.kind.as_deref().unwrap_or_default(),
+                before
+                    .and_then(|before| before.target.as_ref())
+                    .map(|target| &target.kind),
+            ),
             key: ObjectKey::new(
-                target.namespace.as_deref().unwrap_or_default(),
+                shared(
+                    target.namespace.as_deref().unwrap_or_default(),
+                    Some(&slice.namespace),
+                ),
                 target.name.as_deref().unwrap_or_default(),
             ),
         }),
@@ -176,13 +201,13 @@ fn endpoint(i: usize, endpoint: &discovery::Endpoint, ipv4: bool) -> Result<Endp
             .and_then(|hints| hints.for_zones.as_deref())
             .unwrap_or_default()
             .iter()
-            .map(|zone| zone.name.as_str().into())
+            .map(|zone| (*zone.name).into())
             .collect(),
         for_nodes: hints
             .and_then(|hints| hints.for_nodes.as_deref())
             .unwrap_or_default()
             .iter()
-            .map(|node| node.name.as_str().into())
+            .map(|node| (*node.name).into())
             .collect(),
     })
 }

@@ -8,6 +8,8 @@
 //! The crate is pure. The feature `watch` adds the one asynchronous module, which feeds changes from an API server.
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "watch")]
+mod arrived;
 mod endpoints;
 mod manifest;
 mod node;
@@ -18,6 +20,7 @@ pub mod share;
 mod snapshot;
 #[cfg(feature = "watch")]
 pub mod watch;
+mod wire;
 
 pub use endpoints::{Conditions, Endpoint, EndpointPort, EndpointSlice, TargetRef};
 pub use manifest::{ManifestError, read_manifest};

@@ -1,8 +1,9 @@
 //! Objects from a file: what `kubectl get services,endpointslices,nodes -A -o json` prints.
 
+use serde::Deserialize as _;
 use serde_json::Value;
 
-use crate::{Object, Rejected};
+use crate::{EndpointSlice, Node, Object, Pod, Rejected, Service, wire};
 
 /// Why a manifest could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -36,45 +37,41 @@ pub fn read_manifest(json: &[u8]) -> Result<Vec<Object>, ManifestError> {
         other => vec![other],
     };
     items
-        .into_iter()
+        .iter()
         .enumerate()
         .map(|(index, item)| read_item(index, item))
         .collect()
 }
 
-fn read_item(index: usize, item: Value) -> Result<Object, ManifestError> {
-    use k8s_openapi::api::core::v1 as core;
-    use k8s_openapi::api::discovery::v1 as discovery;
-
-    fn parse<T: serde::de::DeserializeOwned>(
-        index: usize,
-        kind: &str,
-        item: Value,
-    ) -> Result<T, ManifestError> {
-        serde_json::from_value(item).map_err(|source| ManifestError::Item {
-            index,
-            kind: kind.into(),
-            source,
-        })
-    }
-
-    let kind = item
-        .get("kind")
-        .and_then(Value::as_str)
-        .unwrap_or_default()
-        .to_owned();
-    Ok(match kind.as_str() {
-        "Service" => Object::Service(
-            crate::Service::try_from(parse::<core::Service>(index, &kind, item)?)?.into(),
-        ),
+fn read_item(index: usize, item: &Value) -> Result<Object, ManifestError> {
+    let kind = item.get("kind").and_then(Value::as_str).unwrap_or_default();
+    let failed = |source| ManifestError::Item {
+        index,
+        kind: kind.into(),
+        source,
+    };
+    Ok(match kind {
+        "Service" => {
+            let service = wire::Service::deserialize(item).map_err(failed)?;
+            Object::Service(Service::try_from(service)?.into())
+        }
         "EndpointSlice" => {
-            let slice = parse::<discovery::EndpointSlice>(index, &kind, item)?;
-            Object::EndpointSlice(crate::EndpointSlice::try_from(slice)?.into())
+            let slice = wire::EndpointSlice::deserialize(item).map_err(failed)?;
+            Object::EndpointSlice(EndpointSlice::try_from(slice)?.into())
         }
         "Node" => {
-            Object::Node(crate::Node::try_from(parse::<core::Node>(index, &kind, item)?)?.into())
+            let node = wire::Node::deserialize(item).map_err(failed)?;
+            Object::Node(Node::try_from(node)?.into())
         }
-        "Pod" => Object::Pod(crate::Pod::try_from(parse::<core::Pod>(index, &kind, item)?)?.into()),
-        _ => return Err(ManifestError::Kind { index, kind }),
+        "Pod" => {
+            let pod = wire::Pod::deserialize(item).map_err(failed)?;
+            Object::Pod(Pod::try_from(pod)?.into())
+        }
+        _ => {
+            return Err(ManifestError::Kind {
+                index,
+                kind: kind.into(),
+            });
+        }
     })
 }

@@ -4,10 +4,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
-use k8s_openapi::api::core::v1 as core;
 
 use crate::reject::{self, BadField};
-use crate::{Kind, ObjectKey, Rejected};
+use crate::{Kind, ObjectKey, Rejected, wire};
 
 /// A node: where it is reached, and which pod addresses are its own.
 #[derive(Clone, Debug, PartialEq)]
@@ -36,25 +35,25 @@ pub struct Pod {
 
 /// Taint that the cluster autoscaler sets before it takes a node away.
 const TO_BE_DELETED_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
-const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+pub(crate) const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
-impl TryFrom<core::Node> for Node {
+impl TryFrom<wire::Node<'_>> for Node {
     type Error = Rejected;
 
-    fn try_from(node: core::Node) -> Result<Self, Rejected> {
+    fn try_from(node: wire::Node<'_>) -> Result<Self, Rejected> {
         convert_node(&node).map_err(|bad| bad.of(Kind::Node, &node.metadata))
     }
 }
 
-impl TryFrom<core::Pod> for Pod {
+impl TryFrom<wire::Pod<'_>> for Pod {
     type Error = Rejected;
 
-    fn try_from(pod: core::Pod) -> Result<Self, Rejected> {
+    fn try_from(pod: wire::Pod<'_>) -> Result<Self, Rejected> {
         convert_pod(&pod).map_err(|bad| bad.of(Kind::Pod, &pod.metadata))
     }
 }
 
-fn convert_node(node: &core::Node) -> Result<Node, BadField> {
+fn convert_node(node: &wire::Node<'_>) -> Result<Node, BadField> {
     let name = reject::named(&node.metadata)?.into();
     let listed = node
         .status
@@ -64,9 +63,9 @@ fn convert_node(node: &core::Node) -> Result<Node, BadField> {
         .iter()
         .enumerate();
     let internal_ips = listed
-        .filter(|(_, address)| address.type_ == "InternalIP")
+        .filter(|(_, address)| address.type_.as_deref() == Some("InternalIP"))
         .map(|(i, address)| {
-            reject::address(&address.address, || {
+            reject::address(address.address.as_deref().unwrap_or_default(), || {
                 format!("status.addresses[{i}].address")
             })
         })
@@ -75,26 +74,21 @@ fn convert_node(node: &core::Node) -> Result<Node, BadField> {
         name,
         internal_ips,
         pod_cidrs: pod_cidrs(node)?,
-        zone: node
-            .metadata
-            .labels
-            .as_ref()
-            .and_then(|labels| labels.get(ZONE_LABEL))
-            .map(|zone| zone.as_str().into()),
+        zone: node.metadata.labels.get(ZONE_LABEL).map(Into::into),
         leaving: node.metadata.deletion_timestamp.is_some()
             || node
                 .spec
                 .iter()
                 .flat_map(|spec| spec.taints.iter().flatten())
-                .any(|taint| taint.key == TO_BE_DELETED_TAINT),
+                .any(|taint| taint.key.as_deref() == Some(TO_BE_DELETED_TAINT)),
     })
 }
 
-fn pod_cidrs(node: &core::Node) -> Result<Vec<IpNetwork>, BadField> {
+fn pod_cidrs(node: &wire::Node<'_>) -> Result<Vec<IpNetwork>, BadField> {
     let Some(spec) = &node.spec else {
         return Ok(Vec::new());
     };
-    let texts: Vec<&String> = match spec.pod_cidrs.as_deref() {
+    let texts: Vec<&wire::Text<'_>> = match spec.pod_cidrs.as_deref() {
         Some(list) if !list.is_empty() => list.iter().collect(),
         _ => spec
             .pod_cidr
@@ -102,9 +96,13 @@ fn pod_cidrs(node: &core::Node) -> Result<Vec<IpNetwork>, BadField> {
             .filter(|text| !text.is_empty())
             .collect(),
     };
-    let parse = |(i, text): (usize, &&String)| {
-        let bad =
-            |reason| BadField::new(format!("spec.podCIDRs[{i}]"), format!("{text:?} {reason}"));
+    let parse = |(i, text): (usize, &&wire::Text<'_>)| {
+        let bad = |reason| {
+            BadField::new(
+                format!("spec.podCIDRs[{i}]"),
+                format!("{:?} {reason}", &***text),
+            )
+        };
         let range: IpNetwork = text.parse().map_err(|_| bad("is not a CIDR"))?;
         if !text.contains('/') {
             return Err(bad("has no prefix length"));
@@ -117,7 +115,7 @@ fn pod_cidrs(node: &core::Node) -> Result<Vec<IpNetwork>, BadField> {
     texts.iter().enumerate().map(parse).collect()
 }
 
-fn convert_pod(pod: &core::Pod) -> Result<Pod, BadField> {
+fn convert_pod(pod: &wire::Pod<'_>) -> Result<Pod, BadField> {
     let status = pod.status.as_ref();
     let listed = status
         .and_then(|status| status.pod_ips.as_deref())
@@ -132,7 +130,11 @@ fn convert_pod(pod: &core::Pod) -> Result<Pod, BadField> {
         ips: listed
             .iter()
             .enumerate()
-            .map(|(i, one)| reject::address(&one.ip, || format!("status.podIPs[{i}].ip")))
+            .map(|(i, one)| {
+                reject::address(one.ip.as_deref().unwrap_or_default(), || {
+                    format!("status.podIPs[{i}].ip")
+                })
+            })
             .collect::<Result<_, _>>()?,
         host_network: pod
             .spec

@@ -2,8 +2,7 @@
 
 use std::net::IpAddr;
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-
+use crate::wire::Meta;
 use crate::{Kind, ObjectKey, ObjectRef};
 
 /// An object that cannot be what the API says it is. It counts as absent until it is mended: a plan must not depend
@@ -33,10 +32,10 @@ impl BadField {
         }
     }
 
-    pub(crate) fn of(self, kind: Kind, meta: &ObjectMeta) -> Rejected {
+    pub(crate) fn of(self, kind: Kind, meta: &Meta<'_>) -> Rejected {
         let key = ObjectKey::new(
-            meta.namespace.clone().unwrap_or_default(),
-            meta.name.clone().unwrap_or_default(),
+            meta.namespace.as_deref().unwrap_or_default(),
+            meta.name.as_deref().unwrap_or_default(),
         );
         Rejected {
             object: ObjectRef { kind, key },
@@ -47,7 +46,7 @@ impl BadField {
 }
 
 /// The key of a namespaced object.
-pub(crate) fn namespaced(meta: &ObjectMeta) -> Result<ObjectKey, BadField> {
+pub(crate) fn namespaced(meta: &Meta<'_>) -> Result<ObjectKey, BadField> {
     let namespace = meta.namespace.as_deref().unwrap_or_default();
     if namespace.is_empty() {
         return Err(BadField::new("metadata.namespace", "is empty"));
@@ -55,7 +54,7 @@ pub(crate) fn namespaced(meta: &ObjectMeta) -> Result<ObjectKey, BadField> {
     Ok(ObjectKey::new(namespace, named(meta)?))
 }
 
-pub(crate) fn named(meta: &ObjectMeta) -> Result<&str, BadField> {
+pub(crate) fn named<'a>(meta: &'a Meta<'_>) -> Result<&'a str, BadField> {
     match meta.name.as_deref() {
         None | Some("") => Err(BadField::new("metadata.name", "is empty")),
         Some(name) => Ok(name),

@@ -5,10 +5,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
-use k8s_openapi::api::core::v1 as core;
 
 use crate::reject::{self, BadField};
-use crate::{Kind, Rejected, ServiceKey};
+use crate::{Kind, Rejected, ServiceKey, wire};
 
 /// A Service whose addresses and ports have been checked.
 #[derive(Clone, Debug, PartialEq)]
@@ -158,19 +157,19 @@ pub enum TrafficPolicy {
 pub const BALANCING_ANNOTATION: &str = "keelway.io/balancing";
 /// Annotation that says whether clients outside are answered by their endpoint's node directly: `on` or `off`.
 pub const DSR_ANNOTATION: &str = "keelway.io/dsr";
-const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
+pub(crate) const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
 /// The API's default timeout of `sessionAffinity: ClientIP`, in seconds.
 const AFFINITY_TIMEOUT_DEFAULT_S: u32 = 10_800;
 
-impl TryFrom<core::Service> for Service {
+impl TryFrom<wire::Service<'_>> for Service {
     type Error = Rejected;
 
-    fn try_from(service: core::Service) -> Result<Self, Rejected> {
+    fn try_from(service: wire::Service<'_>) -> Result<Self, Rejected> {
         convert(&service).map_err(|bad| bad.of(Kind::Service, &service.metadata))
     }
 }
 
-fn convert(service: &core::Service) -> Result<Service, BadField> {
+fn convert(service: &wire::Service<'_>) -> Result<Service, BadField> {
     let key = reject::namespaced(&service.metadata)?;
     let spec = service
         .spec
@@ -189,6 +188,7 @@ fn convert(service: &core::Service) -> Result<Service, BadField> {
         }
     };
     let external = service_type == ServiceType::ExternalName;
+    let annotations = &service.metadata.annotations;
     let (cluster_ips, headless) = if external {
         (Vec::new(), false)
     } else {
@@ -232,24 +232,18 @@ fn convert(service: &core::Service) -> Result<Service, BadField> {
         proxy_name: service
             .metadata
             .labels
-            .as_ref()
-            .and_then(|labels| labels.get(PROXY_NAME_LABEL))
-            .map(|name| name.as_str().into()),
-        balancing: annotation(service, BALANCING_ANNOTATION),
-        dsr: annotation(service, DSR_ANNOTATION),
+            .get(PROXY_NAME_LABEL)
+            .map(Into::into),
+        balancing: annotations.get(BALANCING_ANNOTATION).map(Into::into),
+        dsr: annotations.get(DSR_ANNOTATION).map(Into::into),
         key,
     })
 }
 
-fn annotation(service: &core::Service, name: &str) -> Option<Arc<str>> {
-    let annotations = service.metadata.annotations.as_ref()?;
-    Some(annotations.get(name)?.as_str().into())
-}
-
 /// The addresses of a Service, and whether it is headless. `clusterIP` alone is an older writer's form.
-fn cluster_ips(spec: &core::ServiceSpec) -> Result<(Vec<IpAddr>, bool), BadField> {
+fn cluster_ips(spec: &wire::ServiceSpec<'_>) -> Result<(Vec<IpAddr>, bool), BadField> {
     let listed: Vec<&str> = match spec.cluster_ips.as_deref() {
-        Some(list) if !list.is_empty() => list.iter().map(String::as_str).collect(),
+        Some(list) if !list.is_empty() => list.iter().map(|text| &**text).collect(),
         _ => spec
             .cluster_ip
             .as_deref()
@@ -271,7 +265,7 @@ fn addresses(texts: &[impl AsRef<str>], field: &str) -> Result<Vec<IpAddr>, BadF
         .collect()
 }
 
-fn load_balancer_ips(service: &core::Service) -> Result<Vec<IpAddr>, BadField> {
+fn load_balancer_ips(service: &wire::Service<'_>) -> Result<Vec<IpAddr>, BadField> {
     let ingress = service
         .status
         .as_ref()
@@ -293,24 +287,24 @@ fn load_balancer_ips(service: &core::Service) -> Result<Vec<IpAddr>, BadField> {
     .collect()
 }
 
-fn source_ranges(spec: &core::ServiceSpec) -> Result<Vec<IpNetwork>, BadField> {
+fn source_ranges(spec: &wire::ServiceSpec<'_>) -> Result<Vec<IpNetwork>, BadField> {
     let texts = spec
         .load_balancer_source_ranges
         .as_deref()
         .unwrap_or_default();
-    let parse = |(i, text): (usize, &String)| {
+    let parse = |(i, text): (usize, &wire::Text<'_>)| {
         text.trim().parse().map_err(|_| {
             BadField::new(
                 format!("spec.loadBalancerSourceRanges[{i}]"),
-                format!("{text:?} is not a CIDR"),
+                format!("{:?} is not a CIDR", &**text),
             )
         })
     };
     texts.iter().enumerate().map(parse).collect()
 }
 
-fn ports(spec: &core::ServiceSpec) -> Result<Vec<ServicePort>, BadField> {
-    let one = |(i, port): (usize, &core::ServicePort)| {
+fn ports(spec: &wire::ServiceSpec<'_>) -> Result<Vec<ServicePort>, BadField> {
+    let one = |(i, port): (usize, &wire::ServicePort<'_>)| {
         Ok(ServicePort {
             name: port.name.as_deref().unwrap_or_default().into(),
             protocol: Protocol::parse(port.protocol.as_deref(), || {
@@ -345,7 +339,7 @@ fn ports(spec: &core::ServiceSpec) -> Result<Vec<ServicePort>, BadField> {
     Ok(ports)
 }
 
-fn affinity(spec: &core::ServiceSpec) -> Result<Option<u32>, BadField> {
+fn affinity(spec: &wire::ServiceSpec<'_>) -> Result<Option<u32>, BadField> {
     match spec.session_affinity.as_deref() {
         None | Some("" | "None") => return Ok(None),
         Some("ClientIP") => {}

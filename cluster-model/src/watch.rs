@@ -6,14 +6,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::{Stream, StreamExt};
-use k8s_openapi::api::core::v1 as core;
-use k8s_openapi::api::discovery::v1 as discovery;
 use kube::config::{AuthInfo, KubeConfigOptions, Kubeconfig};
 use kube::runtime::utils::Backoff;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client, Config};
 use tokio::sync::mpsc;
 
+use crate::arrived::{Arrived, Watched};
 use crate::{
     Change, EndpointSlice, Kind, Node, Object, ObjectKey, ObjectRef, Pod, Rejected, Service, share,
 };
@@ -145,17 +144,12 @@ async fn follow(client: Client, kinds: &[Kind], list: List, reports: mpsc::Sende
     let streams = kinds.iter().map(|kind| {
         let list = list.clone();
         match kind {
-            Kind::Service => {
-                stream::<core::Service, Service>(&client, *kind, Object::Service, list)
+            Kind::Service => stream::<Service>(&client, *kind, Object::Service, list),
+            Kind::EndpointSlice => {
+                stream::<EndpointSlice>(&client, *kind, Object::EndpointSlice, list)
             }
-            Kind::EndpointSlice => stream::<discovery::EndpointSlice, EndpointSlice>(
-                &client,
-                *kind,
-                Object::EndpointSlice,
-                list,
-            ),
-            Kind::Node => stream::<core::Node, Node>(&client, *kind, Object::Node, list),
-            Kind::Pod => stream::<core::Pod, Pod>(&client, *kind, Object::Pod, list),
+            Kind::Node => stream::<Node>(&client, *kind, Object::Node, list),
+            Kind::Pod => stream::<Pod>(&client, *kind, Object::Pod, list),
         }
     });
     let mut all = futures::stream::select_all(streams);
@@ -262,20 +256,19 @@ fn version_of(text: Option<&str>) -> u64 {
     text.and_then(|text| text.parse().ok()).unwrap_or_default()
 }
 
+/// Objects of a list that are asked for at a time: each answer is held whole until it is read.
+const PAGE_OBJECTS: u32 = 500;
+
 type Reports = std::pin::Pin<Box<dyn Stream<Item = Report> + Send>>;
 
-fn stream<K, T>(client: &Client, kind: Kind, wrap: fn(Arc<T>) -> Object, mut list: List) -> Reports
-where
-    K: kube::Resource<DynamicType = ()>
-        + Clone
-        + std::fmt::Debug
-        + serde::de::DeserializeOwned
-        + Send
-        + 'static,
-    T: TryFrom<K, Error = Rejected> + Send + Sync + 'static,
-{
-    let events = watcher(Api::<K>::all(client.clone()), watcher::Config::default())
-        .backoff(Pauses::default());
+fn stream<T: Watched>(
+    client: &Client,
+    kind: Kind,
+    wrap: fn(Arc<T>) -> Object,
+    mut list: List,
+) -> Reports {
+    let config = watcher::Config::default().page_size(PAGE_OBJECTS);
+    let events = watcher(Api::<Arrived<T>>::all(client.clone()), config).backoff(Pauses::default());
     let mut malformed: Vec<Report> = Vec::new();
     let mut reached = 0;
     let reports = events.flat_map(move |event| {
@@ -285,7 +278,7 @@ where
                 watcher::Event::InitApply(object)
                 | watcher::Event::Apply(object)
                 | watcher::Event::Delete(object),
-            ) => version_of(object.meta().resource_version.as_deref()),
+            ) => version_of(object.meta.resource_version.as_deref()),
             _ => 0,
         };
         // Versions of one resource are numbers that grow (KEP-5504); a server of another mind counts as having none.
@@ -299,19 +292,17 @@ where
                 list.clear();
                 malformed.clear();
             }
-            Ok(watcher::Event::InitApply(object)) => match T::try_from(object) {
-                Ok(object) => list.push(wrap(Arc::new(object))),
+            Ok(watcher::Event::InitApply(arrived)) => match arrived.object {
+                Ok(object) => list.push(wrap(object)),
                 Err(rejected) => malformed.push(Report::Rejected(rejected)),
             },
             Ok(watcher::Event::InitDone) => {
                 out.push(Report::Change(Change::Replace(kind, list.take())));
                 out.append(&mut malformed);
             }
-            Ok(watcher::Event::Apply(object)) => match T::try_from(object) {
+            Ok(watcher::Event::Apply(arrived)) => match arrived.object {
                 Ok(object) => {
-                    out.push(Report::Change(Change::Upsert(
-                        list.part(wrap(Arc::new(object))),
-                    )));
+                    out.push(Report::Change(Change::Upsert(list.part(wrap(object)))));
                 }
                 Err(rejected) => {
                     let gone = rejected.object.clone();
@@ -321,9 +312,9 @@ where
                     ]);
                 }
             },
-            Ok(watcher::Event::Delete(object)) => {
+            Ok(watcher::Event::Delete(arrived)) => {
                 // The name is all that matters: the last state of a deleted object may be malformed too.
-                let meta = object.meta();
+                let meta = &arrived.meta;
                 let key = ObjectKey::new(
                     meta.namespace.clone().unwrap_or_default(),
                     meta.name.clone().unwrap_or_default(),

@@ -1,5 +1,7 @@
 //! What is taken from the API's objects, and what is refused.
 
+use std::sync::Arc;
+
 use cluster_model::*;
 
 fn read(item: serde_json::Value) -> Result<Object, String> {
@@ -180,6 +182,35 @@ fn endpoints_that_nothing_can_be_sent_to_are_left_out_by_name() {
         };
         assert!(refused.contains(expected), "{refused}");
     }
+}
+
+#[test]
+fn endpoints_share_the_texts_that_they_have_in_common() {
+    let endpoint = |address: &str, node: &str| {
+        serde_json::json!({
+            "addresses": [address], "nodeName": node, "zone": "a",
+            "targetRef": {"kind": "Pod", "namespace": "default", "name": address},
+        })
+    };
+    let object = read(serde_json::json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+        "metadata": {"namespace": "default", "name": "web-x"},
+        "endpoints": [endpoint("10.0.0.1", "n1"), endpoint("10.0.0.2", "n1"), endpoint("10.0.0.3", "n2")],
+    }));
+    let Ok(Object::EndpointSlice(slice)) = object else {
+        panic!("{object:?}")
+    };
+    let [first, second, third] = &slice.endpoints[..] else {
+        panic!("{slice:?}")
+    };
+    let same = |a: &Option<Arc<str>>, b: &Option<Arc<str>>| {
+        Arc::ptr_eq(a.as_ref().unwrap(), b.as_ref().unwrap())
+    };
+    assert!(same(&first.node_name, &second.node_name) && same(&first.zone, &third.zone));
+    assert_eq!(third.node_name.as_deref(), Some("n2"));
+    let target = third.target.as_ref().unwrap();
+    assert!(Arc::ptr_eq(&target.key.namespace, &slice.key.namespace));
+    assert_eq!((&*target.kind, &*target.key.name), ("Pod", "10.0.0.3"));
 }
 
 #[test]
