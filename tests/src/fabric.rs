@@ -2,8 +2,9 @@
 
 use std::net::Ipv4Addr;
 use std::path::Path;
+use std::process::Command;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::agents::{AgentNode, ClusterFile, numbered_node};
 use crate::sandbox::{Network, Sandbox, ip};
@@ -124,6 +125,23 @@ pub fn three_nodes(sandbox: &Sandbox, dir: &Path, fabric: Fabric, flags: &[&str]
 }
 
 impl Nodes {
+    /// Has the switches drop pods' packets from now on, in both families, as clouds may begin to; or carry them again.
+    pub fn refuse_pods(&self, refused: bool) -> Result<()> {
+        let rules = if refused {
+            "table bridge cloud { chain forward { type filter hook forward priority 0; \
+             ip saddr 10.244.0.0/16 drop; ip6 saddr fd00:10:244::/48 drop; }; }"
+        } else {
+            "delete table bridge cloud"
+        };
+        let output = self
+            .fabric
+            .run(|| Command::new("nft").arg(rules).output())
+            .context("nft")?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "nft: {said}");
+        Ok(())
+    }
+
     /// Cuts a node (1 to 3) off from the others, or lets it back.
     pub fn cut_off(&self, number: u8, off: bool) -> Result<()> {
         let state = if off { "down" } else { "up" };

@@ -220,6 +220,32 @@ fn on_one_link_ways_become_direct_and_a_node_that_was_cut_off_comes_back() {
 }
 
 #[test]
+fn a_network_that_carries_pods_no_more_is_left_for_the_overlay_in_both_families() {
+    let Some(mut lab) = lab("a_network_that_carries_pods_no_more", Fabric::OneLink, &[]) else {
+        return;
+    };
+    for turn in 1..=2 {
+        lab.wait("direct", |_, _| Some("direct"));
+        lab.nodes.refuse_pods(true).expect("refused");
+        lab.wait("the overlay", |_, _| Some("vxlan"));
+        lab.all_pairs(&format!("turn {turn}: refused"));
+        for node in &lab.nodes.nodes {
+            let report = node.report().expect("a report");
+            assert_eq!(report["problems"], serde_json::json!([]), "turn {turn}");
+        }
+        lab.nodes.refuse_pods(false).expect("carried");
+    }
+    lab.wait("direct again", |_, _| Some("direct"));
+    // An agent that starts knows of no proven way, and goes back to the overlay at first.
+    let [first, ..] = &mut lab.nodes.nodes;
+    first.kill().expect("killed");
+    lab.nodes.refuse_pods(true).expect("refused");
+    lab.nodes.nodes[0].start().expect("an agent");
+    lab.wait("the overlay", |_, _| Some("vxlan"));
+    lab.all_pairs("after a start");
+}
+
+#[test]
 fn on_two_links_neighbours_are_reached_directly_and_the_others_by_the_overlay() {
     let Some(lab) = lab("on_two_links", Fabric::TwoLinks, &[]) else {
         return;

@@ -16,7 +16,7 @@ mod sys;
 pub use filter::{Direction, Filter};
 pub use kernel::{Kernel, Link, Uplink};
 pub use netlink::{Netlink, NetlinkError};
-pub use overlay::{OVERLAY, OverlayPeer, overhead, overlay_mac};
+pub use overlay::{OVERLAY, OverlayPeer, overhead, overlay_link_local, overlay_mac};
 pub use pod::{PodWire, check_pod, everything, pod_gateway, pod_mac, wire_pod};
 pub use service_veth::{INNER, OUTER, make_service_veth, service_veth_is_whole};
 pub use shape::{Limits, Shape};

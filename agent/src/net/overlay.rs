@@ -4,7 +4,7 @@
 //! which node has it.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::link::{
@@ -46,7 +46,18 @@ pub fn overlay_mac(underlay: IpAddr) -> [u8; 6] {
     }
 }
 
-/// Another node in the overlay: the node itself, and the addresses of its pod ranges that routes lead by.
+/// The link-local address of the overlay's interface on the node that has this underlay address: the one that its MAC address makes
+/// (RFC 4291, appendix A).
+///
+/// Routes of IPv6 lead by it. The kernel refuses a gateway out of the range itself ("nexthop has invalid gateway or device mismatch")
+/// while the range's route leads elsewhere, so that a way which was direct could not go back to the overlay.
+pub fn overlay_link_local(underlay: IpAddr) -> Ipv6Addr {
+    let [a, b, c, d, e, f] = overlay_mac(underlay);
+    let interface = [a ^ 0x02, b, c, 0xff, 0xfe, d, e, f];
+    Ipv6Addr::from((0xfe80_u128 << 112) | u128::from(u64::from_be_bytes(interface)))
+}
+
+/// Another node in the overlay: the node itself, and the addresses that routes to it lead by.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct OverlayPeer {
     pub underlay: IpAddr,
@@ -145,6 +156,20 @@ impl Kernel {
             }
         }
         Ok(())
+    }
+
+    /// Forgets the addresses behind other nodes that are none of these: of nodes that went while no agent ran.
+    pub fn keep_overlay_gateways(
+        &mut self,
+        overlay: u32,
+        wished: &BTreeSet<IpAddr>,
+    ) -> Result<(), NetlinkError> {
+        let held = self.permanent_neighbours()?.into_keys();
+        let gone = held
+            .filter(|(index, ip)| *index == overlay && !wished.contains(ip))
+            .map(|(_, ip)| ip)
+            .collect();
+        self.remove_overlay_peer(overlay, None, &gone)
     }
 
     /// The underlay addresses that the overlay forwards to.

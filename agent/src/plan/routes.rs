@@ -8,6 +8,7 @@ use cluster_model::{Node, Snapshot};
 use ipnetwork::IpNetwork;
 
 use crate::addresses::Reserved;
+use crate::net::overlay_link_local;
 
 /// How nodes are to reach each other's pods.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -33,7 +34,7 @@ pub struct PathKey {
 pub enum NodeRoute {
     /// Pods of another node, by that node's address.
     Pods { range: IpNetwork, node: IpAddr },
-    /// Pods of another node, through the overlay: by an address of its pod range.
+    /// Pods of another node, through the overlay: by an address of its pod range, or of its end of the overlay (IPv6).
     Overlay { range: IpNetwork, gateway: IpAddr },
     /// This node's own range: an address that no pod has is unreachable here, and is not sent to anyone else.
     Own { range: IpNetwork },
@@ -69,7 +70,7 @@ pub struct Probed {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RoutePlan {
     pub routes: BTreeSet<NodeRoute>,
-    /// The nodes of the overlay, by their underlay address, with the addresses of their pod ranges.
+    /// The nodes of the overlay, by their underlay address, with the addresses that routes to them lead by.
     pub peers: BTreeMap<IpAddr, BTreeSet<IpAddr>>,
     pub probed: BTreeMap<PathKey, Probed>,
     /// What each range's route is for.
@@ -131,7 +132,10 @@ pub fn plan_routes(
             let peer = underlay
                 .and_then(|underlay| like(node, underlay.is_ipv4()))
                 .filter(|_| routing != Routing::Direct);
-            let gateway = Reserved::of(range).map_or(range.ip(), |own| own.host);
+            let gateway = match peer.filter(|_| !ipv4) {
+                Some(peer) => overlay_link_local(peer).into(),
+                None => Reserved::of(range).map_or(range.ip(), |own| own.host),
+            };
             let by_direct = direct.filter(|_| match routing {
                 Routing::Direct => true,
                 Routing::Vxlan => false,

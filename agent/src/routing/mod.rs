@@ -104,8 +104,10 @@ impl Routes {
         }
         let held = kernel.node_routes(node.overlay.as_ref().map(|link| link.index))?;
         let mut failed = None;
+        // What was planned last is held, but for what an earlier agent left.
+        let first = self.plan == RoutePlan::default();
         if let Some(overlay) = &node.overlay {
-            failed = self.settle_peers(&plan, overlay.index, kernel).err();
+            failed = self.settle_peers(&plan, overlay.index, first, kernel).err();
         }
         for change in diff_routes(&held, &plan.routes) {
             match kernel.apply_route(change, node) {
@@ -130,6 +132,12 @@ impl Routes {
                 },
             }
         }
+        if let Some(overlay) = node.overlay.as_ref().filter(|_| first) {
+            // Not sooner: routes led by them until now.
+            let wished = plan.peers.values().flatten().copied().collect();
+            let kept = kernel.keep_overlay_gateways(overlay.index, &wished);
+            failed = failed.or(kept.err());
+        }
         let mut probed = plan.probed.clone();
         for one in probed.values_mut() {
             // Probes would go by the overlay, and prove nothing.
@@ -144,10 +152,9 @@ impl Routes {
         &self,
         plan: &RoutePlan,
         overlay: u32,
+        first: bool,
         kernel: &mut Kernel,
     ) -> Result<(), NetlinkError> {
-        // What was planned last is held, but for entries that an earlier agent left.
-        let first = self.plan == RoutePlan::default();
         let held = if first {
             kernel.overlay_peers(overlay)?
         } else {
