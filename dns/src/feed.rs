@@ -134,8 +134,13 @@ impl Feed {
         for report in batch.drain(..) {
             match report {
                 Report::Change(change) => {
-                    listed |= matches!(change, Change::Replace(..));
-                    self.kept.apply(change, &mut dirty);
+                    self.kept.apply(&change, &mut dirty);
+                    if matches!(change, Change::Replace(..)) {
+                        listed = true;
+                        // Not on this thread, which would use the pieces again for what is kept, each in the middle of pages that could
+                        // be given back.
+                        tokio::task::spawn_blocking(move || drop(change));
+                    }
                 }
                 Report::Reached { .. } => {}
                 Report::Rejected(rejected) => tracing::warn!(%rejected, "left out"),

@@ -49,20 +49,20 @@ impl Kept {
     }
 
     /// Applies a change and adds to `dirty` what has to be planned again, by [`Kept::update`].
-    pub fn apply(&mut self, change: Change, dirty: &mut Dirty) {
+    pub fn apply(&mut self, change: &Change, dirty: &mut Dirty) {
         match change {
-            Change::Upsert(Object::Service(service)) => self.upsert_service(&service, dirty),
-            Change::Upsert(Object::EndpointSlice(slice)) => self.upsert_slice(&slice, dirty),
+            Change::Upsert(Object::Service(service)) => self.upsert_service(service, dirty),
+            Change::Upsert(Object::EndpointSlice(slice)) => self.upsert_slice(slice, dirty),
             Change::Remove(gone) if gone.kind == Kind::Service => {
                 if self.services.remove(&gone.key).is_some() {
                     dirty.services.insert(gone.key.clone());
                     self.unpark(dirty);
                 }
-                self.snapshot.apply(Change::Remove(gone), dirty);
+                self.snapshot.apply(change.clone(), dirty);
             }
             Change::Remove(gone) if gone.kind == Kind::EndpointSlice => {
                 self.slices.remove(&gone.key);
-                self.snapshot.apply(Change::Remove(gone), dirty);
+                self.snapshot.apply(change.clone(), dirty);
             }
             Change::Replace(Kind::Service, objects) => self.replace_services(objects, dirty),
             Change::Replace(Kind::EndpointSlice, objects) => {
@@ -70,15 +70,15 @@ impl Kept {
                 let mut told = Vec::new();
                 for object in objects {
                     if let Object::EndpointSlice(slice) = object
-                        && !self.park(&slice)
+                        && !self.park(slice)
                     {
-                        told.push(own_slice(&slice));
+                        told.push(own_slice(slice));
                     }
                 }
                 self.snapshot
                     .apply(Change::Replace(Kind::EndpointSlice, told), dirty);
             }
-            other => self.snapshot.apply(other, dirty),
+            other => self.snapshot.apply(other.clone(), dirty),
         }
     }
 
@@ -185,7 +185,7 @@ impl Kept {
         }
     }
 
-    fn replace_services(&mut self, objects: Vec<Object>, dirty: &mut Dirty) {
+    fn replace_services(&mut self, objects: &[Object], dirty: &mut Dirty) {
         let listed: HashSet<ServiceKey> = objects
             .iter()
             .map(|object| object.reference().key)
@@ -199,15 +199,16 @@ impl Kept {
         });
         self.unpark(dirty);
         // What the snapshot has and the list has not goes; the rest comes one by one.
-        let (rest, kept): (Vec<Object>, Vec<Object>) = objects.into_iter().partition(|object| {
+        let (rest, kept): (Vec<&Object>, Vec<&Object>) = objects.iter().partition(|object| {
             let key = object.reference().key;
             self.snapshot.service(&key).is_none() || !matches!(object, Object::Service(_))
         });
+        let stay = kept.iter().copied().cloned().collect();
         self.snapshot
-            .apply(Change::Replace(Kind::Service, kept.clone()), dirty);
+            .apply(Change::Replace(Kind::Service, stay), dirty);
         for object in rest.into_iter().chain(kept) {
             if let Object::Service(service) = object {
-                self.upsert_service(&service, dirty);
+                self.upsert_service(service, dirty);
             }
         }
     }
@@ -344,7 +345,7 @@ mod tests {
                 let mut dirty = Dirty::default();
                 for change in batch {
                     whole.apply(change.clone(), &mut Dirty::default());
-                    kept.apply(change, &mut dirty);
+                    kept.apply(&change, &mut dirty);
                 }
                 kept.update(&mut zone, &dirty);
                 let expected = Zone::of(settings.clone(), &whole);
