@@ -7,11 +7,13 @@ mod support;
 
 use std::fs;
 use std::net::Ipv4Addr;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use keelway_tests::cluster::program;
 use keelway_tests::lists::services;
 use keelway_tests::process::eventually;
 use nix::sys::signal::Signal;
@@ -196,11 +198,14 @@ fn a_changed_corefile_is_taken_over_and_one_with_an_error_is_not() {
             other => Err(format!("{other:?}")),
         },
     );
-    let why = server
-        .http("/explain?name=svc-0.ns-0.svc.other.example&type=A")
-        .expect("an explanation");
-    assert!(
-        why.contains("from Service ns-0/svc-0") && why.contains("other.example."),
-        "{why}"
-    );
+    let query = Command::new(program("keelway-dns"))
+        .args(["query", "svc-0.ns-0.svc.other.example", "--explain"])
+        .args(["--server", &server.address.to_string()])
+        .args(["--explain-port", &server.health.port().to_string()])
+        .output()
+        .expect("keelway-dns runs");
+    let told = String::from_utf8_lossy(&query.stdout);
+    for part in ["from Service ns-0/svc-0", "other.example.", ";; ANSWER"] {
+        assert!(told.contains(part), "{part}: {told} {query:?}");
+    }
 }
