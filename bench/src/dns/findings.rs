@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::dnsperf;
 use super::load::Sample;
+use super::pods::IN_KERNEL;
 use super::subject::{COREDNS, KEELWAY};
 use crate::report::{Better, Figure, Held, Report};
 
@@ -99,10 +100,10 @@ impl Findings {
     /// One round from a pod: a question at a time, and many.
     pub fn pod(&mut self, place: Place, workload: &'static str, one: &Sample, many: &Sample) {
         let what = (PODS, workload);
-        self.push(what, place, (1, "one at a time"), "/s", one.per_second);
+        self.push(what, place, ONE, "/s", one.per_second);
         self.push(what, place, (2, "p50"), "us", one.p50_us);
         self.push(what, place, (3, "p99"), "us", one.p99_us);
-        self.push(what, place, MANY, "/s", many.per_second);
+        self.push(what, place, (4, "32 at a time"), "/s", many.per_second);
         let lost = one.lost + many.lost;
         self.push(what, place, (6, "lost"), "", lost as f64);
     }
@@ -139,7 +140,7 @@ impl Findings {
             let Some(figure) = Figure::new(case.section, &labels, quantity, rounds.clone()) else {
                 continue;
             };
-            let compared = [PER_CORE, AFTER_LOAD, MANY].contains(&case.quantity);
+            let compared = [PER_CORE, AFTER_LOAD, ONE].contains(&case.quantity);
             let other = self.0.get(&Case {
                 subject: COREDNS,
                 ..case.clone()
@@ -156,7 +157,7 @@ impl Findings {
 
 const PER_CORE: (usize, &str) = (0, "per core");
 const P99_TO_P50: (usize, &str) = (4, "p99/p50");
-const MANY: (usize, &str) = (4, "32 at a time");
+const ONE: (usize, &str) = (1, "one at a time");
 const AFTER_LOAD: (usize, &str) = (2, "after load");
 
 /// What the project is held to: five times CoreDNS 1.13.1, whose figures were 36,500 per core and 187 MB; and clients that wait alike.
@@ -165,11 +166,22 @@ fn held(case: &Case, figure: &Figure) -> Vec<Held> {
     const TIMES_COREDNS: f64 = 5.0;
     const BYTES_MAX: f64 = 30e6;
     const P99_TO_P50_MAX: f64 = 3.0;
-    if case.subject != KEELWAY || case.cpus != 1 {
-        return Vec::new();
-    }
     let name = |what: &str| format!("dns.{what}.{}", case.services);
     let mut held = Vec::new();
+    if (case.section, case.subject, case.quantity) == (PODS, IN_KERNEL, ONE)
+        && let Some(relative) = &figure.relative
+        && case.what == "cluster"
+    {
+        // Per core, whoever uses it: client and server share one.
+        held.push(Held::at_least(
+            name("pods.cluster.times-coredns"),
+            TIMES_COREDNS,
+            relative.spread,
+        ));
+    }
+    if case.subject != KEELWAY || case.cpus != 1 {
+        return held;
+    }
     match (case.section, case.what, case.quantity) {
         (QUERIES, "cluster", PER_CORE) => {
             held.push(Held::at_least(
