@@ -5,15 +5,18 @@ use std::sync::Arc;
 use base64::Engine;
 use futures::StreamExt;
 use http::Method;
+use k8s_openapi::List;
+use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::namespace::FINALIZER;
-use super::object::{Key, Object, ResourceType, Target};
+use super::object::{Key, Kind, Object, ResourceType, Target};
 use super::plan::{Action, Propagation};
 use super::pods::{NAME_ALPHABET, controller_of};
 use super::tokens;
+use super::volumes::protection;
 use super::watch::{Api, CallError, decode};
 
 /// Attempts of a create whose answers get lost.
@@ -102,6 +105,7 @@ pub async fn execute(api: &Api, resources: &[Arc<ResourceType>], action: Action)
             root_ca,
         } => fill_token(api, &secret, &account, has_token, &root_ca).await,
         Action::FinalizeNamespace(target) => finalize(api, resources, &target).await,
+        Action::ReleaseClaim(claim) => release_claim(api, &claim).await,
     }
 }
 
@@ -436,6 +440,30 @@ async fn finalize(api: &Api, resources: &[Arc<ResourceType>], target: &Target) -
             ..Outcome::default()
         },
         Err(error) => Outcome::failed(&error),
+    }
+}
+
+/// Takes its protection from a claim, unless a pod uses it after all.
+async fn release_claim(api: &Api, claim: &PersistentVolumeClaim) -> Outcome {
+    let target = Target::of(claim);
+    let path = Kind::Pod.resource().path(&target.key.namespace);
+    let pods = match api.call(Method::GET, &path, None).await {
+        Ok(text) => serde_json::from_str::<List<Pod>>(&text),
+        Err(error) => return Outcome::failed(&error),
+    };
+    match pods {
+        Ok(pods) => match pods.items.iter().find(|pod| protection::uses(pod, claim)) {
+            Some(pod) => Outcome::stale(format!(
+                "claim {} is in use by pod {}",
+                target.key,
+                Key::of(&pod.metadata)
+            )),
+            None => {
+                let body = protection::release(&claim.metadata, protection::CLAIM);
+                patch(api, &target, None, &body).await
+            }
+        },
+        Err(error) => Outcome::stale(format!("cannot read the list of pods: {error}")),
     }
 }
 

@@ -40,7 +40,7 @@ mod statefulset;
 #[cfg(test)]
 pub(crate) mod testing;
 mod tokens;
-mod volumes;
+pub(crate) mod volumes;
 pub(crate) mod watch;
 
 use std::path::PathBuf;
@@ -73,6 +73,9 @@ pub(crate) const ALL: &[Controller] = &[
     bootstrap::CLEANER,
     volumes::CLAIMS,
     volumes::VOLUMES,
+    volumes::protection::CLAIMS,
+    volumes::protection::VOLUMES,
+    volumes::protection::CLASSES,
     endpoints::CONTROLLER,
     endpoints::SUBSETS,
     endpoints::MIRRORING,

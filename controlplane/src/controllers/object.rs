@@ -17,7 +17,7 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::rbac::v1::ClusterRole;
-use k8s_openapi::api::storage::v1::StorageClass;
+use k8s_openapi::api::storage::v1::{StorageClass, VolumeAttributesClass};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ListMeta, ObjectMeta};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -244,6 +244,7 @@ kinds! {
     ResourceQuota in quotas, true;
     CertificateSigningRequest in signing_requests, false;
     ClusterRole in cluster_roles, false;
+    VolumeAttributesClass in attributes_classes, false;
 }
 
 /// The part of any object's JSON that every object has.
@@ -291,7 +292,8 @@ decoded!(
     StorageClass,
     ResourceQuota,
     CertificateSigningRequest,
-    ClusterRole
+    ClusterRole,
+    VolumeAttributesClass
 );
 
 impl Decoded for ConfigMap {

@@ -2,8 +2,9 @@
 //! change makes worth planning again.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::ObjectReference;
+use k8s_openapi::api::core::v1::{ObjectReference, PersistentVolumeClaim};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use k8s_openapi::jiff::Timestamp;
 use serde_json::Value;
@@ -106,6 +107,9 @@ pub enum Action {
     },
     /// Removes the finalizer `kubernetes` of a namespace once every resource has been listed and found empty there.
     FinalizeNamespace(Target),
+    /// Takes its protection from a claim that is to go, once the namespace's pods have been listed and none uses it: a pod
+    /// may have been bound that the snapshot does not have yet.
+    ReleaseClaim(Arc<PersistentVolumeClaim>),
 }
 
 /// What happens to the dependents of an object that is deleted.

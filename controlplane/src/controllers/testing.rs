@@ -16,6 +16,7 @@ use super::object::{Key, Kind, Object, Target, Typed};
 use super::plan::{Action, Controller, Keys, Note, Plan, Propagation, View};
 use super::pods;
 use super::snapshot::{Change, Snapshot};
+use super::volumes::protection;
 use super::{Settings, namespace::FINALIZER};
 
 /// Plans run in one `settle` before it is held that the controllers fight each other.
@@ -265,6 +266,10 @@ impl Cluster {
                 let annotations = json!({super::tokens::ACCOUNT_UID: &*account.uid});
                 let body = json!({"metadata": {"annotations": annotations}, "data": data});
                 self.patch(&secret, None, body)?;
+            }
+            Action::ReleaseClaim(claim) => {
+                let body = protection::release(&claim.metadata, protection::CLAIM);
+                self.patch(&Target::of(&*claim), None, body)?;
             }
             Action::FinalizeNamespace(target) => {
                 let Some(object) = self.snapshot.object(&target.resource, &target.key) else {

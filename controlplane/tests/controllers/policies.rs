@@ -189,6 +189,82 @@ async fn claims_are_bound_to_volumes_that_are_there() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_claim_waits_for_its_pods_and_a_volume_for_its_claim() {
+    let mut cluster = Cluster::start().await;
+    cluster.add_nodes(1).await;
+    cluster.takes_pods().await;
+    let volumes: Api<PersistentVolume> = Api::all(cluster.client.clone());
+    let claims: Api<PersistentVolumeClaim> = cluster.api("default");
+    let pods: Api<Pod> = cluster.api("default");
+    let volume = json!({
+        "metadata": {"name": "disk"},
+        "spec": {"capacity": {"storage": "2Gi"}, "accessModes": ["ReadWriteOnce"], "hostPath": {"path": "/srv/disk"},
+            "persistentVolumeReclaimPolicy": "Retain"},
+    });
+    let made = volumes.create(&create(), &object(volume)).await.unwrap();
+    assert_eq!(
+        made.metadata.finalizers.unwrap(),
+        ["kubernetes.io/pv-protection"]
+    );
+    let claim = json!({
+        "metadata": {"name": "data"},
+        "spec": {"accessModes": ["ReadWriteOnce"], "storageClassName": "", "resources": {"requests": {"storage": "1Gi"}}},
+    });
+    let made = claims.create(&create(), &object(claim)).await.unwrap();
+    assert_eq!(
+        made.metadata.finalizers.unwrap(),
+        ["kubernetes.io/pvc-protection"]
+    );
+    let pod = json!({
+        "metadata": {"name": "user"},
+        "spec": {"containers": [{"name": "main", "image": "image"}],
+            "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": "data"}}]},
+    });
+    pods.create(&create(), &object(pod)).await.unwrap();
+    cluster
+        .eventually("the pod has a node and the claim its volume", async || {
+            let pod = pods.get("user").await.ok().and_then(|pod| pod.spec);
+            let claim = claims.get("data").await.ok().and_then(|claim| claim.status);
+            pod.is_some_and(|spec| spec.node_name.is_some())
+                && claim.is_some_and(|status| status.phase.as_deref() == Some("Bound"))
+        })
+        .await;
+    let now = DeleteParams::default();
+    volumes.delete("disk", &now).await.unwrap();
+    claims.delete("data", &now).await.unwrap();
+    // The protection of another claim, made and deleted later, is gone: the first was looked at and kept.
+    let other = json!({
+        "metadata": {"name": "other"},
+        "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "9Gi"}}},
+    });
+    claims.create(&create(), &object(other)).await.unwrap();
+    claims.delete("other", &now).await.unwrap();
+    cluster
+        .eventually("a claim that nobody uses goes", async || {
+            matches!(claims.get_opt("other").await, Ok(None))
+        })
+        .await;
+    let kept = claims.get("data").await.unwrap().metadata;
+    assert!(kept.deletion_timestamp.is_some() && kept.finalizers.is_some());
+    assert!(
+        volumes
+            .get("disk")
+            .await
+            .unwrap()
+            .metadata
+            .deletion_timestamp
+            .is_some()
+    );
+    pods.delete("user", &now).await.unwrap();
+    cluster
+        .eventually("both go after the pod", async || {
+            matches!(claims.get_opt("data").await, Ok(None))
+                && matches!(volumes.get_opt("disk").await, Ok(None))
+        })
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_kubelets_certificate_is_approved_and_signed() {
     let cluster = Cluster::start().await;
     let requests: Api<CertificateSigningRequest> = Api::all(cluster.client.clone());

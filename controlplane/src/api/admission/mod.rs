@@ -1,6 +1,7 @@
 //! Admission: what a write depends on besides its own object. Built in, in upstream's order: NodeRestriction, NamespaceLifecycle,
 //! LimitRanger, ServiceAccount, TaintNodesByCondition, PodSecurity, Priority, DefaultTolerationSeconds, DefaultStorageClass,
-//! RuntimeClass, and after validation ResourceQuota. Nobody hands out rights that they do not hold (`escalation.rs`).
+//! StorageObjectInUseProtection, RuntimeClass, and after validation ResourceQuota. Nobody hands out rights that they do not
+//! hold (`escalation.rs`).
 
 mod escalation;
 mod levels;
@@ -46,6 +47,9 @@ pub async fn admit(
     }
     if creates {
         check_namespace(api, target, object).await?;
+        if let Some(finalizer) = storage::protection_of(target.resource) {
+            storage::protect(object, finalizer);
+        }
     }
     match (target.resource.group, target.resource.plural) {
         ("", "pods") if creates => {

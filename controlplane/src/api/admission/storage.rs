@@ -1,4 +1,4 @@
-//! Claims and ingresses that name no class get the default one.
+//! Claims and ingresses that name no class get the default one; what can be in use is held until it is not.
 
 use serde_json::Value;
 
@@ -6,6 +6,8 @@ use super::stored;
 use crate::api::Api;
 use crate::api::fields::{self, Fields};
 use crate::api::status::Status;
+use crate::controllers::volumes::protection;
+use crate::registry::Resource;
 
 /// What marks the default class, by kind.
 const DEFAULT_STORAGE: &str = "/metadata/annotations/storageclass.kubernetes.io~1is-default-class";
@@ -13,6 +15,25 @@ const DEFAULT_INGRESS: &str = "/metadata/annotations/ingressclass.kubernetes.io~
 /// The older ways to name a class.
 const CLAIM_CLASS: &str = "/metadata/annotations/volume.beta.kubernetes.io~1storage-class";
 const INGRESS_CLASS: &str = "/metadata/annotations/kubernetes.io~1ingress.class";
+
+/// What holds back the deletion of an object that may be in use (`controllers/volumes/protection.rs` takes it away).
+pub fn protection_of(resource: &Resource) -> Option<&'static str> {
+    match (resource.group, resource.plural) {
+        ("", "persistentvolumeclaims") => Some(protection::CLAIM),
+        ("", "persistentvolumes") => Some(protection::VOLUME),
+        ("storage.k8s.io", "volumeattributesclasses") => Some(protection::CLASS),
+        _ => None,
+    }
+}
+
+/// Gives a new object a finalizer, unless it has it.
+pub fn protect(object: &mut Value, finalizer: &str) {
+    let mut held = object.items("/metadata/finalizers").to_vec();
+    if !held.iter().any(|found| found == finalizer) {
+        held.push(finalizer.into());
+        object.set("/metadata/finalizers", held);
+    }
+}
 
 /// Gives a claim that names no StorageClass the default one. An empty name is a choice: no class.
 pub async fn default_class(api: &Api, claim: &mut Value) -> Result<(), Status> {

@@ -1,6 +1,8 @@
-//! Binds claims to volumes that were provided beforehand, and frees volumes whose claims are gone. Nothing here makes volumes.
+//! Binds claims to volumes that were provided beforehand, and frees volumes whose claims are gone; `protection.rs` holds back
+//! the deletion of what is in use. Nothing here makes volumes.
 
 mod matching;
+pub(crate) mod protection;
 #[cfg(test)]
 mod tests;
 
@@ -312,9 +314,6 @@ fn plan_volume(view: &View<'_>, key: &Key) -> Plan {
     let Some(volume) = view.snapshot.volumes.get(key) else {
         return plan;
     };
-    if volume.metadata.deletion_timestamp.is_some() {
-        return plan;
-    }
     let uid = claim_ref(volume).and_then(|reference| reference.uid.as_ref());
     let claim = claim_of(volume).and_then(|key| view.snapshot.claims.get(&key));
     let phase = match (uid, claim) {

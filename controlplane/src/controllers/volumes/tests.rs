@@ -1,10 +1,10 @@
 //! Claims and volumes in a cluster in memory.
 
 use k8s_openapi::api::core::v1::{PersistentVolume, PersistentVolumeClaim, Pod};
-use k8s_openapi::api::storage::v1::StorageClass;
+use k8s_openapi::api::storage::v1::{StorageClass, VolumeAttributesClass};
 use serde_json::{Value, json};
 
-use super::super::object::Key;
+use super::super::object::{Key, Kind};
 use super::super::testing::{Cluster, namespace, pod};
 
 fn cluster() -> Cluster {
@@ -205,4 +205,88 @@ fn a_class_may_wait_for_the_first_consumer() {
     cluster.add(user);
     cluster.settle();
     assert_eq!(bound(&cluster, "data"), to("disk"));
+}
+
+#[test]
+fn what_is_in_use_waits_for_its_users() {
+    use super::protection;
+    let all = &[
+        super::CLAIMS,
+        super::VOLUMES,
+        protection::CLAIMS,
+        protection::VOLUMES,
+        protection::CLASSES,
+    ];
+    let mut cluster = Cluster::new(all);
+    cluster.add(namespace("default"));
+    let class = json!({"metadata": {"name": "gold"}, "driverName": "csi.example.com"});
+    cluster.add::<VolumeAttributesClass>(serde_json::from_value(class).unwrap());
+    volume(&mut cluster, "disk", "1Gi", json!({}));
+    let gold = json!({"volumeAttributesClassName": "gold"});
+    claim(&mut cluster, "data", "1Gi", gold);
+    cluster.settle();
+    // They were made without.
+    let held = |cluster: &Cluster, kind: Kind, key: &Key| {
+        let found = cluster.snapshot.object(kind.resource(), key);
+        found.map(|found| found.meta().finalizers.clone().unwrap_or_default())
+    };
+    let (data, disk) = (Key::new("default", "data"), Key::cluster("disk"));
+    let gold = Key::cluster("gold");
+    let of_claim = |cluster: &Cluster| held(cluster, Kind::PersistentVolumeClaim, &data);
+    let of_volume = |cluster: &Cluster| held(cluster, Kind::PersistentVolume, &disk);
+    let of_class = |cluster: &Cluster| held(cluster, Kind::VolumeAttributesClass, &gold);
+    assert_eq!(of_claim(&cluster).unwrap(), [protection::CLAIM]);
+    assert_eq!(of_volume(&cluster).unwrap(), [protection::VOLUME]);
+    assert_eq!(of_class(&cluster).unwrap(), [protection::CLASS]);
+
+    let user = |name: &str, source: Value, node: Option<&str>| {
+        let mut user: Pod = pod("default", name);
+        let spec = user.spec.as_mut().unwrap();
+        spec.node_name = node.map(str::to_string);
+        let mut volume = json!({"name": "data"});
+        json_patch::merge(&mut volume, &source);
+        spec.volumes = Some(serde_json::from_value(json!([volume])).unwrap());
+        user
+    };
+    let by_name = json!({"persistentVolumeClaim": {"claimName": "data"}});
+    cluster.add(user("runs", by_name.clone(), Some("n1")));
+    cluster.add(user("waits", by_name, None));
+    let time = cluster.time();
+    cluster.edit::<PersistentVolumeClaim>(&data, |claim| {
+        claim.metadata.deletion_timestamp = Some(time.clone());
+    });
+    cluster.edit::<PersistentVolume>(&disk, |volume| {
+        volume.metadata.deletion_timestamp = Some(time.clone());
+    });
+    cluster.edit::<VolumeAttributesClass>(&gold, |class| {
+        class.metadata.deletion_timestamp = Some(time.clone());
+    });
+    cluster.settle();
+    assert!(of_claim(&cluster).is_some(), "a pod on a node uses it");
+    assert!(of_volume(&cluster).is_some(), "a claim is bound to it");
+    assert!(of_class(&cluster).is_some(), "a claim names it");
+    cluster.delete_now("runs");
+    cluster.settle();
+    assert_eq!(
+        of_claim(&cluster),
+        None,
+        "a pod without a node uses nothing"
+    );
+    assert_eq!(of_volume(&cluster), None);
+    assert_eq!(of_class(&cluster), None);
+
+    // A claim that was made for a pod is used by it under a name of its own.
+    claim(&mut cluster, "own-data", "1Gi", json!({}));
+    let made = json!({"ephemeral": {"volumeClaimTemplate": {"spec": {}}}});
+    cluster.add(user("own", made, Some("n1")));
+    let own = Key::new("default", "own-data");
+    cluster.settle();
+    cluster.edit::<PersistentVolumeClaim>(&own, |claim| {
+        claim.metadata.deletion_timestamp = Some(time.clone());
+    });
+    cluster.settle();
+    assert!(held(&cluster, Kind::PersistentVolumeClaim, &own).is_some());
+    cluster.delete_now("own");
+    cluster.settle();
+    assert_eq!(held(&cluster, Kind::PersistentVolumeClaim, &own), None);
 }
