@@ -54,6 +54,78 @@ pub fn default_claim(claim: &mut Value) {
     claim.default("/status/phase", "Pending");
 }
 
+/// What a claim is filled from has two fields, an older and a newer one, and who writes one means both. The older is for
+/// claims and snapshots only: anything else there is dropped, but where it was kept before.
+fn settle_source(claim: &mut Value, old: Option<&Value>) {
+    let kept = old.is_some_and(|old| old.has("/spec/dataSource"));
+    let kind = (
+        claim.text("/spec/dataSource/apiGroup"),
+        claim.text("/spec/dataSource/kind"),
+    );
+    let known = matches!(
+        kind,
+        ("", "PersistentVolumeClaim") | ("snapshot.storage.k8s.io", "VolumeSnapshot")
+    );
+    if !known && !kept {
+        claim.remove("/spec/dataSource");
+    }
+    if let Some(spec) = claim.pointer_mut("/spec") {
+        same_source(spec);
+    }
+}
+
+/// Fills in whichever of the two is missing; a source in another namespace is in the newer one only.
+fn same_source(spec: &mut Value) {
+    if !spec.text("/dataSourceRef/namespace").is_empty() {
+        return;
+    }
+    for (from, to) in [
+        ("dataSource", "dataSourceRef"),
+        ("dataSourceRef", "dataSource"),
+    ] {
+        let to = format!("/{to}");
+        if let Some(source) = spec.get(from).filter(|source| source.is_object()).cloned()
+            && !spec.has(&to)
+        {
+            spec.set(&to, source);
+        }
+    }
+}
+
+fn validate_source(spec: &Place<'_>, errors: &mut Errors) {
+    for field in ["dataSource", "dataSourceRef"] {
+        let source = spec.field(field);
+        if !source.is_there() {
+            continue;
+        }
+        source.field("name").require(errors);
+        let kind = source.field("kind");
+        kind.require(errors);
+        let (group, of) = (source.field("apiGroup"), kind.text());
+        if group.text().is_empty() && of != "PersistentVolumeClaim" {
+            let why = "must be 'PersistentVolumeClaim' when referencing the default apiGroup";
+            errors.push(FieldError::invalid(source.path(), of, why));
+        }
+        group.keep_to(dns_subdomain, errors);
+    }
+    let (older, newer) = (spec.field("dataSource"), spec.field("dataSourceRef"));
+    if !older.is_there() || !newer.is_there() {
+        return;
+    }
+    let parts = |source: &Place<'_>| {
+        ["apiGroup", "kind", "name"].map(|field| source.field(field).text().to_owned())
+    };
+    let why = if !newer.field("namespace").text().is_empty() {
+        "may not be specified when dataSourceRef.namespace is specified"
+    } else if parts(&older) != parts(&newer) {
+        "must match dataSourceRef"
+    } else {
+        return;
+    };
+    // The value that upstream shows here is a path that it prints as nothing.
+    errors.push(FieldError::invalid(spec.path(), json!({}), why));
+}
+
 pub struct Claim;
 
 impl Strategy for Claim {
@@ -63,6 +135,11 @@ impl Strategy for Claim {
 
     fn prepare_create(&self, claim: &mut Value) {
         claim.set("/status", json!({"phase": "Pending"}));
+        settle_source(claim, None);
+    }
+
+    fn prepare_update(&self, claim: &mut Value, old: &Value) {
+        settle_source(claim, Some(old));
     }
 
     fn validate(&self, claim: &Value, errors: &mut Errors) {
@@ -73,24 +150,16 @@ impl Strategy for Claim {
         spec.field("storageClassName")
             .keep_to(dns_subdomain, errors);
         spec.field("volumeMode").one_of(&VOLUME_MODES, errors);
-        let source = spec.field("dataSource");
-        if source.is_there() {
-            source.field("kind").require(errors);
-            source.field("name").require(errors);
-        }
+        validate_source(&spec, errors);
     }
 
     fn validate_update(&self, claim: &Value, old: &Value, errors: &mut Errors) {
         let fixed = |claim: &Value| {
             let mut spec = claim.pointer("/spec").cloned().unwrap_or_default();
-            for field in [
-                "resources",
-                "volumeAttributesClassName",
-                "dataSource",
-                "dataSourceRef",
-            ] {
+            for field in ["resources", "volumeAttributesClassName"] {
                 spec.remove(&format!("/{field}"));
             }
+            same_source(&mut spec);
             // Set once, by who binds the claim.
             if old.text("/spec/volumeName").is_empty() {
                 spec.remove("/volumeName");
@@ -280,6 +349,47 @@ mod tests {
                 ("spec.resources.requests.storage", "FieldValueInvalid"),
             ]
         );
+    }
+
+    #[test]
+    fn a_source_is_named_by_both_fields_or_by_neither() {
+        let source = json!({"kind": "PersistentVolumeClaim", "name": "q"});
+        for (field, other) in [
+            ("dataSource", "dataSourceRef"),
+            ("dataSourceRef", "dataSource"),
+        ] {
+            let mut claim = claim("1Gi");
+            claim.set(&format!("/spec/{field}"), source.clone());
+            Claim.prepare_create(&mut claim);
+            assert_eq!(claim["spec"][other], source);
+            // Who sends back one of the two changes nothing.
+            let mut again = claim.clone();
+            again.remove(&format!("/spec/{other}"));
+            Claim.prepare_update(&mut again, &claim);
+            let mut errors = Vec::new();
+            Claim.validate(&again, &mut errors);
+            Claim.validate_update(&again, &claim, &mut errors);
+            assert_eq!(errors, []);
+            again.set("/spec/dataSourceRef/name", "other");
+            Claim.validate(&again, &mut errors);
+            assert_eq!(
+                (errors[0].field.as_str(), errors[0].message.as_str()),
+                ("spec", "Invalid value: {}: must match dataSourceRef")
+            );
+        }
+        let mut odd = claim("1Gi");
+        let custom = json!({"apiGroup": "example.com", "kind": "Populator", "name": "p"});
+        odd.set("/spec/dataSource", custom.clone());
+        Claim.prepare_create(&mut odd);
+        assert!(!odd.has("/spec/dataSource") && !odd.has("/spec/dataSourceRef"));
+        odd.set("/spec/dataSourceRef", custom.clone());
+        Claim.prepare_create(&mut odd);
+        assert_eq!(odd["spec"]["dataSource"], custom);
+        odd.set("/spec/dataSourceRef", json!({"kind": "Pod", "name": "p"}));
+        odd.remove("/spec/dataSource");
+        let mut errors = Vec::new();
+        Claim.validate(&odd, &mut errors);
+        assert_eq!(errors[0].field, "spec.dataSourceRef");
     }
 
     #[test]
