@@ -200,4 +200,14 @@ fn what_would_break_a_level_is_told_and_done() {
         said.contains(r#"Warning: spec.containers[0].env[1]: hides previous definition of "A""#),
         "{said}"
     );
+    let secret = "---\n{apiVersion: v1, kind: Secret, type: kubernetes.io/tls, metadata: {name: tls}, stringData: \
+                  {tls.crt: x, tls.key: x}}";
+    let said = told(&words, secret);
+    let why = "Warning: tls: failed to find any PEM data in certificate input";
+    assert!(said.contains(why), "{said}");
+    let driver = "---\n{apiVersion: storage.k8s.io/v1, kind: CSIDriver, metadata: {name: d.example.com}, spec: \
+                  {tokenRequests: [{audience: a}]}}";
+    let said = told(&words, driver);
+    let why = "Warning: spec.serviceAccountTokenInSecrets is unset";
+    assert!(said.contains(why), "{said}");
 }

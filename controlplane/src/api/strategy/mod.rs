@@ -13,6 +13,7 @@ mod endpoints;
 mod extension;
 pub(super) mod families;
 mod flow;
+mod key_pair;
 mod metadata;
 mod namespace;
 mod networking;

@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use super::key_pair;
 use crate::api::fields::Fields;
 use crate::registry::Resource;
 
@@ -57,6 +58,16 @@ pub fn warnings(resource: &Resource, object: &Value, old: Option<&Value>) -> Vec
     }
     match (resource.group, resource.plural) {
         ("", "services") if differs("/spec") => about_service(object, &mut told),
+        ("", "secrets") if object.text("/type") == "kubernetes.io/tls" => {
+            let (certificate, key) = (object.text("/data/tls.crt"), object.text("/data/tls.key"));
+            told.extend(key_pair::fault(certificate, key));
+        }
+        ("storage.k8s.io", "csidrivers")
+            if !object.items("/spec/tokenRequests").is_empty()
+                && !object.has("/spec/serviceAccountTokenInSecrets") =>
+        {
+            told.push("spec.serviceAccountTokenInSecrets is unset; if supported by this CSI driver, set to true to prevent possible logging of tokens in volume attributes".to_owned());
+        }
         ("networking.k8s.io", "ingresses")
             if old.is_none()
                 && object.has("/metadata/annotations/kubernetes.io~1ingress.class") =>
