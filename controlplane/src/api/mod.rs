@@ -182,7 +182,7 @@ impl Api {
     /// Answers one request. Failures become `Status` objects; a panic becomes one too, and is logged.
     async fn handle(&self, peer: &Peer, request: http::Request<Incoming>) -> Answer {
         let started = Instant::now();
-        let (parts, body) = request.into_parts();
+        let (mut parts, body) = request.into_parts();
         let seen = metrics::Seen::of(&parts);
         let query = Query::parse(parts.uri.query().unwrap_or(""));
         let audited = self
@@ -190,6 +190,9 @@ impl Api {
             .as_ref()
             .map(|audit| (audit, audit::Asked::of(&parts, &query)));
         let trail = audit::Trail::default();
+        if self.audit.is_some() {
+            parts.extensions.insert(trail.notes());
+        }
         let encoding = Encoding::negotiate(&parts.headers, &query).unwrap_or(Encoding::Json);
         let gzip = compression::wanted(&parts);
         let routed = AssertUnwindSafe(self.route((peer, &trail), parts, query, body))
@@ -377,6 +380,7 @@ impl Call {
         let options = WriteOptions::parse(&self.query, parts)?;
         Ok(WriteOptions {
             caller: Some(self.identity.clone()),
+            notes: parts.extensions.get().cloned(),
             ..options
         })
     }

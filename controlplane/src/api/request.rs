@@ -8,6 +8,7 @@ use std::time::Duration;
 use http::request::Parts;
 use http::{Method, header};
 
+use super::audit::Notes;
 use super::status::{FieldError, Status, Subject};
 use crate::auth::Identity;
 use crate::codec::FieldValidation;
@@ -433,6 +434,8 @@ pub struct WriteOptions {
     /// Who writes; None is the server itself.
     pub caller: Option<Arc<Identity>>,
     pub warnings: Warnings,
+    /// What the audit log is told; None without one.
+    pub notes: Option<Notes>,
 }
 
 /// What a client is told beside the answer, each once: a write that is tried again says the same again.
@@ -509,6 +512,7 @@ impl WriteOptions {
             force: query.flag("force"),
             warnings: Warnings::default(),
             caller: None,
+            notes: None,
         })
     }
 }

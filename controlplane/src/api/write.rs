@@ -447,13 +447,13 @@ impl Api {
             strategy.prepare_status(new, old);
         }
         strategy.default(new);
-        let warnings = &write.options.warnings;
+        let options = write.options;
         if main {
-            let caller = write.options.caller.as_deref();
-            admission::admit(self, caller, write.target, new, old, warnings).await?;
-            warnings.add(strategy::warnings(write.target.resource, new, old));
+            admission::admit(self, options, write.target, new, old).await?;
+            let warnings = strategy::warnings(write.target.resource, new, old);
+            options.warnings.add(warnings);
         } else if write.part == Part::Exact("ephemeralcontainers") {
-            admission::admit_containers(self, write.target, new, warnings).await?;
+            admission::admit_containers(self, options, write.target, new).await?;
         }
         if old.is_none() {
             // Last, because a first state follows from what admission made of the object: a pod's quality of service.

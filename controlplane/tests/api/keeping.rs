@@ -214,6 +214,77 @@ rules:
   - {level: Metadata, nonResourceURLs: [/metrics]}
 ";
 
+/// The events of an audit log, once as many are there as are waited for.
+fn audited(log: &Path, count: usize) -> Vec<Value> {
+    let began = Instant::now();
+    loop {
+        let text = std::fs::read_to_string(log).expect("the log");
+        if text.lines().count() >= count {
+            let event = |line| serde_json::from_str(line).expect("JSON");
+            return text.lines().map(event).collect();
+        }
+        assert!(began.elapsed() < PATIENCE, "events are written: {text}");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn pods_that_break_the_level_to_be_audited_are_in_the_audit_log() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let at = |name: &str| folder.path().join(name).display().to_string();
+    let policy = POLICY.replace("namespaces: [default]", "verbs: [create]");
+    std::fs::write(at("policy"), policy).expect("written");
+    let server = Server::start_flagged(
+        "api",
+        vec![
+            format!("--data-dir={}", at("data")),
+            format!("--audit-policy-file={}", at("policy")),
+            format!("--audit-log-path={}", at("log")),
+        ],
+    );
+    let create = |body: &str, path: &str, expected: u16| {
+        let words = ["--header", "content-type: application/json", "--data", body];
+        let (code, _, said) = server.curl(&words, path);
+        assert_eq!(code, expected, "{}", String::from_utf8_lossy(&said));
+    };
+    let namespace = r#"{"metadata": {"name": "shop", "labels": {"pod-security.kubernetes.io/enforce": "baseline",
+        "pod-security.kubernetes.io/audit": "restricted"}}}"#;
+    create(namespace, "/api/v1/namespaces", 201);
+    let account = r#"{"metadata": {"name": "default"}}"#;
+    create(account, "/api/v1/namespaces/shop/serviceaccounts", 201);
+    let pods = "/api/v1/namespaces/shop/pods";
+    let plain =
+        r#"{"metadata": {"name": "plain"}, "spec": {"containers": [{"name": "c", "image": "i"}]}}"#;
+    create(plain, pods, 201);
+    let host = r#"{"metadata": {"name": "host"}, "spec": {"hostNetwork": true, "containers": [{"name": "c", "image": "i"}]}}"#;
+    create(host, pods, 403);
+    let set = r#"{"metadata": {"name": "set"}, "spec": {"selector": {"matchLabels": {"a": "b"}}, "template":
+        {"metadata": {"labels": {"a": "b"}}, "spec": {"containers": [{"name": "c", "image": "i"}]}}}}"#;
+    create(set, "/apis/apps/v1/namespaces/shop/replicasets", 201);
+    let events = audited(Path::new(&at("log")), 5);
+    let told = |event: usize, annotation: &str| {
+        let annotations = &events[event]["annotations"];
+        annotations[format!("pod-security.kubernetes.io/{annotation}")]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned()
+    };
+    let broken =
+        r#"would violate PodSecurity "restricted:latest": allowPrivilegeEscalation != false"#;
+    for event in [2, 3, 4] {
+        let violations = told(event, "audit-violations");
+        let fits = match event {
+            3 => violations.contains("host namespaces (hostNetwork=true)"),
+            _ => violations.starts_with(broken),
+        };
+        assert!(fits, "{violations}");
+    }
+    assert_eq!(told(2, "enforce-policy"), "baseline:latest");
+    assert_eq!(told(3, "enforce-policy"), "baseline:latest");
+    assert_eq!(told(4, "enforce-policy"), "", "it is no pod");
+    assert_eq!(told(1, "audit-violations"), "");
+}
+
 #[test]
 fn the_audit_log_tells_who_did_what_and_what_the_answer_was() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -257,20 +328,9 @@ fn the_audit_log_tells_who_did_what_and_what_the_answer_was() {
     assert_eq!(server.curl(&[], "/api/v1/nodes").0, 200);
     let leases = "/apis/coordination.k8s.io/v1/namespaces/default/leases";
     assert_eq!(server.curl(&[], leases).0, 200);
-    let began = Instant::now();
-    let log = loop {
-        let log = std::fs::read_to_string(at("log")).expect("the log");
-        if log.lines().count() >= 4 {
-            break log;
-        }
-        assert!(began.elapsed() < PATIENCE, "events are written: {log}");
-        std::thread::yield_now();
-    };
+    let events = audited(Path::new(&at("log")), 4);
+    let log = format!("{events:?}");
     assert!(!log.contains("hunter2"), "bodies are nobody's business");
-    let events: Vec<Value> = log
-        .lines()
-        .map(|line| serde_json::from_str(line).expect("JSON"))
-        .collect();
     let told: Vec<String> = events
         .iter()
         .map(|event| {

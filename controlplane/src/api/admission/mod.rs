@@ -15,10 +15,9 @@ mod storage;
 use serde_json::{Value, json};
 
 use super::fields::{self, Fields};
-use super::request::{Target, Warnings};
+use super::request::{Target, WriteOptions};
 use super::status::{Status, Subject};
 use super::{Api, object};
-use crate::auth::Identity;
 use crate::auth::node::node_of;
 use crate::registry;
 use crate::store::Range;
@@ -32,13 +31,13 @@ const NOT_READY: &str = "node.kubernetes.io/not-ready";
 /// Admits a new object or a change of one, and fills in what depends on others.
 pub async fn admit(
     api: &Api,
-    caller: Option<&Identity>,
+    options: &WriteOptions,
     target: &Target,
     object: &mut Value,
     old: Option<&Value>,
-    warnings: &Warnings,
 ) -> Result<(), Status> {
     let creates = old.is_none();
+    let caller = options.caller.as_deref();
     if let Some(caller) = caller.filter(|_| api.decides()) {
         if let Some(node) = node_of(caller) {
             node::restrict(node, target, object, old)?;
@@ -58,17 +57,19 @@ pub async fn admit(
             pod::priority(api, target, object).await?;
             pod::tolerate_absent_nodes(object);
             pod::runtime_class(api, target, object).await?;
-            security::check_pod(api, target, object, warnings).await?;
+            security::check_pod(api, options, target, object).await?;
             limits::check_pod(api, target, object).await?;
         }
         ("", "pods") => {
             // A client that sends its own list in place of all leaves them out.
             pod::tolerate_absent_nodes(object);
             if old.is_some_and(|old| security::matters(object, old)) {
-                security::check_pod(api, target, object, warnings).await?;
+                security::check_pod(api, options, target, object).await?;
             }
         }
-        ("", "namespaces") => security::check_namespace(api, object, old, warnings).await?,
+        ("", "namespaces") => {
+            security::check_namespace(api, object, old, &options.warnings).await?
+        }
         ("", "nodes") if creates => taint_until_ready(object),
         ("", "persistentvolumeclaims") => {
             if creates {
@@ -85,7 +86,7 @@ pub async fn admit(
         ("networking.k8s.io", "ingresses") if creates => {
             storage::default_ingress_class(api, object).await?;
         }
-        _ => security::check_template(api, target, object, warnings).await?,
+        _ => security::check_template(api, options, target, object).await?,
     }
     Ok(())
 }
@@ -93,11 +94,11 @@ pub async fn admit(
 /// Admits containers that are added to a pod that runs.
 pub async fn admit_containers(
     api: &Api,
+    options: &WriteOptions,
     target: &Target,
     pod: &Value,
-    warnings: &Warnings,
 ) -> Result<(), Status> {
-    security::check_pod(api, target, pod, warnings).await
+    security::check_pod(api, options, target, pod).await
 }
 
 /// All stored objects of a resource (of version v1), as clients see them.

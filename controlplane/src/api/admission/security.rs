@@ -8,11 +8,14 @@ use super::levels::violations;
 use super::stored;
 use crate::api::Api;
 use crate::api::fields::{self, Fields};
-use crate::api::request::{Target, Warnings};
+use crate::api::request::{Target, Warnings, WriteOptions};
 use crate::api::status::{FieldError, Status};
 use crate::api::strategy;
 
 const LEVELS: [&str; 3] = ["privileged", "baseline", "restricted"];
+/// Annotations of audit events, as upstream names them: the level that held, and what broke the one to be audited.
+const ENFORCED: &str = "pod-security.kubernetes.io/enforce-policy";
+const VIOLATIONS: &str = "pod-security.kubernetes.io/audit-violations";
 /// Of a namespace whose level becomes stricter, as many pods are looked at, as upstream.
 const PODS_CHECKED_MAX: usize = 3000;
 
@@ -67,37 +70,57 @@ async fn namespace_of(api: &Api, target: &Target) -> Result<Value, Status> {
     Ok(found.unwrap_or_default())
 }
 
-/// Refuses a pod that breaks the level its namespace enforces, and tells of the one it warns of.
+/// Refuses a pod that breaks the level its namespace enforces, and tells of the one it warns of and of the one it audits.
 pub async fn check_pod(
     api: &Api,
+    options: &WriteOptions,
     target: &Target,
     pod: &Value,
-    warnings: &Warnings,
 ) -> Result<(), Status> {
     let namespace = namespace_of(api, target).await?;
-    if let Some(why) = Policy::of(&namespace, "enforce").verdict(pod, "violates") {
+    let enforced = Policy::of(&namespace, "enforce");
+    if let Some(notes) = &options.notes {
+        let Policy { level, version } = &enforced;
+        notes.note(ENFORCED, format!("{level}:{version}"));
+    }
+    if let Some(why) = enforced.verdict(pod, "violates") {
+        note_violations(options, &namespace, pod);
         let subject = target.subject_named(fields::name(pod));
         return Err(Status::forbidden(subject, why));
     }
-    warnings.add(Policy::of(&namespace, "warn").verdict(pod, "would violate"));
+    tell(options, &namespace, pod);
     Ok(())
 }
 
-/// Tells of what makes pods that would break the level that its namespace warns of. The pods themselves are refused.
+/// Tells of what makes pods that would break a level that its namespace warns of or audits. The pods themselves are refused.
 pub async fn check_template(
     api: &Api,
+    options: &WriteOptions,
     target: &Target,
     object: &Value,
-    warnings: &Warnings,
 ) -> Result<(), Status> {
     let template = strategy::pod_at(target.resource)
         .and_then(|(pointer, _)| object.pointer(pointer))
         .filter(|template| template.has("/spec"));
     if let Some(template) = template {
         let namespace = namespace_of(api, target).await?;
-        warnings.add(Policy::of(&namespace, "warn").verdict(template, "would violate"));
+        tell(options, &namespace, template);
     }
     Ok(())
+}
+
+/// Clients hear of the level that is warned of, the audit log of the one that is audited.
+fn tell(options: &WriteOptions, namespace: &Value, pod: &Value) {
+    note_violations(options, namespace, pod);
+    let broken = Policy::of(namespace, "warn").verdict(pod, "would violate");
+    options.warnings.add(broken);
+}
+
+fn note_violations(options: &WriteOptions, namespace: &Value, pod: &Value) {
+    let Some(notes) = &options.notes else { return };
+    if let Some(broken) = Policy::of(namespace, "audit").verdict(pod, "would violate") {
+        notes.note(VIOLATIONS, broken);
+    }
 }
 
 /// Whether a change of a pod can make a difference to its level: little of a pod can change.

@@ -7,12 +7,13 @@
 mod policy;
 mod writer;
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use http::StatusCode;
 use http::request::Parts;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::request::{self, Query, Target};
 use crate::auth::{ANONYMOUS, Identity, UNAUTHENTICATED};
@@ -20,9 +21,28 @@ use crate::auth::{ANONYMOUS, Identity, UNAUTHENTICATED};
 pub use policy::{Policy, PolicyError};
 pub use writer::Writer;
 
-/// Who a request is of; noted as it becomes known.
+/// What is known of a request beside itself, noted as it becomes known.
 #[derive(Debug, Default)]
-pub struct Trail(Mutex<Callers>);
+pub struct Trail {
+    callers: Mutex<Callers>,
+    notes: Notes,
+}
+
+/// What admission finds out for the log alone, by annotation; shared with those who find it.
+#[derive(Debug, Clone, Default)]
+pub struct Notes(Arc<Mutex<BTreeMap<&'static str, String>>>);
+
+impl Notes {
+    /// A write that is tried again notes the same again.
+    pub fn note(&self, annotation: &'static str, text: String) {
+        let mut notes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        notes.insert(annotation, text);
+    }
+
+    fn take(&self) -> BTreeMap<&'static str, String> {
+        std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
 
 #[derive(Debug, Default)]
 struct Callers {
@@ -32,12 +52,19 @@ struct Callers {
 
 impl Trail {
     pub fn caller(&self, caller: &Identity) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).caller = Some(caller.clone());
+        self.known().caller = Some(caller.clone());
     }
 
     pub fn acting_as(&self, identity: &Identity) {
-        let mut callers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        callers.acting_as = Some(identity.clone());
+        self.known().acting_as = Some(identity.clone());
+    }
+
+    pub fn notes(&self) -> Notes {
+        self.notes.clone()
+    }
+
+    fn known(&self) -> MutexGuard<'_, Callers> {
+        self.callers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -103,7 +130,11 @@ impl Audit {
         peer: Option<SocketAddr>,
         code: StatusCode,
     ) {
-        let callers = trail.0.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let notes = trail.notes.take();
+        let callers = trail
+            .callers
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner);
         let anonymous = Identity {
             user: ANONYMOUS.to_owned(),
             groups: vec![UNAUTHENTICATED.to_owned()],
@@ -156,8 +187,15 @@ impl Audit {
             StatusCode::FORBIDDEN => Some("forbid"),
             _ => Some("allow"),
         };
-        if let Some(decision) = decision {
-            event["annotations"] = json!({"authorization.k8s.io/decision": decision});
+        let decision =
+            decision.map(|decision| ("authorization.k8s.io/decision", decision.to_owned()));
+        let annotations: Map<String, Value> = decision
+            .into_iter()
+            .chain(notes)
+            .map(|(annotation, text)| (annotation.to_owned(), text.into()))
+            .collect();
+        if !annotations.is_empty() {
+            event["annotations"] = annotations.into();
         }
         self.writer.write(event.to_string()).await;
     }
