@@ -19,6 +19,7 @@ mod several;
 mod soak;
 mod statuses;
 mod subresources;
+mod upstream;
 mod watching;
 mod wire;
 mod wrong_input;

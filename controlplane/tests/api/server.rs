@@ -400,6 +400,7 @@ fn write_credentials(dir: &Path, port: u16) {
         ("admin", "admin", masters),
         ("controllers", "system:keelway-controllers", None),
         ("scheduler", "system:kube-scheduler", None),
+        ("controller-manager", "system:kube-controller-manager", None),
         ("node-1", "system:node:node-1", nodes),
         ("node-2", "system:node:node-2", nodes),
         ("jane", "jane", Some("team")),
@@ -428,7 +429,13 @@ fn write_credentials(dir: &Path, port: u16) {
     let tokens = KeyPair::generate().expect("a key");
     write("sa.key", tokens.serialize_pem());
     write("sa.pub", tokens.public_key_pem());
-    for user in ["admin", "controllers", "scheduler", "jane"] {
+    for user in [
+        "admin",
+        "controllers",
+        "controller-manager",
+        "scheduler",
+        "jane",
+    ] {
         let path = |name: &str| dir.join(name).display().to_string();
         let kubeconfig = serde_json::json!({
             "apiVersion": "v1", "kind": "Config", "current-context": "test",
