@@ -435,6 +435,12 @@ async fn status_and_spec_are_written_apart() {
         (Some("Running".to_owned()), Some(99), Some(2)),
         "the generation counts the spec only"
     );
+    let again = pods.replace("one", &PostParams::default(), &pod).await;
+    assert_eq!(
+        again.expect("replaced").metadata.resource_version,
+        pod.metadata.resource_version,
+        "a write that changes nothing is none"
+    );
     // A binding is taken once.
     let bind = |node: &str| {
         let binding = json!({"apiVersion": "v1", "kind": "Binding", "metadata": {"name": "one"}, "target": {"kind": "Node", "name": node}});

@@ -183,6 +183,28 @@ mod tests {
     use serde_json::json;
 
     #[test]
+    fn a_slice_stays_in_its_family_and_within_bounds() {
+        let slice = |family: &str, count: usize| {
+            let endpoints = vec![json!({"addresses": ["10.0.0.1"]}); count];
+            json!({"addressType": family, "endpoints": endpoints})
+        };
+        let whole = slice("IPv4", ENDPOINTS_MAX);
+        assert_eq!(told(&EndpointSlice, whole.clone()), Vec::<String>::new());
+        let faults = told(&EndpointSlice, slice("IPv4", ENDPOINTS_MAX + 1));
+        assert_eq!(
+            faults,
+            ["endpoints: Too many: 1001: must have at most 1000 items"]
+        );
+        let mut errors = Vec::new();
+        EndpointSlice.validate_update(&slice("IPv6", 1), &whole, &mut errors);
+        let fault = errors.iter().map(ToString::to_string).collect::<String>();
+        assert!(
+            fault.starts_with("addressType: Invalid value: \"IPv6\": field is immutable"),
+            "{fault}"
+        );
+    }
+
+    #[test]
     fn slices_hold_addresses_of_their_family() {
         let slice = |endpoints: Value| json!({"addressType": "IPv4", "endpoints": endpoints, "ports": [{"port": 80}]});
         assert_eq!(

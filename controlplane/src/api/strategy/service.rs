@@ -370,6 +370,26 @@ mod tests {
     }
 
     #[test]
+    fn a_balancers_port_for_health_stays() {
+        let balanced = |port: u16, policy: &str| {
+            json!({"spec": {"type": "LoadBalancer", "ports": [{"port": 80}],
+                "externalTrafficPolicy": policy, "healthCheckNodePort": port}})
+        };
+        let faults = |new: &Value| {
+            let mut errors = Vec::new();
+            Service.validate_update(new, &balanced(30222, "Local"), &mut errors);
+            errors
+                .into_iter()
+                .map(|error| error.field)
+                .collect::<Vec<_>>()
+        };
+        let field = "spec.healthCheckNodePort";
+        assert!(!faults(&balanced(30222, "Local")).contains(&field.to_owned()));
+        assert!(faults(&balanced(30333, "Local")).contains(&field.to_owned()));
+        assert!(!faults(&balanced(0, "Cluster")).contains(&field.to_owned()));
+    }
+
+    #[test]
     fn what_does_not_go_with_the_type_is_refused() {
         let told = |spec: Value| told_with_defaults(&Service, json!({ "spec": spec }));
         assert_eq!(told(json!({"ports": [{"port": 80}]})), Vec::<String>::new());
