@@ -8,7 +8,7 @@ use super::metadata::{dns_label, dns_subdomain};
 use super::place::Place;
 use super::pod_spec::validate_node_selector;
 use super::{Errors, Strategy};
-use crate::api::fields::Fields;
+use crate::api::fields::{self, Fields};
 
 const REQUESTS_MAX: usize = 32;
 const CONSTRAINTS_MAX: usize = 32;
@@ -307,6 +307,14 @@ fn identifier(text: &str) -> Option<String> {
 pub struct Slice;
 
 impl Strategy for Slice {
+    fn default(&self, slice: &mut Value) {
+        for device in slice.items_mut("/spec/devices") {
+            for taint in device.items_mut("/taints") {
+                taint.default("/timeAdded", fields::now());
+            }
+        }
+    }
+
     fn validate(&self, slice: &Value, errors: &mut Errors) {
         let spec = Place::root(slice).field("spec");
         validate_driver(&spec.field("driver"), errors);

@@ -62,6 +62,10 @@ impl Strategy for Node {
             (None, Some(single)) => node.set("/spec/podCIDRs", Value::Array(vec![single])),
             (None, None) => {}
         }
+        // Who says what a node has and not what of it pods may have means all.
+        if let Some(all) = node.pointer("/status/capacity").cloned() {
+            node.default("/status/allocatable", all);
+        }
     }
 
     fn selectable(&self) -> &'static [&'static str] {

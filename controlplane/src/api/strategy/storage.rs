@@ -7,7 +7,7 @@ use super::metadata::dns_subdomain;
 use super::place::Place;
 use super::pod_spec::{validate_node_selector, validate_volume_source};
 use super::{Errors, Strategy};
-use crate::api::fields::Fields;
+use crate::api::fields::{self, Fields};
 use crate::api::status::FieldError;
 use crate::codec::quantity::Quantity;
 
@@ -206,7 +206,8 @@ impl Strategy for Volume {
     }
 
     fn prepare_create(&self, volume: &mut Value) {
-        volume.set("/status", json!({"phase": "Pending"}));
+        let status = json!({"phase": "Pending", "lastPhaseTransitionTime": fields::now()});
+        volume.set("/status", status);
     }
 
     fn validate(&self, volume: &Value, errors: &mut Errors) {
@@ -413,6 +414,8 @@ mod tests {
     fn a_volume_has_one_source_for_good() {
         let mut volume = json!({"spec": {"accessModes": ["ReadWriteOnce"], "capacity": {"storage": "1Gi"}, "hostPath": {"path": "/x"}}});
         Volume.default(&mut volume);
+        Volume.prepare_create(&mut volume);
+        assert!(volume.has("/status/lastPhaseTransitionTime"));
         let mut errors = Vec::new();
         Volume.validate(&volume, &mut errors);
         assert_eq!(errors, []);
