@@ -76,12 +76,12 @@ const RULES: [(&str, &str, &str); 7] = [
     (
         "KUBE-SERVICES",
         "kube-proxy",
-        "Services are Keelway's now; `kube-proxy --cleanup` removes them",
+        "Services are Keelway's now; `kube-proxy --cleanup` removes them, once kube-proxy has ended",
     ),
     (
         "kube-proxy",
         "kube-proxy",
-        "Services are Keelway's now; `kube-proxy --cleanup` removes them",
+        "Services are Keelway's now; `kube-proxy --cleanup` removes them, once kube-proxy has ended",
     ),
     (
         "KUBE-ROUTER",
