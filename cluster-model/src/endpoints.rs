@@ -201,13 +201,15 @@ fn endpoint(
             .and_then(|hints| hints.for_zones.as_deref())
             .unwrap_or_default()
             .iter()
-            .map(|zone| (*zone.name).into())
+            .filter_map(|zone| zone.name.as_deref())
+            .map(Into::into)
             .collect(),
         for_nodes: hints
             .and_then(|hints| hints.for_nodes.as_deref())
             .unwrap_or_default()
             .iter()
-            .map(|node| (*node.name).into())
+            .filter_map(|node| node.name.as_deref())
+            .map(Into::into)
             .collect(),
     })
 }

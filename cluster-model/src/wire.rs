@@ -243,7 +243,7 @@ pub(crate) struct EndpointHints<'a> {
 #[derive(Debug, Deserialize)]
 pub(crate) struct Named<'a> {
     #[serde(borrow)]
-    pub name: Text<'a>,
+    pub name: Option<Text<'a>>,
 }
 
 #[derive(Debug, Deserialize)]

@@ -188,7 +188,7 @@ fn endpoints_that_nothing_can_be_sent_to_are_left_out_by_name() {
 fn endpoints_share_the_texts_that_they_have_in_common() {
     let endpoint = |address: &str, node: &str| {
         serde_json::json!({
-            "addresses": [address], "nodeName": node, "zone": "a",
+            "addresses": [address], "nodeName": node, "zone": "a", "hints": {"forZones": [{"name": "a"}, {}], "forNodes": null},
             "targetRef": {"kind": "Pod", "namespace": "default", "name": address},
         })
     };
@@ -208,6 +208,8 @@ fn endpoints_share_the_texts_that_they_have_in_common() {
     };
     assert!(same(&first.node_name, &second.node_name) && same(&first.zone, &third.zone));
     assert_eq!(third.node_name.as_deref(), Some("n2"));
+    assert_eq!(third.for_zones, ["a".into()]);
+    assert!(third.for_nodes.is_empty());
     let target = third.target.as_ref().unwrap();
     assert!(Arc::ptr_eq(&target.key.namespace, &slice.key.namespace));
     assert_eq!((&*target.kind, &*target.key.name), ("Pod", "10.0.0.3"));
