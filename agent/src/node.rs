@@ -192,6 +192,10 @@ impl Node {
             kernel.add_own_address(pair.outer, own.probe)?;
         }
         let overlay = make_overlay(config.routing, &uplink, kernel)?;
+        let early = EarlyUplink {
+            ifindex: uplink.link.index,
+            is_veth: kernel.is_veth(&uplink.link.name)?,
+        };
         let dataplane = Dataplane::open(&dataplane::Config {
             pin_root: config.pin_root.clone(),
             socket_lb: config.socket_lb,
@@ -212,11 +216,8 @@ impl Node {
                 .filter(|_| config.balancing.dsr != Dsr::Off)
                 .map(|overlay| overlay.index),
             kernel_dns: config.kernel_dns,
+            early: early.is_asked(config.xdp),
         })?;
-        let early = EarlyUplink {
-            ifindex: uplink.link.index,
-            is_veth: kernel.is_veth(&uplink.link.name)?,
-        };
         let found = dataplane.state()?;
         let mut ledger = Ledger::adopt(found.clone());
         ledger.inherit(dataplane.inherited().clone());

@@ -432,6 +432,23 @@ fn the_program_hangs_as_asked_stays_over_a_restart_and_falls_back() {
         Xdp::Native
     );
     assert_eq!(hung().1, second);
+    // An agent that asks no driver does without the program, and takes it off.
+    drop(dataplane);
+    let config = Config {
+        uplink_mac: Some(UPLINK_MAC),
+        ..Config::new(sandbox.pin_root())
+    };
+    let mut without = Dataplane::open(&Config {
+        early: false,
+        ..config.clone()
+    })
+    .unwrap();
+    assert_eq!(hung(), (false, None));
+    assert_eq!(without.attach_early(&veth, XdpMode::Off).unwrap(), Xdp::Off);
+    assert!(!veth.is_asked(XdpMode::Auto) && veth.is_asked(XdpMode::Native));
+    drop(without);
+    let mut dataplane = Dataplane::open(&config).unwrap();
+    assert_eq!(hung(), (false, None));
     // Another way, and none.
     assert_eq!(
         dataplane.attach_early(&veth, XdpMode::Generic).unwrap(),

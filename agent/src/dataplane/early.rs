@@ -65,6 +65,17 @@ pub struct EarlyUplink {
     pub is_veth: bool,
 }
 
+impl EarlyUplink {
+    /// Whether its driver is asked in a mode.
+    pub fn is_asked(&self, mode: XdpMode) -> bool {
+        match mode {
+            XdpMode::Off => false,
+            XdpMode::Auto => !self.is_veth,
+            XdpMode::Native | XdpMode::Generic => true,
+        }
+    }
+}
+
 impl Programs {
     /// Hangs the program on an uplink's driver as the mode says, in place of what an earlier agent hung there in another way; gives what
     /// came of it. A driver that cannot is no error.

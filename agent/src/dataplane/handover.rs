@@ -186,7 +186,7 @@ fn take_links(theirs: &Path, programs: &Programs) -> Result<usize, Error> {
             source,
         };
         let link = sys::open_pinned(&path).map_err(failed)?;
-        let Some(name) = program_of(&path) else {
+        let Some(name) = program_of(&path).filter(|name| programs.is_loaded(name)) else {
             sys::detach_link(link.as_fd()).map_err(failed)?;
             unlink(&path)?;
             continue;

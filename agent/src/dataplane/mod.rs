@@ -81,6 +81,8 @@ pub struct Config {
     pub overlay: Option<u32>,
     /// Questions for cluster names may be answered at pods' interfaces; see [`Dataplane::load_names`].
     pub kernel_dns: bool,
+    /// An uplink's driver may be asked to run our program ([`EarlyUplink::is_asked`]). Without, the kernel has not to verify it.
+    pub early: bool,
 }
 
 impl Config {
@@ -97,6 +99,7 @@ impl Config {
             uplink_mac: None,
             overlay: None,
             kernel_dns: false,
+            early: true,
         }
     }
 }

@@ -95,6 +95,7 @@ pub struct Programs {
     ebpf: Ebpf,
     links: PathBuf,
     tcx: bool,
+    early: bool,
 }
 
 impl Programs {
@@ -135,7 +136,8 @@ impl Programs {
         let packet = PacketProgram::ALL.iter().map(|program| program.name());
         let socket = SOCKET_PROGRAMS.iter().map(|(name, _)| *name);
         let names: Vec<&'static str> = packet
-            .chain([early::PROGRAM, COLLECT])
+            .chain([COLLECT])
+            .chain(config.early.then_some(early::PROGRAM))
             .chain(socket)
             .collect();
         verify(&mut ebpf, &names)?;
@@ -143,6 +145,7 @@ impl Programs {
             ebpf,
             links: dir.join("links"),
             tcx: true,
+            early: config.early,
         };
         programs.tcx = has_tcx(programs.fd(PacketProgram::UplinkIngress.name())?);
         Ok(programs)
@@ -151,6 +154,11 @@ impl Programs {
     /// Whether packet programs can hang by links; else they do by filters.
     pub fn has_tcx(&self) -> bool {
         self.tcx
+    }
+
+    /// Whether a program is one of those that the configuration asks for.
+    pub(super) fn is_loaded(&self, name: &str) -> bool {
+        name != early::PROGRAM || self.early
     }
 
     pub(super) fn fd(&self, name: &'static str) -> Result<BorrowedFd<'_>, Error> {
@@ -185,6 +193,12 @@ impl Programs {
                 link: path.clone(),
                 source,
             })?;
+            if !self.is_loaded(name) {
+                // Off at once: the kernel takes its time with a link that only loses its pin. One whose interface is gone hangs nowhere.
+                let _gone = sys::detach_link(link.as_fd());
+                unlink(&path)?;
+                continue;
+            }
             self.renew(&path, link, name, None)?;
         }
         Ok(())
