@@ -308,7 +308,7 @@ mod tests {
             let order = Order {
                 metric: Metric::RoundTrip,
                 target: SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
-                duration: Duration::from_millis(30),
+                duration: Duration::from_millis(100),
                 cpu: 0,
                 rate: None,
             };
@@ -325,7 +325,8 @@ mod tests {
     #[test]
     fn a_deliberate_slowdown_is_caught() {
         let old = measured(Duration::ZERO);
-        let slow = measured(Duration::from_millis(2));
+        // More than what a busy machine makes a round trip wait.
+        let slow = measured(Duration::from_millis(20));
         let comparison = Comparison::of(&old, &slow, 0.05, false);
         assert_eq!(
             comparison.regressions().count(),

@@ -17,8 +17,9 @@ impl ControlGroups {
             .map(Path::new)
             .find(|path| path.join("cgroup.controllers").exists())
             .context("no cgroup v2 hierarchy at /sys/fs/cgroup or /sys/fs/cgroup/unified")?;
+        clear(hierarchy);
         let groups = Self {
-            root: hierarchy.join(format!("keelway-bench-{}", std::process::id())),
+            root: hierarchy.join(format!("{PREFIX}{}", std::process::id())),
         };
         for group in [groups.hooked(), groups.plain()] {
             fs::create_dir_all(&group).with_context(|| format!("making {}", group.display()))?;
@@ -38,7 +39,23 @@ impl ControlGroups {
 impl Drop for ControlGroups {
     fn drop(&mut self) {
         for group in [self.hooked(), self.plain(), self.root.clone()] {
+            // One with processes in it stays.
             let _ = fs::remove_dir(group);
+        }
+    }
+}
+
+/// What the names of all runs' groups begin with; the process's id follows.
+const PREFIX: &str = "keelway-bench-";
+
+/// Takes away what runs left that were killed.
+fn clear(hierarchy: &Path) {
+    for entry in fs::read_dir(hierarchy).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|name| name.strip_prefix(PREFIX));
+        if pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            // Its end removes it.
+            drop(ControlGroups { root: entry.path() });
         }
     }
 }
