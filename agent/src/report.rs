@@ -37,6 +37,9 @@ pub struct Report {
     pub synced: Vec<String>,
     pub socket_lb: bool,
     pub packet_lb: bool,
+    /// By what programs hang on interfaces that are no pods': `tcx`, or `filter` where the kernel has none. Pods' are filters.
+    #[serde(default)]
+    pub hung_by: String,
     /// Where packets of the uplink are looked at first: its driver (`native`), the kernel's stand-in for one (`generic`), or `tc`.
     #[serde(default)]
     pub xdp: String,
@@ -162,9 +165,14 @@ impl fmt::Display for Report {
         )?;
         writeln!(
             f,
-            "Hooks:     socket {}, packet {}",
+            "Hooks:     socket {}, packet {}{}",
             on(self.socket_lb),
-            on(self.packet_lb)
+            on(self.packet_lb),
+            match self.hung_by.as_str() {
+                "" => "",
+                "tcx" => " (tcx links; filters at pods)",
+                _ => " (filters, this kernel having no tcx)",
+            }
         )?;
         if !self.xdp.is_empty() {
             let why_not = self.xdp_why_not.as_deref();

@@ -59,6 +59,8 @@ reasons! {
     FlowTableFull = "flow_table_full", Event;
     /// A flow got another source port, its own being taken by a flow to the same backend.
     FlowPortChanged = "flow_port_changed", Event;
+    /// A packet that asks no Service was given another source port, its own being one of a Service's flow.
+    PortTranslated = "port_translated", Event;
     /// A packet was given the node's address as source, for its answer to come back here.
     SourceNat = "source_nat", Event;
     /// A pod's packet left the cluster with the node's address as source.

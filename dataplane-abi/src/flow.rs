@@ -49,6 +49,10 @@ pub const SEEN_REPLY: u32 = 8;
 /// In the client's entry: its packets go to the backend's node as they come, which answers the client directly.
 pub const SEEN_DISPATCHED: u32 = 16;
 
+/// In the client's entry of an opening: the backend has a connection of the same tuple already, directly, so the next attempt takes
+/// another port.
+pub const SEEN_TAKEN: u32 = 32;
+
 /// One direction of a translated flow. A flow has two entries that name each other: under the client's tuple, and under
 /// that of the backend's answers. A packet that arrives under an entry's key leaves as the mirror of `other`.
 ///
@@ -72,6 +76,19 @@ pub struct Flow {
     pub reply: u32,
 }
 plain!(Flow, 64, { other: 0, last_seen_s: 40, seen: 44, service: 48, generation: 52, slot: 56, reply: 60 });
+
+impl Flow {
+    /// Nobody's.
+    pub const NONE: Self = Self {
+        other: FlowKey::NONE,
+        last_seen_s: 0,
+        seen: 0,
+        service: 0,
+        generation: 0,
+        slot: 0,
+        reply: 0,
+    };
+}
 
 /// A fragmented datagram: only its first fragment has ports.
 #[repr(C)]

@@ -26,7 +26,7 @@ pub use event::{
 };
 pub use flow::{
     Flow, FlowKey, FragmentKey, FragmentPorts, SEEN_DISPATCHED, SEEN_FIN, SEEN_REPLY, SEEN_RST,
-    SEEN_SYN, timeout_s,
+    SEEN_SYN, SEEN_TAKEN, timeout_s,
 };
 pub use layout::Plain;
 pub use service::{
@@ -36,7 +36,7 @@ pub use service::{
 };
 
 /// Version of everything in this crate; part of the pin directory's name.
-pub const ABI_VERSION: u32 = 5;
+pub const ABI_VERSION: u32 = 6;
 
 /// Sizes of maps and what relates them.
 pub mod limits {

@@ -83,8 +83,12 @@ fn a_packet_goes_on_as_it_came_and_is_answered_from_where_it_went() {
                 false => udp(client, POD, b"hi"),
             };
             assert_eq!(out, wanted);
+            let flags = ACK | (packet[47] & SYN);
             let (answer, back) = match is_tcp {
-                true => (tcp(POD, client, ACK, b"yes"), tcp(at, client, ACK, b"yes")),
+                true => (
+                    tcp(POD, client, flags, b"yes"),
+                    tcp(at, client, flags, b"yes"),
+                ),
                 false => (udp(POD, client, b"yes"), udp(at, client, b"yes")),
             };
             let mut answer = Bytes(answer);

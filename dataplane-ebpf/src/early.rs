@@ -10,7 +10,7 @@ use crate::{
     balance::{self, Client, Pick, Picked},
     flow,
     follow::{NO_SERVICE, Side, is_zero, lead, resume, seen_by},
-    hook::{Features, Notes, Place},
+    hook::{Aside, Features, Notes, Place},
     packet::{ETH_LEN, Fragment, IPV4_LEN, IPV6_LEN, Packet, Parsed, parse},
     tables::{FlowEntry, Tables},
 };
@@ -74,17 +74,19 @@ fn follow_early<const V6: bool, T: Tables>(
         return Early::Leave;
     }
     if flow.reply == 1 {
-        // The client may be here, and what may be an answer may be an opening.
+        // The client may be here, what may be an answer may be an opening, and what answers no opening may be of another connection.
+        let answers_opening = (seen | flow.seen) & (SEEN_SYN | SEEN_RST | SEEN_REPLY) != 0;
         if is_here(tables, &flow.other.src)
             || (seen & SEEN_SYN != 0 && flow::has_ended(tables, flow))
+            || (notes.ip.is_of_connection() && !answers_opening)
         {
             return Early::Leave;
         }
         notes.to = flow.other.mirrored();
-        if flow.seen & SEEN_REPLY == 0 {
+        let is_first = flow.seen & SEEN_REPLY == 0;
+        entry.touch(tables.now_s(), seen);
+        if is_first {
             flow::promote::<V6, T>(tables, &notes.ip.key, flow, seen);
-        } else {
-            entry.touch(tables.now_s(), seen);
         }
         return Early::Forward(Reason::ReplyTranslated);
     }
@@ -150,8 +152,12 @@ fn enter_early<const V6: bool, T: Tables>(
         fresh_port: source.is_node,
         seen,
     };
-    let answers = &mut notes.aside.about;
-    if flow::open::<V6, T>(tables, &opening, answers).is_err() {
+    let Aside {
+        about: answers,
+        entry,
+        ..
+    } = &mut notes.aside;
+    if flow::open(tables, &opening, answers, entry).is_err() {
         return Early::Leave;
     }
     if !source.is_node {

@@ -4,7 +4,9 @@
 //! packet leaves as the mirror of the other's key. Both lie in the unreplied table, which evicts, until the first answer
 //! moves them to the replied one, which does not: a flood of openings cannot push out flows that live.
 
-use dataplane_abi::{Flow, FlowKey, Reason, SEEN_FIN, SEEN_REPLY, SEEN_RST, SEEN_SYN, proto};
+use dataplane_abi::{
+    Flow, FlowKey, Reason, SEEN_FIN, SEEN_REPLY, SEEN_RST, SEEN_SYN, SEEN_TAKEN, proto,
+};
 
 use crate::{
     balance::Picked,
@@ -12,9 +14,9 @@ use crate::{
     tables::{FlowEntry, Refused, Tables},
 };
 
-/// Other source ports tried when a flow's own is taken. Each costs the verifier some 5000 steps; of random ports, four are all
-/// taken when a client has used up most of them.
-const PORT_ATTEMPTS: u32 = 4;
+/// Other source ports tried when a flow's own is taken, at random: while one of eight is free, one opening of 25 million finds none.
+/// A SYN that is dropped costs its client a second, the last attempt some microseconds.
+const PORT_ATTEMPTS: u32 = 128;
 /// Ports taken from: below NodePorts (30000) and the kernel's ephemeral ports (32768), which the node's and the pods' own
 /// connections to the same backend have.
 const PORT_FIRST: u16 = 8192;
@@ -74,6 +76,45 @@ pub fn has_ended<T: Tables>(tables: &T, entry: &Flow) -> bool {
     }
 }
 
+/// Whether a packet that goes by `key`, which no flow has, would be taken for one of a flow that lives, since its answers would: they
+/// have the tuple of that flow's. `answers` is room for it.
+#[inline(always)]
+pub fn is_taken<T: Tables>(tables: &T, key: &FlowKey, answers: &mut FlowKey) -> bool {
+    *answers = key.mirrored();
+    let Some(entry) = lookup(tables, answers) else {
+        return false;
+    };
+    let flow = entry.get();
+    if flow.reply != 1 || flow.seen & SEEN_RST != 0 {
+        return false;
+    }
+    match lookup(tables, &flow.other) {
+        Some(client) => {
+            let client = client.get().seen;
+            client & SEEN_RST == 0 && client & flow.seen & SEEN_FIN == 0
+        }
+        None => false,
+    }
+}
+
+/// Whether what a backend sends under the tuple of a flow's answers, of which `flow` is the entry, is of another connection, which the
+/// backend has directly: it answers nothing that the client asked. An opening is answered by one or by a reset; a backend that has
+/// a connection of the same tuple tells that one's state (RFC 9293, 3.10.7.4), or goes on with it. The client's next attempt takes another
+/// port. A function of its own: it is rare.
+#[inline(never)]
+pub fn is_of_another<T: Tables>(tables: &T, flow: &Flow, seen: u32) -> bool {
+    if (seen | flow.seen) & (SEEN_SYN | SEEN_RST) != 0 {
+        return false;
+    }
+    match tables.unreplied(&flow.other) {
+        Some(client) if client.get().seen & SEEN_SYN != 0 => {
+            client.touch(tables.now_s(), SEEN_TAKEN);
+            true
+        }
+        _ => false,
+    }
+}
+
 /// Moves a flow to the replied table, when `reply` arrived under `key` and found it unreplied.
 #[inline(always)]
 pub fn promote<const V6: bool, T: Tables>(tables: &T, key: &FlowKey, reply: &Flow, seen: u32) {
@@ -128,16 +169,18 @@ pub struct Opening<'a> {
     pub src: dataplane_abi::Addr,
     /// The client's port means nothing at that source: a port of its own is taken.
     pub fresh_port: bool,
+    /// What the client's packet shows; with [`SEEN_TAKEN`] its port is taken, whatever is known of it here.
     pub seen: u32,
 }
 
-/// Enters a flow in the unreplied table and gives the key of its answers, whose mirror is what the packet becomes. Takes another source port when
-/// the client's already leads to the same backend through another Service.
+/// Enters a flow in the unreplied table and gives the key of its answers, whose mirror is what the packet becomes. Takes another source
+/// port when the client's already leads to the same backend through another Service. `entry` is room for one.
 #[inline(always)]
-pub fn open<const V6: bool, T: Tables>(
+pub fn open<T: Tables>(
     tables: &T,
     opening: &Opening<'_>,
     answers: &mut FlowKey,
+    entry: &mut Flow,
 ) -> Result<(), Reason> {
     let Opening { key, backend, .. } = *opening;
     *answers = FlowKey::new(
@@ -147,51 +190,58 @@ pub fn open<const V6: bool, T: Tables>(
         key.sport,
         key.proto,
     );
-    let entered = if V6 {
-        enter_apart(tables, opening, answers)
-    } else {
-        enter(tables, opening, answers)
-    };
-    match entered {
-        ENTERED => Ok(()),
-        REFUSED => Err(Reason::FlowRefused),
-        _ => Err(Reason::FlowPortsExhausted),
-    }
-}
-
-/// What became of a flow to be entered: a number, since only such come back from a function in a register.
-const ENTERED: u32 = 0;
-const REFUSED: u32 = 1;
-const NO_PORT: u32 = 2;
-
-/// A function of its own, for the stack (see [`crate::reject::reject`]).
-#[inline(never)]
-fn enter_apart<T: Tables>(tables: &T, opening: &Opening<'_>, answers: &mut FlowKey) -> u32 {
-    enter(tables, opening, answers)
-}
-
-#[inline(always)]
-fn enter<T: Tables>(tables: &T, opening: &Opening<'_>, answers: &mut FlowKey) -> u32 {
-    let Opening { key, backend, .. } = *opening;
-    let mut entry = Flow {
+    *entry = Flow {
         other: *key,
         last_seen_s: tables.now_s(),
-        seen: 0,
+        seen: opening.seen,
         service: opening.service,
         generation: backend.generation,
         slot: backend.slot,
         reply: 1,
     };
-    if opening.fresh_port {
+    match tables.enter(key, answers, entry, opening.fresh_port as u32) {
+        ENTERED => {}
+        ENTERED_BY_ANOTHER_PORT => tables.count(Reason::FlowPortChanged),
+        REFUSED => return Err(Reason::FlowRefused),
+        _ => return Err(Reason::FlowPortsExhausted),
+    }
+    tables.count(Reason::FlowCreated);
+    Ok(())
+}
+
+/// What became of a flow to be entered: a number, since only such come back from a function in a register.
+const ENTERED: u32 = 0;
+const ENTERED_BY_ANOTHER_PORT: u32 = 1;
+const REFUSED: u32 = 2;
+const NO_PORT: u32 = 3;
+
+/// Enters a client's flow: `entry` is that of its answers, with what the client's packet has shown. Leaves in `answers` the tuple that it
+/// got. For [`Tables::enter`] alone, which is what the verifier judges once.
+#[inline(always)]
+pub fn enter<T: Tables>(
+    tables: &T,
+    key: &FlowKey,
+    answers: &mut FlowKey,
+    entry: &mut Flow,
+    fresh_port: u32,
+) -> u32 {
+    let is_taken = entry.seen & SEEN_TAKEN != 0;
+    let seen = entry.seen & !SEEN_TAKEN;
+    entry.seen = 0;
+    let mut entered = ENTERED;
+    if is_taken && fresh_port == 0 {
+        entered = ENTERED_BY_ANOTHER_PORT;
+    }
+    if is_taken || fresh_port != 0 {
         answers.dport = random_port(tables);
     }
     let mut attempt = 0;
-    while !claim(tables, answers, &entry) {
-        attempt += 1;
-        if attempt == 1 && !opening.fresh_port {
-            tables.count(Reason::FlowPortChanged);
+    while !tables.claim(answers, entry) {
+        if fresh_port == 0 {
+            entered = ENTERED_BY_ANOTHER_PORT;
         }
         answers.dport = random_port(tables);
+        attempt += 1;
         // Last in a turn: kernels before Linux 6.8 take a loop only when the way back is a jump, and without a condition here the
         // compiler lets the end of the turn fall into its beginning.
         if attempt > PORT_ATTEMPTS {
@@ -199,13 +249,10 @@ fn enter<T: Tables>(tables: &T, opening: &Opening<'_>, answers: &mut FlowKey) ->
         }
     }
     entry.other = *answers;
-    entry.seen = opening.seen;
+    entry.seen = seen;
     entry.reply = 0;
-    match tables.insert_unreplied(key, &entry, true) {
-        Ok(()) => {
-            tables.count(Reason::FlowCreated);
-            ENTERED
-        }
+    match tables.insert_unreplied(key, entry, true) {
+        Ok(()) => entered,
         Err(_) => REFUSED,
     }
 }
@@ -218,9 +265,9 @@ fn random_port<T: Tables>(tables: &T) -> u16 {
 
 const _: () = assert!(PORT_COUNT.is_power_of_two() && PORT_FIRST + PORT_COUNT <= 30_000);
 
-/// Takes the tuple of a flow's answers. False when another flow has it.
+/// Takes the tuple of a flow's answers. False when another flow has it. For [`Tables::claim`] alone, as above.
 #[inline(always)]
-fn claim<T: Tables>(tables: &T, answers: &FlowKey, entry: &Flow) -> bool {
+pub fn claim<T: Tables>(tables: &T, answers: &FlowKey, entry: &Flow) -> bool {
     if let Some(taken) = tables.flow(answers) {
         if taken.get().other != entry.other && !is_closing(tables, taken.get()) {
             return false;
@@ -279,7 +326,7 @@ mod tests {
             slot: 0,
             direct: false,
         };
-        let mut answers = FlowKey::NONE;
+        let (mut answers, mut entry) = (FlowKey::NONE, Flow::NONE);
         let opening = Opening {
             key: &key(vip),
             service: vip as u32,
@@ -288,7 +335,7 @@ mod tests {
             fresh_port: false,
             seen: SEEN_SYN,
         };
-        open::<false, _>(tables, &opening, &mut answers).map(|()| answers)
+        open(tables, &opening, &mut answers, &mut entry).map(|()| answers)
     }
 
     fn answer(tables: &Memory, answers: &FlowKey, seen: u32) {

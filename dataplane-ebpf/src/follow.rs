@@ -2,7 +2,7 @@
 
 use dataplane_abi::{
     Addr, FlowKey, FragmentPorts, FrontendKey, LEAD_GUARDED, Lead, Reason, SEEN_DISPATCHED,
-    SEEN_REPLY, SEEN_SYN, proto,
+    SEEN_REPLY, SEEN_SYN, SEEN_TAKEN, proto,
 };
 
 use crate::{
@@ -25,8 +25,17 @@ pub(crate) enum Side {
     Host,
     /// Others', to the node or beyond it.
     Outside,
-    /// What may be an answer, but asks no Service.
+    /// A pod's to a pod of the node: it may be an answer, or open a connection past all Services.
+    Direct,
+    /// What may be an answer, and asks no Service.
     Answers,
+}
+
+impl Side {
+    #[inline(always)]
+    fn asks_services(self) -> bool {
+        !matches!(self, Self::Direct | Self::Answers)
+    }
 }
 
 /// What a packet turned out to be to Services.
@@ -72,7 +81,7 @@ pub(crate) fn follow<const V6: bool, P: Packet, T: Tables>(
         ),
         Fragment::Later => match tables.fragment(&ip.fragment_key()) {
             Some(ports) => (ip.key.sport, ip.key.dport) = (ports.sport, ports.dport),
-            None if side != Side::Answers && !at_host && is_vip(tables, &ip.key.dst) => {
+            None if side.asks_services() && !at_host && is_vip(tables, &ip.key.dst) => {
                 return dropped(tables, Reason::FragmentUnknown);
             }
             None => return Followed::Untouched,
@@ -90,18 +99,23 @@ pub(crate) fn follow<const V6: bool, P: Packet, T: Tables>(
                 flow::forget(tables, client, &ip.key);
                 return Followed::Untouched;
             }
+            let is_first = flow.seen & SEEN_REPLY == 0;
+            if is_first && ip.is_of_connection() && flow::is_of_another(tables, flow, seen) {
+                return Followed::Untouched;
+            }
             notes.to = flow.other.mirrored();
-            if flow.seen & SEEN_REPLY == 0 {
+            // A flow for which the other table has no room stays here, answered.
+            entry.touch(tables.now_s(), seen);
+            if is_first {
                 flow::promote::<V6, T>(tables, &ip.key, flow, seen);
-            } else {
-                entry.touch(tables.now_s(), seen);
             }
             return match rewrite::<V6, P, T>(packet, tables, notes, Reason::ReplyTranslated) {
                 true => Followed::ToClient,
                 false => Followed::Dropped,
             };
         }
-        if side != Side::Answers {
+        // What a pod sends to another has a flow of no service or none.
+        if side.asks_services() || (side == Side::Direct && flow.service == NO_SERVICE) {
             if resume::<V6, T>(tables, ip, &entry, seen) {
                 if side == Side::Outside && flow.seen & SEEN_DISPATCHED != 0 {
                     return dispatch(tables, &flow.other.src, &mut notes.peer);
@@ -109,16 +123,27 @@ pub(crate) fn follow<const V6: bool, P: Packet, T: Tables>(
                 notes.to = flow.other.mirrored();
                 return forward::<V6, P, T>(packet, tables, notes, flow.service);
             }
-            let answers = &mut notes.aside.about;
+            let Aside {
+                about: answers,
+                entry,
+                ..
+            } = &mut notes.aside;
+            entry.seen = flow.seen;
             *answers = flow.other;
             flow::forget(tables, &ip.key, answers);
         }
+    } else {
+        notes.aside.entry.seen = 0;
     }
     // Only an opening may take a connection from the host's own listeners: what the host itself opened from a port that
     // is a NodePort too must hear its answers.
-    if side == Side::Answers {
+    if side == Side::Direct && notes.ip.is_syn() {
+        return open_directly::<V6, P, T>(packet, tables, notes);
+    }
+    if !side.asks_services() {
         return Followed::Untouched;
     }
+    let ip = &notes.ip;
     if !features.overlay && is_joining(features, ip, side, at_host) {
         return Followed::Untouched;
     }
@@ -176,6 +201,43 @@ pub(crate) fn lead<T: Tables>(tables: &T, ip: &Ip, at_host: bool) -> Option<Lead
     match tables.frontend(&key) {
         None if at_host => tables.frontend(&key.on_every_address()),
         found => found,
+    }
+}
+
+/// Follows an opening of a pod that asks no Service. From a port that a Service's flow has towards the same backend it would
+/// be taken for that flow's when it is answered: it becomes a flow of no service, with another port. A function of its own for both
+/// families: that is rare.
+#[inline(never)]
+fn open_directly<const V6: bool, P: Packet, T: Tables>(
+    packet: &mut P,
+    tables: &T,
+    notes: &mut Notes,
+) -> Followed {
+    let Notes { ip, aside, .. } = notes;
+    let Aside { about, entry, .. } = aside;
+    if !flow::is_taken(tables, &ip.key, about) {
+        return Followed::Untouched;
+    }
+    let opening = flow::Opening {
+        key: &ip.key,
+        service: NO_SERVICE,
+        backend: &Picked {
+            addr: ip.key.dst,
+            port: ip.key.dport,
+            generation: 0,
+            slot: 0,
+            direct: false,
+        },
+        src: ip.key.src,
+        fresh_port: false,
+        seen: SEEN_SYN | SEEN_TAKEN,
+    };
+    match flow::open(tables, &opening, about, entry) {
+        Ok(()) => {
+            notes.to = about.mirrored();
+            forward::<V6, P, T>(packet, tables, notes, NO_SERVICE)
+        }
+        Err(reason) => dropped(tables, reason),
     }
 }
 
@@ -258,22 +320,31 @@ fn open<const V6: bool, P: Packet, T: Tables>(
         // Without an address of the family there is nothing to give; an echo's answer opens nothing.
         let is_answer = matches!(ip.echo, Echo::Reply);
         if !leaves || is_zero(&source.addr) || is_answer || keeps_source(tables, &ip.key.dst) {
+            if side == Side::Pod && ip.is_syn() {
+                return open_directly::<V6, P, T>(packet, tables, notes);
+            }
             return Followed::Untouched;
         }
     }
     if source.is_node {
         tables.count(Reason::SourceNat);
     }
+    // What the client's flow has met that was just forgotten.
+    let met = notes.aside.entry.seen & SEEN_TAKEN;
     let opening = flow::Opening {
         key: &ip.key,
         service,
         backend: &backend,
         src: source.addr,
         fresh_port: source.is_node,
-        seen: seen | if dispatched { SEEN_DISPATCHED } else { 0 },
+        seen: seen | met | if dispatched { SEEN_DISPATCHED } else { 0 },
     };
-    let answers = &mut notes.aside.about;
-    match flow::open::<V6, T>(tables, &opening, answers) {
+    let Aside {
+        about: answers,
+        entry,
+        ..
+    } = &mut notes.aside;
+    match flow::open(tables, &opening, answers, entry) {
         Ok(()) if dispatched => dispatch(tables, &backend.addr, &mut notes.peer),
         Ok(()) => {
             notes.to = answers.mirrored();
@@ -382,7 +453,8 @@ pub(crate) fn resume<const V6: bool, T: Tables>(
                 entry.locate(found.generation, found.slot);
             }
         }
-        if ip.is_of_connection() && flow::is_closing(tables, flow) {
+        if ip.is_of_connection() && (flow.seen & SEEN_TAKEN != 0 || flow::is_closing(tables, flow))
+        {
             return false;
         }
     }
@@ -399,6 +471,7 @@ fn forward<const V6: bool, P: Packet, T: Tables>(
     service: u32,
 ) -> Followed {
     let reason = match service {
+        NO_SERVICE if same(&notes.to.src, &notes.ip.key.src) => Reason::PortTranslated,
         NO_SERVICE => Reason::Masqueraded,
         _ => Reason::ServiceTranslated,
     };
@@ -457,7 +530,7 @@ fn portless<const V6: bool, P: Packet, T: Tables>(
         _ => {}
     }
     let ip = &notes.ip;
-    if side != Side::Answers
+    if side.asks_services()
         && !at_host
         && is_vip(tables, &ip.key.dst)
         // Somebody on the link answers for the address, and is asked whether he still does.
@@ -505,6 +578,7 @@ fn about_flow<const V6: bool, P: Packet, T: Tables>(
         about,
         quoted,
         place,
+        ..
     } = aside;
     match icmp::quoted::<V6, P>(packet, ip, quoted) {
         Some(found) => *place = found,
@@ -541,6 +615,7 @@ fn rewrite_error<const V6: bool, P: Packet>(
         about,
         quoted,
         place,
+        ..
     } = aside;
     icmp::translate::<V6, P>(packet, ip, place, quoted, to, about)
 }

@@ -2,7 +2,8 @@
 //! that the verifier sees each family by itself, and what the one needs of the stack does not add to the other's.
 
 use dataplane_abi::{
-    Addr, FROM_HOST, FROM_POD, FlowKey, HAIRPIN_V4, HAIRPIN_V6, LocalAddress, QUEUED, Reason, proto,
+    Addr, FROM_HOST, FROM_POD, Flow, FlowKey, HAIRPIN_V4, HAIRPIN_V6, LocalAddress, QUEUED, Reason,
+    proto,
 };
 
 use crate::{
@@ -74,6 +75,8 @@ pub struct Aside {
     /// Of what an ICMP error quotes, and where that lies.
     pub quoted: FlowKey,
     pub place: Quoted,
+    /// Of a flow that is opened.
+    pub entry: Flow,
 }
 
 impl Notes {
@@ -85,6 +88,7 @@ impl Notes {
             about: FlowKey::NONE,
             quoted: FlowKey::NONE,
             place: Quoted::NONE,
+            entry: Flow::NONE,
         },
         peer: 0,
     };
@@ -140,9 +144,12 @@ pub(crate) fn hairpin<const V6: bool>() -> Addr {
     }
 }
 
-/// Whether an IPv6 address is good on its link only: link-local, multicast, or none yet.
+/// Whether an address is good on its link only: a group's or, of IPv6, link-local or none yet.
 #[inline(always)]
 fn is_of_link(addr: &Addr) -> bool {
+    if let Some(be) = addr.v4_be() {
+        return be.to_ne_bytes()[0] >= 224;
+    }
     let [a, b, ..] = addr.words[0].to_ne_bytes();
     let unspecified = addr.words[0] == 0 && addr.words[1] == 0;
     unspecified || a == 0xff || (a == 0xfe && b & 0xc0 == 0x80)
@@ -183,11 +190,7 @@ pub fn pod_ingress<const V6: bool, P: Packet, T: Tables>(
     let at = Place::of(tables, &notes.ip.key.dst);
     if features.packet_lb {
         // What is sent to a pod may be an answer, but asks no Service.
-        let side = if at.is_pod() {
-            Side::Answers
-        } else {
-            Side::Pod
-        };
+        let side = if at.is_pod() { Side::Direct } else { Side::Pod };
         match follow::<V6, P, T>(packet, tables, features, notes, side, at.is_host()) {
             Followed::Untouched => {}
             Followed::ToBackend => {
@@ -197,6 +200,10 @@ pub fn pod_ingress<const V6: bool, P: Packet, T: Tables>(
                 }
                 return deliver(tables, &there);
             }
+            // Another port is all that has changed of it.
+            Followed::ToClient
+                if same(&notes.to.src, &notes.ip.key.src)
+                    && same(&notes.to.dst, &notes.ip.key.dst) => {}
             Followed::ToClient => return onward(tables, &notes.to, features),
             Followed::Rejected => return Verdict::Peer(ifindex),
             Followed::Dispatched | Followed::Dropped => return Verdict::Drop,
@@ -281,6 +288,8 @@ pub fn service_ingress<const V6: bool, P: Packet, T: Tables>(
         Parsed::Malformed => return drop(tables, Reason::Malformed),
     }
     match follow::<V6, P, T>(packet, tables, features, notes, Side::Host, false) {
+        // The host looks for others and joins groups at the interface, as at any.
+        Followed::Untouched if is_of_link(&notes.ip.key.dst) => pass(tables),
         Followed::Untouched => drop(tables, Reason::UnknownServiceAddress),
         Followed::ToBackend => onward(tables, &notes.to, features),
         Followed::ToClient => onward(tables, &notes.to, features),

@@ -183,7 +183,7 @@ fn ports_that_are_all_taken_are_a_drop_with_a_reason() {
             port.to_be(),
             proto::UDP,
         );
-        let taken = dataplane_abi::Flow {
+        let taken = Flow {
             other: answers,
             last_seen_s: 0,
             seen: 0,

@@ -5,6 +5,8 @@ use dataplane_abi::{
     Lead, LocalAddress, Reason, ServiceRef,
 };
 
+use crate::flow;
+
 /// Why an entry was not inserted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Refused {
@@ -24,7 +26,7 @@ pub trait FlowEntry {
 }
 
 /// The maps. Lookups are by value or by reference to what the map holds; nothing allocates.
-pub trait Tables {
+pub trait Tables: Sized {
     type Entry: FlowEntry;
 
     fn frontend(&self, key: &FrontendKey) -> Option<Lead>;
@@ -52,6 +54,20 @@ pub trait Tables {
     fn unreplied(&self, key: &FlowKey) -> Option<Self::Entry>;
     fn insert_unreplied(&self, key: &FlowKey, flow: &Flow, replace: bool) -> Result<(), Refused>;
     fn remove_unreplied(&self, key: &FlowKey);
+
+    /// [`flow::enter`] and [`flow::claim`]: functions of the tables, so that a kernel's can be judged by themselves.
+    fn enter(
+        &self,
+        key: &FlowKey,
+        answers: &mut FlowKey,
+        entry: &mut Flow,
+        fresh_port: u32,
+    ) -> u32 {
+        flow::enter(self, key, answers, entry, fresh_port)
+    }
+    fn claim(&self, answers: &FlowKey, entry: &Flow) -> bool {
+        flow::claim(self, answers, entry)
+    }
 
     fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts>;
     fn insert_fragment(&self, key: &FragmentKey, ports: &FragmentPorts);

@@ -125,6 +125,8 @@ impl Worker {
                 .values()
                 .map(|one| one.active.len() + one.terminating.len())
                 .sum();
+            let has_tcx = node.dataplane.has_tcx();
+            report.hung_by = if has_tcx { "tcx" } else { "filter" }.into();
             let xdp = node.xdp();
             report.xdp = xdp.name().into();
             report.xdp_why_not = xdp.why_not().map(str::to_owned);

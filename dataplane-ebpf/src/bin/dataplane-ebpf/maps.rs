@@ -14,6 +14,7 @@ use dataplane_abi::{
     limits,
 };
 use dataplane_ebpf::{
+    flow,
     hook::Notes,
     tables::{FlowEntry, Refused, Tables},
 };
@@ -229,6 +230,22 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn enter(
+        &self,
+        key: &FlowKey,
+        answers: &mut FlowKey,
+        entry: &mut Flow,
+        fresh_port: u32,
+    ) -> u32 {
+        enter_flow(key, answers, entry, fresh_port)
+    }
+
+    #[inline(always)]
+    fn claim(&self, answers: &FlowKey, entry: &Flow) -> bool {
+        claim_tuple(answers, entry) != 0
+    }
+
+    #[inline(always)]
     fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts> {
         // SAFETY: two 16-bit words; an entry evicted meanwhile costs its datagram, as if it had been evicted before.
         unsafe { FRAGMENTS.get(key) }.copied()
@@ -256,5 +273,36 @@ impl Tables for Maps {
     #[inline(always)]
     fn now_s(&self) -> u32 {
         now_s()
+    }
+}
+
+/// [`flow::enter`] as a global function: the verifier judges it once, by itself, where it would walk any other anew on each path that
+/// leads to it. It holds that such a function's pointers may be null.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn enter_flow(
+    key: *const FlowKey,
+    answers: *mut FlowKey,
+    entry: *mut Flow,
+    fresh_port: u32,
+) -> u32 {
+    // SAFETY: null or references of the caller's, the only one, for as long as the call; the verifier holds callers to their sizes.
+    let (key, answers, entry) = unsafe { (key.as_ref(), answers.as_mut(), entry.as_mut()) };
+    match (key, answers, entry) {
+        (Some(key), Some(answers), Some(entry)) => {
+            flow::enter(&Maps, key, answers, entry, fresh_port)
+        }
+        _ => u32::MAX,
+    }
+}
+
+/// [`flow::claim`], likewise: each of many attempts costs the verifier a call.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn claim_tuple(answers: *const FlowKey, entry: *const Flow) -> u32 {
+    // SAFETY: as above.
+    match unsafe { (answers.as_ref(), entry.as_ref()) } {
+        (Some(answers), Some(entry)) => flow::claim(&Maps, answers, entry) as u32,
+        _ => 0,
     }
 }

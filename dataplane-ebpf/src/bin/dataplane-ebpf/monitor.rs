@@ -79,6 +79,8 @@ impl<P: Told> Tables for Watched<P> {
         unreplied(key: &FlowKey) -> Option<Entry>;
         insert_unreplied(key: &FlowKey, flow: &Flow, replace: bool) -> Result<(), Refused>;
         remove_unreplied(key: &FlowKey);
+        enter(key: &FlowKey, answers: &mut FlowKey, entry: &mut Flow, fresh_port: u32) -> u32;
+        claim(answers: &FlowKey, entry: &Flow) -> bool;
         fragment(key: &FragmentKey) -> Option<FragmentPorts>;
         insert_fragment(key: &FragmentKey, ports: &FragmentPorts);
         random() -> u32;
