@@ -233,8 +233,12 @@ impl Scheduler {
         if came || (pods::is_terminal(pod) && was_placed) {
             self.queue.wake(Timestamp::now());
         }
-        if !is_ours(pod) || self.cache.is_placed(uid) {
+        if !is_ours(pod) {
             self.queue.remove(&key);
+            return;
+        }
+        // Its binding is on its way, and may fail: the queue must know the pod then.
+        if self.cache.is_placed(uid) {
             return;
         }
         // Our own status patches come back too; only a change of what decides is worth another try.
@@ -413,4 +417,68 @@ fn is_ours(pod: &Pod) -> bool {
         && pods::is_active(pod)
         && spec.scheduling_gates.as_ref().is_none_or(Vec::is_empty)
         && matches!(spec.scheduler_name.as_deref(), None | Some("" | NAME))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::controllers::execute::Failure;
+    use crate::controllers::object::Key;
+
+    /// A scheduler whose API server never answers.
+    async fn alone() -> Scheduler {
+        let kubeconfig = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "test",
+            "clusters": [{"name": "test", "cluster": {"server": "https://127.0.0.1:1"}}],
+            "users": [{"name": "test", "user": {}}],
+            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+        });
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("kubeconfig");
+        std::fs::write(&path, kubeconfig.to_string()).unwrap();
+        Scheduler::new(Api::from_kubeconfig(&path, "test").await.unwrap())
+    }
+
+    fn pod(revision: &str, note: &str) -> Arc<Pod> {
+        let pod = json!({
+            "metadata": {"namespace": "default", "name": "web", "uid": "pod-1", "resourceVersion": revision, "annotations": {"note": note}},
+            "spec": {"containers": [{"name": "main", "image": "image"}]},
+        });
+        Arc::new(serde_json::from_value(pod).unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_pod_that_changes_while_its_binding_fails_is_tried_again() {
+        let mut scheduler = alone().await;
+        let node = json!({
+            "metadata": {"name": "node", "uid": "node-1", "resourceVersion": "1"},
+            "status": {"allocatable": {"cpu": "4", "memory": "4Gi", "pods": "10"}},
+        });
+        scheduler.take_in(Feed::Changed(Object::Node(Arc::new(
+            serde_json::from_value(node).unwrap(),
+        ))));
+        scheduler.take_in(Feed::Changed(Object::Pod(pod("2", "first"))));
+        assert!(!scheduler.decide_batch());
+        assert!(scheduler.cache.is_placed("pod-1"), "it is being bound");
+
+        scheduler.take_in(Feed::Changed(Object::Pod(pod("3", "second"))));
+        scheduler.finish(Done {
+            pod: Target::of(&*pod("2", "first")),
+            bound: true,
+            outcome: Outcome {
+                failure: Some(Failure {
+                    message: "no answer".into(),
+                    stale: false,
+                }),
+                ..Outcome::default()
+            },
+        });
+        assert!(!scheduler.cache.is_placed("pod-1"));
+        let due = scheduler
+            .queue
+            .next_tick()
+            .expect("it waits for its next try");
+        scheduler.queue.tick(due);
+        assert_eq!(scheduler.queue.next(), Some(Key::new("default", "web")));
+    }
 }

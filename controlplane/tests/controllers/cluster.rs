@@ -1,12 +1,14 @@
 //! A control plane as a process of its own, with credentials made for it, and nodes whose kubelet does no more than say that
 //! pods run.
 
+use std::collections::BTreeMap;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use futures::TryStreamExt;
+use k8s_openapi::api::apps::v1::ReplicaSet;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Node, Pod, ServiceAccount};
 use kube::api::{Api, DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams};
@@ -23,6 +25,8 @@ use tokio::task::JoinSet;
 
 /// How long anything may take before a test gives up on it.
 const PATIENCE: Duration = Duration::from_secs(180);
+/// Between attempts of what was not answered.
+const RETRY: Duration = Duration::from_millis(200);
 
 pub struct Cluster {
     pub client: Client,
@@ -127,10 +131,43 @@ impl Cluster {
         while !holds().await {
             if start.elapsed() > PATIENCE {
                 let log = std::fs::read_to_string(self.log()).unwrap_or_default();
-                panic!("not within {} s: {what}\n{log}", PATIENCE.as_secs());
+                let there = self.described().await;
+                panic!("not within {} s: {what}\n{there}{log}", PATIENCE.as_secs());
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+    }
+
+    /// What there is, for who reads why a test failed: pods by how far they have come, and what their owners believe.
+    async fn described(&self) -> String {
+        let all = ListParams::default();
+        let mut lines = Vec::new();
+        match Api::<Pod>::all(self.client.clone()).list(&all).await {
+            Ok(pods) => {
+                let mut counts: BTreeMap<String, (usize, String)> = BTreeMap::new();
+                for pod in pods {
+                    let node = pod.spec.and_then(|spec| spec.node_name);
+                    let phase = pod.status.and_then(|status| status.phase);
+                    let going = pod.metadata.deletion_timestamp.is_some();
+                    let state = format!("on {node:?}, {phase:?}, going: {going}");
+                    let (count, example) = counts.entry(state).or_default();
+                    *count += 1;
+                    *example = pod.metadata.name.unwrap_or_default();
+                }
+                for (state, (count, example)) in counts {
+                    lines.push(format!("{count} pods {state}, such as {example}"));
+                }
+            }
+            Err(error) => lines.push(format!("pods: {error}")),
+        }
+        match Api::<ReplicaSet>::all(self.client.clone()).list(&all).await {
+            Ok(sets) => lines.extend(sets.into_iter().map(|set| {
+                let (name, status) = (set.metadata.name.unwrap_or_default(), set.status);
+                format!("set {name}: {}", json!(status))
+            })),
+            Err(error) => lines.push(format!("sets: {error}")),
+        }
+        lines.join("\n") + "\n"
     }
 
     /// Registers nodes with room for 500 pods each, and runs their pods.
@@ -233,8 +270,13 @@ async fn run_pods(client: Client) {
     let mut stream = std::pin::pin!(stream);
     let mut serial = 0u32;
     loop {
-        let Ok(Some(pod)) = stream.try_next().await else {
-            continue;
+        let pod = match stream.try_next().await {
+            Ok(Some(pod)) => pod,
+            // It goes on by itself; what it said matters when a test fails.
+            other => {
+                eprintln!("the watch of all pods: {other:?}");
+                continue;
+            }
         };
         let spec = pod.spec.as_ref().unwrap();
         let phase = pod
@@ -249,10 +291,7 @@ async fn run_pods(client: Client) {
         let own: Api<Pod> =
             Api::namespaced(client.clone(), pod.metadata.namespace.as_deref().unwrap());
         if pod.metadata.deletion_timestamp.is_some() {
-            tokio::spawn(async move {
-                own.delete(&name, &DeleteParams::default().grace_period(0))
-                    .await
-            });
+            tokio::spawn(end(own, name));
         } else if let ("Pending", Some(code)) = (phase, exit_code(&pod)) {
             let now = k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(jiff::Timestamp::now());
             let status = json!({"status": {
@@ -262,10 +301,7 @@ async fn run_pods(client: Client) {
                     "state": {"terminated": {"exitCode": code, "finishedAt": now}},
                 }],
             }});
-            tokio::spawn(async move {
-                own.patch_status(&name, &PatchParams::default(), &Patch::Strategic(status))
-                    .await
-            });
+            tokio::spawn(report(own, name, status));
         } else if phase == "Pending" {
             serial += 1;
             let address = format!("10.244.{}.{}", serial / 250, serial % 250 + 1);
@@ -275,12 +311,36 @@ async fn run_pods(client: Client) {
                 "phase": "Running", "podIP": address, "podIPs": [{"ip": address}],
                 "conditions": [{"type": "Ready", "status": "True", "lastTransitionTime": now}],
             }});
-            tokio::spawn(async move {
-                own.patch_status(&name, &PatchParams::default(), &Patch::Strategic(status))
-                    .await
-            });
+            tokio::spawn(report(own, name, status));
         }
     }
+}
+
+/// Says what has become of a pod until it is heard, or the pod is gone: a kubelet does not give up either.
+async fn report(pods: Api<Pod>, name: String, status: serde_json::Value) {
+    let (options, patch) = (PatchParams::default(), Patch::Strategic(status));
+    while let Err(error) = pods.patch_status(&name, &options, &patch).await {
+        if is_gone(&error) {
+            return;
+        }
+        eprintln!("the status of pod {name}: {error}");
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+async fn end(pods: Api<Pod>, name: String) {
+    let at_once = DeleteParams::default().grace_period(0);
+    while let Err(error) = pods.delete(&name, &at_once).await {
+        if is_gone(&error) {
+            return;
+        }
+        eprintln!("the end of pod {name}: {error}");
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+fn is_gone(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.code == 404)
 }
 
 /// What the pod's container ends with at once: its command is `exit N`.
