@@ -1,6 +1,7 @@
 //! `keelway-controlplane`: flags become a configuration, and the parts that were asked for run until a signal.
 
 mod certs;
+mod front_proxies;
 mod maintenance;
 mod state;
 
@@ -76,6 +77,8 @@ struct Flags {
     /// How many audit logs are kept aside.
     #[arg(long, value_name = "NUMBER", default_value_t = 10)]
     audit_log_maxbackup: usize,
+    #[command(flatten)]
+    front_proxies: front_proxies::FrontProxyFlags,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -232,6 +235,7 @@ async fn start_api(
             AuthorizationMode::AlwaysAllow => api::Authorization::AlwaysAllow,
         },
         requests_max: flags.max_requests_inflight,
+        front_proxies: flags.front_proxies.config()?,
         audit: flags
             .audit_policy_file
             .clone()

@@ -1,4 +1,4 @@
-//! Who sends a request: a client certificate, a ServiceAccount's token or a bootstrap token, and nobody else.
+//! Who sends a request: whom a proxy speaks for, a client certificate, a ServiceAccount's token or a bootstrap token, and nobody else.
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
@@ -37,6 +37,10 @@ impl Api {
     }
 
     async fn caller(&self, peer: &Peer, parts: &Parts) -> Result<Identity, Status> {
+        let proxies = self.proxies.as_ref();
+        if let Some(identity) = proxies.and_then(|known| known.identity(peer, &parts.headers)) {
+            return Ok(identity);
+        }
         if let Some(value) = parts.headers.get(AUTHORIZATION) {
             let token = value.to_str().ok().and_then(|text| text.split_once(' '));
             let Some((scheme, token)) = token else {

@@ -34,7 +34,23 @@ pub async fn run(api: &Api) -> Result<(), Status> {
     }
     roles::reconcile(api).await?;
     service_range(api).await?;
+    extension_authentication(api).await?;
     kubernetes_service(api).await
+}
+
+/// By what extension servers know their callers, as this one does; who may read it, a Role of Kubernetes says.
+async fn extension_authentication(api: &Api) -> Result<(), Status> {
+    let client_ca = api.config.pki_dir.join("ca.crt");
+    let client_ca = std::fs::read_to_string(client_ca).map_err(Status::internal)?;
+    let mut data = match &api.proxies {
+        Some(proxies) => proxies.published().map_err(Status::internal)?,
+        None => json!({}),
+    };
+    data["client-ca-file"] = client_ca.into();
+    let map = json!({"apiVersion": "v1", "kind": "ConfigMap",
+        "metadata": {"name": "extension-apiserver-authentication", "namespace": "kube-system"}, "data": data});
+    let path = "/api/v1/namespaces/kube-system/configmaps";
+    hold(api, path, map, &["data"]).await
 }
 
 /// The ranges that Services get their addresses from, as an object that clients can read. A cluster may gain a second family;

@@ -30,6 +30,8 @@ pub struct Config {
     /// Requests that are worked on at a time, of all callers but administrators.
     pub requests_max: usize,
     pub audit: Option<AuditFiles>,
+    /// Proxies that say whom they speak for; none, unless they are known.
+    pub front_proxies: Option<super::FrontProxyConfig>,
 }
 
 /// Where the audit log is, and what goes into it.

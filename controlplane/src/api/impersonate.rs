@@ -7,7 +7,7 @@ use http::HeaderMap;
 use super::Api;
 use super::request::percent_decode;
 use super::status::Status;
-use crate::auth::{ANONYMOUS, AUTHENTICATED, Attributes, Identity, Resource, UNAUTHENTICATED};
+use crate::auth::{Attributes, Identity, Resource};
 
 const USER: &str = "impersonate-user";
 const GROUP: &str = "impersonate-group";
@@ -110,14 +110,7 @@ impl Api {
         {
             wished.groups = vec![ACCOUNTS.to_owned(), format!("{ACCOUNTS}:{namespace}")];
         }
-        let everybody = match wished.user.as_str() {
-            ANONYMOUS => UNAUTHENTICATED,
-            _ => AUTHENTICATED,
-        };
-        if !wished.in_group(everybody) && !wished.in_group(UNAUTHENTICATED) {
-            wished.groups.push(everybody.to_owned());
-        }
-        Ok(wished)
+        Ok(wished.among_everybody())
     }
 }
 

@@ -16,7 +16,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
-use super::{Api, Peer};
+use super::Api;
+use super::front_proxy::FrontProxies;
 use crate::pki::{PkiError, Reloading, Source};
 
 /// A client must finish its TLS handshake within this.
@@ -67,9 +68,16 @@ pub fn roots(path: &Path) -> Result<RootCertStore, TlsError> {
 }
 
 /// The server's side of TLS: a client certificate is asked for, checked when given, and not needed.
-pub fn server_tls(pki_dir: &Path) -> Result<ServerConfig, TlsError> {
+pub fn server_tls(
+    pki_dir: &Path,
+    proxies: Option<&FrontProxies>,
+) -> Result<ServerConfig, TlsError> {
     let config_error = |error: &dyn std::fmt::Display| TlsError::Config(error.to_string());
-    let verifier = WebPkiClientVerifier::builder(Arc::new(roots(&pki_dir.join("ca.crt"))?))
+    let known = match proxies {
+        Some(proxies) => proxies.roots(),
+        None => roots(&pki_dir.join("ca.crt"))?,
+    };
+    let verifier = WebPkiClientVerifier::builder(Arc::new(known))
         .allow_unauthenticated()
         .build()
         .map_err(|error| config_error(&error))?;
@@ -103,17 +111,9 @@ pub async fn serve(
             else {
                 return; // Probes and clients that do not trust us end here; there is nobody to tell.
             };
-            let certificate = stream
-                .get_ref()
-                .1
-                .peer_certificates()
-                .and_then(<[_]>::first)
-                .map(|c| c.to_vec());
-            let address = stream.get_ref().0.peer_addr().ok();
-            let peer = Arc::new(Peer {
-                certificate,
-                address,
-            });
+            let (tcp, tls) = stream.get_ref();
+            let chain = tls.peer_certificates().unwrap_or_default();
+            let peer = Arc::new(api.peer(chain, tcp.peer_addr().ok()));
             let service = service_fn(move |request| {
                 let (api, peer) = (api.clone(), peer.clone());
                 async move { Ok::<_, std::convert::Infallible>(api.handle(&peer, request).await) }

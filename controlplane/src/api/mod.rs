@@ -24,6 +24,7 @@ mod documents;
 mod fairness;
 mod fields;
 mod forward;
+mod front_proxy;
 mod health;
 mod impersonate;
 mod kubelet;
@@ -56,6 +57,7 @@ use std::time::Instant;
 use futures::FutureExt;
 use http::{Method, StatusCode, request::Parts};
 use hyper::body::Incoming;
+use rustls::pki_types::CertificateDer;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -67,6 +69,7 @@ use crate::streams;
 pub(crate) use admission::{Usage, covers, usage};
 pub use backup::BACKUP_PATH;
 pub use config::{AuditFiles, Authorization, Config, TOKEN_ISSUER};
+pub use front_proxy::FrontProxyConfig;
 use reply::Answer;
 use request::{Encoding, Form, ListOptions, Query, Target, WriteOptions};
 use status::Status;
@@ -85,6 +88,7 @@ pub struct Api {
     metrics: metrics::Metrics,
     fairness: fairness::Fairness,
     audit: Option<audit::Audit>,
+    proxies: Option<front_proxy::FrontProxies>,
     documents: documents::Documents,
     stop: CancellationToken,
 }
@@ -94,6 +98,8 @@ pub struct Api {
 pub struct Peer {
     /// The verified client certificate (DER).
     certificate: Option<Vec<u8>>,
+    /// Name of the proxy that it is, when it is one that is believed.
+    proxy: Option<String>,
     address: Option<SocketAddr>,
 }
 
@@ -146,10 +152,15 @@ impl Api {
             },
         )?;
         let audit = config.audit.as_ref().map(open_audit).transpose()?;
+        let client_ca = config.pki_dir.join("ca.crt");
+        let proxies = config.front_proxies.clone();
+        let proxies = proxies.map(|proxies| front_proxy::FrontProxies::new(proxies, &client_ca));
+        let proxies = proxies.transpose()?;
         let served = served();
         let api = Arc::new(Self {
             fairness: fairness::Fairness::new(config.requests_max),
             audit,
+            proxies,
             services: allocation::ServiceAllocator::new(config.service_cidrs.clone()),
             kubelets: kubelet::Kubelets::new(&config.pki_dir)?,
             documents: documents::Documents::default(),
@@ -170,13 +181,28 @@ impl Api {
 
     /// Serves until the stop token fires.
     pub async fn serve(self: Arc<Self>, listeners: Vec<TcpListener>) -> Result<(), StartError> {
-        let tls = Arc::new(listener::server_tls(&self.config.pki_dir)?);
+        let tls = Arc::new(listener::server_tls(
+            &self.config.pki_dir,
+            self.proxies.as_ref(),
+        )?);
         let stop = self.stop.clone();
         let announced = tokio::spawn(self.clone().stay_announced());
         listener::serve(self, tls, listeners, stop).await;
         // A panic there is in the log, and nothing that is served here depends on it.
         let _ = announced.await;
         Ok(())
+    }
+
+    /// The other end of a connection, by the certificates that TLS has taken from it.
+    fn peer(&self, chain: &[CertificateDer<'_>], address: Option<SocketAddr>) -> Peer {
+        match &self.proxies {
+            Some(proxies) => proxies.peer(chain, address),
+            None => Peer {
+                certificate: chain.first().map(|certificate| certificate.to_vec()),
+                proxy: None,
+                address,
+            },
+        }
     }
 
     /// Answers one request. Failures become `Status` objects; a panic becomes one too, and is logged.
@@ -252,6 +278,7 @@ impl Api {
             return Ok(reply::json(StatusCode::OK, &documents::version()));
         }
         let identity = self.authenticate(peer, &parts, trail).await?;
+        front_proxy::clear(&mut parts.headers, self.proxies.as_ref());
         let target = Target::parse(path).filter(|target| {
             self.served
                 .iter()

@@ -40,11 +40,7 @@ impl Identity {
         let subject = certificate.subject();
         let text =
             |name: &x509_parser::x509::AttributeTypeAndValue<'_>| name.as_str().map(str::to_owned);
-        let user = subject
-            .iter_common_name()
-            .next()
-            .and_then(|cn| text(cn).ok())
-            .unwrap_or_default();
+        let user = common_name(der).unwrap_or_default();
         if user.is_empty() {
             return Err(AuthError::Certificate(
                 "has no common name in its subject, which would be the user".to_owned(),
@@ -67,6 +63,18 @@ impl Identity {
             uid: String::new(),
             extra,
         })
+    }
+
+    /// In the group of all callers, where others have said what it is.
+    pub fn among_everybody(mut self) -> Self {
+        let everybody = match self.user.as_str() {
+            ANONYMOUS => UNAUTHENTICATED,
+            _ => AUTHENTICATED,
+        };
+        if !self.in_group(everybody) && !self.in_group(UNAUTHENTICATED) {
+            self.groups.push(everybody.to_owned());
+        }
+        self
     }
 
     /// Whether the caller may do everything, whatever the rules say.
@@ -95,6 +103,13 @@ impl Identity {
         }
         out
     }
+}
+
+/// The common name of a certificate's subject.
+pub fn common_name(der: &[u8]) -> Option<String> {
+    let (_, certificate) = X509Certificate::from_der(der).ok()?;
+    let name = certificate.subject().iter_common_name().next()?;
+    name.as_str().ok().map(str::to_owned)
 }
 
 #[cfg(test)]

@@ -57,6 +57,14 @@ impl Server {
         Self::start_in(dir, components, flags)
     }
 
+    /// Starts the API server alone, with flags that name files of its credentials.
+    pub fn start_told(flags: impl FnOnce(&Path) -> Vec<String>) -> Self {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let mut state = vec![format!("--data-dir={}", dir.path().join("data").display())];
+        state.extend(flags(dir.path()));
+        Self::start_in(dir, "api", state)
+    }
+
     /// Starts the killed server again, on another state.
     pub fn relaunch_on(&mut self, flags: Vec<String>) {
         self.state = flags;
@@ -404,6 +412,7 @@ fn write_credentials(dir: &Path, port: u16) {
         ("node-1", "system:node:node-1", nodes),
         ("node-2", "system:node:node-2", nodes),
         ("jane", "jane", Some("team")),
+        ("posing", "front-proxy", masters),
     ] {
         leaf(
             file,
@@ -415,6 +424,21 @@ fn write_credentials(dir: &Path, port: u16) {
     expired.not_before = rcgen::date_time_ymd(2020, 1, 1);
     expired.not_after = rcgen::date_time_ymd(2021, 1, 1);
     leaf("expired", expired, ExtendedKeyUsagePurpose::ClientAuth);
+    // Of an authority for proxies alone.
+    let proxy_key = KeyPair::generate().expect("a key");
+    let mut proxy_ca = named("proxy-ca", None);
+    proxy_ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let signed = proxy_ca.self_signed(&proxy_key).expect("a CA");
+    write("proxy-ca.crt", signed.pem());
+    let proxies = Issuer::new(proxy_ca, proxy_key);
+    for name in ["front-proxy", "other-proxy"] {
+        let key = KeyPair::generate().expect("a key");
+        let mut proxy = named(name, masters);
+        proxy.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+        let proxy = proxy.signed_by(&key, &proxies).expect("a certificate");
+        write(&format!("{name}.crt"), proxy.pem());
+        write(&format!("{name}.key"), key.serialize_pem());
+    }
     // Of an authority with the same name, that nobody here trusts.
     let other_key = KeyPair::generate().expect("a key");
     let mut other = named("test-ca", None);

@@ -2,6 +2,7 @@
 
 mod joining;
 mod nodes;
+mod proxies;
 mod rights;
 mod users;
 
@@ -98,7 +99,10 @@ fn pod(name: &str, node: &str, secret: &str) -> Value {
 
 /// A namespace with secrets, a pod on each of two nodes, and jane, who reads pods and manages roles.
 fn shop() -> Server {
-    let server = Server::start();
+    shop_of(Server::start())
+}
+
+fn shop_of(server: Server) -> Server {
     let named = |name: &str| json!({"metadata": {"name": name}});
     created(&server, "/api/v1/namespaces", &named("shop"));
     for secret in ["one", "two", "loose"] {
