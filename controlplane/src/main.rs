@@ -162,16 +162,18 @@ fn check_ranges(
 }
 
 async fn run(flags: Flags, passed: Vec<std::net::TcpListener>) -> Result<()> {
-    let stop = CancellationToken::new();
+    // The API server goes on until its own clients have ended: they give their leases back by it.
+    let (stop, last) = (CancellationToken::new(), CancellationToken::new());
     tokio::spawn(stop_on_signal(stop.clone())?);
     let mut parts = tokio::task::JoinSet::new();
     if flags.components.contains(&Component::Api) {
-        let (server, listeners) = start_api(&flags, passed, &stop).await?;
+        let (server, listeners) = start_api(&flags, passed, &last).await?;
         parts.spawn(async move { server.serve(listeners).await.context("the API server") });
     }
     tokio::spawn(pki::keep(flags.pki_dir.clone()));
     // Both are clients of the API like any other: they wait until it answers, and end with the process.
     let identity = SocketAddr::new(flags.advertise_address, flags.bind.port()).to_string();
+    let mut clients = tokio::task::JoinSet::new();
     if flags.components.contains(&Component::Controllers) {
         let config = controllers::Config {
             kubeconfig: flags.pki_dir.join("controllers.kubeconfig"),
@@ -181,11 +183,9 @@ async fn run(flags: Flags, passed: Vec<std::net::TcpListener>) -> Result<()> {
             identity: identity.clone(),
         };
         let stop = stop.clone();
-        parts.spawn(async move {
-            tokio::select! {
-                ended = controllers::run(config) => ended.map(|_| ()).context("the controllers"),
-                () = stop.cancelled() => Ok(()),
-            }
+        clients.spawn(async move {
+            let ended = controllers::run(config, stop).await;
+            ended.context("the controllers")
         });
     }
     if flags.components.contains(&Component::Scheduler) {
@@ -194,13 +194,27 @@ async fn run(flags: Flags, passed: Vec<std::net::TcpListener>) -> Result<()> {
             identity,
         };
         let stop = stop.clone();
-        parts.spawn(async move {
-            tokio::select! {
-                ended = scheduler::run(config) => ended.map(|_| ()).context("the scheduler"),
-                () = stop.cancelled() => Ok(()),
-            }
+        clients.spawn(async move {
+            let ended = scheduler::run(config, stop).await;
+            ended.context("the scheduler")
         });
     }
+    let told = stop.clone();
+    parts.spawn(async move {
+        let mut outcome = Ok(());
+        while let Some(ended) = clients.join_next().await {
+            outcome = outcome.and(ended.context("it panicked").and_then(|outcome| outcome));
+            if outcome.is_err() {
+                break;
+            }
+        }
+        if outcome.is_ok() {
+            // Where there are none, and when they ended as they were told.
+            told.cancelled().await;
+        }
+        last.cancel();
+        outcome
+    });
     while let Some(ended) = parts.join_next().await {
         let outcome = ended
             .context("a part of the control plane panicked")

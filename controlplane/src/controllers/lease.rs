@@ -20,6 +20,8 @@ const RENEW_EVERY: Duration = Duration::from_secs(5);
 const RETRY_EVERY: Duration = Duration::from_secs(2);
 /// Between attempts while the API server does not answer at all: it is starting, most likely.
 const UNREACHABLE_RETRY: Duration = Duration::from_millis(50);
+/// How long a leader that stops tries to give its lease back.
+const RELEASE_DEADLINE: Duration = Duration::from_secs(2);
 
 /// One candidate for one lease.
 pub struct Candidate {
@@ -88,6 +90,36 @@ impl Candidate {
                 return;
             }
         }
+    }
+
+    /// Gives the lease back, so that nobody has to wait until it ends by itself. To be called when what it was for has stopped.
+    pub async fn release(&self) {
+        match tokio::time::timeout(RELEASE_DEADLINE, self.give_back()).await {
+            Ok(Ok(())) => tracing::info!(lease = self.name, "given back"),
+            Ok(Err(error)) => tracing::debug!(lease = self.name, %error, "cannot give it back"),
+            Err(_) => tracing::debug!(lease = self.name, "cannot give it back in time"),
+        }
+    }
+
+    async fn give_back(&self) -> Result<(), CallError> {
+        let resource = Kind::Lease.resource();
+        let key = Key::new(NAMESPACE, self.name);
+        let Some(Object::Lease(lease)) = self.api.get(resource, &key).await? else {
+            return Ok(());
+        };
+        let mut lease = (*lease).clone();
+        let spec = lease.spec.get_or_insert_default();
+        if spec.holder_identity.as_deref() != Some(&self.identity) {
+            return Ok(());
+        }
+        (spec.holder_identity, spec.acquire_time) = (None, None);
+        // As client-go leaves it: whoever knows only durations may take it at once, too.
+        spec.lease_duration_seconds = Some(1);
+        spec.renew_time = Some(MicroTime(Timestamp::now()));
+        let body = encode(&lease);
+        let path = resource.object_path(&key);
+        let given = self.api.call(Method::PUT, &path, Some(&body)).await;
+        given.map(drop)
     }
 
     /// Takes or renews the lease if that is possible now.

@@ -5,7 +5,6 @@
 //! can make it do the same thing twice.
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
-use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +13,7 @@ use k8s_openapi::jiff::Timestamp;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use super::certificates::Authority;
 use super::events::{Happening, Recorder};
@@ -38,8 +38,8 @@ const RETRY_MIN: Duration = Duration::from_millis(10);
 const RETRY_MAX: Duration = Duration::from_secs(30);
 const DISCOVERY_EVERY: Duration = Duration::from_secs(30);
 
-/// Runs the controllers whenever this control plane leads; returns only if they cannot run at all.
-pub async fn run(config: Config) -> Result<Infallible, Error> {
+/// Runs the controllers whenever this control plane leads, until `stop` fires or they cannot run at all.
+pub async fn run(config: Config, stop: CancellationToken) -> Result<(), Error> {
     let root_ca = std::fs::read_to_string(&config.ca_file).map_err(|source| Error::RootCa {
         path: config.ca_file.clone(),
         source,
@@ -65,10 +65,18 @@ pub async fn run(config: Config) -> Result<Infallible, Error> {
     let api = Api::from_kubeconfig(&config.kubeconfig, "kube-controller-manager").await?;
     loop {
         let mut candidate = Candidate::new(api.clone(), LEASE, &config.identity);
-        candidate.lead().await;
+        tokio::select! {
+            () = candidate.lead() => {}
+            () = stop.cancelled() => return Ok(()),
+        }
         tokio::select! {
             () = Runner::new(api.clone(), settings.clone()).run() => {}
             () = candidate.keep() => tracing::warn!("the controllers' lease is lost; they stop until it is taken again"),
+            () = stop.cancelled() => {}
+        }
+        if stop.is_cancelled() {
+            candidate.release().await;
+            return Ok(());
         }
     }
 }

@@ -1,6 +1,5 @@
 //! The scheduler's loop: news in, decisions, bindings out. Deciding waits for nothing; bindings are on their way side by side.
 
-use std::convert::Infallible;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,6 +10,7 @@ use k8s_openapi::jiff::Timestamp;
 use serde_json::json;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 
 use super::cache::{Cache, key_of};
 use super::decide::{Decision, decide, matters_to_pods};
@@ -51,15 +51,23 @@ pub struct Config {
     pub identity: String,
 }
 
-/// Runs the scheduler whenever this control plane leads; returns only if it cannot run at all.
-pub async fn run(config: Config) -> Result<Infallible, ClientError> {
+/// Runs the scheduler whenever this control plane leads, until `stop` fires or it cannot run at all.
+pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ClientError> {
     let api = Api::from_kubeconfig(&config.kubeconfig, "kube-scheduler").await?;
     loop {
         let mut candidate = Candidate::new(api.clone(), LEASE, &config.identity);
-        candidate.lead().await;
+        tokio::select! {
+            () = candidate.lead() => {}
+            () = stop.cancelled() => return Ok(()),
+        }
         tokio::select! {
             () = Scheduler::new(api.clone()).run() => {}
             () = candidate.keep() => tracing::warn!("the scheduler's lease is lost; it stops until it is taken again"),
+            () = stop.cancelled() => {}
+        }
+        if stop.is_cancelled() {
+            candidate.release().await;
+            return Ok(());
         }
     }
 }

@@ -14,6 +14,7 @@ mod kubectl;
 mod kubelet;
 mod linear;
 mod pressure;
+mod rolling;
 mod server;
 mod several;
 mod soak;
