@@ -22,6 +22,8 @@ const JSON: &str = "application/json";
 const FILLERS: usize = 16;
 /// A hundredth of the pods has one label.
 const GROUPS: usize = 100;
+/// How long watches may take to open, and events to come.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A pod with a name that follows from its number, and about so many bytes of JSON.
 fn pod(number: usize, bytes: usize) -> Value {
@@ -105,13 +107,13 @@ impl List {
         }
     }
 
-    /// Lists once; gives the bytes that came.
-    pub async fn once(self, caller: &Caller, pods: usize) -> Result<usize> {
+    /// Lists once; gives how long the answers took to come, without what is looked at in them.
+    pub async fn once(self, caller: &Caller, pods: usize) -> Result<Duration> {
         match self {
             List::Whole => {
                 let answer = caller.get(PODS).await?;
                 check(&answer.body, pods)?;
-                Ok(answer.body.len())
+                Ok(answer.took)
             }
             List::Protobuf => {
                 let answer = caller.send(Method::GET, PODS, PROTOBUF, None).await?.ok()?;
@@ -119,25 +121,25 @@ impl List {
                     answer.body.starts_with(b"k8s\0"),
                     "an answer in another encoding"
                 );
-                Ok(answer.body.len())
+                Ok(answer.took)
             }
             List::Selector => {
                 let answer = caller
                     .get(&format!("{PODS}?labelSelector=group%3D7"))
                     .await?;
                 check(&answer.body, pods / GROUPS)?;
-                Ok(answer.body.len())
+                Ok(answer.took)
             }
             List::Pages => {
-                let (mut bytes, mut more) = (0, String::new());
+                let (mut took, mut more) = (Duration::ZERO, String::new());
                 loop {
                     let page = caller
                         .get(&format!("{PODS}?limit=500&continue={more}"))
                         .await?;
-                    bytes += page.body.len();
+                    took += page.took;
                     more = continued(&page.body);
                     if more.is_empty() {
-                        return Ok(bytes);
+                        return Ok(took);
                     }
                 }
             }
@@ -185,42 +187,42 @@ pub async fn fan_out(endpoint: &Endpoint, watchers: usize, changes: u64) -> Resu
     let count = Arc::new(count);
     let path = format!("{MAPS}?watch=1&resourceVersion={from}&timeoutSeconds=600");
     let mut tasks = tokio::task::JoinSet::new();
-    // Each has a connection, and connections are made some at a time.
-    for group in (0..watchers).collect::<Vec<_>>().chunks(50) {
-        let mut opened = Vec::new();
-        for _ in group {
-            let (caller, path, count) = (endpoint.caller()?, path.clone(), count.clone());
-            let (open, is_open) = tokio::sync::oneshot::channel();
-            let mut open = Some(open);
-            opened.push(is_open);
-            tasks.spawn(async move {
-                let mut left = changes + 1;
-                caller
-                    .watch(&path, || {
-                        // The first change tells that the watch is open.
-                        match open.take() {
-                            Some(open) => drop(open.send(())),
-                            None => count.send_modify(|count| *count += 1),
-                        }
-                        left -= 1;
-                        left > 0
-                    })
-                    .await
-            });
-        }
-        drop(opened);
+    let mut opened = Vec::new();
+    // Each has a connection of its own.
+    for _ in 0..watchers {
+        let (caller, path, count) = (endpoint.caller()?, path.clone(), count.clone());
+        let (open, is_open) = tokio::sync::oneshot::channel();
+        let mut open = Some(open);
+        opened.push(is_open);
+        tasks.spawn(async move {
+            let mut left = changes + 1;
+            caller
+                .watch(&path, || {
+                    // The first change tells that the watch is open.
+                    match open.take() {
+                        Some(open) => drop(open.send(())),
+                        None => count.send_modify(|count| *count += 1),
+                    }
+                    left -= 1;
+                    left > 0
+                })
+                .await
+        });
     }
     // All see this one, whenever they come: it is after where they watch from.
     let change = |number: u64| json!({"data": {"number": number.to_string()}});
     let watched = format!("{MAPS}/watched");
     writer.patch(&watched, &change(0)).await?.ok()?;
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    tokio::time::timeout(PATIENCE, try_join_all(opened))
+        .await
+        .context("watches are not open in time")?
+        .context("a watch ended before its first event")?;
     let (cpu, began) = (endpoint.cpu()?, Instant::now());
     for number in 1..=changes {
         writer.patch(&watched, &change(number)).await?.ok()?;
     }
     let all = changes * u64::try_from(watchers)?;
-    let waited = tokio::time::timeout(Duration::from_secs(120), async {
+    let waited = tokio::time::timeout(PATIENCE, async {
         while *seen.borrow_and_update() < all {
             if seen.changed().await.is_err() {
                 break;
@@ -271,7 +273,9 @@ pub async fn mixed(endpoint: &Endpoint, mix: Mix, duration: Duration) -> Result<
         let (mut reads, mut writes) = (histogram()?, histogram()?);
         let mut turn = 0_u64;
         while Instant::now() < until {
-            let name = format!("c-{connection}-{}", turn / 10);
+            // What an earlier mix had no time to delete is still there.
+            let (all, of_ten) = (mix.connections, mix.reads_of_ten);
+            let name = format!("c-{all}-{of_ten}-{connection}-{}", turn / 10);
             let path = format!("{MAPS}/{name}");
             // Of each object: created, read and changed for a while, deleted.
             let step = turn % 10;
