@@ -14,7 +14,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::addresses::Reserved;
 use crate::config::Config;
-use crate::dataplane::{self, Dataplane, EarlyUplink, Op, Peers, ServiceVeth, State, Xdp, XdpMode};
+use crate::dataplane::{
+    self, Dataplane, EarlyUplink, Frontend, Op, Peers, Protocol, ServiceVeth, State, Xdp, XdpMode,
+};
 use crate::net::{self, Kernel, Link, NetlinkError, Uplink};
 use crate::plan::{Dsr, Ledger, Routing};
 use crate::report::Fill;
@@ -398,6 +400,26 @@ impl Node {
                 peers: wished.clone(),
             }])?;
             self.peers = wished;
+        }
+        Ok(())
+    }
+
+    /// Ends the connections of the host's datagram sockets to backends that they should not have any more: no packet hook sees what
+    /// they send.
+    pub fn end_stale_datagrams(&self) -> Result<(), dataplane::Error> {
+        if self.cgroup.is_none() {
+            return Ok(());
+        }
+        let ended = self.dataplane.end_datagrams(|socket| {
+            let frontend = Frontend {
+                addr: socket.frontend.ip(),
+                port: socket.frontend.port(),
+                protocol: Protocol::Udp,
+            };
+            self.ledger.leads_to(&frontend, &socket.backend)
+        })?;
+        if ended > 0 {
+            tracing::info!(ended, "datagram sockets had backends that are gone");
         }
         Ok(())
     }

@@ -60,6 +60,8 @@ pub mod limits {
     pub const RANGES: u32 = 1 << 16;
     /// Fragmented datagrams whose ports are remembered.
     pub const FRAGMENTS: u32 = 1 << 12;
+    /// Connected datagram sockets of the host whose backend is remembered, forgotten least recently connected first.
+    pub const DATAGRAMS: u32 = 1 << 12;
     /// Ranges of addresses on other nodes: four of each of 8,000.
     pub const PEERS: u32 = 1 << 15;
     /// Blocks of all Maglev tables, a kilobyte each, of which as many are there as are used: room for 950 tables of 65,521 entries.
@@ -114,6 +116,8 @@ pub mod map {
     pub const MONITOR: &str = "MONITOR";
     /// [`crate::SocketPeers`]; socket storage.
     pub const SOCKET_PEERS: &str = "SOCKET_PEERS";
+    /// Socket cookie, u64, to [`crate::SocketPeer`]: the host's datagram sockets that were connected to a backend; LRU hash.
+    pub const DATAGRAMS: &str = "DATAGRAMS";
 
     /// Maps that tell of traffic rather than of the cluster. They outlive the version that made them, and have the size that it gave
     /// them.

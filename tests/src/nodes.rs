@@ -418,13 +418,7 @@ const CLIENT_CGROUP: &str = "KEELWAY_TEST_CLIENT_CGROUP";
 /// Runs a client in a process of its own, which a control group needs: this test program again, told to run the test `client`
 /// alone, which is to call [`client`]. Gives what it printed.
 pub fn ask(network: &Network, cgroup: Option<&Cgroup>, request: &str) -> Result<String> {
-    let mut command = Command::new(std::env::current_exe()?);
-    command
-        .args(["--exact", "client", "--nocapture", "--quiet"])
-        .env(CLIENT, request);
-    if let Some(cgroup) = cgroup {
-        command.env(CLIENT_CGROUP, cgroup.path());
-    }
+    let mut command = asking(cgroup, request)?;
     let output = network.run(|| command.output())?;
     let text = String::from_utf8_lossy(&output.stdout);
     let answer = text.lines().find_map(|line| {
@@ -437,6 +431,18 @@ pub fn ask(network: &Network, cgroup: Option<&Cgroup>, request: &str) -> Result<
         String::from_utf8_lossy(&output.stderr)
     );
     answer.context("an answer")
+}
+
+/// The process that [`ask`] starts, for those who want to hear what it says meanwhile.
+pub fn asking(cgroup: Option<&Cgroup>, request: &str) -> Result<Command> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command
+        .args(["--exact", "client", "--nocapture", "--quiet"])
+        .env(CLIENT, request);
+    if let Some(cgroup) = cgroup {
+        command.env(CLIENT_CGROUP, cgroup.path());
+    }
+    Ok(command)
 }
 
 /// What such a process does: carries out the request and prints what came of it. Returns at once in any other process.

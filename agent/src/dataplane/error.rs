@@ -25,6 +25,11 @@ pub enum Error {
     Netns { source: io::Error },
     #[error("cannot load the eBPF object")]
     Load(#[source] Box<EbpfError>),
+    #[error("cannot {action} datagram sockets (CONFIG_INET_UDP_DIAG and CONFIG_INET_DIAG_DESTROY)")]
+    Sockets {
+        action: &'static str,
+        source: io::Error,
+    },
     #[error("the kernel refused the program {program}")]
     Program {
         program: &'static str,

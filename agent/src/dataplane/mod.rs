@@ -4,6 +4,7 @@
 //! place, so that a restart drops no packet. [`Dataplane::state`] reads back what the maps hold; the agent diffs its plan
 //! against that and hands the difference to [`Dataplane::apply`].
 
+mod datagrams;
 mod early;
 mod error;
 mod events;
@@ -33,6 +34,7 @@ use std::{
 
 use dataplane_abi::{ABI_VERSION, Reason, map};
 
+pub use datagrams::ConnectedDatagram;
 pub use early::{EarlyUplink, Xdp, XdpMode};
 pub use error::Error;
 pub use events::{EventRing, quiet};
@@ -282,6 +284,11 @@ impl Dataplane {
             repaired.extend(hooks.repair(&[*ifindex])?);
         }
         Ok(repaired)
+    }
+
+    /// Ends the connections of datagram sockets of this network namespace that have a backend which shall not be `kept`; gives how many.
+    pub fn end_datagrams(&self, kept: impl Fn(&ConnectedDatagram) -> bool) -> Result<usize, Error> {
+        datagrams::end(&self.dir, kept)
     }
 
     /// Takes over from agents of another [`ABI_VERSION`], whose programs work until then: to be called when all Services are in our

@@ -80,6 +80,17 @@ pub struct Frontend {
     pub protocol: Protocol,
 }
 
+impl Frontend {
+    /// The same port on every address of the node.
+    pub fn on_every_address(self) -> Self {
+        let addr = match self.addr {
+            IpAddr::V4(_) => IpAddr::from([0; 4]),
+            IpAddr::V6(_) => IpAddr::from([0; 16]),
+        };
+        Self { addr, ..self }
+    }
+}
+
 impl fmt::Display for Frontend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
@@ -137,6 +148,13 @@ pub struct ServiceBackends {
     /// Clients outside are answered by their backend's node directly, where all nodes can choose alike: with a Maglev table, or one
     /// backend. Read back, false also where there was no room for the table.
     pub direct: bool,
+}
+
+impl ServiceBackends {
+    /// All of them, those that take new flows first.
+    pub fn all(&self) -> impl Iterator<Item = &SocketAddr> {
+        self.active.iter().chain(&self.terminating)
+    }
 }
 
 /// The ranges from which clients may come to a service port by its guarded frontends.

@@ -5,7 +5,7 @@ use std::{io, os::fd::AsFd as _, path::Path};
 use dataplane_abi::{
     Addr, Affinity, AffinityKey, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey,
     Lead, LocalAddress, MONITOR_WORDS, MaglevBlock, MaglevKey, PeerKey, RangeKey, Reason,
-    SocketPeers, limits, map,
+    SocketPeer, SocketPeers, limits, map,
 };
 
 use super::{
@@ -14,7 +14,7 @@ use super::{
 };
 
 /// What each map of the object is made like.
-pub(super) fn shapes() -> [(&'static str, MapShape); 15] {
+pub(super) fn shapes() -> [(&'static str, MapShape); 16] {
     const HASH: u32 = 1;
     const ARRAY: u32 = 2;
     const PERCPU_ARRAY: u32 = 6;
@@ -26,6 +26,16 @@ pub(super) fn shapes() -> [(&'static str, MapShape); 15] {
     const MMAPABLE: u32 = 1024;
     let word = size_of::<u32>();
     [
+        (
+            map::DATAGRAMS,
+            MapShape::new(
+                LRU_HASH,
+                size_of::<u64>(),
+                size_of::<SocketPeer>(),
+                limits::DATAGRAMS,
+                0,
+            ),
+        ),
         (
             map::FRONTENDS,
             MapShape::new(

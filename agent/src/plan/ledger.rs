@@ -1,14 +1,14 @@
 //! The plans of all Services against what the maps hold.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use cluster_model::ServiceKey;
 use dataplane_abi::limits;
 use litemap::LiteMap;
 
 use super::{PortKey, PortPlan, ServicePlan};
-use crate::dataplane::{Frontend, Lead, Op, ServiceId, Sources, State, Vip};
+use crate::dataplane::{Frontend, Lead, Op, ServiceBackends, ServiceId, Sources, State, Vip};
 
 /// Books of every service port: its plan, its id, and what the maps hold. Costs per change, not per cluster.
 ///
@@ -287,6 +287,31 @@ impl Ledger {
             ops: order.into_iter().flatten().collect(),
             refusals,
         }
+    }
+
+    /// Whether a batch that is not in the maps yet takes a backend from clients that have it.
+    pub fn loses_backends(&self, batch: &Batch) -> bool {
+        batch.ops.iter().any(|op| match op {
+            Op::SetService { id, backends } => {
+                let held = self.held.services.get(id).into_iter();
+                let mut held = held.flat_map(ServiceBackends::all);
+                let wished: HashSet<&SocketAddr> = backends.all().collect();
+                held.any(|backend| !wished.contains(backend))
+            }
+            Op::SetFrontend { frontend, .. } => self.held.frontends.contains_key(frontend),
+            Op::RemoveService { .. } | Op::RemoveFrontend { .. } => true,
+            _ => false,
+        })
+    }
+
+    /// Whether clients here that ask a frontend may have a backend, as the maps are.
+    pub fn leads_to(&self, frontend: &Frontend, backend: &SocketAddr) -> bool {
+        let held = &self.held.frontends;
+        let lead = held
+            .get(frontend)
+            .or_else(|| held.get(&frontend.on_every_address()));
+        let backends = lead.and_then(|lead| self.held.services.get(&lead.internal));
+        backends.is_some_and(|backends| backends.all().any(|one| one == backend))
     }
 
     /// Records that a batch of [`Ledger::diff`] is in the maps.

@@ -313,8 +313,18 @@ impl Worker {
         self.retry = false;
         match node.apply(&batch.ops) {
             Ok(()) => {
+                let loses_backends = node.ledger.loses_backends(&batch);
                 node.ledger.applied(&batch);
                 self.problems.remove("services");
+                if first || loses_backends {
+                    match node.end_stale_datagrams() {
+                        Ok(()) => drop(self.problems.remove("datagram sockets")),
+                        Err(error) => {
+                            let why = reason(&error);
+                            self.problem("datagram sockets", why);
+                        }
+                    }
+                }
                 self.services_applied = true;
                 let extent = if first { Extent::Full } else { Extent::Partial };
                 self.progress.synced(extent, began);

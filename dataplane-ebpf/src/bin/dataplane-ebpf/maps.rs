@@ -10,8 +10,8 @@ use aya_ebpf::{
 };
 use dataplane_abi::{
     Addr, Affinity, AffinityKey, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey,
-    Lead, LocalAddress, MaglevBlock, MaglevKey, PeerKey, RangeKey, Reason, ServiceRef, SocketPeers,
-    limits,
+    Lead, LocalAddress, MaglevBlock, MaglevKey, PeerKey, RangeKey, Reason, ServiceRef, SocketPeer,
+    SocketPeers, limits,
 };
 use dataplane_ebpf::{
     flow,
@@ -70,6 +70,16 @@ pub static COUNTERS: PerCpuArray<u64, { Reason::COUNT as usize }> = PerCpuArray:
 static NOTES: PerCpuArray<Notes, 1> = PerCpuArray::new();
 #[btf_map]
 pub static SOCKET_PEERS: SkStorage<SocketPeers> = SkStorage::new();
+
+/// By the cookies of sockets.
+#[btf_map]
+static DATAGRAMS: LruHashMap<u64, SocketPeer, { limits::DATAGRAMS as usize }> = LruHashMap::new();
+
+/// Notes what a datagram socket of the host is connected to.
+#[inline(always)]
+pub fn note_datagrams(cookie: u64, peer: &SocketPeer) {
+    let _refused = DATAGRAMS.insert(&cookie, peer, BPF_ANY);
+}
 
 /// Seconds of the monotonic clock, at the resolution of a tick: far cheaper than the exact time, and timeouts need no more.
 #[inline(always)]

@@ -2,11 +2,11 @@
 
 use aya_ebpf::{
     bindings::bpf_sock_addr,
-    helpers::generated::{bpf_get_netns_cookie, bpf_set_retval},
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval},
     macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
-use dataplane_abi::{Addr, FrontendKey, SocketPeers, proto};
+use dataplane_abi::{Addr, FrontendKey, SocketPeer, SocketPeers, proto};
 use dataplane_ebpf::{
     balance::Client,
     socket::{Caller, Outcome, asked, destination, remember},
@@ -14,7 +14,7 @@ use dataplane_ebpf::{
 
 use crate::{
     HOST_NETNS, PACKET_LB, SOCKET_LB,
-    maps::{Maps, SOCKET_PEERS},
+    maps::{Maps, SOCKET_PEERS, note_datagrams},
     monitor, node_v4, node_v6,
 };
 
@@ -117,6 +117,20 @@ fn caller(call: *mut bpf_sock_addr, asked: &Addr, connects_datagrams: bool) -> C
     }
 }
 
+/// Notes what a datagram socket of the host is connected to. Pods' are left to the packet hooks; where there are none, they are in
+/// namespaces of their own. Asks anew whose call it is: what was known would double what the verifier looks at.
+#[inline(never)]
+fn note(call: *mut bpf_sock_addr, peer: &SocketPeer) {
+    // SAFETY: a valid context.
+    unsafe {
+        if (&raw const (*call).protocol).read_volatile() == proto::UDP as u32
+            && bpf_get_netns_cookie(call.cast()) == HOST_NETNS.load()
+        {
+            note_datagrams(bpf_get_socket_cookie(call.cast()), peer);
+        }
+    }
+}
+
 /// A call that names a destination: connect, or sendmsg of an unconnected socket.
 #[inline(always)]
 fn names<F: Family>(ctx: &SockAddrContext, keeps: bool) -> i32 {
@@ -156,6 +170,9 @@ fn names<F: Family>(ctx: &SockAddrContext, keeps: bool) -> i32 {
                 set_port(call, peer.backend_port);
             }
             monitor::socket(&peer, protocol);
+            if !keeps {
+                note(call, &peer);
+            }
             ALLOW
         }
     }
