@@ -4,8 +4,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use redb::{Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::backends::FileBackend;
+use redb::{
+    Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, StorageError,
+    TableDefinition,
+};
 
+use super::integrity;
 use super::{Change, Event, Instant, Record, Revision, StoreError};
 
 /// Key -> 16 bytes (revision and created revision, little endian), then the value.
@@ -14,6 +19,8 @@ const RECORDS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("records"
 const EXPIRIES: TableDefinition<'_, &str, u64> = TableDefinition::new("expiries");
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const HEADER_BYTES: usize = 16;
+/// Of the tables. One that changes what is kept counts up, and brings files of the one before up to date when it opens them.
+const FORMAT: u64 = 1;
 /// Values are served from memory, so redb's cache only helps the writer find its pages.
 const CACHE_BYTES: usize = 8 << 20;
 /// The revision of an empty store: 0 means "any" to clients.
@@ -33,26 +40,76 @@ pub(super) struct Disk {
 }
 
 impl Disk {
+    /// Opens or makes the file. One that is damaged stays as it is, for whoever wants to save what is left.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
         let name = path.display().to_string();
+        let failed = |reason: String| StoreError::Disk {
+            operation: "open",
+            path: name.clone(),
+            reason,
+        };
+        let refused = |error: DatabaseError| match error {
+            DatabaseError::DatabaseAlreadyOpen => failed("another process has it open".to_owned()),
+            DatabaseError::Storage(StorageError::Corrupted(why)) => failed(damaged(&why)),
+            error => failed(error.to_string()),
+        };
+        // A file that is there and empty is one that was made and never written to.
+        if std::fs::metadata(path).is_ok_and(|file| file.len() > 0) {
+            // Its lock is one for writing, though nothing is written.
+            let file = std::fs::OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open(path);
+            let file = file.map_err(|error| failed(error.to_string()))?;
+            let file = FileBackend::new(file).map_err(refused)?;
+            if !integrity::is_whole(file, CACHE_BYTES).map_err(refused)? {
+                return Err(failed(damaged("checksums of pages are others")));
+            }
+        }
         let database = redb::Builder::new()
             .set_cache_size(CACHE_BYTES)
             .create(path)
-            .map_err(|e| {
-                let reason = match e {
-                    DatabaseError::DatabaseAlreadyOpen => "another process has it open".to_owned(),
-                    e => e.to_string(),
-                };
-                StoreError::Disk {
-                    operation: "open",
-                    path: name.clone(),
-                    reason,
-                }
-            })?;
-        Ok(Self {
+            .map_err(refused)?;
+        let disk = Self {
             database,
             path: name,
-        })
+        };
+        disk.settle_format()?;
+        Ok(disk)
+    }
+
+    /// Writes down which format the file has, or refuses one of later versions.
+    fn settle_format(&self) -> Result<(), StoreError> {
+        let found = self.try_format().map_err(|e| self.error("read", e))?;
+        match found {
+            Some(FORMAT) => Ok(()),
+            Some(later) => Err(StoreError::Disk {
+                operation: "use",
+                path: self.path.clone(),
+                reason: format!("its format is {later}, and this version reads {FORMAT}"),
+            }),
+            // Files had none at first, and are of the first format.
+            None => self.try_set_format().map_err(|e| self.error("write to", e)),
+        }
+    }
+
+    fn try_format(&self) -> Result<Option<u64>, redb::Error> {
+        let read = self.database.begin_read()?;
+        match read.open_table(META) {
+            Ok(meta) => Ok(meta.get("format")?.map(|format| format.value())),
+            Err(redb::TableError::TableDoesNotExist(_)) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn try_set_format(&self) -> Result<(), redb::Error> {
+        let write = self.database.begin_write()?;
+        write.open_table(META)?.insert("format", FORMAT)?;
+        // All tables are there from the beginning: `load` reads them as soon as one is.
+        write.open_table(RECORDS)?;
+        write.open_table(EXPIRIES)?;
+        write.commit()?;
+        Ok(())
     }
 
     #[cfg(test)]
@@ -177,6 +234,12 @@ impl Disk {
         write.commit()?;
         Ok(())
     }
+}
+
+fn damaged(why: &str) -> String {
+    format!(
+        "it is damaged ({why}); nothing was changed: restore a backup (`store restore`), or put the file back as it was"
+    )
 }
 
 fn corrupted(key: &str) -> redb::Error {

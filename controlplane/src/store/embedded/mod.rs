@@ -6,6 +6,7 @@
 
 mod disk;
 mod expiry;
+mod integrity;
 mod writer;
 
 use std::path::{Path, PathBuf};

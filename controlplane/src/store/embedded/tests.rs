@@ -203,13 +203,16 @@ struct PowerCut {
 }
 
 impl PowerCut {
-    fn after_the_cut(&self) -> Self {
-        let image = self.synced.lock().unwrap().clone();
+    fn of(image: Vec<u8>) -> Self {
         Self {
             written: Arc::new(Mutex::new(image.clone())),
             synced: Arc::new(Mutex::new(image)),
-            fail: Arc::default(),
+            ..Self::default()
         }
+    }
+
+    fn after_the_cut(&self) -> Self {
+        Self::of(self.synced.lock().unwrap().clone())
     }
 }
 
@@ -321,5 +324,93 @@ async fn queued_writes_share_a_commit() {
             .records
             .len(),
         500
+    );
+}
+
+/// A store that was closed well: its folder, its file's bytes, and what was in it.
+async fn closed() -> (tempfile::TempDir, Vec<u8>, Vec<Record>, Revision) {
+    let (store, folder) = fresh();
+    for i in 0..400 {
+        let key = format!("/core/pods/default/{:03}", i % 300);
+        let filled = Bytes::from(format!("{i} {}", "x".repeat(200 + i)));
+        store.put(&key, filled, Expect::Any).await.unwrap();
+    }
+    let all = store.list(Range::all("/")).await.unwrap();
+    let revision = store.revision();
+    drop(store);
+    let bytes = std::fs::read(folder.path().join("state.redb")).unwrap();
+    (folder, bytes, all.records, revision)
+}
+
+#[tokio::test]
+async fn a_byte_that_flips_in_a_closed_file_is_found_or_was_of_no_use() {
+    let (folder, good, records, revision) = closed().await;
+    let path = folder.path().join("flipped.redb");
+    let (mut refused, mut harmless) = (0, 0);
+    // A prime step: all places in pages come up.
+    for at in (0..good.len()).step_by(good.len() / 250 * 2 + 1) {
+        let mut flipped = good.clone();
+        flipped[at] ^= 0x10;
+        std::fs::write(&path, &flipped).unwrap();
+        match Embedded::open(&EmbeddedConfig::at(&path)) {
+            Ok(store) => {
+                let all = store.list(Range::all("/")).await.unwrap();
+                assert_eq!(all.records, records, "byte {at}");
+                assert_eq!(store.revision(), revision, "byte {at}");
+                harmless += 1;
+            }
+            Err(error) => {
+                let kept = std::fs::read(&path).unwrap();
+                assert!(kept == flipped, "byte {at}: the file was changed: {error}");
+                refused += 1;
+            }
+        }
+    }
+    assert!(refused > 5, "{refused} found, {harmless} of no use");
+    // A value's own bytes, in every copy that commits have left of it: one of them is in use.
+    let value = &records[7].value;
+    let copies = good.windows(value.len()).enumerate();
+    let copies = copies.filter(|(_, window)| *window == &value[..]);
+    let mut flipped = good.clone();
+    for (at, _) in copies {
+        flipped[at + 20] ^= 1;
+    }
+    assert!(flipped != good, "it is there");
+    std::fs::write(&path, &flipped).unwrap();
+    let Err(error) = Embedded::open(&EmbeddedConfig::at(&path)) else {
+        panic!("a value of other bytes is served");
+    };
+    assert!(error.to_string().contains("it is damaged"), "{error}");
+}
+
+#[tokio::test]
+async fn a_file_that_was_cut_off_is_refused_and_left_as_it_is() {
+    let (folder, good, _, _) = closed().await;
+    let path = folder.path().join("short.redb");
+    for part in [2, 3, 10] {
+        std::fs::write(&path, &good[..good.len() / part]).unwrap();
+        assert!(Embedded::open(&EmbeddedConfig::at(&path)).is_err());
+        assert_eq!(std::fs::read(&path).unwrap().len(), good.len() / part);
+    }
+}
+
+#[tokio::test]
+async fn a_format_of_later_versions_is_refused() {
+    let (store, folder) = fresh();
+    drop(store);
+    let path = folder.path().join("state.redb");
+    let database = redb::Database::create(&path).unwrap();
+    let write = database.begin_write().unwrap();
+    let meta = redb::TableDefinition::<&str, u64>::new("meta");
+    write.open_table(meta).unwrap().insert("format", 2).unwrap();
+    write.commit().unwrap();
+    drop(database);
+    let Err(error) = Embedded::open(&EmbeddedConfig::at(&path)) else {
+        panic!("it was opened");
+    };
+    let said = error.to_string();
+    assert!(
+        said.contains("its format is 2, and this version reads 1"),
+        "{said}"
     );
 }
