@@ -83,20 +83,20 @@ pub(super) fn end(dir: &Path, kept: impl Fn(&ConnectedDatagram) -> bool) -> Resu
     if stale.is_empty() {
         return Ok(0);
     }
-    let mut ended = 0;
-    for family in [libc::AF_INET, libc::AF_INET6] {
-        for socket in connected(family as u8)? {
-            // One that was connected to something else since has that.
-            let given = stale.get(&socket.cookie);
-            if given.is_some_and(|given| given.backend == socket.destination) {
-                destroy(&socket)?;
-                ended += 1;
-            }
-        }
-    }
+    let mut sockets = connected(libc::AF_INET as u8)?;
+    sockets.extend(connected(libc::AF_INET6 as u8)?);
+    // One that was connected to something else since has that.
+    sockets.retain(|socket| {
+        let given = stale.get(&socket.cookie);
+        given.is_some_and(|given| given.backend == socket.destination)
+    });
+    // Before the sockets' owners hear of it: what they are given then is noted under the same cookies.
     let cookies: Vec<u64> = stale.into_keys().collect();
     sys::delete_batch(noted.as_fd(), &cookies).map_err(failed("delete from"))?;
-    Ok(ended)
+    for socket in &sockets {
+        destroy(socket)?;
+    }
+    Ok(sockets.len())
 }
 
 fn failed(action: &'static str) -> impl Fn(io::Error) -> Error {
