@@ -83,14 +83,11 @@ fn a_packet_goes_on_as_it_came_and_is_answered_from_where_it_went() {
                 false => udp(client, POD, b"hi"),
             };
             assert_eq!(out, wanted);
-            let flags = ACK | (packet[47] & SYN);
-            let (answer, back) = match is_tcp {
-                true => (
-                    tcp(POD, client, flags, b"yes"),
-                    tcp(at, client, flags, b"yes"),
-                ),
-                false => (udp(POD, client, b"yes"), udp(at, client, b"yes")),
+            let answer_from = |server| match is_tcp {
+                true => tcp(server, client, ACK | (packet[47] & SYN), b"yes"),
+                false => udp(server, client, b"yes"),
             };
+            let (answer, back) = (answer_from(POD), answer_from(at));
             let mut answer = Bytes(answer);
             let own = features("198.18.0.2", false);
             let verdict = hooks::pod_ingress(&mut answer, &there, &own, 12);
