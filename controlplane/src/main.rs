@@ -171,7 +171,7 @@ async fn run(flags: Flags, passed: Vec<std::net::TcpListener>) -> Result<()> {
         parts.spawn(async move { server.serve(listeners).await.context("the API server") });
     }
     tokio::spawn(pki::keep(flags.pki_dir.clone()));
-    // Both are clients of the API like any other: they wait until it answers, and end with the process.
+    // Both are clients of the API like any other, and wait until it answers.
     let identity = SocketAddr::new(flags.advertise_address, flags.bind.port()).to_string();
     let mut clients = tokio::task::JoinSet::new();
     if flags.components.contains(&Component::Controllers) {

@@ -7,6 +7,7 @@ use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
 use k8s_openapi::jiff::Timestamp;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use super::object::{Key, Kind, Object};
 use super::watch::{Api, CallError};
@@ -23,8 +24,33 @@ const UNREACHABLE_RETRY: Duration = Duration::from_millis(50);
 /// How long a leader that stops tries to give its lease back.
 const RELEASE_DEADLINE: Duration = Duration::from_secs(2);
 
+/// Works whenever this control plane has the lease `name`, until `stop` fires; then it is given back.
+pub async fn work_while_leading<Work: Future<Output = ()>>(
+    api: &Api,
+    name: &'static str,
+    identity: &str,
+    stop: &CancellationToken,
+    work: impl Fn() -> Work,
+) {
+    loop {
+        let mut candidate = Candidate::new(api.clone(), name, identity);
+        tokio::select! {
+            () = candidate.lead() => {}
+            () = stop.cancelled() => return,
+        }
+        tokio::select! {
+            () = work() => {}
+            () = candidate.keep() => tracing::warn!(lease = name, "the lease is lost; what it is for stops until it is taken again"),
+            () = stop.cancelled() => {}
+        }
+        if stop.is_cancelled() {
+            return candidate.release().await;
+        }
+    }
+}
+
 /// One candidate for one lease.
-pub struct Candidate {
+struct Candidate {
     api: Api,
     name: &'static str,
     identity: String,
@@ -34,7 +60,7 @@ pub struct Candidate {
 
 impl Candidate {
     /// `name` is that of the upstream component with the same task, so that one of upstream's cannot run beside it.
-    pub fn new(api: Api, name: &'static str, identity: &str) -> Self {
+    fn new(api: Api, name: &'static str, identity: &str) -> Self {
         Self {
             api,
             name,
@@ -44,7 +70,7 @@ impl Candidate {
     }
 
     /// Waits until this candidate leads.
-    pub async fn lead(&mut self) {
+    async fn lead(&mut self) {
         loop {
             let wait = match self.attempt().await {
                 Ok(true) => {
@@ -64,7 +90,7 @@ impl Candidate {
     }
 
     /// Keeps the lease; returns when it is lost.
-    pub async fn keep(&mut self) {
+    async fn keep(&mut self) {
         let mut renewed = Instant::now();
         loop {
             let wait = if renewed.elapsed() < RENEW_EVERY {
@@ -93,7 +119,7 @@ impl Candidate {
     }
 
     /// Gives the lease back, so that nobody has to wait until it ends by itself. To be called when what it was for has stopped.
-    pub async fn release(&self) {
+    async fn release(&self) {
         match tokio::time::timeout(RELEASE_DEADLINE, self.give_back()).await {
             Ok(Ok(())) => tracing::info!(lease = self.name, "given back"),
             Ok(Err(error)) => tracing::debug!(lease = self.name, %error, "cannot give it back"),

@@ -19,7 +19,7 @@ use super::certificates::Authority;
 use super::events::{Happening, Recorder};
 use super::execute::{Outcome, execute};
 use super::intake::Intake;
-use super::lease::Candidate;
+use super::lease::work_while_leading;
 use super::nodeipam::Pool;
 use super::object::{Key, Kind, ResourceType};
 use super::plan::{Action, Keys, Note, Plan, View, Write};
@@ -63,22 +63,9 @@ pub async fn run(config: Config, stop: CancellationToken) -> Result<(), Error> {
         root_ca,
     };
     let api = Api::from_kubeconfig(&config.kubeconfig, "kube-controller-manager").await?;
-    loop {
-        let mut candidate = Candidate::new(api.clone(), LEASE, &config.identity);
-        tokio::select! {
-            () = candidate.lead() => {}
-            () = stop.cancelled() => return Ok(()),
-        }
-        tokio::select! {
-            () = Runner::new(api.clone(), settings.clone()).run() => {}
-            () = candidate.keep() => tracing::warn!("the controllers' lease is lost; they stop until it is taken again"),
-            () = stop.cancelled() => {}
-        }
-        if stop.is_cancelled() {
-            candidate.release().await;
-            return Ok(());
-        }
-    }
+    let work = || Runner::new(api.clone(), settings.clone()).run();
+    work_while_leading(&api, LEASE, &config.identity, &stop, work).await;
+    Ok(())
 }
 
 /// A key of one controller, by the controller's place in `ALL`.

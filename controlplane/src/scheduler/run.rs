@@ -19,7 +19,7 @@ use super::queue::Queue;
 use crate::controllers::events::Recorder;
 use crate::controllers::execute::Outcome;
 use crate::controllers::intake::Intake;
-use crate::controllers::lease::Candidate;
+use crate::controllers::lease::work_while_leading;
 use crate::controllers::object::{Kind, Object, Target};
 use crate::controllers::plan::{Action, Note, Write};
 use crate::controllers::pods;
@@ -54,22 +54,9 @@ pub struct Config {
 /// Runs the scheduler whenever this control plane leads, until `stop` fires or it cannot run at all.
 pub async fn run(config: Config, stop: CancellationToken) -> Result<(), ClientError> {
     let api = Api::from_kubeconfig(&config.kubeconfig, "kube-scheduler").await?;
-    loop {
-        let mut candidate = Candidate::new(api.clone(), LEASE, &config.identity);
-        tokio::select! {
-            () = candidate.lead() => {}
-            () = stop.cancelled() => return Ok(()),
-        }
-        tokio::select! {
-            () = Scheduler::new(api.clone()).run() => {}
-            () = candidate.keep() => tracing::warn!("the scheduler's lease is lost; it stops until it is taken again"),
-            () = stop.cancelled() => {}
-        }
-        if stop.is_cancelled() {
-            candidate.release().await;
-            return Ok(());
-        }
-    }
+    let work = || Scheduler::new(api.clone()).run();
+    work_while_leading(&api, LEASE, &config.identity, &stop, work).await;
+    Ok(())
 }
 
 /// A binding or a status that was written.
