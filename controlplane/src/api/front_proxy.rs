@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use http::{HeaderMap, HeaderName};
 use rustls::RootCertStore;
@@ -186,7 +186,8 @@ impl FrontProxies {
 
 /// Takes off what only this server was to be told: behind it the headers would be believed without having been checked.
 pub fn clear(headers: &mut HeaderMap, proxies: Option<&FrontProxies>) {
-    Headers::usual().clear(headers);
+    static USUAL: LazyLock<Headers> = LazyLock::new(Headers::usual);
+    USUAL.clear(headers);
     if let Some(proxies) = proxies {
         proxies.headers.clear(headers);
     }

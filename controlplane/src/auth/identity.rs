@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 use x509_parser::prelude::{FromDer, X509Certificate};
+use x509_parser::x509::{AttributeTypeAndValue, X509Name};
 
 use super::AuthError;
 
@@ -38,18 +39,13 @@ impl Identity {
         let (_, certificate) = X509Certificate::from_der(der)
             .map_err(|e| AuthError::Certificate(format!("cannot be parsed: {e}")))?;
         let subject = certificate.subject();
-        let text =
-            |name: &x509_parser::x509::AttributeTypeAndValue<'_>| name.as_str().map(str::to_owned);
-        let user = common_name(der).unwrap_or_default();
+        let user = common_name_in(subject).unwrap_or_default();
         if user.is_empty() {
             return Err(AuthError::Certificate(
                 "has no common name in its subject, which would be the user".to_owned(),
             ));
         }
-        let mut groups: Vec<String> = subject
-            .iter_organization()
-            .filter_map(|o| text(o).ok())
-            .collect();
+        let mut groups: Vec<String> = subject.iter_organization().filter_map(text).collect();
         groups.push(AUTHENTICATED.to_owned());
         let digest = ring::digest::digest(&ring::digest::SHA256, der);
         let credential: String = digest.as_ref().iter().map(|b| format!("{b:02x}")).collect();
@@ -108,8 +104,15 @@ impl Identity {
 /// The common name of a certificate's subject.
 pub fn common_name(der: &[u8]) -> Option<String> {
     let (_, certificate) = X509Certificate::from_der(der).ok()?;
-    let name = certificate.subject().iter_common_name().next()?;
-    name.as_str().ok().map(str::to_owned)
+    common_name_in(certificate.subject())
+}
+
+fn common_name_in(subject: &X509Name<'_>) -> Option<String> {
+    subject.iter_common_name().next().and_then(text)
+}
+
+fn text(part: &AttributeTypeAndValue<'_>) -> Option<String> {
+    part.as_str().ok().map(str::to_owned)
 }
 
 #[cfg(test)]
