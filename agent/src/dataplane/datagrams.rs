@@ -15,22 +15,18 @@ use std::{
 };
 
 use dataplane_abi::{SocketPeer, map, proto};
+use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR};
 use netlink_sys::{Socket, SocketAddr as NetlinkAddr, protocols::NETLINK_SOCK_DIAG};
 
 use super::{Error, sys};
+use crate::net::answer::{HEADER_LEN, messages};
 
-/// Numbers of include/uapi/linux/{netlink,sock_diag,inet_diag}.h.
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
-const NLM_F_REQUEST: u16 = 1;
-const NLM_F_ACK: u16 = 4;
-const NLM_F_DUMP: u16 = 0x300;
+/// Numbers of include/uapi/linux/{sock_diag,inet_diag}.h.
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;
 /// Connected, which for datagrams is TCP's word for it.
 const ESTABLISHED: u32 = 1 << 1;
 
-const NLMSG_HEADER: usize = 16;
 /// What a socket is told by: four bytes of its family and state, and its id, which ends with its cookie.
 const ID_AT: usize = 4;
 const ID_LEN: usize = 48;
@@ -133,7 +129,7 @@ fn exchange(kind: u16, flags: u16, request: &[u8]) -> io::Result<Vec<Vec<u8>>> {
     let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
     socket.bind_auto()?;
     socket.connect(&NetlinkAddr::new(0, 0))?;
-    let len = (NLMSG_HEADER + request.len()) as u32;
+    let len = (HEADER_LEN + request.len()) as u32;
     let mut message = Vec::from(len.to_ne_bytes());
     message.extend(kind.to_ne_bytes());
     message.extend((NLM_F_REQUEST | flags).to_ne_bytes());
@@ -143,33 +139,19 @@ fn exchange(kind: u16, flags: u16, request: &[u8]) -> io::Result<Vec<Vec<u8>>> {
     let mut answers = Vec::new();
     loop {
         let (received, _from) = socket.recv_from_full()?;
-        for (kind, body) in messages(&received) {
-            match kind {
+        for answer in messages(&received) {
+            match answer.kind {
                 NLMSG_DONE => return Ok(answers),
                 NLMSG_ERROR => {
-                    let code = body
-                        .first_chunk()
-                        .map_or(0, |code| i32::from_ne_bytes(*code));
-                    return match code {
+                    return match answer.error() {
                         0 => Ok(answers),
-                        code => Err(io::Error::from_raw_os_error(-code)),
+                        code => Err(io::Error::from_raw_os_error(code)),
                     };
                 }
-                _ => answers.push(body.to_vec()),
+                _ => answers.push(answer.body.to_vec()),
             }
         }
     }
-}
-
-/// The messages in what was received, each with its type.
-fn messages(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    std::iter::from_fn(move || {
-        let len = u32::from_ne_bytes(*bytes.first_chunk()?) as usize;
-        let kind = u16::from_ne_bytes([*bytes.get(4)?, *bytes.get(5)?]);
-        let body = bytes.get(NLMSG_HEADER..len)?;
-        bytes = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
-        Some((kind, body))
-    })
 }
 
 /// A socket out of an `inet_diag_msg`.
@@ -223,8 +205,8 @@ mod tests {
         fn bytes_of_any_kind_are_read_or_left(
             bytes in prop::collection::vec(any::<u8>(), 0..400),
         ) {
-            for (_, body) in messages(&bytes) {
-                let _either = read(body);
+            for answer in messages(&bytes) {
+                let _either = read(answer.body);
             }
             let _either = read(&bytes);
         }

@@ -1,5 +1,6 @@
 //! The kernel's links, addresses, routes and neighbours, by netlink.
 
+pub(crate) mod answer;
 mod filter;
 pub mod iptables;
 mod kernel;

@@ -11,6 +11,7 @@ use netlink_packet_core::{
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 
 use super::NetlinkError;
+use super::answer::{HEADER_LEN, messages};
 
 /// A family of tables: NFPROTO_*.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -84,7 +85,6 @@ const DELETE_RULE: u16 = SUBSYSTEM | 8;
 const BATCH_BEGIN: u16 = 0x10;
 const BATCH_END: u16 = 0x11;
 
-const HEADER_LEN: usize = 16;
 /// nfgenmsg.
 const FAMILY_LEN: usize = 4;
 const NESTED: u16 = 1 << 15;
@@ -276,44 +276,6 @@ impl Nftables {
         bytes.extend(resource.to_be_bytes());
         bytes.extend(attributes);
     }
-}
-
-/// A message of the kernel.
-struct Answer<'a> {
-    kind: u16,
-    flags: u16,
-    sequence: u32,
-    body: &'a [u8],
-}
-
-impl Answer<'_> {
-    /// The error number that it begins with; 0 is success.
-    fn error(&self) -> i32 {
-        self.body.first_chunk().map_or(libc::EBADMSG, |code| {
-            i32::from_ne_bytes(*code).saturating_neg()
-        })
-    }
-}
-
-fn messages(mut bytes: &[u8]) -> impl Iterator<Item = Answer<'_>> {
-    std::iter::from_fn(move || {
-        let header = bytes.first_chunk::<HEADER_LEN>()?;
-        let word = |at: usize| {
-            let mut four = [0; 4];
-            four.copy_from_slice(&header[at..at + 4]);
-            u32::from_ne_bytes(four)
-        };
-        let half = |at: usize| u16::from_ne_bytes([header[at], header[at + 1]]);
-        let length = word(0) as usize;
-        let answer = Answer {
-            kind: half(4),
-            flags: half(6),
-            sequence: word(8),
-            body: bytes.get(HEADER_LEN..length)?,
-        };
-        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some(answer)
-    })
 }
 
 /// Attributes being written.
