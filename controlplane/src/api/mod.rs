@@ -39,6 +39,7 @@ mod reply;
 mod request;
 mod review;
 mod roles;
+mod selection;
 mod servers;
 mod status;
 mod storing;

@@ -1,7 +1,8 @@
 //! The stored form of objects, and how it is served without being decoded.
 //!
 //! Stored is compact JSON without kind, apiVersion and resourceVersion, and with `metadata` first. So every stored value
-//! begins with [`HEAD`], and serving one is: what the kind says, the resourceVersion, the rest of the bytes.
+//! begins with [`HEAD`], and serving one is: what the kind says, the resourceVersion, the rest of the bytes. Labels come first in
+//! the metadata: lists by label look no further.
 
 use bytes::Bytes;
 use serde_json::{Map, Value};
@@ -26,6 +27,9 @@ pub fn encode(mut object: Value) -> Bytes {
             if let Some(metadata) = value.as_object_mut() {
                 metadata.shift_remove("resourceVersion");
                 metadata.shift_remove("selfLink");
+                if let Some(labels) = metadata.shift_remove("labels") {
+                    metadata.shift_insert(0, "labels".to_owned(), labels);
+                }
             }
             stored["metadata"] = value;
         } else if key != "kind" && key != "apiVersion" {

@@ -9,10 +9,8 @@ use super::status::Status;
 use super::{Api, Call, object, reply, table};
 use crate::codec::transcode;
 use crate::page::Continue;
-use crate::store::{Page, Range, Record, Revision, StoreError};
+use crate::store::{Range, Record, Revision, StoreError, Wanted};
 
-/// How many records are read at once when a selector picks few of them.
-const SCAN_RECORDS: usize = 500;
 /// How long a list may take from its first page to its last: etcd keeps old states as long under a kube-apiserver, so a client
 /// that is slower learns it everywhere alike.
 const CONTINUE_LIFETIME_S: i64 = 300;
@@ -125,7 +123,7 @@ impl Api {
         let prefix = target.prefix();
         self.not_ahead(options.resource_version)?;
         let now = jiff::Timestamp::now().as_second();
-        let (after, mut at, mut since) = match options.continue_token.as_str() {
+        let (after, at, mut since) = match options.continue_token.as_str() {
             "" if options.resource_version_match == "Exact" => {
                 (None, options.resource_version.map(Revision), now)
             }
@@ -142,63 +140,35 @@ impl Api {
         } else if now.saturating_sub(since) > CONTINUE_LIFETIME_S {
             return Err(expired_continue(after.as_deref().unwrap_or(""), &prefix));
         }
-        let mut records: Vec<Record> = Vec::new();
-        let mut last = after;
-        loop {
-            let wanted = options.limit.map(|limit| limit - records.len());
-            let limit = if options.selects_all() {
-                wanted
-            } else {
-                Some(SCAN_RECORDS)
-            };
-            let range = Range {
-                prefix: &prefix,
-                after: last.as_deref(),
-                limit,
-                at,
-            };
-            let page = match self.store.list(range).await {
-                Ok(page) => page,
-                Err(StoreError::Compacted { .. }) if !options.continue_token.is_empty() => {
-                    return Err(expired_continue(last.as_deref().unwrap_or(""), &prefix));
-                }
-                Err(error) => return Err(error.into()),
-            };
-            at = Some(page.revision);
-            let Page {
-                records: found,
-                revision,
-                remaining,
-            } = page;
-            let found_last = found.last().map(|record| record.key.to_string());
-            for (index, record) in found.iter().enumerate() {
-                if options.selects_all() || options.selects(&target.decode(record)?) {
-                    records.push(record.clone());
-                }
-                if options.limit == Some(records.len()) {
-                    let left = found.len() - index - 1 + remaining;
-                    if left == 0 {
-                        return Ok(Listing::whole(records, revision));
-                    }
-                    let token = Continue {
-                        revision: Some(revision.0),
-                        start: record.key.to_string(),
-                        since,
-                    };
-                    return Ok(Listing {
-                        records,
-                        revision,
-                        // With a selector, how many of the rest match is not known.
-                        remaining: options.selects_all().then_some(left),
-                        continue_token: Some(token.write(&prefix)),
-                    });
-                }
+        let wanted = |record: &Record| options.selects_stored(&record.value);
+        let wanted: Wanted<'_> = &wanted;
+        let range = Range {
+            prefix: &target.prefix_of(options),
+            after: after.as_deref(),
+            limit: options.limit,
+            at,
+            wanted: (!options.selects_all()).then_some(wanted),
+        };
+        let page = match self.store.list(range).await {
+            Ok(page) => page,
+            Err(StoreError::Compacted { .. }) if !options.continue_token.is_empty() => {
+                return Err(expired_continue(after.as_deref().unwrap_or(""), &prefix));
             }
-            if remaining == 0 || found_last.is_none() {
-                return Ok(Listing::whole(records, revision));
-            }
-            last = found_last;
-        }
+            Err(error) => return Err(error.into()),
+        };
+        let last = page.records.last().filter(|_| page.more());
+        let token = last.map(|last| Continue {
+            revision: Some(page.revision.0),
+            start: last.key.to_string(),
+            since,
+        });
+        Ok(Listing {
+            // With a selector, how many of the rest match is not known.
+            remaining: (options.selects_all() && token.is_some()).then_some(page.remaining),
+            continue_token: token.map(|token| token.write(&prefix)),
+            revision: page.revision,
+            records: page.records,
+        })
     }
 }
 
@@ -219,15 +189,6 @@ pub(super) struct Listing {
 }
 
 impl Listing {
-    fn whole(records: Vec<Record>, revision: Revision) -> Self {
-        Self {
-            records,
-            revision,
-            remaining: None,
-            continue_token: None,
-        }
-    }
-
     fn metadata(&self) -> Value {
         let mut metadata = json!({"resourceVersion": self.revision.to_string()});
         if let Some(token) = &self.continue_token {

@@ -412,10 +412,6 @@ impl ListOptions {
         Ok(())
     }
 
-    pub fn selects(&self, object: &serde_json::Value) -> bool {
-        self.labels.matches(object) && self.fields.matches(object)
-    }
-
     pub fn selects_all(&self) -> bool {
         self.labels.is_empty() && self.fields.is_empty()
     }

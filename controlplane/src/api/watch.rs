@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::reply::Answer;
 use super::request::{Encoding, Form, ListOptions, Target};
+use super::selection::Selectable;
 use super::status::Status;
 use super::{Api, Call, object, reply, table};
 use crate::codec::transcode;
@@ -54,6 +55,8 @@ pub(super) struct Encoded {
     resource: &'static Resource,
     current: OnceLock<Option<Value>>,
     previous: OnceLock<Option<Value>>,
+    /// What selectors look at, of the object after the change and before it.
+    selectable: [OnceLock<Selectable>; 2],
     /// The whole event, by kind: as a line of JSON, and as a frame of protobuf.
     lines: [OnceLock<Bytes>; 3],
     frames: [OnceLock<Bytes>; 3],
@@ -91,6 +94,7 @@ impl EncodedEvents {
             resource,
             current: OnceLock::new(),
             previous: OnceLock::new(),
+            selectable: Default::default(),
             lines: Default::default(),
             frames: Default::default(),
         });
@@ -132,6 +136,27 @@ impl Encoded {
             .ok()
         };
         self.previous.get_or_init(decode).as_ref()
+    }
+
+    /// Whether the options select the object before the change, and after it; an object that is not there is not selected.
+    fn selected(&self, options: &ListOptions) -> (bool, bool) {
+        let deleted = self.event.change == Change::Delete;
+        let (previous, current) = (self.event.previous.as_ref(), &self.event.record);
+        if options.selects_all() {
+            return (deleted || previous.is_some(), !deleted);
+        }
+        let selects = |at: usize, record: &Record| {
+            let found =
+                self.selectable[at].get_or_init(|| Selectable::of(&record.value, self.resource));
+            options.selects(found)
+        };
+        match deleted {
+            true => (selects(0, current), false),
+            false => {
+                let was = previous.is_some_and(|previous| selects(1, previous));
+                (was, selects(0, current))
+            }
+        }
     }
 
     fn whole(&self, kind: Kind, encoding: Encoding, target: &Target) -> Bytes {
@@ -214,7 +239,7 @@ impl Api {
         (form, encoding): (Form, Encoding),
         options: ListOptions,
     ) -> Result<Answer, Status> {
-        let prefix = call.target.prefix();
+        let prefix = call.target.prefix_of(&options);
         // Without a revision to start from, a watch begins with the present state, as one asked for with sendInitialEvents.
         let initial = match options.initial_events {
             Some(initial) => initial,
@@ -450,22 +475,7 @@ impl Watcher {
 
     /// What the change is to this watcher; None when it does not concern it.
     fn seen_as(&self, encoded: &Encoded) -> Option<Kind> {
-        let deleted = encoded.event.change == Change::Delete;
-        let existed = deleted || encoded.event.previous.is_some();
-        let (was, is) = if self.options.selects_all() {
-            (existed, !deleted)
-        } else {
-            let selects =
-                |object: Option<&Value>| object.is_some_and(|object| self.options.selects(object));
-            if deleted {
-                (selects(encoded.current(&self.target)), false)
-            } else {
-                let was =
-                    encoded.event.previous.is_some() && selects(encoded.previous(&self.target));
-                (was, selects(encoded.current(&self.target)))
-            }
-        };
-        match (was, is) {
+        match encoded.selected(&self.options) {
             (false, true) => Some(Kind::Added),
             (true, true) => Some(Kind::Modified),
             (true, false) => Some(Kind::Deleted),

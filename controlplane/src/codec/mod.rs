@@ -10,6 +10,7 @@ pub mod openapi;
 pub mod protobuf;
 pub mod quantity;
 mod rewrite;
+pub mod scan;
 pub mod time;
 pub mod transcode;
 mod wire;

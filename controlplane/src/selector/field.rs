@@ -1,5 +1,7 @@
 //! Field selectors.
 
+use std::borrow::Cow;
+
 use serde_json::Value;
 
 use super::SelectorError;
@@ -69,33 +71,55 @@ impl FieldSelector {
 
     /// By the object's fields; an absent one counts as the zero of its type.
     pub fn matches(&self, object: &Value) -> bool {
+        self.matches_by(|path| {
+            let found = path
+                .split('.')
+                .try_fold(object, |value, step| value.get(step));
+            match found {
+                None | Some(Value::Null) => Field::Absent,
+                Some(Value::String(text)) => Field::Text(text.into()),
+                Some(value @ (Value::Bool(_) | Value::Number(_))) => {
+                    Field::Text(value.to_string().into())
+                }
+                Some(Value::Array(_) | Value::Object(_)) => Field::Whole,
+            }
+        })
+    }
+
+    /// By whoever knows what is at a path.
+    pub fn matches_by<'a>(&self, field: impl Fn(&str) -> Field<'a>) -> bool {
         self.requirements.iter().all(|requirement| {
             let found = match requirement.path.as_str() {
-                "source" => source(object),
-                path => at(object, path),
+                "source" => source(&field),
+                path => field(path),
             };
             let equal = match found {
-                None | Some(Value::Null) => requirement.value == zero(&requirement.path),
-                Some(Value::String(text)) => *text == requirement.value,
-                Some(Value::Bool(b)) => b.to_string() == requirement.value,
-                Some(Value::Number(n)) => n.to_string() == requirement.value,
-                Some(Value::Array(_) | Value::Object(_)) => false,
+                Field::Absent => requirement.value == zero(&requirement.path),
+                Field::Text(text) => text == requirement.value,
+                Field::Whole => false,
             };
             equal == requirement.equal
         })
     }
 }
 
-fn at<'a>(object: &'a Value, path: &str) -> Option<&'a Value> {
-    path.split('.')
-        .try_fold(object, |value, step| value.get(step))
+/// Field is what an object has at a path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Field<'a> {
+    /// Nothing, or null.
+    Absent,
+    /// A string, or a number or a boolean as it is written.
+    Text(Cow<'a, str>),
+    /// A list or an object, which is equal to no text.
+    Whole,
 }
 
 /// Who an Event comes from: newer ones say it in another field.
-fn source(event: &Value) -> Option<&Value> {
-    at(event, "source.component")
-        .filter(|component| *component != "")
-        .or_else(|| at(event, "reportingComponent"))
+fn source<'a>(field: impl Fn(&str) -> Field<'a>) -> Field<'a> {
+    match field("source.component") {
+        Field::Text(component) if !component.is_empty() => Field::Text(component),
+        _ => field("reportingComponent"),
+    }
 }
 
 /// What a field that an object leaves out is compared as: most are text.

@@ -1,5 +1,7 @@
 //! Label selectors, in both of their forms.
 
+use std::borrow::Cow;
+
 use serde_json::{Map, Value};
 
 use super::names::{key_faults, value_faults};
@@ -95,10 +97,14 @@ impl LabelSelector {
     }
 
     pub fn matches_labels(&self, labels: Option<&Map<String, Value>>) -> bool {
+        self.matches_by(|key| labels?.get(key)?.as_str().map(Cow::Borrowed))
+    }
+
+    /// By whoever knows the value of a label.
+    pub fn matches_by<'a>(&self, label: impl Fn(&str) -> Option<Cow<'a, str>>) -> bool {
         self.requirements.iter().all(|requirement| {
-            let value = labels
-                .and_then(|l| l.get(&requirement.key))
-                .and_then(Value::as_str);
+            let value = label(&requirement.key);
+            let value = value.as_deref();
             let number = || value.and_then(|v| v.parse::<i64>().ok());
             match &requirement.test {
                 Test::In(values) => value.is_some_and(|v| values.iter().any(|w| w == v)),

@@ -5,7 +5,7 @@ mod label;
 mod names;
 mod parse;
 
-pub use field::FieldSelector;
+pub use field::{Field, FieldSelector};
 pub use label::LabelSelector;
 pub use names::{key_faults, value_faults};
 

@@ -253,6 +253,32 @@ pub async fn lists_are_ordered_limited_and_bounded_by_the_prefix(store: impl Sto
     );
 }
 
+pub async fn a_list_of_what_is_wanted_goes_on_after_what_it_has_found(store: impl Store) {
+    for name in ["a", "b", "c", "d", "e", "f"] {
+        let value = if "bdf".contains(name) { "even" } else { "odd" };
+        put(&store, name, value).await;
+    }
+    let even = |record: &Record| &record.value[..] == b"even";
+    let mut found = Vec::new();
+    let mut after: Option<String> = None;
+    loop {
+        let range = Range {
+            limit: Some(2),
+            after: after.as_deref(),
+            wanted: Some(&even),
+            ..Range::all(PREFIX)
+        };
+        let page = store.list(range).await.unwrap();
+        found.push((page.records.len(), page.remaining));
+        after = page.records.last().map(|record| record.key.to_string());
+        if !page.more() {
+            break;
+        }
+    }
+    // Two, of which two more may follow; then one, at the end.
+    assert_eq!(found, [(2, 2), (1, 0)]);
+}
+
 pub async fn a_list_continues_at_its_revision_while_others_write(store: impl Store) {
     for name in ["a", "b", "c"] {
         put(&store, name, "old").await;
@@ -507,6 +533,7 @@ macro_rules! contract_tests {
             every_write_gets_the_next_revision_and_keeps_the_creation, conditions_decide_writes,
             a_transaction_does_all_or_nothing_at_one_revision,
             one_of_many_racing_writers_wins, lists_are_ordered_limited_and_bounded_by_the_prefix,
+            a_list_of_what_is_wanted_goes_on_after_what_it_has_found,
             a_list_continues_at_its_revision_while_others_write,
             a_watch_sees_every_later_write_in_order_with_what_it_replaced,
             a_watch_from_the_past_replays_and_then_follows, a_quiet_watch_progresses_with_the_rest_of_the_store,

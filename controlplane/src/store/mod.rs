@@ -69,7 +69,7 @@ pub struct Page {
     pub records: Vec<Record>,
     /// The revision the whole list is consistent at: pass it as `at` to continue, or as `from` to watch.
     pub revision: Revision,
-    /// How many more records follow the last one of this page.
+    /// How many more records follow the last one of this page, whether they are wanted or not.
     pub remaining: usize,
 }
 
@@ -80,8 +80,11 @@ impl Page {
     }
 }
 
+/// Whether a record is wanted: it is called while a list is made, for each record that may be part of it.
+pub type Wanted<'a> = &'a (dyn Fn(&Record) -> bool + Sync);
+
 /// Range says what a list returns.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Default)]
 pub struct Range<'a> {
     /// Records whose key starts with this.
     pub prefix: &'a str,
@@ -91,6 +94,8 @@ pub struct Range<'a> {
     pub limit: Option<usize>,
     /// The state at this revision rather than the newest.
     pub at: Option<Revision>,
+    /// Only these records, of which `limit` then counts.
+    pub wanted: Option<Wanted<'a>>,
 }
 
 impl<'a> Range<'a> {

@@ -107,23 +107,34 @@ impl Replica {
 
     pub fn range(&self, range: Range<'_>) -> Result<Page, StoreError> {
         let (records, revision) = self.records_at(range.prefix, range.at)?;
+        let mut page = Page {
+            records: Vec::new(),
+            revision,
+            remaining: 0,
+        };
         let start = match range.after {
             Some(after) if after >= range.prefix => Bound::Excluded(after),
             _ => Bound::Included(range.prefix),
         };
-        let mut matching = records
-            .range::<(Bound<&str>, Bound<&str>), str>((start, Bound::Unbounded))
-            .take_while(|(key, _)| key.starts_with(range.prefix))
-            .map(|(_, record)| record);
-        let records: Vec<Record> = match range.limit {
-            Some(limit) => matching.by_ref().take(limit).cloned().collect(),
-            None => matching.by_ref().cloned().collect(),
+        // No key is looked at for its end: each look is at memory of its own.
+        let end = past(range.prefix);
+        let end = match (&end, start) {
+            (Some(end), Bound::Excluded(after)) if after >= end.as_str() => return Ok(page),
+            (Some(end), _) => Bound::Excluded(end.as_str()),
+            (None, _) => Bound::Unbounded,
         };
-        Ok(Page {
-            records,
-            revision,
-            remaining: matching.count(),
-        })
+        let matching = records.range::<(Bound<&str>, Bound<&str>), str>((start, end));
+        let mut matching = matching.map(|(_, record)| record);
+        let wanted = matching
+            .by_ref()
+            .filter(|record| range.wanted.is_none_or(|wanted| wanted(record)))
+            .cloned();
+        page.records = match range.limit {
+            Some(limit) => wanted.take(limit).collect(),
+            None => wanted.collect(),
+        };
+        page.remaining = matching.count();
+        Ok(page)
     }
 
     /// The map as it was at a revision: the newest one with the later events of the prefix undone.
@@ -175,6 +186,16 @@ impl Replica {
     }
 }
 
+/// The first text after all that begin with a prefix; None when there is none.
+fn past(prefix: &str) -> Option<String> {
+    let kept = prefix.trim_end_matches(char::MAX);
+    let last = kept.chars().next_back()?;
+    let next = (last..=char::MAX).nth(1)?;
+    let mut end = kept[..kept.len() - last.len_utf8()].to_owned();
+    end.push(next);
+    Some(end)
+}
+
 /// Watch is a position in the history of a prefix.
 struct Watch {
     replica: Replica,
@@ -220,6 +241,60 @@ impl WatchStream for Watch {
         match state.history.after(&self.prefix, self.position, 1) {
             Ok(events) if events.is_empty() => state.revision,
             _ => self.position,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn replica(keys: &[String]) -> Replica {
+        let record = |key: &String| Record {
+            key: key.as_str().into(),
+            value: Bytes::copy_from_slice(key.as_bytes()),
+            revision: Revision(3),
+            created: Revision(2),
+        };
+        let records = keys.iter().map(record).map(|r| (r.key.clone(), r));
+        Replica::new(records.collect(), Revision(3), Bounds::default())
+    }
+
+    proptest! {
+        #[test]
+        fn a_range_is_what_begins_with_its_prefix_and_is_wanted(
+            keys in prop::collection::btree_set("[a/\u{7f}\u{10ffff}]{0,4}", 0..20),
+            prefix in "[a/\u{7f}\u{10ffff}]{0,3}",
+            after in prop::option::of("[a/\u{7f}\u{10ffff}]{0,4}"),
+            limit in prop::option::of(0_usize..5),
+            odd in any::<bool>(),
+        ) {
+            let keys: Vec<String> = keys.into_iter().collect();
+            let wanted = |key: &str| !odd || key.len() % 2 == 1;
+            let follows = |key: &&String| after.as_ref().is_none_or(|after| *key > after);
+            let within: Vec<&String> = keys.iter().filter(|key| key.starts_with(&prefix)).filter(follows).collect();
+            let most = limit.unwrap_or(usize::MAX);
+            let expected: Vec<&String> = within.iter().copied().filter(|key| wanted(key)).take(most).collect();
+            let page = replica(&keys)
+                .range(Range {
+                    prefix: &prefix,
+                    after: after.as_deref(),
+                    limit,
+                    at: None,
+                    wanted: Some(&|record| wanted(&record.key)),
+                })
+                .unwrap();
+            let found: Vec<&str> = page.records.iter().map(|record| &*record.key).collect();
+            prop_assert_eq!(&found, &expected);
+            let remaining = match expected.last() {
+                _ if expected.len() < most => 0,
+                Some(last) => within.iter().filter(|key| *key > last).count(),
+                None => within.len(),
+            };
+            prop_assert_eq!(page.remaining, remaining);
         }
     }
 }

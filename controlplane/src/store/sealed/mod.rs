@@ -10,7 +10,8 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 
 use super::{
-    Expect, Page, Range, Record, Revision, Store, StoreError, WatchEvent, WatchStream, Write,
+    Expect, Page, Range, Record, Revision, Store, StoreError, Wanted, WatchEvent, WatchStream,
+    Write,
 };
 pub use keys::{Keys, KeysError};
 
@@ -146,10 +147,20 @@ impl Store for Sealed {
 
     fn list<'a>(&'a self, range: Range<'a>) -> BoxFuture<'a, Result<Page, StoreError>> {
         Box::pin(async move {
-            let page = self.inner.list(range).await?;
             if !self.keys.covers(range.prefix) {
-                return Ok(page);
+                return self.inner.list(range).await;
             }
+            // One that cannot be opened is wanted, and makes the whole list fail below.
+            let wanted = |record: &Record| match open(&self.keys, record.clone()) {
+                Ok(record) => range.wanted.is_none_or(|wanted| wanted(&record)),
+                Err(_) => true,
+            };
+            let wanted: Wanted<'_> = &wanted;
+            let kept = Range {
+                wanted: range.wanted.map(|_| wanted),
+                ..range
+            };
+            let page = self.inner.list(kept).await?;
             let records = page.records.into_iter();
             let records: Result<_, _> = records.map(|record| open(&self.keys, record)).collect();
             Ok(Page {
