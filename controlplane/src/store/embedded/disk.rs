@@ -34,6 +34,16 @@ pub(super) struct Loaded {
     pub revision: Revision,
 }
 
+/// Group is what one transaction writes.
+pub(super) struct Group {
+    /// In this order.
+    pub events: Vec<Arc<Event>>,
+    /// Keys and when they end from now on; None for good.
+    pub expiries: Vec<(Arc<str>, Option<Instant>)>,
+    /// The newest revision after it.
+    pub revision: Revision,
+}
+
 pub(super) struct Disk {
     database: Database,
     path: String,
@@ -42,17 +52,7 @@ pub(super) struct Disk {
 impl Disk {
     /// Opens or makes the file. One that is damaged stays as it is, for whoever wants to save what is left.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let name = path.display().to_string();
-        let failed = |reason: String| StoreError::Disk {
-            operation: "open",
-            path: name.clone(),
-            reason,
-        };
-        let refused = |error: DatabaseError| match error {
-            DatabaseError::DatabaseAlreadyOpen => failed("another process has it open".to_owned()),
-            DatabaseError::Storage(StorageError::Corrupted(why)) => failed(damaged(&why)),
-            error => failed(error.to_string()),
-        };
+        let (failed, refused) = (failed_at(path), refused_at(path));
         // A file that is there and empty is one that was made and never written to.
         if std::fs::metadata(path).is_ok_and(|file| file.len() > 0) {
             // Its lock is one for writing, though nothing is written.
@@ -61,21 +61,46 @@ impl Disk {
                 .write(true)
                 .open(path);
             let file = file.map_err(|error| failed(error.to_string()))?;
-            let file = FileBackend::new(file).map_err(refused)?;
-            if !integrity::is_whole(file, CACHE_BYTES).map_err(refused)? {
+            let file = FileBackend::new(file).map_err(&refused)?;
+            if !integrity::is_whole(file, CACHE_BYTES).map_err(&refused)? {
                 return Err(failed(damaged("checksums of pages are others")));
             }
         }
-        let database = redb::Builder::new()
-            .set_cache_size(CACHE_BYTES)
-            .create(path)
-            .map_err(refused)?;
+        let database = builder().create(path).map_err(refused)?;
         let disk = Self {
             database,
-            path: name,
+            path: path.display().to_string(),
         };
         disk.settle_format()?;
         Ok(disk)
+    }
+
+    /// Opens the file again that this process had open a moment ago.
+    pub fn reopen(path: &Path) -> Result<Self, StoreError> {
+        Ok(Self {
+            database: builder().open(path).map_err(refused_at(path))?,
+            path: path.display().to_string(),
+        })
+    }
+
+    /// The newest revision that is on disk.
+    pub fn revision(&self) -> Result<Revision, StoreError> {
+        self.try_revision().map_err(|e| self.error("read", e))
+    }
+
+    fn try_revision(&self) -> Result<Revision, redb::Error> {
+        let read = self.database.begin_read()?;
+        let revision = read.open_table(META)?.get("revision")?;
+        Ok(revision.map_or(FIRST_REVISION, |revision| Revision(revision.value())))
+    }
+
+    /// What is said of a file that somebody else has written to.
+    pub fn changed_elsewhere(&self) -> StoreError {
+        StoreError::Disk {
+            operation: "go on with",
+            path: self.path.clone(),
+            reason: "another process has written to it: start the control plane anew".to_owned(),
+        }
     }
 
     /// Writes down which format the file has, or refuses one of later versions.
@@ -114,9 +139,7 @@ impl Disk {
 
     #[cfg(test)]
     pub fn with_backend(backend: impl redb::StorageBackend) -> Result<Self, StoreError> {
-        let database = redb::Builder::new()
-            .set_cache_size(CACHE_BYTES)
-            .create_with_backend(backend);
+        let database = builder().create_with_backend(backend);
         let database = database.map_err(|e| StoreError::Disk {
             operation: "open",
             path: String::new(),
@@ -185,28 +208,18 @@ impl Disk {
         Ok(loaded)
     }
 
-    /// Writes a group and returns once it is on disk.
-    pub fn commit(
-        &self,
-        events: &[Arc<Event>],
-        expiries: &[(Arc<str>, Option<Instant>)],
-        revision: Revision,
-    ) -> Result<(), StoreError> {
-        self.try_commit(events, expiries, revision)
+    /// Writes a group and returns once it is on disk. After an error the disk takes nothing more.
+    pub fn commit(&self, group: &Group) -> Result<(), StoreError> {
+        self.try_commit(group)
             .map_err(|e| self.error("write to", e))
     }
 
-    fn try_commit(
-        &self,
-        events: &[Arc<Event>],
-        expiries: &[(Arc<str>, Option<Instant>)],
-        revision: Revision,
-    ) -> Result<(), redb::Error> {
+    fn try_commit(&self, group: &Group) -> Result<(), redb::Error> {
         let mut write = self.database.begin_write()?;
         write.set_durability(Durability::Immediate)?;
         {
             let mut records = write.open_table(RECORDS)?;
-            for event in events {
+            for event in &group.events {
                 let record = &event.record;
                 match event.change {
                     Change::Put => {
@@ -223,16 +236,42 @@ impl Disk {
                 }
             }
             let mut table = write.open_table(EXPIRIES)?;
-            for (key, expires) in expiries {
+            for (key, expires) in &group.expiries {
                 match expires {
                     Some(at) => table.insert(&**key, at.0)?,
                     None => table.remove(&**key)?,
                 };
             }
-            write.open_table(META)?.insert("revision", revision.0)?;
+            write
+                .open_table(META)?
+                .insert("revision", group.revision.0)?;
         }
         write.commit()?;
         Ok(())
+    }
+}
+
+fn builder() -> redb::Builder {
+    let mut builder = redb::Builder::new();
+    builder.set_cache_size(CACHE_BYTES);
+    builder
+}
+
+fn failed_at(path: &Path) -> impl Fn(String) -> StoreError {
+    let path = path.display().to_string();
+    move |reason| StoreError::Disk {
+        operation: "open",
+        path: path.clone(),
+        reason,
+    }
+}
+
+fn refused_at(path: &Path) -> impl Fn(DatabaseError) -> StoreError {
+    let failed = failed_at(path);
+    move |error| match error {
+        DatabaseError::DatabaseAlreadyOpen => failed("another process has it open".to_owned()),
+        DatabaseError::Storage(StorageError::Corrupted(why)) => failed(damaged(&why)),
+        error => failed(error.to_string()),
     }
 }
 

@@ -50,8 +50,9 @@ impl Expiries {
         }
     }
 
-    pub fn has(&self, key: &str) -> bool {
-        self.at.contains_key(key)
+    /// When a key ends.
+    pub fn of(&self, key: &str) -> Option<Instant> {
+        self.at.get(key).copied()
     }
 
     /// The first one.

@@ -5,6 +5,7 @@
 //! Readers never wait for a disk.
 
 mod disk;
+mod durable;
 mod expiry;
 mod integrity;
 mod writer;
@@ -21,7 +22,8 @@ use tokio::sync::{mpsc, oneshot};
 use super::replica::{Bounds, Event, Records, Replica};
 use super::snapshot::{Snapshot, lifetime};
 use super::{Change, Expect, Page, Range, Record, Revision, Store, StoreError, WatchStream, Write};
-use disk::Disk;
+use disk::{Disk, Group};
+use durable::{Durable, Reopen};
 use expiry::{Expiries, Instant};
 use writer::{Request, Wish};
 
@@ -58,7 +60,9 @@ pub struct Embedded {
 impl Embedded {
     /// Opens or creates the database and loads it. Blocks for as long as reading the file takes.
     pub fn open(config: &EmbeddedConfig) -> Result<Self, StoreError> {
-        Self::start(Disk::open(&config.path)?, config)
+        let path = config.path.clone();
+        let reopen = Box::new(move || Disk::reopen(&path));
+        Self::start(Disk::open(&config.path)?, reopen, config)
     }
 
     /// Makes a database of a snapshot, whole or not at all. There must be none yet.
@@ -86,18 +90,24 @@ impl Embedded {
                 let lifetime = lifetime(&record.key)?;
                 Some((record.key.clone(), Some(Instant::after(lifetime))))
             };
-            let events: Vec<Arc<Event>> = group.iter().map(event).map(Arc::new).collect();
-            let expiries: Vec<_> = group.iter().filter_map(ends).collect();
-            disk.commit(&events, &expiries, snapshot.revision)?;
+            disk.commit(&Group {
+                events: group.iter().map(event).map(Arc::new).collect(),
+                expiries: group.iter().filter_map(ends).collect(),
+                revision: snapshot.revision,
+            })?;
         }
-        disk.commit(&[], &[], snapshot.revision)?;
+        disk.commit(&Group {
+            events: Vec::new(),
+            expiries: Vec::new(),
+            revision: snapshot.revision,
+        })?;
         drop(disk);
         std::fs::rename(&partial, path)
             .and_then(|()| std::fs::File::open(path.parent().unwrap_or(path))?.sync_all())
             .map_err(|error| failed(error.to_string()))
     }
 
-    fn start(disk: Disk, config: &EmbeddedConfig) -> Result<Self, StoreError> {
+    fn start(disk: Disk, reopen: Reopen, config: &EmbeddedConfig) -> Result<Self, StoreError> {
         let loaded = disk.load()?;
         let expiries = Expiries::new(loaded.expiries);
         let records = loaded
@@ -110,7 +120,7 @@ impl Embedded {
         let (shared, path) = (replica.clone(), config.path.display().to_string());
         let writer = std::thread::Builder::new()
             .name("store-writer".to_owned())
-            .spawn(move || writer::run(&disk, &shared, requests, expiries))
+            .spawn(move || writer::run(Durable::new(disk, reopen), &shared, requests, expiries))
             .map_err(|e| StoreError::Disk {
                 operation: "start the writer of",
                 path,

@@ -6,8 +6,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
+use super::durable;
 use super::{
-    Change, Disk, Event, Expect, Expiries, Instant, Record, Records, Replica, Revision, StoreError,
+    Change, Durable, Event, Expect, Expiries, Group, Instant, Record, Records, Replica, Revision,
+    StoreError,
 };
 
 /// Writes that one transaction may hold: bounds the latency of the first of them.
@@ -56,7 +58,7 @@ impl Request {
 
 /// Runs until every sender is gone.
 pub(super) fn run(
-    disk: &Disk,
+    mut disk: Durable,
     replica: &Replica,
     mut requests: mpsc::Receiver<Request>,
     mut expiries: Expiries,
@@ -86,7 +88,7 @@ pub(super) fn run(
                     along: Vec::new(),
                     answer: oneshot::channel().0,
                 });
-                if !commit(disk, replica, &mut expiries, group.collect()) {
+                if !commit(&mut disk, replica, &mut expiries, group.collect()) {
                     not_before = Instant::after(EXPIRY_RETRY);
                 }
                 continue;
@@ -106,15 +108,21 @@ pub(super) fn run(
                 bytes += next.bytes();
                 group.push(next);
             }
-            commit(disk, replica, &mut expiries, group);
+            commit(&mut disk, replica, &mut expiries, group);
         }
     });
 }
 
 /// Whether the disk took the group.
-fn commit(disk: &Disk, replica: &Replica, expiries: &mut Expiries, group: Vec<Request>) -> bool {
+fn commit(
+    disk: &mut Durable,
+    replica: &Replica,
+    expiries: &mut Expiries,
+    group: Vec<Request>,
+) -> bool {
     // Only this thread writes, so what is read here cannot change before it is replaced below.
-    let (mut records, mut revision) = replica.newest();
+    let (mut records, from) = replica.newest();
+    let mut revision = from;
     let mut events: Vec<Arc<Event>> = Vec::with_capacity(group.len());
     let mut answers = Vec::with_capacity(group.len());
     let mut changes: Vec<(Arc<str>, Option<Instant>)> = Vec::new();
@@ -130,7 +138,7 @@ fn commit(disk: &Disk, replica: &Replica, expiries: &mut Expiries, group: Vec<Re
             let record = done[0].0.record.clone();
             for (event, expires) in done {
                 let key = &event.record.key;
-                let listed = expiries.has(key) || changes.iter().any(|(k, _)| k == key);
+                let listed = expiries.of(key).is_some() || changes.iter().any(|(k, _)| k == key);
                 if expires.is_some() || listed {
                     changes.push((key.clone(), expires));
                 }
@@ -141,18 +149,33 @@ fn commit(disk: &Disk, replica: &Replica, expiries: &mut Expiries, group: Vec<Re
         answers.push((answer, outcome));
     }
     if !events.is_empty() {
-        if let Err(error) = disk.commit(&events, &changes, revision) {
+        let group = Group {
+            events,
+            expiries: changes,
+            revision,
+        };
+        let undo = || {
+            let ended = group.expiries.iter();
+            Group {
+                events: durable::undo(&group.events),
+                expiries: ended
+                    .map(|(key, _)| (key.clone(), expiries.of(key)))
+                    .collect(),
+                revision: from,
+            }
+        };
+        if let Err(error) = disk.commit(&group, undo) {
             // Nothing of the group happened, so its refusals may be wrong as well: all get the disk's error.
-            tracing::error!(%error, writes = events.len(), "the store cannot commit");
+            tracing::error!(%error, writes = group.events.len(), "the store cannot commit");
             for (answer, _) in answers {
                 let _ = answer.send(Err(error.clone()));
             }
             return false;
         }
-        for (key, expires) in changes {
+        for (key, expires) in group.expiries {
             expiries.set(key, expires);
         }
-        replica.publish(records, revision, &events);
+        replica.publish(records, revision, &group.events);
     }
     for (answer, outcome) in answers {
         // A caller that has gone away does not undo its write.
