@@ -21,6 +21,7 @@ mod connect;
 mod conversion;
 mod delete;
 mod documents;
+mod encodings;
 mod fairness;
 mod fields;
 mod forward;
@@ -85,6 +86,7 @@ pub struct Api {
     served: Vec<&'static Resource>,
     services: allocation::ServiceAllocator,
     events: Arc<watch::EncodedEvents>,
+    encodings: encodings::Encodings,
     kubelets: kubelet::Kubelets,
     metrics: metrics::Metrics,
     fairness: fairness::Fairness,
@@ -166,6 +168,7 @@ impl Api {
             kubelets: kubelet::Kubelets::new(&config.pki_dir)?,
             documents: documents::Documents::default(),
             events: Arc::default(),
+            encodings: encodings::Encodings::default(),
             metrics: metrics::Metrics::default(),
             store,
             config,
@@ -188,10 +191,22 @@ impl Api {
         )?);
         let stop = self.stop.clone();
         let announced = tokio::spawn(self.clone().stay_announced());
+        tokio::spawn(self.clone().forget_unused_encodings());
         listener::serve(self, tls, listeners, stop).await;
         // A panic there is in the log, and nothing that is served here depends on it.
         let _ = announced.await;
         Ok(())
+    }
+
+    /// Gives memory back when nobody lists in protobuf any more.
+    async fn forget_unused_encodings(self: Arc<Self>) {
+        loop {
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                () = tokio::time::sleep(encodings::UNUSED_MAX) => {}
+            }
+            self.encodings.forget_unused(Instant::now());
+        }
     }
 
     /// The other end of a connection, by the certificates that TLS has taken from it.

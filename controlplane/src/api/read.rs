@@ -1,5 +1,6 @@
 //! Get and list.
 
+use bytes::Bytes;
 use http::{StatusCode, request::Parts};
 use serde_json::{Value, json};
 
@@ -7,7 +8,7 @@ use super::reply::Answer;
 use super::request::{Encoding, Form, ListOptions, Target};
 use super::status::Status;
 use super::{Api, Call, object, reply, table};
-use crate::codec::transcode;
+use crate::codec::transcode::List;
 use crate::page::Continue;
 use crate::store::{Range, Record, Revision, StoreError, Wanted};
 
@@ -69,13 +70,13 @@ impl Api {
         if form == Form::Object && !object::converts(resource) {
             let (kind, api_version) = (format!("{}List", resource.kind), resource.api_version());
             let metadata = listing.metadata().to_string();
-            if encoding == Encoding::Protobuf {
-                let ty = resource.ty.get();
-                let items = listing.records.iter();
-                let items = items.map(|record| |out: &mut Vec<u8>| object::write_item(out, record));
-                let list = transcode::list(&api_version, &kind, ty, metadata.as_bytes(), items);
+            if encoding == Encoding::Protobuf
+                && let Some(messages) = self.encodings.messages(resource, &listing.records)
+            {
+                let lengths = messages.iter().map(Bytes::len);
+                let list = List::new(&api_version, &kind, metadata.as_bytes(), lengths);
                 if let Some(list) = list {
-                    return Ok(reply::protobuf(list));
+                    return Ok(reply::messages(list, messages));
                 }
             }
             let head = format!(

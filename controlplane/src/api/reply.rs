@@ -80,37 +80,67 @@ async fn transcoded(answer: Answer, encoding: Encoding) -> Answer {
     Answer::from_parts(head, full(encoded))
 }
 
-/// A list of stored records in the chunks of a stream, so that it is never there as a whole.
+/// A list of stored records in JSON, written record by record.
 pub fn records(head: String, records: Vec<Record>) -> Answer {
-    /// As much goes into one chunk, give or take a record.
-    const CHUNK_BYTES: usize = 64 << 10;
+    const END: &[u8] = b"]}\n";
     let items: usize = records
         .iter()
         .map(|record| object::item_length(record) + 1)
         .sum();
-    let end = b"]}\n";
-    let length = head.len() + items - usize::from(!records.is_empty()) + end.len();
-    let mut first = Some(head);
+    let length = head.len() + items - usize::from(!records.is_empty()) + END.len();
     let mut records = records.into_iter().peekable();
-    let mut ended = false;
-    let mut chunk = move || {
-        let mut out = Vec::with_capacity(CHUNK_BYTES.min(length) + 1024);
-        out.extend_from_slice(first.take().unwrap_or_default().as_bytes());
-        while out.len() < CHUNK_BYTES && !ended {
-            match records.next() {
-                Some(record) => object::write_item(&mut out, &record),
-                None => ended = true,
-            }
-            if records.peek().is_some() {
-                out.push(b',');
-            }
+    let more = move |out: &mut Vec<u8>| {
+        let Some(record) = records.next() else {
+            out.extend_from_slice(END);
+            return false;
+        };
+        object::write_item(out, &record);
+        if records.peek().is_some() {
+            out.push(b',');
         }
-        if ended {
-            out.extend_from_slice(end);
+        true
+    };
+    in_chunks("application/json", head.into_bytes(), length, more)
+}
+
+/// A list in protobuf, written message by message.
+pub fn messages(mut list: transcode::List, messages: Vec<Bytes>) -> Answer {
+    let (head, length) = (std::mem::take(&mut list.head), list.length);
+    let mut messages = messages.into_iter();
+    let more = move |out: &mut Vec<u8>| match messages.next() {
+        Some(message) => {
+            list.write_item(out, &message);
+            true
+        }
+        None => {
+            out.extend_from_slice(transcode::List::TAIL);
+            false
+        }
+    };
+    in_chunks(Encoding::Protobuf.media_type(), head, length, more)
+}
+
+/// An answer of a known length in the chunks of a stream, so that it is never there as a whole. `more` appends a part to what
+/// it is given, and says whether others follow.
+fn in_chunks(
+    content_type: &str,
+    head: Vec<u8>,
+    length: usize,
+    mut more: impl FnMut(&mut Vec<u8>) -> bool + Send + 'static,
+) -> Answer {
+    /// As much goes into one chunk, give or take a part.
+    const CHUNK_BYTES: usize = 64 << 10;
+    let (mut head, mut ended) = (Some(head), false);
+    let mut chunk = move || {
+        let mut out = Vec::with_capacity((CHUNK_BYTES + CHUNK_BYTES / 4).min(length));
+        out.append(&mut head.take().unwrap_or_default());
+        while out.len() < CHUNK_BYTES && !ended {
+            ended = !more(&mut out);
         }
         (Bytes::from(out), ended)
     };
-    let mut answer = bytes(StatusCode::OK, "application/json", Bytes::new());
+    let mut answer = bytes(StatusCode::OK, content_type, Bytes::new());
+    answer.extensions_mut().insert(Own);
     *answer.body_mut() = match length <= CHUNK_BYTES {
         true => full(chunk().0),
         false => streamed(futures::stream::unfold(false, move |over| {
@@ -121,13 +151,6 @@ pub fn records(head: String, records: Vec<Record>) -> Answer {
     answer
         .headers_mut()
         .insert(header::CONTENT_LENGTH, length.into());
-    answer
-}
-
-/// Protobuf that was not made from an answer in JSON.
-pub fn protobuf(message: Vec<u8>) -> Answer {
-    let mut answer = bytes(StatusCode::OK, Encoding::Protobuf.media_type(), message);
-    answer.extensions_mut().insert(Own);
     answer
 }
 

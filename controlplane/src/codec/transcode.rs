@@ -32,45 +32,66 @@ pub fn transcode(json: &[u8]) -> Option<Vec<u8>> {
     Some(out.out)
 }
 
-/// A list with its envelope: its metadata is JSON, each item is written as JSON into the buffer that the iterator is handed.
-/// The JSON of the whole is never there. None as for [`transcode`].
-pub fn list<I>(
-    api_version: &str,
-    list_kind: &str,
-    item: &'static Type,
-    metadata: &[u8],
-    items: impl Iterator<Item = I>,
-) -> Option<Vec<u8>>
-where
-    I: FnOnce(&mut Vec<u8>),
-{
-    let (group, version) = split_api_version(api_version);
-    let ty = type_of(group, version, list_kind)?;
-    let (about, listed) = (place(ty, "metadata")?, place(ty, "items")?);
-    let FieldType::Ref(about_type) = about.ty else {
-        return None;
+/// An object without its envelope, as items of lists are. None as for [`transcode`].
+pub fn message(ty: &'static Type, json: &[u8]) -> Option<Vec<u8>> {
+    let mut out = Writer {
+        out: Vec::with_capacity(json.len()),
     };
-    let mut out = Writer::default();
-    envelope(api_version, list_kind, &mut out);
-    let mut buffer = Vec::new();
-    let nest = |out: &mut Writer, tag: u16, ty: &'static Type, json: &[u8]| {
-        out.nested(tag, |out| {
-            let mut json = serde_json::Deserializer::from_slice(json);
-            Message { ty, out }.deserialize(&mut json).ok()
-        })
-    };
-    out.nested(2, |raw| {
-        nest(raw, about.tag, about_type.get(), metadata)?;
-        for write in items {
-            buffer.clear();
-            write(&mut buffer);
-            nest(raw, listed.tag, item, &buffer)?;
-        }
-        Some(())
-    })?;
-    out.bytes(3, b"");
-    out.bytes(4, b"");
+    write_message(ty, json, &mut out)?;
     Some(out.out)
+}
+
+/// List is what stands around the items of a list, which follow one another between its head and [`List::TAIL`].
+pub struct List {
+    /// The envelope and the list's metadata.
+    pub head: Vec<u8>,
+    /// How long all of it is.
+    pub length: usize,
+    tag: u16,
+}
+
+impl List {
+    pub const TAIL: &'static [u8] = b"\x1a\0\x22\0";
+
+    /// Of metadata in JSON, and items that are as long as said. None as for [`transcode`].
+    pub fn new(
+        api_version: &str,
+        list_kind: &str,
+        metadata: &[u8],
+        lengths: impl Iterator<Item = usize>,
+    ) -> Option<Self> {
+        let (group, version) = split_api_version(api_version);
+        let ty = type_of(group, version, list_kind)?;
+        let (about, listed) = (place(ty, "metadata")?, place(ty, "items")?);
+        let FieldType::Ref(about_type) = about.ty else {
+            return None;
+        };
+        let mut first = Writer::default();
+        first.nested(about.tag, |out| {
+            write_message(about_type.get(), metadata, out)
+        })?;
+        let items: usize = lengths
+            .map(|length| Writer::bytes_length(listed.tag, length))
+            .sum();
+        let mut head = Writer::default();
+        envelope(api_version, list_kind, &mut head);
+        head.prefix(2, first.out.len() + items);
+        head.out.extend_from_slice(&first.out);
+        Some(Self {
+            length: head.out.len() + items + Self::TAIL.len(),
+            head: head.out,
+            tag: listed.tag,
+        })
+    }
+
+    /// Appends an item, which is a [`message`].
+    pub fn write_item(&self, out: &mut Vec<u8>, item: &[u8]) {
+        let mut writer = Writer {
+            out: std::mem::take(out),
+        };
+        writer.bytes(self.tag, item);
+        *out = writer.out;
+    }
 }
 
 /// What says that protobuf follows, and of which kind it is.
@@ -103,13 +124,15 @@ fn write_object(json: &[u8], out: &mut Writer) -> Option<()> {
     let (group, version) = split_api_version(head.api_version);
     let ty = type_of(group, version, head.kind)?;
     envelope(head.api_version, head.kind, out);
-    out.nested(2, |raw| {
-        let mut json = serde_json::Deserializer::from_slice(json);
-        Message { ty, out: raw }.deserialize(&mut json).ok()
-    })?;
+    out.nested(2, |raw| write_message(ty, json, raw))?;
     out.bytes(3, b"");
     out.bytes(4, b"");
     Some(())
+}
+
+fn write_message(ty: &'static Type, json: &[u8], out: &mut Writer) -> Option<()> {
+    let mut json = serde_json::Deserializer::from_slice(json);
+    Message { ty, out }.deserialize(&mut json).ok()
 }
 
 /// An object into the message of a struct.
@@ -199,8 +222,8 @@ impl<'de> Visitor<'de> for Message<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         let mut gathered = Gathered::default();
-        while let Some(key) = map.next_key::<Key>()? {
-            let Some(place) = place(self.ty, &key.0) else {
+        while let Some(place) = map.next_key_seed(FieldKey(self.ty))? {
+            let Some(place) = place else {
                 map.next_value::<IgnoredAny>()?;
                 continue;
             };
@@ -220,12 +243,50 @@ impl<'de> Visitor<'de> for Message<'_> {
     }
 }
 
-/// A key; borrowed ones are not worth the difference, as few have escapes and all are short.
-struct Key(std::borrow::Cow<'static, str>);
+/// The key of a field of a type, read as the place that it leads to; None when it leads nowhere.
+struct FieldKey(&'static Type);
 
-impl<'de> Deserialize<'de> for Key {
-    fn deserialize<D: Deserializer<'de>>(json: D) -> Result<Self, D::Error> {
-        String::deserialize(json).map(|key| Self(key.into()))
+impl<'de> DeserializeSeed<'de> for FieldKey {
+    type Value = Option<Place>;
+
+    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<Self::Value, D::Error> {
+        json.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for FieldKey {
+    type Value = Option<Place>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a key")
+    }
+
+    fn visit_str<E: Error>(self, key: &str) -> Result<Self::Value, E> {
+        Ok(place(self.0, key))
+    }
+}
+
+/// The key of an entry of a map, written as such.
+struct EntryKey<'w>(&'w mut Writer);
+
+impl<'de> DeserializeSeed<'de> for EntryKey<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<(), D::Error> {
+        json.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for EntryKey<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a key")
+    }
+
+    fn visit_str<E: Error>(self, key: &str) -> Result<(), E> {
+        self.0.bytes(1, key.as_bytes());
+        Ok(())
     }
 }
 
@@ -402,9 +463,10 @@ impl<'de> Visitor<'de> for Content<'_> {
                 .out
                 .nested(self.tag, |out| Message { ty: id.get(), out }.visit_map(map)),
             FieldType::Map(inner) => {
-                while let Some(key) = map.next_key::<Key>()? {
+                let mut key = Writer::default();
+                while map.next_key_seed(EntryKey(&mut key))?.is_some() {
                     self.out.nested(self.tag, |entry| {
-                        entry.bytes(1, key.0.as_bytes());
+                        entry.out.append(&mut key.out);
                         map.next_value_seed(Content {
                             ty: inner,
                             tag: 2,

@@ -138,9 +138,18 @@ impl Writer {
         self.out.extend_from_slice(&n.to_bits().to_le_bytes());
     }
     pub fn bytes(&mut self, number: u16, bytes: &[u8]) {
-        self.raw_varint(u64::from(number) << 3 | 2);
-        self.raw_varint(bytes.len() as u64);
+        self.prefix(number, bytes.len());
         self.out.extend_from_slice(bytes);
+    }
+    /// What stands before so many bytes of a field.
+    pub fn prefix(&mut self, number: u16, length: usize) {
+        self.raw_varint(u64::from(number) << 3 | 2);
+        self.raw_varint(length as u64);
+    }
+    /// How much [`Writer::bytes`] writes.
+    pub fn bytes_length(number: u16, length: usize) -> usize {
+        let varint = |n: u64| n.checked_ilog2().unwrap_or(0) as usize / 7 + 1;
+        varint(u64::from(number) << 3) + varint(length as u64) + length
     }
     /// A nested message, written in place by `fill`, with its length put before it afterwards: nothing is allocated, and
     /// each byte moves at most once per level.
@@ -182,6 +191,17 @@ mod tests {
         assert_eq!(r.next().unwrap().unwrap(), (5, Value::Bytes(&[8, 0])));
         assert_eq!(r.next(), Ok(None));
         assert_eq!(Reader::new(&[1, 0x80, 1]).packed(), Ok(vec![1, 128]));
+    }
+
+    #[test]
+    fn lengths_are_known_before_anything_is_written() {
+        for length in [0, 1, 127, 128, 16_383, 16_384, 70_000] {
+            for number in [1, 15, 16, 2047, 2048] {
+                let mut w = Writer::default();
+                w.bytes(number, &vec![7; length]);
+                assert_eq!(w.out.len(), Writer::bytes_length(number, length));
+            }
+        }
     }
 
     #[test]

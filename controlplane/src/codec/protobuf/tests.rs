@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::codec::arbitrary::object;
-use crate::codec::transcode::{transcode, watch_frame};
+use crate::codec::transcode::{List, message, transcode, watch_frame};
 use crate::codec::{FieldValidation, MediaType};
 use crate::registry::resources;
 
@@ -281,8 +281,18 @@ proptest! {
         let whole = json!({"kind": list_kind, "apiVersion": api_version, "metadata": metadata, "items": vec![item.clone(); count]});
         let ty = type_of(group, version, kind).unwrap();
         let text = item.to_string();
-        let items = (0..count).map(|_| |out: &mut Vec<u8>| out.extend_from_slice(text.as_bytes()));
-        let list = crate::codec::transcode::list(api_version, &list_kind, ty, metadata.to_string().as_bytes(), items);
+        let message = message(ty, text.as_bytes()).expect("the tables know the kind");
+        let lengths = std::iter::repeat_n(message.len(), count);
+        let list = List::new(api_version, &list_kind, metadata.to_string().as_bytes(), lengths);
+        let list = list.map(|list| {
+            let mut out = list.head.clone();
+            for _ in 0..count {
+                list.write_item(&mut out, &message);
+            }
+            out.extend_from_slice(List::TAIL);
+            assert_eq!(out.len(), list.length);
+            out
+        });
         prop_assert_eq!(list, transcode(whole.to_string().as_bytes()));
     }
 
