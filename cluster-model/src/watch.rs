@@ -3,7 +3,7 @@
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::{Stream, StreamExt};
 use kube::config::{AuthInfo, KubeConfigOptions, Kubeconfig};
@@ -229,6 +229,7 @@ impl List {
 #[derive(Default)]
 struct Pauses {
     attempts: u32,
+    last: Option<Instant>,
 }
 
 const PAUSE_MIN_MS: u64 = 100;
@@ -240,6 +241,7 @@ impl Iterator for Pauses {
     fn next(&mut self) -> Option<Duration> {
         let doubled = PAUSE_MIN_MS << self.attempts.min(10);
         self.attempts += 1;
+        self.last = Some(Instant::now());
         let random = RandomState::new().build_hasher().finish();
         let pause = doubled.min(PAUSE_MAX_MS);
         Some(Duration::from_millis(pause / 2 + random % (pause / 2 + 1)))
@@ -247,8 +249,13 @@ impl Iterator for Pauses {
 }
 
 impl Backoff for Pauses {
+    /// Called with everything that is not an error, and that a list is about to be asked for is told as such: a server that is away would be
+    /// asked ten times a second. What goes well for longer than the longest pause is believed.
     fn reset(&mut self) {
-        self.attempts = 0;
+        let longest = Duration::from_millis(PAUSE_MAX_MS);
+        if self.last.is_some_and(|last| last.elapsed() > longest) {
+            *self = Self::default();
+        }
     }
 }
 
@@ -353,6 +360,10 @@ mod tests {
             assert!(pauses.next().unwrap() <= Duration::from_secs(5));
         }
         assert!(pauses.next().unwrap() >= Duration::from_millis(2500));
+        // "A list is asked for" is no success.
+        pauses.reset();
+        assert!(pauses.next().unwrap() >= Duration::from_millis(2500));
+        pauses.last = Instant::now().checked_sub(Duration::from_millis(PAUSE_MAX_MS + 1));
         pauses.reset();
         assert!(pauses.next().unwrap() <= Duration::from_millis(100));
     }
