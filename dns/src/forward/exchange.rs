@@ -111,18 +111,27 @@ pub(super) async fn by_udp(server: SocketAddr, outgoing: &Outgoing) -> io::Resul
     let socket = UdpSocket::bind(any).await?;
     socket.connect(server).await?;
     socket.send(&outgoing.wire).await?;
-    let mut reply = vec![0; DATAGRAM_BYTES_MAX];
     loop {
-        let bytes = socket.recv(&mut reply).await?;
-        match belongs(&reply[..bytes], outgoing.id, outgoing.question()) {
-            Ok(()) => {
-                reply.truncate(bytes);
-                return Ok(Received::Answer(reply));
-            }
-            Err(BadReply::OtherSpelling) => return Ok(Received::Suspect),
-            Err(_) => {}
+        socket.readable().await?;
+        if let Some(received) = next_of(&socket, outgoing)? {
+            return Ok(received);
         }
     }
+}
+
+/// What there is of an answer. The buffer is no part of a question that waits: thousands of them would be most of this process.
+fn next_of(socket: &UdpSocket, outgoing: &Outgoing) -> io::Result<Option<Received>> {
+    let mut buffer = [0; DATAGRAM_BYTES_MAX];
+    let bytes = match socket.try_recv(&mut buffer) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+        received => received?,
+    };
+    let reply = &buffer[..bytes];
+    Ok(match belongs(reply, outgoing.id, outgoing.question()) {
+        Ok(()) => Some(Received::Answer(reply.to_vec())),
+        Err(BadReply::OtherSpelling) => Some(Received::Suspect),
+        Err(_) => None,
+    })
 }
 
 /// Asks over a stream, with the two bytes of length that TCP has in front of a message.
