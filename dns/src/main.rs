@@ -77,6 +77,7 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     }
     tracing::info!(%address, threads = config.threads, "serving");
     let feed = Feed::start(shared.clone(), config.source).await?;
+    server::answers_go_first();
     if let Some(file) = config.file {
         tokio::spawn(reload::follow(shared.clone(), file, config.spec, zone));
     } else {

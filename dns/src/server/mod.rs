@@ -184,6 +184,14 @@ pub fn prepare_process() {
     sys::keep_memory_small();
 }
 
+/// Has the calling thread, which makes zones of what is told of the cluster, wait for those that answer: a list takes it as long as some
+/// thousand answers. To be called once those have been started, since threads are as patient as who starts them.
+pub fn answers_go_first() {
+    if let Err(error) = sys::let_others_go_first() {
+        tracing::debug!(%error, "news of the cluster may delay answers");
+    }
+}
+
 /// Binds `address` for UDP, once per thread, and for TCP, and serves until the process ends or it is drained. Must be called
 /// within a tokio runtime, which carries TCP and what is forwarded.
 pub async fn start(
