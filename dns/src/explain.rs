@@ -162,7 +162,7 @@ fn of_cluster(text: &mut String, zone: &Zone, place: &Place<'_>) {
             text.push_str("rule       the name has no records; there are names below it\n");
         }
         Some(node) => {
-            for (by, record) in node.sources() {
+            for (by, record) in zone.sources(node) {
                 let _ = writeln!(text, "record     {record:?}, from {by}");
             }
         }

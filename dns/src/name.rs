@@ -160,6 +160,11 @@ impl Relative {
         &self.0
     }
 
+    /// A name from wire format that has been checked, lower case included.
+    pub(crate) fn from_wire(wire: &[u8]) -> Self {
+        Self(wire.into())
+    }
+
     /// The absolute name below `origin`.
     pub fn under(&self, origin: &Name) -> Name {
         Name([self.wire(), origin.wire()].concat().into())

@@ -21,7 +21,7 @@ pub enum Record {
     },
     Ptr(Relative),
     /// One character string.
-    Txt(&'static [u8]),
+    Txt(Vec<u8>),
 }
 
 impl From<IpAddr> for Record {

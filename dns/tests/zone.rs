@@ -28,7 +28,7 @@ fn records(zone: &Zone, name: &str) -> Vec<Record> {
     let mut records: Vec<_> = zone
         .find(&name)
         .into_iter()
-        .flat_map(|node| node.records().cloned())
+        .flat_map(|node| node.records().map(Record::from))
         .collect();
     records.sort();
     records
@@ -74,7 +74,7 @@ fn a_cluster_ip_service_has_a_srv_and_ptr_records() {
     );
     assert_eq!(
         records(&zone, "dns-version.cluster.local"),
-        [Record::Txt(b"1.1.0")]
+        [Record::Txt(b"1.1.0".to_vec())]
     );
 }
 

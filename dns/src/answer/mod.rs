@@ -7,9 +7,8 @@ pub use rcode::Rcode;
 pub(crate) use writer::{HOSTMASTER, NAMESERVER, Section, Writer, soa_numbers};
 
 use crate::name::{Name, before};
-use crate::plan::Record;
 use crate::query::{Bad, HEADER_BYTES, Query, class, rtype};
-use crate::zone::{Node, Place, PodName, Zone};
+use crate::zone::{Node, Place, PodName, Told, Zone};
 use writer::{Owner, QUESTION, srv_targets};
 
 /// What an operator can choose of the answers.
@@ -151,9 +150,9 @@ pub fn answer(
     match (node, zone.pod(&place)) {
         (Some(node), _) => answering.at_node(node, writer),
         (None, PodName::Address(address)) => {
-            let record = Record::from(address);
-            if type_of(&record) == query.rtype {
-                writer.record(QUESTION, place.apex, &record, policy.ttl_s);
+            let record = Told::from(address);
+            if type_of(record) == query.rtype {
+                writer.record(QUESTION, place.apex, record, policy.ttl_s);
             } else {
                 answering.no(&mut writer);
             }
@@ -220,7 +219,7 @@ impl Answering<'_> {
         writer.finish(Rcode::NoError)
     }
 
-    fn at_node(&self, node: &Node, mut writer: Writer<'_>) -> Verdict {
+    fn at_node(&self, node: Node<'_>, mut writer: Writer<'_>) -> Verdict {
         let (zone, ttl_s) = (self.zone, self.policy.ttl_s);
         if self.rtype == rtype::ANY && !node.is_empty() {
             writer.hinfo(ttl_s);
@@ -231,7 +230,7 @@ impl Answering<'_> {
         let mut aliased = false;
         for _ in 0..CNAMES_MAX {
             let target = node.records().find_map(|record| match record {
-                Record::Cname(target) => Some((record, target)),
+                Told::Cname(target) => Some((record, target)),
                 _ => None,
             });
             let Some((record, target)) = target else {
@@ -242,8 +241,8 @@ impl Answering<'_> {
                 return writer.finish(Rcode::NoError);
             }
             aliased = true;
-            owner = target_at.map_or(Owner::Name(target.wire()), Owner::At);
-            let place = zone.place(target.wire()).filter(|place| !place.reverse);
+            owner = target_at.map_or(Owner::Name(target), Owner::At);
+            let place = zone.place(target).filter(|place| !place.reverse);
             match place {
                 Some(place) => match zone.node(&place) {
                     Some(next) => node = next,
@@ -253,7 +252,7 @@ impl Answering<'_> {
                     }
                 },
                 None if self.policy.recursion && !writer.is_truncated() => {
-                    let target = target.clone();
+                    let target = Name::from_wire(target);
                     return match writer.finish(Rcode::NoError) {
                         Verdict::Reply { bytes, .. } => Verdict::Chase { bytes, target },
                         other => other,
@@ -264,7 +263,7 @@ impl Answering<'_> {
         }
         let wanted = node
             .records()
-            .filter(|record| type_of(record) == self.rtype);
+            .filter(|record| type_of(*record) == self.rtype);
         let count = wanted.clone().count();
         if count == 0 {
             // With a chain that does not end in data, SOA says as much (RFC 2308, 2.2).
@@ -290,14 +289,14 @@ impl Answering<'_> {
     }
 }
 
-fn type_of(record: &Record) -> u16 {
+fn type_of(record: Told<'_>) -> u16 {
     match record {
-        Record::A(_) => rtype::A,
-        Record::Aaaa(_) => rtype::AAAA,
-        Record::Cname(_) => rtype::CNAME,
-        Record::Srv { .. } => rtype::SRV,
-        Record::Ptr(_) => rtype::PTR,
-        Record::Txt(_) => rtype::TXT,
+        Told::A(_) => rtype::A,
+        Told::Aaaa(_) => rtype::AAAA,
+        Told::Cname(_) => rtype::CNAME,
+        Told::Srv { .. } => rtype::SRV,
+        Told::Ptr(_) => rtype::PTR,
+        Told::Txt(_) => rtype::TXT,
     }
 }
 

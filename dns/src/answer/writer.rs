@@ -3,9 +3,9 @@
 use std::net::IpAddr;
 
 use super::{Policy, Rcode, Verdict};
-use crate::name::{Name, Relative};
-use crate::plan::Record;
+use crate::name::Name;
 use crate::query::{HEADER_BYTES, Query, class, rtype};
+use crate::zone::Told;
 
 const FLAG_RESPONSE: u8 = 0x80;
 const FLAG_AUTHORITATIVE: u8 = 0x04;
@@ -135,7 +135,7 @@ impl<'a> Writer<'a> {
         &mut self,
         owner: Owner<'_>,
         origin: &Name,
-        record: &Record,
+        record: Told<'_>,
         ttl_s: u32,
     ) -> Option<usize> {
         if self.truncated {
@@ -145,24 +145,24 @@ impl<'a> Writer<'a> {
         let section = Section::Answer;
         let start = self.at + owner_bytes(owner);
         let (fits, target_at) = match record {
-            Record::A(v4) => {
+            Told::A(v4) => {
                 let data = [&v4.octets()[..], none, none, none];
                 (self.put(section, owner, rtype::A, ttl_s, data), None)
             }
-            Record::Aaaa(v6) => {
+            Told::Aaaa(v6) => {
                 let data = [&v6.octets()[..], none, none, none];
                 (self.put(section, owner, rtype::AAAA, ttl_s, data), None)
             }
-            Record::Cname(name) => {
-                let data = [name.wire(), none, none, none];
+            Told::Cname(name) => {
+                let data = [name, none, none, none];
                 let fits = self.put(section, owner, rtype::CNAME, ttl_s, data);
                 (fits, Some(start + RECORD_FIXED_BYTES))
             }
-            Record::Ptr(name) => {
+            Told::Ptr(name) => {
                 let fits = self.put_ptr(owner, origin, name, ttl_s);
                 (fits, Some(start + RECORD_FIXED_BYTES))
             }
-            Record::Srv {
+            Told::Srv {
                 weight,
                 port,
                 target,
@@ -171,11 +171,11 @@ impl<'a> Writer<'a> {
                 numbers[2..4].copy_from_slice(&weight.to_be_bytes());
                 numbers[4..].copy_from_slice(&port.to_be_bytes());
                 // The target of an SRV record is not compressed (RFC 2782).
-                let data = [&numbers[..], target.wire(), origin.wire(), none];
+                let data = [&numbers[..], target, origin.wire(), none];
                 let fits = self.put(section, owner, rtype::SRV, ttl_s, data);
                 (fits, Some(start + SRV_TARGET_AT))
             }
-            Record::Txt(text) => {
+            Told::Txt(text) => {
                 let length = [text.len() as u8];
                 let data = [&length[..], text, none, none];
                 (self.put(section, owner, rtype::TXT, ttl_s, data), None)
@@ -185,15 +185,15 @@ impl<'a> Writer<'a> {
         target_at.filter(|at| fits && *at <= POINTER_REACH)
     }
 
-    fn put_ptr(&mut self, owner: Owner<'_>, origin: &Name, name: &Relative, ttl_s: u32) -> bool {
+    fn put_ptr(&mut self, owner: Owner<'_>, origin: &Name, name: &[u8], ttl_s: u32) -> bool {
         let none: &[u8] = &[];
         if let Some(at) = self.origin_at {
             let pointer = (POINTER | at as u16).to_be_bytes();
-            let data = [name.wire(), &pointer, none, none];
+            let data = [name, &pointer, none, none];
             return self.put(Section::Answer, owner, rtype::PTR, ttl_s, data);
         }
-        let at = self.at + owner_bytes(owner) + RECORD_FIXED_BYTES + name.wire().len();
-        let data = [name.wire(), origin.wire(), none, none];
+        let at = self.at + owner_bytes(owner) + RECORD_FIXED_BYTES + name.len();
+        let data = [name, origin.wire(), none, none];
         let fits = self.put(Section::Answer, owner, rtype::PTR, ttl_s, data);
         if fits && at <= POINTER_REACH {
             self.origin_at = Some(at);
@@ -359,16 +359,16 @@ pub(crate) fn soa_numbers(serial: u32, ttl_s: u32) -> [u8; 20] {
 pub(super) fn srv_targets<'r>(
     start: usize,
     origin: &Name,
-    records: impl Iterator<Item = &'r Record>,
-) -> impl Iterator<Item = (&'r Relative, usize)> {
+    records: impl Iterator<Item = Told<'r>>,
+) -> impl Iterator<Item = (&'r [u8], usize)> {
     let tail = origin.wire().len();
     let targets = records.filter_map(|record| match record {
-        Record::Srv { target, .. } => Some(target),
+        Told::Srv { target, .. } => Some(target),
         _ => None,
     });
     targets.scan(start, move |at, target| {
         let target_at = *at + 2 + SRV_TARGET_AT;
-        *at = target_at + target.wire().len() + tail;
+        *at = target_at + target.len() + tail;
         (target_at <= POINTER_REACH).then_some((target, target_at))
     })
 }

@@ -5,9 +5,8 @@ use std::net::IpAddr;
 use super::Shared;
 use crate::answer::{HOSTMASTER, NAMESERVER, Rcode, Verdict, failure, soa_numbers};
 use crate::name::{Name, before};
-use crate::plan::Record;
 use crate::query::{HEADER_BYTES, Query, class, rtype};
-use crate::zone::Zone;
+use crate::zone::{Told, Zone};
 
 /// Bytes of one message: far below what fits, so that a receiver has something to do early.
 const MESSAGE_BYTES: usize = 16 * 1024;
@@ -87,23 +86,23 @@ impl Transfer<'_> {
             };
             for record in node.records() {
                 match record {
-                    Record::A(v4) => self.record(&owner, rtype::A, &v4.octets()),
-                    Record::Aaaa(v6) => self.record(&owner, rtype::AAAA, &v6.octets()),
-                    Record::Cname(target) => self.record(&owner, rtype::CNAME, target.wire()),
-                    Record::Ptr(target) => {
-                        let data = [target.wire(), origin.wire()].concat();
+                    Told::A(v4) => self.record(&owner, rtype::A, &v4.octets()),
+                    Told::Aaaa(v6) => self.record(&owner, rtype::AAAA, &v6.octets()),
+                    Told::Cname(target) => self.record(&owner, rtype::CNAME, target),
+                    Told::Ptr(target) => {
+                        let data = [target, origin.wire()].concat();
                         self.record(&owner, rtype::PTR, &data);
                     }
-                    Record::Srv {
+                    Told::Srv {
                         weight,
                         port,
                         target,
                     } => {
                         let numbers = [weight.to_be_bytes(), port.to_be_bytes()].concat();
-                        let data = [&[0, 0][..], &numbers, target.wire(), origin.wire()].concat();
+                        let data = [&[0, 0][..], &numbers, target, origin.wire()].concat();
                         self.record(&owner, rtype::SRV, &data);
                     }
-                    Record::Txt(text) => {
+                    Told::Txt(text) => {
                         let data = [&[text.len() as u8][..], text].concat();
                         self.record(&owner, rtype::TXT, &data);
                     }

@@ -1,5 +1,6 @@
 //! The hot path allocates nothing: names of the cluster, what does not exist, and what is in the cache.
 
+mod memory;
 mod sys;
 
 use std::net::IpAddr;

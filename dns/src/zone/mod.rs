@@ -1,14 +1,18 @@
 //! The zone: every name of the cluster and what it resolves to, kept in step with a snapshot.
 
+mod node;
+
+use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use cluster_model::{Dirty, Kind, ObjectKey, Snapshot};
 
-use crate::few::Few;
+use crate::bytemap::{ByteMap, Slot};
 use crate::name::{Name, Relative, before, parent};
-use crate::names::NameMap;
 use crate::plan::{Naming, Owner, Record, Records, plan, plan_pod, undashed};
+pub use node::{Node, Told};
+use node::{Set, pack};
 
 /// Version of the Kubernetes DNS specification that `dns-version.<domain>` names.
 const SPECIFICATION: &[u8] = b"1.1.0";
@@ -61,8 +65,6 @@ impl ZoneSettings {
     }
 }
 
-/// A node's name: see [`Zone::nodes`].
-type Key = Arc<[u8]>;
 type Map<K, V> =
     im::GenericHashMap<K, V, foldhash::fast::RandomState, im::shared_ptr::DefaultSharedPtr>;
 
@@ -72,9 +74,10 @@ pub struct Zone {
     settings: Arc<ZoneSettings>,
     /// By relative name for what is below the origins, by absolute name for reversed addresses: the closing root label tells
     /// them apart.
-    nodes: NameMap<Arc<Node>>,
-    /// The names that each object contributed to, to take them away again.
-    planned: Map<Arc<Object>, Arc<[Key]>>,
+    nodes: ByteMap,
+    /// By object: its number, and where the names are that it contributed to, to take them away again.
+    planned: ByteMap,
+    next_number: u32,
     /// The pods that each address belongs to; several where one has ended and its address has been given again.
     clients: Map<IpAddr, Arc<[ObjectKey]>>,
     addresses_of: Map<ObjectKey, Arc<[IpAddr]>>,
@@ -84,58 +87,58 @@ pub struct Zone {
 }
 
 /// Who contributed records.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-enum Object {
+#[derive(Clone, Copy)]
+enum Object<'a> {
     Zone,
-    Service(ObjectKey),
-    Pod(ObjectKey),
+    Service(&'a ObjectKey),
+    Pod(&'a ObjectKey),
 }
 
-/// One name of the tree: with records, or only because there is something below it (RFC 8020).
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Node {
-    /// Names with records below this one.
-    below: u32,
-    /// Records by who contributed them: two Services may share an endpoint, and so a PTR name.
-    sets: Few<Set>,
+/// Between a namespace and a name, which neither of them has.
+const SEPARATOR: u8 = b'/';
+
+impl Object<'_> {
+    /// A key for it, no other's.
+    fn key(self) -> Vec<u8> {
+        let (kind, key) = match self {
+            Object::Zone => return Vec::new(),
+            Object::Service(key) => (b'S', key),
+            Object::Pod(key) => (b'P', key),
+        };
+        let (namespace, name) = (key.namespace.as_bytes(), key.name.as_bytes());
+        [&[kind], namespace, &[SEPARATOR], name].concat()
+    }
+
+    /// What people call the object that has a key.
+    fn title(key: &[u8]) -> String {
+        let name = |key| String::from_utf8_lossy(key);
+        match key.split_first() {
+            None => "the zone itself".to_owned(),
+            Some((b'S', key)) => format!("Service {}", name(key)),
+            Some((_, key)) => format!("Pod {}", name(key)),
+        }
+    }
 }
 
-#[derive(Clone, Debug, PartialEq)]
-struct Set {
-    by: Arc<Object>,
-    records: Few<Record>,
+/// What is kept of an object that has records.
+struct Planned {
+    number: u32,
+    slots: Vec<Slot>,
 }
 
-impl Node {
-    /// The records of this name, each once.
-    pub fn records(&self) -> impl Iterator<Item = &Record> + Clone {
-        self.sets.iter().enumerate().flat_map(move |(i, set)| {
-            let earlier = &self.sets[..i];
-            set.records
-                .iter()
-                .filter(move |record| !earlier.iter().any(|set| set.records.contains(record)))
+impl Planned {
+    fn read(bytes: &[u8]) -> Option<Self> {
+        let (number, slots) = bytes.split_first_chunk()?;
+        let (slots, _) = slots.as_chunks::<{ Slot::BYTES }>();
+        Some(Self {
+            number: u32::from_le_bytes(*number),
+            slots: slots.iter().copied().map(Slot::from_bytes).collect(),
         })
     }
 
-    /// Who contributed each record, for those who ask why.
-    pub fn sources(&self) -> impl Iterator<Item = (String, &Record)> {
-        self.sets.iter().flat_map(|set| {
-            let by = match &*set.by {
-                Object::Zone => "the zone itself".to_owned(),
-                Object::Service(key) => format!("Service {key}"),
-                Object::Pod(key) => format!("Pod {key}"),
-            };
-            set.records.iter().map(move |record| (by.clone(), record))
-        })
-    }
-
-    /// Whether the name exists only because of what is below it.
-    pub fn is_empty(&self) -> bool {
-        self.sets.is_empty()
-    }
-
-    fn is_unused(&self) -> bool {
-        self.below == 0 && self.sets.is_empty()
+    fn bytes(&self) -> Vec<u8> {
+        let slots = self.slots.iter().flat_map(|slot| slot.to_bytes());
+        self.number.to_le_bytes().into_iter().chain(slots).collect()
     }
 }
 
@@ -155,8 +158,9 @@ impl Zone {
     pub fn new(settings: ZoneSettings) -> Self {
         let mut zone = Self {
             settings: Arc::new(settings),
-            nodes: NameMap::default(),
-            planned: Map::default(),
+            nodes: ByteMap::default(),
+            planned: ByteMap::default(),
+            next_number: 0,
             clients: Map::default(),
             addresses_of: Map::default(),
             serial: 1,
@@ -165,8 +169,10 @@ impl Zone {
         };
         let longest = zone.settings.naming().origin_bytes_max;
         if let Ok(version) = Relative::origin().child("dns-version", longest) {
-            let records =
-                Records::from([(Owner::Cluster(version), vec![Record::Txt(SPECIFICATION)])]);
+            let records = Records::from([(
+                Owner::Cluster(version),
+                vec![Record::Txt(SPECIFICATION.into())],
+            )]);
             zone.replace(Object::Zone, records);
         }
         zone
@@ -193,7 +199,7 @@ impl Zone {
         let mut changed = false;
         for key in &dirty.services {
             let records = plan(naming, snapshot, key);
-            changed |= self.replace(Object::Service(key.clone()), records);
+            changed |= self.replace(Object::Service(key), records);
         }
         for key in &dirty.pods {
             self.update_client(snapshot, key);
@@ -201,7 +207,7 @@ impl Zone {
         if self.settings.pods == Pods::Verified {
             for key in &dirty.pods {
                 let records = plan_pod(naming, snapshot, key);
-                changed |= self.replace(Object::Pod(key.clone()), records);
+                changed |= self.replace(Object::Pod(key), records);
             }
         }
         if changed {
@@ -256,88 +262,105 @@ impl Zone {
         }
     }
 
-    fn replace(&mut self, by: Object, records: Records) -> bool {
-        let (by, old) = match self.planned.get_key_value(&by) {
-            Some((by, names)) => (by.clone(), names.clone()),
-            None => (Arc::new(by), Arc::from([])),
-        };
+    fn replace(&mut self, by: Object<'_>, records: Records) -> bool {
+        let key = by.key();
+        let old = self.planned.get(&key).and_then(Planned::read);
+        if old.is_none() && records.is_empty() {
+            return false;
+        }
+        let number = old.as_ref().map_or(self.next_number, |old| old.number);
+        if old.is_none() {
+            // Four thousand million objects are more than any cluster ever has.
+            self.next_number = self.next_number.wrapping_add(1);
+        }
         let mut changed = false;
-        let mut names = Vec::with_capacity(records.len());
-        for (owner, mut records) in records {
-            let shared = match &owner {
-                Owner::Cluster(name) => name.shared(),
-                Owner::Reverse(name) => name.shared(),
-            };
+        let mut slots = Vec::with_capacity(records.len());
+        let name_of = |owner: &Owner| match owner {
+            Owner::Cluster(name) => name.shared().clone(),
+            Owner::Reverse(name) => name.shared().clone(),
+        };
+        for (owner, records) in &records {
+            let name = name_of(owner);
+            let mut records = records.clone();
             // Sorted, so that what is stored does not depend on the order of arrival.
             records.sort_unstable();
-            let name = old.iter().find(|name| **name == *shared);
-            // Records of a Service name each other: one allocation serves them all.
-            let name = name.unwrap_or(shared).clone();
-            changed |= self.put(&name, &by, records);
-            names.push(name);
+            changed |= self.put(&name, number, &pack(&records));
+            slots.push(self.nodes.slot(&name));
         }
-        for name in old.iter().filter(|name| !names.contains(name)) {
-            self.take(name, &by);
-            changed = true;
+        slots.sort_unstable();
+        for slot in old.iter().flat_map(|old| &old.slots) {
+            // Where another name shares the place of one that has gone, names tell.
+            if slots.binary_search(slot).is_ok() && self.nodes.at(*slot).count() == 1 {
+                continue;
+            }
+            let had = self.nodes.at(*slot).filter(|(_, node)| {
+                let mut sets = Node::read(node).sets();
+                sets.any(|set| set.by == number)
+            });
+            let gone =
+                had.filter(|(name, _)| !records.keys().any(|owner| *name_of(owner) == **name));
+            let gone: Vec<Vec<u8>> = gone.map(|(name, _)| name.to_vec()).collect();
+            for name in gone {
+                self.take(&name, number);
+                changed = true;
+            }
         }
-        if names.is_empty() {
-            self.planned.remove(&by);
+        if slots.is_empty() {
+            self.planned.remove(&key);
         } else if changed {
-            self.planned.insert(by, names.into());
+            self.planned
+                .insert(&key, &Planned { number, slots }.bytes());
         }
         changed
     }
 
-    fn put(&mut self, name: &Arc<[u8]>, by: &Arc<Object>, records: Vec<Record>) -> bool {
-        let node = self.nodes.get(name);
-        let set = node.and_then(|node| node.sets.iter().find(|set| set.by == *by));
-        if set.is_some_and(|set| *set.records == *records) {
+    fn put(&mut self, name: &[u8], by: u32, packed: &[u8]) -> bool {
+        let node = Node::read(self.nodes.get(name).unwrap_or_default());
+        let new = Set { by, packed };
+        if node.sets().any(|set| set == new) {
             return false;
         }
-        let first = node.is_none_or(|node| node.sets.is_empty());
-        let node = Arc::make_mut(self.nodes.get_or_insert(name, Arc::default));
-        let mut sets = std::mem::take(&mut node.sets).into_vec();
-        sets.retain(|set| set.by != *by);
-        sets.push(Set {
-            by: by.clone(),
-            records: records.into(),
-        });
-        node.sets = sets.into();
+        let first = node.is_empty();
+        let others = node.sets().filter(|set| set.by != by);
+        let node = Node::write(node.below, others.chain([new]));
+        self.nodes.insert(name, &node);
         if first {
             for above in above(name) {
-                let node = match self.nodes.get_mut(above) {
-                    Some(node) => node,
-                    None => self.nodes.get_or_insert(&above.into(), Arc::default),
-                };
-                Arc::make_mut(node).below += 1;
+                self.count_below(above, |below| below + 1);
             }
         }
         true
     }
 
-    fn take(&mut self, name: &[u8], by: &Object) {
-        let Some(node) = self.nodes.get_mut(name) else {
+    fn take(&mut self, name: &[u8], by: u32) {
+        let Some(node) = self.nodes.get(name).map(Node::read) else {
             return;
         };
-        let node = Arc::make_mut(node);
-        let mut sets = std::mem::take(&mut node.sets).into_vec();
-        sets.retain(|set| *set.by != *by);
-        node.sets = sets.into();
-        if !node.sets.is_empty() {
-            return;
-        }
-        if node.is_unused() {
+        let below = node.below;
+        let left = Node::write(below, node.sets().filter(|set| set.by != by));
+        let left_empty = Node::read(&left).is_empty();
+        if below == 0 && left_empty {
             self.nodes.remove(name);
+        } else {
+            self.nodes.insert(name, &left);
         }
-        for above in above(name) {
-            let Some(node) = self.nodes.get_mut(above) else {
-                continue;
-            };
-            let node = Arc::make_mut(node);
-            node.below -= 1;
-            if node.is_unused() {
-                self.nodes.remove(above);
+        if left_empty {
+            for above in above(name) {
+                self.count_below(above, |below| below.saturating_sub(1));
             }
+        }
+    }
+
+    /// Counts the names below one, which comes with the first of them and goes with the last.
+    fn count_below(&mut self, name: &[u8], count: impl Fn(u32) -> u32) {
+        let Some(bytes) = self.nodes.get_mut(name) else {
+            let node = Node::write(count(0), std::iter::empty());
+            return self.nodes.insert(name, &node);
+        };
+        let below = count(Node::read(bytes).below);
+        Node::set_below(bytes, below);
+        if Node::read(bytes).is_unused() {
+            self.nodes.remove(name);
         }
     }
 
@@ -361,8 +384,28 @@ impl Zone {
     }
 
     /// The node at a place; `None` when there is no such name.
-    pub fn node(&self, place: &Place<'_>) -> Option<&Node> {
-        self.nodes.get(place.key).map(Arc::as_ref)
+    pub fn node(&self, place: &Place<'_>) -> Option<Node<'_>> {
+        self.nodes.get(place.key).map(Node::read)
+    }
+
+    /// Who contributed each record of a node, for those who ask why.
+    pub fn sources(&self, node: Node<'_>) -> Vec<(String, Record)> {
+        let titles = self.objects();
+        let sets = node.sets().flat_map(|set| {
+            let by = titles
+                .get(&set.by)
+                .copied()
+                .map_or_else(String::new, Object::title);
+            set.records().map(move |record| (by.clone(), record.into()))
+        });
+        sets.collect()
+    }
+
+    /// The key of each object by its number.
+    fn objects(&self) -> HashMap<u32, &[u8]> {
+        let planned = self.planned.iter();
+        let numbers = planned.filter_map(|(key, bytes)| Some((Planned::read(bytes)?.number, key)));
+        numbers.collect()
     }
 
     /// The address of a pod that a place spells, where that is believed.
@@ -392,7 +435,7 @@ impl Zone {
     }
 
     /// The node of a name in text, absolute or not; for tests and those who ask why.
-    pub fn find(&self, name: &Name) -> Option<&Node> {
+    pub fn find(&self, name: &Name) -> Option<Node<'_>> {
         self.place(name.wire()).and_then(|place| self.node(&place))
     }
 
@@ -400,28 +443,27 @@ impl Zone {
     pub fn has(&self, relative: &[u8]) -> bool {
         self.nodes
             .get(relative)
-            .is_some_and(|node| !node.is_empty())
+            .is_some_and(|node| !Node::read(node).is_empty())
     }
 
     /// The addresses of a name below the origins, for the additional section.
-    pub fn addresses(&self, name: &Relative) -> impl Iterator<Item = IpAddr> {
-        self.nodes
-            .get(name.wire())
-            .into_iter()
-            .flat_map(|node| node.records())
-            .filter_map(|record| match record {
-                Record::A(v4) => Some(IpAddr::V4(*v4)),
-                Record::Aaaa(v6) => Some(IpAddr::V6(*v6)),
-                _ => None,
-            })
+    pub fn addresses(&self, name: &[u8]) -> impl Iterator<Item = IpAddr> {
+        let node = self.nodes.get(name).map(Node::read);
+        let records = node.into_iter().flat_map(Node::records);
+        records.filter_map(|record| match record {
+            Told::A(v4) => Some(IpAddr::V4(v4)),
+            Told::Aaaa(v6) => Some(IpAddr::V6(v6)),
+            _ => None,
+        })
     }
 
     /// Every name with records below the origins, or of reversed addresses, in no particular order.
-    pub fn owners(&self, reverse: bool) -> impl Iterator<Item = (&[u8], &Node)> {
-        self.nodes
+    pub fn owners(&self, reverse: bool) -> impl Iterator<Item = (&[u8], Node<'_>)> {
+        let nodes = self
+            .nodes
             .iter()
-            .filter(move |(name, node)| (name.last() == Some(&0)) == reverse && !node.is_empty())
-            .map(|(name, node)| (&**name, &**node))
+            .map(|(name, node)| (name, Node::read(node)));
+        nodes.filter(move |(name, node)| (name.last() == Some(&0)) == reverse && !node.is_empty())
     }
 
     pub fn settings(&self) -> &ZoneSettings {
@@ -450,11 +492,19 @@ impl Zone {
 
     /// Whether two zones answer alike, whatever their history.
     pub fn same_records(&self, other: &Self) -> bool {
-        let same = |(name, node): (&Arc<[u8]>, &Arc<Node>)| {
-            other.nodes.get(name).is_some_and(|twin| {
+        let (mine, theirs) = (self.objects(), other.objects());
+        let same = |(name, node): (&[u8], &[u8])| {
+            let node = Node::read(node);
+            other.nodes.get(name).map(Node::read).is_some_and(|twin| {
+                let has = |set: Set<'_>| {
+                    let mut others = twin.sets();
+                    others.any(|other| {
+                        mine.get(&set.by) == theirs.get(&other.by) && set.packed == other.packed
+                    })
+                };
                 twin.below == node.below
-                    && twin.sets.len() == node.sets.len()
-                    && node.sets.iter().all(|set| twin.sets.contains(set))
+                    && twin.sets().count() == node.sets().count()
+                    && node.sets().all(has)
             })
         };
         self.nodes.len() == other.nodes.len() && self.nodes.iter().all(same)
