@@ -13,6 +13,7 @@ const QUERIES: &str = "queries; latency by open load at 70 %";
 const DNSPERF: &str = "queries by dnsperf, 16 clients";
 const MEMORY: &str = "memory";
 const PODS: &str = "queries from a pod";
+const MACHINE: &str = "the machine meanwhile";
 
 /// Where a figure belongs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -74,11 +75,46 @@ impl Findings {
             self.push(what, place, PER_CORE, "/s", per_core);
         }
         self.push(what, place, (1, "rate"), "/s", closed.per_second);
+        self.open(place, workload, open);
+        let lost = closed.lost + open.lost;
+        self.push(what, place, (5, "lost"), "", lost as f64);
+    }
+
+    /// How long clients waited at a rate.
+    pub fn open(&mut self, place: Place, workload: &'static str, open: &Sample) {
+        let what = (QUERIES, workload);
         self.push(what, place, (2, "p50"), "us", open.p50_us);
         self.push(what, place, (3, "p99"), "us", open.p99_us);
         self.push(what, place, P99_TO_P50, "", open.p99_us / open.p50_us);
-        let lost = closed.lost + open.lost;
-        self.push(what, place, (5, "lost"), "", lost as f64);
+    }
+
+    /// What the machine did meanwhile: how late the generator was, and how much of a CPU's time the hypervisor kept.
+    pub fn machine(
+        &mut self,
+        place: Place,
+        workload: &'static str,
+        open: &Sample,
+        stolen_percent: f64,
+    ) {
+        let what = (MACHINE, workload);
+        self.push(what, place, (0, "sent late, p99"), "us", open.late_p99_us);
+        self.push(what, place, (1, "stolen"), "%", stolen_percent);
+    }
+
+    /// The server's waiting time beside that of who looks nothing up, at the same rate, one right after the other.
+    pub fn beside_bare(
+        &mut self,
+        place: Place,
+        workload: &'static str,
+        open: &Sample,
+        bare: &Sample,
+    ) {
+        let what = (MACHINE, workload);
+        let place = Place {
+            subject: KEELWAY,
+            ..place
+        };
+        self.push(what, place, P99_TO_BARE, "", open.p99_us / bare.p99_us);
     }
 
     pub fn dnsperf(
@@ -157,6 +193,7 @@ impl Findings {
 
 const PER_CORE: (usize, &str) = (0, "per core");
 const P99_TO_P50: (usize, &str) = (4, "p99/p50");
+const P99_TO_BARE: (usize, &str) = (2, "p99 to bare");
 const ONE: (usize, &str) = (1, "one at a time");
 const AFTER_LOAD: (usize, &str) = (2, "after load");
 

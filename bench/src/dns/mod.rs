@@ -1,5 +1,6 @@
 //! `keelway-bench dns`: what a cluster DNS server can do, and how long its clients wait.
 
+mod bare;
 mod dnsperf;
 mod findings;
 mod load;
@@ -20,9 +21,10 @@ use nix::unistd::Pid;
 
 use crate::machine::Machine;
 use crate::report::{Output, Report};
+use bare::BARE;
 use findings::{Findings, Place};
-use load::{Pace, run as ask};
-use subject::{Subject, Surroundings};
+use load::{Pace, Sample, run as ask};
+use subject::{KEELWAY, Subject, Surroundings};
 use workload::{Workload, question, service_name, upstream};
 
 #[derive(Debug, clap::Args)]
@@ -112,6 +114,7 @@ pub fn run(flags: &Flags) -> Result<()> {
         let note = "two CPUs: the machine has one, which the generator takes its part of";
         report.notes.push(note.into());
     }
+    let bare = bare::start(0)?;
     let progress = ProgressBar::new_spinner();
     let upstream = upstream()?;
     let api = ListServer::start()?;
@@ -137,7 +140,8 @@ pub fn run(flags: &Flags) -> Result<()> {
                 }
             };
             crate::say(&progress, format!("{count} Services, {} CPUs", cpus.len()));
-            measure(&mut subjects, count, cpus.len(), &extent, &mut findings)?;
+            let place = (count, cpus.len());
+            measure(&mut subjects, place, bare, &extent, &mut findings)?;
             if flags.server.is_some() {
                 break;
             }
@@ -170,18 +174,32 @@ fn pin(cpu: usize) -> Result<()> {
     sched_setaffinity(Pid::from_raw(0), &set).context("pinning the generator")
 }
 
+/// CPU time that the hypervisor has kept from this machine so far, all CPUs together.
+fn stolen() -> Duration {
+    const STEAL: usize = 8;
+    let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    let field = stat.split_whitespace().nth(STEAL);
+    let ticks = field.and_then(|ticks| ticks.parse::<u64>().ok());
+    // In hundredths of a second, whatever the kernel counts in (proc(5), USER_HZ).
+    Duration::from_millis(10 * ticks.unwrap_or_default())
+}
+
 /// Every workload over some servers of one cluster, round by round, each round in the opposite order.
 fn measure(
     subjects: &mut [Subject],
-    services: usize,
-    cpus: usize,
+    (services, cpus): (usize, usize),
+    bare: SocketAddr,
     extent: &Extent,
     findings: &mut Findings,
 ) -> Result<()> {
     let last = question(&service_name(services - 2));
     let mut known = Vec::new();
     for subject in subjects.iter_mut() {
-        known.push((subject.wait(&last)?, subject.memory()));
+        known.push(subject.wait(&last)?);
+    }
+    let mut idle = Vec::new();
+    for subject in subjects.iter() {
+        idle.push(subject.settled_memory());
     }
     for workload in Workload::ALL {
         for subject in subjects.iter() {
@@ -201,11 +219,11 @@ fn measure(
                     cpus,
                     subject: subject.name,
                 };
-                measure_once(subject, workload, place, extent, findings)?;
+                measure_once(subject, workload, place, bare, extent, findings)?;
             }
         }
     }
-    for (subject, (ready, before)) in subjects.iter().zip(known) {
+    for (subject, (ready, before)) in subjects.iter().zip(known.into_iter().zip(idle)) {
         let place = Place {
             services,
             cpus,
@@ -222,6 +240,7 @@ fn measure_once(
     subject: &Subject,
     workload: Workload,
     place: Place,
+    bare: SocketAddr,
     extent: &Extent,
     findings: &mut Findings,
 ) -> Result<()> {
@@ -242,8 +261,27 @@ fn measure_once(
         closed.odd
     );
     let pace = Pace::Open(closed.per_second * LOAD);
-    let open = ask(subject.address, &questions, pace, extent.duration)?;
-    findings.round(place, workload.name(), &closed, cpu, &open);
+    let open = |address| -> Result<(Sample, f64)> {
+        let before = stolen();
+        let sample = ask(address, &questions, pace, extent.duration)?;
+        Ok((
+            sample,
+            100.0 * (stolen() - before).as_secs_f64() / extent.duration.as_secs_f64(),
+        ))
+    };
+    let (sample, stolen) = open(subject.address)?;
+    findings.round(place, workload.name(), &closed, cpu, &sample);
+    findings.machine(place, workload.name(), &sample, stolen);
+    if subject.name == KEELWAY && workload == Workload::Cluster {
+        let (floor, stolen) = open(bare)?;
+        let place = Place {
+            subject: BARE,
+            ..place
+        };
+        findings.open(place, workload.name(), &floor);
+        findings.machine(place, workload.name(), &floor, stolen);
+        findings.beside_bare(place, workload.name(), &sample, &floor);
+    }
     if extent.dnsperf && matches!(workload, Workload::Cluster | Workload::SearchPath) {
         let before = subject.cpu();
         let names = workload.names(place.services);

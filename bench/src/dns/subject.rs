@@ -137,7 +137,23 @@ impl Subject {
         Some(Duration::from_secs_f64(ticks as f64 / hertz as f64))
     }
 
-    /// Memory that the server holds, and the most that it has held, in bytes.
+    /// Its memory once that has not changed for as long as a server may take to let go of what its lists needed.
+    pub fn settled_memory(&self) -> Option<[f64; 2]> {
+        const STILL: Duration = Duration::from_secs(4);
+        const PATIENCE: Duration = Duration::from_secs(15);
+        let begun = Instant::now();
+        let (mut last, mut since) = (self.memory()?, begun);
+        while since.elapsed() < STILL && begun.elapsed() < PATIENCE {
+            std::thread::sleep(Duration::from_millis(100));
+            let now = self.memory()?;
+            if now != last {
+                (last, since) = (now, Instant::now());
+            }
+        }
+        Some(last)
+    }
+
+    /// Memory that the server holds (its resident pages, those of its program file included), and the most that it has held, in bytes.
     pub fn memory(&self) -> Option<[f64; 2]> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid?)).ok()?;
         let bytes = |key: &str| {
