@@ -75,6 +75,8 @@ reasons! {
     SourceAddress = "source_address", Drop;
     /// A later fragment came without its first, which alone has ports.
     FragmentUnknown = "fragment_unknown", Drop;
+    /// A client gave up an opening that met a connection of its own: the reset would have ended that one.
+    ResetHeld = "reset_held", Drop;
     /// Every source port tried for a flow was taken.
     FlowPortsExhausted = "flow_ports_exhausted", Drop;
     /// The unreplied table refused a flow.

@@ -113,6 +113,20 @@ pub struct FragmentPorts {
 }
 plain!(FragmentPorts, 4, { sport: 0, dport: 2 });
 
+/// What datagrams between a client and a backend have left behind, by a hash of the tuple of the answers. Many tuples share one: each
+/// word is right by itself, and what it says is looked at or is a hint.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Trace {
+    /// Seconds of the monotonic clock when a flow of a Service that has the client's own address was last known; 0 for never.
+    pub service_s: u32,
+    /// When the last datagram passed that asked no Service.
+    pub direct_s: u32,
+    /// The hash of that one's tuple, whole.
+    pub direct: u64,
+}
+plain!(Trace, 16, { service_s: 0, direct_s: 4, direct: 8 });
+
 /// Seconds without a packet after which a flow is collected, from what both directions have seen.
 ///
 /// Established TCP follows kube-proxy's default (24 h), UDP and SCTP the kernel's conntrack (120 s answered, 30 s not; 210 s).

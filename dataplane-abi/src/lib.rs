@@ -26,7 +26,7 @@ pub use event::{
 };
 pub use flow::{
     Flow, FlowKey, FragmentKey, FragmentPorts, SEEN_DISPATCHED, SEEN_FIN, SEEN_REPLY, SEEN_RST,
-    SEEN_SYN, SEEN_TAKEN, timeout_s,
+    SEEN_SYN, SEEN_TAKEN, Trace, timeout_s,
 };
 pub use layout::Plain;
 pub use service::{
@@ -36,7 +36,7 @@ pub use service::{
 };
 
 /// Version of everything in this crate; part of the pin directory's name.
-pub const ABI_VERSION: u32 = 6;
+pub const ABI_VERSION: u32 = 7;
 
 /// Sizes of maps and what relates them.
 pub mod limits {
@@ -60,6 +60,8 @@ pub mod limits {
     pub const RANGES: u32 = 1 << 16;
     /// Fragmented datagrams whose ports are remembered.
     pub const FRAGMENTS: u32 = 1 << 12;
+    /// Traces of datagrams' tuples, which share them by a hash: half a megabyte.
+    pub const TRACES: u32 = 1 << 15;
     /// Connected datagram sockets of the host whose backend is remembered, forgotten least recently connected first.
     pub const DATAGRAMS: u32 = 1 << 12;
     /// Ranges of addresses on other nodes: four of each of 8,000.
@@ -81,6 +83,7 @@ pub mod limits {
     const _: () = assert!(FLOWS > 4 * FLOWS_UNREPLIED);
     // A place in an extent fits an entry of a table.
     const _: () = assert!(BACKENDS_PER_SERVICE <= u16::MAX as u32);
+    const _: () = assert!(TRACES.is_power_of_two());
     const _: () = assert!(EVENTS_BYTES.is_power_of_two() && EVENTS_BYTES >= 4096);
 }
 
@@ -108,6 +111,8 @@ pub mod map {
     pub const MAGLEV: &str = "MAGLEV";
     /// [`crate::FragmentKey`] to [`crate::FragmentPorts`]; LRU hash.
     pub const FRAGMENTS: &str = "FRAGMENTS";
+    /// [`crate::Trace`]s by a hash of tuples; array.
+    pub const TRACES: &str = "TRACES";
     /// [`crate::Reason`] to packets, u64; per-CPU array.
     pub const COUNTERS: &str = "COUNTERS";
     /// [`crate::PacketEvent`]s; ring.
@@ -121,7 +126,14 @@ pub mod map {
 
     /// Maps that tell of traffic rather than of the cluster. They outlive the version that made them, and have the size that it gave
     /// them.
-    pub const OF_TRAFFIC: [&str; 5] = [FLOWS, FLOWS_UNREPLIED, AFFINITY, FRAGMENTS, SOCKET_PEERS];
+    pub const OF_TRAFFIC: [&str; 6] = [
+        FLOWS,
+        FLOWS_UNREPLIED,
+        AFFINITY,
+        FRAGMENTS,
+        SOCKET_PEERS,
+        TRACES,
+    ];
 
     // Not pinned: who answers for the cluster must know it, so answers end with the agent.
     /// [`crate::POD_DNS`] and [`crate::POD_INGRESS`] to programs; the kernel empties it when the agent ends.

@@ -3,7 +3,8 @@
 //! was decided here it finds among the flows.
 
 use dataplane_abi::{
-    Addr, LEAD_GUARDED, Reason, SEEN_DISPATCHED, SEEN_FIN, SEEN_REPLY, SEEN_RST, SEEN_SYN, proto,
+    Addr, LEAD_GUARDED, Reason, SEEN_DISPATCHED, SEEN_FIN, SEEN_REPLY, SEEN_RST, SEEN_SYN,
+    SEEN_TAKEN, proto,
 };
 
 use crate::{
@@ -69,8 +70,8 @@ fn follow_early<const V6: bool, T: Tables>(
     seen: u32,
 ) -> Early {
     let flow = entry.get();
-    // What goes by the overlay goes by tc.
-    if flow.service == NO_SERVICE || flow.seen & SEEN_DISPATCHED != 0 {
+    // What goes by the overlay goes by tc, as does what has met another connection.
+    if flow.service == NO_SERVICE || flow.seen & (SEEN_DISPATCHED | SEEN_TAKEN) != 0 {
         return Early::Leave;
     }
     if flow.reply == 1 {

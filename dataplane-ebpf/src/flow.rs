@@ -10,8 +10,9 @@ use dataplane_abi::{
 
 use crate::{
     balance::Picked,
-    packet::tcp_flag,
+    packet::{Ip, Packet, tcp_flag},
     tables::{FlowEntry, Refused, Tables},
+    trace,
 };
 
 /// Other source ports tried when a flow's own is taken, at random: while one of eight is free, one opening of 25 million finds none.
@@ -97,21 +98,39 @@ pub fn is_taken<T: Tables>(tables: &T, key: &FlowKey, answers: &mut FlowKey) -> 
     }
 }
 
-/// Whether what a backend sends under the tuple of a flow's answers, of which `flow` is the entry, is of another connection, which the
-/// backend has directly: it answers nothing that the client asked. An opening is answered by one or by a reset; a backend that has
-/// a connection of the same tuple tells that one's state (RFC 9293, 3.10.7.4), or goes on with it. The client's next attempt takes another
-/// port. A function of its own: it is rare.
+/// What a backend's packet is to a flow that waits for its first answer: a number, since only such come back from a function in a register.
+pub const ANSWER: u32 = 0;
+/// It is of another connection, which the backend has directly.
+pub const OF_ANOTHER: u32 = 1;
+/// It is that one's state, told in answer to the flow's opening.
+pub const CHALLENGE: u32 = 2;
+
+/// What a packet under the tuple of a flow's answers, of which `flow` is the entry, is to it. An opening is answered by one or by a reset; a
+/// backend that has a connection of the same tuple tells that one's state (RFC 9293, 3.10.7.4), or goes on with it. The client's next
+/// attempt takes another port. It makes that at once when it is told the state, which answers nothing that it asked, and would reset the
+/// other connection: see [`Reason::ResetHeld`]. A second time the other one may be who asked. A function of its own: it is rare.
 #[inline(never)]
-pub fn is_of_another<T: Tables>(tables: &T, flow: &Flow, seen: u32) -> bool {
+pub fn answered<P: Packet, T: Tables>(
+    packet: &P,
+    tables: &T,
+    ip: &Ip,
+    flow: &Flow,
+    seen: u32,
+) -> u32 {
     if (seen | flow.seen) & (SEEN_SYN | SEEN_RST) != 0 {
-        return false;
+        return ANSWER;
     }
     match tables.unreplied(&flow.other) {
         Some(client) if client.get().seen & SEEN_SYN != 0 => {
+            let is_known = client.get().seen & SEEN_TAKEN != 0;
             client.touch(tables.now_s(), SEEN_TAKEN);
-            true
+            if !is_known && ip.is_bare_ack(packet) {
+                CHALLENGE
+            } else {
+                OF_ANOTHER
+            }
         }
-        _ => false,
+        _ => ANSWER,
     }
 }
 
@@ -225,7 +244,10 @@ pub fn enter<T: Tables>(
     entry: &mut Flow,
     fresh_port: u32,
 ) -> u32 {
-    let is_taken = entry.seen & SEEN_TAKEN != 0;
+    // The node's own ports for others' flows are nobody's directly.
+    let is_traced = key.proto == proto::UDP && fresh_port == 0;
+    let is_taken = entry.seen & SEEN_TAKEN != 0
+        || (is_traced && trace::is_used_directly(tables, answers, entry.last_seen_s));
     let seen = entry.seen & !SEEN_TAKEN;
     entry.seen = 0;
     let mut entered = ENTERED;
@@ -247,6 +269,9 @@ pub fn enter<T: Tables>(
         if attempt > PORT_ATTEMPTS {
             return NO_PORT;
         }
+    }
+    if is_traced {
+        trace::leave(tables, answers, entry.last_seen_s);
     }
     entry.other = *answers;
     entry.seen = seen;

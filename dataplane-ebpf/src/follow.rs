@@ -2,7 +2,7 @@
 
 use dataplane_abi::{
     Addr, FlowKey, FragmentPorts, FrontendKey, LEAD_GUARDED, Lead, Reason, SEEN_DISPATCHED,
-    SEEN_REPLY, SEEN_SYN, SEEN_TAKEN, proto,
+    SEEN_REPLY, SEEN_RST, SEEN_SYN, SEEN_TAKEN, proto,
 };
 
 use crate::{
@@ -25,9 +25,9 @@ pub(crate) enum Side {
     Host,
     /// Others', to the node or beyond it.
     Outside,
-    /// A pod's to a pod of the node: it may be an answer, or open a connection past all Services.
+    /// To a pod of the node, from another or from outside: it may be an answer, or be the first of a flow past all Services.
     Direct,
-    /// What may be an answer, and asks no Service.
+    /// The host's to a pod: it may be an answer, and asks no Service.
     Answers,
 }
 
@@ -65,11 +65,43 @@ pub(crate) fn follow<const V6: bool, P: Packet, T: Tables>(
     side: Side,
     at_host: bool,
 ) -> Followed {
-    let ip = &mut notes.ip;
+    let ip = &notes.ip;
     let is_followed = ip.has_ports() || (features.masquerade && may_be_echo::<V6>(ip));
     if !is_followed {
         return portless::<V6, P, T>(packet, tables, notes, side, at_host);
     }
+    let followed = flow_of::<V6, P, T>(packet, tables, features, notes, side, at_host);
+    if !matches!(followed, Followed::ToBackend | Followed::ToClient) {
+        return followed;
+    }
+    // One place for all, which is much code.
+    if !translate::<V6, P>(packet, &notes.ip, &notes.to) {
+        return dropped(tables, Reason::RewriteFailed);
+    }
+    if matches!(followed, Followed::ToClient) {
+        tables.count(Reason::ReplyTranslated);
+    } else if notes.service != NO_SERVICE {
+        tables.count(Reason::ServiceTranslated);
+    } else if same(&notes.to.src, &notes.ip.key.src) {
+        tables.count(Reason::PortTranslated);
+    } else {
+        tables.count(Reason::Masqueraded);
+    }
+    followed
+}
+
+/// Finds or opens the flow of a packet that has ports, or what stands for them. Where it is to be translated, [`Notes::to`] says to what,
+/// and [`Notes::service`] whose flow it is.
+#[inline(always)]
+fn flow_of<const V6: bool, P: Packet, T: Tables>(
+    packet: &mut P,
+    tables: &T,
+    features: &Features,
+    notes: &mut Notes,
+    side: Side,
+    at_host: bool,
+) -> Followed {
+    let ip = &mut notes.ip;
     match ip.fragment {
         Fragment::Whole => {}
         Fragment::First => tables.insert_fragment(
@@ -100,28 +132,35 @@ pub(crate) fn follow<const V6: bool, P: Packet, T: Tables>(
                 return Followed::Untouched;
             }
             let is_first = flow.seen & SEEN_REPLY == 0;
-            if is_first && ip.is_of_connection() && flow::is_of_another(tables, flow, seen) {
+            let answers = match is_first && ip.is_of_connection() {
+                true => flow::answered(packet, tables, ip, flow, seen),
+                false => flow::ANSWER,
+            };
+            if answers == flow::OF_ANOTHER {
                 return Followed::Untouched;
             }
             notes.to = flow.other.mirrored();
-            // A flow for which the other table has no room stays here, answered.
-            entry.touch(tables.now_s(), seen);
-            if is_first {
-                flow::promote::<V6, T>(tables, &ip.key, flow, seen);
+            if answers == flow::ANSWER {
+                // A flow for which the other table has no room stays here, answered.
+                entry.touch(tables.now_s(), seen);
+                if is_first {
+                    flow::promote::<V6, T>(tables, &ip.key, flow, seen);
+                }
             }
-            return match rewrite::<V6, P, T>(packet, tables, notes, Reason::ReplyTranslated) {
-                true => Followed::ToClient,
-                false => Followed::Dropped,
-            };
+            return Followed::ToClient;
         }
-        // What a pod sends to another has a flow of no service or none.
+        // What is sent to a pod has a flow of no service or none.
         if side.asks_services() || (side == Side::Direct && flow.service == NO_SERVICE) {
+            if seen & SEEN_RST != 0 && flow.seen & SEEN_TAKEN != 0 {
+                return dropped(tables, Reason::ResetHeld);
+            }
             if resume::<V6, T>(tables, ip, &entry, seen) {
                 if side == Side::Outside && flow.seen & SEEN_DISPATCHED != 0 {
                     return dispatch(tables, &flow.other.src, &mut notes.peer);
                 }
                 notes.to = flow.other.mirrored();
-                return forward::<V6, P, T>(packet, tables, notes, flow.service);
+                notes.service = flow.service;
+                return Followed::ToBackend;
             }
             let Aside {
                 about: answers,
@@ -137,8 +176,8 @@ pub(crate) fn follow<const V6: bool, P: Packet, T: Tables>(
     }
     // Only an opening may take a connection from the host's own listeners: what the host itself opened from a port that
     // is a NodePort too must hear its answers.
-    if side == Side::Direct && notes.ip.is_syn() {
-        return open_directly::<V6, P, T>(packet, tables, notes);
+    if side == Side::Direct && notes.ip.may_be_first() {
+        return open_directly(tables, notes);
     }
     if !side.asks_services() {
         return Followed::Untouched;
@@ -204,20 +243,24 @@ pub(crate) fn lead<T: Tables>(tables: &T, ip: &Ip, at_host: bool) -> Option<Lead
     }
 }
 
-/// Follows an opening of a pod that asks no Service. From a port that a Service's flow has towards the same backend it would
-/// be taken for that flow's when it is answered: it becomes a flow of no service, with another port. A function of its own for both
-/// families: that is rare.
-#[inline(never)]
-fn open_directly<const V6: bool, P: Packet, T: Tables>(
-    packet: &mut P,
-    tables: &T,
-    notes: &mut Notes,
-) -> Followed {
-    let Notes { ip, aside, .. } = notes;
-    let Aside { about, entry, .. } = aside;
-    if !flow::is_taken(tables, &ip.key, about) {
+/// Follows what may be the first packet of a flow and asks no Service. From a port that a Service's flow has towards the same backend it
+/// would be taken for that flow's when it is answered: it becomes a flow of no service, with another port.
+#[inline(always)]
+fn open_directly<T: Tables>(tables: &T, notes: &mut Notes) -> Followed {
+    if !tables.meets(&notes.ip.key, &mut notes.aside.about) {
         return Followed::Untouched;
     }
+    if !enter_directly(tables, &notes.ip, &mut notes.aside) {
+        return Followed::Dropped;
+    }
+    notes.to = notes.aside.about.mirrored();
+    notes.service = NO_SERVICE;
+    Followed::ToBackend
+}
+
+/// Enters the flow of such a packet. A function of its own for both families: that is rare.
+#[inline(never)]
+fn enter_directly<T: Tables>(tables: &T, ip: &Ip, aside: &mut Aside) -> bool {
     let opening = flow::Opening {
         key: &ip.key,
         service: NO_SERVICE,
@@ -230,14 +273,15 @@ fn open_directly<const V6: bool, P: Packet, T: Tables>(
         },
         src: ip.key.src,
         fresh_port: false,
-        seen: SEEN_SYN | SEEN_TAKEN,
+        seen: flow::seen(ip.key.proto, ip.tcp_flags) | SEEN_TAKEN,
     };
+    let Aside { about, entry, .. } = aside;
     match flow::open(tables, &opening, about, entry) {
-        Ok(()) => {
-            notes.to = about.mirrored();
-            forward::<V6, P, T>(packet, tables, notes, NO_SERVICE)
+        Ok(()) => true,
+        Err(reason) => {
+            tables.count(reason);
+            false
         }
-        Err(reason) => dropped(tables, reason),
     }
 }
 
@@ -320,8 +364,8 @@ fn open<const V6: bool, P: Packet, T: Tables>(
         // Without an address of the family there is nothing to give; an echo's answer opens nothing.
         let is_answer = matches!(ip.echo, Echo::Reply);
         if !leaves || is_zero(&source.addr) || is_answer || keeps_source(tables, &ip.key.dst) {
-            if side == Side::Pod && ip.is_syn() {
-                return open_directly::<V6, P, T>(packet, tables, notes);
+            if side == Side::Pod && ip.may_be_first() {
+                return open_directly(tables, notes);
             }
             return Followed::Untouched;
         }
@@ -336,7 +380,7 @@ fn open<const V6: bool, P: Packet, T: Tables>(
         service,
         backend: &backend,
         src: source.addr,
-        fresh_port: source.is_node,
+        fresh_port: source.is_node || is_from_any_port(ip, side),
         seen: seen | met | if dispatched { SEEN_DISPATCHED } else { 0 },
     };
     let Aside {
@@ -348,11 +392,22 @@ fn open<const V6: bool, P: Packet, T: Tables>(
         Ok(()) if dispatched => dispatch(tables, &backend.addr, &mut notes.peer),
         Ok(()) => {
             notes.to = answers.mirrored();
-            forward::<V6, P, T>(packet, tables, notes, service)
+            notes.service = service;
+            Followed::ToBackend
         }
         Err(reason) => dropped(tables, reason),
     }
 }
+
+/// Whether a packet is the host's own, from a port that means nothing: none of its direct connections to the backend, which pass no hook,
+/// has one of those that it gets. Servers (of NFS, say) may ask for a port below 1024, which is kept.
+#[inline(always)]
+fn is_from_any_port(ip: &Ip, side: Side) -> bool {
+    side == Side::Host && u16::from_be(ip.key.sport) >= PORT_UNPRIVILEGED
+}
+
+/// The first port that anybody may take.
+const PORT_UNPRIVILEGED: u16 = 1024;
 
 /// Whether a packet is an ICMP echo or its answer, or a later fragment of what may be one.
 #[inline(always)]
@@ -460,37 +515,6 @@ pub(crate) fn resume<const V6: bool, T: Tables>(
     }
     entry.touch(tables.now_s(), seen);
     true
-}
-
-/// Sends a client's packet on.
-#[inline(always)]
-fn forward<const V6: bool, P: Packet, T: Tables>(
-    packet: &mut P,
-    tables: &T,
-    notes: &mut Notes,
-    service: u32,
-) -> Followed {
-    let reason = match service {
-        NO_SERVICE if same(&notes.to.src, &notes.ip.key.src) => Reason::PortTranslated,
-        NO_SERVICE => Reason::Masqueraded,
-        _ => Reason::ServiceTranslated,
-    };
-    match rewrite::<V6, P, T>(packet, tables, notes, reason) {
-        true => Followed::ToBackend,
-        false => Followed::Dropped,
-    }
-}
-
-#[inline(always)]
-fn rewrite<const V6: bool, P: Packet, T: Tables>(
-    packet: &mut P,
-    tables: &T,
-    notes: &Notes,
-    reason: Reason,
-) -> bool {
-    let done = translate::<V6, P>(packet, &notes.ip, &notes.to);
-    tables.count(if done { reason } else { Reason::RewriteFailed });
-    done
 }
 
 /// Protocols without ports are not spoken by Services, but ICMP errors may be about what Services translated.

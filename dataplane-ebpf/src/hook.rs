@@ -62,6 +62,8 @@ pub struct Notes {
     pub ip: Ip,
     /// What the packet was translated to.
     pub to: FlowKey,
+    /// The service of whose flow a client's packet is; 0 for none.
+    pub service: u32,
     pub aside: Aside,
     /// The hardware address of the node that [`Verdict::Overlay`] sends to, as a word.
     pub peer: u64,
@@ -84,6 +86,7 @@ impl Notes {
     pub const NONE: Self = Self {
         ip: Ip::NONE,
         to: FlowKey::NONE,
+        service: 0,
         aside: Aside {
             about: FlowKey::NONE,
             quoted: FlowKey::NONE,
@@ -249,14 +252,15 @@ pub fn uplink_ingress<const V6: bool, P: Packet, T: Tables>(
     }
     let at = Place::of(tables, &notes.ip.key.dst);
     if features.packet_lb {
-        let side = if at.is_pod() {
-            Side::Answers
-        } else {
-            Side::Outside
-        };
         // By the overlay comes what was sent to another node's port, and is this node's now.
-        let at_host = at.is_host() || (features.by_overlay && !at.is_pod());
-        match follow::<V6, P, T>(packet, tables, features, notes, side, at_host) {
+        let at_host = at.is_host() || features.by_overlay;
+        // Each by itself: together they would have the verifier follow both at every step.
+        let followed = if at.is_pod() {
+            follow::<V6, P, T>(packet, tables, features, notes, Side::Direct, false)
+        } else {
+            follow::<V6, P, T>(packet, tables, features, notes, Side::Outside, at_host)
+        };
+        match followed {
             Followed::Untouched => {}
             Followed::ToBackend => return onward(tables, &notes.to, features),
             Followed::ToClient => {

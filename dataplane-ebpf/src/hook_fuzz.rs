@@ -149,6 +149,21 @@ fn may_change(before: &[u8]) -> Vec<bool> {
         let end = range.end.min(may.len());
         may[range.start.min(end)..end].fill(true);
     };
+    // Behind extension headers, which are none of those that may change.
+    let behind = |mut at: usize, mut next: u8| {
+        while let (0 | 43 | 44 | 51 | 60, Some(&[after, len])) = (
+            next,
+            before.get(at..at + 2).and_then(|two| two.first_chunk()),
+        ) {
+            at += match next {
+                44 => 8,
+                51 => (usize::from(len) + 2) * 4,
+                _ => (usize::from(len) + 1) * 8,
+            };
+            next = after;
+        }
+        at
+    };
     let headers = |at: usize, open: &mut dyn FnMut(core::ops::Range<usize>)| -> usize {
         let first = before.get(at).copied().unwrap_or(0);
         if first >> 4 == 4 {
@@ -156,7 +171,7 @@ fn may_change(before: &[u8]) -> Vec<bool> {
             at + ((first & 0x0f) as usize) * 4
         } else {
             open(at + 8..at + 40);
-            at + IPV6_LEN
+            behind(at + IPV6_LEN, before.get(at + 6).copied().unwrap_or(0))
         }
     };
     headers(ETH_LEN, &mut open);

@@ -45,6 +45,13 @@ fn from_uplink(tables: &Memory, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
     (verdict, packet.0)
 }
 
+/// Sender of an IPv4 packet of the host's, that has a port of those for others' flows.
+fn host_seen(packet: &[u8]) -> String {
+    let port = u16::from_be_bytes([packet[34], packet[35]]);
+    assert!((8192..24_576).contains(&port));
+    format!("198.18.0.1:{port}")
+}
+
 fn to_service(tables: &Memory, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
     let mut packet = Bytes(bytes);
     let verdict = hooks::service_ingress(&mut packet, tables, &FEATURES);
@@ -226,16 +233,16 @@ fn the_host_reaches_a_pod_of_its_own_through_a_service() {
     let tables = node(&["10.0.0.12:8080"]);
     let (verdict, out) = to_service(&tables, tcp("198.18.0.1:4000", "10.96.0.1:80", SYN, b""));
     assert_eq!(
-        (verdict, out),
+        (verdict, out.clone()),
         (
             Verdict::Peer(B),
-            tcp("198.18.0.1:4000", "10.0.0.12:8080", SYN, b"")
+            tcp(&host_seen(&out), "10.0.0.12:8080", SYN, b"")
         )
     );
     let (verdict, back) = from_pod(
         &tables,
         B,
-        tcp("10.0.0.12:8080", "198.18.0.1:4000", SYN | ACK, b""),
+        tcp("10.0.0.12:8080", &host_seen(&out), SYN | ACK, b""),
     );
     assert_eq!(
         (verdict, back),
@@ -251,14 +258,12 @@ fn the_host_reaches_a_pod_of_another_node_through_a_service() {
     let tables = node(&["10.0.1.13:8080"]);
     let (verdict, out) = to_service(&tables, udp("198.18.0.1:4000", "10.96.0.1:80", b"hello"));
     let route = Verdict::Route;
+    let seen = host_seen(&out);
     assert_eq!(
         (verdict, out),
-        (route, udp("198.18.0.1:4000", "10.0.1.13:8080", b"hello"))
+        (route, udp(&seen, "10.0.1.13:8080", b"hello"))
     );
-    let (verdict, back) = from_uplink(
-        &tables,
-        udp("10.0.1.13:8080", "198.18.0.1:4000", b"you too"),
-    );
+    let (verdict, back) = from_uplink(&tables, udp("10.0.1.13:8080", &seen, b"you too"));
     assert_eq!(
         (verdict, back),
         (
@@ -272,17 +277,12 @@ fn the_host_reaches_a_pod_of_another_node_through_a_service() {
 fn the_host_reaches_its_own_backend_through_a_service() {
     let tables = node(&["198.18.0.1:6443"]);
     let (verdict, out) = to_service(&tables, tcp("198.18.0.1:4000", "10.96.0.1:80", SYN, b""));
+    let seen = host_seen(&out).replace("198.18.0.1", "169.254.77.77");
     assert_eq!(
         (verdict, out),
-        (
-            Verdict::Host,
-            tcp("169.254.77.77:4000", "198.18.0.1:6443", SYN, b"")
-        )
+        (Verdict::Host, tcp(&seen, "198.18.0.1:6443", SYN, b""))
     );
-    let (verdict, back) = to_service(
-        &tables,
-        tcp("198.18.0.1:6443", "169.254.77.77:4000", SYN | ACK, b""),
-    );
+    let (verdict, back) = to_service(&tables, tcp("198.18.0.1:6443", &seen, SYN | ACK, b""));
     assert_eq!(
         (verdict, back),
         (
@@ -528,6 +528,52 @@ fn a_direct_connection_may_use_the_port_of_a_flow_that_has_ended() {
         assert_eq!(
             from_uplink(&tables, answer.clone()),
             (Verdict::Peer(A), answer)
+        );
+    }
+}
+
+#[test]
+fn the_host_keeps_a_port_that_few_may_take() {
+    let tables = node(&["10.0.1.13:8080"]);
+    let (_, out) = to_service(&tables, tcp("198.18.0.1:1023", "10.96.0.1:80", SYN, b""));
+    assert_eq!(out, tcp("198.18.0.1:1023", "10.0.1.13:8080", SYN, b""));
+    let (_, out) = to_service(&tables, tcp("198.18.0.1:1024", "10.96.0.1:80", SYN, b""));
+    assert_eq!(out, tcp(&host_seen(&out), "10.0.1.13:8080", SYN, b""));
+}
+
+#[test]
+fn an_opening_that_meets_a_direct_connection_is_told_and_its_reset_held() {
+    let tables = node(&["10.0.1.13:8080"]);
+    let (client, service, backend) = ("10.0.0.11:4000", "10.96.0.1:80", "10.0.1.13:8080");
+    from_pod(&tables, A, tcp(client, service, SYN, b""));
+    let told = tcp(service, client, ACK, b"");
+    let state = tcp(backend, client, ACK, b"");
+    assert_eq!(
+        from_uplink(&tables, state.clone()),
+        (Verdict::Peer(A), told)
+    );
+    // What comes then is the direct one's, and what it sends is never taken for its state.
+    assert_eq!(
+        from_uplink(&tables, state.clone()),
+        (Verdict::Peer(A), state)
+    );
+    let reset = from_pod(&tables, A, tcp(client, service, RST, b""));
+    assert_eq!(reset.0, Verdict::Drop);
+    assert_eq!(tables.counted(Reason::ResetHeld), 1);
+    let (_, again) = from_pod(&tables, A, tcp(client, service, SYN, b""));
+    let seen = format!("10.0.0.11:{}", u16::from_be_bytes([again[34], again[35]]));
+    assert_ne!(seen, client);
+    assert_eq!(again, tcp(&seen, backend, SYN, b""));
+    from_uplink(&tables, tcp(backend, &seen, SYN | ACK, b""));
+    let (_, ended) = from_pod(&tables, A, tcp(client, service, RST, b""));
+    assert_eq!(ended, tcp(&seen, backend, RST, b""));
+
+    from_pod(&tables, A, tcp("10.0.0.11:4001", service, SYN, b""));
+    for (flags, payload) in [(ACK, &b"data"[..]), (FIN | ACK, b"")] {
+        let of_another = tcp(backend, "10.0.0.11:4001", flags, payload);
+        assert_eq!(
+            from_uplink(&tables, of_another.clone()),
+            (Verdict::Peer(A), of_another)
         );
     }
 }

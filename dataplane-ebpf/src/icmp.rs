@@ -7,7 +7,9 @@ use crate::{
     checksum,
     packet::{
         ChecksumChange, ETH_LEN, Echo, Fragment, IPV4_LEN, IPV6_ADDRESSES, IPV6_LEN, Ip, Packet,
-        echo, has_ports, word,
+        echo, has_ports,
+        ipv6::{Inner, behind_extensions},
+        word,
     },
     translate::{address_difference, ports, write_addresses, write_ports},
 };
@@ -115,7 +117,7 @@ fn quoted_ports<const V6: bool, P: Packet>(
     is_echo.then_some((ports, true))
 }
 
-/// What is quoted with extension headers is left as it is: such packets are rare.
+/// An error about a later fragment, or behind more extension headers than are walked over, tells nobody anything: it is left as it is.
 #[inline(always)]
 fn quoted_v6<P: Packet>(packet: &P, l3: usize, key: &mut FlowKey) -> Option<Quoted> {
     let words: [u16; 4] = packet.read(l3)?;
@@ -128,7 +130,15 @@ fn quoted_v6<P: Packet>(packet: &P, l3: usize, key: &mut FlowKey) -> Option<Quot
     if version >> 4 != 6 || is_mapped {
         return None;
     }
-    let l4 = l3 + IPV6_LEN;
+    let Inner {
+        protocol,
+        l4,
+        fragment,
+        ..
+    } = behind_extensions(packet, l3 + IPV6_LEN, protocol)?;
+    if matches!(fragment, Fragment::Later) {
+        return None;
+    }
     let (ports, is_echo) = quoted_ports::<true, P>(packet, l4, protocol)?;
     *key = FlowKey::new(src, dst, ports[0], ports[1], protocol);
     Some(Quoted {

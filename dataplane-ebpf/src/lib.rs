@@ -8,6 +8,7 @@
 //!   [`reject`]: turning a packet into a reset or an ICMP error
 //! - [`tables`]: the maps, as a trait; [`balance`]: choosing a backend; [`flow`]: conntrack
 //! - [`early`]: what an uplink does with a packet before the stack does, where there is XDP
+//! - [`trace`]: what datagrams leave behind, so that a port used directly and through a Service is told apart
 //! - [`dns`]: answers to questions for cluster names
 //! - [`hook`]: what each tc hook does with a packet; `follow`: what the packet is to Services; [`socket`]: what each cgroup hook
 //!   does with a call
@@ -25,6 +26,7 @@ pub mod packet;
 pub mod reject;
 pub mod socket;
 pub mod tables;
+pub mod trace;
 pub mod translate;
 
 #[cfg(any(test, feature = "memory"))]

@@ -11,7 +11,7 @@ use std::{
 use dataplane_abi::{
     Addr, Affinity, AffinityKey, Backend, Cell, ExtentHeader, Flow, FlowKey, FragmentKey,
     FragmentPorts, FrontendKey, Lead, LocalAddress, Plain, Reason, SERVICE_DIRECT, SERVICE_SILENT,
-    ServiceRef, proto,
+    ServiceRef, Trace, proto,
 };
 
 use crate::{
@@ -98,6 +98,7 @@ pub struct Memory {
     pub flows_max: usize,
     pub unreplied: FlowTable,
     pub fragments: RefCell<HashMap<FragmentKey, FragmentPorts>>,
+    pub traces: RefCell<HashMap<u32, Trace>>,
     pub counters: RefCell<HashMap<Reason, u64>>,
     pub random_state: Mutable<u64>,
     pub clock_s: Mutable<u32>,
@@ -118,6 +119,7 @@ impl Default for Memory {
             flows_max: usize::MAX,
             unreplied: RefCell::default(),
             fragments: RefCell::default(),
+            traces: RefCell::default(),
             counters: RefCell::default(),
             random_state: Mutable::new(0x9e37_79b9_7f4a_7c15),
             clock_s: Mutable::new(1000),
@@ -322,6 +324,20 @@ impl Tables for Memory {
 
     fn remove_unreplied(&self, key: &FlowKey) {
         self.unreplied.borrow_mut().remove(key);
+    }
+
+    fn trace(&self, at: u32) -> Trace {
+        self.traces.borrow().get(&at).copied().unwrap_or_default()
+    }
+
+    fn leave_service(&self, at: u32, now_s: u32) {
+        self.traces.borrow_mut().entry(at).or_default().service_s = now_s;
+    }
+
+    fn leave_direct(&self, at: u32, tuple: u64, now_s: u32) {
+        let mut traces = self.traces.borrow_mut();
+        let trace = traces.entry(at).or_default();
+        (trace.direct, trace.direct_s) = (tuple, now_s);
     }
 
     fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts> {

@@ -2,10 +2,10 @@
 
 use dataplane_abi::{
     Addr, Affinity, AffinityKey, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey,
-    Lead, LocalAddress, Reason, ServiceRef,
+    Lead, LocalAddress, Reason, ServiceRef, Trace,
 };
 
-use crate::flow;
+use crate::{flow, trace};
 
 /// Why an entry was not inserted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -67,6 +67,16 @@ pub trait Tables: Sized {
     }
     fn claim(&self, answers: &FlowKey, entry: &Flow) -> bool {
         flow::claim(self, answers, entry)
+    }
+
+    /// The traces at a place below [`dataplane_abi::limits::TRACES`], and each of its halves.
+    fn trace(&self, at: u32) -> Trace;
+    fn leave_service(&self, at: u32, now_s: u32);
+    fn leave_direct(&self, at: u32, tuple: u64, now_s: u32);
+
+    /// [`trace::meets`], likewise.
+    fn meets(&self, key: &FlowKey, answers: &mut FlowKey) -> bool {
+        trace::meets(self, key, answers)
     }
 
     fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts>;

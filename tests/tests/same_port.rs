@@ -1,71 +1,78 @@
 //! One port of a client, used towards a backend directly and through a Service at once: real sockets of a pod, between which the kernel
 //! tells by the address that each asked for, and which lead to one tuple at the backend.
 
+use std::fs::File;
 use std::io::{self, Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
-use std::time::Duration;
+use std::net::SocketAddr;
 
 use dataplane_abi::Reason;
-use keelway_tests::nodes::{BOTH, Hooks, Nodes, PER_PACKET};
-use keelway_tests::sandbox::{Sandbox, is_root};
+use keelway_agent::dataplane::{Lead, ServiceId};
+use keelway_tests::nodes::{BOTH, Hooks, Nodes, PER_PACKET, frontend};
+use keelway_tests::sandbox::{Network, Sandbox, is_root};
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket,
-    sockopt::ReuseAddr,
+    sockopt::{ReceiveTimeout, ReuseAddr},
 };
+use nix::sys::time::{TimeVal, TimeValLike as _};
 use std::os::fd::AsRawFd as _;
 
 /// Longer than until the second attempt of an opening, or the third.
-const PATIENCE: Duration = Duration::from_secs(10);
-const SERVICES: [&str; 2] = ["10.96.0.1:80", "[fd00:10:96::1]:80"];
+const PATIENCE_S: i64 = 10;
+const SERVICES: [&str; 2] = ["10.96.0.1:80", "[fd00:96::1]:80"];
+const KINDS: [SockType; 2] = [SockType::Stream, SockType::Datagram];
 
 /// Connects from a port that other sockets may have too.
-fn connect_from(port: u16, to: SocketAddr) -> io::Result<TcpStream> {
+fn connect_from(kind: SockType, port: u16, to: SocketAddr) -> io::Result<File> {
     let (family, any) = match to {
         SocketAddr::V4(_) => (AddressFamily::Inet, "0.0.0.0"),
         SocketAddr::V6(_) => (AddressFamily::Inet6, "::"),
     };
-    let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    let fd = socket(family, kind, SockFlag::SOCK_CLOEXEC, None)?;
     setsockopt(&fd, ReuseAddr, &true)?;
+    setsockopt(&fd, ReceiveTimeout, &TimeVal::seconds(PATIENCE_S))?;
     let any = any.parse().map_err(io::Error::other)?;
     let from = SockaddrStorage::from(SocketAddr::new(any, port));
     bind(fd.as_raw_fd(), &from)?;
     connect(fd.as_raw_fd(), &SockaddrStorage::from(to))?;
-    let stream = TcpStream::from(fd);
-    stream.set_read_timeout(Some(PATIENCE))?;
-    Ok(stream)
+    Ok(File::from(fd))
 }
 
 /// A question, and who answers.
-fn ask(mut stream: &TcpStream) -> io::Result<String> {
-    stream.write_all(b"who?")?;
+fn ask(mut socket: &File) -> io::Result<String> {
+    socket.write_all(b"who?")?;
     let mut buffer = [0; 128];
-    let len = stream.read(&mut buffer)?;
+    let len = socket.read(&mut buffer)?;
     Ok(String::from_utf8_lossy(&buffer[..len]).into_owned())
 }
 
-fn changed(nodes: &mut Nodes) -> u64 {
+fn counted(nodes: &mut Nodes, reason: Reason) -> u64 {
     let counters = nodes.nodes[0].dataplane().counters().unwrap();
-    let is_it = |(reason, _): &&(Reason, u64)| *reason == Reason::FlowPortChanged;
+    let is_it = |(counted, _): &&(Reason, u64)| *counted == reason;
     counters.iter().find(is_it).unwrap().1
 }
 
-/// Two connections of one port of pod a, first to `first`, then to `second`, which end at the same backend; both are used in turn.
-fn both_work(nodes: &Nodes, port: u16, first: SocketAddr, second: SocketAddr, backend: &str) {
+/// Two sockets of one port of `client`, connected first to `first`, then to `second`, which end at the same backend; both are used in turn.
+fn both_work(
+    client: &Network,
+    kind: SockType,
+    port: u16,
+    [first, second]: [SocketAddr; 2],
+    backend: &str,
+) {
     let of_first = || -> io::Result<()> {
-        let first = connect_from(port, first)?;
-        let answer = ask(&first)?;
-        let second = connect_from(port, second)?;
-        for stream in [&second, &first, &second, &first] {
-            let again = ask(stream)?;
+        let one = connect_from(kind, port, first)?;
+        let answer = ask(&one)?;
+        let other = connect_from(kind, port, second)?;
+        for socket in [&other, &one, &other, &one] {
+            let again = ask(socket)?;
             if again != answer || !again.starts_with(backend) {
                 return Err(io::Error::other(format!("{answer}, and then {again}")));
             }
         }
         Ok(())
     };
-    let pod = &nodes.nodes[0].pods["a"].network;
-    if let Err(error) = pod.run(of_first) {
-        panic!("port {port} to {first} and {second}: {error}");
+    if let Err(error) = client.run(of_first) {
+        panic!("{kind:?} of port {port} to {first} and {second}: {error}");
     }
 }
 
@@ -81,12 +88,21 @@ fn each_order(test: &str, hooks: Hooks) {
             nodes.serve(id, service, &[backend]).unwrap();
             let service: SocketAddr = service.parse().unwrap();
             let direct = nodes.backend(backend, service.is_ipv4()).unwrap();
-            let before = changed(&mut nodes);
-            both_work(&nodes, port, service, direct, backend);
-            assert_eq!(changed(&mut nodes), before + 1, "{service} to {backend}");
-            both_work(&nodes, port + 1, direct, service, backend);
-            assert_eq!(changed(&mut nodes), before + 2, "{backend} by {service}");
-            port += 2;
+            for kind in KINDS {
+                let changed = counted(&mut nodes, Reason::FlowPortChanged);
+                let held = counted(&mut nodes, Reason::ResetHeld);
+                let pod = nodes.nodes[0].pods["a"].network.try_clone().unwrap();
+                both_work(&pod, kind, port, [service, direct], backend);
+                let by_now = counted(&mut nodes, Reason::FlowPortChanged);
+                assert_eq!(by_now, changed + 1, "{service} to {backend}");
+                both_work(&pod, kind, port + 1, [direct, service], backend);
+                let by_now = counted(&mut nodes, Reason::FlowPortChanged);
+                assert_eq!(by_now, changed + 2, "{backend} by {service}");
+                // The opening was answered by the direct connection's state, and sent again at once.
+                let held = counted(&mut nodes, Reason::ResetHeld) - held;
+                assert_eq!(held, u64::from(kind == SockType::Stream), "{backend}");
+                port += 2;
+            }
         }
     }
 }
@@ -100,4 +116,58 @@ fn a_port_used_directly_and_through_a_service_is_told_apart_per_packet() {
 #[test]
 fn and_so_it_is_beside_the_socket_hook() {
     each_order("same port beside the socket hook", BOTH);
+}
+
+/// The other node's host asks for a node port, of which the pod behind it sees who it is.
+#[test]
+fn and_so_it_is_from_outside() {
+    if !is_root("same port from outside") {
+        return;
+    }
+    let sandbox = Sandbox::enter().unwrap();
+    let mut nodes = Nodes::start(&sandbox, PER_PACKET).unwrap();
+    let outside = nodes.nodes[1].host.try_clone().unwrap();
+    let mut port = 40_000;
+    for (id, service, every) in [
+        (1, SERVICES[0], "0.0.0.0:30080"),
+        (2, SERVICES[1], "[::]:30080"),
+    ] {
+        nodes.serve(id, service, &["b"]).unwrap();
+        let lead = Lead::to(ServiceId(id));
+        let node = &mut nodes.nodes[0];
+        node.dataplane().apply(&frontend(every, lead)).unwrap();
+        let is_ipv4 = every.starts_with('0');
+        let mut by_node = nodes.backend("node-1", is_ipv4).unwrap();
+        by_node.set_port(30080);
+        let direct = nodes.backend("b", is_ipv4).unwrap();
+        for kind in KINDS {
+            both_work(&outside, kind, port, [by_node, direct], "b");
+            both_work(&outside, kind, port + 1, [direct, by_node], "b");
+            port += 2;
+        }
+    }
+    assert_eq!(counted(&mut nodes, Reason::FlowPortChanged), 8);
+}
+
+#[test]
+fn and_so_it_is_from_the_node_itself_without_the_socket_hook() {
+    if !is_root("same port from the node") {
+        return;
+    }
+    let sandbox = Sandbox::enter().unwrap();
+    let mut nodes = Nodes::start(&sandbox, PER_PACKET).unwrap();
+    let host = nodes.nodes[0].host.try_clone().unwrap();
+    let mut port = 40_000;
+    for backend in ["a", "c"] {
+        for (id, service) in (1..).zip(SERVICES) {
+            nodes.serve(id, service, &[backend]).unwrap();
+            let service: SocketAddr = service.parse().unwrap();
+            let direct = nodes.backend(backend, service.is_ipv4()).unwrap();
+            for kind in KINDS {
+                both_work(&host, kind, port, [service, direct], backend);
+                both_work(&host, kind, port + 1, [direct, service], backend);
+                port += 2;
+            }
+        }
+    }
 }

@@ -5,7 +5,7 @@ use std::{io, os::fd::AsFd as _, path::Path};
 use dataplane_abi::{
     Addr, Affinity, AffinityKey, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey,
     Lead, LocalAddress, MONITOR_WORDS, MaglevBlock, MaglevKey, PeerKey, RangeKey, Reason,
-    SocketPeer, SocketPeers, limits, map,
+    SocketPeer, SocketPeers, Trace, limits, map,
 };
 
 use super::{
@@ -14,7 +14,7 @@ use super::{
 };
 
 /// What each map of the object is made like.
-pub(super) fn shapes() -> [(&'static str, MapShape); 16] {
+pub(super) fn shapes() -> [(&'static str, MapShape); 17] {
     const HASH: u32 = 1;
     const ARRAY: u32 = 2;
     const PERCPU_ARRAY: u32 = 6;
@@ -133,6 +133,10 @@ pub(super) fn shapes() -> [(&'static str, MapShape); 16] {
                 limits::FRAGMENTS,
                 0,
             ),
+        ),
+        (
+            map::TRACES,
+            MapShape::new(ARRAY, word, size_of::<Trace>(), limits::TRACES, 0),
         ),
         (
             map::COUNTERS,

@@ -174,7 +174,14 @@ fn rows() -> Vec<Row> {
             translated: true,
         }
     };
+    // Which leaves a trace, and asks whether a Service's flow left one.
+    let datagram = |what, dst| Row {
+        packet: udp(POD, dst, b"x"),
+        ..row(PacketProgram::PodIngress, what, POD, dst, false)
+    };
     vec![
+        datagram("datagram, pod to pod of this node", OTHER_POD),
+        datagram("datagram, pod to pod of another node", FAR_POD),
         row(
             PacketProgram::PodIngress,
             "pod to pod of this node",

@@ -16,23 +16,24 @@ mod extension {
     pub const DESTINATION: u8 = 60;
 }
 
+/// What lies behind the extension headers.
+pub(crate) struct Inner {
+    pub protocol: u8,
+    /// Offset of the transport header.
+    pub l4: usize,
+    pub fragment: Fragment,
+    /// Identification of a fragment, network order.
+    pub id: u32,
+}
+
+/// Walks over the extension headers at `l4`, of which `protocol` is the first or, without any, the transport's. Nothing when they are cut
+/// short or too many.
 #[inline(always)]
-pub(super) fn parse<P: Packet>(packet: &P, ip: &mut Ip) -> Option<()> {
-    let words: [u16; 4] = packet.read(ETH_LEN)?;
-    let [src_high, src_low, dst_high, dst_low]: [u64; 4] = packet.read(ETH_LEN + IPV6_ADDRESSES)?;
-    let [version, _class] = words[0].to_ne_bytes();
-    if version >> 4 != 6 {
-        return None;
-    }
-    let address = |high, low| Addr { words: [high, low] };
-    let (src, dst) = (address(src_high, src_low), address(dst_high, dst_low));
-    // Mapped IPv4 addresses do not come by the wire: in keys they are IPv4's.
-    if src.v4_be().is_some() || dst.v4_be().is_some() {
-        return None;
-    }
-    let payload_len = u16::from_be(words[2]) as usize;
-    let [mut protocol, _hop_limit] = words[3].to_ne_bytes();
-    let mut l4 = ETH_LEN + IPV6_LEN;
+pub(crate) fn behind_extensions<P: Packet>(
+    packet: &P,
+    mut l4: usize,
+    mut protocol: u8,
+) -> Option<Inner> {
     let (mut fragment, mut id) = (Fragment::Whole, 0u32);
     let mut extensions = 0;
     loop {
@@ -72,6 +73,36 @@ pub(super) fn parse<P: Packet>(packet: &P, ip: &mut Ip) -> Option<()> {
             return None;
         }
     }
+    Some(Inner {
+        protocol,
+        l4,
+        fragment,
+        id,
+    })
+}
+
+#[inline(always)]
+pub(super) fn parse<P: Packet>(packet: &P, ip: &mut Ip) -> Option<()> {
+    let words: [u16; 4] = packet.read(ETH_LEN)?;
+    let [src_high, src_low, dst_high, dst_low]: [u64; 4] = packet.read(ETH_LEN + IPV6_ADDRESSES)?;
+    let [version, _class] = words[0].to_ne_bytes();
+    if version >> 4 != 6 {
+        return None;
+    }
+    let address = |high, low| Addr { words: [high, low] };
+    let (src, dst) = (address(src_high, src_low), address(dst_high, dst_low));
+    // Mapped IPv4 addresses do not come by the wire: in keys they are IPv4's.
+    if src.v4_be().is_some() || dst.v4_be().is_some() {
+        return None;
+    }
+    let payload_len = u16::from_be(words[2]) as usize;
+    let [protocol, _hop_limit] = words[3].to_ne_bytes();
+    let Inner {
+        protocol,
+        l4,
+        fragment,
+        id,
+    } = behind_extensions(packet, ETH_LEN + IPV6_LEN, protocol)?;
     let transport = transport::<true, P>(packet, l4, protocol, fragment)?;
     // Zero is a jumbogram's, which the stack makes of segments that it has not cut yet.
     if payload_len != 0 && payload_len + IPV6_LEN + ETH_LEN < l4 + transport.needed {

@@ -1,7 +1,7 @@
 //! Reading packets. [`Packet`] is the seam: a socket buffer in the kernel, a vector in tests.
 
 mod ipv4;
-mod ipv6;
+pub(crate) mod ipv6;
 
 use dataplane_abi::{FlowKey, FragmentKey, Plain, proto};
 
@@ -28,6 +28,9 @@ const ECHO_REQUEST: u8 = 8;
 const ECHO_REPLY: u8 = 0;
 const ECHO_REQUEST_V6: u8 = 128;
 const ECHO_REPLY_V6: u8 = 129;
+
+/// Offset in a TCP header of its own length; flags follow.
+const TCP_WORDS: usize = 12;
 
 /// TCP flag bits.
 pub mod tcp_flag {
@@ -320,6 +323,29 @@ impl Ip {
     #[inline(always)]
     pub fn is_echo(&self) -> bool {
         !matches!(self.echo, Echo::None)
+    }
+
+    /// Whether it may be the first of a flow: an opening of a connection, or any datagram, of which none is said to be the first.
+    #[inline(always)]
+    pub fn may_be_first(&self) -> bool {
+        self.key.proto == proto::UDP || self.is_syn()
+    }
+
+    /// Whether it is a TCP segment that acknowledges, and does nothing else.
+    #[inline(always)]
+    pub fn is_bare_ack<P: Packet>(&self, packet: &P) -> bool {
+        const OTHERS: u8 = tcp_flag::SYN | tcp_flag::FIN | tcp_flag::RST;
+        if self.key.proto != proto::TCP
+            || self.tcp_flags & (OTHERS | tcp_flag::ACK) != tcp_flag::ACK
+        {
+            return false;
+        }
+        // Two bytes: see `icmp::is_discovery`. The upper half of the first counts words of the header.
+        let Some([words, _flags]) = packet.read::<[u8; 2]>(self.l4() + TCP_WORDS) else {
+            return false;
+        };
+        let headers = (self.l4() - ETH_LEN) as u32 + ((words as u32 & 0xf0) >> 2);
+        matches!(self.fragment, Fragment::Whole) && self.total_len == headers
     }
 
     /// Whether it opens a connection.

@@ -8,6 +8,7 @@ mod rows;
 mod rows_sctp;
 mod rows_v4;
 mod rows_v6;
+mod same_port;
 
 use std::{collections::BTreeMap, fs, net::IpAddr};
 

@@ -226,14 +226,14 @@ pub fn rows(family: Family) -> Vec<Row> {
             counters: &[(ServiceTranslated, 1), (ReplyTranslated, 1)],
         },
         Row {
-            name: "the host reaches a pod of its own through a Service",
+            name: "the host reaches a pod of its own through a Service, by a port that few may take",
             backends: to(&["10.0.0.12:8080"]),
             steps: vec![
                 Step(
                     ServiceIngress,
-                    tcp("198.18.0.1:4000", "10.96.0.1:80", SYN, b""),
+                    tcp("198.18.0.1:700", "10.96.0.1:80", SYN, b""),
                     REDIRECT,
-                    Some(tcp("198.18.0.1:4000", "10.0.0.12:8080", SYN, b"")),
+                    Some(tcp("198.18.0.1:700", "10.0.0.12:8080", SYN, b"")),
                 ),
                 Step(
                     ServiceIngress,

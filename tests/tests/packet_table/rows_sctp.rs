@@ -56,9 +56,9 @@ pub fn rows(family: Family) -> Vec<Row> {
                 ),
                 Step(
                     ServiceIngress,
-                    sctp("198.18.0.1:4000", service, INIT, &[7; 1400]),
+                    sctp("198.18.0.1:700", service, INIT, &[7; 1400]),
                     REDIRECT,
-                    Some(sctp("198.18.0.1:4000", port, INIT, &[7; 1400])),
+                    Some(sctp("198.18.0.1:700", port, INIT, &[7; 1400])),
                 ),
             ],
             counters: &[(ServiceTranslated, 2), (ReplyTranslated, 1)],

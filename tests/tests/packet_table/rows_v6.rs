@@ -20,9 +20,15 @@ fn with_options(src: &str, dst: &str, payload: &[u8]) -> Vec<u8> {
     packet
 }
 
-/// What a router says about a packet that is too big for its next link.
+/// The datagram behind options with the checksum of another.
+fn with_sum_of(mut packet: Vec<u8>, other: &[u8]) -> Vec<u8> {
+    packet[68..70].copy_from_slice(&other[68..70]);
+    packet
+}
+
+/// What a router says about a packet that is too big for its next link, of which it quotes some.
 fn too_big(from: &str, about: &[u8]) -> Vec<u8> {
-    let body = [&[0, 0, 5, 0][..], &about[14..62]].concat();
+    let body = [&[0, 0, 5, 0][..], &about[14..about.len().min(78)]].concat();
     V6.icmp(from, "10.0.0.11:0", 2, &body)
 }
 
@@ -35,6 +41,14 @@ pub fn rows() -> Vec<Row> {
     let neighbour = icmp("[fe80::1]:0", "[ff02::1:ff00:1]:0", 135, 0, &[0; 20]);
     let groups = icmp("[::]:0", "[ff02::16]:0", 143, 0, &[0; 28]);
     let asked = icmp("[fd00::9]:0", &balanced, 135, 0, &[0; 20]);
+    let (optional, went) = (
+        with_options(pod, service, b"hello"),
+        with_options(pod, there, b"hello"),
+    );
+    let mut later = went.clone();
+    later[20] = 44;
+    later[54..62].copy_from_slice(&[17, 0, 0, 72, 0, 0, 0, 9]);
+    let stray = too_big("10.0.9.9:0", &later);
     vec![
         Row {
             name: "a datagram is translated behind extension headers",
@@ -68,6 +82,21 @@ pub fn rows() -> Vec<Row> {
                 ),
             ],
             counters: &[(IcmpTranslated, 1), (Delivered, 1)],
+        },
+        Row {
+            name: "what an error quotes is translated behind extension headers, and a later fragment left as it is",
+            backends: V6.backends(&[there], &[]),
+            steps: vec![
+                Step(PodIngress, optional.clone(), PASS, Some(went.clone())),
+                Step(
+                    UplinkIngress,
+                    too_big("10.0.9.9:0", &went),
+                    REDIRECT,
+                    Some(too_big("10.0.9.9:0", &with_sum_of(optional, &went))),
+                ),
+                Step(UplinkIngress, stray.clone(), REDIRECT, Some(stray)),
+            ],
+            counters: &[(IcmpTranslated, 1), (Delivered, 2)],
         },
         Row {
             name: "neighbours and groups are for the link, and nothing else comes from its addresses",

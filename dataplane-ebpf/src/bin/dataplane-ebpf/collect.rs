@@ -6,8 +6,11 @@ use aya_ebpf::{
     macros::classifier, programs::TcContext,
 };
 use core::ffi::c_void;
-use dataplane_abi::{Flow, FlowKey, timeout_s};
-use dataplane_ebpf::tables::{FlowEntry as _, Tables as _};
+use dataplane_abi::{Flow, FlowKey, proto, timeout_s};
+use dataplane_ebpf::{
+    tables::{FlowEntry as _, Tables as _},
+    trace,
+};
 
 use crate::maps::{FLOWS, Maps, now_s};
 
@@ -76,6 +79,9 @@ unsafe extern "C" fn visit(
         walk.removed += 1;
     } else {
         walk.kept += 1;
+        if key.proto == proto::UDP && flow.reply == 1 {
+            trace::leave(&Maps, key, walk.now_s);
+        }
     }
     0
 }

@@ -11,12 +11,13 @@ use aya_ebpf::{
 use dataplane_abi::{
     Addr, Affinity, AffinityKey, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey,
     Lead, LocalAddress, MaglevBlock, MaglevKey, PeerKey, RangeKey, Reason, ServiceRef, SocketPeer,
-    SocketPeers, limits,
+    SocketPeers, Trace, limits,
 };
 use dataplane_ebpf::{
     flow,
     hook::Notes,
     tables::{FlowEntry, Refused, Tables},
+    trace,
 };
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -63,6 +64,8 @@ pub static PEERS: LpmTrie<[u32; 4], u64, { limits::PEERS as usize }> = LpmTrie::
 #[btf_map]
 pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, { limits::FRAGMENTS as usize }> =
     LruHashMap::new();
+#[btf_map]
+static TRACES: Array<Trace, { limits::TRACES as usize }> = Array::new();
 #[btf_map]
 pub static COUNTERS: PerCpuArray<u64, { Reason::COUNT as usize }> = PerCpuArray::new();
 /// Not pinned, since nothing outlives its packet.
@@ -256,6 +259,39 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn trace(&self, at: u32) -> Trace {
+        match TRACES.get_ptr(at) {
+            // SAFETY: an element of the array, aligned. Other CPUs write its words, each of which is right by itself.
+            Some(trace) => unsafe { trace.read_volatile() },
+            None => Trace::default(),
+        }
+    }
+
+    #[inline(always)]
+    fn leave_service(&self, at: u32, now_s: u32) {
+        if let Some(trace) = TRACES.get_ptr_mut(at) {
+            // SAFETY: as above.
+            unsafe { (&raw mut (*trace).service_s).write_volatile(now_s) };
+        }
+    }
+
+    #[inline(always)]
+    fn leave_direct(&self, at: u32, tuple: u64, now_s: u32) {
+        if let Some(trace) = TRACES.get_ptr_mut(at) {
+            // SAFETY: as above.
+            unsafe {
+                (&raw mut (*trace).direct).write_volatile(tuple);
+                (&raw mut (*trace).direct_s).write_volatile(now_s);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn meets(&self, key: &FlowKey, answers: &mut FlowKey) -> bool {
+        meets_flow(key, answers) != 0
+    }
+
+    #[inline(always)]
     fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts> {
         // SAFETY: two 16-bit words; an entry evicted meanwhile costs its datagram, as if it had been evicted before.
         unsafe { FRAGMENTS.get(key) }.copied()
@@ -313,6 +349,17 @@ extern "C" fn claim_tuple(answers: *const FlowKey, entry: *const Flow) -> u32 {
     // SAFETY: as above.
     match unsafe { (answers.as_ref(), entry.as_ref()) } {
         (Some(answers), Some(entry)) => flow::claim(&Maps, answers, entry) as u32,
+        _ => 0,
+    }
+}
+
+/// [`trace::meets`], likewise.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn meets_flow(key: *const FlowKey, answers: *mut FlowKey) -> u32 {
+    // SAFETY: as above.
+    match unsafe { (key.as_ref(), answers.as_mut()) } {
+        (Some(key), Some(answers)) => trace::meets(&Maps, key, answers) as u32,
         _ => 0,
     }
 }

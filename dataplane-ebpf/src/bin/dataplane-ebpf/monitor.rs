@@ -14,7 +14,7 @@ use aya_ebpf::{
 use dataplane_abi::{
     Addr, Affinity, AffinityKey, CAPTURE_LEN, Cell, Class, Flow, FlowKey, FragmentKey,
     FragmentPorts, FrontendKey, Hook, Lead, LocalAddress, MONITOR_LOST, MONITOR_WANTED,
-    MONITOR_WORDS, PacketEvent, Reason, ServiceRef, SocketEvent, SocketPeer, Wanted, limits,
+    MONITOR_WORDS, PacketEvent, Reason, ServiceRef, SocketEvent, SocketPeer, Trace, Wanted, limits,
 };
 use dataplane_ebpf::tables::{Refused, Tables};
 
@@ -81,6 +81,10 @@ impl<P: Told> Tables for Watched<P> {
         remove_unreplied(key: &FlowKey);
         enter(key: &FlowKey, answers: &mut FlowKey, entry: &mut Flow, fresh_port: u32) -> u32;
         claim(answers: &FlowKey, entry: &Flow) -> bool;
+        trace(at: u32) -> Trace;
+        leave_service(at: u32, now_s: u32);
+        leave_direct(at: u32, tuple: u64, now_s: u32);
+        meets(key: &FlowKey, answers: &mut FlowKey) -> bool;
         fragment(key: &FragmentKey) -> Option<FragmentPorts>;
         insert_fragment(key: &FragmentKey, ports: &FragmentPorts);
         random() -> u32;
