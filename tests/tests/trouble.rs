@@ -6,7 +6,7 @@ use std::fs;
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dataplane_abi::limits;
 use keelway_agent::dataplane::held;
@@ -16,6 +16,15 @@ use keelway_tests::topology::{Topology, WEB};
 use serde_json::{Value, json};
 
 const TIMEOUT: Duration = Duration::from_secs(2);
+/// How often clients ask while the API server is away, and a worker is killed.
+const ASKED_EVERY: Duration = Duration::from_secs(1);
+const KILLED_EVERY: Duration = Duration::from_secs(60);
+
+/// For how long it is away; `KEELWAY_AWAY_S` says otherwise.
+fn away() -> Duration {
+    let seconds = std::env::var("KEELWAY_AWAY_S").ok();
+    Duration::from_secs(seconds.map_or(3, |text| text.parse().expect("a number of seconds")))
+}
 
 /// Writes Services, and waits until pod b is served by both endpoints of the first.
 fn serve(topology: &Topology, services: &[Service]) {
@@ -162,6 +171,17 @@ fn without_an_api_server_a_new_worker_leaves_traffic_as_it_is_and_says_what_it_l
         );
         is_served(&topology, "both endpoints as before");
         assert_eq!(exchange(&mut open).expect("the same connection"), server);
+    }
+    // Nothing of what is known grows old, for as long as it takes.
+    let (began, mut killed) = (Instant::now(), Instant::now());
+    while began.elapsed() < away() {
+        is_served(&topology, "both endpoints still");
+        assert_eq!(exchange(&mut open).expect("the same connection"), server);
+        if killed.elapsed() > KILLED_EVERY {
+            node.kill_worker().expect("another worker");
+            killed = Instant::now();
+        }
+        std::thread::sleep(ASKED_EVERY);
     }
     // What changed meanwhile is caught up with.
     fs::rename(&aside, &topology.cluster.path).expect("the cluster");

@@ -281,6 +281,19 @@ mod tests {
         assert!(judgement.holds(), "\n{judgement}");
     }
 
+    /// Timeouts are the monotonic clock's: whoever sets the machine's clock ends no flow.
+    #[test]
+    fn no_program_reads_a_clock_that_can_be_set() {
+        let bytes = object_of_this_build().expect("our own object");
+        let functions = object::functions(&bytes).expect("an object");
+        let calls = |number: u32| {
+            let of = |function: &object::Function| function.helpers.get(&number).copied();
+            functions.values().filter_map(of).sum::<u64>()
+        };
+        assert_eq!(calls(helper::KTIME_GET_TAI_NS), 0);
+        assert!(calls(helper::KTIME_GET_COARSE_NS) > 0);
+    }
+
     /// The object itself with a lookup where there was an arithmetic instruction: what an added line in a program does.
     #[test]
     fn one_lookup_more_per_packet_is_caught() {

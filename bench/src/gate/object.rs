@@ -38,6 +38,12 @@ pub mod helper {
     pub const MAP_LOOKUP: u32 = 1;
     pub const MAP_UPDATE: u32 = 2;
     pub const MAP_DELETE: u32 = 3;
+    /// The monotonic clock at the resolution of a tick.
+    #[cfg(test)]
+    pub const KTIME_GET_COARSE_NS: u32 = 160;
+    /// The wall clock's atomic time, which is set with it.
+    #[cfg(test)]
+    pub const KTIME_GET_TAI_NS: u32 = 208;
 }
 
 /// All functions of an object: the programs, and what was not compiled into them.
