@@ -1,6 +1,9 @@
 use crate::{Addr, layout::plain, proto};
 
 /// The 5-tuple of a packet as it arrives at a hook.
+///
+/// What fills it up to its size are words, here and in other keys: to clear or copy an array of bytes, programs for the kernel call a loop
+/// that goes byte by byte, some nanoseconds for each packet.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct FlowKey {
@@ -10,9 +13,10 @@ pub struct FlowKey {
     pub sport: u16,
     pub dport: u16,
     pub proto: u8,
-    pub pad: [u8; 3],
+    pub pad: u8,
+    pub pad2: u16,
 }
-plain!(FlowKey, 40, { src: 0, dst: 16, sport: 32, dport: 34, proto: 36, pad: 37 });
+plain!(FlowKey, 40, { src: 0, dst: 16, sport: 32, dport: 34, proto: 36, pad: 37, pad2: 38 });
 
 impl FlowKey {
     /// Nobody's.
@@ -26,8 +30,15 @@ impl FlowKey {
             sport: sport_be,
             dport: dport_be,
             proto,
-            pad: [0; 3],
+            pad: 0,
+            pad2: 0,
         }
+    }
+
+    /// The same key, field by field: where one may overlap the other, a copy of the whole is a loop over bytes.
+    #[inline(always)]
+    pub const fn again(&self) -> Self {
+        Self::new(self.src, self.dst, self.sport, self.dport, self.proto)
     }
 
     /// The key with source and destination exchanged.
@@ -99,9 +110,10 @@ pub struct FragmentKey {
     /// Identification, network order; 16 bits in IPv4.
     pub id: u32,
     pub proto: u8,
-    pub pad: [u8; 3],
+    pub pad: u8,
+    pub pad2: u16,
 }
-plain!(FragmentKey, 40, { src: 0, dst: 16, id: 32, proto: 36, pad: 37 });
+plain!(FragmentKey, 40, { src: 0, dst: 16, id: 32, proto: 36, pad: 37, pad2: 38 });
 
 /// The ports of a fragmented datagram.
 #[repr(C)]

@@ -11,9 +11,10 @@ pub struct FrontendKey {
     pub port: u16,
     /// IP protocol number.
     pub proto: u8,
-    pub pad: [u8; 5],
+    pub pad: u8,
+    pub pad2: u32,
 }
-plain!(FrontendKey, 24, { addr: 0, port: 16, proto: 18, pad: 19 });
+plain!(FrontendKey, 24, { addr: 0, port: 16, proto: 18, pad: 19, pad2: 20 });
 
 /// Port of the marker that says "this address belongs to a Service", whatever its ports.
 pub const VIP_PORT: u16 = 0;
@@ -27,7 +28,8 @@ impl FrontendKey {
             addr,
             port: port_be,
             proto,
-            pad: [0; 5],
+            pad: 0,
+            pad2: 0,
         }
     }
 

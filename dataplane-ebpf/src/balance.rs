@@ -1,7 +1,7 @@
 //! Choosing a backend of a service port, and finding one again.
 
 use dataplane_abi::{
-    Addr, Affinity, AffinityKey, Backend, ExtentHeader, FlowKey, Reason, SERVICE_DIRECT,
+    Addr, Affinity, AffinityKey, Backend, ExtentHeader, Flow, FlowKey, Reason, SERVICE_DIRECT,
     SERVICE_SILENT, ServiceRef,
 };
 
@@ -20,7 +20,26 @@ pub struct Picked {
 }
 
 impl Picked {
-    /// Nothing yet.
+    /// None yet.
+    pub const NONE: Self = Self {
+        addr: Addr { words: [0, 0] },
+        port: 0,
+        generation: 0,
+        slot: 0,
+        direct: false,
+    };
+
+    /// Where a packet goes anyway, for a flow of no service.
+    #[inline(always)]
+    pub fn go_directly(&mut self, key: &FlowKey) {
+        self.addr = key.dst;
+        self.port = key.dport;
+        self.generation = 0;
+        self.slot = 0;
+        self.direct = false;
+    }
+
+    /// None yet.
     #[inline(always)]
     const fn none(client: &Client) -> Self {
         Self {
@@ -147,12 +166,22 @@ pub fn pick<T: Tables>(tables: &T, service: u32, client: &Client) -> Pick {
     pick_of(came_to, picked)
 }
 
-/// As [`pick`], by a function of its own, for the stack (see [`crate::reject::reject`]).
+/// As [`pick`], for the client that sent a packet: `outside` the node, or on it. What it came to, and the backend in `picked`. For
+/// [`Tables::choose`] alone, which is what the verifier judges once.
 #[inline(always)]
-pub fn pick_apart<T: Tables>(tables: &T, service: u32, client: &Client) -> Pick {
-    let mut picked = Picked::none(client);
-    let came_to = choose_apart(tables, service, client, &mut picked);
-    pick_of(came_to, picked)
+pub fn choose_for<T: Tables>(
+    tables: &T,
+    service: u32,
+    key: &FlowKey,
+    outside: bool,
+    picked: &mut Picked,
+) -> u32 {
+    let client = if outside {
+        Client::outside(key)
+    } else {
+        Client::at(key.src)
+    };
+    choose(tables, service, &client, picked)
 }
 
 #[inline(always)]
@@ -167,16 +196,11 @@ fn pick_of(came_to: u32, picked: Picked) -> Pick {
 }
 
 /// What choosing came to: a number, since only such come back from a function in a register.
-const CHOSEN: u32 = 0;
-const NONE: u32 = 1;
-const SILENT: u32 = 2;
+pub const CHOSEN: u32 = 0;
+pub const NONE: u32 = 1;
+pub const SILENT: u32 = 2;
 const CLIENT_UNKNOWN: u32 = 3;
 const TORN: u32 = 4;
-
-#[inline(never)]
-fn choose_apart<T: Tables>(tables: &T, service: u32, client: &Client, picked: &mut Picked) -> u32 {
-    choose(tables, service, client, picked)
-}
 
 #[inline(always)]
 fn choose<T: Tables>(tables: &T, service: u32, client: &Client, picked: &mut Picked) -> u32 {
@@ -205,8 +229,9 @@ fn choose<T: Tables>(tables: &T, service: u32, client: &Client, picked: &mut Pic
         }
         // A table that is not there was another generation's a moment ago.
         let is_last = attempt == 2;
-        if let Some(drawn) = draw(tables, client, &reference, &header, candidates, is_last) {
-            *picked = drawn;
+        if draw(
+            tables, client, &reference, &header, candidates, is_last, picked,
+        ) {
             return CHOSEN;
         }
     }
@@ -214,7 +239,9 @@ fn choose<T: Tables>(tables: &T, service: u32, client: &Client, picked: &mut Pic
 }
 
 /// One of the first `candidates` backends: the one that the service's Maglev table has for a client outside, else any. Without the
-/// table, any only where `is_last`.
+/// table, any only where `is_last`. False when there is none.
+///
+/// Here and below what was found goes where it is wanted field by field: a copy of the whole is a loop over bytes, and takes stack.
 #[inline(always)]
 fn draw<T: Tables>(
     tables: &T,
@@ -223,7 +250,8 @@ fn draw<T: Tables>(
     header: &ExtentHeader,
     candidates: u32,
     is_last: bool,
-) -> Option<Picked> {
+    picked: &mut Picked,
+) -> bool {
     if header.active == 0 {
         tables.count(Reason::TerminatingUsed);
     }
@@ -235,21 +263,22 @@ fn draw<T: Tables>(
         match tables.maglev(header.generation, share(number, header.maglev)) {
             Some(entry) => slot = entry as u32,
             None if is_last => {}
-            None => return None,
+            None => return false,
         }
     }
     if slot >= candidates {
         slot = share(tables.random(), candidates);
     }
-    let cell = tables.cell(reference.extent.wrapping_add(1).wrapping_add(slot))?;
+    let Some(cell) = tables.cell(reference.extent.wrapping_add(1).wrapping_add(slot)) else {
+        return false;
+    };
     let backend = Backend::from(cell);
-    Some(Picked {
-        addr: backend.addr,
-        port: backend.port,
-        generation: reference.generation,
-        slot: backend.slot,
-        direct: header.flags & SERVICE_DIRECT != 0,
-    })
+    picked.addr = backend.addr;
+    picked.port = backend.port;
+    picked.generation = reference.generation;
+    picked.slot = backend.slot;
+    picked.direct = header.flags & SERVICE_DIRECT != 0;
+    true
 }
 
 /// The backend that the client had, while it is one of the candidates and the client came back in time; else another, which is
@@ -272,25 +301,17 @@ fn choose_again<T: Tables>(
     if let Some(had) = tables.affinity(&key)
         && now_s.wrapping_sub(had.last_seen_s) <= header.affinity_timeout_s
     {
-        *picked = Picked {
-            addr: had.backend,
-            port: had.port,
-            generation: 0,
-            slot: had.slot,
-            direct: false,
-        };
-        if let Some(found) = search(tables, reference, header, picked) {
-            kept = found.slot < candidates;
-            *picked = found;
-        }
+        picked.addr = had.backend;
+        picked.port = had.port;
+        picked.generation = reference.generation;
+        picked.direct = false;
+        picked.slot = search(tables, reference, header, &had.backend, had.port, had.slot);
+        kept = picked.slot < candidates;
     }
     if kept {
         tables.count(Reason::AffinityKept);
-    } else {
-        match draw(tables, client, reference, header, candidates, true) {
-            Some(drawn) => *picked = drawn,
-            None => return TORN,
-        }
+    } else if !draw(tables, client, reference, header, candidates, true, picked) {
+        return TORN;
     }
     let affinity = Affinity {
         backend: picked.addr,
@@ -304,31 +325,18 @@ fn choose_again<T: Tables>(
     CHOSEN
 }
 
-/// Where a service's backend is now, or nothing when it is not among its backends any more.
+/// Where the backend of a client's flow is now: generation, which is never 0, and slot in one number, since only such come back from a
+/// function in a register; 0 when it is not among the service's backends any more. For [`Tables::seek`] alone, as above.
 #[inline(always)]
-pub fn find_for<const V6: bool, T: Tables>(
-    tables: &T,
-    service: u32,
-    known: &Picked,
-) -> Option<Picked> {
-    if !V6 {
-        return find(tables, service, known);
-    }
-    match find_apart(tables, service, known) {
-        0 => None,
-        place => Some(Picked {
-            generation: (place >> 32) as u32,
-            slot: place as u32,
-            ..*known
-        }),
-    }
-}
-
-/// As [`find`]: generation, which is never 0, and slot in one number, since only such come back from a function in a register. A
-/// function of its own, for the stack (see [`crate::hook::Notes`]).
-#[inline(never)]
-fn find_apart<T: Tables>(tables: &T, service: u32, known: &Picked) -> u64 {
-    match find(tables, service, known) {
+pub fn seek<T: Tables>(tables: &T, flow: &Flow) -> u64 {
+    let known = Picked {
+        addr: flow.other.src,
+        port: flow.other.sport,
+        generation: flow.generation,
+        slot: flow.slot,
+        direct: false,
+    };
+    match find(tables, flow.service, &known) {
         Some(found) => (found.generation as u64) << 32 | found.slot as u64,
         None => 0,
     }
@@ -343,46 +351,58 @@ pub fn find<T: Tables>(tables: &T, service: u32, known: &Picked) -> Option<Picke
     if reference.generation == known.generation {
         return Some(*known);
     }
-    search(tables, &reference, &header, known)
+    let slot = search(
+        tables,
+        &reference,
+        &header,
+        &known.addr,
+        known.port,
+        known.slot,
+    );
+    (slot != NOT_FOUND).then_some(Picked {
+        generation: reference.generation,
+        slot,
+        ..*known
+    })
 }
 
-/// The backend in an extent, near where it was.
+/// No slot.
+const NOT_FOUND: u32 = u32::MAX;
+
+/// The slot of a backend in an extent, near where it was; [`NOT_FOUND`] when it is not there.
 #[inline(always)]
 fn search<T: Tables>(
     tables: &T,
     reference: &ServiceRef,
     header: &ExtentHeader,
-    known: &Picked,
-) -> Option<Picked> {
-    let at = |slot: u32| {
-        let cell = tables.cell(reference.extent.wrapping_add(1).wrapping_add(slot))?;
-        let backend = Backend::from(cell);
-        let same = backend.port == known.port
-            && backend.addr.words[0] == known.addr.words[0]
-            && backend.addr.words[1] == known.addr.words[1];
-        same.then_some(Picked {
-            generation: reference.generation,
-            slot: backend.slot,
-            ..*known
-        })
-    };
+    addr: &Addr,
+    port: u16,
+    slot: u32,
+) -> u32 {
     let first = if header.total <= FIND_MAX {
         0
     } else {
-        known.slot.saturating_sub(FIND_MAX / 2)
+        slot.saturating_sub(FIND_MAX / 2)
     };
     let mut turn = 0;
     while turn < FIND_MAX {
         let slot = first.wrapping_add(turn);
         if slot >= header.total {
-            return None;
+            return NOT_FOUND;
         }
-        if let Some(found) = at(slot) {
-            return Some(found);
+        let Some(cell) = tables.cell(reference.extent.wrapping_add(1).wrapping_add(slot)) else {
+            return NOT_FOUND;
+        };
+        let backend = Backend::from(cell);
+        let same = backend.port == port
+            && backend.addr.words[0] == addr.words[0]
+            && backend.addr.words[1] == addr.words[1];
+        if same {
+            return backend.slot;
         }
         turn += 1;
     }
-    None
+    NOT_FOUND
 }
 
 #[cfg(test)]

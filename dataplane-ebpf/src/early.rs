@@ -8,10 +8,9 @@ use dataplane_abi::{
 };
 
 use crate::{
-    balance::{self, Client, Pick, Picked},
-    flow,
+    balance, flow,
     follow::{NO_SERVICE, Side, is_zero, lead, resume, seen_by},
-    hook::{Aside, Features, Notes, Place},
+    hook::{Features, Notes, Place},
     packet::{ETH_LEN, Fragment, IPV4_LEN, IPV6_LEN, Packet, Parsed, parse},
     tables::{FlowEntry, Tables},
 };
@@ -50,7 +49,7 @@ pub fn uplink_early<const V6: bool, P: Packet, T: Tables>(
     }
     let seen = flow::seen(ip.key.proto, ip.tcp_flags);
     if let Some(entry) = flow::lookup(tables, &ip.key) {
-        return follow_early::<V6, T>(tables, notes, &entry, seen);
+        return follow_early(tables, notes, &entry, seen);
     }
     // As at tc: only an opening may take a connection from the host's own listeners. One that ends what it opens is nobody's, and the
     // hook at tc would take it for the end of an older one.
@@ -63,12 +62,7 @@ pub fn uplink_early<const V6: bool, P: Packet, T: Tables>(
 
 /// A packet of a flow that is known.
 #[inline(always)]
-fn follow_early<const V6: bool, T: Tables>(
-    tables: &T,
-    notes: &mut Notes,
-    entry: &T::Entry,
-    seen: u32,
-) -> Early {
+fn follow_early<T: Tables>(tables: &T, notes: &mut Notes, entry: &T::Entry, seen: u32) -> Early {
     let flow = entry.get();
     // What goes by the overlay goes by tc, as does what has met another connection.
     if flow.service == NO_SERVICE || flow.seen & (SEEN_DISPATCHED | SEEN_TAKEN) != 0 {
@@ -87,12 +81,12 @@ fn follow_early<const V6: bool, T: Tables>(
         let is_first = flow.seen & SEEN_REPLY == 0;
         entry.touch(tables.now_s(), seen);
         if is_first {
-            flow::promote::<V6, T>(tables, &notes.ip.key, flow, seen);
+            tables.promote(&notes.ip.key, flow, seen);
         }
         return Early::Forward(Reason::ReplyTranslated);
     }
     // A flow that may not go on is forgotten at tc, and its packet chooses anew there.
-    if is_here(tables, &flow.other.src) || !resume::<V6, T>(tables, &notes.ip, entry, seen) {
+    if is_here(tables, &flow.other.src) || !resume(tables, &notes.ip, entry, seen) {
         return Early::Leave;
     }
     notes.to = flow.other.mirrored();
@@ -117,19 +111,14 @@ fn open_early<const V6: bool, T: Tables>(
     if lead.flags & LEAD_GUARDED != 0 && !tables.in_range(service, &ip.key.src) {
         return Early::Leave;
     }
-    let client = Client::outside(&ip.key);
-    let picked = if V6 {
-        balance::pick_apart(tables, service, &client)
-    } else {
-        balance::pick(tables, service, &client)
-    };
-    let Pick::Backend(backend) = picked else {
+    let backend = &mut notes.aside.picked;
+    if tables.choose(service, &ip.key, true, backend) != balance::CHOSEN {
         return Early::Leave;
-    };
+    }
     if features.overlay && backend.direct {
         return Early::Leave;
     }
-    enter_early::<V6, T>(tables, features, notes, service, &backend, seen)
+    enter_early::<V6, T>(tables, features, notes, service, seen)
 }
 
 #[inline(always)]
@@ -138,9 +127,9 @@ fn enter_early<const V6: bool, T: Tables>(
     features: &Features,
     notes: &mut Notes,
     service: u32,
-    backend: &Picked,
     seen: u32,
 ) -> Early {
+    let backend = &notes.aside.picked;
     let source = seen_by::<V6, T>(tables, features, &notes.ip, Side::Outside, backend);
     if is_zero(&source.addr) {
         return Early::Leave;
@@ -153,11 +142,7 @@ fn enter_early<const V6: bool, T: Tables>(
         fresh_port: source.is_node,
         seen,
     };
-    let Aside {
-        about: answers,
-        entry,
-        ..
-    } = &mut notes.aside;
+    let (answers, entry) = (&mut notes.aside.about, &mut notes.aside.entry);
     if flow::open(tables, &opening, answers, entry).is_err() {
         return Early::Leave;
     }

@@ -134,24 +134,10 @@ pub fn answered<P: Packet, T: Tables>(
     }
 }
 
-/// Moves a flow to the replied table, when `reply` arrived under `key` and found it unreplied.
+/// Moves a flow to the replied table, when `reply` arrived under `key` and found it unreplied. For [`Tables::promote`] alone, which is
+/// what the verifier judges once.
 #[inline(always)]
-pub fn promote<const V6: bool, T: Tables>(tables: &T, key: &FlowKey, reply: &Flow, seen: u32) {
-    if V6 {
-        promote_apart(tables, key, reply, seen);
-    } else {
-        advance(tables, key, reply, seen);
-    }
-}
-
-/// A function of its own, for the stack (see [`crate::reject::reject`]).
-#[inline(never)]
-fn promote_apart<T: Tables>(tables: &T, key: &FlowKey, reply: &Flow, seen: u32) {
-    advance(tables, key, reply, seen);
-}
-
-#[inline(always)]
-fn advance<T: Tables>(tables: &T, key: &FlowKey, reply: &Flow, seen: u32) {
+pub fn advance<T: Tables>(tables: &T, key: &FlowKey, reply: &Flow, seen: u32) {
     let now_s = tables.now_s();
     // The client's side is rebuilt from this one: what it had seen was an opening, else it would not be unreplied.
     let mut entry = Flow {
@@ -273,7 +259,7 @@ pub fn enter<T: Tables>(
     if is_traced {
         trace::leave(tables, answers, entry.last_seen_s);
     }
-    entry.other = *answers;
+    entry.other = answers.again();
     entry.seen = seen;
     entry.reply = 0;
     match tables.insert_unreplied(key, entry, true) {
@@ -365,7 +351,7 @@ mod tests {
 
     fn answer(tables: &Memory, answers: &FlowKey, seen: u32) {
         let reply = *lookup(tables, answers).unwrap().get();
-        promote::<false, _>(tables, answers, &reply, seen);
+        tables.promote(answers, &reply, seen);
     }
 
     #[test]

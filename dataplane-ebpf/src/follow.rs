@@ -6,29 +6,84 @@ use dataplane_abi::{
 };
 
 use crate::{
-    balance::{self, Client, Pick, Picked},
+    balance::{self, Picked},
     flow,
     hook::{Aside, Features, Notes, Place, hairpin, same},
     icmp,
     packet::{Echo, Fragment, Ip, Packet},
-    reject::reject,
     tables::{FlowEntry, Tables},
-    translate::translate,
 };
 
 /// Whose packets a hook sees.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Side {
     /// A pod's: it may ask Services, and it may answer for them.
-    Pod,
+    Pod = 0,
     /// The host's own, to Services.
-    Host,
+    Host = 1,
     /// Others', to the node or beyond it.
-    Outside,
+    Outside = 2,
     /// To a pod of the node, from another or from outside: it may be an answer, or be the first of a flow past all Services.
-    Direct,
+    Direct = 3,
     /// The host's to a pod: it may be an answer, and asks no Service.
-    Answers,
+    Answers = 4,
+}
+
+/// What is known of a packet beside its notes, in one number, to be handed to a function that is judged by itself: the [`Side`], whether
+/// it is for an address of the node, whether it came by the overlay, its SEEN_* bits, and what asking a Service came to. The highest byte
+/// is free.
+#[derive(Clone, Copy)]
+pub struct Asking(pub u32);
+
+impl Asking {
+    const SIDE: u32 = 7;
+    const AT_HOST: u32 = 8;
+    const BY_OVERLAY: u32 = 16;
+    const SEEN_SHIFT: u32 = 8;
+    const ANSWER_SHIFT: u32 = 16;
+
+    #[inline(always)]
+    const fn new(side: Side, at_host: bool, by_overlay: bool, seen: u32) -> Self {
+        let at_host = if at_host { Self::AT_HOST } else { 0 };
+        let by_overlay = if by_overlay { Self::BY_OVERLAY } else { 0 };
+        Self(side as u32 | at_host | by_overlay | (seen & 0xff) << Self::SEEN_SHIFT)
+    }
+
+    #[inline(always)]
+    const fn side(self) -> Side {
+        match self.0 & Self::SIDE {
+            0 => Side::Pod,
+            1 => Side::Host,
+            2 => Side::Outside,
+            3 => Side::Direct,
+            _ => Side::Answers,
+        }
+    }
+
+    #[inline(always)]
+    const fn at_host(self) -> bool {
+        self.0 & Self::AT_HOST != 0
+    }
+
+    #[inline(always)]
+    pub const fn by_overlay(self) -> bool {
+        self.0 & Self::BY_OVERLAY != 0
+    }
+
+    #[inline(always)]
+    const fn answered(self, answer: u32) -> Self {
+        Self(self.0 | (answer & 0xff) << Self::ANSWER_SHIFT)
+    }
+
+    #[inline(always)]
+    const fn answer(self) -> u32 {
+        self.0 >> Self::ANSWER_SHIFT & 0xff
+    }
+
+    #[inline(always)]
+    const fn seen(self) -> u32 {
+        self.0 >> Self::SEEN_SHIFT & 0xff
+    }
 }
 
 impl Side {
@@ -38,20 +93,34 @@ impl Side {
     }
 }
 
-/// What a packet turned out to be to Services.
-pub(crate) enum Followed {
+/// What a packet turned out to be to Services. As a number it comes back from a function in a register.
+pub enum Followed {
     /// Nothing of theirs.
-    Untouched,
+    Untouched = 0,
     /// A client's, which now goes to a backend.
-    ToBackend,
+    ToBackend = 1,
     /// A backend's, which now goes to the client.
-    ToClient,
+    ToClient = 2,
     /// A client's, which goes to the backend's node as it is: [`Notes::peer`].
-    Dispatched,
+    Dispatched = 3,
     /// It has become the refusal of what it was.
-    Rejected,
+    Rejected = 4,
     /// Counted already.
-    Dropped,
+    Dropped = 5,
+}
+
+impl Followed {
+    #[inline(always)]
+    const fn of(number: u32) -> Self {
+        match number {
+            0 => Self::Untouched,
+            1 => Self::ToBackend,
+            2 => Self::ToClient,
+            3 => Self::Dispatched,
+            4 => Self::Rejected,
+            _ => Self::Dropped,
+        }
+    }
 }
 
 /// Finds out what a packet is to Services and translates it; its new key is [`Notes::to`] then. `at_host` says that it is for an
@@ -68,14 +137,15 @@ pub(crate) fn follow<const V6: bool, P: Packet, T: Tables>(
     let ip = &notes.ip;
     let is_followed = ip.has_ports() || (features.masquerade && may_be_echo::<V6>(ip));
     if !is_followed {
-        return portless::<V6, P, T>(packet, tables, notes, side, at_host);
+        let asking = Asking::new(side, at_host, features.by_overlay, 0);
+        return Followed::of(tables.portless::<V6, P>(packet, notes, asking.0));
     }
     let followed = flow_of::<V6, P, T>(packet, tables, features, notes, side, at_host);
     if !matches!(followed, Followed::ToBackend | Followed::ToClient) {
         return followed;
     }
     // One place for all, which is much code.
-    if !translate::<V6, P>(packet, &notes.ip, &notes.to) {
+    if !packet.translate::<V6>(&notes.ip, &notes.to) {
         return dropped(tables, Reason::RewriteFailed);
     }
     if matches!(followed, Followed::ToClient) {
@@ -127,7 +197,7 @@ fn flow_of<const V6: bool, P: Packet, T: Tables>(
             // socket hook say, and from a port that the flow had: translated, it would be nobody's.
             if seen & SEEN_SYN != 0 && flow::has_ended(tables, flow) {
                 let client = &mut notes.aside.about;
-                *client = flow.other;
+                *client = flow.other.again();
                 flow::forget(tables, client, &ip.key);
                 return Followed::Untouched;
             }
@@ -144,7 +214,7 @@ fn flow_of<const V6: bool, P: Packet, T: Tables>(
                 // A flow for which the other table has no room stays here, answered.
                 entry.touch(tables.now_s(), seen);
                 if is_first {
-                    flow::promote::<V6, T>(tables, &ip.key, flow, seen);
+                    tables.promote(&ip.key, flow, seen);
                 }
             }
             return Followed::ToClient;
@@ -154,7 +224,7 @@ fn flow_of<const V6: bool, P: Packet, T: Tables>(
             if seen & SEEN_RST != 0 && flow.seen & SEEN_TAKEN != 0 {
                 return dropped(tables, Reason::ResetHeld);
             }
-            if resume::<V6, T>(tables, ip, &entry, seen) {
+            if resume(tables, ip, &entry, seen) {
                 if side == Side::Outside && flow.seen & SEEN_DISPATCHED != 0 {
                     return dispatch(tables, &flow.other.src, &mut notes.peer);
                 }
@@ -168,7 +238,7 @@ fn flow_of<const V6: bool, P: Packet, T: Tables>(
                 ..
             } = &mut notes.aside;
             entry.seen = flow.seen;
-            *answers = flow.other;
+            *answers = flow.other.again();
             flow::forget(tables, &ip.key, answers);
         }
     } else {
@@ -176,17 +246,63 @@ fn flow_of<const V6: bool, P: Packet, T: Tables>(
     }
     // Only an opening may take a connection from the host's own listeners: what the host itself opened from a port that
     // is a NodePort too must hear its answers.
-    if side == Side::Direct && notes.ip.may_be_first() {
-        return open_directly(tables, notes);
-    }
-    if !side.asks_services() {
+    let opens_directly = side == Side::Direct && notes.ip.may_be_first();
+    if !opens_directly && !side.asks_services() {
         return Followed::Untouched;
     }
-    let ip = &notes.ip;
-    if !features.overlay && is_joining(features, ip, side, at_host) {
+    if !features.overlay && is_joining(features, &notes.ip, side, at_host) {
         return Followed::Untouched;
     }
-    open::<V6, P, T>(packet, tables, features, notes, side, at_host, seen)
+    let asking = Asking::new(side, at_host, features.by_overlay, seen);
+    let mut opened = Opened::Directly;
+    if side != Side::Direct {
+        let asking = asking.answered(tables.ask(features, notes, asking.0));
+        opened = Opened::of(tables.open::<V6>(features, notes, asking.0));
+    }
+    if matches!(opened, Opened::Directly) {
+        if !tables.meets(&notes.ip.key, &mut notes.aside.about) {
+            return Followed::Untouched;
+        }
+        opened = Opened::of(tables.open_directly(notes, asking.0));
+    }
+    match opened {
+        Opened::Nothing => Followed::Untouched,
+        Opened::Flow => Followed::ToBackend,
+        Opened::Dispatched => Followed::Dispatched,
+        Opened::Refused if packet.refuse::<V6>(&notes.ip) => Followed::Rejected,
+        Opened::Refused | Opened::Directly | Opened::Dropped => Followed::Dropped,
+    }
+}
+
+/// What became of a packet of no flow, before it is rewritten: that takes room on the stack, too. As a number it comes back from a
+/// function in a register.
+enum Opened {
+    /// Nobody's.
+    Nothing = 0,
+    /// A flow: [`Notes::to`] and [`Notes::service`].
+    Flow = 1,
+    /// As [`Followed::Dispatched`].
+    Dispatched = 2,
+    /// To be refused.
+    Refused = 3,
+    /// Counted already.
+    Dropped = 4,
+    /// What may be the first of a flow past all Services.
+    Directly = 5,
+}
+
+impl Opened {
+    #[inline(always)]
+    const fn of(number: u32) -> Self {
+        match number {
+            0 => Self::Nothing,
+            1 => Self::Flow,
+            2 => Self::Dispatched,
+            3 => Self::Refused,
+            5 => Self::Directly,
+            _ => Self::Dropped,
+        }
+    }
 }
 
 /// Whether a packet is of a connection to the node that is not known, and so the host's own business. What another node sent on may
@@ -243,132 +359,155 @@ pub(crate) fn lead<T: Tables>(tables: &T, ip: &Ip, at_host: bool) -> Option<Lead
     }
 }
 
-/// Follows what may be the first packet of a flow and asks no Service. From a port that a Service's flow has towards the same backend it
-/// would be taken for that flow's when it is answered: it becomes a flow of no service, with another port.
+/// Enters the flow of a packet that asks no Service and has met one that does ([`Tables::meets`]): from a port that a Service's flow has
+/// towards the same backend it would be taken for that flow's when it is answered. It becomes a flow of no service, with another port: an
+/// [`Opened`]. That is rare. For [`Tables::open_directly`] alone, which is what the verifier judges once.
 #[inline(always)]
-fn open_directly<T: Tables>(tables: &T, notes: &mut Notes) -> Followed {
-    if !tables.meets(&notes.ip.key, &mut notes.aside.about) {
-        return Followed::Untouched;
-    }
-    if !enter_directly(tables, &notes.ip, &mut notes.aside) {
-        return Followed::Dropped;
-    }
-    notes.to = notes.aside.about.mirrored();
-    notes.service = NO_SERVICE;
-    Followed::ToBackend
-}
-
-/// Enters the flow of such a packet. A function of its own for both families: that is rare.
-#[inline(never)]
-fn enter_directly<T: Tables>(tables: &T, ip: &Ip, aside: &mut Aside) -> bool {
+pub fn open_directly<T: Tables>(tables: &T, notes: &mut Notes) -> u32 {
+    let Notes { ip, aside, .. } = notes;
+    let Aside {
+        about,
+        entry,
+        picked: backend,
+        ..
+    } = aside;
+    backend.go_directly(&ip.key);
     let opening = flow::Opening {
         key: &ip.key,
         service: NO_SERVICE,
-        backend: &Picked {
-            addr: ip.key.dst,
-            port: ip.key.dport,
-            generation: 0,
-            slot: 0,
-            direct: false,
-        },
+        backend,
         src: ip.key.src,
         fresh_port: false,
         seen: flow::seen(ip.key.proto, ip.tcp_flags) | SEEN_TAKEN,
     };
-    let Aside { about, entry, .. } = aside;
-    match flow::open(tables, &opening, about, entry) {
-        Ok(()) => true,
+    let opened = match flow::open(tables, &opening, about, entry) {
+        Ok(()) => {
+            notes.to = about.mirrored();
+            notes.service = NO_SERVICE;
+            Opened::Flow
+        }
         Err(reason) => {
             tables.count(reason);
-            false
+            Opened::Dropped
         }
+    };
+    opened as u32
+}
+
+/// It is for no frontend, and it comes from where its Service lets nobody in: what asking a Service came to, beside what choosing came to.
+const NO_FRONTEND: u32 = 5;
+const GUARDED: u32 = 6;
+
+/// Which Service a packet of no flow asks, if it asks one, and which backend that has for it: both are in the notes of the flow that is
+/// opened. Apart from [`open`], since the two have no room on one stack. For [`Tables::ask`] alone, which is what the verifier judges
+/// once.
+#[inline(always)]
+pub fn ask<T: Tables>(tables: &T, features: &Features, notes: &mut Notes, asking: u32) -> u32 {
+    let asking = Asking(asking);
+    let (side, at_host) = (asking.side(), asking.at_host());
+    let ip = &notes.ip;
+    let Some(lead) = lead(tables, ip, at_host) else {
+        return NO_FRONTEND;
+    };
+    let outside = side == Side::Outside;
+    let service = if outside {
+        lead.external
+    } else {
+        lead.internal
+    };
+    notes.service = service;
+    if lead.flags & LEAD_GUARDED != 0
+        && !tables.in_range(service, &ip.key.src)
+        && !is_joining(features, ip, side, at_host)
+    {
+        return GUARDED;
     }
+    balance::choose_for(tables, service, &ip.key, outside, &mut notes.aside.picked)
+}
+
+/// What becomes of a packet of no flow: an [`Opened`], of an [`Asking`]. For [`Tables::open`] alone, as above.
+#[inline(always)]
+pub fn open<const V6: bool, T: Tables>(
+    tables: &T,
+    features: &Features,
+    notes: &mut Notes,
+    asking: u32,
+) -> u32 {
+    open_asked::<V6, T>(tables, features, notes, Asking(asking)) as u32
 }
 
 /// Opens a flow when the packet is for a Service.
 #[inline(always)]
-fn open<const V6: bool, P: Packet, T: Tables>(
-    packet: &mut P,
+fn open_asked<const V6: bool, T: Tables>(
     tables: &T,
     features: &Features,
     notes: &mut Notes,
-    side: Side,
-    at_host: bool,
-    seen: u32,
-) -> Followed {
+    asking: Asking,
+) -> Opened {
+    let lost = |reason| {
+        tables.count(reason);
+        Opened::Dropped
+    };
+    let refused = |reason| {
+        tables.count(reason);
+        Opened::Refused
+    };
+    let (side, at_host, seen) = (asking.side(), asking.at_host(), asking.seen());
     let ip = &notes.ip;
     // Without a frontend it is for nobody's, unless it leaves the cluster: then it is a flow of no service, whose backend is where
     // it goes anyway.
     let mut service = NO_SERVICE;
-    let mut backend = Picked {
-        addr: ip.key.dst,
-        port: ip.key.dport,
-        generation: 0,
-        slot: 0,
-        direct: false,
-    };
+    let backend = &mut notes.aside.picked;
     let joining = is_joining(features, ip, side, at_host);
     let mut dispatched = false;
     let mut source = Source {
         addr: features.node::<V6>(),
         is_node: true,
     };
-    if let Some(lead) = lead(tables, ip, at_host) {
-        service = match side {
-            Side::Outside => lead.external,
-            _ => lead.internal,
-        };
-        if lead.flags & LEAD_GUARDED != 0 && !tables.in_range(service, &ip.key.src) && !joining {
-            return dropped(tables, Reason::SourceRange);
+    let answer = asking.answer();
+    if answer != NO_FRONTEND {
+        service = notes.service;
+        match answer {
+            balance::CHOSEN => {}
+            _ if joining => return Opened::Nothing,
+            balance::NONE => return refused(Reason::NoBackend),
+            balance::SILENT => return lost(Reason::NoLocalBackend),
+            GUARDED => return lost(Reason::SourceRange),
+            _ => return lost(Reason::ServiceTorn),
         }
-        let client = match side {
-            Side::Outside => Client::outside(&ip.key),
-            _ => Client::at(ip.key.src),
-        };
-        let picked = if V6 {
-            balance::pick_apart(tables, service, &client)
-        } else {
-            balance::pick(tables, service, &client)
-        };
-        backend = match picked {
-            Pick::Backend(backend) => backend,
-            _ if joining => return Followed::Untouched,
-            Pick::None => return refused::<V6, P, T>(packet, tables, ip, Reason::NoBackend),
-            Pick::Silent => return dropped(tables, Reason::NoLocalBackend),
-            Pick::Torn | Pick::ClientUnknown => return dropped(tables, Reason::ServiceTorn),
-        };
-        source = seen_by::<V6, T>(tables, features, ip, side, &backend);
-        dispatched = source.is_node && is_dispatched(tables, features, ip, side, &backend);
+        source = seen_by::<V6, T>(tables, features, ip, side, backend);
+        dispatched = source.is_node && is_dispatched(tables, features, ip, side, backend);
         if dispatched {
             source = Source {
                 addr: ip.key.src,
                 is_node: false,
             };
         } else if joining {
-            return Followed::Untouched;
+            return Opened::Nothing;
         }
         if is_zero(&source.addr) {
-            return dropped(tables, Reason::NoNodeAddress);
+            return lost(Reason::NoNodeAddress);
         }
     } else {
         if joining {
-            return Followed::Untouched;
+            return Opened::Nothing;
         }
         if !at_host && is_vip(tables, &ip.key.dst) {
             if !ip.has_ports() {
-                return dropped(tables, Reason::ServiceProtocol);
+                return lost(Reason::ServiceProtocol);
             }
-            return refused::<V6, P, T>(packet, tables, ip, Reason::NoSuchPort);
+            return refused(Reason::NoSuchPort);
         }
         let leaves = features.masquerade && side == Side::Pod && !at_host;
         // Without an address of the family there is nothing to give; an echo's answer opens nothing.
         let is_answer = matches!(ip.echo, Echo::Reply);
         if !leaves || is_zero(&source.addr) || is_answer || keeps_source(tables, &ip.key.dst) {
             if side == Side::Pod && ip.may_be_first() {
-                return open_directly(tables, notes);
+                return Opened::Directly;
             }
-            return Followed::Untouched;
+            return Opened::Nothing;
         }
+        backend.go_directly(&ip.key);
     }
     if source.is_node {
         tables.count(Reason::SourceNat);
@@ -378,24 +517,23 @@ fn open<const V6: bool, P: Packet, T: Tables>(
     let opening = flow::Opening {
         key: &ip.key,
         service,
-        backend: &backend,
+        backend,
         src: source.addr,
         fresh_port: source.is_node || is_from_any_port(ip, side),
         seen: seen | met | if dispatched { SEEN_DISPATCHED } else { 0 },
     };
-    let Aside {
-        about: answers,
-        entry,
-        ..
-    } = &mut notes.aside;
+    let (answers, entry) = (&mut notes.aside.about, &mut notes.aside.entry);
     match flow::open(tables, &opening, answers, entry) {
-        Ok(()) if dispatched => dispatch(tables, &backend.addr, &mut notes.peer),
+        Ok(()) if dispatched => match dispatch(tables, &backend.addr, &mut notes.peer) {
+            Followed::Dispatched => Opened::Dispatched,
+            _ => Opened::Dropped,
+        },
         Ok(()) => {
             notes.to = answers.mirrored();
             notes.service = service;
-            Followed::ToBackend
+            Opened::Flow
         }
-        Err(reason) => dropped(tables, reason),
+        Err(reason) => lost(reason),
     }
 }
 
@@ -485,27 +623,17 @@ pub(crate) fn seen_by<const V6: bool, T: Tables>(
 /// Whether a client's flow may go on. A datagram's backend must still be one: nothing else tells its
 /// sender that it is gone. An established connection is left to end by itself; a new one needs a backend that is one.
 #[inline(always)]
-pub(crate) fn resume<const V6: bool, T: Tables>(
-    tables: &T,
-    ip: &Ip,
-    entry: &T::Entry,
-    seen: u32,
-) -> bool {
+pub(crate) fn resume<T: Tables>(tables: &T, ip: &Ip, entry: &T::Entry, seen: u32) -> bool {
     let flow = entry.get();
     if !ip.is_of_connection() || ip.is_syn() {
-        let known = Picked {
-            addr: flow.other.src,
-            port: flow.other.sport,
-            generation: flow.generation,
-            slot: flow.slot,
-            direct: false,
-        };
         if flow.service != NO_SERVICE {
-            let Some(found) = balance::find_for::<V6, T>(tables, flow.service, &known) else {
+            let place = tables.seek(flow);
+            let (generation, slot) = ((place >> 32) as u32, place as u32);
+            if generation == 0 {
                 return false;
-            };
-            if found.generation != known.generation {
-                entry.locate(found.generation, found.slot);
+            }
+            if generation != flow.generation {
+                entry.locate(generation, slot);
             }
         }
         if ip.is_of_connection() && (flow.seen & SEEN_TAKEN != 0 || flow::is_closing(tables, flow))
@@ -517,9 +645,21 @@ pub(crate) fn resume<const V6: bool, T: Tables>(
     true
 }
 
-/// Protocols without ports are not spoken by Services, but ICMP errors may be about what Services translated.
+/// What becomes of a packet of a protocol without ports, which Services do not speak; but ICMP errors may be about what Services
+/// translated. A [`Followed`], of an [`Asking`]. For [`Tables::portless`] alone, as above.
 #[inline(always)]
-fn portless<const V6: bool, P: Packet, T: Tables>(
+pub fn portless<const V6: bool, P: Packet, T: Tables>(
+    packet: &mut P,
+    tables: &T,
+    notes: &mut Notes,
+    asking: u32,
+) -> u32 {
+    let asking = Asking(asking);
+    without_ports::<V6, P, T>(packet, tables, notes, asking.side(), asking.at_host()) as u32
+}
+
+#[inline(always)]
+fn without_ports<const V6: bool, P: Packet, T: Tables>(
     packet: &mut P,
     tables: &T,
     notes: &mut Notes,
@@ -527,20 +667,8 @@ fn portless<const V6: bool, P: Packet, T: Tables>(
     at_host: bool,
 ) -> Followed {
     let Notes { ip, to, aside, .. } = notes;
-    let (about, is_written) = if V6 {
-        let about = about_apart(packet, tables, ip, to, aside);
-        (
-            about,
-            about == NO_FLOW || rewrite_apart(packet, ip, to, aside),
-        )
-    } else {
-        let about = about_flow::<false, P, T>(packet, tables, ip, to, aside);
-        (
-            about,
-            about == NO_FLOW || rewrite_error::<false, P>(packet, ip, to, aside),
-        )
-    };
-    if !is_written {
+    let about = about_flow::<V6, P, T>(packet, tables, ip, to, aside);
+    if about != NO_FLOW && !rewrite_error::<V6, P>(packet, ip, to, aside) {
         return dropped(tables, Reason::RewriteFailed);
     }
     match about {
@@ -570,25 +698,6 @@ const NO_FLOW: u32 = 0;
 const ABOUT_REQUEST: u32 = 1;
 const ABOUT_ANSWER: u32 = 2;
 
-/// As [`about_flow`], for IPv6: a function of its own, for the stack (see [`Notes`]). Two of them, one after the other, need less than
-/// one: Linux 6.1 counts every frame in steps of 32 bytes.
-#[inline(never)]
-fn about_apart<P: Packet, T: Tables>(
-    packet: &P,
-    tables: &T,
-    ip: &Ip,
-    to: &mut FlowKey,
-    aside: &mut Aside,
-) -> u32 {
-    about_flow::<true, P, T>(packet, tables, ip, to, aside)
-}
-
-/// As [`rewrite_error`], for IPv6.
-#[inline(never)]
-fn rewrite_apart<P: Packet>(packet: &mut P, ip: &Ip, to: &FlowKey, aside: &Aside) -> bool {
-    rewrite_error::<true, P>(packet, ip, to, aside)
-}
-
 /// Finds the flow that an ICMP error is about, and with it what the error becomes.
 #[inline(always)]
 fn about_flow<const V6: bool, P: Packet, T: Tables>(
@@ -613,7 +722,7 @@ fn about_flow<const V6: bool, P: Packet, T: Tables>(
         return NO_FLOW;
     };
     let reply = entry.get().reply;
-    *about = entry.get().other;
+    *about = entry.get().other.again();
     // The outer addresses follow the inner ones that they equal; a router's own stays.
     let follows = |outer: &Addr, inner: &Addr, becomes: &Addr| {
         if same(outer, inner) { *becomes } else { *outer }
@@ -647,20 +756,6 @@ fn rewrite_error<const V6: bool, P: Packet>(
 #[inline(always)]
 fn is_vip<T: Tables>(tables: &T, addr: &Addr) -> bool {
     tables.frontend(&FrontendKey::marker(*addr)).is_some()
-}
-
-#[inline(always)]
-fn refused<const V6: bool, P: Packet, T: Tables>(
-    packet: &mut P,
-    tables: &T,
-    ip: &Ip,
-    reason: Reason,
-) -> Followed {
-    tables.count(reason);
-    match reject::<V6, P>(packet, ip) {
-        true => Followed::Rejected,
-        false => Followed::Dropped,
-    }
 }
 
 #[inline(always)]

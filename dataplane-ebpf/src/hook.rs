@@ -7,6 +7,7 @@ use dataplane_abi::{
 };
 
 use crate::{
+    balance::Picked,
     follow::{Followed, Side, follow},
     icmp::Quoted,
     packet::{Ip, Packet, Parsed, parse},
@@ -79,6 +80,8 @@ pub struct Aside {
     pub place: Quoted,
     /// Of a flow that is opened.
     pub entry: Flow,
+    /// What was chosen for it.
+    pub picked: Picked,
 }
 
 impl Notes {
@@ -92,6 +95,7 @@ impl Notes {
             quoted: FlowKey::NONE,
             place: Quoted::NONE,
             entry: Flow::NONE,
+            picked: Picked::NONE,
         },
         peer: 0,
     };

@@ -10,7 +10,7 @@
 //! - [`early`]: what an uplink does with a packet before the stack does, where there is XDP
 //! - [`trace`]: what datagrams leave behind, so that a port used directly and through a Service is told apart
 //! - [`dns`]: answers to questions for cluster names
-//! - [`hook`]: what each tc hook does with a packet; `follow`: what the packet is to Services; [`socket`]: what each cgroup hook
+//! - [`hook`]: what each tc hook does with a packet; [`follow`]: what the packet is to Services; [`socket`]: what each cgroup hook
 //!   does with a call
 
 pub mod balance;
@@ -19,7 +19,7 @@ pub mod crc32c;
 pub mod dns;
 pub mod early;
 pub mod flow;
-mod follow;
+pub mod follow;
 pub mod hook;
 pub mod icmp;
 pub mod packet;

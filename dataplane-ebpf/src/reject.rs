@@ -18,26 +18,10 @@ const TTL: u8 = 64;
 
 /// Rewrites a packet into the answer that refuses it. False when none is due (a reset, a later fragment, a protocol
 /// without one) or it cannot be built; the packet is to be dropped then.
-///
-/// For IPv6 a function of its own, as others: a program's stack has 512 bytes, of which IPv6's addresses take their part, and what a
-/// function takes is free again when it returns. For IPv4 there is room, and the calls would cost.
+/// For [`Packet::refuse`] alone, which is what the verifier judges once.
 #[inline(always)]
 #[must_use]
 pub fn reject<const V6: bool, P: Packet>(packet: &mut P, ip: &Ip) -> bool {
-    if V6 {
-        reject_apart(packet, ip)
-    } else {
-        refusal::<false, P>(packet, ip)
-    }
-}
-
-#[inline(never)]
-fn reject_apart<P: Packet>(packet: &mut P, ip: &Ip) -> bool {
-    refusal::<true, P>(packet, ip)
-}
-
-#[inline(always)]
-fn refusal<const V6: bool, P: Packet>(packet: &mut P, ip: &Ip) -> bool {
     if matches!(ip.fragment, Fragment::Later) {
         return false;
     }

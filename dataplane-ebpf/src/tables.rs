@@ -5,7 +5,13 @@ use dataplane_abi::{
     Lead, LocalAddress, Reason, ServiceRef, Trace,
 };
 
-use crate::{flow, trace};
+use crate::{
+    balance::{self, Picked},
+    flow, follow,
+    hook::{Features, Notes},
+    packet::Packet,
+    trace,
+};
 
 /// Why an entry was not inserted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -55,7 +61,14 @@ pub trait Tables: Sized {
     fn insert_unreplied(&self, key: &FlowKey, flow: &Flow, replace: bool) -> Result<(), Refused>;
     fn remove_unreplied(&self, key: &FlowKey);
 
-    /// [`flow::enter`] and [`flow::claim`]: functions of the tables, so that a kernel's can be judged by themselves.
+    /// What follows are functions of the tables, so that a kernel's can be judged by themselves, once for all that call them:
+    /// [`balance::choose_for`], [`balance::seek`], [`flow::enter`], [`flow::claim`] and [`flow::advance`].
+    fn choose(&self, service: u32, key: &FlowKey, outside: bool, picked: &mut Picked) -> u32 {
+        balance::choose_for(self, service, key, outside, picked)
+    }
+    fn seek(&self, flow: &Flow) -> u64 {
+        balance::seek(self, flow)
+    }
     fn enter(
         &self,
         key: &FlowKey,
@@ -67,6 +80,28 @@ pub trait Tables: Sized {
     }
     fn claim(&self, answers: &FlowKey, entry: &Flow) -> bool {
         flow::claim(self, answers, entry)
+    }
+    fn promote(&self, key: &FlowKey, reply: &Flow, seen: u32) {
+        flow::advance(self, key, reply, seen);
+    }
+
+    /// [`follow::ask`], [`follow::open`], [`follow::open_directly`] and [`follow::portless`], likewise.
+    fn ask(&self, features: &Features, notes: &mut Notes, asking: u32) -> u32 {
+        follow::ask(self, features, notes, asking)
+    }
+    fn open<const V6: bool>(&self, features: &Features, notes: &mut Notes, asking: u32) -> u32 {
+        follow::open::<V6, Self>(self, features, notes, asking)
+    }
+    fn open_directly(&self, notes: &mut Notes, _asking: u32) -> u32 {
+        follow::open_directly(self, notes)
+    }
+    fn portless<const V6: bool, P: Packet>(
+        &self,
+        packet: &mut P,
+        notes: &mut Notes,
+        asking: u32,
+    ) -> u32 {
+        follow::portless::<V6, P, Self>(packet, self, notes, asking)
     }
 
     /// The traces at a place below [`dataplane_abi::limits::TRACES`], and each of its halves.

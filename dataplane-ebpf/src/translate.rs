@@ -44,25 +44,10 @@ const fn quarters(key: &FlowKey) -> [u32; 8] {
 }
 
 /// Gives a packet the addresses and ports of `to`, checksums included. False when it cannot be written, in which case
-/// it may be half rewritten and must be dropped.
+/// it may be half rewritten and must be dropped. For [`Packet::translate`] alone, which is what the verifier judges once.
 #[inline(always)]
 #[must_use]
 pub fn translate<const V6: bool, P: Packet>(packet: &mut P, ip: &Ip, to: &FlowKey) -> bool {
-    if V6 {
-        translate_apart(packet, ip, to)
-    } else {
-        rewrite::<false, P>(packet, ip, to)
-    }
-}
-
-/// A function of its own, for the stack (see [`crate::reject::reject`]).
-#[inline(never)]
-fn translate_apart<P: Packet>(packet: &mut P, ip: &Ip, to: &FlowKey) -> bool {
-    rewrite::<true, P>(packet, ip, to)
-}
-
-#[inline(always)]
-fn rewrite<const V6: bool, P: Packet>(packet: &mut P, ip: &Ip, to: &FlowKey) -> bool {
     let from = &ip.key;
     let Some(addresses) = address_difference::<V6>(from, to) else {
         return false;

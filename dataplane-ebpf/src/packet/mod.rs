@@ -5,7 +5,7 @@ pub(crate) mod ipv6;
 
 use dataplane_abi::{FlowKey, FragmentKey, Plain, proto};
 
-use crate::crc32c;
+use crate::{crc32c, reject, translate};
 
 /// Length of an Ethernet header; the IP header lies behind it.
 pub const ETH_LEN: usize = 14;
@@ -57,7 +57,7 @@ pub mod sctp_chunk {
 }
 
 /// A packet that starts with an Ethernet header.
-pub trait Packet {
+pub trait Packet: Sized {
     /// The bytes at `offset`, as they lie in memory, when the packet has them.
     fn read<T: Plain>(&self, offset: usize) -> Option<T>;
 
@@ -77,6 +77,17 @@ pub trait Packet {
     /// Makes the packet `len` bytes long, filling with zeros or cutting at the end.
     #[must_use]
     fn resize(&mut self, len: u32) -> bool;
+
+    /// [`translate::translate`] and [`reject::reject`]: functions of the packet, so that a kernel's can be judged by themselves, once for
+    /// all that call them.
+    #[must_use]
+    fn translate<const V6: bool>(&mut self, ip: &Ip, to: &FlowKey) -> bool {
+        translate::translate::<V6, Self>(self, ip, to)
+    }
+    #[must_use]
+    fn refuse<const V6: bool>(&mut self, ip: &Ip) -> bool {
+        reject::reject::<V6, Self>(self, ip)
+    }
 }
 
 /// A change to account for in a transport checksum.
@@ -304,7 +315,8 @@ impl Ip {
             dst: self.key.dst,
             id: self.id,
             proto: self.key.proto,
-            pad: [0; 3],
+            pad: 0,
+            pad2: 0,
         }
     }
 

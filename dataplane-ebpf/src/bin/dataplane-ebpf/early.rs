@@ -10,11 +10,11 @@ use aya_ebpf::{
     macros::xdp,
     programs::XdpContext,
 };
-use dataplane_abi::{Hook, Plain, Reason};
+use dataplane_abi::{FlowKey, Hook, Plain, Reason};
 use dataplane_ebpf::{
     early::{self, Early},
     hook::Notes,
-    packet::{ChecksumChange, Packet, is_ipv6},
+    packet::{ChecksumChange, Ip, Packet, is_ipv6},
     tables::Tables as _,
     translate::translate,
 };
@@ -89,6 +89,36 @@ impl Packet for Frame {
             bpf_xdp_adjust_tail(self.0, len as i32 - now as i32) == 0
         }
     }
+
+    #[inline(always)]
+    fn translate<const V6: bool>(&mut self, ip: &Ip, to: &FlowKey) -> bool {
+        let done = match V6 {
+            true => translate_frame_v6(self.0, ip, to),
+            false => translate_frame_v4(self.0, ip, to),
+        };
+        done != 0
+    }
+}
+
+/// [`translate`] as a global function of each family, as for socket buffers.
+#[unsafe(no_mangle)]
+#[inline(never)]
+fn translate_frame_v4(frame: *mut xdp_md, ip: *const Ip, to: *const FlowKey) -> u32 {
+    // SAFETY: null or references of the caller's for as long as the call; the verifier holds callers to their sizes.
+    match unsafe { (ip.as_ref(), to.as_ref()) } {
+        (Some(ip), Some(to)) => translate::<false, _>(&mut Frame(frame), ip, to) as u32,
+        _ => 0,
+    }
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+fn translate_frame_v6(frame: *mut xdp_md, ip: *const Ip, to: *const FlowKey) -> u32 {
+    // SAFETY: as above.
+    match unsafe { (ip.as_ref(), to.as_ref()) } {
+        (Some(ip), Some(to)) => translate::<true, _>(&mut Frame(frame), ip, to) as u32,
+        _ => 0,
+    }
 }
 
 impl Told for Frame {
@@ -158,7 +188,7 @@ fn from_driver<const V6: bool>(ctx: *mut xdp_md) -> u32 {
         return XDP_PASS;
     }
     // From here on the frame is no longer what came, and what fails is lost.
-    if !translate::<V6, _>(&mut frame, &notes.ip, &notes.to) || !frame.write(0, &macs) {
+    if !frame.translate::<V6>(&notes.ip, &notes.to) || !frame.write(0, &macs) {
         Maps.count(Reason::RewriteFailed);
         return XDP_DROP;
     }

@@ -14,6 +14,7 @@ use dataplane_abi::{
     SocketPeers, Trace, limits,
 };
 use dataplane_ebpf::{
+    balance::{self, Picked},
     flow,
     hook::Notes,
     tables::{FlowEntry, Refused, Tables},
@@ -243,6 +244,16 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn choose(&self, service: u32, key: &FlowKey, outside: bool, picked: &mut Picked) -> u32 {
+        choose_backend(service, key, outside as u32, picked)
+    }
+
+    #[inline(always)]
+    fn seek(&self, flow: &Flow) -> u64 {
+        seek_backend(flow)
+    }
+
+    #[inline(always)]
     fn enter(
         &self,
         key: &FlowKey,
@@ -289,6 +300,11 @@ impl Tables for Maps {
     #[inline(always)]
     fn meets(&self, key: &FlowKey, answers: &mut FlowKey) -> bool {
         meets_flow(key, answers) != 0
+    }
+
+    #[inline(always)]
+    fn promote(&self, key: &FlowKey, reply: &Flow, seen: u32) {
+        promote_flow(key, reply, seen);
     }
 
     #[inline(always)]
@@ -362,4 +378,40 @@ extern "C" fn meets_flow(key: *const FlowKey, answers: *mut FlowKey) -> u32 {
         (Some(key), Some(answers)) => trace::meets(&Maps, key, answers) as u32,
         _ => 0,
     }
+}
+
+/// What choosing came to when its arguments are null, which they are not: the service is torn.
+const NOWHERE: u32 = u32::MAX;
+
+/// [`balance::choose_for`], likewise.
+#[unsafe(no_mangle)]
+#[inline(never)]
+fn choose_backend(service: u32, key: *const FlowKey, outside: u32, picked: *mut Picked) -> u32 {
+    // SAFETY: as above.
+    match unsafe { (key.as_ref(), picked.as_mut()) } {
+        (Some(key), Some(picked)) => balance::choose_for(&Maps, service, key, outside != 0, picked),
+        _ => NOWHERE,
+    }
+}
+
+/// [`balance::seek`], likewise.
+#[unsafe(no_mangle)]
+#[inline(never)]
+fn seek_backend(flow: *const Flow) -> u64 {
+    // SAFETY: as above, or an entry of a flow table, valid while the program runs.
+    match unsafe { flow.as_ref() } {
+        Some(flow) => balance::seek(&Maps, flow),
+        None => 0,
+    }
+}
+
+/// [`flow::advance`], likewise. It comes to nothing, but functions that give nothing are not judged by themselves.
+#[unsafe(no_mangle)]
+#[inline(never)]
+fn promote_flow(key: *const FlowKey, reply: *const Flow, seen: u32) -> u32 {
+    // SAFETY: as above.
+    if let (Some(key), Some(reply)) = unsafe { (key.as_ref(), reply.as_ref()) } {
+        flow::advance(&Maps, key, reply, seen);
+    }
+    0
 }

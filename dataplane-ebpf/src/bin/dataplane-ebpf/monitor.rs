@@ -16,9 +16,19 @@ use dataplane_abi::{
     FragmentPorts, FrontendKey, Hook, Lead, LocalAddress, MONITOR_LOST, MONITOR_WANTED,
     MONITOR_WORDS, PacketEvent, Reason, ServiceRef, SocketEvent, SocketPeer, Trace, Wanted, limits,
 };
-use dataplane_ebpf::tables::{Refused, Tables};
+use dataplane_ebpf::{
+    balance::Picked,
+    follow::{self, Asking, Followed},
+    hook::{Features, Notes},
+    packet::Packet,
+    tables::{Refused, Tables},
+};
 
-use crate::maps::{Entry, Maps};
+use crate::{
+    features,
+    maps::{Entry, Maps},
+    packets::Skb,
+};
 
 #[btf_map]
 pub static EVENTS: RingBuf<PacketEvent, { limits::EVENTS_BYTES as usize }> = RingBuf::new();
@@ -30,17 +40,49 @@ pub static MONITOR: Array<u64, { MONITOR_WORDS as usize }, { BPF_F_MMAPABLE as u
 pub struct Watched<P> {
     maps: Maps,
     packet: P,
-    hook: Hook,
+    hook: u32,
 }
 
 /// A packet that can be told of.
-pub trait Told {
+pub trait Told: Sized {
     fn tell(&self, hook: u32, reason: u32);
+
+    /// [`Tables::open`] and [`Tables::open_directly`] of this packet.
+    #[inline(always)]
+    fn open<const V6: bool>(
+        tables: &Watched<Self>,
+        features: &Features,
+        notes: &mut Notes,
+        asking: u32,
+    ) -> u32 {
+        follow::open::<V6, _>(tables, features, notes, asking)
+    }
+    #[inline(always)]
+    fn open_directly(tables: &Watched<Self>, notes: &mut Notes, _asking: u32) -> u32 {
+        follow::open_directly(tables, notes)
+    }
+
+    /// [`Tables::portless`] of this packet.
+    #[inline(always)]
+    fn portless<const V6: bool, P: Packet>(
+        tables: &Watched<Self>,
+        packet: &mut P,
+        notes: &mut Notes,
+        asking: u32,
+    ) -> u32 {
+        follow::portless::<V6, _, _>(packet, tables, notes, asking)
+    }
 }
 
 impl<P: Told> Watched<P> {
     #[inline(always)]
     pub fn new(packet: P, hook: Hook) -> Self {
+        Self::of(packet, hook as u32)
+    }
+
+    /// By the number of the hook.
+    #[inline(always)]
+    fn of(packet: P, hook: u32) -> Self {
         Self {
             maps: Maps,
             packet,
@@ -79,16 +121,44 @@ impl<P: Told> Tables for Watched<P> {
         unreplied(key: &FlowKey) -> Option<Entry>;
         insert_unreplied(key: &FlowKey, flow: &Flow, replace: bool) -> Result<(), Refused>;
         remove_unreplied(key: &FlowKey);
+        choose(service: u32, key: &FlowKey, outside: bool, picked: &mut Picked) -> u32;
+        seek(flow: &Flow) -> u64;
         enter(key: &FlowKey, answers: &mut FlowKey, entry: &mut Flow, fresh_port: u32) -> u32;
         claim(answers: &FlowKey, entry: &Flow) -> bool;
         trace(at: u32) -> Trace;
         leave_service(at: u32, now_s: u32);
         leave_direct(at: u32, tuple: u64, now_s: u32);
         meets(key: &FlowKey, answers: &mut FlowKey) -> bool;
+        promote(key: &FlowKey, reply: &Flow, seen: u32);
         fragment(key: &FragmentKey) -> Option<FragmentPorts>;
         insert_fragment(key: &FragmentKey, ports: &FragmentPorts);
         random() -> u32;
         now_s() -> u32;
+    }
+
+    #[inline(always)]
+    fn ask(&self, _features: &Features, notes: &mut Notes, asking: u32) -> u32 {
+        ask_service(notes, asking)
+    }
+
+    #[inline(always)]
+    fn open<const V6: bool>(&self, features: &Features, notes: &mut Notes, asking: u32) -> u32 {
+        P::open::<V6>(self, features, notes, asking)
+    }
+
+    #[inline(always)]
+    fn open_directly(&self, notes: &mut Notes, asking: u32) -> u32 {
+        P::open_directly(self, notes, asking)
+    }
+
+    #[inline(always)]
+    fn portless<const V6: bool, Q: Packet>(
+        &self,
+        packet: &mut Q,
+        notes: &mut Notes,
+        asking: u32,
+    ) -> u32 {
+        P::portless::<V6, Q>(self, packet, notes, asking)
     }
 
     #[inline(always)]
@@ -99,13 +169,13 @@ impl<P: Told> Tables for Watched<P> {
             (Class::Event, Reason::FlowCreated) => {
                 // SAFETY: the helper has no arguments and no effect.
                 if wanted().drops() && wanted().flow(unsafe { bpf_get_prandom_u32() }) {
-                    self.packet.tell(self.hook as u32, reason as u32);
+                    self.packet.tell(self.hook, reason as u32);
                 }
             }
             (Class::Event, _) => {}
             (Class::Drop | Class::Reject, _) => {
                 if wanted().drops() {
-                    self.packet.tell(self.hook as u32, reason as u32);
+                    self.packet.tell(self.hook, reason as u32);
                 }
             }
         }
@@ -126,17 +196,135 @@ impl Told for *mut __sk_buff {
     fn tell(&self, hook: u32, reason: u32) {
         tell_buffer(*self, hook, reason);
     }
+
+    #[inline(always)]
+    fn open<const V6: bool>(
+        tables: &Watched<Self>,
+        _features: &Features,
+        notes: &mut Notes,
+        asking: u32,
+    ) -> u32 {
+        let asking = asking | tables.hook << HOOK_SHIFT;
+        match V6 {
+            true => open_flow_v6(tables.packet, notes, asking),
+            false => open_flow_v4(tables.packet, notes, asking),
+        }
+    }
+
+    #[inline(always)]
+    fn open_directly(tables: &Watched<Self>, notes: &mut Notes, asking: u32) -> u32 {
+        let asking = asking | tables.hook << HOOK_SHIFT;
+        open_direct_flow(tables.packet, notes, asking)
+    }
+
+    #[inline(always)]
+    fn portless<const V6: bool, P: Packet>(
+        tables: &Watched<Self>,
+        _packet: &mut P,
+        notes: &mut Notes,
+        asking: u32,
+    ) -> u32 {
+        let asking = asking | tables.hook << HOOK_SHIFT;
+        match V6 {
+            true => follow_portless_v6(tables.packet, notes, asking),
+            false => follow_portless_v4(tables.packet, notes, asking),
+        }
+    }
 }
 
-/// One function, not inlined, so that reasons cost the programs little.
+/// Where an [`Asking`] has the hook.
+const HOOK_SHIFT: u32 = 24;
+
+/// [`follow::ask`] as a global function, as below.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn tell_buffer(skb: *mut __sk_buff, hook: u32, reason: u32) {
+fn ask_service(notes: *mut Notes, asking: u32) -> u32 {
+    // SAFETY: null or the caller's, the only one, for as long as the call; the verifier holds callers to the size.
+    let Some(notes) = (unsafe { notes.as_mut() }) else {
+        return u32::MAX;
+    };
+    follow::ask(&Maps, &features_of(asking), notes, asking)
+}
+
+/// The features that go with an [`Asking`].
+#[inline(always)]
+fn features_of(asking: u32) -> Features {
+    let features = features();
+    Features {
+        by_overlay: features.overlay && Asking(asking).by_overlay(),
+        ..features
+    }
+}
+
+/// [`follow::open`] as a global function of each family, which the verifier judges by itself, once, whatever its arguments, where it would
+/// walk any other anew on each path that leads to it. It holds that such a function's pointers, the context apart, may be null.
+#[unsafe(no_mangle)]
+#[inline(never)]
+fn open_flow_v4(skb: *mut __sk_buff, notes: *mut Notes, asking: u32) -> u32 {
+    open_flow::<false>(skb, notes, asking)
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+fn open_flow_v6(skb: *mut __sk_buff, notes: *mut Notes, asking: u32) -> u32 {
+    open_flow::<true>(skb, notes, asking)
+}
+
+#[inline(always)]
+fn open_flow<const V6: bool>(skb: *mut __sk_buff, notes: *mut Notes, asking: u32) -> u32 {
+    // SAFETY: as above.
+    let Some(notes) = (unsafe { notes.as_mut() }) else {
+        return u32::MAX;
+    };
+    let tables = Watched::of(skb, asking >> HOOK_SHIFT);
+    follow::open::<V6, _>(&tables, &features_of(asking), notes, asking)
+}
+
+/// [`follow::open_directly`], likewise.
+#[unsafe(no_mangle)]
+#[inline(never)]
+fn open_direct_flow(skb: *mut __sk_buff, notes: *mut Notes, asking: u32) -> u32 {
+    // SAFETY: as above.
+    let Some(notes) = (unsafe { notes.as_mut() }) else {
+        return u32::MAX;
+    };
+    follow::open_directly(&Watched::of(skb, asking >> HOOK_SHIFT), notes)
+}
+
+/// [`follow::portless`], likewise.
+#[unsafe(no_mangle)]
+#[inline(never)]
+fn follow_portless_v4(skb: *mut __sk_buff, notes: *mut Notes, asking: u32) -> u32 {
+    follow_portless::<false>(skb, notes, asking)
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+fn follow_portless_v6(skb: *mut __sk_buff, notes: *mut Notes, asking: u32) -> u32 {
+    follow_portless::<true>(skb, notes, asking)
+}
+
+#[inline(always)]
+fn follow_portless<const V6: bool>(skb: *mut __sk_buff, notes: *mut Notes, asking: u32) -> u32 {
+    // SAFETY: as above.
+    let Some(notes) = (unsafe { notes.as_mut() }) else {
+        return Followed::Dropped as u32;
+    };
+    let tables = Watched::of(skb, asking >> HOOK_SHIFT);
+    follow::portless::<V6, _, _>(&mut Skb::of(skb), &tables, notes, asking)
+}
+
+/// One global function, so that reasons cost the programs and the verifier little.
+#[unsafe(no_mangle)]
+#[inline(never)]
+fn tell_buffer(skb: *mut __sk_buff, hook: u32, reason: u32) -> u32 {
     // SAFETY: a valid context.
     let (ifindex, len) = unsafe { ((*skb).ifindex, (*skb).len) };
     tell(hook, reason, ifindex, len, |data, bytes| {
         // SAFETY: a valid context, and memory for so many bytes.
         unsafe { bpf_skb_load_bytes(skb.cast(), 0, data, bytes) == 0 }
     });
+    0
 }
 
 /// Writes an event. `load` copies so many bytes of the packet's beginning, if it has them.

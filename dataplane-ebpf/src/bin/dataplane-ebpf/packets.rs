@@ -13,12 +13,14 @@ use aya_ebpf::{
     },
     programs::TcContext,
 };
-use dataplane_abi::{HOST_VETH_MAC, Plain, Reason, proto};
+use dataplane_abi::{FlowKey, HOST_VETH_MAC, Plain, Reason, proto};
 use dataplane_ebpf::{
     crc32c,
     hook::Verdict,
-    packet::{ChecksumChange, ETH_LEN, Packet, word},
+    packet::{ChecksumChange, ETH_LEN, Ip, Packet, word},
+    reject::reject,
     tables::Tables as _,
+    translate::translate,
 };
 
 use crate::{OVERLAY, SERVICE_VETH, maps::Maps};
@@ -94,6 +96,12 @@ impl Skb {
         }
     }
 
+    /// A context's buffer as it is.
+    #[inline(always)]
+    pub fn of(skb: *mut __sk_buff) -> Self {
+        Self(skb)
+    }
+
     #[inline(always)]
     pub fn raw(&self) -> *mut __sk_buff {
         self.0
@@ -164,6 +172,61 @@ impl Packet for Skb {
         // SAFETY: a valid context.
         unsafe { bpf_skb_change_tail(self.0, len, 0) == 0 }
     }
+
+    #[inline(always)]
+    fn translate<const V6: bool>(&mut self, ip: &Ip, to: &FlowKey) -> bool {
+        let done = match V6 {
+            true => translate_buffer_v6(self.0, ip, to),
+            false => translate_buffer_v4(self.0, ip, to),
+        };
+        done != 0
+    }
+
+    #[inline(always)]
+    fn refuse<const V6: bool>(&mut self, ip: &Ip) -> bool {
+        let done = match V6 {
+            true => refuse_buffer_v6(self.0, ip),
+            false => refuse_buffer_v4(self.0, ip),
+        };
+        done != 0
+    }
+}
+
+/// [`translate`] as a global function of each family, which the verifier judges by itself, once. It holds that such a function's pointers,
+/// the context apart, may be null.
+#[unsafe(no_mangle)]
+#[inline(never)]
+fn translate_buffer_v4(skb: *mut __sk_buff, ip: *const Ip, to: *const FlowKey) -> u32 {
+    // SAFETY: null or references of the caller's for as long as the call; the verifier holds callers to their sizes.
+    match unsafe { (ip.as_ref(), to.as_ref()) } {
+        (Some(ip), Some(to)) => translate::<false, _>(&mut Skb(skb), ip, to) as u32,
+        _ => 0,
+    }
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+fn translate_buffer_v6(skb: *mut __sk_buff, ip: *const Ip, to: *const FlowKey) -> u32 {
+    // SAFETY: as above.
+    match unsafe { (ip.as_ref(), to.as_ref()) } {
+        (Some(ip), Some(to)) => translate::<true, _>(&mut Skb(skb), ip, to) as u32,
+        _ => 0,
+    }
+}
+
+/// [`reject`], likewise.
+#[unsafe(no_mangle)]
+#[inline(never)]
+fn refuse_buffer_v4(skb: *mut __sk_buff, ip: *const Ip) -> u32 {
+    // SAFETY: as above.
+    unsafe { ip.as_ref() }.is_some_and(|ip| reject::<false, _>(&mut Skb(skb), ip)) as u32
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+fn refuse_buffer_v6(skb: *mut __sk_buff, ip: *const Ip) -> u32 {
+    // SAFETY: as above.
+    unsafe { ip.as_ref() }.is_some_and(|ip| reject::<true, _>(&mut Skb(skb), ip)) as u32
 }
 
 /// [`crc32c::change`] as a global function: such a one the verifier judges by itself, once, whatever its arguments. Any other it would
