@@ -3,6 +3,7 @@
 
 use std::{
     env, fs,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
     path::{Path, PathBuf},
     process::Command,
 };
@@ -58,8 +59,12 @@ fn main() -> anyhow::Result<()> {
         );
     }
     let object = target_dir.join(TARGET).join("release").join(PROGRAMS);
-    fs::copy(&object, out_dir.join(PROGRAMS))
-        .with_context(|| format!("no object at {}", object.display()))?;
+    let missing = || format!("no object at {}", object.display());
+    fs::copy(&object, out_dir.join(PROGRAMS)).with_context(missing)?;
+    // By this number programs that are in the kernel already are known for those of the object.
+    let mut hasher = DefaultHasher::new();
+    fs::read(&object).with_context(missing)?.hash(&mut hasher);
+    println!("cargo:rustc-env=DATAPLANE_OBJECT={:016x}", hasher.finish());
     Ok(())
 }
 

@@ -4,6 +4,7 @@
 //! place, so that a restart drops no packet. [`Dataplane::state`] reads back what the maps hold; the agent diffs its plan
 //! against that and hands the difference to [`Dataplane::apply`].
 
+mod constants;
 mod datagrams;
 mod early;
 mod error;
@@ -12,6 +13,7 @@ mod extent;
 mod flows;
 mod handover;
 mod hooks;
+mod kept;
 pub mod maglev;
 mod mapping;
 mod names;
@@ -188,6 +190,7 @@ impl Dataplane {
             tables.hold_masquerade_back(Instant::now())?;
         }
         programs.adopt_links(config.socket_lb)?;
+        programs.forget_others();
         Ok(Self {
             to_take_over: handover::is_due(&config.pin_root, &dir)?,
             programs,

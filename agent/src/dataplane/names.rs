@@ -51,9 +51,16 @@ fn full(map: &'static str, limit: u32) -> impl Fn(io::Error) -> Error {
 
 impl NameTables {
     /// Has the kernel verify the program, which costs nothing until then, and takes the maps out of the object: possible once.
-    pub(super) fn load(ebpf: &mut Ebpf) -> Result<Self, Error> {
+    /// `kept` is the program at pods' interfaces where an earlier worker loaded it.
+    pub(super) fn load(ebpf: &mut Ebpf, kept: Option<&ProgramFd>) -> Result<Self, Error> {
         let pod_dns = program(ebpf, POD_DNS_PROGRAM, true)?;
-        let pod_ingress = program(ebpf, PacketProgram::PodIngress.name(), false)?;
+        let pod_ingress = match kept {
+            Some(kept) => kept.try_clone().map_err(|error| Error::Program {
+                program: PacketProgram::PodIngress.name(),
+                source: Box::new(error.into()),
+            })?,
+            None => program(ebpf, PacketProgram::PodIngress.name(), false)?,
+        };
         let mut take = |name: &'static str| {
             let taken = ebpf.take_map(name);
             taken.ok_or(Error::Missing { program: name })

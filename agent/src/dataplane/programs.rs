@@ -1,6 +1,7 @@
 //! The eBPF programs: loading them over pinned maps, and the pinned links that hang them on interfaces and control groups.
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
@@ -9,11 +10,15 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader, include_bytes_aligned,
     maps::{MapData, PerCpuArray},
+    programs::ProgramFd,
 };
-use dataplane_abi::{Addr, Reason, global, map};
+use dataplane_abi::{Reason, map};
 
 use super::{
-    Config, Error, FilterHooks, NameTables, early,
+    Config, Error, FilterHooks, NameTables,
+    constants::Constants,
+    early,
+    kept::Kept,
     shapes::{check_shape, shapes},
     sys::{self, LinkTarget},
     verify::verify,
@@ -93,6 +98,10 @@ const COLLECT: &str = "collect";
 /// The loaded programs and where their links are pinned.
 pub struct Programs {
     ebpf: Ebpf,
+    fds: BTreeMap<&'static str, OwnedFd>,
+    /// Where it was kept.
+    pod_ingress: Option<ProgramFd>,
+    kept: Kept,
     links: PathBuf,
     tcx: bool,
     early: bool,
@@ -108,28 +117,11 @@ impl Programs {
         for (name, _) in shapes() {
             loader.map_pin_path(name, dir.join(name));
         }
-        let (packet_lb, socket_lb) = (u32::from(config.packet_lb), u32::from(config.socket_lb));
-        let service_veth = config.service_veth.map_or(0, |pair| pair.outer);
-        loader.override_global(global::PACKET_LB, &packet_lb, true);
-        loader.override_global(global::SOCKET_LB, &socket_lb, true);
-        loader.override_global(global::SERVICE_VETH, &service_veth, true);
-        let node_v4 = config
-            .node_v4
-            .map_or(0, |v4| u32::from_ne_bytes(v4.octets()));
-        let [high, low] = config.node_v6.map_or([0, 0], |v6| Addr::from(v6).words);
-        let masquerade = u32::from(config.masquerade);
-        let kernel_dns = u32::from(config.kernel_dns);
-        let host_netns = sys::netns_cookie().map_err(|source| Error::Netns { source })?;
-        loader.override_global(global::NODE_V4, &node_v4, true);
-        loader.override_global(global::NODE_V6_HIGH, &high, true);
-        loader.override_global(global::NODE_V6_LOW, &low, true);
-        loader.override_global(global::MASQUERADE, &masquerade, true);
-        loader.override_global(global::KERNEL_DNS, &kernel_dns, true);
-        loader.override_global(global::HOST_NETNS, &host_netns, true);
-        let overlay = config.overlay.unwrap_or(0);
-        loader.override_global(global::OVERLAY, &overlay, true);
-        let uplink_mac = config.uplink_mac.map_or(0, word_of);
-        loader.override_global(global::UPLINK_MAC, &uplink_mac, true);
+        let constants = Constants::of(config)?;
+        constants.override_in(&mut loader);
+        let said = format!("{constants:?}");
+        let kept = Kept::of(dir, &said);
+        let lent = kept.lend(&mut loader);
         let mut ebpf = loader
             .load(OBJECT)
             .map_err(|source| Error::Load(Box::new(source)))?;
@@ -140,9 +132,37 @@ impl Programs {
             .chain(config.early.then_some(early::PROGRAM))
             .chain(socket)
             .collect();
-        verify(&mut ebpf, &names)?;
+        let mut fds = lent
+            .as_ref()
+            .map(|lent| lent.take(&names))
+            .unwrap_or_default();
+        let new: Vec<&'static str> = names
+            .into_iter()
+            .filter(|name| !fds.contains_key(name))
+            .collect();
+        tracing::debug!(kept = fds.len(), new = new.len(), "programs");
+        verify(&mut ebpf, &new)?;
+        // Over maps that were not there before.
+        let kept = Kept::of(dir, &said);
+        for name in new {
+            let failed = |source| Error::Program {
+                program: name,
+                source: Box::new(source),
+            };
+            let program = ebpf.program(name).ok_or(Error::Missing { program: name })?;
+            let fd = program.fd().map_err(failed)?.as_fd();
+            kept.keep(name, fd);
+            let fd = fd
+                .try_clone_to_owned()
+                .map_err(|error| failed(error.into()))?;
+            fds.insert(name, fd);
+        }
+        let pod_ingress = lent.and_then(|lent| lent.pod_ingress());
         let mut programs = Self {
             ebpf,
+            fds,
+            pod_ingress,
+            kept,
             links: dir.join("links"),
             tcx: true,
             early: config.early,
@@ -162,15 +182,13 @@ impl Programs {
     }
 
     pub(super) fn fd(&self, name: &'static str) -> Result<BorrowedFd<'_>, Error> {
-        let program = self
-            .ebpf
-            .program(name)
-            .ok_or(Error::Missing { program: name })?;
-        let fd = program.fd().map_err(|source| Error::Program {
-            program: name,
-            source: Box::new(source),
-        })?;
+        let fd = self.fds.get(name).ok_or(Error::Missing { program: name })?;
         Ok(fd.as_fd())
+    }
+
+    /// Forgets what was kept of other builds, once our own programs hang in place of theirs.
+    pub fn forget_others(&self) {
+        self.kept.forget_others();
     }
 
     /// Gives the links that an earlier agent left these programs, in place, and forgets those whose interface or control
@@ -283,7 +301,7 @@ impl Programs {
 
     /// The program that answers questions, and its maps; see [`super::Dataplane::load_names`].
     pub fn load_names(&mut self) -> Result<NameTables, Error> {
-        NameTables::load(&mut self.ebpf)
+        NameTables::load(&mut self.ebpf, self.pod_ingress.as_ref())
     }
 
     /// Hangs a packet program on an interface by a link.
@@ -446,12 +464,6 @@ impl Programs {
         };
         Reason::ALL.iter().map(sum).collect()
     }
-}
-
-/// A hardware address as programs have it.
-pub(super) fn word_of(mac: [u8; 6]) -> u64 {
-    let [a, b, c, d, e, f] = mac;
-    u64::from_le_bytes([a, b, c, d, e, f, 0, 0])
 }
 
 /// No interface has this number.

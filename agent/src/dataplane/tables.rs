@@ -17,10 +17,10 @@ use ipnetwork::IpNetwork;
 
 use super::{
     Error,
+    constants::word_of,
     extent::{Extent, Extents},
     maglev::{Held, MaglevStore, MaglevUse},
     op::{Frontend, Lead, LocalPod, Op, Protocol, ServiceBackends, ServiceId, State, Vip},
-    programs::word_of,
 };
 
 /// The maps of the data plane, as the agent reads and writes them.

@@ -1,6 +1,8 @@
 //! The loaded program, reached as pods' packets reach it.
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
+use std::fs;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -97,6 +99,51 @@ fn the_program_answers_as_the_server_does() {
         nanoseconds(&of(FOUR, [10, 96, 0, 11].into())),
         nanoseconds(&other_port)
     );
+}
+
+/// The kernel's numbers of the programs that this process holds.
+fn programs() -> BTreeSet<u32> {
+    let held = fs::read_dir("/proc/self/fdinfo").expect("this process");
+    let texts = held.flatten().map(|entry| fs::read_to_string(entry.path()));
+    let numbers = texts.flatten().filter_map(|text| {
+        let line = text.lines().find(|line| line.starts_with("prog_id:"))?;
+        line.split_whitespace().nth(1)?.parse().ok()
+    });
+    numbers.collect()
+}
+
+#[test]
+fn a_worker_takes_programs_over_from_the_one_before_and_answers_by_what_it_knows_itself() {
+    if !is_root("kernel_dns") {
+        return;
+    }
+    let sandbox = Sandbox::enter().expect("namespaces");
+    let cluster = cluster();
+    let four = asked(&plain(FOUR), false);
+    let answers = |worker: &Dataplane| run(worker, &four).verdict == REDIRECT;
+    let mut held = Vec::new();
+    for _ in 0..2 {
+        let mut worker = dataplane(&sandbox, true);
+        held.push(programs());
+        // What the worker before answered by is emptied a moment after its end.
+        eventually("nothing is answered", Duration::from_secs(10), || {
+            (!answers(&worker)).then_some(()).ok_or("answered".into())
+        });
+        let mut names = KernelNames::new(worker.load_names().expect("the program loads"));
+        names
+            .settle(&cluster.snapshot, Some(terms()))
+            .expect("the maps are written");
+        assert!(answers(&worker));
+    }
+    assert!(held[0].len() > 10, "{held:?}");
+    assert_eq!(held[0], held[1]);
+    // Whoever would load others finds none, and leaves none of those.
+    let other = dataplane(&sandbox, false);
+    assert!(programs().is_disjoint(&held[0]));
+    drop(other);
+    let again = dataplane(&sandbox, true);
+    assert!(programs().is_disjoint(&held[0]));
+    assert!(!answers(&again));
 }
 
 #[test]
