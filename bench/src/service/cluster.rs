@@ -50,7 +50,7 @@ pub fn services(count: usize, servers: [Ipv4Addr; MEASURED]) -> Vec<Service> {
                         .map(|metric| Port {
                             number: metric.port(),
                             protocol: metric.protocol(),
-                            node_port: (index == 0).then(|| node_port(metric)),
+                            node_port: Some(node_port(index, metric)),
                         })
                         .collect(),
                     None => vec![Port {
@@ -71,9 +71,9 @@ pub fn service_address(index: usize) -> Ipv4Addr {
     Ipv4Addr::from_bits(FIRST_SERVICE + index as u32)
 }
 
-/// The node's port that leads to the server beside the client.
-pub const fn node_port(metric: Metric) -> u16 {
-    FIRST_NODE_PORT + metric.port() - Metric::RoundTrip.port()
+/// The nodes' port that leads to the server of a measured Service.
+pub const fn node_port(service: usize, metric: Metric) -> u16 {
+    FIRST_NODE_PORT + 100 * service as u16 + metric.port() - Metric::RoundTrip.port()
 }
 
 pub fn node_address(number: u8) -> Ipv4Addr {

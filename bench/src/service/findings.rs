@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::route::{Cpus, DIRECT, Ends, Route, Task};
+use super::route::{Cpus, DIRECT, Ends, NODE_PORT, NODE_PORT_XDP, Route, Task};
 use super::rules::Rules;
 use crate::load::{Metric, Sample};
 use crate::report::{Better, Figure, Growth, Held, Report};
@@ -72,8 +72,9 @@ impl Findings {
         if case.is_open {
             quantities.push(("p99.9", "us", Better::Lower, |s| s.p999_us));
         }
-        let direct = self.0.get(&Case {
-            path: DIRECT.into(),
+        let to = case.ends.reference();
+        let reference = self.0.get(&Case {
+            path: to.into(),
             ..case.clone()
         });
         quantities
@@ -82,10 +83,10 @@ impl Findings {
                 let rounds = samples.iter().map(value).collect();
                 let figure = Figure::new(section, &labels, (quantity, unit, better), rounds)?;
                 let compared = quantity == compared(case).0;
-                Some(match direct.filter(|_| compared) {
-                    Some(direct) => {
-                        let direct: Vec<f64> = direct.iter().map(value).collect();
-                        figure.beside(DIRECT, &direct)
+                Some(match reference.filter(|_| compared) {
+                    Some(reference) => {
+                        let reference: Vec<f64> = reference.iter().map(value).collect();
+                        figure.beside(to, &reference)
                     }
                     None => figure,
                 })
@@ -144,7 +145,14 @@ impl Findings {
             };
             let least = match case.path.as_str() {
                 "socket" => 0.98,
-                "packet" | "node-port" => 0.9,
+                "packet" | NODE_PORT => 0.9,
+                // Earlier than at tc, so faster: else there is no use for it.
+                NODE_PORT_XDP => {
+                    let ratio = self.ratio(case, &beside(NODE_PORT));
+                    let name = name(&case.path, ".beside-tc");
+                    held.extend(ratio.map(|ratio| Held::at_least(name, 1.0, ratio)));
+                    continue;
+                }
                 DIRECT => {
                     held.extend(self.floor(case, &name("pod-to-pod", "")));
                     continue;
@@ -242,6 +250,10 @@ mod tests {
     use super::*;
 
     fn findings(shares: &[(usize, &str, f64)]) -> Findings {
+        findings_between(Ends::SameNode, shares)
+    }
+
+    fn findings_between(ends: Ends, shares: &[(usize, &str, f64)]) -> Findings {
         let mut findings = Findings::default();
         // What disturbs a round disturbs all paths in it.
         for disturbance in [1.0, 0.5, 0.9] {
@@ -249,7 +261,7 @@ mod tests {
                 let p50_us = 16.0 / (disturbance * share);
                 let route = Route {
                     path: (*path).into(),
-                    ends: Ends::SameNode,
+                    ends,
                     client: 0,
                     address: std::net::Ipv4Addr::LOCALHOST,
                     by_node_port: false,
@@ -298,6 +310,36 @@ mod tests {
                 "service.socket.round-trip.same-node.1000-services.beside-10-services 0.99 true",
             ]
         );
+    }
+
+    #[test]
+    fn what_is_sent_on_by_the_driver_is_held_against_the_hook_at_tc() {
+        let shares = [(10, NODE_PORT, 0.8), (10, NODE_PORT_XDP, 0.9)];
+        let findings = findings_between(Ends::Forwarded, &shares);
+        let held: Vec<String> = findings
+            .held()
+            .iter()
+            .map(|held| format!("{} {:.3} {}", held.name, held.figure, held.ok))
+            .collect();
+        assert_eq!(
+            held,
+            ["service.node-port-xdp.round-trip.forwarded.beside-tc 1.125 true"]
+        );
+        let machine = crate::machine::Machine {
+            kernel: String::new(),
+            cpu: String::new(),
+            cpus: 2,
+            memory_mb: 0,
+            is_virtual: false,
+            load_before: 0.0,
+        };
+        let mut report = Report::new("service", machine);
+        findings.fill(&mut report);
+        let relative = |figure: &&Figure| figure.label("path") == Some(NODE_PORT_XDP);
+        let driver: Vec<&Figure> = report.figures.iter().filter(relative).collect();
+        let compared = driver.iter().filter_map(|figure| figure.relative.as_ref());
+        let compared: Vec<&str> = compared.map(|relative| relative.to.as_str()).collect();
+        assert_eq!(compared, [NODE_PORT]);
     }
 
     #[test]

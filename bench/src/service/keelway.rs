@@ -22,6 +22,60 @@ use crate::load::Metric;
 /// Longest wait for an agent to have done what it was given.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// The file that agents read the cluster from.
+const SNAPSHOT: &str = "snapshot.json";
+
+/// How nodes deal with what comes by their uplinks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Uplinks {
+    /// At tc; the ends of the wire leave each other checksums to complete, as veths do.
+    AsMade,
+    /// At tc, with whole checksums.
+    Complete,
+    /// In the driver, which needs whole checksums.
+    InDriver,
+}
+
+impl Uplinks {
+    const ETHTOOL: &str = "ethtool";
+
+    /// Whether this machine has what completes checksums.
+    pub fn can_complete() -> bool {
+        Command::new(Self::ETHTOOL)
+            .arg("--version")
+            .output()
+            .is_ok()
+    }
+
+    /// Sets the uplink of the calling thread's namespace up.
+    fn prepare(self) -> Result<()> {
+        if self == Uplinks::AsMade {
+            return Ok(());
+        }
+        let mut command = Command::new(Self::ETHTOOL);
+        command.args(["-K", "eth0", "tx", "off"]);
+        let output = command.output().context("running ethtool")?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{command:?}: {said}");
+        Ok(())
+    }
+
+    const fn flag(self) -> &'static str {
+        match self {
+            Uplinks::AsMade | Uplinks::Complete => "off",
+            Uplinks::InDriver => "native",
+        }
+    }
+
+    /// What the agent says of it.
+    const fn reported(self) -> &'static str {
+        match self {
+            Uplinks::AsMade | Uplinks::Complete => "tc",
+            Uplinks::InDriver => "native",
+        }
+    }
+}
+
 /// Two nodes, ready to be measured on.
 pub struct Keelway {
     nodes: Vec<Node>,
@@ -42,7 +96,12 @@ struct Node {
 
 impl Keelway {
     /// Builds the nodes, without any Service.
-    pub fn build(sandbox: &Sandbox, groups: &ControlGroups, bin_dir: &Path) -> Result<Self> {
+    pub fn build(
+        sandbox: &Sandbox,
+        groups: &ControlGroups,
+        bin_dir: &Path,
+        uplinks: Uplinks,
+    ) -> Result<Self> {
         let folder = tempfile::tempdir().context("making a folder for the agents' files")?;
         ip("link add up1 type veth peer name up2")?;
         let mut networks = Vec::new();
@@ -52,11 +111,12 @@ impl Keelway {
             network.run(|| {
                 ip(&format!("link set up{number} name eth0"))?;
                 ip(&format!("addr add {}/24 dev eth0", node_address(number)))?;
-                ip("link set eth0 up")
+                ip("link set eth0 up")?;
+                uplinks.prepare()
             })?;
             networks.push((number, network));
         }
-        let snapshot = folder.path().join("snapshot.json");
+        let snapshot = folder.path().join(SNAPSHOT);
         write_snapshot(&snapshot, &[])?;
         let nodes = networks
             .into_iter()
@@ -66,14 +126,16 @@ impl Keelway {
                     network,
                     bin_dir,
                     folder.path(),
-                    &snapshot,
                     &groups.hooked(),
                     &sandbox.pin_root(),
+                    uplinks,
                 )
             })
             .collect::<Result<Vec<_>>>()?;
         for node in &nodes {
-            node.wait(bin_dir, "to be ready", |report| report.ready)?;
+            node.wait(bin_dir, "to be ready, with its uplink as asked", |report| {
+                report.ready && report.xdp == uplinks.reported()
+            })?;
         }
         let client = nodes[0].add_pod(bin_dir, "client")?;
         let servers = [
@@ -119,12 +181,13 @@ impl Node {
         network: Network,
         bin_dir: &Path,
         folder: &Path,
-        snapshot: &Path,
         cgroup: &Path,
         pin_root: &Path,
+        uplinks: Uplinks,
     ) -> Result<Self> {
         let name = format!("node-{number}");
         let own = folder.join(&name);
+        let pins = format!("{name}-{uplinks:?}");
         fs::create_dir_all(&own)?;
         let socket = own.join("agent.sock");
         let log = fs::File::create(own.join("agent.log"))?;
@@ -133,7 +196,7 @@ impl Node {
             .arg("run")
             .args(["--node-name", &name])
             .arg("--snapshot")
-            .arg(snapshot)
+            .arg(folder.join(SNAPSHOT))
             .arg("--cgroup")
             .arg(cgroup)
             .arg("--socket")
@@ -141,7 +204,7 @@ impl Node {
             .arg("--state-dir")
             .arg(own.join("state"))
             .arg("--pin-root")
-            .arg(pin_root.with_file_name(&name))
+            .arg(pin_root.with_file_name(&pins))
             .arg("--cni-conf-dir")
             .arg(own.join("net.d"))
             .args(["--service-cidr", SERVICE_RANGE])
@@ -149,6 +212,7 @@ impl Node {
             .args(["--routing", "direct"])
             // Many nodes of this machine would want the port.
             .args(["--healthz-bind-address", "127.0.0.1:10256"])
+            .args(["--xdp", uplinks.flag()])
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);

@@ -18,9 +18,9 @@ use keelway_tests::sandbox::{Network, Sandbox};
 
 use self::cluster::{node_address, service_address, services};
 use self::findings::Findings;
-use self::keelway::Keelway;
+use self::keelway::{Keelway, Uplinks};
 use self::plain::Plain;
-use self::route::{Cpus, DIRECT, Ends, Route, Task, tasks};
+use self::route::{Cpus, DIRECT, Ends, NODE_PORT, NODE_PORT_XDP, Route, Task, tasks};
 use self::rules::Rules;
 use crate::control_groups::ControlGroups;
 use crate::load::Order;
@@ -149,6 +149,10 @@ pub fn run(flags: &Flags) -> Result<()> {
 /// All subjects with their clients and servers, side by side.
 struct Arena {
     keelway: Keelway,
+    /// Nodes that send on what comes for others, by each way of doing so.
+    forwarders: Vec<Keelway>,
+    /// Nothing has been loaded yet.
+    is_empty: bool,
     ruled: Vec<(Rules, Plain)>,
     /// Nobody is in the hosts' namespaces, which would end.
     _routed: Plain,
@@ -172,8 +176,22 @@ impl Arena {
             routes: Vec::new(),
         };
         crate::say(progress, "building Keelway's nodes".into());
-        let keelway = Keelway::build(&sandbox, &groups, &settings.bin_dir)?;
+        let build = |uplinks| Keelway::build(&sandbox, &groups, &settings.bin_dir, uplinks);
+        let keelway = build(Uplinks::AsMade)?;
         crew.keelway(&keelway)?;
+        let mut forwarders = Vec::new();
+        if Uplinks::can_complete() {
+            for (uplinks, path) in [
+                (Uplinks::Complete, NODE_PORT),
+                (Uplinks::InDriver, NODE_PORT_XDP),
+            ] {
+                let lab = build(uplinks)?;
+                crew.forwarder(&lab, path)?;
+                forwarders.push(lab);
+            }
+        } else {
+            notes.push("forwarded: this machine has no ethtool, without which veths send on frames whose checksums are not complete".into());
+        }
         crate::say(progress, "building the others' nodes".into());
         let [client, server] = plain::bare_pair()?;
         crew.server(&server.network)?;
@@ -202,6 +220,8 @@ impl Arena {
         } = crew;
         Ok(Self {
             keelway,
+            forwarders,
+            is_empty: true,
             ruled,
             _routed: routed,
             routes,
@@ -222,6 +242,13 @@ impl Arena {
     ) -> Result<()> {
         crate::say(progress, format!("loading {size} Services: keelway"));
         self.keelway.load(size)?;
+        // They are measured at the first size only.
+        if self.is_empty {
+            for forwarder in &self.forwarders {
+                forwarder.load(size)?;
+            }
+            self.is_empty = false;
+        }
         for (rules, plain) in &self.ruled {
             if size > settings.rules_max {
                 notes.push(format!(
@@ -367,7 +394,7 @@ impl Crew<'_> {
 
     /// A path by a Service.
     fn service(&mut self, path: &str, ends: Ends, client: usize) {
-        let by_node_port = ends == Ends::Outside;
+        let by_node_port = matches!(ends, Ends::Outside | Ends::Forwarded);
         self.routes.push(Route {
             path: path.into(),
             ends,
@@ -398,7 +425,15 @@ impl Crew<'_> {
             self.service("packet", ends, plain);
         }
         self.route(DIRECT, Ends::Outside, outside, lab.servers[0].address);
-        self.service("node-port", Ends::Outside, outside);
+        self.service(NODE_PORT, Ends::Outside, outside);
+        Ok(())
+    }
+
+    /// A client on the second node's host, which asks the first node for the server on the second.
+    fn forwarder(&mut self, lab: &Keelway, path: &str) -> Result<()> {
+        self.server(&lab.servers[1].network)?;
+        let client = self.client(lab.outside(), false)?;
+        self.service(path, Ends::Forwarded, client);
         Ok(())
     }
 

@@ -14,6 +14,8 @@ pub enum Ends {
     AcrossNodes,
     /// The client is no pod, but another machine on the node's link.
     Outside,
+    /// So it is, and the server is not on the node that is asked: that sends on what comes, and what is answered.
+    Forwarded,
 }
 
 impl Ends {
@@ -22,6 +24,7 @@ impl Ends {
             Ends::SameNode => "same-node",
             Ends::AcrossNodes => "across",
             Ends::Outside => "outside",
+            Ends::Forwarded => "forwarded",
         }
     }
 }
@@ -29,7 +32,7 @@ impl Ends {
 /// How a client's packets get to the server.
 #[derive(Clone, Debug)]
 pub struct Route {
-    /// `direct`, `socket`, `packet` and `node-port` are Keelway's; the others name what serves them.
+    /// `direct`, `socket`, `packet`, `node-port` and `node-port-xdp` are Keelway's; the others name what serves them.
     pub path: String,
     pub ends: Ends,
     /// Which client takes it.
@@ -43,11 +46,24 @@ pub struct Route {
 
 /// The path that the others are compared with.
 pub const DIRECT: &str = "direct";
+/// A port of the node, as the hook at tc serves it; and as the uplink's driver does.
+pub const NODE_PORT: &str = "node-port";
+pub const NODE_PORT_XDP: &str = "node-port-xdp";
+
+impl Ends {
+    /// What paths between such ends are compared with: nothing goes directly by way of another node.
+    pub const fn reference(self) -> &'static str {
+        match self {
+            Ends::Forwarded => NODE_PORT,
+            Ends::SameNode | Ends::AcrossNodes | Ends::Outside => DIRECT,
+        }
+    }
+}
 
 impl Route {
     pub fn target(&self, metric: Metric) -> SocketAddr {
         let port = if self.by_node_port {
-            node_port(metric)
+            node_port(usize::from(self.ends == Ends::Forwarded), metric)
         } else {
             metric.port()
         };

@@ -293,6 +293,6 @@ mod tests {
         let text = nftables(&services(12, servers));
         assert_eq!(text.matches(": goto service-").count(), 20);
         assert_eq!(text.matches("chain endpoint-").count(), 20);
-        assert_eq!(text.matches(": goto external-").count(), 5);
+        assert_eq!(text.matches(": goto external-").count(), 10);
     }
 }

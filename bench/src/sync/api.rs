@@ -137,7 +137,7 @@ fn write_credentials(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The cluster that a subject is to learn: so many Services, each with one port and one slice.
+/// The cluster that a subject is to learn: so many Services, each with one port, and slices as Kubernetes' own controller makes them.
 #[derive(Clone, Copy, Debug)]
 pub struct Cluster {
     pub services: usize,
@@ -150,7 +150,19 @@ impl Cluster {
         let first = |service: usize| service * self.endpoints / self.services;
         first(service)..first(service + 1)
     }
+
+    /// The same by slices.
+    fn slices_of(self, service: usize) -> Vec<std::ops::Range<usize>> {
+        let all = self.endpoints_of(service);
+        let firsts = all.clone().step_by(SLICE_ENDPOINTS);
+        firsts
+            .map(|first| first..all.end.min(first + SLICE_ENDPOINTS))
+            .collect()
+    }
 }
+
+/// Endpoints of a slice at most: what the controller makes by default.
+const SLICE_ENDPOINTS: usize = 100;
 
 /// A client that makes and changes the cluster.
 pub struct Writer {
@@ -203,8 +215,10 @@ impl Writer {
                 let (services, slices, made) = (&services, &slices, &made);
                 async move {
                     self.send(Method::POST, services, &service(index)).await?;
-                    let slice = slice(index, self.cluster.endpoints_of(index));
-                    self.send(Method::POST, slices, &slice).await?;
+                    for (number, range) in self.cluster.slices_of(index).into_iter().enumerate() {
+                        let slice = slice(index, number, range);
+                        self.send(Method::POST, slices, &slice).await?;
+                    }
                     made();
                     anyhow::Ok(())
                 }
@@ -214,7 +228,8 @@ impl Writer {
 
     /// Changes the endpoints of a Service: another address for its first one with each turn.
     pub async fn change(&self, index: usize, turn: u32) -> Result<()> {
-        let mut endpoints = endpoints(self.cluster.endpoints_of(index));
+        let first = self.cluster.slices_of(index).into_iter().next();
+        let mut endpoints = endpoints(first.unwrap_or_default());
         if let Some(first) = endpoints.first_mut() {
             *first = endpoint(Ipv4Addr::from_bits(
                 u32::from_be_bytes([10, 200, 0, 0]) + turn,
@@ -222,7 +237,7 @@ impl Writer {
         }
         let path = format!(
             "/apis/discovery.k8s.io/v1/namespaces/{NAMESPACE}/endpointslices/{}",
-            slice_name(index)
+            slice_name(index, 0)
         );
         let patch = json!({"endpoints": endpoints});
         self.send(Method::PATCH, &path, &patch).await
@@ -259,8 +274,8 @@ fn service_name(index: usize) -> String {
     format!("service-{index}")
 }
 
-fn slice_name(index: usize) -> String {
-    format!("service-{index}-abcde")
+fn slice_name(index: usize, number: usize) -> String {
+    format!("service-{index}-{number:05}")
 }
 
 fn service(index: usize) -> Value {
@@ -290,10 +305,10 @@ fn endpoints(range: std::ops::Range<usize>) -> Vec<Value> {
         .collect()
 }
 
-fn slice(index: usize, range: std::ops::Range<usize>) -> Value {
+fn slice(index: usize, number: usize, range: std::ops::Range<usize>) -> Value {
     json!({
         "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
-        "metadata": {"name": slice_name(index), "namespace": NAMESPACE,
+        "metadata": {"name": slice_name(index, number), "namespace": NAMESPACE,
             "labels": {"kubernetes.io/service-name": service_name(index), "endpointslice.kubernetes.io/managed-by": "bench"}},
         "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}],
         "endpoints": endpoints(range),
@@ -318,5 +333,18 @@ mod tests {
             next = range.end;
         }
         assert_eq!(next, cluster.endpoints);
+    }
+
+    #[test]
+    fn many_endpoints_are_in_slices_of_a_hundred() {
+        let cluster = Cluster {
+            services: 1,
+            endpoints: 10_050,
+        };
+        let slices = cluster.slices_of(0);
+        assert_eq!(slices.len(), 101);
+        assert_eq!(slices.last(), Some(&(10_000..10_050)));
+        let all: Vec<usize> = slices.into_iter().flatten().collect();
+        assert!(all.into_iter().eq(0..10_050));
     }
 }

@@ -169,9 +169,16 @@ impl Findings {
         sizes
     }
 
+    /// Those whose Services are of the usual size, so that what they take can be compared.
+    fn alike(&self) -> Vec<(usize, usize)> {
+        let mut sizes = self.sizes();
+        sizes.retain(|(services, endpoints)| !is_of_many(*services, *endpoints));
+        sizes
+    }
+
     /// What a Service with its endpoints takes, from the difference between the smallest cluster and each other.
     fn memory_per_object(&self) -> Vec<Figure> {
-        let sizes = self.sizes();
+        let sizes = self.alike();
         let Some((&(small, _), rest)) = sizes.split_first() else {
             return Vec::new();
         };
@@ -196,7 +203,7 @@ impl Findings {
     }
 
     fn growth(&self) -> Vec<Growth> {
-        let sizes = self.sizes();
+        let sizes = self.alike();
         [
             ("cold start", "p50"),
             ("one change", "p50"),
@@ -221,7 +228,7 @@ impl Findings {
 
     fn held(&self) -> Vec<Held> {
         let mut held = Vec::new();
-        for (services, _) in self.sizes() {
+        for (services, endpoints) in self.sizes() {
             let mut below = |what, quantity, name: &str, limit, unit: &str, factor: f64| {
                 if let Some(spread) = self.spread(services, what, quantity) {
                     let scaled = Spread {
@@ -229,7 +236,10 @@ impl Findings {
                         low: spread.low * factor,
                         high: spread.high * factor,
                     };
-                    let name = format!("sync.{name}.{services}-services");
+                    let name = match is_of_many(services, endpoints) {
+                        true => format!("sync.{name}.service-of-{endpoints}"),
+                        false => format!("sync.{name}.{services}-services"),
+                    };
                     held.push(Held::below(name, limit, unit, scaled));
                 }
             };
@@ -252,6 +262,11 @@ impl Findings {
         }
         held
     }
+}
+
+/// Whether a cluster is about Services with very many endpoints.
+fn is_of_many(services: usize, endpoints: usize) -> bool {
+    endpoints > 100 * services
 }
 
 #[cfg(test)]

@@ -32,7 +32,7 @@ pub struct Flags {
     /// Up to 10,000 Services and fewer rounds: under three minutes.
     #[arg(long)]
     quick: bool,
-    /// Sizes of the cluster, as SERVICES:ENDPOINTS; may be repeated, in rising order. [default: 10:50, 1000:5000, 10000:50000,
+    /// Sizes of the cluster, as SERVICES:ENDPOINTS; may be repeated, in rising order. [default: 1:10000, 10:50, 1000:5000, 10000:50000,
     /// 44000:250000; without the last by --quick]
     #[arg(long, value_parser = size)]
     size: Vec<Cluster>,
@@ -72,6 +72,15 @@ fn size(text: &str) -> Result<Cluster, String> {
     }
 }
 
+/// One Service with many endpoints, and more and more with five.
+const SIZES: [(usize, usize); 5] = [
+    (1, 10_000),
+    (10, 50),
+    (1000, 5000),
+    (10_000, 50_000),
+    (44_000, 250_000),
+];
+
 /// How much is measured.
 struct Extent {
     rounds: u32,
@@ -91,13 +100,13 @@ pub fn run(flags: &Flags) -> Result<()> {
     );
     flags.output.check()?;
     let sizes = match (flags.size.as_slice(), flags.quick) {
-        ([], quick) => [(10, 50), (1000, 5000), (10_000, 50_000), (44_000, 250_000)]
+        ([], quick) => SIZES
             .into_iter()
             .map(|(services, endpoints)| Cluster {
                 services,
                 endpoints,
             })
-            .take(if quick { 3 } else { 4 })
+            .take(SIZES.len() - usize::from(quick))
             .collect(),
         (sizes, _) => sizes.to_vec(),
     };
