@@ -97,14 +97,10 @@ fn convert(slice: &wire::EndpointSlice<'_>) -> Result<EndpointSlice, BadField> {
             name: name.into(),
         });
 
-    let mut ports = Vec::new();
-    for (i, port) in slice
-        .ports
-        .as_deref()
-        .unwrap_or_default()
-        .iter()
-        .enumerate()
-    {
+    // As long as needed and no longer: there are very many of these, and what grows by itself takes twice the room.
+    let given = slice.ports.as_deref().unwrap_or_default();
+    let mut ports = Vec::with_capacity(given.len());
+    for (i, port) in given.iter().enumerate() {
         // Without a number the port means "any", which is for consumers that agree on one among themselves.
         let Some(number) = port.port else { continue };
         ports.push(EndpointPort {
@@ -114,8 +110,9 @@ fn convert(slice: &wire::EndpointSlice<'_>) -> Result<EndpointSlice, BadField> {
             app_protocol: port.app_protocol.as_deref().map(Into::into),
         });
     }
-    let (mut endpoints, mut refused) = (Vec::new(), Vec::new());
-    for (i, one) in slice.endpoints.iter().flatten().enumerate() {
+    let given = slice.endpoints.as_deref().unwrap_or_default();
+    let (mut endpoints, mut refused) = (Vec::with_capacity(given.len()), Vec::new());
+    for (i, one) in given.iter().enumerate() {
         match endpoint(i, one, ipv4, &key, endpoints.last()) {
             Ok(endpoint) => endpoints.push(endpoint),
             Err(bad) => refused.push(bad.to_string()),

@@ -320,14 +320,12 @@ fn ports(spec: &wire::ServiceSpec<'_>) -> Result<Vec<ServicePort>, BadField> {
             app_protocol: port.app_protocol.as_deref().map(Into::into),
         })
     };
-    let ports: Vec<ServicePort> = spec
-        .ports
-        .as_deref()
-        .unwrap_or_default()
-        .iter()
-        .enumerate()
-        .map(one)
-        .collect::<Result<_, _>>()?;
+    let given = spec.ports.as_deref().unwrap_or_default();
+    // As long as needed and no longer, as endpoints are.
+    let mut ports = Vec::with_capacity(given.len());
+    for port in given.iter().enumerate() {
+        ports.push(one(port)?);
+    }
     for (i, port) in ports.iter().enumerate() {
         if ports[..i].iter().any(|other| other.name == port.name) {
             return Err(BadField::new(
