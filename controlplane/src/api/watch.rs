@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::FutureExt;
 use http::{StatusCode, header};
 use rand::RngExt;
 use serde_json::{Value, json};
@@ -17,7 +18,7 @@ use super::status::Status;
 use super::{Api, Call, object, reply, table};
 use crate::codec::transcode;
 use crate::registry::Resource;
-use crate::store::{Change, Record, Revision, WatchEvent, WatchStream};
+use crate::store::{Change, Record, Revision, StoreError, WatchEvent, WatchStream};
 
 /// A watch without timeoutSeconds ends after this to twice this, as upstream's min-request-timeout.
 const TIMEOUT_S_MIN: u64 = 1800;
@@ -27,6 +28,13 @@ const BOOKMARK_PERIOD: Duration = Duration::from_secs(60);
 const INITIAL_EVENTS_PER_CHUNK: usize = 200;
 /// How many recent events are kept encoded for the other watchers of the same change.
 const ENCODED_EVENTS: usize = 256;
+/// How long a watch rests after it has sent something, for each watch that its resource has. A write to every one of them costs more
+/// than all else that a change does: what happens while they rest goes in one. A resource with few watches has no such rest, and a
+/// change that comes after one is sent at once.
+const REST_PER_WATCH: Duration = Duration::from_micros(10);
+/// Shorter ones are not worth a timer.
+const REST_MIN: Duration = Duration::from_millis(2);
+const REST_MAX: Duration = Duration::from_millis(20);
 /// What marks the bookmark that ends the initial events (KEP-3157).
 const INITIAL_EVENTS_END: &str = "k8s.io/initial-events-end";
 
@@ -261,7 +269,7 @@ impl Api {
         let told = options.initial_events == Some(true) && options.bookmarks;
         let stream = match self.store.watch(&prefix, from).await {
             Ok(stream) => stream,
-            Err(error @ crate::store::StoreError::Future { .. }) => return Err(error.into()),
+            Err(error @ StoreError::Future { .. }) => return Err(error.into()),
             // Upstream tells of an expired revision inside the stream, and clients look for it there.
             Err(error) => {
                 let error = error_event(&error.into(), encoding);
@@ -283,7 +291,8 @@ impl Api {
             options,
             stream,
             stop: self.stop.clone(),
-            _counted: self.metrics.watching(call.target.resource),
+            rests: Instant::now(),
+            counted: self.metrics.watching(call.target.resource),
         };
         let events = self.events.clone();
         let chunks = futures::stream::unfold(Some(watcher), move |watcher| {
@@ -395,8 +404,19 @@ struct Watcher {
     bookmarked: Revision,
     next_bookmark: Instant,
     ends: Instant,
+    /// Until when it rests.
+    rests: Instant,
     stop: CancellationToken,
-    _counted: super::metrics::Watching,
+    counted: super::metrics::Watching,
+}
+
+/// How long each of so many watches rests.
+fn rest(watches: u32) -> Duration {
+    let rest = REST_PER_WATCH * watches;
+    match rest < REST_MIN {
+        true => Duration::ZERO,
+        false => rest.min(REST_MAX),
+    }
 }
 
 impl Watcher {
@@ -455,6 +475,10 @@ impl Watcher {
                 }
             };
             let batch = match batch {
+                Ok(batch) => self.with_what_follows(batch).await,
+                error => error,
+            };
+            let batch = match batch {
                 Ok(batch) => batch,
                 Err(error) => return Some(Err(error.into())),
             };
@@ -465,12 +489,29 @@ impl Watcher {
                     chunk.push(self.write(kind, &encoded));
                 }
             }
+            if !chunk.is_empty() {
+                self.rests = Instant::now() + rest(self.counted.count());
+            }
             match chunk.len() {
                 0 => {}
                 1 => return chunk.pop().map(Ok),
                 _ => return Some(Ok(Bytes::from(chunk.concat()))),
             }
         }
+    }
+
+    /// The events, with those that happen while the watch still rests.
+    async fn with_what_follows(
+        &mut self,
+        mut events: Vec<WatchEvent>,
+    ) -> Result<Vec<WatchEvent>, StoreError> {
+        if Instant::now() < self.rests {
+            tokio::time::sleep_until(self.rests).await;
+            if let Some(more) = self.stream.next().now_or_never() {
+                events.extend(more?);
+            }
+        }
+        Ok(events)
     }
 
     /// What the change is to this watcher; None when it does not concern it.
@@ -501,5 +542,18 @@ impl Watcher {
             &self.target,
             &mut self.headed,
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_watches_that_are_many_rest() {
+        assert_eq!([0, 1, 50, 199].map(rest), [Duration::ZERO; 4]);
+        assert_eq!(rest(200), REST_MIN);
+        assert_eq!(rest(1000), Duration::from_millis(10));
+        assert_eq!([5000, u32::MAX].map(rest), [REST_MAX; 2]);
     }
 }
