@@ -7,6 +7,7 @@ mod durability;
 mod encodings;
 #[path = "../support/etcd.rs"]
 mod etcd;
+mod faults;
 mod flags;
 mod keeping;
 mod kinds;

@@ -26,6 +26,8 @@ pub struct Server {
     components: &'static str,
     /// The flags that say where its state is.
     state: Vec<String>,
+    /// What runs it: a program and its arguments, or nothing.
+    inside: Vec<String>,
     process: Mutex<Option<Child>>,
 }
 
@@ -55,6 +57,12 @@ impl Server {
     pub fn start_flagged(components: &'static str, flags: Vec<String>) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory");
         Self::start_in(dir, components, flags)
+    }
+
+    /// Starts it by another program, which runs it in namespaces of its own.
+    pub fn start_inside(components: &'static str, flags: Vec<String>, inside: Vec<String>) -> Self {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        Self::make_in(dir, components, flags, inside)
     }
 
     /// Starts the API server alone, with flags that name files of its credentials.
@@ -93,6 +101,7 @@ impl Server {
             port,
             components,
             state: self.state.clone(),
+            inside: self.inside.clone(),
             process: Mutex::new(None),
         };
         server.launch();
@@ -105,6 +114,15 @@ impl Server {
     }
 
     fn start_in(dir: tempfile::TempDir, components: &'static str, state: Vec<String>) -> Self {
+        Self::make_in(dir, components, state, Vec::new())
+    }
+
+    fn make_in(
+        dir: tempfile::TempDir,
+        components: &'static str,
+        state: Vec<String>,
+        inside: Vec<String>,
+    ) -> Self {
         let port = free_port();
         write_credentials(dir.path(), port);
         let server = Self {
@@ -112,15 +130,25 @@ impl Server {
             port,
             components,
             state,
+            inside,
             process: Mutex::new(None),
         };
         server.launch();
         server
     }
 
-    /// Starts the process and waits until it says that it listens.
-    pub fn launch(&self) {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_keelway-controlplane"))
+    /// The process as it is to be started.
+    fn command(&self) -> Command {
+        let program = env!("CARGO_BIN_EXE_keelway-controlplane");
+        let mut command = match self.inside.split_first() {
+            Some((first, rest)) => {
+                let mut command = Command::new(first);
+                command.args(rest).arg(program);
+                command
+            }
+            None => Command::new(program),
+        };
+        command
             .args([
                 "--advertise-address",
                 "127.0.0.1",
@@ -135,9 +163,22 @@ impl Server {
             .arg(self.dir.path())
             .env_remove("LISTEN_FDS")
             .env("RUST_LOG", "info")
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("the control plane starts");
+            .stderr(Stdio::piped());
+        command
+    }
+
+    /// What it says when it ends instead of listening.
+    pub fn refuses_to_start(&self) -> String {
+        let ended = self.command().output().expect("the control plane starts");
+        let said = text(&ended.stderr);
+        assert!(!ended.status.success(), "{said}");
+        said
+    }
+
+    /// Starts the process and waits until it says that it listens.
+    pub fn launch(&self) {
+        let child = self.command().spawn();
+        let mut child = child.expect("the control plane starts");
         let stderr = child.stderr.take().expect("its log");
         let (said, heard) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
