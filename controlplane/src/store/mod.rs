@@ -18,7 +18,7 @@ mod replica;
 mod sealed;
 mod snapshot;
 
-pub use embedded::{Embedded, EmbeddedConfig};
+pub use embedded::{Clock, Embedded, EmbeddedConfig};
 pub use etcd::{Etcd, EtcdConfig};
 pub use sealed::{Keys, KeysError, Sealed};
 pub use snapshot::{SERVERS, Snapshot, SnapshotError, lifetime};

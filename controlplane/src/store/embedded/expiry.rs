@@ -8,30 +8,44 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Instant(pub u64);
 
-impl Instant {
-    pub fn now() -> Self {
-        let since = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
-        Self(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+/// Clock says what time the machine has. It may be set, forwards and backwards.
+#[derive(Clone)]
+pub struct Clock(Arc<dyn Fn() -> SystemTime + Send + Sync>);
+
+impl Default for Clock {
+    fn default() -> Self {
+        Self(Arc::new(SystemTime::now))
+    }
+}
+
+impl std::fmt::Debug for Clock {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:?}", (self.0)())
+    }
+}
+
+impl Clock {
+    #[cfg(test)]
+    pub fn of(now: impl Fn() -> SystemTime + Send + Sync + 'static) -> Self {
+        Self(Arc::new(now))
+    }
+
+    pub(super) fn now(&self) -> Instant {
+        let since = (self.0)().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Instant(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
     }
 
     /// When a lifetime that begins now is over, rounded up so that neighbours share a commit.
-    pub fn after(lifetime: Duration) -> Self {
+    pub(super) fn after(&self, lifetime: Duration) -> Instant {
         let lifetime = u64::try_from(lifetime.as_millis()).unwrap_or(u64::MAX);
         let step = (lifetime / 64).max(1);
-        Self(
-            Self::now()
-                .0
-                .saturating_add(lifetime)
-                .div_ceil(step)
-                .saturating_mul(step),
-        )
+        let end = self.now().0.saturating_add(lifetime);
+        Instant(end.div_ceil(step).saturating_mul(step))
     }
 
     /// How long it is until then.
-    pub fn left(self) -> Duration {
-        Duration::from_millis(self.0.saturating_sub(Self::now().0))
+    pub(super) fn left(&self, until: Instant) -> Duration {
+        Duration::from_millis(until.0.saturating_sub(self.now().0))
     }
 }
 

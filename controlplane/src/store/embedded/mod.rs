@@ -24,6 +24,7 @@ use super::snapshot::{Snapshot, lifetime};
 use super::{Change, Expect, Page, Range, Record, Revision, Store, StoreError, WatchStream, Write};
 use disk::{Disk, Group};
 use durable::{Durable, Reopen};
+pub use expiry::Clock;
 use expiry::{Expiries, Instant};
 use writer::{Request, Wish};
 
@@ -39,6 +40,8 @@ pub struct EmbeddedConfig {
     /// The database file; its folder must exist.
     pub path: PathBuf,
     pub history: Bounds,
+    /// What lifetimes are counted by.
+    pub clock: Clock,
 }
 
 impl EmbeddedConfig {
@@ -46,6 +49,7 @@ impl EmbeddedConfig {
         Self {
             path: path.into(),
             history: Bounds::default(),
+            clock: Clock::default(),
         }
     }
 }
@@ -53,6 +57,7 @@ impl EmbeddedConfig {
 /// Embedded is the store of one process over one file.
 pub struct Embedded {
     replica: Replica,
+    clock: Clock,
     queue: Option<mpsc::Sender<Request>>,
     writer: Option<JoinHandle<()>>,
 }
@@ -79,7 +84,7 @@ impl Embedded {
         if partial.exists() {
             std::fs::remove_file(&partial).map_err(|error| failed(error.to_string()))?;
         }
-        let disk = Disk::open(&partial)?;
+        let (disk, clock) = (Disk::open(&partial)?, Clock::default());
         for group in snapshot.records.chunks(IMPORT_RECORDS) {
             let event = |record: &Record| Event {
                 change: Change::Put,
@@ -88,7 +93,7 @@ impl Embedded {
             };
             let ends = |record: &Record| {
                 let lifetime = lifetime(&record.key)?;
-                Some((record.key.clone(), Some(Instant::after(lifetime))))
+                Some((record.key.clone(), Some(clock.after(lifetime))))
             };
             disk.commit(&Group {
                 events: group.iter().map(event).map(Arc::new).collect(),
@@ -118,9 +123,13 @@ impl Embedded {
         let replica = Replica::new(records, loaded.revision, config.history);
         let (queue, requests) = mpsc::channel(QUEUE_WRITES_MAX);
         let (shared, path) = (replica.clone(), config.path.display().to_string());
+        let clock = config.clock.clone();
         let writer = std::thread::Builder::new()
             .name("store-writer".to_owned())
-            .spawn(move || writer::run(Durable::new(disk, reopen), &shared, requests, expiries))
+            .spawn(move || {
+                let disk = Durable::new(disk, reopen);
+                writer::run(disk, &shared, requests, (expiries, clock));
+            })
             .map_err(|e| StoreError::Disk {
                 operation: "start the writer of",
                 path,
@@ -128,6 +137,7 @@ impl Embedded {
             })?;
         Ok(Self {
             replica,
+            clock: config.clock.clone(),
             queue: Some(queue),
             writer: Some(writer),
         })
@@ -171,7 +181,7 @@ impl Store for Embedded {
         lifetime: Duration,
     ) -> BoxFuture<'a, Result<Record, StoreError>> {
         let wish = Wish {
-            expires: Some(Instant::after(lifetime)),
+            expires: Some(self.clock.after(lifetime)),
             ..Wish::new(key, Some(value), expect)
         };
         Box::pin(self.write(wish, Vec::new()))

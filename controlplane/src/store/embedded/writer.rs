@@ -8,8 +8,8 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::durable;
 use super::{
-    Change, Durable, Event, Expect, Expiries, Group, Instant, Record, Records, Replica, Revision,
-    StoreError,
+    Change, Clock, Durable, Event, Expect, Expiries, Group, Instant, Record, Records, Replica,
+    Revision, StoreError,
 };
 
 /// Writes that one transaction may hold: bounds the latency of the first of them.
@@ -19,6 +19,8 @@ const GROUP_BYTES_MAX: usize = 8 << 20;
 
 /// How long expired keys wait when the disk refuses their deletion.
 const EXPIRY_RETRY: Duration = Duration::from_secs(5);
+/// How often the clock is looked at while keys wait for their end: it may have been set.
+const CLOCK_LOOK: Duration = Duration::from_secs(60);
 
 /// Wish is a write with the time at which it is to end.
 pub(super) struct Wish {
@@ -61,7 +63,7 @@ pub(super) fn run(
     mut disk: Durable,
     replica: &Replica,
     mut requests: mpsc::Receiver<Request>,
-    mut expiries: Expiries,
+    (mut expiries, clock): (Expiries, Clock),
 ) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
@@ -75,8 +77,8 @@ pub(super) fn run(
         let mut not_before = Instant::default();
         loop {
             let wake = expiries.next().map(|at| at.max(not_before));
-            if wake.is_some_and(|at| at <= Instant::now()) {
-                let gone = expiries.due(Instant::now(), GROUP_WRITES_MAX);
+            if wake.is_some_and(|at| at <= clock.now()) {
+                let gone = expiries.due(clock.now(), GROUP_WRITES_MAX);
                 let delete = |key| Wish {
                     key,
                     value: None,
@@ -89,7 +91,7 @@ pub(super) fn run(
                     answer: oneshot::channel().0,
                 });
                 if !commit(&mut disk, replica, &mut expiries, group.collect()) {
-                    not_before = Instant::after(EXPIRY_RETRY);
+                    not_before = clock.after(EXPIRY_RETRY);
                 }
                 continue;
             }
@@ -97,7 +99,7 @@ pub(super) fn run(
                 None => requests.recv().await,
                 Some(at) => tokio::select! {
                     first = requests.recv() => first,
-                    () = tokio::time::sleep(at.left()) => continue,
+                    () = tokio::time::sleep(clock.left(at).min(CLOCK_LOOK)) => continue,
                 },
             };
             let Some(first) = first else { return };

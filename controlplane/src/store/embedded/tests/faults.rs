@@ -395,3 +395,69 @@ async fn a_file_that_was_cut_off_is_refused_and_left_as_it_is() {
         assert_eq!(std::fs::read(&path).unwrap().len(), good.len() / part);
     }
 }
+
+#[tokio::test]
+async fn a_clock_that_jumps_takes_nothing_that_was_to_stay() {
+    const HOUR: Duration = Duration::from_secs(3600);
+    let folder = tempfile::tempdir().unwrap();
+    let began = std::time::SystemTime::now();
+    let time = Arc::new(Mutex::new(began));
+    let clock = time.clone();
+    let config = EmbeddedConfig {
+        clock: Clock::of(move || *clock.lock().unwrap()),
+        ..EmbeddedConfig::at(folder.path().join("state.redb"))
+    };
+    let store = Embedded::open(&config).unwrap();
+    let mut watch = store.watch("/core/", store.revision()).await.unwrap();
+    let mut revision = store.revision();
+    let mut write = async |key: &str, lifetime: Option<Duration>| {
+        let written = match lifetime {
+            Some(lifetime) => store.put_for(key, value(0), Expect::Any, lifetime).await,
+            None => store.put(key, value(0), Expect::Any).await,
+        };
+        let written = written.unwrap().revision;
+        assert!(
+            written > revision,
+            "revisions go on whatever the clock says"
+        );
+        revision = written;
+    };
+    write("/core/pods/a/stays", None).await;
+    write("/core/events/a/early", Some(HOUR)).await;
+    // A day back: what is written now ends an hour later by the clock that there is then.
+    *time.lock().unwrap() = began - 24 * HOUR;
+    write("/core/events/a/late", Some(HOUR)).await;
+    assert_eq!(
+        store
+            .list(Range::all("/core/"))
+            .await
+            .unwrap()
+            .records
+            .len(),
+        3
+    );
+    *time.lock().unwrap() = began + 2 * HOUR;
+    // Whatever is written next makes the writer look.
+    write("/core/pods/a/after", None).await;
+    let mut gone = Vec::new();
+    while gone.len() < 2 {
+        let events = watch.next().await.unwrap();
+        let deleted = events
+            .into_iter()
+            .filter(|event| event.change == Change::Delete);
+        gone.extend(deleted.map(|event| event.record.key.to_string()));
+    }
+    gone.sort();
+    assert_eq!(gone, ["/core/events/a/early", "/core/events/a/late"]);
+    let left = |store: &Embedded| {
+        let keys = store.replica.newest().0;
+        keys.keys().map(|key| key.to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(left(&store), ["/core/pods/a/after", "/core/pods/a/stays"]);
+    let revision = store.revision();
+    drop(store);
+    *time.lock().unwrap() = began - 1000 * HOUR;
+    let store = Embedded::open(&config).unwrap();
+    assert_eq!(left(&store), ["/core/pods/a/after", "/core/pods/a/stays"]);
+    assert_eq!(store.revision(), revision);
+}
