@@ -22,6 +22,8 @@ const STATUS_PERIOD: Duration = Duration::from_secs(300);
 /// Changes of pods' states in a second, of all nodes together: what Kubernetes is measured with (thresholds of sig-scalability).
 const CHURN_PER_SECOND: f64 = 20.0;
 const MAKERS: usize = 16;
+/// How long all watches together may take to see what is there when they begin.
+const PATIENCE: Duration = Duration::from_secs(600);
 
 /// How large.
 #[derive(Clone, Copy, Debug)]
@@ -49,6 +51,8 @@ struct Shared {
     reads: Mutex<Vec<u64>>,
     events: AtomicU64,
     failed: AtomicU64,
+    /// Watches that have seen all that was there when they began.
+    caught_up: tokio::sync::watch::Sender<usize>,
 }
 
 /// Makes the nodes with all that is theirs, lets their kubelets live for a while, and measures.
@@ -62,8 +66,20 @@ pub async fn run(endpoint: &Endpoint, size: Size, duration: Duration) -> Result<
         let rest = LEASE_PERIOD.mul_f64(number as f64 / size.nodes as f64);
         kubelets.spawn(async move { live(caller, number, size, rest, shared, stop).await });
     }
-    // Once around, so that all watches are open and all leases are there.
-    tokio::time::sleep(LEASE_PERIOD + Duration::from_secs(5)).await;
+    // What it costs that all of them begin at once is not what is measured.
+    let mut caught_up = shared.caught_up.subscribe();
+    let all = caught_up.wait_for(|count| *count == 2 * size.nodes);
+    tokio::time::timeout(PATIENCE, all)
+        .await
+        .with_context(|| {
+            let count = *shared.caught_up.borrow();
+            format!(
+                "{count} of {} watches have seen what is there",
+                2 * size.nodes
+            )
+        })?
+        .context("the kubelets have ended")?;
+    shared.events.store(0, Ordering::Relaxed);
     for times in [
         &shared.leases,
         &shared.statuses,
@@ -178,11 +194,19 @@ async fn live(
     let own =
         format!("/api/v1/pods?watch=1&fieldSelector=spec.nodeName%3D{name}&timeoutSeconds=3600");
     let services = "/api/v1/services?watch=1&resourceVersion=0&timeoutSeconds=3600".to_owned();
-    let watch = |path: String| {
+    let watch = |path: String, there: usize| {
         let (caller, shared) = (caller.clone(), shared.clone());
         async move {
+            let mut left = there;
+            if left == 0 {
+                shared.caught_up.send_modify(|count| *count += 1);
+            }
             let count = || {
                 shared.events.fetch_add(1, Ordering::Relaxed);
+                if left == 1 {
+                    shared.caught_up.send_modify(|count| *count += 1);
+                }
+                left = left.saturating_sub(1);
                 true
             };
             if caller.watch(&path, count).await.is_err() {
@@ -217,8 +241,8 @@ async fn live(
         }
     };
     tokio::select! {
-        () = watch(own) => {}
-        () = watch(services) => {}
+        () = watch(own, size.pods_per_node) => {}
+        () = watch(services, size.services) => {}
         () = work => {}
         _ = stop.wait_for(|stop| *stop) => {}
     }
