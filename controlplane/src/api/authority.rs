@@ -10,7 +10,7 @@ use tokio::sync::Mutex;
 use crate::auth::node::NodePods;
 use crate::auth::policy;
 use crate::auth::rbac::{Index, Rule};
-use crate::store::{Change, Range, Store, StoreError, WatchStream};
+use crate::store::{Change, Range, Revision, Store, StoreError, WatchStream};
 
 /// View is made of the values of some keys.
 pub trait View: Default + Send + Sync {
@@ -24,7 +24,7 @@ const ROLES: &str = "/rbac.authorization.k8s.io/roles/";
 const ROLE_BINDINGS: &str = "/rbac.authorization.k8s.io/rolebindings/";
 const CLUSTER_ROLES: &str = "/rbac.authorization.k8s.io/clusterroles/";
 const CLUSTER_ROLE_BINDINGS: &str = "/rbac.authorization.k8s.io/clusterrolebindings/";
-const PODS: &str = "/core/pods/";
+pub const PODS: &str = "/core/pods/";
 
 impl View for Index {
     const PREFIXES: &'static [&'static str] =
@@ -74,6 +74,8 @@ pub struct Followed<V> {
     view: RwLock<V>,
     /// Every write up to this revision is in the view.
     seen: AtomicU64,
+    /// The newest write that is in the view; changed while the view is.
+    newest: AtomicU64,
 }
 
 impl<V: View> Followed<V> {
@@ -101,6 +103,13 @@ impl<V: View> Followed<V> {
         self.view.read().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The view, and the revision of which it is; of one that is made of one prefix, whose writes come in order.
+    pub fn view_at(&self) -> (RwLockReadGuard<'_, V>, Revision) {
+        let view = self.view();
+        let [seen, newest] = [&self.seen, &self.newest].map(|at| at.load(Ordering::Acquire));
+        (view, Revision(seen.max(newest)))
+    }
+
     /// Takes in what the watches have; false when one has fallen behind the kept history.
     fn drain(
         &self,
@@ -116,6 +125,8 @@ impl<V: View> Followed<V> {
                 };
                 let mut view = self.view.write().unwrap_or_else(PoisonError::into_inner);
                 for event in events {
+                    let revision = event.record.revision.0;
+                    self.newest.fetch_max(revision, Ordering::AcqRel);
                     if let Some(key) = event.record.key.strip_prefix(prefix) {
                         let value = (event.change == Change::Put).then_some(&*event.record.value);
                         view.take(prefix, key, value);
@@ -130,7 +141,7 @@ impl<V: View> Followed<V> {
         &self,
         store: &dyn Store,
     ) -> Result<Vec<(&'static str, Box<dyn WatchStream>)>, StoreError> {
-        let mut fresh = V::default();
+        let (mut fresh, mut newest) = (V::default(), 0);
         let mut streams = Vec::with_capacity(V::PREFIXES.len());
         for prefix in V::PREFIXES {
             let page = store.list(Range::all(prefix)).await?;
@@ -139,9 +150,13 @@ impl<V: View> Followed<V> {
                     fresh.take(prefix, key, Some(&record.value));
                 }
             }
+            newest = newest.max(page.revision.0);
             streams.push((*prefix, store.watch(prefix, page.revision).await?));
         }
-        *self.view.write().unwrap_or_else(PoisonError::into_inner) = fresh;
+        let mut view = self.view.write().unwrap_or_else(PoisonError::into_inner);
+        *view = fresh;
+        self.newest.fetch_max(newest, Ordering::AcqRel);
+        drop(view);
         Ok(streams)
     }
 }

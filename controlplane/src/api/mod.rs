@@ -34,6 +34,7 @@ mod metrics;
 mod negotiation;
 mod object;
 mod patching;
+mod placement;
 mod proxy;
 mod read;
 mod reply;
@@ -82,6 +83,7 @@ pub struct Api {
     config: Config,
     tokens: TokenKeys,
     authority: authority::Authority,
+    placement: authority::Followed<placement::Placement>,
     /// The resources that are offered, of those the tables know.
     served: Vec<&'static Resource>,
     services: allocation::ServiceAllocator,
@@ -174,6 +176,7 @@ impl Api {
             config,
             tokens,
             authority: authority::Authority::default(),
+            placement: authority::Followed::default(),
             served,
             stop,
         });

@@ -143,14 +143,28 @@ impl Api {
         }
         let wanted = |record: &Record| options.selects_stored(&record.value);
         let wanted: Wanted<'_> = &wanted;
-        let range = Range {
+        let placed = match (&after, at) {
+            (None, None) => self.placed(target, options).await?,
+            _ => None,
+        };
+        let mut range = Range {
             prefix: &target.prefix_of(options),
             after: after.as_deref(),
             limit: options.limit,
             at,
             wanted: (!options.selects_all()).then_some(wanted),
+            keys: None,
         };
-        let page = match self.store.list(range).await {
+        if let Some((keys, revision)) = &placed {
+            (range.keys, range.at) = (Some(keys.as_slice()), Some(*revision));
+        }
+        let mut listed = self.store.list(range).await;
+        if placed.is_some() && matches!(listed, Err(StoreError::Compacted { .. })) {
+            // More was written since than is kept: all pods are looked at.
+            (range.keys, range.at) = (None, at);
+            listed = self.store.list(range).await;
+        }
+        let page = match listed {
             Ok(page) => page,
             Err(StoreError::Compacted { .. }) if !options.continue_token.is_empty() => {
                 return Err(expired_continue(after.as_deref().unwrap_or(""), &prefix));

@@ -96,6 +96,8 @@ pub struct Range<'a> {
     pub at: Option<Revision>,
     /// Only these records, of which `limit` then counts.
     pub wanted: Option<Wanted<'a>>,
+    /// Only records of these keys, which are in order: no other one is looked at.
+    pub keys: Option<&'a [Arc<str>]>,
 }
 
 impl<'a> Range<'a> {

@@ -16,6 +16,7 @@ mod kubelet;
 mod linear;
 mod pressure;
 mod rolling;
+mod selecting;
 mod server;
 mod several;
 mod soak;

@@ -5,7 +5,7 @@
 
 mod history;
 
-use std::ops::Bound;
+use std::ops::{Bound, RangeBounds};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use futures::future::BoxFuture;
@@ -123,17 +123,19 @@ impl Replica {
             (Some(end), _) => Bound::Excluded(end.as_str()),
             (None, _) => Bound::Unbounded,
         };
-        let matching = records.range::<(Bound<&str>, Bound<&str>), str>((start, end));
-        let mut matching = matching.map(|(_, record)| record);
-        let wanted = matching
-            .by_ref()
-            .filter(|record| range.wanted.is_none_or(|wanted| wanted(record)))
-            .cloned();
-        page.records = match range.limit {
-            Some(limit) => wanted.take(limit).collect(),
-            None => wanted.collect(),
-        };
-        page.remaining = matching.count();
+        let bounds: (Bound<&str>, Bound<&str>) = (start, end);
+        match range.keys {
+            Some(keys) => {
+                let within = keys
+                    .iter()
+                    .filter(|key| RangeBounds::<str>::contains(&bounds, &***key));
+                page.take(within.filter_map(|key| records.get(&**key)), &range);
+            }
+            None => {
+                let within = records.range::<(Bound<&str>, Bound<&str>), str>(bounds);
+                page.take(within.map(|(_, record)| record), &range);
+            }
+        }
         Ok(page)
     }
 
@@ -183,6 +185,21 @@ impl Replica {
             position: from,
             changed,
         }))
+    }
+}
+
+impl Page {
+    /// Takes what is wanted of the records within a range, and counts the rest.
+    fn take<'a>(&mut self, mut within: impl Iterator<Item = &'a Record>, range: &Range<'_>) {
+        let wanted = within
+            .by_ref()
+            .filter(|record| range.wanted.is_none_or(|wanted| wanted(record)))
+            .cloned();
+        self.records = match range.limit {
+            Some(limit) => wanted.take(limit).collect(),
+            None => wanted.collect(),
+        };
+        self.remaining = within.count();
     }
 }
 
@@ -271,11 +288,15 @@ mod tests {
             after in prop::option::of("[a/\u{7f}\u{10ffff}]{0,4}"),
             limit in prop::option::of(0_usize..5),
             odd in any::<bool>(),
+            named in prop::option::of(prop::collection::btree_set("[a/\u{7f}\u{10ffff}]{0,4}", 0..20)),
         ) {
             let keys: Vec<String> = keys.into_iter().collect();
             let wanted = |key: &str| !odd || key.len() % 2 == 1;
             let follows = |key: &&String| after.as_ref().is_none_or(|after| *key > after);
-            let within: Vec<&String> = keys.iter().filter(|key| key.starts_with(&prefix)).filter(follows).collect();
+            let is_named = |key: &&String| named.as_ref().is_none_or(|named| named.contains(*key));
+            let within: Vec<&String> = keys.iter().filter(|key| key.starts_with(&prefix)).filter(follows).filter(is_named).collect();
+            let named: Option<Vec<Arc<str>>> =
+                named.as_ref().map(|named| named.iter().map(|key| key.as_str().into()).collect());
             let most = limit.unwrap_or(usize::MAX);
             let expected: Vec<&String> = within.iter().copied().filter(|key| wanted(key)).take(most).collect();
             let page = replica(&keys)
@@ -285,6 +306,7 @@ mod tests {
                     limit,
                     at: None,
                     wanted: Some(&|record| wanted(&record.key)),
+                    keys: named.as_deref(),
                 })
                 .unwrap();
             let found: Vec<&str> = page.records.iter().map(|record| &*record.key).collect();
