@@ -21,6 +21,8 @@ const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 const HEADER_BYTES: usize = 16;
 /// Of the tables. One that changes what is kept counts up, and brings files of the one before up to date when it opens them.
 const FORMAT: u64 = 1;
+/// A file that is smaller may have as much free room as it likes.
+const RECLAIM_BYTES_MIN: u64 = 16 << 20;
 /// Values are served from memory, so redb's cache only helps the writer find its pages.
 const CACHE_BYTES: usize = 8 << 20;
 /// The revision of an empty store: 0 means "any" to clients.
@@ -67,12 +69,39 @@ impl Disk {
             }
         }
         let database = builder().create(path).map_err(refused)?;
-        let disk = Self {
+        let mut disk = Self {
             database,
             path: path.display().to_string(),
         };
         disk.settle_format()?;
-        Ok(disk)
+        let length = std::fs::metadata(path).map_or(0, |file| file.len());
+        match disk.try_reclaim(length) {
+            Ok(()) => Ok(disk),
+            Err(error) => {
+                // What is there is as good as before; it only takes more room.
+                tracing::warn!(%error, path = disk.path, "unused room is not given back");
+                drop(disk);
+                Self::reopen(path)
+            }
+        }
+    }
+
+    /// Gives back room that nothing uses any more, where that is most of a large file: redb itself only cuts off free pages at its end.
+    fn try_reclaim(&mut self, length: u64) -> Result<(), redb::Error> {
+        if length < RECLAIM_BYTES_MIN {
+            return Ok(());
+        }
+        // What the last commits have let go of counts as used until the next one.
+        self.database.begin_write()?.commit()?;
+        let write = self.database.begin_write()?;
+        let stats = write.stats()?;
+        write.abort()?;
+        let used = stats.allocated_pages() * stats.page_size() as u64;
+        if length > used * 2 {
+            self.database.compact()?;
+            tracing::info!(path = self.path, length, used, "unused room is given back");
+        }
+        Ok(())
     }
 
     /// Opens the file again that this process had open a moment ago.

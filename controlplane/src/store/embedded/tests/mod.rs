@@ -13,6 +13,7 @@ fn fresh() -> (Embedded, tempfile::TempDir) {
 }
 
 mod faults;
+mod space;
 
 contract_tests!(fresh());
 
