@@ -3,16 +3,18 @@
 use std::fs;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use futures::StreamExt as _;
 use http::{Method, Request, StatusCode};
-use http_body_util::BodyExt as _;
-use kube::client::Body;
+use http_body_util::{BodyExt as _, Full};
+use kube::Config;
 use kube::config::{KubeConfigOptions, Kubeconfig};
-use kube::{Client, Config};
 use serde_json::Value;
+
+use super::connection::{Connection, Connector};
 
 /// `NAME=VALUE`, as flags give it.
 #[derive(Clone, Debug)]
@@ -54,7 +56,7 @@ impl FromStr for Pids {
 /// An API server.
 pub struct Endpoint {
     pub name: String,
-    config: Config,
+    connector: Arc<Connector>,
     pids: Vec<u32>,
 }
 
@@ -78,28 +80,32 @@ impl Answer {
     }
 }
 
-/// A client with connections of its own.
+/// A client with connections of its own: one for each request at a time.
 #[derive(Clone)]
-pub struct Caller(Client);
+pub struct Caller {
+    connector: Arc<Connector>,
+    idle: Arc<Mutex<Vec<Connection>>>,
+}
 
 impl Endpoint {
     pub async fn open(kubeconfig: &Named<PathBuf>, pids: &[Named<Pids>]) -> Result<Self> {
         let path = &kubeconfig.value;
         let read = Kubeconfig::read_from(path).with_context(|| path.display().to_string())?;
-        let mut config =
-            Config::from_custom_kubeconfig(read, &KubeConfigOptions::default()).await?;
-        config.proxy_url = None;
-        config.default_retry = false;
+        let config = Config::from_custom_kubeconfig(read, &KubeConfigOptions::default()).await?;
+        let connector = Connector::new(&config).with_context(|| path.display().to_string())?;
         let own = pids.iter().filter(|pids| pids.name == kubeconfig.name);
         Ok(Self {
             name: kubeconfig.name.clone(),
-            config,
+            connector: Arc::new(connector),
             pids: own.flat_map(|pids| pids.value.0.clone()).collect(),
         })
     }
 
     pub fn caller(&self) -> Result<Caller> {
-        Ok(Caller(Client::try_from(self.config.clone())?))
+        Ok(Caller {
+            connector: self.connector.clone(),
+            idle: Arc::default(),
+        })
     }
 
     /// Processor time that its processes have used; None when they are not known.
@@ -134,6 +140,23 @@ impl Endpoint {
 }
 
 impl Caller {
+    fn idle(&self) -> MutexGuard<'_, Vec<Connection>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A connection that nobody uses.
+    async fn connection(&self) -> Result<Connection> {
+        loop {
+            let Some(mut idle) = self.idle().pop() else {
+                return self.connector.open().await;
+            };
+            // The server may have closed it meanwhile.
+            if idle.ready().await.is_ok() {
+                return Ok(idle);
+            }
+        }
+    }
+
     pub async fn send(
         &self,
         method: Method,
@@ -151,16 +174,15 @@ impl Caller {
             .uri(path)
             .header(http::header::ACCEPT, accept)
             .header(http::header::CONTENT_TYPE, kind)
-            .body(Body::from(bytes.unwrap_or_default()))?;
+            .body(Full::from(bytes.unwrap_or_default()))?;
+        let mut connection = self.connection().await?;
         let began = Instant::now();
-        let response = self.0.send(request).await?;
+        let response = self.connector.ask(&mut connection, request).await?;
         let (status, body) = (response.status(), response.into_body());
         let body = body.collect().await?.to_bytes().to_vec();
-        Ok(Answer {
-            status,
-            body,
-            took: began.elapsed(),
-        })
+        let took = began.elapsed();
+        self.idle().push(connection);
+        Ok(Answer { status, body, took })
     }
 
     pub async fn get(&self, path: &str) -> Result<Answer> {
@@ -188,8 +210,9 @@ impl Caller {
     pub async fn watch(&self, path: &str, mut event: impl FnMut() -> bool) -> Result<()> {
         let request = Request::get(path)
             .header(http::header::ACCEPT, "application/json")
-            .body(Body::from(Vec::new()))?;
-        let response = self.0.send(request).await?;
+            .body(Full::default())?;
+        let mut connection = self.connection().await?;
+        let response = self.connector.ask(&mut connection, request).await?;
         ensure!(
             response.status().is_success(),
             "a watch: {}",

@@ -1,5 +1,6 @@
 //! `keelway-bench api`: what API servers can do, side by side, each given by a kubeconfig.
 
+mod connection;
 mod endpoint;
 mod fleet;
 mod work;
