@@ -53,6 +53,8 @@ struct Service {
     state: State,
     restarts: u32,
     failures: u32,
+    /// It was asked to end, as the node is to.
+    told: bool,
 }
 
 /// The services of a node, and what has happened so far.
@@ -84,6 +86,7 @@ impl Services {
                 state: State::Waiting,
                 restarts: 0,
                 failures: 0,
+                told: false,
             })
             .collect();
         Services {
@@ -95,14 +98,25 @@ impl Services {
         }
     }
 
-    /// Asks all services to end; none is started from now on.
+    /// Has all services end, each before those that it came after; none is started from now on.
     pub fn stop(&mut self, now: Instant) {
-        if self.stopping.is_some() {
-            return;
+        if self.stopping.is_none() {
+            self.stopping = Some(now + STOP_GRACE);
+            self.stop_due();
         }
-        self.stopping = Some(now + STOP_GRACE);
-        for service in &self.services {
-            if let State::Running { pid, .. } = service.state {
+    }
+
+    /// Asks those services to end that nothing which runs has come after.
+    fn stop_due(&mut self) {
+        let runs = |service: &&Service| matches!(service.state, State::Running { .. });
+        let running = self.services.iter().filter(runs);
+        let needed: BTreeSet<String> = running.flat_map(|s| s.spec.after.clone()).collect();
+        for service in &mut self.services {
+            if let State::Running { pid, .. } = service.state
+                && !service.told
+                && !needed.contains(&service.spec.name)
+            {
+                service.told = true;
                 // One that has just ended by itself is collected like any other.
                 let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGTERM);
             }
@@ -153,7 +167,11 @@ impl Services {
         let service = self.services.iter_mut().find(
             |service| matches!(service.state, State::Running { pid: own, .. } if own == pid),
         )?;
-        Some(service.ended(status, now))
+        let event = service.ended(status, now);
+        if self.stopping.is_some() {
+            self.stop_due();
+        }
+        Some(event)
     }
 
     /// The service that runs as `pid`.
@@ -346,6 +364,31 @@ mod tests {
         assert_eq!(services.start_due(now).len(), 0);
         assert_eq!(services.start_due(due).len(), 1);
         assert_eq!(services.status()[0].restarts, 2);
+    }
+
+    #[test]
+    fn a_service_ends_before_what_it_came_after() {
+        let started = || {
+            let child = Command::new("sleep").arg("60").spawn();
+            child.expect("sleep starts")
+        };
+        let mut children = [started(), started()];
+        let specs = vec![spec("etcd", &[]), spec("controlplane", &["etcd"])];
+        let mut services = Services::new(specs, String::new(), Handed::default());
+        let now = Instant::now();
+        for (service, child) in services.services.iter_mut().zip(&children) {
+            let (pid, since) = (child.id(), now);
+            service.state = State::Running { pid, since };
+        }
+        services.stop(now);
+        let ended = children[1].wait().expect("the one that nothing needs ends");
+        assert!(!ended.success());
+        assert!(children[0].try_wait().expect("a child").is_none());
+        let event = services.ended(children[1].id(), "ended".into(), now);
+        assert!(event.is_some() && !services.have_stopped(now));
+        children[0].wait().expect("now the other one does");
+        services.ended(children[0].id(), "ended".into(), now);
+        assert!(services.have_stopped(now));
     }
 
     #[test]
