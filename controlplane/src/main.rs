@@ -3,6 +3,7 @@
 mod certs;
 mod front_proxies;
 mod maintenance;
+mod members;
 mod state;
 
 use std::net::{IpAddr, SocketAddr};

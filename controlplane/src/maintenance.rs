@@ -13,6 +13,7 @@ use keelway_controlplane::api::BACKUP_PATH;
 use keelway_controlplane::store::{Embedded, EmbeddedConfig, Etcd, Snapshot};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 
+use crate::members::MemberCommand;
 use crate::state::{EtcdFlags, STATE_FILE, endpoints, state_file};
 
 /// A restored state goes on so many revisions after its backup: what clients saw in between is not used a second time, and
@@ -46,6 +47,9 @@ enum StoreCommand {
         #[command(flatten)]
         etcd: EtcdFlags,
     },
+    /// Look at and change the members of the etcd that keeps the state.
+    #[command(subcommand)]
+    Member(MemberCommand),
     /// Copy the state from one store to another. No control plane may run on either.
     Migrate {
         /// `embedded:DIR` or `etcd:URL[,URL...]`.
@@ -81,6 +85,7 @@ impl FromStr for Place {
 impl StoreCli {
     pub async fn run(self) -> Result<()> {
         match self.command {
+            StoreCommand::Member(command) => command.run().await,
             StoreCommand::Backup { kubeconfig, file } => backup(&kubeconfig, &file).await,
             StoreCommand::Restore { file, to, etcd } => {
                 let opened = File::open(&file);

@@ -19,7 +19,7 @@ mod sealed;
 mod snapshot;
 
 pub use embedded::{Clock, Embedded, EmbeddedConfig};
-pub use etcd::{Etcd, EtcdConfig};
+pub use etcd::{Etcd, EtcdConfig, EtcdMember, EtcdMembership};
 pub use sealed::{Keys, KeysError, Sealed};
 pub use snapshot::{SERVERS, Snapshot, SnapshotError, lifetime};
 

@@ -9,6 +9,7 @@ mod follow;
 mod import;
 mod leases;
 mod members;
+mod membership;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -30,6 +31,7 @@ use fence::Fence;
 use follow::Follower;
 use leases::Leases;
 use members::Members;
+pub use membership::{EtcdMember, EtcdMembership};
 
 /// How long one request may take: longer than an election of etcd's default timing.
 const PATIENCE: Duration = Duration::from_secs(5);
