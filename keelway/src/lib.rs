@@ -12,6 +12,7 @@ pub mod connectivity;
 pub mod containerd;
 pub mod deploy;
 pub mod down;
+mod etcd;
 pub mod family;
 pub mod forward;
 pub mod kubeconfig;

@@ -208,17 +208,32 @@ impl EtcdPki {
     pub fn new(cluster: &str, members: &[(String, Vec<IpAddr>)]) -> Result<Self, PkiError> {
         let authority = Authority::new(&format!("{cluster}-etcd"), YEARS)?;
         let member = |(name, addresses): &(String, Vec<IpAddr>)| {
-            let names = Names {
-                dns: vec![name.clone(), "localhost".to_owned()],
-                addresses: with_loopback(addresses.clone()),
-            };
-            authority.member(name, &names)
+            authority.member(name, &Self::names(name, addresses.clone()))
         };
         Ok(EtcdPki {
             client: authority.client("keelway-controlplane", None)?,
             members: members.iter().map(member).collect::<Result<_, _>>()?,
             ca: authority.credential,
         })
+    }
+
+    /// Makes the credential of one member more, by the authority that there is.
+    ///
+    /// # Errors
+    /// When the authority is none, or the credential cannot be made.
+    pub fn member(
+        authority: Credential,
+        name: &str,
+        address: IpAddr,
+    ) -> Result<Credential, PkiError> {
+        Authority::load(authority, YEARS)?.member(name, &Self::names(name, vec![address]))
+    }
+
+    fn names(name: &str, addresses: Vec<IpAddr>) -> Names {
+        Names {
+            dns: vec![name.to_owned(), "localhost".to_owned()],
+            addresses: with_loopback(addresses),
+        }
     }
 }
 

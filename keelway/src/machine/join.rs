@@ -8,6 +8,7 @@ use k8s_openapi::api::core::v1::{ConfigMap, Node};
 use kube::{Api, Client};
 
 use super::discovery::{self, CaHash, Known};
+use super::member::{self, Etcd, OwnMember};
 use super::run;
 use super::server::{CONTROL_PLANE_LABEL, FACTS};
 use super::share::{self, SealingKey, Shared};
@@ -15,12 +16,14 @@ use super::spec::{CLIENT_CERTIFICATE, ClusterFacts, ControlPlane, Plan, with_tok
 use super::systemd;
 use super::token::Token;
 use super::{
-    API_PORT, MachineDir, MachineError, MachineState, TIMEOUT, addresses, file, leave, node_name,
+    API_PORT, MachineDir, MachineError, MachineState, Role, TIMEOUT, addresses, file, leave,
+    node_name,
 };
 use crate::api::{ClusterApi, is_ready};
 use crate::checks::Machine;
 use crate::config::{self, Binaries};
 use crate::containerd;
+use crate::etcd::Member;
 use crate::kubeconfig;
 use crate::node::launch::Nodes;
 use crate::pki::{Authority, ClusterPki, Credential, Subjects};
@@ -125,6 +128,7 @@ pub(super) async fn make(
             });
         }
         eprintln!("removing what an attempt that was cut off left");
+        withdraw(dir).await;
         leave::remove(dir, machine)?;
         drop(lock);
         let again = dir.0.create()?;
@@ -146,6 +150,7 @@ async fn attempt(
     };
     if outcome.is_err() && dir.read().is_none_or(|known| !known.complete) {
         explain(dir);
+        withdraw(dir).await;
         leave::remove(dir, machine)?;
         state.remove_if_empty();
     }
@@ -153,9 +158,23 @@ async fn attempt(
     outcome
 }
 
+/// Takes a member of etcd back that has not come about. The others go on without it; but they take no other one as long as it is expected.
+async fn withdraw(dir: &MachineDir) {
+    let Some(known) = dir.read() else { return };
+    let Some(others) = known.etcd.filter(|others| !others.is_empty()) else {
+        return;
+    };
+    if let Err(error) = Etcd::new(dir, others).remove(known.addresses[0]).await {
+        let peer = crate::etcd::peer_url(known.addresses[0]);
+        eprintln!(
+            "{error}; `keelway store member remove {peer}`, on a control plane, takes it out"
+        );
+    }
+}
+
 /// The end of what the node's services have written, while it is there.
 fn explain(dir: &MachineDir) {
-    for name in ["controlplane", "kubelet", "containerd", "balancer"] {
+    for name in ["etcd", "controlplane", "kubelet", "containerd", "balancer"] {
         let log = dir.node().join(format!("var/log/keelway/{name}.log"));
         let text = std::fs::read(&log).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
@@ -243,6 +262,20 @@ pub async fn run(
         let step = progress.step(format!("cluster known, by {address}"));
         let cluster = discovery::discover(address, &token, &hash).await?;
         let facts = ask(&cluster, &token, &node, &own).await?;
+        let mut known = MachineState {
+            cluster: facts.name.clone(),
+            node: node.clone(),
+            role: match flags.certificate_key {
+                Some(_) => Role::ControlPlane,
+                None => Role::Worker,
+            },
+            addresses: own.clone(),
+            complete: false,
+            init: None,
+            etcd: None,
+            settings_before: Vec::new(),
+        };
+        dir.write(&known)?;
         let control_plane = match &flags.certificate_key {
             Some(_) if facts.store == "embedded" => {
                 return Err(MachineError::Refused(share::NOT_SHARED.to_owned()));
@@ -251,7 +284,19 @@ pub async fn run(
                 let config = with_token(&format!("https://{address}"), &cluster.ca, &token);
                 let client = ClusterApi::new(&config).await?.client();
                 let shared = Shared::fetch(client, &key.parse::<SealingKey>()?).await?;
-                Some(as_control_plane(&dir, flags, (&facts, &own), &shared)?)
+                let mut made = as_control_plane(&dir, flags, (&facts, &own), &shared)?;
+                if shared.brings_members() {
+                    member::check(machine)?;
+                    let own = Member {
+                        name: node.clone(),
+                        address: own[0],
+                    };
+                    known.etcd = Some(share::urls(&shared.store));
+                    dir.write(&known)?;
+                    let OwnMember { service, store } = member::arrive(&dir, &shared, &own).await?;
+                    (made.etcd, made.store) = (Some(service), store);
+                }
+                Some(made)
             }
             None => None,
         };
@@ -280,7 +325,7 @@ pub async fn run(
             registries: flags.node.registries.clone(),
             control_plane,
         };
-        add(&plan, flags, program, &progress).await
+        add(&plan, flags, &mut known, (program, &progress)).await
     };
     let nodes = make(&dir, machine, state, work).await?;
     flags.node.hand_over(nodes, program).await
@@ -333,6 +378,7 @@ fn as_control_plane(
     Ok(ControlPlane {
         port: flags.port,
         store: shared.store.clone(),
+        etcd: None,
     })
 }
 
@@ -350,24 +396,21 @@ fn read_token(given: &str) -> Result<String, MachineError> {
 async fn add(
     plan: &Plan<'_>,
     flags: &JoinFlags,
-    program: &Path,
-    progress: &Progress,
+    known: &mut MachineState,
+    (program, progress): (&Path, &Progress),
 ) -> Result<Nodes, MachineError> {
-    let mut known = MachineState {
-        cluster: plan.facts.name.clone(),
-        node: plan.node.to_owned(),
-        role: plan.role(),
-        addresses: plan.addresses.to_vec(),
-        complete: false,
-        init: None,
-        settings_before: Vec::new(),
-    };
-    plan.dir.write(&known)?;
-    let nodes = plan
-        .start(&mut known, program, &flags.node, progress)
-        .await?;
+    let nodes = plan.start(known, program, &flags.node, progress).await?;
     nodes.tell(run::API).await?;
+    let others = known.etcd.clone();
     let joined = async {
+        if let Some(others) = others {
+            let step = progress.step("member of etcd has caught up");
+            Etcd::new(plan.dir, others)
+                .promote(plan.addresses[0])
+                .await?;
+            step.done();
+        }
+        nodes.tell(member::VOTE).await?;
         let step = progress.step("certificate signed by the cluster");
         let api = own_api(plan.dir, plan.local().to_string()).await?;
         step.done();
@@ -394,7 +437,7 @@ async fn add(
         late = timeout => late?,
     }
     known.complete = true;
-    plan.dir.write(&known)?;
+    plan.dir.write(known)?;
     println!(
         "This machine is node {} of cluster {} after {:.2} s.",
         plan.node,

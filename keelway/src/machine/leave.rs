@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -12,9 +13,11 @@ use kube::runtime::wait::{await_condition, conditions};
 use kube::{Api, ResourceExt};
 use serde_json::{Value, json};
 
+use super::member::Etcd;
 use super::{MachineDir, MachineError, MachineState, Role, file, join, run, systemd};
 use crate::api::ClusterApi;
 use crate::checks::Machine;
+use crate::etcd;
 use crate::machine::spec::local_api;
 use crate::progress::Progress;
 use crate::state::StateDir;
@@ -99,6 +102,7 @@ async fn farewell(
         None => join::own_api(dir, local_api(known.addresses[0]).to_string()).await?,
     };
     let all: Api<Node> = Api::all(api.client());
+    let mut others: Vec<IpAddr> = Vec::new();
     if known.role == Role::ControlPlane && !flags.delete_cluster {
         let params = ListParams::default().labels(super::server::CONTROL_PLANE_LABEL);
         let found = all.list(&params).await.map_err(refused)?;
@@ -109,6 +113,9 @@ async fn farewell(
             );
             return Err(MachineError::Refused(reason));
         }
+        others = addresses(&found.items)
+            .filter(|address| !known.addresses.contains(address))
+            .collect();
     }
     if known.role == Role::Worker || !flags.delete_cluster {
         let step = progress.step("pods moved elsewhere");
@@ -132,7 +139,21 @@ async fn farewell(
             known.node
         );
     }
+    if known.etcd.is_some() && !flags.delete_cluster {
+        let step = progress.step("member of etcd taken out");
+        let urls = others.into_iter().map(etcd::client_url).collect();
+        Etcd::new(dir, urls).remove(known.addresses[0]).await?;
+        step.done();
+    }
     Ok(())
+}
+
+/// Where nodes are.
+fn addresses(nodes: &[Node]) -> impl Iterator<Item = IpAddr> {
+    let statuses = nodes.iter().filter_map(|node| node.status.as_ref());
+    let addresses = statuses.flat_map(|status| status.addresses.iter().flatten());
+    let internal = addresses.filter(|address| address.type_ == "InternalIP");
+    internal.filter_map(|address| address.address.parse().ok())
 }
 
 fn refused(error: kube::Error) -> MachineError {

@@ -8,6 +8,7 @@ pub mod balancer;
 pub mod discovery;
 pub mod join;
 pub mod leave;
+mod member;
 pub mod run;
 pub mod server;
 pub mod share;
@@ -143,6 +144,9 @@ pub struct MachineState {
     pub complete: bool,
     /// Its PID 1.
     pub init: Option<Process>,
+    /// It has a member of the cluster's etcd, or was about to; where the members that were there before are reached.
+    #[serde(default)]
+    pub etcd: Option<Vec<String>>,
     /// Settings of the machine's network that were changed, with what they were.
     pub settings_before: Vec<(PathBuf, String)>,
 }

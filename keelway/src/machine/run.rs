@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 
 use super::server::{FACTS, StoreFlags};
 use super::spec::ClusterFacts;
-use super::{MachineDir, MachineError, MachineState, file, share};
+use super::{MachineDir, MachineError, MachineState, file, member, share};
 use crate::api::ClusterApi;
 use crate::checks;
 use crate::node::NodeSpec;
@@ -98,6 +98,10 @@ pub async fn start(
     let text = fs::read(&path).map_err(file("read", &path))?;
     let mut spec: NodeSpec =
         serde_json::from_slice(&text).map_err(|error| file("read", &path)(error.into()))?;
+    if store.brings_members()? {
+        let reason = "a state moves to an etcd that is there: --store etcd:URL[,URL...]; `keelway server --store etcd` begins one with a cluster";
+        return Err(MachineError::Refused(reason.to_owned()));
+    }
     if store.is_shared() {
         let (flags, files) = store.flags();
         share::change_store(&mut spec, &flags)?;
@@ -110,7 +114,9 @@ pub async fn start(
         fs::write(&path, text).map_err(file("write", &path))?;
     }
     let nodes = launch(&dir, &spec, &mut known, program).await?;
-    nodes.tell(API).await?;
+    for happened in [API, member::VOTE] {
+        nodes.tell(happened).await?;
+    }
     if store.is_shared() {
         nodes.while_well(tell_store(&dir)).await?;
     }

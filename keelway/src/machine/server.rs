@@ -10,6 +10,7 @@ use serde_json::json;
 
 use super::discovery::{self, CaHash};
 use super::join::{NodeFlags, make};
+use super::member::{self, OwnMember};
 use super::run;
 use super::share::{self, write};
 use super::spec::{ClusterFacts, ControlPlane, Plan, local_api};
@@ -19,6 +20,7 @@ use crate::api::ClusterApi;
 use crate::checks::Machine;
 use crate::config::{Binaries, ClusterName};
 use crate::deploy;
+use crate::etcd::Member;
 use crate::family;
 use crate::kubeconfig;
 use crate::node::launch::Nodes;
@@ -68,8 +70,9 @@ pub struct ServerFlags {
 /// Where a control plane keeps the cluster's state.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct StoreFlags {
-    /// etcd in place of the embedded store: etcd:URL[,URL...]. More than one control plane needs it
-    #[arg(long, value_name = "etcd:URL[,URL...]")]
+    /// In place of the embedded store: `etcd` for one with a member on each control plane (Debian: etcd-server), or etcd:URL[,URL...] for
+    /// one that is there. More than one control plane needs it
+    #[arg(long, value_name = "etcd[:URL[,URL...]]")]
     store: Option<String>,
     /// The authority of etcd's members
     #[arg(long, value_name = "FILE")]
@@ -82,9 +85,25 @@ pub struct StoreFlags {
     etcd_keyfile: Option<PathBuf>,
 }
 
+/// The store that brings its own members.
+const OWN_ETCD: &str = "etcd";
+
 impl StoreFlags {
     pub fn is_shared(&self) -> bool {
         self.store.is_some()
+    }
+
+    /// Whether control planes bring the members of the etcd.
+    ///
+    /// # Errors
+    /// When files are named for that, which are made.
+    pub fn brings_members(&self) -> Result<bool, MachineError> {
+        let own = self.store.as_deref() == Some(OWN_ETCD);
+        if own && (self.etcd_cafile.is_some() || self.etcd_certfile.is_some()) {
+            let reason = "--store etcd makes its certificates; --etcd-cafile, --etcd-certfile and --etcd-keyfile are for etcd:URL";
+            return Err(MachineError::Refused(reason.to_owned()));
+        }
+        Ok(own)
     }
 
     /// The flags of the control plane, and the files that it needs, with the names that they get beside its own credentials.
@@ -122,6 +141,9 @@ pub async fn run(
     let node = node_name(flags.node.node_name.as_deref())?;
     let own = addresses(&flags.node.node_ip)?;
     let facts = facts(flags, &own)?;
+    if flags.store.brings_members()? {
+        member::check(machine)?;
+    }
     let binaries = flags.node.binaries(program)?;
     let prepared = Prepared {
         flags,
@@ -158,6 +180,7 @@ impl Prepared<'_> {
             addresses: self.own.clone(),
             complete: false,
             init: None,
+            etcd: None,
             settings_before: Vec::new(),
         };
         dir.write(&known)?;
@@ -166,7 +189,7 @@ impl Prepared<'_> {
         let token = Token::new()?;
         let server = SocketAddr::new(self.own[0], self.flags.port);
         let taint = format!("{CONTROL_PLANE_LABEL}:NoSchedule");
-        let (store, _) = self.flags.store.flags();
+        let control_plane = self.control_plane(dir, &mut known)?;
         let plan = Plan {
             dir,
             machine: self.machine,
@@ -183,10 +206,7 @@ impl Prepared<'_> {
                 .into_iter()
                 .collect(),
             registries: self.flags.node.registries.clone(),
-            control_plane: Some(ControlPlane {
-                port: self.flags.port,
-                store,
-            }),
+            control_plane: Some(control_plane),
         };
         let admin = kubeconfig::single(
             &kubeconfig::context_name(&self.facts.name),
@@ -199,6 +219,7 @@ impl Prepared<'_> {
         let nodes = plan
             .start(&mut known, self.program, &self.flags.node, &self.progress)
             .await?;
+        nodes.tell(member::VOTE).await?;
         let converge = async {
             let api = ClusterApi::new(&admin).await?;
             let step = self.progress.step("API server");
@@ -222,6 +243,29 @@ impl Prepared<'_> {
         dir.write(&known)?;
         self.say(dir, &pki.ca.certificate, &token, server)?;
         Ok(nodes)
+    }
+
+    /// What this machine runs as the first control plane; an etcd is begun if it is to be of ours.
+    fn control_plane(
+        &self,
+        dir: &MachineDir,
+        known: &mut MachineState,
+    ) -> Result<ControlPlane, MachineError> {
+        let port = self.flags.port;
+        if !self.flags.store.brings_members()? {
+            let (store, _) = self.flags.store.flags();
+            let etcd = None;
+            return Ok(ControlPlane { port, store, etcd });
+        }
+        let own = Member {
+            name: self.node.clone(),
+            address: self.own[0],
+        };
+        let OwnMember { service, store } = member::found(dir, &self.facts.name, &own)?;
+        known.etcd = Some(Vec::new());
+        dir.write(known)?;
+        let etcd = Some(service);
+        Ok(ControlPlane { port, store, etcd })
     }
 
     /// Makes the cluster's authority and what it signs for this control plane.

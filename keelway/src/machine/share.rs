@@ -18,7 +18,9 @@ use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Serialize};
 
 use super::MachineDir;
+use super::member;
 use super::token::{self, CONTROL_PLANE_GROUP, GROUP, Token, TokenError};
+use crate::etcd;
 use crate::node::NodeSpec;
 
 const NAMESPACE: &str = "kube-system";
@@ -29,7 +31,7 @@ const LIFE: Duration = Duration::from_secs(2 * 3600);
 /// Files of the folder of credentials that control planes share.
 const FILES: [&str; 4] = ["ca.crt", "ca.key", "sa.key", "sa.pub"];
 /// Those that there are with some stores.
-const STORE_FILES: [&str; 3] = ["etcd-ca.crt", "etcd-client.crt", "etcd-client.key"];
+const STORE_FILES: [&str; 4] = [etcd::CA, etcd::CLIENT[0], etcd::CLIENT[1], member::CA_KEY];
 const EMBEDDED: &str = "--data-dir";
 
 #[derive(Debug, thiserror::Error)]
@@ -184,6 +186,11 @@ impl Shared {
         })
     }
 
+    /// Whether each control plane brings a member of the etcd that keeps the state.
+    pub fn brings_members(&self) -> bool {
+        self.files.contains_key(member::CA_KEY)
+    }
+
     pub fn file(&self, name: &str) -> &str {
         self.files.get(name).map_or("", String::as_str)
     }
@@ -286,6 +293,13 @@ pub fn change_store(spec: &mut NodeSpec, flags: &[String]) -> Result<(), ShareEr
     kept.extend(flags.iter().cloned());
     service.argv = kept;
     Ok(())
+}
+
+/// Where the flags say that etcd is.
+pub fn urls(flags: &[String]) -> Vec<String> {
+    let urls = flags.iter().find_map(|word| word.strip_prefix("etcd:"));
+    let urls = urls.unwrap_or_default().split(',');
+    urls.map(str::to_owned).collect()
 }
 
 /// Where the state is, in one word, for those that would join.

@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 
 use super::balancer;
+use super::member;
 use super::token::Token;
-use super::{LOCAL_API_PORT, MachineDir, MachineError, Role, file};
+use super::{LOCAL_API_PORT, MachineDir, MachineError, file};
 use crate::checks::Machine;
 use crate::config::Binaries;
 use crate::containerd;
@@ -47,6 +48,8 @@ pub struct ControlPlane {
     pub port: u16,
     /// The flags of its store.
     pub store: Vec<String>,
+    /// Its member of etcd, where it brings one.
+    pub etcd: Option<ServiceSpec>,
 }
 
 /// A node to be made of this machine.
@@ -91,13 +94,6 @@ pub fn with_token(server: &str, ca: &str, token: &Token) -> Value {
 }
 
 impl Plan<'_> {
-    pub fn role(&self) -> Role {
-        match self.control_plane {
-            Some(_) => Role::ControlPlane,
-            None => Role::Worker,
-        }
-    }
-
     pub fn local(&self) -> SocketAddr {
         local_api(self.addresses[0])
     }
@@ -178,6 +174,7 @@ impl Plan<'_> {
         let mut services = vec![self.balancer(), seed::containerd_service(), self.kubelet()];
         if let Some(control_plane) = &self.control_plane {
             services.insert(0, self.server(control_plane));
+            services.extend(control_plane.etcd.clone());
         }
         let mut settings = BTreeMap::from([("ipv4/ip_forward".to_owned(), "1".to_owned())]);
         if self.addresses.iter().any(IpAddr::is_ipv6) {
@@ -261,6 +258,9 @@ impl Plan<'_> {
             ],
         );
         server.argv.extend(control_plane.store.iter().cloned());
+        if let Some(etcd) = &control_plane.etcd {
+            server.after = vec![etcd.name.clone(), member::VOTE.to_owned()];
+        }
         server
     }
 }

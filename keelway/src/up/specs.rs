@@ -11,6 +11,7 @@ use super::{
     API, CLUSTER_DOMAIN, CONTROL_PLANE, FORWARDER, IMAGES, NETWORK, Plan, SWITCH, UpError,
 };
 use crate::containerd;
+use crate::etcd::{self, Arrival, Member};
 use crate::family;
 use crate::forward;
 use crate::kubeconfig;
@@ -20,10 +21,6 @@ use crate::node::{BIN_DIR, Bind, NodeSpec, ServiceSpec};
 use crate::pki::{ClusterPki, Credential, EtcdPki};
 use crate::seed;
 use crate::state::NodeState;
-
-/// Ports of etcd's members, for clients and for each other.
-const ETCD_PORT: u16 = 2379;
-const ETCD_PEER_PORT: u16 = 2380;
 
 impl Plan<'_> {
     pub(super) fn containerd_config(&self) -> String {
@@ -46,48 +43,27 @@ impl Plan<'_> {
         Ok(self.spec(node, credentials, Vec::new(), Vec::new(), Vec::new()))
     }
 
-    fn etcd_members(&self) -> Vec<(&NodeState, String)> {
-        let members = self.state.nodes.iter();
-        let members = members.filter(|node| node.control_plane && node.name != SWITCH);
-        let at =
-            |node: &NodeState, port| format!("https://{}", SocketAddr::new(node.address, port));
-        members.map(|node| (node, at(node, ETCD_PORT))).collect()
+    /// The control planes' nodes; with etcd, each has a member of it.
+    fn control_planes(&self) -> Vec<&NodeState> {
+        let nodes = self.state.nodes.iter();
+        nodes
+            .filter(|node| node.control_plane && node.name != SWITCH)
+            .collect()
     }
 
     /// A member of the etcd that keeps the state.
     fn etcd(&self, node: &NodeState) -> ServiceSpec {
-        let peer =
-            |node: &NodeState| format!("https://{}", SocketAddr::new(node.address, ETCD_PEER_PORT));
-        let members = self.etcd_members();
-        let cluster: Vec<String> = members
-            .iter()
-            .map(|(member, _)| format!("{}={}", member.name, peer(member)))
+        let member = |node: &NodeState| Member {
+            name: node.name.clone(),
+            address: node.address,
+        };
+        let all: Vec<String> = self
+            .control_planes()
+            .into_iter()
+            .map(|node| member(node).as_initial())
             .collect();
-        let own = format!("https://{}", SocketAddr::new(node.address, ETCD_PORT));
-        let mut etcd = service(
-            "etcd",
-            Path::new("etcd"),
-            &[
-                ("--name", &node.name),
-                ("--data-dir", "/var/lib/etcd"),
-                ("--listen-client-urls", &own),
-                ("--advertise-client-urls", &own),
-                ("--listen-peer-urls", &peer(node)),
-                ("--initial-advertise-peer-urls", &peer(node)),
-                ("--initial-cluster", &cluster.join(",")),
-                ("--cert-file", "/etc/keelway/etcd.crt"),
-                ("--key-file", "/etc/keelway/etcd.key"),
-                ("--trusted-ca-file", "/etc/keelway/etcd-ca.crt"),
-                ("--peer-cert-file", "/etc/keelway/etcd.crt"),
-                ("--peer-key-file", "/etc/keelway/etcd.key"),
-                ("--peer-trusted-ca-file", "/etc/keelway/etcd-ca.crt"),
-            ],
-        );
-        for flag in ["--client-cert-auth", "--peer-client-cert-auth"] {
-            etcd.argv.push(flag.to_owned());
-        }
+        let mut etcd = member(node).service(&all, Arrival::Founder);
         etcd.after = vec![NETWORK.to_owned()];
-        etcd.notifies = true;
         etcd
     }
 
@@ -95,25 +71,23 @@ impl Plan<'_> {
         &self,
         node: &NodeState,
         pki: &ClusterPki,
-        etcd: Option<&EtcdPki>,
+        pki_of_etcd: Option<&EtcdPki>,
     ) -> Result<NodeSpec, UpError> {
         let files = pki.control_plane_files(API_PORT);
         let mut files: Vec<(&str, &str)> = files
             .iter()
             .map(|(name, text)| (*name, text.as_str()))
             .collect();
-        let members = self.etcd_members();
-        let number = members
-            .iter()
-            .position(|(member, _)| member.name == node.name);
-        let member = etcd.and_then(|etcd| Some((etcd, etcd.members.get(number?)?)));
-        if let Some((etcd, own)) = member {
+        let members = self.control_planes();
+        let number = members.iter().position(|member| member.name == node.name);
+        let member = pki_of_etcd.and_then(|etcd| Some((etcd, etcd.members.get(number?)?)));
+        if let Some((authority, own)) = member {
             files.extend([
-                ("etcd-ca.crt", etcd.ca.certificate.as_str()),
-                ("etcd-client.crt", &etcd.client.certificate),
-                ("etcd-client.key", &etcd.client.key),
-                ("etcd.crt", &own.certificate),
-                ("etcd.key", &own.key),
+                (etcd::CA, authority.ca.certificate.as_str()),
+                (etcd::CLIENT[0], &authority.client.certificate),
+                (etcd::CLIENT[1], &authority.client.key),
+                (etcd::MEMBER[0], &own.certificate),
+                (etcd::MEMBER[1], &own.key),
             ]);
         }
         let credentials = self.credentials(node, &files)?;
@@ -138,24 +112,20 @@ impl Plan<'_> {
         );
         // It binds to every address, so it need not wait for the network.
         server.listens = true;
-        if etcd.is_some() {
+        if pki_of_etcd.is_some() {
             // Its own member first: without that one, the others do.
-            let mut urls: Vec<&str> = members.iter().map(|(_, url)| url.as_str()).collect();
+            let urls = members.iter().map(|node| etcd::client_url(node.address));
+            let mut urls: Vec<String> = urls.collect();
             urls.rotate_left(number.unwrap_or_default());
-            server.argv.extend([
-                format!("--store=etcd:{}", urls.join(",")),
-                "--etcd-cafile=/etc/keelway/etcd-ca.crt".to_owned(),
-                "--etcd-certfile=/etc/keelway/etcd-client.crt".to_owned(),
-                "--etcd-keyfile=/etc/keelway/etcd-client.key".to_owned(),
-            ]);
-            server.after = vec!["etcd".to_owned()];
+            server.argv.extend(etcd::store_flags(&urls));
+            server.after = vec![etcd::SERVICE.to_owned()];
         } else {
             let folder = ["--data-dir", "/var/lib/keelway/controlplane"];
             server.argv.extend(folder.map(str::to_owned));
         }
         let binaries = [(self.config.binaries.controlplane.clone(), program)];
         let mut services = vec![server];
-        if etcd.is_some() {
+        if pki_of_etcd.is_some() {
             services.insert(0, self.etcd(node));
         }
         if node.name == CONTROL_PLANE {
@@ -312,9 +282,9 @@ impl Plan<'_> {
             return None;
         }
         let servers: Vec<SocketAddr> = self
-            .etcd_members()
+            .control_planes()
             .iter()
-            .map(|(node, _)| SocketAddr::new(node.address, API_PORT))
+            .map(|node| SocketAddr::new(node.address, API_PORT))
             .collect();
         let local = local_api(servers[0].ip());
         let certificate = "/etc/keelway/kubelet-client.pem";

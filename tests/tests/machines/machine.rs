@@ -1,0 +1,206 @@
+//! A machine, and a cluster of machines, as the tests use them.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use keelway_tests::cluster::{client, images, keelway};
+use keelway_tests::process::{Finished, Running, eventually, run, run_with_input};
+use keelway_tests::sandbox::{Network, Sandbox, ip};
+use serde_json::Value;
+
+pub const UP_TIMEOUT: Duration = Duration::from_secs(150);
+pub const CHANGE_TIMEOUT: Duration = Duration::from_secs(40);
+
+/// A machine: a network on the bridge of the test's own namespace, and a folder for its state.
+pub struct Machine {
+    pub name: String,
+    pub address: String,
+    pub network: Network,
+    pub state: PathBuf,
+}
+
+/// A namespace of the test's own, with the bridge that machines are on.
+pub fn sandbox() -> Sandbox {
+    let sandbox = Sandbox::enter().expect("a sandbox");
+    ip("link add machines type bridge").expect("a bridge");
+    ip("link set machines up").expect("up");
+    ip("address add 198.18.230.254/24 dev machines").expect("an address");
+    sandbox
+}
+
+impl Machine {
+    pub fn new(folder: &Path, number: u8) -> Machine {
+        let network = Network::new().expect("a network");
+        let link = format!("m{number}");
+        ip(&format!(
+            "link add {link} type veth peer name eth0 netns {}",
+            network.path().display()
+        ))
+        .expect("a link");
+        ip(&format!("link set {link} master machines up")).expect("on the bridge");
+        let address = format!("198.18.230.{number}");
+        network.run(|| {
+            ip("link set eth0 up").expect("up");
+            ip(&format!("address add {address}/24 dev eth0")).expect("an address");
+        });
+        let name = format!("m{number}-{}", std::process::id());
+        Machine {
+            state: folder.join(&name),
+            name,
+            address,
+            network,
+        }
+    }
+
+    fn environment(&self) -> Vec<(String, String)> {
+        vec![
+            (
+                "KEELWAY_STATE_DIR".to_owned(),
+                self.state.display().to_string(),
+            ),
+            (
+                "KEELWAY_IMAGES_DIR".to_owned(),
+                images().display().to_string(),
+            ),
+        ]
+    }
+
+    /// Runs `keelway` on the machine, to its end.
+    #[track_caller]
+    pub fn keelway(&self, arguments: &[&str]) -> Finished {
+        let keelway = keelway().display().to_string();
+        let command = [&[keelway.as_str()], arguments].concat();
+        let environment = self.environment();
+        let environment: Vec<(&str, &str)> = environment
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.as_str()))
+            .collect();
+        self.network.run(|| run(&command, &environment, 170))
+    }
+
+    /// Runs `keelway` in the foreground: with the test, what it made ends too.
+    #[track_caller]
+    pub fn keelway_running(&self, arguments: &[&str]) -> Running {
+        let keelway = keelway().display().to_string();
+        // The parent is a thread: that of the test, not one that ends at once.
+        let within = format!("--net={}", self.network.path().display());
+        let mut command = vec![
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            "nsenter",
+            &within,
+            &keelway,
+        ];
+        command.extend(arguments);
+        let environment = self.environment();
+        let environment: Vec<(&str, &str)> = environment
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.as_str()))
+            .collect();
+        Running::start(&command, &environment)
+    }
+
+    pub fn join<'a>(&'a self, join: &'a [String]) -> Vec<&'a str> {
+        let mut arguments: Vec<&str> = join.iter().map(String::as_str).collect();
+        arguments.extend(["--node-name", &self.name, "--node-ip", &self.address]);
+        arguments
+    }
+
+    /// Waits until its node's PID 1 has ended, which follows the end of the command that it belonged to.
+    #[track_caller]
+    pub fn wait_ended(&self) {
+        let state = std::fs::read(self.state.join("machine/machine.json")).expect("a state");
+        let state: Value = serde_json::from_slice(&state).expect("JSON");
+        let process = PathBuf::from(format!("/proc/{}", state["init"]["pid"]));
+        eventually("PID 1 has ended", CHANGE_TIMEOUT, || {
+            let there = process.exists();
+            (!there).then_some(()).ok_or("it is there".to_owned())
+        });
+    }
+
+    pub fn kubeconfig(&self) -> String {
+        self.state.join("machine/kubeconfig").display().to_string()
+    }
+
+    /// What the machine's network is made of.
+    pub fn look(&self) -> String {
+        self.network.run(|| {
+            let look = |words: &[&str]| run(words, &[], 20).ok();
+            let links = look(&["ip", "-oneline", "link"]);
+            let links: Vec<&str> = links
+                .lines()
+                .filter_map(|line| line.split(": ").nth(1))
+                .collect();
+            let forwarding = look(&["cat", "/proc/sys/net/ipv4/ip_forward"]);
+            // IPv6 makes addresses of its own some time after a link is up.
+            let routes = look(&["ip", "-4", "route", "show", "table", "all"]);
+            let rules = look(&["ip", "rule"]);
+            let filters = look(&["tc", "filter", "show", "dev", "eth0", "ingress"]);
+            format!("{links:?}\n{forwarding}\n{routes}\n{rules}\n{filters}")
+        })
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if self.state.exists() {
+            // A test that fails leaves a node behind.
+            let finished = self.keelway(&[
+                "leave",
+                "--force",
+                "--delete-cluster",
+                "--drain-timeout",
+                "1",
+            ]);
+            if !std::thread::panicking() {
+                finished.ok();
+            }
+        }
+    }
+}
+
+pub struct Cluster<'a> {
+    pub server: &'a Machine,
+}
+
+impl Cluster<'_> {
+    #[track_caller]
+    pub fn kubectl(&self, arguments: &[&str]) -> Finished {
+        self.kubectl_with_input(arguments, "")
+    }
+
+    #[track_caller]
+    pub fn kubectl_with_input(&self, arguments: &[&str], input: &str) -> Finished {
+        let (kubectl, kubeconfig) = (client("kubectl"), self.server.kubeconfig());
+        let mut command = vec![kubectl.as_str(), "--kubeconfig", &kubeconfig];
+        command.extend(arguments);
+        run_with_input(&command, &[], 120, input)
+    }
+
+    #[track_caller]
+    pub fn get(&self, arguments: &[&str]) -> Value {
+        let command = [&["get", "--output", "json"], arguments].concat();
+        serde_json::from_str(&self.kubectl(&command).ok()).expect("JSON")
+    }
+
+    #[track_caller]
+    pub fn wait_ready(&self, node: &str) {
+        let node = format!("node/{node}");
+        self.kubectl(&["wait", "--for=condition=Ready", &node, "--timeout=90s"])
+            .ok();
+    }
+}
+
+/// The words behind `keelway` of the command that is printed for machines that are to join.
+pub fn joining(line: &str) -> Vec<String> {
+    let words = line.split_whitespace().skip_while(|word| *word != "join");
+    words.map(str::to_owned).collect()
+}
+
+pub fn changed(join: &[String], flag: &str, value: &str) -> Vec<String> {
+    let mut changed = join.to_vec();
+    let at = join.iter().position(|word| word == flag).expect("a flag");
+    changed[at + 1] = value.to_owned();
+    changed
+}
