@@ -87,7 +87,7 @@ impl Durable {
             disk.commit(&failed.undo)?;
         }
         (self.failed, self.refused) = (None, None);
-        tracing::info!("the store takes writes again");
+        tracing::info!("the store's file is open again, as it was before the error");
         Ok(disk)
     }
 }
