@@ -13,6 +13,7 @@ use keelway_tests::process::eventually;
 use keelway_tests::sandbox::{Sandbox, is_root};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
@@ -81,6 +82,14 @@ impl Server {
 
     fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.0.id() as i32), signal).expect("it can be signalled");
+    }
+
+    /// Has it stand still, all of it: its threads stop one by one, those that answer maybe last.
+    fn stop(&self) {
+        self.signal(Signal::SIGSTOP);
+        let pid = Pid::from_raw(self.0.id() as i32);
+        let stopped = waitpid(pid, Some(WaitPidFlag::WUNTRACED)).expect("it is our child");
+        assert_eq!(stopped, WaitStatus::Stopped(pid, Signal::SIGSTOP));
     }
 }
 
@@ -186,7 +195,7 @@ fn pods_are_answered_while_the_server_stands_still_and_by_the_server_for_the_res
     })
     .expect("the server says how it answers");
     client_pod.network.run(|| {
-        server.signal(Signal::SIGSTOP);
+        server.stop();
         let direct = format!("{}:53", server_pod.address);
         for at in [DNS[0], DNS[1], direct.as_str()] {
             let socket = client(at, PATIENCE);
@@ -236,7 +245,7 @@ fn pods_are_answered_while_the_server_stands_still_and_by_the_server_for_the_res
     );
     // With the agent goes what it knew, and the server answers all.
     node.kill().expect("it can be killed");
-    server.signal(Signal::SIGSTOP);
+    server.stop();
     client_pod.network.run(|| {
         // The kernel empties the array a moment later.
         eventually("nobody who knows", PATIENCE, || {
@@ -258,7 +267,7 @@ fn pods_are_answered_while_the_server_stands_still_and_by_the_server_for_the_res
         report["dnsNames"].as_u64() == Some(2)
     })
     .expect("the server says how it answers");
-    server.signal(Signal::SIGSTOP);
+    server.stop();
     client_pod.network.run(|| {
         let answer = ask(&client(DNS[0], PATIENCE), news, A).expect("nobody else could answer");
         assert_eq!((answer.0, answer.1), (0, 1));
