@@ -137,18 +137,13 @@ impl Server {
         server
     }
 
-    /// The process as it is to be started.
+    /// The process as it is to be started. It ends with the test's thread, however that ends.
     fn command(&self) -> Command {
-        let program = env!("CARGO_BIN_EXE_keelway-controlplane");
-        let mut command = match self.inside.split_first() {
-            Some((first, rest)) => {
-                let mut command = Command::new(first);
-                command.args(rest).arg(program);
-                command
-            }
-            None => Command::new(program),
-        };
+        let mut command = Command::new("setpriv");
         command
+            .args(["--pdeathsig", "KILL"])
+            .args(&self.inside)
+            .arg(env!("CARGO_BIN_EXE_keelway-controlplane"))
             .args([
                 "--advertise-address",
                 "127.0.0.1",

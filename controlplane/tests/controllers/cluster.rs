@@ -97,7 +97,10 @@ impl Cluster {
             .append(true)
             .open(self.log())
             .unwrap();
-        let process = Command::new(env!("CARGO_BIN_EXE_keelway-controlplane"))
+        // It ends with the test's thread, however that ends.
+        let process = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL"])
+            .arg(env!("CARGO_BIN_EXE_keelway-controlplane"))
             .arg("--data-dir")
             .arg(self.folder.path().join("data"))
             .arg("--pki-dir")
