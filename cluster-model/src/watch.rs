@@ -239,6 +239,11 @@ impl Iterator for Pauses {
     type Item = Duration;
 
     fn next(&mut self) -> Option<Duration> {
+        // A watch in which nothing happens tells nobody that it is well.
+        let quiet = Duration::from_millis(4 * PAUSE_MAX_MS);
+        if self.last.is_some_and(|last| last.elapsed() > quiet) {
+            self.attempts = 0;
+        }
         let doubled = PAUSE_MIN_MS << self.attempts.min(10);
         self.attempts += 1;
         self.last = Some(Instant::now());

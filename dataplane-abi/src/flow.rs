@@ -130,7 +130,7 @@ plain!(FragmentPorts, 4, { sport: 0, dport: 2 });
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct Trace {
-    /// Seconds of the monotonic clock when a flow of a Service that has the client's own address was last known; 0 for never.
+    /// Seconds of the monotonic clock when a flow was last known, by whose answers a direct datagram might be taken; 0 for never.
     pub service_s: u32,
     /// When the last datagram passed that asked no Service.
     pub direct_s: u32,

@@ -15,6 +15,7 @@ use keelway::machine::MachineDir;
 use keelway::machine::balancer::{self, BalanceArguments};
 use keelway::machine::join::{self, JoinFlags};
 use keelway::machine::leave::{self, LeaveFlags};
+use keelway::machine::member;
 use keelway::machine::server::{self, ServerFlags, StoreFlags};
 use keelway::machine::token::command::{self as token, TokenCommand};
 use keelway::node::init::{self, InitArguments};
@@ -99,7 +100,7 @@ enum Command {
     /// Back up, restore or move the state of a control plane; arguments are those of `keelway-controlplane store`
     #[command(disable_help_flag = true)]
     Store {
-        /// backup, restore or migrate, with its flags
+        /// backup, restore, migrate or member, with its flags
         #[arg(
             trailing_var_arg = true,
             allow_hyphen_values = true,
@@ -182,7 +183,7 @@ fn main() -> ExitCode {
             listener,
             outside,
         } => Err(keelway::node::exec_service(&argv, listener, outside).into()),
-        Command::Store { arguments } => Err(controlplane("store", &arguments)),
+        Command::Store { arguments } => Err(controlplane("store", &reaching(arguments))),
         Command::Certs(command) => certs(&command),
         // It changes namespaces before it has threads.
         Command::Forward(arguments) => forward::run(&arguments).map_err(Into::into),
@@ -195,6 +196,17 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Has `store member` ask the etcd that this machine has a member of, unless another is named.
+fn reaching(mut arguments: Vec<String>) -> Vec<String> {
+    let is_named = |word: &String| word == "--store" || word.starts_with("--store=");
+    let is_member = arguments.first().is_some_and(|word| word == "member");
+    if is_member && arguments.len() > 1 && !arguments.iter().any(is_named) {
+        let dir = MachineDir::of(&StateDir::from_environment());
+        arguments.extend(member::reached(&dir).unwrap_or_default());
+    }
+    arguments
 }
 
 /// Becomes the control plane's program, which knows its stores and certificates; gives why it could not.

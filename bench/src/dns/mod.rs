@@ -266,7 +266,7 @@ fn measure_once(
         let sample = ask(address, &questions, pace, extent.duration)?;
         Ok((
             sample,
-            100.0 * (stolen() - before).as_secs_f64() / extent.duration.as_secs_f64(),
+            100.0 * stolen().saturating_sub(before).as_secs_f64() / extent.duration.as_secs_f64(),
         ))
     };
     let (sample, stolen) = open(subject.address)?;

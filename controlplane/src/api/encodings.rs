@@ -63,7 +63,7 @@ impl Encodings {
     /// Records of a resource that is served as it is stored, each as its message. None when one does not fit its type.
     pub fn messages(&self, resource: &Resource, records: &[Record]) -> Option<Vec<Bytes>> {
         let now = Instant::now();
-        // What is kept sealed is not to lie around open.
+        // What nearly everybody keeps sealed is not to lie around open.
         let keeps = resource.plural != "secrets";
         let mut messages = Vec::with_capacity(records.len());
         let mut json = Vec::new();

@@ -16,8 +16,8 @@ use super::spec::{CLIENT_CERTIFICATE, ClusterFacts, ControlPlane, Plan, with_tok
 use super::systemd;
 use super::token::Token;
 use super::{
-    API_PORT, MachineDir, MachineError, MachineState, Role, TIMEOUT, addresses, file, leave,
-    node_name,
+    API_PORT, EtcdState, MachineDir, MachineError, MachineState, Role, TIMEOUT, addresses, file,
+    leave, node_name,
 };
 use crate::api::{ClusterApi, is_ready};
 use crate::checks::Machine;
@@ -128,7 +128,9 @@ pub(super) async fn make(
             });
         }
         eprintln!("removing what an attempt that was cut off left");
-        withdraw(dir).await;
+        if let Err(error) = withdraw(dir, &known).await {
+            eprintln!("{error}");
+        }
         leave::remove(dir, machine)?;
         drop(lock);
         let again = dir.0.create()?;
@@ -148,28 +150,45 @@ async fn attempt(
         outcome = work => outcome,
         _ = tokio::signal::ctrl_c() => Err(MachineError::Interrupted),
     };
-    if outcome.is_err() && dir.read().is_none_or(|known| !known.complete) {
+    if outcome.is_err() {
         explain(dir);
-        withdraw(dir).await;
-        leave::remove(dir, machine)?;
-        state.remove_if_empty();
+        let known = dir.read();
+        if known.as_ref().is_some_and(|known| known.complete) {
+            eprintln!(
+                "The others count on this machine by now: `keelway start` starts it, `keelway leave` takes it out."
+            );
+        } else {
+            if let Some(Err(error)) = match &known {
+                Some(known) => Some(withdraw(dir, known).await),
+                None => None,
+            } {
+                eprintln!("{error}");
+            }
+            leave::remove(dir, machine)?;
+            state.remove_if_empty();
+        }
     }
     drop(lock);
     outcome
 }
 
-/// Takes a member of etcd back that has not come about. The others go on without it; but they take no other one as long as it is expected.
-async fn withdraw(dir: &MachineDir) {
-    let Some(known) = dir.read() else { return };
-    let Some(others) = known.etcd.filter(|others| !others.is_empty()) else {
-        return;
+/// Takes a member of etcd back that has not come about: the others decide without it, but take no other one as long as it is expected.
+///
+/// # Errors
+/// What etcd says, and what takes it out.
+pub(super) async fn withdraw(dir: &MachineDir, known: &MachineState) -> Result<(), MachineError> {
+    let Some(etcd) = known.etcd.as_ref().filter(|etcd| !etcd.votes) else {
+        return Ok(());
     };
-    if let Err(error) = Etcd::new(dir, others).remove(known.addresses[0]).await {
-        let peer = crate::etcd::peer_url(known.addresses[0]);
-        eprintln!(
-            "{error}; `keelway store member remove {peer}`, on a control plane, takes it out"
+    let own = known.addresses[0];
+    let removed = Etcd::new(dir, etcd.others.clone()).remove(own).await;
+    removed.map_err(|error| {
+        let peer = crate::etcd::peer_url(own);
+        let advice = format!(
+            "{error}; `keelway store member remove {peer}`, on a control plane, takes the member out that was to be here"
         );
-    }
+        MachineError::Refused(advice)
+    })
 }
 
 /// The end of what the node's services have written, while it is there.
@@ -291,7 +310,10 @@ pub async fn run(
                         name: node.clone(),
                         address: own[0],
                     };
-                    known.etcd = Some(share::urls(&shared.store));
+                    known.etcd = Some(EtcdState {
+                        others: share::urls(&shared.store),
+                        votes: false,
+                    });
                     dir.write(&known)?;
                     let OwnMember { service, store } = member::arrive(&dir, &shared, &own).await?;
                     (made.etcd, made.store) = (Some(service), store);
@@ -401,21 +423,20 @@ async fn add(
 ) -> Result<Nodes, MachineError> {
     let nodes = plan.start(known, program, &flags.node, progress).await?;
     nodes.tell(run::API).await?;
-    let others = known.etcd.clone();
     let joined = async {
-        if let Some(others) = others {
-            let step = progress.step("member of etcd has caught up");
-            Etcd::new(plan.dir, others)
-                .promote(plan.addresses[0])
-                .await?;
-            step.done();
-        }
-        nodes.tell(member::VOTE).await?;
         let step = progress.step("certificate signed by the cluster");
         let api = own_api(plan.dir, plan.local().to_string()).await?;
         step.done();
-        let step = progress.step("node Ready");
+        let mut step = progress.step("node Ready");
         api.node_ready(plan.node).await;
+        if known.etcd.is_some() {
+            step.done();
+            step = progress.step("member of etcd has caught up");
+            // From now on the others may count on it: it is not taken back, but goes on or leaves.
+            known.complete = true;
+            member::promote(plan.dir, known).await?;
+            nodes.tell(member::VOTE).await?;
+        }
         if plan.control_plane.is_some() {
             let admin = leave::read_kubeconfig(&plan.dir.kubeconfig())?;
             let api = ClusterApi::new(&admin).await?;

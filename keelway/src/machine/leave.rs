@@ -57,11 +57,18 @@ pub async fn run(
 ) -> Result<(), MachineError> {
     let (dir, known, lock) = run::claim(state)?;
     let progress = Progress::default();
-    if let Err(error) = farewell(flags, &dir, &known, &progress).await {
-        if !flags.force {
-            return Err(error);
-        }
-        eprintln!("{error}; going on");
+    let mut others = Vec::new();
+    let mut told = farewell(flags, &dir, &known, (&mut others, &progress)).await;
+    if told.is_err() && flags.force {
+        going_on(told);
+        told = Ok(());
+    }
+    if told.is_ok() {
+        told = part(flags, &dir, &known, (others, &progress)).await;
+    }
+    match told {
+        Err(error) if !flags.force => return Err(error),
+        told => going_on(told),
     }
     systemd::remove().await?;
     let step = progress.step("node ended, and what it left removed");
@@ -76,12 +83,41 @@ pub async fn run(
     Ok(())
 }
 
-/// What the cluster is told, while it can be.
+fn going_on(told: Result<(), MachineError>) {
+    if let Err(error) = told {
+        eprintln!("{error}; going on");
+    }
+}
+
+/// Takes this machine's member out of the cluster's etcd: what is left of it, once its files are gone, would count against the others.
+async fn part(
+    flags: &LeaveFlags,
+    dir: &MachineDir,
+    known: &MachineState,
+    (others, progress): (Vec<IpAddr>, &Progress),
+) -> Result<(), MachineError> {
+    let Some(etcd) = known.etcd.as_ref().filter(|_| !flags.delete_cluster) else {
+        return Ok(());
+    };
+    if !known.complete {
+        return join::withdraw(dir, known).await;
+    }
+    let step = progress.step("member of etcd taken out");
+    // It can take itself out, when nobody else is known.
+    let own = known.addresses[0];
+    let now = others.into_iter().chain([own]).map(etcd::client_url);
+    let urls = now.chain(etcd.others.iter().cloned()).collect();
+    Etcd::new(dir, urls).remove(own).await?;
+    step.done();
+    Ok(())
+}
+
+/// What the cluster is told, while it can be; gives where its other control planes are.
 async fn farewell(
     flags: &LeaveFlags,
     dir: &MachineDir,
     known: &MachineState,
-    progress: &Progress,
+    (others, progress): (&mut Vec<IpAddr>, &Progress),
 ) -> Result<(), MachineError> {
     if !known.complete {
         return Ok(());
@@ -102,20 +138,21 @@ async fn farewell(
         None => join::own_api(dir, local_api(known.addresses[0]).to_string()).await?,
     };
     let all: Api<Node> = Api::all(api.client());
-    let mut others: Vec<IpAddr> = Vec::new();
     if known.role == Role::ControlPlane && !flags.delete_cluster {
         let params = ListParams::default().labels(super::server::CONTROL_PLANE_LABEL);
         let found = all.list(&params).await.map_err(refused)?;
-        if found.items.len() < 2 {
+        let elsewhere = found.items.iter();
+        let elsewhere: Vec<&Node> = elsewhere
+            .filter(|node| node.name_any() != known.node)
+            .collect();
+        if elsewhere.is_empty() {
             let reason = format!(
                 "this machine is the only control plane of cluster {}: with it goes the cluster's state; --delete-cluster says so",
                 known.cluster
             );
             return Err(MachineError::Refused(reason));
         }
-        others = addresses(&found.items)
-            .filter(|address| !known.addresses.contains(address))
-            .collect();
+        others.extend(addresses(&elsewhere));
     }
     if known.role == Role::Worker || !flags.delete_cluster {
         let step = progress.step("pods moved elsewhere");
@@ -139,17 +176,11 @@ async fn farewell(
             known.node
         );
     }
-    if known.etcd.is_some() && !flags.delete_cluster {
-        let step = progress.step("member of etcd taken out");
-        let urls = others.into_iter().map(etcd::client_url).collect();
-        Etcd::new(dir, urls).remove(known.addresses[0]).await?;
-        step.done();
-    }
     Ok(())
 }
 
 /// Where nodes are.
-fn addresses(nodes: &[Node]) -> impl Iterator<Item = IpAddr> {
+fn addresses(nodes: &[&Node]) -> impl Iterator<Item = IpAddr> {
     let statuses = nodes.iter().filter_map(|node| node.status.as_ref());
     let addresses = statuses.flat_map(|status| status.addresses.iter().flatten());
     let internal = addresses.filter(|address| address.type_ == "InternalIP");
@@ -170,10 +201,11 @@ pub(super) fn read_kubeconfig(path: &std::path::Path) -> Result<Value, MachineEr
 async fn drain(api: &ClusterApi, node: &str) -> Result<(), MachineError> {
     let nodes: Api<Node> = Api::all(api.client());
     let cordon = Patch::Merge(json!({"spec": {"unschedulable": true}}));
-    nodes
-        .patch(node, &PatchParams::default(), &cordon)
-        .await
-        .map_err(refused)?;
+    match nodes.patch(node, &PatchParams::default(), &cordon).await {
+        // An earlier attempt came as far as that.
+        Err(kube::Error::Api(status)) if status.code == 404 => return Ok(()),
+        patched => drop(patched.map_err(refused)?),
+    }
     let pods: Api<Pod> = Api::all(api.client());
     let params = ListParams::default().fields(&format!("spec.nodeName={node}"));
     let found = pods.list(&params).await.map_err(refused)?;

@@ -11,10 +11,10 @@ use serde::Deserialize;
 use tokio::process::Command;
 
 use super::share::{self, Shared};
-use super::{MachineDir, MachineError};
+use super::{EtcdState, MachineDir, MachineError, MachineState, file};
 use crate::checks::{self, Machine};
 use crate::etcd::{self, Arrival, Member, client_url, peer_url};
-use crate::node::ServiceSpec;
+use crate::node::{NodeSpec, ServiceSpec};
 use crate::pki::{Credential, EtcdPki};
 
 /// What a control plane waits for at its first start: that its member of etcd has a vote.
@@ -54,7 +54,7 @@ pub fn found(dir: &MachineDir, cluster: &str, member: &Member) -> Result<OwnMemb
     })
 }
 
-/// Has the etcd of `shared` expect this machine's member, whose credentials are made; gives also what [`Etcd`] needs to reach the others.
+/// Makes this machine's member known to the etcd of `shared`, and its credentials.
 ///
 /// # Errors
 /// What etcd says.
@@ -69,10 +69,19 @@ pub async fn arrive(
     };
     let own = EtcdPki::member(authority, &member.name, member.address)?;
     write(dir, etcd::MEMBER, &own)?;
-    let all = Etcd::new(dir, share::urls(&shared.store))
-        .add(member.address)
-        .await?;
+    let etcd = Etcd::new(dir, share::urls(&shared.store));
     let own_peer = peer_url(member.address);
+    let before = etcd.list().await?;
+    let namesake = before
+        .iter()
+        .find(|known| known.name == member.name && !known.peer_urls.contains(&own_peer));
+    if let Some(peer) = namesake.and_then(|known| known.peer_urls.first()) {
+        return Err(MachineError::Refused(format!(
+            "etcd has a member {} at {peer}: if it is this machine's of before, `keelway store member remove {peer}`, on a control plane, takes it out",
+            member.name
+        )));
+    }
+    let all = etcd.add(member.address).await?;
     let (mut cluster, mut urls) = (Vec::new(), vec![client_url(member.address)]);
     for known in &all {
         let is_own = known.peer_urls.contains(&own_peer);
@@ -86,6 +95,51 @@ pub async fn arrive(
         service: member.service(&cluster, Arrival::Latecomer),
         store: etcd::store_flags(&urls),
     })
+}
+
+/// Gives the member of this machine a vote, if it has none yet. What is known of the machine is written down before, since the answer may be
+/// lost, and after.
+///
+/// # Errors
+/// What etcd says.
+pub async fn promote(dir: &MachineDir, known: &mut MachineState) -> Result<(), MachineError> {
+    let Some(etcd) = known.etcd.clone().filter(|etcd| !etcd.votes) else {
+        return Ok(());
+    };
+    dir.write(known)?;
+    let others = etcd.others.clone();
+    Etcd::new(dir, others).promote(known.addresses[0]).await?;
+    known.etcd = Some(EtcdState {
+        votes: true,
+        ..etcd
+    });
+    dir.write(known)
+}
+
+/// Takes the member out of a node's description, whose state is elsewhere now: nobody is to be given a key to that one's authority.
+///
+/// # Errors
+/// When a file cannot be removed.
+pub fn forget(dir: &MachineDir, spec: &mut NodeSpec) -> Result<(), MachineError> {
+    spec.services
+        .retain(|service| service.name != etcd::SERVICE);
+    for service in &mut spec.services {
+        let after = &mut service.after;
+        after.retain(|name| name != etcd::SERVICE && name != VOTE);
+    }
+    for name in [CA_KEY, etcd::MEMBER[0], etcd::MEMBER[1]] {
+        let path = dir.credentials().join(name);
+        std::fs::remove_file(&path).map_err(file("remove", &path))?;
+    }
+    Ok(())
+}
+
+/// The flags by which this machine's programs reach the etcd that it has a member of; None when it has none.
+pub fn reached(dir: &MachineDir) -> Option<Vec<String>> {
+    let known = dir.read()?;
+    let own = client_url(known.addresses[0]);
+    let urls = [vec![own], known.etcd?.others].concat();
+    Some(Etcd::new(dir, urls).flags())
 }
 
 fn write(dir: &MachineDir, names: [&str; 2], made: &Credential) -> Result<(), MachineError> {
@@ -116,18 +170,21 @@ impl<'a> Etcd<'a> {
         Etcd { dir, urls }
     }
 
+    async fn list(&self) -> Result<Vec<Shown>, MachineError> {
+        self.shown(&["list"]).await
+    }
+
     async fn add(&self, own: IpAddr) -> Result<Vec<Shown>, MachineError> {
-        let peer = peer_url(own);
-        let said = self.ask(&["add", &peer, "--output", "json"]).await?;
+        self.shown(&["add", &peer_url(own)]).await
+    }
+
+    async fn shown(&self, words: &[&str]) -> Result<Vec<Shown>, MachineError> {
+        let said = self.ask(&[words, &["--output", "json"]].concat()).await?;
         serde_json::from_str(&said)
             .map_err(|error| MachineError::Refused(format!("etcd's members: {error}")))
     }
 
-    /// Gives the member of this machine a vote.
-    ///
-    /// # Errors
-    /// What etcd says.
-    pub async fn promote(&self, own: IpAddr) -> Result<(), MachineError> {
+    async fn promote(&self, own: IpAddr) -> Result<(), MachineError> {
         self.ask(&["promote", &peer_url(own)]).await.map(drop)
     }
 
@@ -139,21 +196,27 @@ impl<'a> Etcd<'a> {
         self.ask(&["remove", &peer_url(own)]).await.map(drop)
     }
 
+    fn flags(&self) -> Vec<String> {
+        let folder = self.dir.credentials();
+        let file = |name: &str| folder.join(name).display().to_string();
+        let [certificate, key] = etcd::CLIENT.map(file);
+        let flags = [
+            ("--store", format!("etcd:{}", self.urls.join(","))),
+            ("--etcd-cafile", file(etcd::CA)),
+            ("--etcd-certfile", certificate),
+            ("--etcd-keyfile", key),
+        ];
+        let words = flags.map(|(flag, value)| [flag.to_owned(), value]);
+        words.into_iter().flatten().collect()
+    }
+
     async fn ask(&self, words: &[&str]) -> Result<String, MachineError> {
         let refused = |reason: String| MachineError::Refused(format!("asking etcd: {reason}"));
         let own = std::env::current_exe().map_err(|error| refused(error.to_string()))?;
-        let folder = self.dir.credentials();
-        let [certificate, key] = etcd::CLIENT.map(|name| folder.join(name));
         let output = Command::new(own.with_file_name("keelway-controlplane"))
             .args(["store", "member"])
             .args(words)
-            .args(["--store", &format!("etcd:{}", self.urls.join(","))])
-            .arg("--etcd-cafile")
-            .arg(folder.join(etcd::CA))
-            .arg("--etcd-certfile")
-            .arg(certificate)
-            .arg("--etcd-keyfile")
-            .arg(key)
+            .args(self.flags())
             .stdin(Stdio::null())
             .kill_on_drop(true)
             .output()

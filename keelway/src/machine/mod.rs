@@ -8,7 +8,7 @@ pub mod balancer;
 pub mod discovery;
 pub mod join;
 pub mod leave;
-mod member;
+pub mod member;
 pub mod run;
 pub mod server;
 pub mod share;
@@ -144,11 +144,21 @@ pub struct MachineState {
     pub complete: bool,
     /// Its PID 1.
     pub init: Option<Process>,
-    /// It has a member of the cluster's etcd, or was about to; where the members that were there before are reached.
+    /// Its member of the cluster's etcd, or what was to be one.
     #[serde(default)]
-    pub etcd: Option<Vec<String>>,
+    pub etcd: Option<EtcdState>,
     /// Settings of the machine's network that were changed, with what they were.
     pub settings_before: Vec<(PathBuf, String)>,
+}
+
+/// What is written down of a machine's member of etcd, from before the others are told of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EtcdState {
+    /// Where the members are reached that were there before.
+    pub others: Vec<String>,
+    /// It has a vote, so that the others count on it.
+    pub votes: bool,
 }
 
 impl MachineState {

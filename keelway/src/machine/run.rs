@@ -105,6 +105,9 @@ pub async fn start(
     if store.is_shared() {
         let (flags, files) = store.flags();
         share::change_store(&mut spec, &flags)?;
+        if known.etcd.take().is_some() {
+            member::forget(&dir, &mut spec)?;
+        }
         for (from, name) in files {
             let text = fs::read_to_string(from).map_err(file("read", from))?;
             share::write(&dir.credentials().join(name), &text)?;
@@ -114,9 +117,10 @@ pub async fn start(
         fs::write(&path, text).map_err(file("write", &path))?;
     }
     let nodes = launch(&dir, &spec, &mut known, program).await?;
-    for happened in [API, member::VOTE] {
-        nodes.tell(happened).await?;
-    }
+    nodes.tell(API).await?;
+    // A join that was cut off may have left that to do.
+    nodes.while_well(member::promote(&dir, &mut known)).await?;
+    nodes.tell(member::VOTE).await?;
     if store.is_shared() {
         nodes.while_well(tell_store(&dir)).await?;
     }

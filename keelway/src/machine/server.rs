@@ -15,7 +15,9 @@ use super::run;
 use super::share::{self, write};
 use super::spec::{ClusterFacts, ControlPlane, Plan, local_api};
 use super::token::{self, Token};
-use super::{API_PORT, MachineDir, MachineError, MachineState, Role, addresses, file, node_name};
+use super::{
+    API_PORT, EtcdState, MachineDir, MachineError, MachineState, Role, addresses, file, node_name,
+};
 use crate::api::ClusterApi;
 use crate::checks::Machine;
 use crate::config::{Binaries, ClusterName};
@@ -262,7 +264,10 @@ impl Prepared<'_> {
             address: self.own[0],
         };
         let OwnMember { service, store } = member::found(dir, &self.facts.name, &own)?;
-        known.etcd = Some(Vec::new());
+        known.etcd = Some(EtcdState {
+            others: Vec::new(),
+            votes: true,
+        });
         dir.write(known)?;
         let etcd = Some(service);
         Ok(ControlPlane { port, store, etcd })

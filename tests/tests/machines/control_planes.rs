@@ -150,28 +150,10 @@ fn begin(machines: &[Machine]) -> Vec<Running> {
     running
 }
 
-/// Runs `keelway store member` as a control plane's administrator does.
+/// Runs `keelway store member` on a control plane, which asks the etcd that it has a member of.
 #[track_caller]
 fn member(machine: &Machine, words: &[&str]) -> Finished {
-    let credentials = machine.state.join("machine/node/credentials");
-    let file = |name: &str| credentials.join(name).display().to_string();
-    let store = format!("etcd:https://{}:2379", machine.address);
-    let (ca, certificate, key) = (
-        file("etcd-ca.crt"),
-        file("etcd-client.crt"),
-        file("etcd-client.key"),
-    );
-    let reached = [
-        "--store",
-        &store,
-        "--etcd-cafile",
-        &ca,
-        "--etcd-certfile",
-        &certificate,
-        "--etcd-keyfile",
-        &key,
-    ];
-    machine.keelway(&[&["store", "member"], words, &reached].concat())
+    machine.keelway(&[&["store", "member"], words].concat())
 }
 
 /// The members as etcd knows them: the name and the address of each that has a vote.
