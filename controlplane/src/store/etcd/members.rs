@@ -1,11 +1,16 @@
 //! The members of an etcd cluster, of which one at a time is asked: the next one when it does not answer.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use etcd_client::Client;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 
 use super::{EtcdConfig, PATIENCE, StoreError};
+
+/// How long members may be without a leader: two elections of etcd's default timing.
+const ELECTION: Duration = Duration::from_secs(3);
+const ROUND_PAUSE: Duration = Duration::from_millis(100);
 
 pub(super) struct Members {
     /// One per endpoint, never empty. They connect when they are used.
@@ -70,7 +75,8 @@ impl Members {
         Err(StoreError::Unavailable { operation, reason })
     }
 
-    /// Asks what may be asked again: each member, until one answers.
+    /// Asks what may be asked again: each member, until one answers. While they choose a leader none does, or those that are away refuse at
+    /// once: they are asked again for as long as that takes.
     pub async fn ask_any<T, F>(
         &self,
         operation: &'static str,
@@ -79,11 +85,19 @@ impl Members {
     where
         F: Future<Output = Result<T, etcd_client::Error>>,
     {
-        for _ in 1..self.clients.len() {
-            if let Ok(answer) = self.ask(operation, &request).await {
-                return Ok(answer);
+        let begun = Instant::now();
+        loop {
+            let mut outcome = self.ask(operation, &request).await;
+            for _ in 1..self.clients.len() {
+                if outcome.is_ok() {
+                    break;
+                }
+                outcome = self.ask(operation, &request).await;
             }
+            if outcome.is_ok() || begun.elapsed() >= ELECTION {
+                return outcome;
+            }
+            sleep(ROUND_PAUSE).await;
         }
-        self.ask(operation, request).await
     }
 }
