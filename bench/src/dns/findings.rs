@@ -98,7 +98,8 @@ impl Findings {
     ) {
         let what = (MACHINE, workload);
         self.push(what, place, (0, "sent late, p99"), "us", open.late_p99_us);
-        self.push(what, place, (1, "stolen"), "%", stolen_percent);
+        self.push(what, place, (1, "not seen"), "%", open.unseen_percent);
+        self.push(what, place, (2, "stolen"), "%", stolen_percent);
     }
 
     /// The server's waiting time beside that of who looks nothing up, at the same rate, one right after the other.
@@ -193,7 +194,7 @@ impl Findings {
 
 const PER_CORE: (usize, &str) = (0, "per core");
 const P99_TO_P50: (usize, &str) = (4, "p99/p50");
-const P99_TO_BARE: (usize, &str) = (2, "p99 to bare");
+const P99_TO_BARE: (usize, &str) = (3, "p99 to bare");
 const ONE: (usize, &str) = (1, "one at a time");
 const AFTER_LOAD: (usize, &str) = (2, "after load");
 

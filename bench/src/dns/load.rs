@@ -19,6 +19,8 @@ const REPLY_BYTES: usize = 1232;
 const ROOM_BYTES: usize = 4 << 20;
 /// A question without an answer for so long is lost.
 const LOST: Duration = Duration::from_secs(2);
+/// A generator that has not looked for so long was not running.
+const AWAY: Duration = Duration::from_micros(300);
 
 /// What is asked: questions in wire format, in turn. Where `unique` names a place, a number is written there each time.
 pub struct Questions {
@@ -35,6 +37,9 @@ pub struct Sample {
     pub p99_us: f64,
     /// How late questions went out: what of the waiting is the generator's own, which was not running or had fallen behind.
     pub late_p99_us: f64,
+    /// Of a hundred questions at a rate, those of which it is not known how long clients would have waited: the generator was not
+    /// running while they were under way, or sent them with all that it had to make up for.
+    pub unseen_percent: f64,
     pub answered: u64,
     pub lost: u64,
     /// Answers with another code than the first.
@@ -119,8 +124,11 @@ pub fn run(
     let mut out: Vec<Vec<u8>> = (0..BATCH).map(|_| Vec::with_capacity(512)).collect();
     let mut buffers = vec![[0_u8; REPLY_BYTES]; BATCH];
     let mut swept = begun;
+    let (mut looked, mut seen_from, mut unseen) = (begun, begun, 0_u64);
     loop {
         let now = Instant::now();
+        let was_away = now - looked > AWAY;
+        looked = now;
         let ending = now - begun >= duration;
         if ending && (in_flight == 0 || now - begun >= duration + LOST) {
             break;
@@ -134,6 +142,9 @@ pub fn run(
                     .min(usize::from(u16::MAX / 2).saturating_sub(in_flight))
             }
         };
+        if matches!(pace, Pace::Open(_)) && (was_away || due > BATCH) {
+            seen_from = now;
+        }
         let mut ready = 0;
         for buffer in out.iter_mut().take(due.min(BATCH)) {
             let wire = &questions.wires[sent as usize % questions.wires.len()];
@@ -165,7 +176,12 @@ pub fn run(
                 return;
             }
             in_flight -= 1;
-            nanos.saturating_record(flights[id].due.elapsed().as_nanos() as u64);
+            let due = flights[id].due;
+            if due < seen_from {
+                unseen += 1;
+            } else {
+                nanos.saturating_record(due.elapsed().as_nanos() as u64);
+            }
             odd += u64::from(*code.get_or_insert(reply[3] & 15) != reply[3] & 15);
         })?;
         if received == 0 && ready == 0 {
@@ -186,12 +202,14 @@ pub fn run(
     }
     let took = begun.elapsed().min(duration).as_secs_f64();
     let micros = |quantile| nanos.value_at_quantile(quantile) as f64 / 1000.0;
+    let answered = nanos.len() + unseen;
     Ok(Sample {
-        per_second: nanos.len() as f64 / took,
+        per_second: answered as f64 / took,
         p50_us: micros(0.5),
         p99_us: micros(0.99),
         late_p99_us: late.value_at_quantile(0.99) as f64 / 1000.0,
-        answered: nanos.len(),
+        unseen_percent: 100.0 * unseen as f64 / answered.max(1) as f64,
+        answered,
         lost: lost + in_flight as u64,
         odd,
     })
