@@ -20,6 +20,19 @@ pub struct Machine {
 }
 
 impl Machine {
+    /// One that is nobody's, for tests of what is said about runs.
+    #[cfg(test)]
+    pub fn of_nobody() -> Self {
+        Self {
+            kernel: String::new(),
+            cpu: String::new(),
+            cpus: 2,
+            memory_mb: 0,
+            is_virtual: false,
+            load_before: 0.0,
+        }
+    }
+
     pub fn describe() -> io::Result<Self> {
         let info = fs::read_to_string("/proc/cpuinfo")?;
         let field = |name: &str| {

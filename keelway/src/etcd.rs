@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 
 use crate::node::ServiceSpec;
 
@@ -87,12 +88,18 @@ impl Member {
     }
 }
 
-/// The flags by which a control plane on the same node finds members, and is let in.
-pub fn store_flags(urls: &[String]) -> Vec<String> {
-    let [certificate, key] = CLIENT.map(|name| format!("{FOLDER}/{name}"));
+/// The flags by which a control plane on a node of ours finds members, and is let in.
+pub fn own_store_flags(urls: &[String]) -> Vec<String> {
+    store_flags(Path::new(FOLDER), urls)
+}
+
+/// The same for programs that see the credentials in another folder.
+pub fn store_flags(folder: &Path, urls: &[String]) -> Vec<String> {
+    let file = |name: &str| folder.join(name).display().to_string();
+    let [certificate, key] = CLIENT.map(file);
     let flags = [
         ("--store", format!("etcd:{}", urls.join(","))),
-        ("--etcd-cafile", format!("{FOLDER}/{CA}")),
+        ("--etcd-cafile", file(CA)),
         ("--etcd-certfile", certificate),
         ("--etcd-keyfile", key),
     ];
@@ -120,7 +127,7 @@ mod tests {
         };
         assert_eq!(value("--listen-client-urls"), "https://[fd00::1]:2379");
         assert_eq!(value("--initial-cluster-state"), "existing");
-        let store = store_flags(&[client_url(member.address)]);
+        let store = own_store_flags(&[client_url(member.address)]);
         assert_eq!(store[1], "etcd:https://[fd00::1]:2379");
     }
 }

@@ -248,6 +248,7 @@ fn case(size: usize, path: &str, ends: Ends, task: Task) -> Case {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::machine::Machine;
 
     fn findings(shares: &[(usize, &str, f64)]) -> Findings {
         findings_between(Ends::SameNode, shares)
@@ -325,15 +326,7 @@ mod tests {
             held,
             ["service.node-port-xdp.round-trip.forwarded.beside-tc 1.125 true"]
         );
-        let machine = crate::machine::Machine {
-            kernel: String::new(),
-            cpu: String::new(),
-            cpus: 2,
-            memory_mb: 0,
-            is_virtual: false,
-            load_before: 0.0,
-        };
-        let mut report = Report::new("service", machine);
+        let mut report = Report::new("service", Machine::of_nobody());
         findings.fill(&mut report);
         let relative = |figure: &&Figure| figure.label("path") == Some(NODE_PORT_XDP);
         let driver: Vec<&Figure> = report.figures.iter().filter(relative).collect();

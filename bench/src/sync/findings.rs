@@ -291,15 +291,7 @@ mod tests {
             findings.cold_start(cluster, KEELWAY, took, cost, 0.0);
             findings.changes(cluster, KEELWAY, &[0.001, 0.002, 0.003], Some(0.0001));
         }
-        let machine = Machine {
-            kernel: String::new(),
-            cpu: String::new(),
-            cpus: 2,
-            memory_mb: 0,
-            is_virtual: false,
-            load_before: 0.0,
-        };
-        let mut report = Report::new("sync", machine);
+        let mut report = Report::new("sync", Machine::of_nobody());
         findings.fill(&mut report);
         let verdicts: Vec<(&str, bool)> = report
             .held

@@ -262,7 +262,7 @@ impl Zone {
         }
     }
 
-    fn replace(&mut self, by: Object<'_>, records: Records) -> bool {
+    fn replace(&mut self, by: Object<'_>, mut records: Records) -> bool {
         let key = by.key();
         let old = self.planned.get(&key).and_then(Planned::read);
         if old.is_none() && records.is_empty() {
@@ -279,12 +279,11 @@ impl Zone {
             Owner::Cluster(name) => name.shared().clone(),
             Owner::Reverse(name) => name.shared().clone(),
         };
-        for (owner, records) in &records {
+        for (owner, records) in &mut records {
             let name = name_of(owner);
-            let mut records = records.clone();
             // Sorted, so that what is stored does not depend on the order of arrival.
             records.sort_unstable();
-            changed |= self.put(&name, number, &pack(&records));
+            changed |= self.put(&name, number, &pack(records));
             slots.push(self.nodes.slot(&name));
         }
         slots.sort_unstable();

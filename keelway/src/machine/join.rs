@@ -8,7 +8,7 @@ use k8s_openapi::api::core::v1::{ConfigMap, Node};
 use kube::{Api, Client};
 
 use super::discovery::{self, CaHash, Known};
-use super::member::{self, Etcd, OwnMember};
+use super::member::{self, OwnMember};
 use super::run;
 use super::server::{CONTROL_PLANE_LABEL, FACTS};
 use super::share::{self, SealingKey, Shared};
@@ -128,10 +128,7 @@ pub(super) async fn make(
             });
         }
         eprintln!("removing what an attempt that was cut off left");
-        if let Err(error) = withdraw(dir, &known).await {
-            eprintln!("{error}");
-        }
-        leave::remove(dir, machine)?;
+        undo(dir, machine).await?;
         drop(lock);
         let again = dir.0.create()?;
         return attempt(dir, machine, state, work, again).await;
@@ -152,19 +149,12 @@ async fn attempt(
     };
     if outcome.is_err() {
         explain(dir);
-        let known = dir.read();
-        if known.as_ref().is_some_and(|known| known.complete) {
+        if dir.read().is_some_and(|known| known.complete) {
             eprintln!(
                 "The others count on this machine by now: `keelway start` starts it, `keelway leave` takes it out."
             );
         } else {
-            if let Some(Err(error)) = match &known {
-                Some(known) => Some(withdraw(dir, known).await),
-                None => None,
-            } {
-                eprintln!("{error}");
-            }
-            leave::remove(dir, machine)?;
+            undo(dir, machine).await?;
             state.remove_if_empty();
         }
     }
@@ -172,23 +162,14 @@ async fn attempt(
     outcome
 }
 
-/// Takes a member of etcd back that has not come about: the others decide without it, but take no other one as long as it is expected.
-///
-/// # Errors
-/// What etcd says, and what takes it out.
-pub(super) async fn withdraw(dir: &MachineDir, known: &MachineState) -> Result<(), MachineError> {
-    let Some(etcd) = known.etcd.as_ref().filter(|etcd| !etcd.votes) else {
-        return Ok(());
-    };
-    let own = known.addresses[0];
-    let removed = Etcd::new(dir, etcd.others.clone()).remove(own).await;
-    removed.map_err(|error| {
-        let peer = crate::etcd::peer_url(own);
-        let advice = format!(
-            "{error}; `keelway store member remove {peer}`, on a control plane, takes the member out that was to be here"
-        );
-        MachineError::Refused(advice)
-    })
+/// Takes back what an attempt has made, on this machine and in the cluster's etcd.
+async fn undo(dir: &MachineDir, machine: &Machine) -> Result<(), MachineError> {
+    if let Some(known) = dir.read()
+        && let Err(error) = member::withdraw(dir, &known).await
+    {
+        eprintln!("{error}");
+    }
+    leave::remove(dir, machine)
 }
 
 /// The end of what the node's services have written, while it is there.
@@ -281,19 +262,11 @@ pub async fn run(
         let step = progress.step(format!("cluster known, by {address}"));
         let cluster = discovery::discover(address, &token, &hash).await?;
         let facts = ask(&cluster, &token, &node, &own).await?;
-        let mut known = MachineState {
-            cluster: facts.name.clone(),
-            node: node.clone(),
-            role: match flags.certificate_key {
-                Some(_) => Role::ControlPlane,
-                None => Role::Worker,
-            },
-            addresses: own.clone(),
-            complete: false,
-            init: None,
-            etcd: None,
-            settings_before: Vec::new(),
+        let role = match flags.certificate_key {
+            Some(_) => Role::ControlPlane,
+            None => Role::Worker,
         };
+        let mut known = MachineState::new(&facts.name, &node, role, &own);
         dir.write(&known)?;
         let control_plane = match &flags.certificate_key {
             Some(_) if facts.store == "embedded" => {

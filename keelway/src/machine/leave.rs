@@ -13,7 +13,7 @@ use kube::runtime::wait::{await_condition, conditions};
 use kube::{Api, ResourceExt};
 use serde_json::{Value, json};
 
-use super::member::Etcd;
+use super::member::{self, Etcd};
 use super::{MachineDir, MachineError, MachineState, Role, file, join, run, systemd};
 use crate::api::ClusterApi;
 use crate::checks::Machine;
@@ -57,19 +57,16 @@ pub async fn run(
 ) -> Result<(), MachineError> {
     let (dir, known, lock) = run::claim(state)?;
     let progress = Progress::default();
+    let by_force = |told: Result<(), MachineError>| match told {
+        Err(error) if flags.force => {
+            eprintln!("{error}; going on");
+            Ok(())
+        }
+        told => told,
+    };
     let mut others = Vec::new();
-    let mut told = farewell(flags, &dir, &known, (&mut others, &progress)).await;
-    if told.is_err() && flags.force {
-        going_on(told);
-        told = Ok(());
-    }
-    if told.is_ok() {
-        told = part(flags, &dir, &known, (others, &progress)).await;
-    }
-    match told {
-        Err(error) if !flags.force => return Err(error),
-        told => going_on(told),
-    }
+    by_force(farewell(flags, &dir, &known, (&mut others, &progress)).await)?;
+    by_force(part(flags, &dir, &known, (others, &progress)).await)?;
     systemd::remove().await?;
     let step = progress.step("node ended, and what it left removed");
     remove(&dir, machine)?;
@@ -83,12 +80,6 @@ pub async fn run(
     Ok(())
 }
 
-fn going_on(told: Result<(), MachineError>) {
-    if let Err(error) = told {
-        eprintln!("{error}; going on");
-    }
-}
-
 /// Takes this machine's member out of the cluster's etcd: what is left of it, once its files are gone, would count against the others.
 async fn part(
     flags: &LeaveFlags,
@@ -100,7 +91,7 @@ async fn part(
         return Ok(());
     };
     if !known.complete {
-        return join::withdraw(dir, known).await;
+        return member::withdraw(dir, known).await;
     }
     let step = progress.step("member of etcd taken out");
     // It can take itself out, when nobody else is known.

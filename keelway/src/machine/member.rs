@@ -50,7 +50,7 @@ pub fn found(dir: &MachineDir, cluster: &str, member: &Member) -> Result<OwnMemb
     }
     Ok(OwnMember {
         service: member.service(&[member.as_initial()], Arrival::Founder),
-        store: etcd::store_flags(&[client_url(member.address)]),
+        store: etcd::own_store_flags(&[client_url(member.address)]),
     })
 }
 
@@ -93,7 +93,7 @@ pub async fn arrive(
     }
     Ok(OwnMember {
         service: member.service(&cluster, Arrival::Latecomer),
-        store: etcd::store_flags(&urls),
+        store: etcd::own_store_flags(&urls),
     })
 }
 
@@ -114,6 +114,25 @@ pub async fn promote(dir: &MachineDir, known: &mut MachineState) -> Result<(), M
         ..etcd
     });
     dir.write(known)
+}
+
+/// Takes a member of etcd back that has not come about: the others decide without it, but take no other one as long as it is expected.
+///
+/// # Errors
+/// What etcd says, and what takes it out.
+pub async fn withdraw(dir: &MachineDir, known: &MachineState) -> Result<(), MachineError> {
+    let Some(etcd) = known.etcd.as_ref().filter(|etcd| !etcd.votes) else {
+        return Ok(());
+    };
+    let own = known.addresses[0];
+    let removed = Etcd::new(dir, etcd.others.clone()).remove(own).await;
+    removed.map_err(|error| {
+        let peer = peer_url(own);
+        let advice = format!(
+            "{error}; `keelway store member remove {peer}`, on a control plane, takes the member out that was to be here"
+        );
+        MachineError::Refused(advice)
+    })
 }
 
 /// Takes the member out of a node's description, whose state is elsewhere now: nobody is to be given a key to that one's authority.
@@ -197,17 +216,7 @@ impl<'a> Etcd<'a> {
     }
 
     fn flags(&self) -> Vec<String> {
-        let folder = self.dir.credentials();
-        let file = |name: &str| folder.join(name).display().to_string();
-        let [certificate, key] = etcd::CLIENT.map(file);
-        let flags = [
-            ("--store", format!("etcd:{}", self.urls.join(","))),
-            ("--etcd-cafile", file(etcd::CA)),
-            ("--etcd-certfile", certificate),
-            ("--etcd-keyfile", key),
-        ];
-        let words = flags.map(|(flag, value)| [flag.to_owned(), value]);
-        words.into_iter().flatten().collect()
+        etcd::store_flags(&self.dir.credentials(), &self.urls)
     }
 
     async fn ask(&self, words: &[&str]) -> Result<String, MachineError> {

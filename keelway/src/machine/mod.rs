@@ -162,6 +162,20 @@ pub struct EtcdState {
 }
 
 impl MachineState {
+    /// Of one that is about to become a node.
+    fn new(cluster: &str, node: &str, role: Role, addresses: &[IpAddr]) -> Self {
+        MachineState {
+            cluster: cluster.to_owned(),
+            node: node.to_owned(),
+            role,
+            addresses: addresses.to_vec(),
+            complete: false,
+            init: None,
+            etcd: None,
+            settings_before: Vec::new(),
+        }
+    }
+
     pub fn is_running(&self) -> bool {
         self.init.is_some_and(|init| init.is_alive())
     }

@@ -22,7 +22,7 @@ use crate::api::ClusterApi;
 use crate::checks::Machine;
 use crate::config::{Binaries, ClusterName};
 use crate::deploy;
-use crate::etcd::Member;
+use crate::etcd::{self, Member};
 use crate::family;
 use crate::kubeconfig;
 use crate::node::launch::Nodes;
@@ -117,9 +117,9 @@ impl StoreFlags {
         let mut flags = vec!["--store".to_owned(), store.clone()];
         let mut files = Vec::new();
         for (flag, path, name) in [
-            ("--etcd-cafile", &self.etcd_cafile, "etcd-ca.crt"),
-            ("--etcd-certfile", &self.etcd_certfile, "etcd-client.crt"),
-            ("--etcd-keyfile", &self.etcd_keyfile, "etcd-client.key"),
+            ("--etcd-cafile", &self.etcd_cafile, etcd::CA),
+            ("--etcd-certfile", &self.etcd_certfile, etcd::CLIENT[0]),
+            ("--etcd-keyfile", &self.etcd_keyfile, etcd::CLIENT[1]),
         ] {
             if let Some(path) = path {
                 flags.extend([flag.to_owned(), format!("/etc/keelway/{name}")]);
@@ -175,16 +175,8 @@ struct Prepared<'a> {
 
 impl Prepared<'_> {
     async fn begin(&self, dir: &MachineDir) -> Result<Nodes, MachineError> {
-        let mut known = MachineState {
-            cluster: self.facts.name.clone(),
-            node: self.node.clone(),
-            role: Role::ControlPlane,
-            addresses: self.own.clone(),
-            complete: false,
-            init: None,
-            etcd: None,
-            settings_before: Vec::new(),
-        };
+        let role = Role::ControlPlane;
+        let mut known = MachineState::new(&self.facts.name, &self.node, role, &self.own);
         dir.write(&known)?;
         let step = self.progress.step("credentials and folders");
         let pki = self.credentials(dir)?;

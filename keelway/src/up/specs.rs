@@ -117,7 +117,7 @@ impl Plan<'_> {
             let urls = members.iter().map(|node| etcd::client_url(node.address));
             let mut urls: Vec<String> = urls.collect();
             urls.rotate_left(number.unwrap_or_default());
-            server.argv.extend(etcd::store_flags(&urls));
+            server.argv.extend(etcd::own_store_flags(&urls));
             server.after = vec![etcd::SERVICE.to_owned()];
         } else {
             let folder = ["--data-dir", "/var/lib/keelway/controlplane"];

@@ -39,19 +39,7 @@ fn a_second_control_plane_joins_on_etcd_and_takes_over() {
     let folder = tempfile::tempdir().expect("a folder");
     let [first, second] = [3, 4].map(|number| Machine::new(folder.path(), number));
     let _etcd = etcd(folder.path());
-    let arguments = [
-        "server",
-        "--name",
-        "planes",
-        "--node-name",
-        &first.name,
-        "--node-ip",
-        &first.address,
-        "--schedulable",
-        "--foreground",
-    ];
-    let server = first.keelway_running(&arguments);
-    server.line_with("keelway join", UP_TIMEOUT);
+    let (server, _) = first.begin("planes", &["--schedulable"]);
     let cluster = Cluster { server: &first };
     cluster
         .kubectl(&["create", "configmap", "kept", "--from-literal=a=b"])
@@ -123,31 +111,21 @@ fn begin(machines: &[Machine]) -> Vec<Running> {
     let [first, others @ ..] = machines else {
         panic!("one at least")
     };
-    let arguments = [
-        "server",
-        "--name",
-        "members",
-        "--node-name",
-        &first.name,
-        "--node-ip",
-        &first.address,
-        "--store",
-        "etcd",
-        "--foreground",
-    ];
-    let server = first.keelway_running(&arguments);
-    server.line_with("keelway join", UP_TIMEOUT);
-    let mut running = vec![server];
+    let (server, _) = first.begin("members", &["--store", "etcd"]);
+    let others = others.iter().map(|machine| come(first, machine));
+    [server].into_iter().chain(others).collect()
+}
+
+/// Makes a machine another control plane of the first one's cluster.
+#[track_caller]
+fn come(first: &Machine, machine: &Machine) -> Running {
     let offered = first.keelway(&["token", "create", "--control-plane"]);
     let joins = joining(&offered.ok());
-    for machine in others {
-        let mut arguments = machine.join(&joins);
-        arguments.push("--foreground");
-        let joined = machine.keelway_running(&arguments);
-        joined.line_with("is node", UP_TIMEOUT);
-        running.push(joined);
-    }
-    running
+    let mut arguments = machine.join(&joins);
+    arguments.push("--foreground");
+    let joined = machine.keelway_running(&arguments);
+    joined.line_with("is node", UP_TIMEOUT);
+    joined
 }
 
 /// Runs `keelway store member` on a control plane, which asks the etcd that it has a member of.
@@ -182,13 +160,7 @@ fn control_planes_that_bring_their_etcd_outlive_any_of_them() {
     // An attempt of the third machine that was cut off has left a member that will never start, which only its next attempt replaces.
     let abandoned = format!("https://{}:2380", third.address);
     member(first, &["add", &abandoned]).ok();
-    let offered = first.keelway(&["token", "create", "--control-plane"]);
-    let joins = joining(&offered.ok());
-    let mut arguments = third.join(&joins);
-    arguments.push("--foreground");
-    let joined = third.keelway_running(&arguments);
-    joined.line_with("is node", UP_TIMEOUT);
-    running.push(joined);
+    running.push(come(first, third));
     let names = |machines: &[&Machine]| -> Vec<String> {
         let names = machines.iter().map(|machine| machine.name.clone());
         names.collect()

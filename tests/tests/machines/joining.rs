@@ -17,19 +17,7 @@ fn machines_join_work_and_leave() {
     let [first, second] = [1, 2].map(|number| Machine::new(folder.path(), number));
     let untouched = second.look();
 
-    let server_arguments = [
-        "server",
-        "--name",
-        "machines",
-        "--node-name",
-        &first.name,
-        "--node-ip",
-        &first.address,
-        "--schedulable",
-        "--foreground",
-    ];
-    let server = first.keelway_running(&server_arguments);
-    let join = joining(&server.line_with("keelway join", UP_TIMEOUT));
+    let (server, join) = first.begin("machines", &["--schedulable"]);
     let cluster = Cluster { server: &first };
     let refused = first.keelway(&["join", &first.address, "--token", "a", "--ca-hash", "b"]);
     assert!(refused.refused().contains("is no token"));

@@ -101,6 +101,24 @@ impl Machine {
         Running::start(&command, &environment)
     }
 
+    /// Begins a cluster of a name on the machine; gives also the words of the command that others join by.
+    #[track_caller]
+    pub fn begin(&self, cluster: &str, more: &[&str]) -> (Running, Vec<String>) {
+        let arguments = [
+            "server",
+            "--name",
+            cluster,
+            "--node-name",
+            &self.name,
+            "--node-ip",
+            &self.address,
+            "--foreground",
+        ];
+        let server = self.keelway_running(&[&arguments, more].concat());
+        let join = joining(&server.line_with("keelway join", UP_TIMEOUT));
+        (server, join)
+    }
+
     pub fn join<'a>(&'a self, join: &'a [String]) -> Vec<&'a str> {
         let mut arguments: Vec<&str> = join.iter().map(String::as_str).collect();
         arguments.extend(["--node-name", &self.name, "--node-ip", &self.address]);

@@ -38,6 +38,17 @@ const CONVERSATIONS: [Conversation; 2] = [
     ),
 ];
 
+/// Of datagrams, whose kinds are none.
+const DATAGRAM: Conversation = (0, 0, 0, |family, src, dst, _| family.udp(src, dst, b"odd"));
+
+/// The programs over a Service with one backend.
+fn leading_to(sandbox: &Sandbox, family: Family, backend: &str) -> Dataplane {
+    let mut dataplane = opened(sandbox, false);
+    let backends = family.backends(&[backend], &[]);
+    dataplane.apply(&state(family, &backends)).unwrap();
+    dataplane
+}
+
 /// Has `judge` look at a Service that leads to a backend of this node and one that leads to another node's, in both families and by both
 /// protocols.
 fn with_each_backend(mut judge: impl FnMut(&Dataplane, Family, &Conversation, &str)) {
@@ -45,9 +56,7 @@ fn with_each_backend(mut judge: impl FnMut(&Dataplane, Family, &Conversation, &s
         for backend in ["10.0.0.12:80", "10.0.1.13:80"] {
             for conversation in &CONVERSATIONS {
                 let sandbox = Sandbox::enter().unwrap();
-                let mut dataplane = opened(&sandbox, false);
-                let backends = family.backends(&[backend], &[]);
-                dataplane.apply(&state(family, &backends)).unwrap();
+                let dataplane = leading_to(&sandbox, family, backend);
                 judge(&dataplane, family, conversation, backend);
             }
         }
@@ -156,9 +165,7 @@ fn a_port_whose_flow_has_ended_on_both_sides_is_free_for_a_direct_connection() {
     let (pod, service, backend) = ("10.0.0.11:4000", "10.96.0.1:80", "10.0.1.13:80");
     for family in Family::ALL {
         let sandbox = Sandbox::enter().unwrap();
-        let mut dataplane = opened(&sandbox, false);
-        let backends = family.backends(&[backend], &[]);
-        dataplane.apply(&state(family, &backends)).unwrap();
+        let dataplane = leading_to(&sandbox, family, backend);
         let direct = family.tcp(pod, backend, SYN, b"");
         let run = |program, packet: &[u8]| run(&dataplane, program, packet).1;
         run(PodIngress, &family.tcp(pod, service, SYN, b""));
@@ -185,9 +192,7 @@ fn a_client_that_meets_its_own_connection_is_told_so_and_asks_again_at_once() {
     for family in Family::ALL {
         for backend in ["10.0.0.12:80", "10.0.1.13:80"] {
             let sandbox = Sandbox::enter().unwrap();
-            let mut dataplane = opened(&sandbox, false);
-            let backends = family.backends(&[backend], &[]);
-            dataplane.apply(&state(family, &backends)).unwrap();
+            let dataplane = leading_to(&sandbox, family, backend);
             let sent = |packet: &[u8]| run(&dataplane, PodIngress, packet);
             let heard = |packet: &[u8]| run(&dataplane, UplinkIngress, packet).1;
             sent(&family.tcp(pod, service, SYN, b""));
@@ -213,9 +218,7 @@ fn with_datagrams_to(mut judge: impl FnMut(&Dataplane, Family, &str)) {
     for family in Family::ALL {
         for backend in ["10.0.0.12:80", "10.0.1.13:80"] {
             let sandbox = Sandbox::enter().unwrap();
-            let mut dataplane = opened(&sandbox, false);
-            let backends = family.backends(&[backend], &[]);
-            dataplane.apply(&state(family, &backends)).unwrap();
+            let dataplane = leading_to(&sandbox, family, backend);
             judge(&dataplane, family, backend);
         }
     }
@@ -295,13 +298,10 @@ fn a_client_outside_that_reaches_a_pod_directly_and_by_a_node_port_is_told_apart
         return;
     }
     let (client, by_node, pod) = ("203.0.113.9:5000", "198.18.0.1:30080", "10.0.0.11:80");
-    let datagram: Conversation = (0, 0, 0, |family, src, dst, _| family.udp(src, dst, b"odd"));
     for family in Family::ALL {
-        for (open, answer, data, build) in CONVERSATIONS.iter().chain([&datagram]) {
+        for (open, answer, data, build) in CONVERSATIONS.iter().chain([&DATAGRAM]) {
             let sandbox = Sandbox::enter().unwrap();
-            let mut dataplane = opened(&sandbox, false);
-            let backends = family.backends(&[pod], &[]);
-            dataplane.apply(&state(family, &backends)).unwrap();
+            let dataplane = leading_to(&sandbox, family, pod);
             let came = |packet: Vec<u8>| run(&dataplane, UplinkIngress, &packet);
             let left = |packet: Vec<u8>| run(&dataplane, PodIngress, &packet).1;
             let packet = |src: &str, dst: &str, kind: &u8| build(family, src, dst, *kind);
@@ -333,14 +333,11 @@ fn what_the_node_itself_asks_a_service_has_none_of_the_ports_of_its_direct_conne
         return;
     }
     let (host, service) = ("198.18.0.1:40000", "10.96.0.1:80");
-    let datagram: Conversation = (0, 0, 0, |family, src, dst, _| family.udp(src, dst, b"odd"));
     for family in Family::ALL {
         for backend in ["10.0.0.12:80", "10.0.1.13:80"] {
-            for (open, answer, data, build) in CONVERSATIONS.iter().chain([&datagram]) {
+            for (open, answer, data, build) in CONVERSATIONS.iter().chain([&DATAGRAM]) {
                 let sandbox = Sandbox::enter().unwrap();
-                let mut dataplane = opened(&sandbox, false);
-                let backends = family.backends(&[backend], &[]);
-                dataplane.apply(&state(family, &backends)).unwrap();
+                let dataplane = leading_to(&sandbox, family, backend);
                 let packet = |src: &str, dst: &str, kind: &u8| build(family, src, dst, *kind);
                 let asked = run(&dataplane, ServiceIngress, &packet(host, service, open)).1;
                 let port = source_port(family, &asked);
