@@ -15,12 +15,15 @@ use std::io::{IoSlice, IoSliceMut};
 /// Datagrams of one system call.
 const BATCH: usize = 32;
 const REPLY_BYTES: usize = 1232;
+const HEADER_BYTES: usize = 12;
 /// Of the socket, for answers that wait to be read.
 const ROOM_BYTES: usize = 4 << 20;
 /// A question without an answer for so long is lost.
 const LOST: Duration = Duration::from_secs(2);
 /// A generator that has not looked for so long was not running.
 const AWAY: Duration = Duration::from_micros(300);
+/// Of an open load: long enough for a p99 of its own, short enough that most of them hold no pause of the machine.
+const SLICE: Duration = Duration::from_millis(50);
 
 /// What is asked: questions in wire format, in turn. Where `unique` names a place, a number is written there each time.
 pub struct Questions {
@@ -40,6 +43,8 @@ pub struct Sample {
     /// Of a hundred questions at a rate, those of which it is not known how long clients would have waited: the generator was not
     /// running while they were under way, or sent them with all that it had to make up for.
     pub unseen_percent: f64,
+    /// p99 to p50 within a slice of an open load, in the middle one of all slices.
+    pub slice_p99_to_p50: f64,
     pub answered: u64,
     pub lost: u64,
     /// Answers with another code than the first.
@@ -118,11 +123,12 @@ pub fn run(
         .collect();
     let mut nanos = Histogram::<u64>::new_with_max(10_000_000_000, 3).map_err(io::Error::other)?;
     let mut late = nanos.clone();
+    let mut slices = Slices::new(&nanos);
     let (begun, mut in_flight) = (Instant::now(), 0_usize);
     let (mut sent, mut lost, mut odd) = (0_u64, 0_u64, 0_u64);
     let (mut next_id, mut code) = (0_u16, None);
     let mut out: Vec<Vec<u8>> = (0..BATCH).map(|_| Vec::with_capacity(512)).collect();
-    let mut buffers = vec![[0_u8; REPLY_BYTES]; BATCH];
+    let mut inbox = Inbox::new();
     let mut swept = begun;
     let (mut looked, mut seen_from, mut unseen) = (begun, begun, 0_u64);
     loop {
@@ -168,9 +174,15 @@ pub fn run(
             sent += 1;
             in_flight += 1;
             ready += 1;
+            if matches!(pace, Pace::Open(_)) {
+                // One by one: none waits for those behind it.
+                send(&socket, std::slice::from_ref(buffer))?;
+            }
         }
-        send(&socket, &out[..ready])?;
-        let received = receive(&socket, &mut buffers, |reply| {
+        if matches!(pace, Pace::Closed(_)) {
+            send(&socket, &out[..ready])?;
+        }
+        let received = inbox.receive(&socket, |reply| {
             let id = usize::from(u16::from_be_bytes([reply[0], reply[1]]));
             if !std::mem::take(&mut flights[id].waiting) {
                 return;
@@ -180,7 +192,9 @@ pub fn run(
             if due < seen_from {
                 unseen += 1;
             } else {
-                nanos.saturating_record(due.elapsed().as_nanos() as u64);
+                let waited = due.elapsed().as_nanos() as u64;
+                nanos.saturating_record(waited);
+                slices.record(due - begun, waited);
             }
             odd += u64::from(*code.get_or_insert(reply[3] & 15) != reply[3] & 15);
         })?;
@@ -201,18 +215,66 @@ pub fn run(
         }
     }
     let took = begun.elapsed().min(duration).as_secs_f64();
-    let micros = |quantile| nanos.value_at_quantile(quantile) as f64 / 1000.0;
+    let micros =
+        |nanos: &Histogram<u64>, quantile| nanos.value_at_quantile(quantile) as f64 / 1000.0;
     let answered = nanos.len() + unseen;
     Ok(Sample {
         per_second: answered as f64 / took,
-        p50_us: micros(0.5),
-        p99_us: micros(0.99),
-        late_p99_us: late.value_at_quantile(0.99) as f64 / 1000.0,
+        p50_us: micros(&nanos, 0.5),
+        p99_us: micros(&nanos, 0.99),
+        late_p99_us: micros(&late, 0.99),
         unseen_percent: 100.0 * unseen as f64 / answered.max(1) as f64,
+        slice_p99_to_p50: slices.middle_p99_to_p50(),
         answered,
         lost: lost + in_flight as u64,
         odd,
     })
+}
+
+/// Latencies of an open load slice by slice, by when questions were due.
+struct Slices {
+    nanos: Histogram<u64>,
+    at: u128,
+    ratios: Vec<f64>,
+}
+
+impl Slices {
+    fn new(like: &Histogram<u64>) -> Self {
+        Self {
+            nanos: Histogram::new_from(like),
+            at: 0,
+            ratios: Vec::new(),
+        }
+    }
+
+    /// A question that was due `since` the beginning. What is answered after the first of the next slice counts there.
+    fn record(&mut self, since: Duration, nanos: u64) {
+        let at = since.as_nanos() / SLICE.as_nanos();
+        if at > self.at {
+            self.end();
+            self.at = at;
+        }
+        self.nanos.saturating_record(nanos);
+    }
+
+    fn end(&mut self) {
+        /// Fewer have no p99.
+        const ANSWERS_MIN: u64 = 1000;
+        if self.nanos.len() >= ANSWERS_MIN {
+            let at = |quantile| self.nanos.value_at_quantile(quantile) as f64;
+            self.ratios.push(at(0.99) / at(0.5));
+        }
+        self.nanos.reset();
+    }
+
+    fn middle_p99_to_p50(mut self) -> f64 {
+        self.end();
+        self.ratios.sort_by(f64::total_cmp);
+        self.ratios
+            .get(self.ratios.len() / 2)
+            .copied()
+            .unwrap_or_default()
+    }
 }
 
 fn send(socket: &UdpSocket, wires: &[Vec<u8>]) -> io::Result<()> {
@@ -242,31 +304,41 @@ fn send(socket: &UdpSocket, wires: &[Vec<u8>]) -> io::Result<()> {
     Ok(())
 }
 
-fn receive(
-    socket: &UdpSocket,
-    buffers: &mut [[u8; REPLY_BYTES]],
-    mut each: impl FnMut(&[u8]),
-) -> io::Result<usize> {
-    let mut slices: Vec<[IoSliceMut<'_>; 1]> = buffers
-        .iter_mut()
-        .map(|buffer| [IoSliceMut::new(buffer)])
-        .collect();
-    let mut headers = MultiHeaders::<SockaddrIn>::preallocate(slices.len(), None);
-    let lengths: Vec<usize> = match recvmmsg(
-        socket.as_raw_fd(),
-        &mut headers,
-        &mut slices,
-        MsgFlags::MSG_DONTWAIT,
-        None,
-    ) {
-        Ok(messages) => messages.map(|message| message.bytes).collect(),
-        Err(Errno::EAGAIN | Errno::EINTR | Errno::ECONNREFUSED) => return Ok(0),
-        Err(errno) => return Err(errno.into()),
-    };
-    for (buffer, length) in buffers.iter().zip(&lengths) {
-        if *length >= 12 {
-            each(&buffer[..*length]);
+/// Where answers are read to.
+struct Inbox {
+    headers: MultiHeaders<SockaddrIn>,
+    buffers: Vec<[u8; REPLY_BYTES]>,
+}
+
+impl Inbox {
+    fn new() -> Self {
+        Self {
+            headers: MultiHeaders::preallocate(BATCH, None),
+            buffers: vec![[0; REPLY_BYTES]; BATCH],
         }
     }
-    Ok(lengths.len())
+
+    /// Tells of each answer that is there.
+    fn receive(&mut self, socket: &UdpSocket, mut each: impl FnMut(&[u8])) -> io::Result<usize> {
+        let mut slices: Vec<[IoSliceMut<'_>; 1]> = self
+            .buffers
+            .iter_mut()
+            .map(|buffer| [IoSliceMut::new(buffer)])
+            .collect();
+        let (socket, flags) = (socket.as_raw_fd(), MsgFlags::MSG_DONTWAIT);
+        let messages = match recvmmsg(socket, &mut self.headers, &mut slices, flags, None) {
+            Ok(messages) => messages,
+            Err(Errno::EAGAIN | Errno::EINTR | Errno::ECONNREFUSED) => return Ok(0),
+            Err(errno) => return Err(errno.into()),
+        };
+        let mut count = 0;
+        for message in messages {
+            count += 1;
+            let reply = message.iovs().next().unwrap_or_default();
+            if reply.len() >= HEADER_BYTES {
+                each(reply);
+            }
+        }
+        Ok(count)
+    }
 }
