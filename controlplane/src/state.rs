@@ -44,6 +44,9 @@ pub struct EtcdFlags {
     /// What this cluster's keys begin with, where several share an etcd.
     #[arg(long, value_name = "PATH", default_value = "/keelway")]
     etcd_prefix: String,
+    /// Ask those members of etcd too that it has beside the ones named, as they say where they are, and remember them here.
+    #[arg(long, value_name = "FILE")]
+    etcd_members_file: Option<PathBuf>,
 }
 
 impl EtcdFlags {
@@ -53,6 +56,7 @@ impl EtcdFlags {
             ca_file: self.etcd_cafile.clone(),
             identity_files: self.etcd_certfile.clone().zip(self.etcd_keyfile.clone()),
             prefix: self.etcd_prefix.clone(),
+            members_file: self.etcd_members_file.clone(),
         }
     }
 }

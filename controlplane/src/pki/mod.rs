@@ -23,7 +23,7 @@ pub enum PkiError {
     Unusable { path: PathBuf, reason: String },
     #[error("{0} is no certificate of this control plane; `certs list` names those that there are")]
     Unknown(String),
-    #[error("{0} is the cluster's authority, which stays")]
+    #[error("{0} is an authority, which stays")]
     Authority(String),
     #[error("the key of the authority is not here ({0}): certificates are renewed where it is")]
     NoKey(PathBuf),

@@ -54,6 +54,9 @@ pub struct EtcdConfig {
     pub identity_files: Option<(PathBuf, PathBuf)>,
     /// What keys begin with: clusters that share an etcd have one each.
     pub prefix: String,
+    /// Where it is remembered who is a member, as the members say: for an etcd whose members come and go, and say of themselves where
+    /// they are reached. Without, the endpoints are all there is.
+    pub members_file: Option<PathBuf>,
 }
 
 impl EtcdConfig {
@@ -63,6 +66,7 @@ impl EtcdConfig {
             ca_file: None,
             identity_files: None,
             prefix: "/keelway".to_owned(),
+            members_file: None,
         }
     }
 
@@ -139,6 +143,7 @@ impl Etcd {
         let (fence, fencing) = Fence::new(members.clone(), &space);
         tasks.spawn(fencing);
         tasks.spawn(compact(members.clone(), replica.clone()));
+        tasks.spawn(members.clone().keep());
         let leases = Leases::new(members.clone());
         Ok(Self {
             members,

@@ -10,7 +10,7 @@ const MEMBERS: usize = 3;
 /// Writes between two blows.
 const WRITES: usize = 40;
 
-fn start() -> Vec<process::Etcd> {
+pub fn start() -> Vec<process::Etcd> {
     let peers: Vec<u16> = (0..MEMBERS).map(|_| process::free_port()).collect();
     let cluster: Vec<String> = peers
         .iter()

@@ -1,5 +1,7 @@
 //! The contract on a real etcd, and what only happens with servers: two of us, restarts, lost members, compaction.
 
+mod credentials;
+mod known;
 mod losses;
 mod moves;
 #[path = "../../../../tests/support/etcd.rs"]
@@ -9,7 +11,7 @@ mod server;
 use super::*;
 use crate::store::Change;
 use crate::store::contract::contract_tests;
-use server::{Server, Tls};
+use server::Server;
 
 async fn fresh() -> (Etcd, Server) {
     let server = Server::start();
@@ -206,23 +208,4 @@ async fn an_etcd_that_is_not_there_is_named_as_such() {
         .expect("a refusal")
         .to_string();
     assert!(refused.contains("/nowhere/ca.crt"), "{refused}");
-}
-
-#[tokio::test]
-async fn certificates_are_shown_and_asked_for() {
-    let tls = Tls::make();
-    let server = Server::start_with(&tls);
-    let store = server.connect().await;
-    store.put(&pod(1), value(1), Expect::Absent).await.unwrap();
-    let nobody = EtcdConfig {
-        identity_files: None,
-        ..server.config()
-    };
-    assert!(Etcd::connect(&nobody).await.is_err());
-    let others = Tls::make();
-    let fooled = EtcdConfig {
-        ca_file: Some(others.path("ca.crt")),
-        ..server.config()
-    };
-    assert!(Etcd::connect(&fooled).await.is_err());
 }

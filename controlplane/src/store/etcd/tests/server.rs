@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair,
+    date_time_ymd,
 };
 
 use super::process;
@@ -53,7 +54,10 @@ impl Server {
 /// A certificate authority with a certificate of the server and one of the client.
 pub struct Tls {
     folder: tempfile::TempDir,
+    issuer: CertifiedIssuer<'static, KeyPair>,
 }
+
+const DAY: Duration = Duration::from_secs(24 * 3600);
 
 impl Tls {
     pub fn make() -> Self {
@@ -62,23 +66,31 @@ impl Tls {
         authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let key = KeyPair::generate().expect("a key");
         let issuer = CertifiedIssuer::self_signed(authority, key).expect("an authority");
-        let write = |name: &str, text: String| {
-            std::fs::write(folder.path().join(name), text).expect("the folder takes files");
-        };
-        write("ca.crt", issuer.pem());
-        let uses = [
-            ("server", ExtendedKeyUsagePurpose::ServerAuth),
-            ("client", ExtendedKeyUsagePurpose::ClientAuth),
-        ];
-        for (name, usage) in uses {
-            let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).expect("a name");
-            params.extended_key_usages = vec![usage];
-            let key = KeyPair::generate().expect("a key");
-            let certificate = params.signed_by(&key, &issuer).expect("a certificate");
-            write(&format!("{name}.crt"), certificate.pem());
-            write(&format!("{name}.key"), key.serialize_pem());
+        std::fs::write(folder.path().join("ca.crt"), issuer.pem()).expect("the folder takes files");
+        let tls = Self { folder, issuer };
+        tls.sign("server", ExtendedKeyUsagePurpose::ServerAuth, DAY);
+        tls.sign_client(DAY);
+        tls
+    }
+
+    /// Puts another certificate of the client in the place of the one there is, good for so long.
+    pub fn sign_client(&self, life: Duration) {
+        self.sign("client", ExtendedKeyUsagePurpose::ClientAuth, life);
+    }
+
+    fn sign(&self, name: &str, usage: ExtendedKeyUsagePurpose, life: Duration) {
+        let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).expect("a name");
+        params.extended_key_usages = vec![usage];
+        let since = std::time::SystemTime::UNIX_EPOCH
+            .elapsed()
+            .expect("a clock");
+        params.not_after = date_time_ymd(1970, 1, 1) + since + life;
+        let key = KeyPair::generate().expect("a key");
+        let certificate = params.signed_by(&key, &self.issuer).expect("a certificate");
+        for (kind, text) in [("crt", certificate.pem()), ("key", key.serialize_pem())] {
+            let path = self.path(&format!("{name}.{kind}"));
+            std::fs::write(path, text).expect("the folder takes files");
         }
-        Self { folder }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
