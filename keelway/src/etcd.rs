@@ -13,6 +13,8 @@ pub const CLIENT_PORT: u16 = 2379;
 const PEER_PORT: u16 = 2380;
 /// Where a node sees its credentials, and the files of etcd there.
 const FOLDER: &str = "/etc/keelway";
+/// Where a node remembers who is a member.
+const MEMBERS_FILE: &str = "var/lib/keelway/etcd-members";
 pub const CA: &str = "etcd-ca.crt";
 pub const CLIENT: [&str; 2] = ["etcd-client.crt", "etcd-client.key"];
 pub const MEMBER: [&str; 2] = ["etcd.crt", "etcd.key"];
@@ -90,7 +92,18 @@ impl Member {
 
 /// The flags by which a control plane on a node of ours finds members, and is let in.
 pub fn own_store_flags(urls: &[String]) -> Vec<String> {
-    store_flags(Path::new(FOLDER), urls)
+    let mut flags = store_flags(Path::new(FOLDER), urls);
+    // Members come and go; a control plane that starts while its own is down asks the others.
+    flags.extend(["--etcd-members-file".to_owned(), format!("/{MEMBERS_FILE}")]);
+    flags
+}
+
+/// The members that a control plane knew last, an address a line.
+pub fn remembered(node: &Path) -> Vec<String> {
+    let text = std::fs::read_to_string(node.join(MEMBERS_FILE));
+    let text = text.unwrap_or_default();
+    let addresses = text.lines().filter(|line| line.starts_with("https://"));
+    addresses.map(str::to_owned).collect()
 }
 
 /// The same for programs that see the credentials in another folder.
@@ -129,5 +142,6 @@ mod tests {
         assert_eq!(value("--initial-cluster-state"), "existing");
         let store = own_store_flags(&[client_url(member.address)]);
         assert_eq!(store[1], "etcd:https://[fd00::1]:2379");
+        assert!(store.contains(&"/var/lib/keelway/etcd-members".to_owned()));
     }
 }

@@ -52,6 +52,16 @@ impl IpFamily {
         }
     }
 
+    /// That of a node's addresses.
+    pub fn of(addresses: &[IpAddr]) -> Self {
+        let has = |v4| addresses.iter().any(|address| address.is_ipv4() == v4);
+        match (has(true), has(false)) {
+            (true, true) => IpFamily::Dual,
+            (false, true) => IpFamily::Ipv6,
+            _ => IpFamily::Ipv4,
+        }
+    }
+
     pub fn has_v4(self) -> bool {
         self != IpFamily::Ipv6
     }

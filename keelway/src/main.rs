@@ -339,8 +339,8 @@ async fn run(command: Command) -> anyhow::Result<()> {
             leave::run(&flags, &machine, &state).await?;
         }
         Command::Start { foreground, store } => {
-            let (_, program) = prepared("start")?;
-            machine::run::start(&state, &program, (foreground, &store)).await?;
+            let (machine, program) = prepared("start")?;
+            machine::run::start(&state, (&machine, &program), (foreground, &store)).await?;
         }
         Command::Stop => {
             checks::root("stop")?;

@@ -201,12 +201,16 @@ pub struct EtcdPki {
 }
 
 impl EtcdPki {
-    /// Makes the credentials of members, each given by its name and addresses.
+    /// Makes the credentials of members, each given by its name and addresses; `renewed` as in [`Subjects`].
     ///
     /// # Errors
     /// Names the subject whose credential could not be made.
-    pub fn new(cluster: &str, members: &[(String, Vec<IpAddr>)]) -> Result<Self, PkiError> {
-        let authority = Authority::new(&format!("{cluster}-etcd"), YEARS)?;
+    pub fn new(
+        cluster: &str,
+        members: &[(String, Vec<IpAddr>)],
+        renewed: bool,
+    ) -> Result<Self, PkiError> {
+        let authority = Authority::new(&format!("{cluster}-etcd"), years(renewed))?;
         let member = |(name, addresses): &(String, Vec<IpAddr>)| {
             authority.member(name, &Self::names(name, addresses.clone()))
         };
@@ -217,7 +221,7 @@ impl EtcdPki {
         })
     }
 
-    /// Makes the credential of one member more, by the authority that there is.
+    /// Makes the credential of one member more, by the authority that there is; its control plane renews it.
     ///
     /// # Errors
     /// When the authority is none, or the credential cannot be made.
@@ -226,7 +230,7 @@ impl EtcdPki {
         name: &str,
         address: IpAddr,
     ) -> Result<Credential, PkiError> {
-        Authority::load(authority, YEARS)?.member(name, &Self::names(name, vec![address]))
+        Authority::load(authority, years(true))?.member(name, &Self::names(name, vec![address]))
     }
 
     fn names(name: &str, addresses: Vec<IpAddr>) -> Names {
@@ -268,8 +272,12 @@ pub struct Subjects<'a> {
 impl Subjects<'_> {
     /// How long certificates are good.
     pub fn years(&self) -> i64 {
-        if self.renewed { 1 } else { YEARS }
+        years(self.renewed)
     }
+}
+
+fn years(renewed: bool) -> i64 {
+    if renewed { 1 } else { YEARS }
 }
 
 fn with_loopback(mut addresses: Vec<IpAddr>) -> Vec<IpAddr> {

@@ -199,7 +199,8 @@ async fn ask(arguments: &BalanceArguments) -> anyhow::Result<Vec<SocketAddr>> {
     Ok(addresses(&api.get("kubernetes").await?))
 }
 
-fn addresses(endpoints: &Endpoints) -> Vec<SocketAddr> {
+/// Where API servers are, as `default/kubernetes` says, in order.
+pub fn addresses(endpoints: &Endpoints) -> Vec<SocketAddr> {
     let subsets = endpoints.subsets.iter().flatten();
     let mut found: Vec<SocketAddr> = subsets
         .flat_map(|subset| {

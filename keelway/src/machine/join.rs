@@ -203,7 +203,7 @@ impl Plan<'_> {
         std::fs::write(&path, text).map_err(file("write", &path))?;
         self.plant_images(program, flags, progress).await?;
         let step = progress.step("node started");
-        let nodes = run::launch(self.dir, &spec, known, program).await?;
+        let nodes = run::launch(self.dir, (&spec, &path), known, program).await?;
         step.done();
         Ok(nodes)
     }
@@ -407,14 +407,12 @@ async fn add(
             step = progress.step("member of etcd has caught up");
             // From now on the others may count on it: it is not taken back, but goes on or leaves.
             known.complete = true;
+            known.unannounced = true;
             member::promote(plan.dir, known).await?;
             nodes.tell(member::VOTE).await?;
         }
         if plan.control_plane.is_some() {
-            let admin = leave::read_kubeconfig(&plan.dir.kubeconfig())?;
-            let api = ClusterApi::new(&admin).await?;
-            api.ready().await;
-            api.label_node(plan.node, CONTROL_PLANE_LABEL).await?;
+            run::announce(plan.dir, known).await?;
         }
         step.done();
         Ok::<_, MachineError>(())

@@ -42,7 +42,11 @@ pub fn check(machine: &Machine) -> Result<(), MachineError> {
 /// # Errors
 /// When they cannot be made or written.
 pub fn found(dir: &MachineDir, cluster: &str, member: &Member) -> Result<OwnMember, MachineError> {
-    let pki = EtcdPki::new(cluster, &[(member.name.clone(), vec![member.address])])?;
+    let pki = EtcdPki::new(
+        cluster,
+        &[(member.name.clone(), vec![member.address])],
+        true,
+    )?;
     write(dir, [etcd::CA, CA_KEY], &pki.ca)?;
     write(dir, etcd::CLIENT, &pki.client)?;
     for own in &pki.members {
@@ -157,7 +161,13 @@ pub fn forget(dir: &MachineDir, spec: &mut NodeSpec) -> Result<(), MachineError>
 pub fn reached(dir: &MachineDir) -> Option<Vec<String>> {
     let known = dir.read()?;
     let own = client_url(known.addresses[0]);
-    let urls = [vec![own], known.etcd?.others].concat();
+    let others = [etcd::remembered(&dir.node()), known.etcd?.others].concat();
+    let mut urls = vec![own];
+    for url in others {
+        if !urls.contains(&url) {
+            urls.push(url);
+        }
+    }
     Some(Etcd::new(dir, urls).flags())
 }
 

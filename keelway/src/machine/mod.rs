@@ -9,6 +9,7 @@ pub mod discovery;
 pub mod join;
 pub mod leave;
 pub mod member;
+mod moving;
 pub mod run;
 pub mod server;
 pub mod share;
@@ -147,6 +148,9 @@ pub struct MachineState {
     /// Its member of the cluster's etcd, or what was to be one.
     #[serde(default)]
     pub etcd: Option<EtcdState>,
+    /// The cluster has yet to be told that this is a control plane, and that others can be, too: that is done by the next start.
+    #[serde(default)]
+    pub unannounced: bool,
     /// Settings of the machine's network that were changed, with what they were.
     pub settings_before: Vec<(PathBuf, String)>,
 }
@@ -172,6 +176,7 @@ impl MachineState {
             complete: false,
             init: None,
             etcd: None,
+            unannounced: false,
             settings_before: Vec::new(),
         }
     }
@@ -250,12 +255,21 @@ fn addresses(given: &[IpAddr]) -> Result<Vec<IpAddr>, MachineError> {
     }
 }
 
-/// The source address that the kernel would choose towards an address of documentation (RFC 5737). Nothing is sent.
+/// The source address that the kernel would choose towards an address of documentation (RFC 5737), of IPv6 (RFC 3849) where there is no
+/// way to one of IPv4. Nothing is sent.
 fn own_address() -> Option<IpAddr> {
-    let socket = UdpSocket::bind("0.0.0.0:0").ok()?;
-    socket.connect("192.0.2.1:9").ok()?;
-    let address = socket.local_addr().ok()?.ip();
-    (!address.is_unspecified() && !address.is_loopback()).then_some(address)
+    let towards = |bind: &str, far: &str| {
+        let socket = UdpSocket::bind(bind).ok()?;
+        socket.connect(far).ok()?;
+        let address = socket.local_addr().ok()?.ip();
+        let is_local = match address {
+            IpAddr::V4(_) => false,
+            IpAddr::V6(address) => address.is_unicast_link_local(),
+        };
+        let usable = !address.is_unspecified() && !address.is_loopback() && !is_local;
+        usable.then_some(address)
+    };
+    towards("0.0.0.0:0", "192.0.2.1:9").or_else(|| towards("[::]:0", "[2001:db8::1]:9"))
 }
 
 /// A node's name: the one given, or the machine's.

@@ -9,11 +9,12 @@ use kube::Api;
 use kube::api::{Patch, PatchParams};
 use nix::sys::signal::Signal;
 
-use super::server::{FACTS, StoreFlags};
+use super::moving::{self, Home};
+use super::server::{CONTROL_PLANE_LABEL, FACTS, StoreFlags};
 use super::spec::ClusterFacts;
-use super::{MachineDir, MachineError, MachineState, file, member, share};
+use super::{MachineDir, MachineError, MachineState, Role, file, member, share, systemd};
 use crate::api::ClusterApi;
-use crate::checks;
+use crate::checks::{self, Machine};
 use crate::node::NodeSpec;
 use crate::node::launch::{LaunchError, Nodes};
 use crate::state::{ClusterLock, StateDir};
@@ -22,7 +23,7 @@ use crate::state::{ClusterLock, StateDir};
 pub const API: &str = "api";
 
 /// Longer than PID 1 waits for its services.
-const STOP_PATIENCE: Duration = Duration::from_secs(20);
+pub(super) const STOP_PATIENCE: Duration = Duration::from_secs(20);
 
 /// Locks this machine's folder, which has a node.
 pub(super) fn claim(
@@ -34,25 +35,25 @@ pub(super) fn claim(
     Ok((dir, known, lock))
 }
 
-/// Starts the node from its description, and writes down its PID 1.
+/// Starts the node from its description, which is in a file too, and writes down its PID 1.
 ///
 /// # Errors
 /// What PID 1 says.
 pub(super) async fn launch(
     dir: &MachineDir,
-    spec: &NodeSpec,
+    (spec, path): (&NodeSpec, &Path),
     known: &mut MachineState,
     program: &Path,
 ) -> Result<Nodes, MachineError> {
     let machine = checks::machine().map_err(|error| MachineError::Refused(error.to_string()))?;
-    machine
-        .hierarchies
-        .for_the_machine()
-        .create(&spec.cluster, &spec.name)?;
+    let hierarchies = machine.hierarchies.for_the_machine();
+    // A command that was killed may have left a node that is about to end.
+    hierarchies.kill(&spec.cluster, STOP_PATIENCE)?;
+    hierarchies.create(&spec.cluster, &spec.name)?;
     remember_settings(spec, known);
     dir.write(known)?;
     let mut nodes = Nodes::default();
-    nodes.start(program, spec, &dir.spec(), None)?;
+    nodes.start(program, spec, path, None)?;
     let name = spec.name.as_str();
     let init = nodes.wait(|board| board.init(name)).await?;
     known.init = Some(init);
@@ -78,31 +79,56 @@ fn remember_settings(spec: &NodeSpec, known: &mut MachineState) {
     }
 }
 
-/// `keelway start`: starts a machine's node as it was described, after a reboot for example.
+/// `keelway start`: starts a machine's node as it was described, after a reboot for example. On another store when one is named: `etcd`
+/// moves the state there.
 ///
 /// # Errors
 /// When this machine is no node, or runs as one already.
 pub async fn start(
     state: &StateDir,
-    program: &Path,
+    (machine, program): (&Machine, &Path),
     (stay, store): (bool, &StoreFlags),
 ) -> Result<(), MachineError> {
     let (dir, mut known, lock) = claim(state)?;
     if !known.complete {
         return Err(MachineError::NoMember);
     }
-    if known.is_running() {
-        return Err(MachineError::Running(known.node));
-    }
     let path = dir.spec();
     let text = fs::read(&path).map_err(file("read", &path))?;
     let mut spec: NodeSpec =
         serde_json::from_slice(&text).map_err(|error| file("read", &path)(error.into()))?;
-    if store.brings_members()? {
-        let reason = "a state moves to an etcd that is there: --store etcd:URL[,URL...]; `keelway server --store etcd` begins one with a cluster";
-        return Err(MachineError::Refused(reason.to_owned()));
+    let moves = store.brings_members()?;
+    match moving::home(&spec) {
+        Some(Home::Embedded) if moves => {
+            moving::check(&dir, &known, machine)?;
+            let moved = moving::to_own_etcd(&dir, &mut known, spec, program).await;
+            let nodes = moved.inspect_err(|_| {
+                eprintln!("The state is where it was: `keelway start` starts the node on it.");
+            })?;
+            nodes.tell(API).await?;
+            nodes.tell(member::VOTE).await?;
+            nodes.while_well(announce(&dir, &mut known)).await?;
+            drop(lock);
+            return hand_over(nodes, stay).await;
+        }
+        Some(Home::Own) if moves && known.is_running() => {
+            println!("The state is in an etcd of its own already.");
+            return announce(&dir, &mut known).await;
+        }
+        // A move that was cut off after it had come about.
+        Some(Home::Own) if moves => {}
+        Some(Home::Elsewhere) if moves => {
+            let reason = "the state is in an etcd elsewhere, and stays there: it is the embedded store's that moves into an etcd of its own";
+            return Err(MachineError::Refused(reason.to_owned()));
+        }
+        None if store.is_shared() => return Err(share::ShareError::NoControlPlane.into()),
+        _ => {}
     }
-    if store.is_shared() {
+    if known.is_running() {
+        return Err(MachineError::Running(known.node));
+    }
+    moving::tidy(&dir, &mut known, &spec)?;
+    if store.is_shared() && !moves {
         let (flags, files) = store.flags();
         share::change_store(&mut spec, &flags)?;
         if known.etcd.take().is_some() {
@@ -115,27 +141,53 @@ pub async fn start(
         let text = serde_json::to_vec_pretty(&spec);
         let text = text.map_err(|error| file("write", &path)(error.into()))?;
         fs::write(&path, text).map_err(file("write", &path))?;
+        known.unannounced = true;
     }
-    let nodes = launch(&dir, &spec, &mut known, program).await?;
+    let nodes = launch(&dir, (&spec, &path), &mut known, program).await?;
     nodes.tell(API).await?;
     // A join that was cut off may have left that to do.
     nodes.while_well(member::promote(&dir, &mut known)).await?;
     nodes.tell(member::VOTE).await?;
-    if store.is_shared() {
-        nodes.while_well(tell_store(&dir)).await?;
+    if known.unannounced {
+        nodes.while_well(announce(&dir, &mut known)).await?;
     }
     drop(lock);
     settle(nodes, stay).await
 }
 
-/// Lets machines that would join know that the state is where several control planes reach it.
-async fn tell_store(dir: &MachineDir) -> Result<(), MachineError> {
-    let path = dir.kubeconfig();
-    let text = fs::read_to_string(&path).map_err(file("read", &path))?;
-    let admin: serde_json::Value = serde_saphyr::from_str(&text)
-        .map_err(|error| MachineError::Refused(format!("{}: {error}", path.display())))?;
-    let api = ClusterApi::new(&admin).await?;
-    api.ready().await;
+/// Lets the node go on as it did before it was moved.
+async fn hand_over(nodes: Nodes, stay: bool) -> Result<(), MachineError> {
+    if !stay && systemd::is_installed() {
+        nodes.stop().await?;
+        return Ok(systemd::resume().await?);
+    }
+    settle(nodes, stay).await
+}
+
+/// Tells the cluster what machines that would join, and those that would leave, are to know: that the state is where several control
+/// planes reach it, and that this is one.
+///
+/// # Errors
+/// What the cluster says.
+pub(super) async fn announce(
+    dir: &MachineDir,
+    known: &mut MachineState,
+) -> Result<(), MachineError> {
+    if known.role == Role::ControlPlane {
+        let path = dir.kubeconfig();
+        let text = fs::read_to_string(&path).map_err(file("read", &path))?;
+        let admin: serde_json::Value = serde_saphyr::from_str(&text)
+            .map_err(|error| MachineError::Refused(format!("{}: {error}", path.display())))?;
+        let api = ClusterApi::new(&admin).await?;
+        api.ready().await;
+        tell_store(&api).await?;
+        api.label_node(&known.node, CONTROL_PLANE_LABEL).await?;
+    }
+    known.unannounced = false;
+    dir.write(known)
+}
+
+async fn tell_store(api: &ClusterApi) -> Result<(), MachineError> {
     let refused =
         |error: kube::Error| MachineError::Refused(format!("asking the cluster: {error}"));
     let maps: Api<ConfigMap> = Api::namespaced(api.client(), "kube-system");
@@ -144,6 +196,9 @@ async fn tell_store(dir: &MachineDir) -> Result<(), MachineError> {
     let facts = serde_json::from_str::<ClusterFacts>(&text.unwrap_or_default());
     let unreadable = |error| MachineError::Refused(format!("ConfigMap {FACTS}: {error}"));
     let mut facts = facts.map_err(unreadable)?;
+    if facts.store == "etcd" {
+        return Ok(());
+    }
     facts.store = "etcd".to_owned();
     let text = serde_json::to_string_pretty(&facts).map_err(unreadable)?;
     let patch = Patch::Merge(serde_json::json!({"data": {"cluster": text}}));

@@ -397,11 +397,7 @@ fn name_servers() -> impl Iterator<Item = SocketAddr> {
 
 /// What all nodes of the cluster agree on.
 fn facts(flags: &ServerFlags, own: &[IpAddr]) -> Result<ClusterFacts, MachineError> {
-    let family = match own {
-        [IpAddr::V4(_)] => family::IpFamily::Ipv4,
-        [IpAddr::V6(_)] => family::IpFamily::Ipv6,
-        _ => family::IpFamily::Dual,
-    };
+    let family = family::IpFamily::of(own);
     let given = |flag, given: &[IpNetwork], default: Vec<IpNetwork>| {
         if given.is_empty() {
             return Ok(default);

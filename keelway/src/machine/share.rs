@@ -67,7 +67,7 @@ pub enum ShareError {
 
 /// What is said where a second control plane would have no state to work on.
 pub const NOT_SHARED: &str = "this cluster keeps its state in the embedded store, which is of one control plane. Move it to etcd first, on the \
-    control plane: `keelway stop`, then `keelway store migrate --from \
+    control plane: `keelway start --store etcd` begins an etcd of its own for it; for one that is there, `keelway stop`, then `keelway store migrate --from \
     embedded:/var/lib/keelway/machine/node/var/lib/keelway/controlplane --to etcd:URL[,URL...]`, then `keelway start --store etcd:URL[,URL...]`";
 
 /// The key that seals, in hexadecimal digits.

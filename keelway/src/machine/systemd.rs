@@ -56,12 +56,36 @@ pub async fn install(program: &Path) -> Result<(), SystemdError> {
     control(&["enable", "--now", "keelway.service"]).await
 }
 
+/// Whether the node is in systemd's hands.
+pub fn is_installed() -> bool {
+    Path::new(UNIT_FILE).exists() && check().is_ok()
+}
+
+/// Stops the unit, if there is one, so that it does not start the node again by itself.
+///
+/// # Errors
+/// What systemctl says.
+pub async fn pause() -> Result<(), SystemdError> {
+    if !is_installed() {
+        return Ok(());
+    }
+    control(&["stop", "keelway.service"]).await
+}
+
+/// Starts the unit again.
+///
+/// # Errors
+/// What systemctl says.
+pub async fn resume() -> Result<(), SystemdError> {
+    control(&["start", "keelway.service"]).await
+}
+
 /// Stops the unit and removes it; nothing when there is none.
 ///
 /// # Errors
 /// What systemctl says.
 pub async fn remove() -> Result<(), SystemdError> {
-    if !Path::new(UNIT_FILE).exists() || check().is_err() {
+    if !is_installed() {
         return Ok(());
     }
     control(&["disable", "--now", "keelway.service"]).await?;

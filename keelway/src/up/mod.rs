@@ -266,7 +266,7 @@ impl Plan<'_> {
         let pki = ClusterPki::new(&subjects)?;
         let etcd = match self.config.store {
             StoreKind::Embedded => None,
-            StoreKind::Etcd => Some(EtcdPki::new(&name, &control_planes)?),
+            StoreKind::Etcd => Some(EtcdPki::new(&name, &control_planes, false)?),
         };
         let context = kubeconfig::context_name(&name);
         let admin = kubeconfig::single(

@@ -107,7 +107,7 @@ fn a_second_control_plane_joins_on_etcd_and_takes_over() {
 }
 
 /// A server that brings its own etcd, and as many control planes more as there are machines.
-fn begin(machines: &[Machine]) -> Vec<Running> {
+pub fn begin(machines: &[Machine]) -> Vec<Running> {
     let [first, others @ ..] = machines else {
         panic!("one at least")
     };
@@ -118,7 +118,7 @@ fn begin(machines: &[Machine]) -> Vec<Running> {
 
 /// Makes a machine another control plane of the first one's cluster.
 #[track_caller]
-fn come(first: &Machine, machine: &Machine) -> Running {
+pub fn come(first: &Machine, machine: &Machine) -> Running {
     let offered = first.keelway(&["token", "create", "--control-plane"]);
     let joins = joining(&offered.ok());
     let mut arguments = machine.join(&joins);
@@ -130,13 +130,13 @@ fn come(first: &Machine, machine: &Machine) -> Running {
 
 /// Runs `keelway store member` on a control plane, which asks the etcd that it has a member of.
 #[track_caller]
-fn member(machine: &Machine, words: &[&str]) -> Finished {
+pub fn member(machine: &Machine, words: &[&str]) -> Finished {
     machine.keelway(&[&["store", "member"], words].concat())
 }
 
 /// The members as etcd knows them: the name and the address of each that has a vote.
 #[track_caller]
-fn voters(machine: &Machine) -> Vec<String> {
+pub fn voters(machine: &Machine) -> Vec<String> {
     let shown = member(machine, &["list", "--output", "json"]).ok();
     let shown: Vec<Value> = serde_json::from_str(&shown).expect("JSON");
     let voters = shown.iter().filter(|member| member["isLearner"] == false);

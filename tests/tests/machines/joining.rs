@@ -122,6 +122,10 @@ fn machines_join_work_and_leave() {
         "Approved"
     );
 
+    for machine in [&first, &second] {
+        machine.hides(&[&join[3], &own[3]]);
+    }
+
     // The control plane's machine goes down and comes back, with all that was there.
     drop(server);
     first.wait_ended();

@@ -6,6 +6,7 @@ use std::time::Duration;
 use keelway_tests::cluster::{client, images, keelway};
 use keelway_tests::process::{Finished, Running, eventually, run, run_with_input};
 use keelway_tests::sandbox::{Network, Sandbox, ip};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 pub const UP_TIMEOUT: Duration = Duration::from_secs(150);
@@ -25,11 +26,21 @@ pub fn sandbox() -> Sandbox {
     ip("link add machines type bridge").expect("a bridge");
     ip("link set machines up").expect("up");
     ip("address add 198.18.230.254/24 dev machines").expect("an address");
+    ip("address add 2001:2:0:e6::fe/64 dev machines nodad").expect("an address");
     sandbox
 }
 
 impl Machine {
     pub fn new(folder: &Path, number: u8) -> Machine {
+        Self::at(folder, number, (&format!("198.18.230.{number}"), 24))
+    }
+
+    /// One that has no address but of IPv6.
+    pub fn of_ipv6(folder: &Path, number: u8) -> Machine {
+        Self::at(folder, number, (&format!("2001:2:0:e6::{number:x}"), 64))
+    }
+
+    fn at(folder: &Path, number: u8, (address, prefix): (&str, u8)) -> Machine {
         let network = Network::new().expect("a network");
         let link = format!("m{number}");
         ip(&format!(
@@ -38,16 +49,17 @@ impl Machine {
         ))
         .expect("a link");
         ip(&format!("link set {link} master machines up")).expect("on the bridge");
-        let address = format!("198.18.230.{number}");
         network.run(|| {
             ip("link set eth0 up").expect("up");
-            ip(&format!("address add {address}/24 dev eth0")).expect("an address");
+            // Nobody else has it, so nothing waits until the kernel has asked around.
+            let nodad = if prefix > 32 { "nodad" } else { "" };
+            ip(&format!("address add {address}/{prefix} dev eth0 {nodad}")).expect("an address");
         });
         let name = format!("m{number}-{}", std::process::id());
         Machine {
             state: folder.join(&name),
             name,
-            address,
+            address: address.to_owned(),
             network,
         }
     }
@@ -125,20 +137,89 @@ impl Machine {
         arguments
     }
 
+    /// What is written down of it as a node; null before there is anything.
+    pub fn known(&self) -> Value {
+        let text = std::fs::read(self.state.join("machine/machine.json")).unwrap_or_default();
+        serde_json::from_slice(&text).unwrap_or_default()
+    }
+
     /// Waits until its node's PID 1 has ended, which follows the end of the command that it belonged to.
     #[track_caller]
     pub fn wait_ended(&self) {
-        let state = std::fs::read(self.state.join("machine/machine.json")).expect("a state");
-        let state: Value = serde_json::from_slice(&state).expect("JSON");
-        let process = PathBuf::from(format!("/proc/{}", state["init"]["pid"]));
+        let process = PathBuf::from(format!("/proc/{}", self.known()["init"]["pid"]));
         eventually("PID 1 has ended", CHANGE_TIMEOUT, || {
             let there = process.exists();
             (!there).then_some(()).ok_or("it is there".to_owned())
         });
     }
 
+    /// A service of its node: a child of the node's PID 1, by the name of its program.
+    #[track_caller]
+    pub fn service(&self, program: &str) -> Pid {
+        let known = self.known();
+        let init = known["init"]["pid"].as_u64().expect("a PID 1");
+        let threads = format!("/proc/{init}/task/{init}/children");
+        let children = std::fs::read_to_string(threads).expect("PID 1 lives");
+        let is_wanted = |pid: &&str| {
+            let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            program.starts_with(name.trim()) && !name.trim().is_empty()
+        };
+        let found = children.split_whitespace().find(is_wanted);
+        let found = found.and_then(|pid| pid.parse().ok());
+        Pid::from_raw(found.unwrap_or_else(|| panic!("{program} does not run: {children}")))
+    }
+
+    /// A file of its node, by its path there.
+    pub fn node_file(&self, path: &str) -> PathBuf {
+        self.state.join("machine/node").join(path)
+    }
+
     pub fn kubeconfig(&self) -> String {
         self.state.join("machine/kubeconfig").display().to_string()
+    }
+
+    /// Checks that what is secret is in no log of its node and in no program's arguments: private keys, tokens of ServiceAccounts, and the
+    /// tokens that machines join with.
+    #[track_caller]
+    pub fn hides(&self, tokens: &[&str]) {
+        let read = |path: PathBuf| std::fs::read_to_string(path).unwrap_or_default();
+        let files = |folder: &str| {
+            let entries = std::fs::read_dir(self.node_file(folder)).expect("a folder");
+            entries.flatten().map(|entry| entry.path())
+        };
+        let secret_half = |token: &&str| token.split_once('.').expect("a token").1.to_owned();
+        let mut secrets: Vec<String> = tokens.iter().map(secret_half).collect();
+        for path in files("credentials").chain(files("var/lib/kubelet/pki")) {
+            let text = read(path);
+            let lines: Vec<&str> = text.lines().collect();
+            let keys = lines
+                .windows(2)
+                .filter(|pair| pair[0].contains("PRIVATE KEY--"));
+            secrets.extend(keys.map(|pair| pair[1].to_owned()));
+        }
+        assert!(secrets.len() > tokens.len() + 1, "{secrets:?}");
+        // How the head of a signed token begins, and a key in a file.
+        secrets.extend(["eyJhbGciOi", "PRIVATE KEY"].map(str::to_owned));
+        let logs = files("var/log/keelway").chain([self.node_file("init.log")]);
+        let mut public: Vec<(String, String)> = logs
+            .map(|path| (path.display().to_string(), read(path)))
+            .collect();
+        let processes = std::fs::read_dir("/proc").expect("/proc").flatten();
+        for process in processes.map(|process| process.path()) {
+            if read(process.join("cgroup")).contains(&format!("/{}/", self.name)) {
+                let arguments = read(process.join("cmdline"));
+                public.push((arguments.replace('\0', " "), arguments));
+            }
+        }
+        assert!(
+            public
+                .iter()
+                .any(|(what, _)| what.contains("keelway-kubelet"))
+        );
+        for (what, text) in &public {
+            let found = secrets.iter().find(|secret| text.contains(secret.as_str()));
+            assert!(found.is_none(), "{found:?} is in {what}");
+        }
     }
 
     /// What the machine's network is made of.

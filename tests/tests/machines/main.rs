@@ -2,5 +2,8 @@
 //! machines. Each has its own state folder, as a machine has its /var.
 
 mod control_planes;
+mod ipv6;
 mod joining;
 mod machine;
+mod members;
+mod moving;

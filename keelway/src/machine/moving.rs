@@ -1,0 +1,217 @@
+//! `keelway start --store etcd`: the state of this machine's control plane moves out of the embedded store into an etcd that it begins,
+//! so that others can join it.
+//!
+//! One rename decides: until the node's new description is in the place of the old one, the state is the embedded store's, which is only
+//! read; from then on it is etcd's. What an attempt that was cut off has left before that goes with the next start.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use tokio::process::Command;
+
+use super::member::{self, CA_KEY, OwnMember, VOTE};
+use super::run::{self, STOP_PATIENCE};
+use super::share;
+use super::{EtcdState, MachineDir, MachineError, MachineState, file, systemd};
+use crate::checks::Machine;
+use crate::etcd::{self, Member, client_url};
+use crate::node::NodeSpec;
+use crate::node::launch::Nodes;
+use crate::progress::Progress;
+
+/// The description of the node as it is to be.
+const NEXT: &str = "node.next.json";
+/// The folders of both states, in the node's own.
+const EMBEDDED: &str = "var/lib/keelway/controlplane";
+const ETCD: &str = "var/lib/etcd";
+/// How long a new etcd of one member may take.
+const ETCD_PATIENCE: Duration = Duration::from_secs(60);
+
+/// Where the state of a machine is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Home {
+    Embedded,
+    /// An etcd that this machine has a member of.
+    Own,
+    /// An etcd elsewhere.
+    Elsewhere,
+}
+
+/// Where a node's description says that its state is; None when it is no control plane.
+pub(super) fn home(spec: &NodeSpec) -> Option<Home> {
+    let flags = share::store_flags(spec)?;
+    let own = |service: &crate::node::ServiceSpec| service.name == etcd::SERVICE;
+    Some(if share::kind_of_store(&flags) == "embedded" {
+        Home::Embedded
+    } else if spec.services.iter().any(own) {
+        Home::Own
+    } else {
+        Home::Elsewhere
+    })
+}
+
+/// Brings what is written down of a machine into line with its description, after a move that was cut off.
+///
+/// # Errors
+/// When what is left of it cannot be removed.
+pub(super) fn tidy(
+    dir: &MachineDir,
+    known: &mut MachineState,
+    spec: &NodeSpec,
+) -> Result<(), MachineError> {
+    match home(spec) {
+        // It came as far as the rename.
+        Some(Home::Own) if known.etcd.is_none() => known.etcd = Some(alone()),
+        Some(Home::Embedded) if known.unannounced => {
+            clear(dir)?;
+            known.unannounced = false;
+        }
+        _ => return Ok(()),
+    }
+    dir.write(known)
+}
+
+/// A member that began its etcd.
+fn alone() -> EtcdState {
+    EtcdState {
+        others: Vec::new(),
+        votes: true,
+    }
+}
+
+/// Removes an etcd that nobody uses yet.
+fn clear(dir: &MachineDir) -> Result<(), MachineError> {
+    let data = dir.node().join(ETCD);
+    if data.exists() {
+        fs::remove_dir_all(&data).map_err(file("remove", &data))?;
+    }
+    let credentials = [etcd::CA, CA_KEY].into_iter();
+    let credentials = credentials.chain(etcd::CLIENT).chain(etcd::MEMBER);
+    let files = credentials.map(|name| dir.credentials().join(name));
+    for path in files.chain([dir.node().join(NEXT)]) {
+        if path.exists() {
+            fs::remove_file(&path).map_err(file("remove", &path))?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether there can be an etcd on this machine.
+///
+/// # Errors
+/// When its program is missing, or there is one already, which nobody here has begun.
+pub(super) fn check(
+    dir: &MachineDir,
+    known: &MachineState,
+    machine: &Machine,
+) -> Result<(), MachineError> {
+    member::check(machine)?;
+    let data = dir.node().join(ETCD);
+    if data.exists() && !known.unannounced {
+        let reason = format!(
+            "{} holds an etcd that is not this cluster's state: move it away, or remove it",
+            data.display()
+        );
+        return Err(MachineError::Refused(reason));
+    }
+    Ok(())
+}
+
+/// Moves the state, and starts the node on it; a node that runs is stopped before. The caller has the lock.
+///
+/// # Errors
+/// Why the state is where it was; trying again is safe.
+pub(super) async fn to_own_etcd(
+    dir: &MachineDir,
+    known: &mut MachineState,
+    mut spec: NodeSpec,
+    program: &Path,
+) -> Result<Nodes, MachineError> {
+    let progress = Progress::default();
+    if let Some(init) = known.init.filter(|_| known.is_running()) {
+        let step = progress.step("node stopped");
+        systemd::pause().await?;
+        let ended = init.signal_and_wait(Signal::SIGTERM, STOP_PATIENCE);
+        ended.map_err(file("end the node of", dir.path()))?;
+        step.done();
+    }
+    known.unannounced = true;
+    dir.write(known)?;
+    clear(dir)?;
+    let step = progress.step("an etcd of its own");
+    let own = Member {
+        name: known.node.clone(),
+        address: known.addresses[0],
+    };
+    let OwnMember { service, store } = member::found(dir, &known.cluster, &own)?;
+    share::change_store(&mut spec, &store)?;
+    for controlplane in &mut spec.services {
+        if controlplane.name == "controlplane" {
+            controlplane.after = vec![etcd::SERVICE.to_owned(), VOTE.to_owned()];
+        }
+    }
+    spec.services.push(service);
+    let next = dir.node().join(NEXT);
+    let text = serde_json::to_vec_pretty(&spec);
+    let text = text.map_err(|error| file("write", &next)(error.into()))?;
+    fs::write(&next, text).map_err(file("write", &next))?;
+    let nodes = run::launch(dir, (&spec, &next), known, program).await?;
+    let serves = nodes.wait(|board| board.is_ready(&spec.name, etcd::SERVICE).then_some(()));
+    match tokio::time::timeout(ETCD_PATIENCE, serves).await {
+        Ok(serves) => serves?,
+        Err(_) => {
+            let reason = format!("etcd does not serve within {ETCD_PATIENCE:?}");
+            return Err(MachineError::Refused(reason));
+        }
+    }
+    step.done();
+    let step = progress.step("state moved");
+    let said = nodes.while_well(copy(dir, &own)).await?;
+    commit(dir, &next)?;
+    step.done();
+    known.etcd = Some(alone());
+    dir.write(known)?;
+    println!(
+        "{said}. It is in etcd now; as it was, with its Secrets, it is still in {}.",
+        dir.node().join(EMBEDDED).display()
+    );
+    Ok(nodes)
+}
+
+/// Copies the state, which nobody changes meanwhile: the control plane waits.
+async fn copy(dir: &MachineDir, own: &Member) -> Result<String, MachineError> {
+    let refused = |reason: String| MachineError::Refused(format!("moving the state: {reason}"));
+    let program = std::env::current_exe().map_err(|error| refused(error.to_string()))?;
+    let from = format!("embedded:{}", dir.node().join(EMBEDDED).display());
+    let to = etcd::store_flags(&dir.credentials(), &[client_url(own.address)]);
+    let to = to.into_iter().map(|word| match word.as_str() {
+        "--store" => "--to".to_owned(),
+        _ => word,
+    });
+    let output = Command::new(program.with_file_name("keelway-controlplane"))
+        .args(["store", "migrate", "--from", &from])
+        .args(to)
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output()
+        .await
+        .map_err(|error| refused(error.to_string()))?;
+    let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+    if output.status.success() {
+        return Ok(said(&output.stdout));
+    }
+    Err(refused(said(&output.stderr)))
+}
+
+/// Puts the description of the node on etcd in the place of the one on the embedded store, on disk.
+fn commit(dir: &MachineDir, next: &PathBuf) -> Result<(), MachineError> {
+    let (path, folder) = (dir.spec(), dir.node());
+    let synced = File::open(next).and_then(|file| file.sync_all());
+    synced.map_err(file("sync", next))?;
+    fs::rename(next, &path).map_err(file("replace", &path))?;
+    let synced = File::open(&folder).and_then(|folder| folder.sync_all());
+    synced.map_err(file("sync", &folder))
+}
