@@ -360,7 +360,7 @@ fn as_control_plane(
     for (name, text) in pki.control_plane_files(flags.port) {
         share::write(&folder.join(name), &text)?;
     }
-    for (name, text) in shared.store_files() {
+    for (name, text) in shared.beside() {
         share::write(&folder.join(name), text)?;
     }
     let admin = kubeconfig::single(

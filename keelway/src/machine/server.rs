@@ -64,6 +64,12 @@ pub struct ServerFlags {
     schedulable: bool,
     #[command(flatten)]
     store: StoreFlags,
+    /// What is kept sealed, and the keys to that: an EncryptionConfiguration, for all control planes
+    #[arg(long, value_name = "FILE")]
+    encryption_provider_config: Option<PathBuf>,
+    /// Which requests go into the audit log: a Policy of audit.k8s.io/v1, for all control planes
+    #[arg(long, value_name = "FILE")]
+    audit_policy_file: Option<PathBuf>,
     /// Flag of keelway-agent, for all nodes
     #[arg(long, value_name = "FLAG", allow_hyphen_values = true)]
     agent_arg: Vec<String>,
@@ -281,7 +287,14 @@ impl Prepared<'_> {
         for (name, text) in pki.control_plane_files(self.flags.port) {
             write(&folder.join(name), &text)?;
         }
-        for (from, name) in self.flags.store.flags().1 {
+        let guards = [
+            (&self.flags.encryption_provider_config, share::ENCRYPTION),
+            (&self.flags.audit_policy_file, share::AUDIT_POLICY),
+        ];
+        let guards = guards
+            .into_iter()
+            .filter_map(|(from, name)| Some((from.as_deref()?, name)));
+        for (from, name) in self.flags.store.flags().1.into_iter().chain(guards) {
             let text = std::fs::read_to_string(from).map_err(file("read", from))?;
             write(&folder.join(name), &text)?;
         }

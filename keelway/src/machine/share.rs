@@ -30,8 +30,18 @@ const FIELD: &str = "sealed";
 const LIFE: Duration = Duration::from_secs(2 * 3600);
 /// Files of the folder of credentials that control planes share.
 const FILES: [&str; 4] = ["ca.crt", "ca.key", "sa.key", "sa.pub"];
-/// Those that there are with some stores.
-const STORE_FILES: [&str; 4] = [etcd::CA, etcd::CLIENT[0], etcd::CLIENT[1], member::CA_KEY];
+/// Those that there are with some stores, and where `server` was given them.
+const SOME_FILES: [&str; 6] = [
+    etcd::CA,
+    etcd::CLIENT[0],
+    etcd::CLIENT[1],
+    member::CA_KEY,
+    ENCRYPTION,
+    AUDIT_POLICY,
+];
+/// What is kept sealed and by which keys, and which requests are told of in the audit log: all control planes have the same.
+pub const ENCRYPTION: &str = "encryption.yaml";
+pub const AUDIT_POLICY: &str = "audit.yaml";
 const EMBEDDED: &str = "--data-dir";
 
 #[derive(Debug, thiserror::Error)]
@@ -178,7 +188,7 @@ impl Shared {
             text.map_err(|error| ShareError::Read(path.display().to_string(), error))
         };
         let there = |name: &&&str| folder.join(name).exists();
-        let names = FILES.iter().chain(STORE_FILES.iter().filter(there));
+        let names = FILES.iter().chain(SOME_FILES.iter().filter(there));
         let files = names.map(|name| Ok(((*name).to_owned(), read(name)?)));
         Ok(Shared {
             store,
@@ -196,9 +206,9 @@ impl Shared {
     }
 
     /// The files that go beside a control plane's own, as they are.
-    pub fn store_files(&self) -> impl Iterator<Item = (&str, &str)> {
-        let of_store = STORE_FILES.iter();
-        of_store.filter_map(|name| Some((*name, self.files.get(*name)?.as_str())))
+    pub fn beside(&self) -> impl Iterator<Item = (&str, &str)> {
+        let some = SOME_FILES.iter();
+        some.filter_map(|name| Some((*name, self.files.get(*name)?.as_str())))
     }
 
     /// Makes the cluster know the token, and keep what is shared as long as that; gives the key that opens it.

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::balancer;
 use super::member;
+use super::share;
 use super::token::Token;
 use super::{LOCAL_API_PORT, MachineDir, MachineError, file};
 use crate::checks::Machine;
@@ -258,6 +259,20 @@ impl Plan<'_> {
             ],
         );
         server.argv.extend(control_plane.store.iter().cloned());
+        let given = |name: &str| self.dir.credentials().join(name).exists();
+        let mut guards = Vec::new();
+        if given(share::ENCRYPTION) {
+            guards.push(("--encryption-provider-config", share::ENCRYPTION));
+        }
+        if given(share::AUDIT_POLICY) {
+            guards.push(("--audit-policy-file", share::AUDIT_POLICY));
+            let log = ["--audit-log-path", "/var/log/keelway/audit.log"];
+            server.argv.extend(log.map(str::to_owned));
+        }
+        for (flag, name) in guards {
+            let words = [flag.to_owned(), format!("{CREDENTIALS}/{name}")];
+            server.argv.extend(words);
+        }
         if let Some(etcd) = &control_plane.etcd {
             server.after = vec![etcd.name.clone(), member::VOTE.to_owned()];
         }

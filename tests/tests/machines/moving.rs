@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use keelway_tests::process::{Running, eventually};
+use keelway_tests::process::{Running, eventually, run};
 use keelway_tests::sandbox::is_root;
 use serde_json::{Value, json};
 
@@ -97,6 +97,39 @@ fn start(machine: &Machine, more: &[&str]) -> Running {
     machine.keelway_running(&[&["start", "--foreground"], more].concat())
 }
 
+const SEALING: &str = "
+apiVersion: apiserver.config.k8s.io/v1
+kind: EncryptionConfiguration
+resources:
+- resources: [secrets]
+  providers:
+  - aesgcm: {keys: [{name: one, secret: MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY=}]}
+  - identity: {}
+";
+const POLICY: &str = "
+apiVersion: audit.k8s.io/v1
+kind: Policy
+rules:
+- level: Metadata
+  resources: [{group: '', resources: [secrets]}]
+- level: None
+";
+
+/// Whether a text is in any file below a folder of the machine's node.
+fn holds(machine: &Machine, folder: &str, text: &str) -> bool {
+    let folder = machine.node_file(folder).display().to_string();
+    let command = [
+        "grep",
+        "--recursive",
+        "--text",
+        "--quiet",
+        "--fixed-strings",
+        text,
+        &folder,
+    ];
+    run(&command, &[], 60).success
+}
+
 #[test]
 fn a_state_moves_into_an_etcd_of_its_own_wherever_that_is_cut_off() {
     const MOVE: [&str; 2] = ["--store", "etcd"];
@@ -106,8 +139,28 @@ fn a_state_moves_into_an_etcd_of_its_own_wherever_that_is_cut_off() {
     let _sandbox = sandbox();
     let folder = tempfile::tempdir().expect("a folder");
     let [first, second] = [11, 12].map(|number| Machine::new(folder.path(), number));
-    let (server, _) = first.begin("moving", &["--schedulable"]);
+    let sealing = folder.path().join("sealing.yaml");
+    std::fs::write(&sealing, SEALING).expect("written");
+    let policy = folder.path().join("policy.yaml");
+    std::fs::write(&policy, POLICY).expect("written");
+    let (sealing, policy) = (sealing.display().to_string(), policy.display().to_string());
+    let guards = [
+        "--schedulable",
+        "--encryption-provider-config",
+        &sealing,
+        "--audit-policy-file",
+        &policy,
+    ];
+    let (server, _) = first.begin("moving", &guards);
     let cluster = Cluster { server: &first };
+    let secret = [
+        "create",
+        "secret",
+        "generic",
+        "hidden",
+        "--from-literal=word=xyzzy-plugh",
+    ];
+    cluster.kubectl(&secret).ok();
     make(&cluster, (0..MAPS).map(|number| format!("map-{number}")));
     let mut kept = maps(&cluster);
     assert_eq!(kept.len(), MAPS);
@@ -180,7 +233,31 @@ fn a_state_moves_into_an_etcd_of_its_own_wherever_that_is_cut_off() {
     // Which is what others can join.
     let joined = come(&first, &second);
     assert_eq!(voters(&second).len(), 2);
-    assert_eq!(maps(&Cluster { server: &second }), kept);
+    let cluster = Cluster { server: &second };
+    assert_eq!(maps(&cluster), kept);
+
+    // What was sealed is so in both stores, whose keys go to whom the state goes to. So does what is told of.
+    let hidden = cluster.get(&["secret", "hidden"]);
+    assert_eq!(hidden["data"]["word"], "eHl6enktcGx1Z2g=");
+    for folder in ["var/lib/keelway/controlplane", "var/lib/etcd/member"] {
+        for machine in [&first, &second] {
+            let open = holds(machine, folder, "eHl6enktcGx1Z2g");
+            assert!(!open, "{folder} of {}", machine.name);
+        }
+        assert!(
+            holds(&first, folder, "/core/secrets/default/hidden"),
+            "{folder}"
+        );
+    }
+    let told = std::fs::read_to_string(second.node_file("var/log/keelway/audit.log"));
+    let told = told.expect("a log");
+    let mut events = told
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    assert!(
+        events.any(|event| event["objectRef"]["name"] == "hidden"),
+        "{told}"
+    );
     second.keelway(&["leave", "--drain-timeout", "60"]).ok();
     first.keelway(&["leave", "--delete-cluster"]).ok();
     drop((joined, started));

@@ -24,6 +24,9 @@ pub(super) fn remember(path: &Path, members: &[String]) {
     }
     let new = path.with_extension("new");
     let write = || {
+        if let Some(folder) = path.parent() {
+            fs::create_dir_all(folder)?;
+        }
         let mut out = fs::File::create(&new)?;
         for member in members.iter().take(MEMBERS_MAX) {
             writeln!(out, "{member}")?;
@@ -67,7 +70,7 @@ mod tests {
     #[test]
     fn members_are_remembered_and_what_is_no_address_is_not() {
         let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path().join("members");
+        let path = folder.path().join("new/members");
         assert!(remembered(Some(&path)).is_empty() && remembered(None).is_empty());
         let members = urls(&["https://10.0.0.1:2379", "https://[fd00::1]:2379"]);
         remember(&path, &members);
