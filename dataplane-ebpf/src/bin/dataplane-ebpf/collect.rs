@@ -12,7 +12,7 @@ use dataplane_ebpf::{
     trace,
 };
 
-use crate::maps::{FLOWS, Maps, now_s};
+use crate::maps::{FLOWS, FLOWS_UNREPLIED, Maps, now_s};
 
 /// What the walk carries from entry to entry.
 #[repr(C)]
@@ -24,13 +24,13 @@ struct Walk {
     kept: u32,
 }
 
-/// Removes the flows whose time is up. Takes the pressure in the mark of its packet; leaves in the mark how many entries it
+/// Removes the answered flows whose time is up, and leaves the traces of datagrams' flows anew. Takes the pressure in the mark of its packet; leaves in the mark how many entries it
 /// removed, and in the first control word how many it left.
 #[classifier]
 pub fn collect(ctx: TcContext) -> i32 {
     let skb: *mut __sk_buff = ctx.as_ptr().cast();
-    // SAFETY: a valid context, whose mark and control words may be used; the map and the callback are what the helper asks for,
-    // and the walk outlives the call.
+    // SAFETY: a valid context, whose mark and control words may be used; the maps and the callbacks are what the helper asks for,
+    // and the walk outlives the calls.
     unsafe {
         let mut walk = Walk {
             now_s: now_s(),
@@ -41,6 +41,12 @@ pub fn collect(ctx: TcContext) -> i32 {
         bpf_for_each_map_elem(
             core::ptr::addr_of!(FLOWS).cast_mut().cast(),
             visit as *mut c_void,
+            (&raw mut walk).cast(),
+            0,
+        );
+        bpf_for_each_map_elem(
+            core::ptr::addr_of!(FLOWS_UNREPLIED).cast_mut().cast(),
+            visit_unreplied as *mut c_void,
             (&raw mut walk).cast(),
             0,
         );
@@ -82,6 +88,23 @@ unsafe extern "C" fn visit(
         if key.proto == proto::UDP && flow.reply == 1 {
             trace::leave(&Maps, key, walk.now_s);
         }
+    }
+    0
+}
+
+/// Looks at one entry of the table that evicts by itself.
+#[inline(never)]
+unsafe extern "C" fn visit_unreplied(
+    _map: *mut c_void,
+    key: *const FlowKey,
+    flow: *mut Flow,
+    walk: *mut Walk,
+) -> i64 {
+    // SAFETY: as above. Who takes the entry over meanwhile has its trace left too early or too late, or another's.
+    let (key, flow, walk) = unsafe { (&*key, &*flow, &*walk) };
+    // The client's side is the one that its packets touch.
+    if key.proto == proto::UDP && flow.reply == 0 {
+        trace::renew(&Maps, &flow.other, flow.last_seen_s, walk.now_s);
     }
     0
 }
