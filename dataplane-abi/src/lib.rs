@@ -47,7 +47,7 @@ pub mod limits {
     /// 32-byte cells in which extents lie: a header and its backends, rounded up to a power of two.
     pub const CELLS: u32 = 1 << 20;
     /// Backends of one service port, terminating ones included.
-    pub const BACKENDS_PER_SERVICE: u32 = 4095;
+    pub const BACKENDS_PER_SERVICE: u32 = 16_383;
     /// Addresses that this node delivers to itself: its pods' and its own.
     pub const LOCAL_ADDRESSES: u32 = 1 << 12;
     /// Entries (two per flow) of flows that have seen a reply.
@@ -64,6 +64,10 @@ pub mod limits {
     pub const TRACES: u32 = 1 << 15;
     /// Connected datagram sockets of the host whose backend is remembered, forgotten least recently connected first.
     pub const DATAGRAMS: u32 = 1 << 12;
+    /// Ports of the node that it gives to others' flows: the first of them, and how many. Below NodePorts (30000) and the kernel's ephemeral
+    /// ports (32768), which the node's and the pods' own connections to the same backend have.
+    pub const FLOW_PORT_FIRST: u16 = 8192;
+    pub const FLOW_PORTS: u16 = 1 << 14;
     /// Ranges of addresses on other nodes: four of each of 8,000.
     pub const PEERS: u32 = 1 << 15;
     /// Blocks of all Maglev tables, a kilobyte each, of which as many are there as are used: room for 950 tables of 65,521 entries.
@@ -84,6 +88,7 @@ pub mod limits {
     // A place in an extent fits an entry of a table.
     const _: () = assert!(BACKENDS_PER_SERVICE <= u16::MAX as u32);
     const _: () = assert!(TRACES.is_power_of_two());
+    const _: () = assert!(FLOW_PORTS.is_power_of_two() && FLOW_PORT_FIRST + FLOW_PORTS <= 30_000);
     const _: () = assert!(EVENTS_BYTES.is_power_of_two() && EVENTS_BYTES >= 4096);
 }
 

@@ -5,7 +5,7 @@
 //! moves them to the replied one, which does not: a flood of openings cannot push out flows that live.
 
 use dataplane_abi::{
-    Flow, FlowKey, Reason, SEEN_FIN, SEEN_REPLY, SEEN_RST, SEEN_SYN, SEEN_TAKEN, proto,
+    Flow, FlowKey, Reason, SEEN_FIN, SEEN_REPLY, SEEN_RST, SEEN_SYN, SEEN_TAKEN, limits, proto,
 };
 
 use crate::{
@@ -18,11 +18,6 @@ use crate::{
 /// Other source ports tried when a flow's own is taken, at random: while one of eight is free, one opening of 25 million finds none.
 /// A SYN that is dropped costs its client a second, the last attempt some microseconds.
 const PORT_ATTEMPTS: u32 = 128;
-/// Ports taken from: below NodePorts (30000) and the kernel's ephemeral ports (32768), which the node's and the pods' own
-/// connections to the same backend have.
-const PORT_FIRST: u16 = 8192;
-/// How many of them, a power of two.
-const PORT_COUNT: u16 = 16384;
 
 /// The SEEN_* bits of a packet.
 #[inline(always)]
@@ -41,6 +36,16 @@ pub const fn seen(protocol: u8, tcp_flags: u8) -> u32 {
         seen |= SEEN_RST;
     }
     seen
+}
+
+/// The SEEN_* bits of a direction after a packet with these. Whoever has reset a connection sends nothing more of it: a reset that is
+/// followed was none of this connection's (late, or made up), its receiver took no notice, and neither do we.
+#[inline(always)]
+pub const fn noted(before: u32, seen: u32) -> u32 {
+    if seen & SEEN_RST != 0 {
+        return before | seen;
+    }
+    (before & !SEEN_RST) | seen
 }
 
 /// Entry of a packet in either table, the replied one first.
@@ -77,8 +82,28 @@ pub fn has_ended<T: Tables>(tables: &T, entry: &Flow) -> bool {
     }
 }
 
-/// Whether a packet that goes by `key`, which no flow has, would be taken for one of a flow that lives, since its answers would: they
+/// Whether the flow whose answers come by `answers`, of which `entry` is that side, may still pass packets: it has been reset by nobody, and
+/// not been ended by both.
+#[inline(always)]
+fn lives<T: Tables>(tables: &T, answers: &FlowKey, entry: &Flow) -> bool {
+    if entry.seen & SEEN_RST != 0 {
+        return false;
+    }
+    match lookup(tables, &entry.other) {
+        Some(client) => {
+            let client = client.get();
+            let has_ended = client.seen & SEEN_RST != 0 || client.seen & entry.seen & SEEN_FIN != 0;
+            !has_ended && client.other == *answers
+        }
+        None => false,
+    }
+}
+
+/// Whether the opening that goes by `key`, which no flow has, would be taken for one of a flow that lives, since its answers would: they
 /// have the tuple of that flow's. `answers` is room for it.
+///
+/// One that has ended is forgotten: what the backend says from now on, that it remembers the old connection for instance, is for who opens
+/// this one. The old one's client may be waiting for stragglers still (TIME-WAIT), and would swallow it, time and again.
 #[inline(always)]
 pub fn is_taken<T: Tables>(tables: &T, key: &FlowKey, answers: &mut FlowKey) -> bool {
     *answers = key.mirrored();
@@ -86,16 +111,14 @@ pub fn is_taken<T: Tables>(tables: &T, key: &FlowKey, answers: &mut FlowKey) -> 
         return false;
     };
     let flow = entry.get();
-    if flow.reply != 1 || flow.seen & SEEN_RST != 0 {
+    if flow.reply != 1 {
         return false;
     }
-    match lookup(tables, &flow.other) {
-        Some(client) => {
-            let client = client.get().seen;
-            client & SEEN_RST == 0 && client & flow.seen & SEEN_FIN == 0
-        }
-        None => false,
+    if lives(tables, answers, flow) {
+        return true;
     }
+    forget_ended(tables, answers, flow);
+    false
 }
 
 /// What a backend's packet is to a flow that waits for its first answer: a number, since only such come back from a function in a register.
@@ -271,19 +294,18 @@ pub fn enter<T: Tables>(
 /// A port, network order.
 #[inline(always)]
 fn random_port<T: Tables>(tables: &T) -> u16 {
-    (PORT_FIRST + (tables.random() as u16 & (PORT_COUNT - 1))).to_be()
+    (limits::FLOW_PORT_FIRST + (tables.random() as u16 & (limits::FLOW_PORTS - 1))).to_be()
 }
-
-const _: () = assert!(PORT_COUNT.is_power_of_two() && PORT_FIRST + PORT_COUNT <= 30_000);
 
 /// Takes the tuple of a flow's answers. False when another flow has it. For [`Tables::claim`] alone, as above.
 #[inline(always)]
 pub fn claim<T: Tables>(tables: &T, answers: &FlowKey, entry: &Flow) -> bool {
     if let Some(taken) = tables.flow(answers) {
-        if taken.get().other != entry.other && !is_closing(tables, taken.get()) {
+        let taken = taken.get();
+        if taken.other != entry.other && lives(tables, answers, taken) {
             return false;
         }
-        tables.remove_flow(answers);
+        forget_ended(tables, answers, taken);
     }
     match tables.insert_unreplied(answers, entry, false) {
         // Between the look above and the insert, another CPU may have moved its flow from here to the replied table.
@@ -300,6 +322,18 @@ pub fn claim<T: Tables>(tables: &T, answers: &FlowKey, entry: &Flow) -> bool {
             _ => tables.insert_unreplied(answers, entry, true).is_ok(),
         },
     }
+}
+
+/// Forgets a flow that has ended, and so was answered, by the entry of its answers. The client may have another one by now, which stays; and
+/// whoever waits for a first answer by this tuple has just claimed it.
+#[inline(always)]
+fn forget_ended<T: Tables>(tables: &T, answers: &FlowKey, entry: &Flow) {
+    if let Some(client) = tables.flow(&entry.other)
+        && client.get().other == *answers
+    {
+        tables.remove_flow(&entry.other);
+    }
+    tables.remove_flow(answers);
 }
 
 /// Forgets a client's flow, both sides.
@@ -404,7 +438,7 @@ mod tests {
         for (vip, replied) in [(2, true), (3, false), (4, false)] {
             let answers = opened(&tables, vip).unwrap();
             assert_ne!(answers, first);
-            assert!(u16::from_be(answers.dport) >= PORT_FIRST);
+            assert!(u16::from_be(answers.dport) >= limits::FLOW_PORT_FIRST);
             assert_eq!(lookup(&tables, &answers).unwrap().get().other, key(vip));
             if replied {
                 answer(&tables, &answers, SEEN_SYN);
@@ -421,6 +455,20 @@ mod tests {
         answer(&tables, &first, SEEN_RST);
         assert_eq!(opened(&tables, 2).unwrap(), first);
         assert_eq!(lookup(&tables, &first).unwrap().get().other, key(2));
+    }
+
+    #[test]
+    fn a_flow_whose_client_may_still_hear_keeps_its_tuple() {
+        let tables = Memory::default();
+        let first = opened(&tables, 1).unwrap();
+        answer(&tables, &first, SEEN_SYN);
+        lookup(&tables, &key(1)).unwrap().touch(1, SEEN_FIN);
+        assert_ne!(opened(&tables, 2).unwrap(), first);
+        // Ended by both it is another's, and the first one's client cannot take it away.
+        lookup(&tables, &first).unwrap().touch(1, SEEN_FIN);
+        assert_eq!(opened(&tables, 3).unwrap(), first);
+        assert!(lookup(&tables, &key(1)).is_none());
+        assert_eq!(lookup(&tables, &first).unwrap().get().other, key(3));
     }
 
     #[test]

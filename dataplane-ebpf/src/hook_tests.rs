@@ -6,6 +6,7 @@ use super::*;
 use crate::{
     memory::{Bytes, Memory, checksums_are_right, hooks, icmp, tcp, udp},
     packet::tcp_flag::{ACK, FIN, RST, SYN},
+    tables::FlowEntry as _,
 };
 
 const A: u32 = 11;
@@ -130,6 +131,38 @@ fn what_is_for_a_pod_with_a_limit_passes_the_queue_of_its_interface() {
     let back = tcp("10.0.0.12:8080", "10.0.0.11:4000", SYN | ACK, b"");
     let (verdict, _) = from_pod(&tables, B, back);
     assert_eq!(verdict, Verdict::Peer(A));
+}
+
+#[test]
+fn a_reset_that_nobody_heeds_ends_no_flow() {
+    let tables = node(&["10.0.0.12:8080"]);
+    let (pod, service, backend) = ("10.0.0.11:4000", "10.96.0.1:80", "10.0.0.12:8080");
+    let sent = |flags| from_pod(&tables, A, tcp(pod, service, flags, b""));
+    let heard = |flags| from_pod(&tables, B, tcp(backend, pod, flags, b""));
+    let entry = |src: &str, dst: &str| {
+        let (_, ip) = crate::memory::parsed(&Bytes(tcp(src, dst, ACK, b"")));
+        *tables.flow(&ip.key).unwrap().get()
+    };
+    let timeout_s = || {
+        let (client, answers) = (entry(pod, service), entry(backend, pod));
+        dataplane_abi::timeout_s(proto::TCP, client.seen, answers.seen, 0)
+    };
+    sent(SYN);
+    heard(SYN | ACK);
+    sent(ACK);
+    let alive_s = timeout_s();
+    heard(RST);
+    assert!(timeout_s() < alive_s);
+    // What the other end sends may have been on its way already.
+    sent(ACK);
+    assert!(timeout_s() < alive_s);
+    heard(ACK);
+    assert_eq!(timeout_s(), alive_s);
+    // One that is heeded is followed by nothing, or by more of its kind.
+    sent(RST);
+    sent(RST | ACK);
+    heard(ACK);
+    assert!(timeout_s() < alive_s);
 }
 
 #[test]

@@ -15,6 +15,7 @@ use dataplane_abi::{
 };
 
 use crate::{
+    flow::noted,
     packet::{ChecksumChange, Ip, Packet, Parsed, is_ipv6, parse},
     tables::{FlowEntry, Refused, Tables},
 };
@@ -65,7 +66,7 @@ impl FlowEntry for MemoryEntry {
         let flow = self.original.get();
         self.original.set(Flow {
             last_seen_s: now_s,
-            seen: flow.seen | seen,
+            seen: noted(flow.seen, seen),
             ..flow
         });
     }

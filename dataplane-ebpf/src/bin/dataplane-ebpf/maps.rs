@@ -124,8 +124,9 @@ impl FlowEntry for Entry {
             }
             let bits = &raw mut (*self.0).seen;
             let old = bits.read_volatile();
-            if old | seen != old {
-                bits.write_volatile(old | seen);
+            let new = flow::noted(old, seen);
+            if new != old {
+                bits.write_volatile(new);
             }
         }
     }
