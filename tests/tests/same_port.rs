@@ -1,17 +1,20 @@
 //! One port of a client, used towards a backend directly and through a Service at once: real sockets of a pod, between which the kernel
 //! tells by the address that each asked for, and which lead to one tuple at the backend.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, SocketAddrV6, TcpListener};
+use std::process::Command;
 
 use dataplane_abi::Reason;
-use keelway_agent::dataplane::{Lead, ServiceId};
+use keelway_agent::dataplane::{Lead, Op, ServiceBackends, ServiceId};
+use keelway_tests::agents::until;
 use keelway_tests::nodes::{BOTH, Hooks, Nodes, PER_PACKET, frontend};
 use keelway_tests::sandbox::{Network, Sandbox, is_root};
 use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket,
-    sockopt::{ReceiveTimeout, ReuseAddr},
+    AddressFamily, Shutdown, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt,
+    shutdown, socket,
+    sockopt::{ReceiveTimeout, ReuseAddr, SendTimeout},
 };
 use nix::sys::time::{TimeVal, TimeValLike as _};
 use std::os::fd::AsRawFd as _;
@@ -30,6 +33,7 @@ fn connect_from(kind: SockType, port: u16, to: SocketAddr) -> io::Result<File> {
     let fd = socket(family, kind, SockFlag::SOCK_CLOEXEC, None)?;
     setsockopt(&fd, ReuseAddr, &true)?;
     setsockopt(&fd, ReceiveTimeout, &TimeVal::seconds(PATIENCE_S))?;
+    setsockopt(&fd, SendTimeout, &TimeVal::seconds(PATIENCE_S))?;
     let any = any.parse().map_err(io::Error::other)?;
     let from = SockaddrStorage::from(SocketAddr::new(any, port));
     bind(fd.as_raw_fd(), &from)?;
@@ -167,6 +171,97 @@ fn and_so_it_is_from_the_node_itself_without_the_socket_hook() {
                 both_work(&host, kind, port, [service, direct], backend);
                 both_work(&host, kind, port + 1, [direct, service], backend);
                 port += 2;
+            }
+        }
+    }
+}
+
+/// A server that ends connections as its clients do.
+const ENDING: u16 = 9090;
+/// What is behind as much as this at a slow interface leaves later than the other end's.
+const MUCH: [u8; 3000] = [0; 3000];
+
+/// A connection whose ends cross, so that each end waits for stragglers of the other's (TIME-WAIT).
+fn end_at_once(
+    client: &Network,
+    server: &Network,
+    listener: &TcpListener,
+    port: u16,
+    to: SocketAddr,
+) -> anyhow::Result<()> {
+    let mut one = client.run(|| connect_from(SockType::Stream, port, to))?;
+    let (mut other, _) = listener.accept()?;
+    one.write_all(&MUCH)?;
+    shutdown(one.as_raw_fd(), Shutdown::Write)?;
+    other.shutdown(std::net::Shutdown::Write)?;
+    for end in [&mut one as &mut dyn io::Read, &mut other] {
+        end.read_to_end(&mut Vec::new())?;
+    }
+    for network in [client, server] {
+        until("an end that waits for stragglers", || {
+            Ok(network.run(|| lingers(port))?.then_some(()))
+        })?;
+    }
+    Ok(())
+}
+
+/// Whether this network namespace has a connection from or to a port that waits for stragglers.
+fn lingers(port: u16) -> io::Result<bool> {
+    const TIME_WAIT: &str = "06";
+    let port = format!(":{port:04X}");
+    let mut all = String::new();
+    for table in ["tcp", "tcp6"] {
+        all += &fs::read_to_string(format!("/proc/thread-self/net/{table}"))?;
+    }
+    Ok(all.lines().any(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        matches!(words[..], [_, one, other, TIME_WAIT, ..] if one.ends_with(&port) || other.ends_with(&port))
+    }))
+}
+
+/// The backend remembers the connection of a Service's client, and so does that one, of the Service. Another connection from the port,
+/// directly, is told so by the backend, unless it happens to begin with a later number, and resets the old one: the Service's client
+/// would not.
+#[test]
+fn a_port_is_free_for_a_direct_connection_when_both_ends_of_the_services_linger() {
+    if !is_root("a port whose connection lingers") {
+        return;
+    }
+    let sandbox = Sandbox::enter().unwrap();
+    let mut nodes = Nodes::start(&sandbox, PER_PACKET).unwrap();
+    let pod = nodes.nodes[0].pods["a"].network.try_clone().unwrap();
+    pod.run(|| {
+        // A time stamp tells the new connection from the old one, too.
+        fs::write("/proc/sys/net/ipv4/tcp_timestamps", "0").unwrap();
+        let slow = "qdisc add dev eth0 root tbf rate 160kbit burst 2000 latency 5s";
+        let slowed = Command::new("tc").args(slow.split(' ')).status().unwrap();
+        assert!(slowed.success());
+    });
+    let mut port = 40_000;
+    for (node, backend) in [(0, "b"), (1, "c")] {
+        let server = nodes.nodes[node].pods[backend].network.try_clone().unwrap();
+        let any = SocketAddrV6::new(std::net::Ipv6Addr::UNSPECIFIED, ENDING, 0, 0);
+        let listener = server.run(|| TcpListener::bind(any)).unwrap();
+        for (id, service) in (1..).zip(SERVICES) {
+            nodes.serve(id, service, &[backend]).unwrap();
+            let service: SocketAddr = service.parse().unwrap();
+            let mut direct = nodes.backend(backend, service.is_ipv4()).unwrap();
+            direct.set_port(ENDING);
+            let backends = ServiceBackends {
+                active: vec![direct],
+                ..ServiceBackends::default()
+            };
+            let id = ServiceId(id);
+            let ending = [Op::SetService { id, backends }];
+            nodes.nodes[0].dataplane().apply(&ending).unwrap();
+            // Every other one begins with an earlier number.
+            for _ in 0..4 {
+                end_at_once(&pod, &server, &listener, port, service).unwrap();
+                if let Err(error) = pod.run(|| connect_from(SockType::Stream, port, direct)) {
+                    panic!("from port {port} to {direct}, not by {service}: {error}");
+                }
+                listener.accept().unwrap();
+                port += 1;
             }
         }
     }

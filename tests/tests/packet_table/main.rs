@@ -3,12 +3,14 @@
 
 mod family;
 mod flows;
+mod fresh;
 mod random;
 mod rows;
 mod rows_sctp;
 mod rows_v4;
 mod rows_v6;
 mod same_port;
+mod size;
 
 use std::{collections::BTreeMap, fs, net::IpAddr};
 
@@ -24,6 +26,7 @@ use keelway_tests::{
 
 use crate::{
     family::Family,
+    fresh::Fresh,
     rows::{PASS, REDIRECT, Row, Step, rows},
 };
 
@@ -154,25 +157,24 @@ fn check_all(family: Family, rows: Vec<Row>) {
     if !is_root("packet table") {
         return;
     }
+    let mut fresh = Fresh::open();
     for row in rows {
-        check(family, row);
+        fresh.begin(family, &row.backends);
+        check(&fresh, family, row);
     }
 }
 
-fn check(family: Family, row: Row) {
-    let sandbox = Sandbox::enter().unwrap();
-    let mut dataplane = opened(&sandbox, false);
-    dataplane.apply(&state(family, &row.backends)).unwrap();
+fn check(fresh: &Fresh, family: Family, row: Row) {
     let name = format!("{family:?}: {}", row.name);
     for (number, Step(program, packet, verdict, out)) in row.steps.into_iter().enumerate() {
         let place = format!("{name}: step {} at {}", number + 1, program.name());
-        let (got, packet) = run(&dataplane, program, &packet);
+        let (got, packet) = run(&fresh.dataplane, program, &packet);
         assert_eq!(got, verdict, "{place}: verdict");
         if let Some(out) = out {
             assert_eq!(hex(&packet), hex(&out), "{place}: packet");
         }
     }
-    let counted: BTreeMap<Reason, u64> = dataplane.counters().unwrap().into_iter().collect();
+    let counted = fresh.counters();
     let wanted: BTreeMap<Reason, u64> = row.counters.iter().copied().collect();
     for (reason, count) in &counted {
         match wanted.get(reason) {

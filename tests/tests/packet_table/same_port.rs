@@ -1,25 +1,21 @@
 //! One port of a client, directly and through a Service, through the loaded programs.
 
-use std::collections::BTreeMap;
-
 use dataplane_abi::Reason;
-use keelway_agent::dataplane::{
-    Dataplane,
-    PacketProgram::{PodIngress, ServiceIngress, UplinkIngress},
-};
+use keelway_agent::dataplane::PacketProgram::{PodIngress, ServiceIngress, UplinkIngress};
 use keelway_tests::{
     packets::{
         sctp_chunk::{self, INIT, INIT_ACK},
         tcp_flag::{ACK, FIN, RST, SYN},
     },
-    sandbox::{Sandbox, is_root},
+    sandbox::is_root,
 };
 
 use crate::{
     family::{Family, into_the_host},
-    hex, opened,
+    fresh::Fresh,
+    hex,
     rows::{DROP, REDIRECT},
-    run, source_port, state,
+    run, source_port,
 };
 
 /// What opens a conversation, what answers that, what is in its middle, and how a packet of such a kind is made.
@@ -41,23 +37,20 @@ const CONVERSATIONS: [Conversation; 2] = [
 /// Of datagrams, whose kinds are none.
 const DATAGRAM: Conversation = (0, 0, 0, |family, src, dst, _| family.udp(src, dst, b"odd"));
 
-/// The programs over a Service with one backend.
-fn leading_to(sandbox: &Sandbox, family: Family, backend: &str) -> Dataplane {
-    let mut dataplane = opened(sandbox, false);
-    let backends = family.backends(&[backend], &[]);
-    dataplane.apply(&state(family, &backends)).unwrap();
-    dataplane
+/// Over a Service with one backend.
+fn leading_to(fresh: &mut Fresh, family: Family, backend: &str) {
+    fresh.begin(family, &family.backends(&[backend], &[]));
 }
 
 /// Has `judge` look at a Service that leads to a backend of this node and one that leads to another node's, in both families and by both
 /// protocols.
-fn with_each_backend(mut judge: impl FnMut(&Dataplane, Family, &Conversation, &str)) {
+fn with_each_backend(mut judge: impl FnMut(&Fresh, Family, &Conversation, &str)) {
+    let mut fresh = Fresh::open();
     for family in Family::ALL {
         for backend in ["10.0.0.12:80", "10.0.1.13:80"] {
             for conversation in &CONVERSATIONS {
-                let sandbox = Sandbox::enter().unwrap();
-                let dataplane = leading_to(&sandbox, family, backend);
-                judge(&dataplane, family, conversation, backend);
+                leading_to(&mut fresh, family, backend);
+                judge(&fresh, family, conversation, backend);
             }
         }
     }
@@ -69,9 +62,9 @@ fn a_direct_connection_from_a_port_that_a_services_flow_has_is_told_apart() {
         return;
     }
     let (pod, service) = ("10.0.0.11:4000", "10.96.0.1:80");
-    with_each_backend(|dataplane, family, (open, answer, data, build), backend| {
-        let sent = |packet: Vec<u8>| run(dataplane, PodIngress, &packet).1;
-        let heard = |packet: Vec<u8>| run(dataplane, UplinkIngress, &packet);
+    with_each_backend(|fresh, family, (open, answer, data, build), backend| {
+        let sent = |packet: Vec<u8>| run(&fresh.dataplane, PodIngress, &packet).1;
+        let heard = |packet: Vec<u8>| run(&fresh.dataplane, UplinkIngress, &packet);
         let packet = |src: &str, dst: &str, kind: &u8| build(family, src, dst, *kind);
         let translated = packet(pod, backend, open);
         assert_eq!(hex(&sent(packet(pod, service, open))), hex(&translated));
@@ -97,7 +90,7 @@ fn a_direct_connection_from_a_port_that_a_services_flow_has_is_told_apart() {
             let more = sent(packet(pod, service, data));
             assert_eq!(hex(&more), hex(&packet(pod, backend, data)));
         }
-        let counters: BTreeMap<Reason, u64> = dataplane.counters().unwrap().into_iter().collect();
+        let counters = fresh.counters();
         assert_eq!(counters[&Reason::FlowPortChanged], 1);
         assert_eq!(counters[&Reason::PortTranslated], 6);
         assert_eq!(counters[&Reason::Masqueraded], 0);
@@ -113,9 +106,9 @@ fn a_services_flow_from_a_port_that_a_direct_connection_has_takes_another() {
         return;
     }
     let (pod, service) = ("10.0.0.11:4000", "10.96.0.1:80");
-    with_each_backend(|dataplane, family, (open, answer, data, build), backend| {
-        let sent = |packet: Vec<u8>| run(dataplane, PodIngress, &packet).1;
-        let heard = |packet: Vec<u8>| run(dataplane, UplinkIngress, &packet).1;
+    with_each_backend(|fresh, family, (open, answer, data, build), backend| {
+        let sent = |packet: Vec<u8>| run(&fresh.dataplane, PodIngress, &packet).1;
+        let heard = |packet: Vec<u8>| run(&fresh.dataplane, UplinkIngress, &packet).1;
         let packet = |src: &str, dst: &str, kind: &u8| build(family, src, dst, *kind);
         // Nothing is kept of a direct connection.
         for (src, dst, kind) in [
@@ -151,7 +144,7 @@ fn a_services_flow_from_a_port_that_a_direct_connection_has_takes_another() {
             hex(&heard(of_the_direct_one.clone())),
             hex(&of_the_direct_one)
         );
-        let counters: BTreeMap<Reason, u64> = dataplane.counters().unwrap().into_iter().collect();
+        let counters = fresh.counters();
         assert_eq!(counters[&Reason::FlowPortChanged], 1);
         assert_eq!(counters[&Reason::FlowReplied], 1);
     });
@@ -163,11 +156,11 @@ fn a_port_whose_flow_has_ended_on_both_sides_is_free_for_a_direct_connection() {
         return;
     }
     let (pod, service, backend) = ("10.0.0.11:4000", "10.96.0.1:80", "10.0.1.13:80");
+    let mut fresh = Fresh::open();
     for family in Family::ALL {
-        let sandbox = Sandbox::enter().unwrap();
-        let dataplane = leading_to(&sandbox, family, backend);
+        leading_to(&mut fresh, family, backend);
         let direct = family.tcp(pod, backend, SYN, b"");
-        let run = |program, packet: &[u8]| run(&dataplane, program, packet).1;
+        let run = |program, packet: &[u8]| run(&fresh.dataplane, program, packet).1;
         run(PodIngress, &family.tcp(pod, service, SYN, b""));
         run(UplinkIngress, &family.tcp(backend, pod, SYN | ACK, b""));
         run(UplinkIngress, &family.tcp(backend, pod, FIN | ACK, b""));
@@ -177,6 +170,12 @@ fn a_port_whose_flow_has_ended_on_both_sides_is_free_for_a_direct_connection() {
         let seen = format!("10.0.0.11:{}", source_port(family, &half));
         run(UplinkIngress, &family.tcp(backend, &seen, RST, b""));
         run(PodIngress, &family.tcp(pod, service, FIN | ACK, b""));
+        assert_eq!(hex(&run(PodIngress, &direct)), hex(&direct));
+        // A backend that remembers the old connection says so to who opens this one, who resets it.
+        let state = family.tcp(backend, pod, ACK, b"");
+        assert_eq!(hex(&run(UplinkIngress, &state)), hex(&state));
+        let reset = family.tcp(pod, backend, RST, b"");
+        assert_eq!(hex(&run(PodIngress, &reset)), hex(&reset));
         assert_eq!(hex(&run(PodIngress, &direct)), hex(&direct));
         let answer = family.tcp(backend, pod, SYN | ACK, b"");
         assert_eq!(hex(&run(UplinkIngress, &answer)), hex(&answer));
@@ -189,12 +188,12 @@ fn a_client_that_meets_its_own_connection_is_told_so_and_asks_again_at_once() {
         return;
     }
     let (pod, service) = ("10.0.0.11:4000", "10.96.0.1:80");
+    let mut fresh = Fresh::open();
     for family in Family::ALL {
         for backend in ["10.0.0.12:80", "10.0.1.13:80"] {
-            let sandbox = Sandbox::enter().unwrap();
-            let dataplane = leading_to(&sandbox, family, backend);
-            let sent = |packet: &[u8]| run(&dataplane, PodIngress, packet);
-            let heard = |packet: &[u8]| run(&dataplane, UplinkIngress, packet).1;
+            leading_to(&mut fresh, family, backend);
+            let sent = |packet: &[u8]| run(&fresh.dataplane, PodIngress, packet);
+            let heard = |packet: &[u8]| run(&fresh.dataplane, UplinkIngress, packet).1;
             sent(&family.tcp(pod, service, SYN, b""));
             let state = family.tcp(backend, pod, ACK, b"");
             let told = family.tcp(service, pod, ACK, b"");
@@ -205,8 +204,7 @@ fn a_client_that_meets_its_own_connection_is_told_so_and_asks_again_at_once() {
             let seen = format!("10.0.0.11:{}", source_port(family, &again));
             assert_ne!(seen, pod);
             assert_eq!(hex(&again), hex(&family.tcp(&seen, backend, SYN, b"")));
-            let counters: BTreeMap<Reason, u64> =
-                dataplane.counters().unwrap().into_iter().collect();
+            let counters = fresh.counters();
             assert_eq!(counters[&Reason::ResetHeld], 1);
             assert_eq!(counters[&Reason::FlowPortChanged], 1);
         }
@@ -214,12 +212,12 @@ fn a_client_that_meets_its_own_connection_is_told_so_and_asks_again_at_once() {
 }
 
 /// Has `judge` look at a Service that leads to a backend of this node and one that leads to another node's, in both families.
-fn with_datagrams_to(mut judge: impl FnMut(&Dataplane, Family, &str)) {
+fn with_datagrams_to(mut judge: impl FnMut(&Fresh, Family, &str)) {
+    let mut fresh = Fresh::open();
     for family in Family::ALL {
         for backend in ["10.0.0.12:80", "10.0.1.13:80"] {
-            let sandbox = Sandbox::enter().unwrap();
-            let dataplane = leading_to(&sandbox, family, backend);
-            judge(&dataplane, family, backend);
+            leading_to(&mut fresh, family, backend);
+            judge(&fresh, family, backend);
         }
     }
 }
@@ -230,9 +228,16 @@ fn a_direct_datagram_from_a_port_that_a_services_flow_has_is_told_apart() {
         return;
     }
     let (pod, service) = ("10.0.0.11:4000", "10.96.0.1:80");
-    with_datagrams_to(|dataplane, family, backend| {
-        let sent = |src: &str, dst: &str| run(dataplane, PodIngress, &family.udp(src, dst, b"odd"));
-        let heard = |src: &str| run(dataplane, UplinkIngress, &family.udp(backend, src, b"yes"));
+    with_datagrams_to(|fresh, family, backend| {
+        let sent =
+            |src: &str, dst: &str| run(&fresh.dataplane, PodIngress, &family.udp(src, dst, b"odd"));
+        let heard = |src: &str| {
+            run(
+                &fresh.dataplane,
+                UplinkIngress,
+                &family.udp(backend, src, b"yes"),
+            )
+        };
         let packet = |src: &str, dst: &str| hex(&family.udp(src, dst, b"odd"));
         let answer = |src: &str, dst: &str| hex(&family.udp(src, dst, b"yes"));
         assert_eq!(hex(&sent(pod, service).1), packet(pod, backend));
@@ -256,7 +261,7 @@ fn a_direct_datagram_from_a_port_that_a_services_flow_has_is_told_apart() {
         let seen = format!("10.0.0.11:{}", source_port(family, &other));
         let (_, of_that) = sent(&seen, backend);
         assert_ne!(source_port(family, &of_that), source_port(family, &other));
-        let counters: BTreeMap<Reason, u64> = dataplane.counters().unwrap().into_iter().collect();
+        let counters = fresh.counters();
         assert_eq!(counters[&Reason::FlowPortChanged], 2);
         assert_eq!(counters[&Reason::PortTranslated], 6);
         // Another port has nothing to do with it.
@@ -271,9 +276,17 @@ fn a_services_flow_from_a_port_that_direct_datagrams_have_takes_another() {
         return;
     }
     let (pod, service) = ("10.0.0.11:4000", "10.96.0.1:80");
-    with_datagrams_to(|dataplane, family, backend| {
-        let sent = |src: &str, dst: &str| run(dataplane, PodIngress, &family.udp(src, dst, b"odd"));
-        let heard = |src: &str| run(dataplane, UplinkIngress, &family.udp(backend, src, b"yes")).1;
+    with_datagrams_to(|fresh, family, backend| {
+        let sent =
+            |src: &str, dst: &str| run(&fresh.dataplane, PodIngress, &family.udp(src, dst, b"odd"));
+        let heard = |src: &str| {
+            run(
+                &fresh.dataplane,
+                UplinkIngress,
+                &family.udp(backend, src, b"yes"),
+            )
+            .1
+        };
         let packet = |src: &str, dst: &str| hex(&family.udp(src, dst, b"odd"));
         let answer = |src: &str, dst: &str| hex(&family.udp(src, dst, b"yes"));
         assert_eq!(hex(&sent(pod, backend).1), packet(pod, backend));
@@ -285,10 +298,49 @@ fn a_services_flow_from_a_port_that_direct_datagrams_have_takes_another() {
         assert_eq!(hex(&heard(&seen)), answer(service, pod));
         assert_eq!(hex(&sent(pod, backend).1), packet(pod, backend));
         assert_eq!(hex(&heard(pod)), answer(backend, pod));
-        let counters: BTreeMap<Reason, u64> = dataplane.counters().unwrap().into_iter().collect();
+        let counters = fresh.counters();
         assert_eq!(counters[&Reason::FlowPortChanged], 1);
         assert_eq!(counters[&Reason::PortTranslated], 0);
     });
+}
+
+/// The collector leaves the trace of a flow that nobody answers anew while it is used, and of no other.
+#[test]
+fn the_trace_of_datagrams_that_nobody_answers_is_left_for_as_long_as_they_go_on() {
+    if !is_root("traces of flows without answers") {
+        return;
+    }
+    /// The word of a flow's entry that says when it was last used.
+    const LAST_SEEN: usize = 10;
+    const LONG_S: u32 = 301;
+    let (pod, service, backend) = ("10.0.0.11:4000", "10.96.0.1:80", "10.0.1.13:80");
+    let mut fresh = Fresh::open();
+    for family in Family::ALL {
+        for (collects, idle_s, is_told_apart) in
+            [(false, 0, false), (true, 0, true), (true, LONG_S, false)]
+        {
+            fresh.begin(family, &family.backends(&[backend], &[]));
+            let sent = |fresh: &Fresh, dst: &str| {
+                let packet = family.udp(pod, dst, b"odd");
+                hex(&run(&fresh.dataplane, PodIngress, &packet).1)
+            };
+            sent(&fresh, service);
+            // The trace that it left when it was opened has lost its meaning by now.
+            fresh.forget_traces();
+            let mut flows = fresh.unreplied();
+            let entries: Vec<_> = flows.iter().map(Result::unwrap).collect();
+            assert_eq!(entries.len(), 2);
+            for (key, mut entry) in entries {
+                entry[LAST_SEEN] -= idle_s;
+                flows.insert(key, entry, 0).unwrap();
+            }
+            if collects {
+                fresh.dataplane.collect_flows().unwrap();
+            }
+            let is_its_own = sent(&fresh, backend) == hex(&family.udp(pod, backend, b"odd"));
+            assert_eq!(is_its_own, !is_told_apart, "{family:?} {collects} {idle_s}");
+        }
+    }
 }
 
 /// A client outside, of whom a pod behind a node port sees the address.
@@ -298,12 +350,12 @@ fn a_client_outside_that_reaches_a_pod_directly_and_by_a_node_port_is_told_apart
         return;
     }
     let (client, by_node, pod) = ("203.0.113.9:5000", "198.18.0.1:30080", "10.0.0.11:80");
+    let mut fresh = Fresh::open();
     for family in Family::ALL {
         for (open, answer, data, build) in CONVERSATIONS.iter().chain([&DATAGRAM]) {
-            let sandbox = Sandbox::enter().unwrap();
-            let dataplane = leading_to(&sandbox, family, pod);
-            let came = |packet: Vec<u8>| run(&dataplane, UplinkIngress, &packet);
-            let left = |packet: Vec<u8>| run(&dataplane, PodIngress, &packet).1;
+            leading_to(&mut fresh, family, pod);
+            let came = |packet: Vec<u8>| run(&fresh.dataplane, UplinkIngress, &packet);
+            let left = |packet: Vec<u8>| run(&fresh.dataplane, PodIngress, &packet).1;
             let packet = |src: &str, dst: &str, kind: &u8| build(family, src, dst, *kind);
             let balanced = came(packet(client, by_node, open)).1;
             assert_eq!(hex(&balanced), hex(&packet(client, pod, open)));
@@ -333,23 +385,38 @@ fn what_the_node_itself_asks_a_service_has_none_of_the_ports_of_its_direct_conne
         return;
     }
     let (host, service) = ("198.18.0.1:40000", "10.96.0.1:80");
+    let mut fresh = Fresh::open();
     for family in Family::ALL {
         for backend in ["10.0.0.12:80", "10.0.1.13:80"] {
             for (open, answer, data, build) in CONVERSATIONS.iter().chain([&DATAGRAM]) {
-                let sandbox = Sandbox::enter().unwrap();
-                let dataplane = leading_to(&sandbox, family, backend);
+                leading_to(&mut fresh, family, backend);
                 let packet = |src: &str, dst: &str, kind: &u8| build(family, src, dst, *kind);
-                let asked = run(&dataplane, ServiceIngress, &packet(host, service, open)).1;
+                let asked = run(
+                    &fresh.dataplane,
+                    ServiceIngress,
+                    &packet(host, service, open),
+                )
+                .1;
                 let port = source_port(family, &asked);
                 assert!((8192..24_576).contains(&port), "{port}");
                 let seen = format!("198.18.0.1:{port}");
                 assert_eq!(hex(&asked), hex(&packet(&seen, backend, open)));
                 for kind in [answer, data] {
-                    let back = run(&dataplane, UplinkIngress, &packet(backend, &seen, kind)).1;
+                    let back = run(
+                        &fresh.dataplane,
+                        UplinkIngress,
+                        &packet(backend, &seen, kind),
+                    )
+                    .1;
                     let told = into_the_host(packet(service, host, kind));
                     assert_eq!(hex(&back), hex(&told));
                 }
-                let more = run(&dataplane, ServiceIngress, &packet(host, service, data)).1;
+                let more = run(
+                    &fresh.dataplane,
+                    ServiceIngress,
+                    &packet(host, service, data),
+                )
+                .1;
                 assert_eq!(hex(&more), hex(&packet(&seen, backend, data)));
             }
         }
