@@ -446,7 +446,7 @@ fn services_without_an_address_of_their_own_have_no_plan() {
 
 #[test]
 fn a_service_with_more_endpoints_than_fit_is_cut_and_says_so() {
-    let endpoints = (0..5000u32)
+    let endpoints = (0..20_000u32)
         .map(|i| Endpoint {
             address: [10, 244, (i >> 8) as u8, i as u8].into(),
             ..endpoint(0, "node-2", "b", READY)
@@ -461,7 +461,7 @@ fn a_service_with_more_endpoints_than_fit_is_cut_and_says_so() {
     );
     check(&plan).unwrap();
     let port = plan.ports.values().next().unwrap();
-    assert_eq!((port.backends.active.len(), port.left_out), (4095, 905));
+    assert_eq!((port.backends.active.len(), port.left_out), (16_383, 3_617));
 }
 
 /// Applies operations as the maps would, and insists that no packet ever sees a frontend that leads nowhere.

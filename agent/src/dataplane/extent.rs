@@ -165,6 +165,7 @@ mod tests {
             (7, 3),
             (8, 4),
             (4095, 12),
+            (16_383, 14),
         ] {
             assert_eq!(Extent::order_for(backends), order, "{backends} backends");
         }

@@ -401,7 +401,13 @@ fn what_does_not_fit_is_an_error_that_says_which_limit() {
         )
         .unwrap_err();
     assert!(
-        matches!(error, Error::TooManyBackends { backends: 4096, .. }),
+        matches!(
+            error,
+            Error::TooManyBackends {
+                backends: 16_384,
+                ..
+            }
+        ),
         "{error}"
     );
 }

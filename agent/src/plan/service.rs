@@ -54,11 +54,12 @@ impl Default for Balancing {
     }
 }
 
-/// A table has at least so many entries for each backend, whatever size was asked for: with fewer, shares would differ too much.
+/// A table has at least so many entries for each backend, whatever size was asked for: with fewer, shares would differ too much. Above
+/// 8,191 backends there is no such table, and the largest has half as many.
 const ENTRIES_PER_BACKEND: usize = 16;
+const TABLE_SIZE_MAX: u32 = maglev::SIZES[maglev::SIZES.len() - 1];
 const _: () = assert!(
-    limits::BACKENDS_PER_SERVICE as usize * ENTRIES_PER_BACKEND
-        <= maglev::SIZES[maglev::SIZES.len() - 1] as usize
+    limits::BACKENDS_PER_SERVICE as usize * ENTRIES_PER_BACKEND / 2 <= TABLE_SIZE_MAX as usize
 );
 
 impl Balancing {
@@ -79,7 +80,7 @@ impl Balancing {
         let mut enough = enough.filter(|size| *size as usize >= least);
         enough
             .next()
-            .map_or(self.table_size, |size| size.max(self.table_size))
+            .map_or(TABLE_SIZE_MAX, |size| size.max(self.table_size))
     }
 }
 

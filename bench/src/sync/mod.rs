@@ -32,7 +32,7 @@ pub struct Flags {
     /// Up to 10,000 Services and fewer rounds: under three minutes.
     #[arg(long)]
     quick: bool,
-    /// Sizes of the cluster, as SERVICES:ENDPOINTS; may be repeated, in rising order. [default: 1:4000, 10:50, 1000:5000, 10000:50000,
+    /// Sizes of the cluster, as SERVICES:ENDPOINTS; may be repeated, in rising order. [default: 1:10000, 10:50, 1000:5000, 10000:50000,
     /// 44000:250000; without the last by --quick]
     #[arg(long, value_parser = size)]
     size: Vec<Cluster>,
@@ -72,9 +72,9 @@ fn size(text: &str) -> Result<Cluster, String> {
     }
 }
 
-/// One Service with about as many endpoints as it can have, and more and more with five.
+/// One Service with very many endpoints, and more and more with five.
 const SIZES: [(usize, usize); 5] = [
-    (1, 4_000),
+    (1, 10_000),
     (10, 50),
     (1000, 5000),
     (10_000, 50_000),
