@@ -4,6 +4,7 @@
 mod daemons;
 mod filter;
 mod leftovers;
+mod ports;
 
 use std::path::Path;
 
@@ -14,6 +15,7 @@ use crate::net::{Link, NetlinkError};
 pub use daemons::{Daemon, daemons};
 pub use filter::{Opening, plan_openings};
 pub use leftovers::{earlier_configurations, foreign_interfaces, foreign_rules};
+pub use ports::own_connections;
 
 /// Looks around, lets pods pass where a filter would drop them, and says in words what was found.
 pub fn look(links: &[Link], cni_conf_dir: &Path, proc: &Path) -> Vec<String> {
@@ -27,6 +29,7 @@ pub fn look(links: &[Link], cni_conf_dir: &Path, proc: &Path) -> Vec<String> {
     }
     notes.extend(filter::legacy(proc));
     notes.extend(daemons(proc).into_iter().filter_map(Daemon::note));
+    notes.extend(own_connections(proc));
     notes
 }
 
