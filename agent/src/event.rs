@@ -64,6 +64,8 @@ pub enum Event {
     Live(BTreeSet<Arc<str>>),
     /// A health check's port cannot be had, or can again.
     HealthPort(Complaint),
+    /// The API server refuses the credentials that this process began with, and they are others by now.
+    CredentialsReplaced,
     /// The process shall end. What flows goes on flowing.
     Stop,
 }

@@ -20,8 +20,13 @@ const RETRY_EVERY: Duration = Duration::from_secs(5);
 pub struct Candidate {
     leases: Api<Lease>,
     name: &'static str,
+    holding: Holding,
+}
+
+/// Who holds a Lease, as one candidate sees it.
+struct Holding {
     identity: String,
-    /// What the Lease last said, and when that was first seen here: other machines' clocks are not trusted.
+    /// What the Lease last said, and when that was first seen here: other machines' clocks are not trusted, nor this one's that can be set.
     observed: Option<(LeaseSpec, Instant)>,
 }
 
@@ -31,8 +36,10 @@ impl Candidate {
         Self {
             leases: Api::namespaced(client, "kube-system"),
             name,
-            identity: identity.into(),
-            observed: None,
+            holding: Holding {
+                identity: identity.into(),
+                observed: None,
+            },
         }
     }
 
@@ -74,7 +81,7 @@ impl Candidate {
             return;
         };
         if let Some(spec) = lease.spec.as_mut()
-            && spec.holder_identity.as_ref() == Some(&self.identity)
+            && spec.holder_identity.as_ref() == Some(&self.holding.identity)
         {
             spec.holder_identity = None;
             // Whoever took it meanwhile keeps it: the resourceVersion that was read goes along.
@@ -95,20 +102,22 @@ impl Candidate {
                     name: Some(self.name.into()),
                     ..ObjectMeta::default()
                 },
-                spec: Some(self.claim(None)),
+                spec: Some(self.holding.claim(None)),
             };
             return took(self.leases.create(&parameters, &lease).await);
         };
         let spec = lease.spec.clone().unwrap_or_default();
-        if !self.may_take(&spec) {
+        if !self.holding.may_take(&spec, Instant::now()) {
             return Ok(false);
         }
-        lease.spec = Some(self.claim(Some(&spec)));
+        lease.spec = Some(self.holding.claim(Some(&spec)));
         // With the resourceVersion that was read: of two who try, one succeeds.
         took(self.leases.replace(self.name, &parameters, &lease).await)
     }
+}
 
-    fn may_take(&mut self, spec: &LeaseSpec) -> bool {
+impl Holding {
+    fn may_take(&mut self, spec: &LeaseSpec, now: Instant) -> bool {
         let holder = spec.holder_identity.as_deref().unwrap_or_default();
         if holder.is_empty() || holder == self.identity {
             return true;
@@ -118,10 +127,11 @@ impl Candidate {
                 let duration = spec
                     .lease_duration_seconds
                     .and_then(|seconds| u64::try_from(seconds).ok());
-                since.elapsed() >= duration.map_or(DURATION, Duration::from_secs)
+                now.saturating_duration_since(*since)
+                    >= duration.map_or(DURATION, Duration::from_secs)
             }
             _ => {
-                self.observed = Some((spec.clone(), Instant::now()));
+                self.observed = Some((spec.clone(), now));
                 false
             }
         }
@@ -152,4 +162,65 @@ fn took<T>(answer: Result<T, kube::Error>) -> Result<bool, kube::Error> {
         Err(kube::Error::Api(status)) if status.code == 409 => Ok(false),
         Err(error) => Err(error),
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn candidate(identity: &str) -> Holding {
+        Holding {
+            identity: identity.into(),
+            observed: None,
+        }
+    }
+
+    #[test]
+    fn a_holder_is_followed_once_it_was_silent_for_as_long_as_its_lease_says_whatever_its_clock() {
+        let (mut first, mut second) = (candidate("first"), candidate("second"));
+        let began = Instant::now();
+        let mut lease = first.claim(None);
+        assert!(first.may_take(&lease, began));
+        let second = &mut second;
+        let mut after = |lease: &LeaseSpec, seconds| {
+            second.may_take(lease, began + Duration::from_secs(seconds))
+        };
+        assert!(!after(&lease, 0));
+        assert!(!after(&lease, 14));
+        // It is renewed by a clock that is an hour behind: what counts is that it has changed.
+        lease.renew_time = lease
+            .renew_time
+            .map(|time| MicroTime(time.0 - jiff::SignedDuration::from_hours(1)));
+        assert!(!after(&lease, 15));
+        assert!(!after(&lease, 29));
+        assert!(after(&lease, 30));
+        // One that wants longer is left as long.
+        lease.lease_duration_seconds = Some(60);
+        assert!(!after(&lease, 31));
+        assert!(!after(&lease, 90));
+        assert!(after(&lease, 91));
+    }
+
+    #[test]
+    fn a_holder_that_was_away_for_an_hour_goes_on_if_nobody_followed_and_waits_if_somebody_did() {
+        let (mut first, second) = (candidate("first"), candidate("second"));
+        let later = Instant::now() + Duration::from_secs(3600);
+        let lease = first.claim(None);
+        assert!(first.may_take(&lease, later));
+        let renewed = first.claim(Some(&lease));
+        assert_eq!(renewed.lease_transitions, Some(0));
+        assert_eq!(renewed.acquire_time, lease.acquire_time);
+        let others = second.claim(Some(&renewed));
+        assert_eq!(others.lease_transitions, Some(1));
+        assert!(!first.may_take(&others, later));
+        // Given back, it is anybody's at once.
+        let free = LeaseSpec {
+            holder_identity: None,
+            ..others
+        };
+        assert!(first.may_take(&free, later));
+    }
+
+    /// Whoever cannot renew stops before another may begin.
+    const _: () = assert!(RENEW_DEADLINE.as_secs() + RENEW_EVERY.as_secs() < DURATION.as_secs());
 }

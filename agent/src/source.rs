@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-use cluster_model::watch::{self, Report};
+use cluster_model::watch::{self, ApiOptions, Report};
 use cluster_model::{Change, Kind, Object, read_manifest};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
 
 use crate::balancer::Configured;
@@ -37,7 +38,10 @@ impl Feed {
             Report::Change(Change::Upsert(object)) => concerns_maps(object.kind()),
             Report::Change(Change::Remove(gone)) => concerns_maps(gone.kind),
             Report::Change(Change::Replace(kind, _)) => concerns_maps(*kind),
-            Report::Rejected(_) | Report::Reached { .. } | Report::Failed { .. } => false,
+            Report::Rejected(_)
+            | Report::Reached { .. }
+            | Report::Refused
+            | Report::Failed { .. } => false,
         };
         if concerns_maps {
             self.health.queued(seen);
@@ -63,9 +67,10 @@ pub async fn feed(source: Source, feed: Feed) {
     match source {
         Source::Api(options) => {
             let mut pause = Duration::from_millis(100);
-            let client = loop {
+            let (client, credentials) = loop {
+                let credentials = Credentials::read(&options);
                 match watch::client(&options).await {
-                    Ok(client) => break client,
+                    Ok(client) => break (client, credentials),
                     Err(error) => {
                         let report = Report::Failed {
                             kind: Kind::Node,
@@ -83,6 +88,11 @@ pub async fn feed(source: Source, feed: Feed) {
             let (tell, mut told) = mpsc::channel(1024);
             let watching = tokio::spawn(async move { watch::watch(client, &KINDS, tell).await });
             while let Some(report) = told.recv().await {
+                // Other clients of this process were made at the same time, of the same files.
+                if matches!(report, Report::Refused) && credentials.are_replaced(&options) {
+                    // The loop has ended already when this fails.
+                    let _ = feed.events.send(Event::CredentialsReplaced);
+                }
                 if !feed.send(report) {
                     break;
                 }
@@ -95,6 +105,25 @@ pub async fn feed(source: Source, feed: Feed) {
                 tracing::error!(%error, "the snapshot file is not followed any more");
             }
         }
+    }
+}
+
+/// What clients are made of, as it was when this process made its own, by a digest.
+struct Credentials([u8; 32]);
+
+impl Credentials {
+    fn read(options: &ApiOptions) -> Self {
+        let mut digest = Sha256::new();
+        for file in watch::credentials(options) {
+            // What cannot be read is something else than what can.
+            let read = std::fs::read(file).map(Sha256::digest);
+            digest.update(read.unwrap_or_default());
+        }
+        Self(digest.finalize().into())
+    }
+
+    fn are_replaced(&self, options: &ApiOptions) -> bool {
+        Self::read(options).0 != self.0
     }
 }
 

@@ -100,6 +100,29 @@ fn in_pod(url: http::Uri) -> Result<Config, ApiError> {
     Ok(config)
 }
 
+/// The files that a client is made of. It reads certificates and keys when it is made, and a token every minute by a clock that can be set;
+/// where they are replaced because they end, another one must be made.
+pub fn credentials(options: &ApiOptions) -> Vec<PathBuf> {
+    let Some(path) = &options.kubeconfig else {
+        return ["token", "ca.crt"]
+            .map(|name| Path::new(SERVICE_ACCOUNT).join(name))
+            .into();
+    };
+    let mut files = vec![path.clone()];
+    if let Ok(read) = Kubeconfig::read_from(path) {
+        let users = read
+            .auth_infos
+            .into_iter()
+            .filter_map(|user| user.auth_info);
+        let clusters = read.clusters.into_iter().filter_map(|one| one.cluster);
+        let named = users
+            .flat_map(|user| [user.client_certificate, user.client_key, user.token_file])
+            .chain(clusters.map(|cluster| cluster.certificate_authority));
+        files.extend(named.flatten().map(PathBuf::from));
+    }
+    files
+}
+
 /// What a watch reports.
 #[derive(Clone, Debug)]
 pub enum Report {
@@ -111,6 +134,8 @@ pub enum Report {
         kind: Kind,
         version: u64,
     },
+    /// The server does not take who asks for whom it should know. The `Failed` after it says so in words.
+    Refused,
     /// The server could not be asked. The watch goes on, with growing pauses.
     Failed {
         kind: Kind,
@@ -264,6 +289,26 @@ impl Backoff for Pauses {
     }
 }
 
+/// Whether a server has answered, and refuses whoever asks: by a status, or already by an alert of TLS.
+fn refuses(error: &watcher::Error) -> bool {
+    use watcher::Error::{
+        InitialListFailed, NoResourceVersion, WatchError, WatchFailed, WatchStartFailed,
+    };
+    const UNAUTHORIZED: u16 = 401;
+    match error {
+        WatchError(status) => status.code == UNAUTHORIZED,
+        InitialListFailed(kube::Error::Api(status))
+        | WatchStartFailed(kube::Error::Api(status))
+        | WatchFailed(kube::Error::Api(status)) => status.code == UNAUTHORIZED,
+        NoResourceVersion => false,
+        InitialListFailed(error) | WatchStartFailed(error) | WatchFailed(error) => {
+            let error: &(dyn std::error::Error + 'static) = error;
+            let mut causes = std::iter::successors(Some(error), |error| error.source());
+            causes.any(|cause| cause.to_string().contains("received fatal alert"))
+        }
+    }
+}
+
 fn version_of(text: Option<&str>) -> u64 {
     text.and_then(|text| text.parse().ok()).unwrap_or_default()
 }
@@ -335,6 +380,9 @@ fn stream<T: Watched>(
             }
             Err(error) => {
                 tracing::warn!(%kind, %error, "watch");
+                if refuses(&error) {
+                    out.push(Report::Refused);
+                }
                 out.push(Report::Failed {
                     kind,
                     error: error.to_string(),
@@ -355,6 +403,59 @@ fn stream<T: Watched>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn status(code: u16) -> kube::core::Status {
+        kube::core::Status {
+            code,
+            ..kube::core::Status::default()
+        }
+    }
+
+    #[test]
+    fn a_server_that_does_not_know_who_asks_is_told_from_one_that_is_away() {
+        use watcher::Error::{InitialListFailed, WatchError, WatchFailed, WatchStartFailed};
+        let alert = || {
+            let inner = std::io::Error::other("received fatal alert: CertificateExpired");
+            kube::Error::Service(Box::new(std::io::Error::other(inner)))
+        };
+        let api = |code| kube::Error::Api(Box::new(status(code)));
+        let away = kube::Error::Service("connection refused".into());
+        for (error, expected) in [
+            (InitialListFailed(api(401)), true),
+            (WatchStartFailed(api(401)), true),
+            (WatchError(Box::new(status(401))), true),
+            (WatchFailed(alert()), true),
+            (InitialListFailed(api(503)), false),
+            (InitialListFailed(api(403)), false),
+            (WatchError(Box::new(status(410))), false),
+            (WatchFailed(away), false),
+        ] {
+            assert_eq!(refuses(&error), expected, "{error:?}");
+        }
+    }
+
+    #[test]
+    fn a_clients_credentials_are_the_kubeconfig_and_what_it_names() {
+        let folder = tempfile::tempdir().unwrap();
+        let kubeconfig = folder.path().join("kubeconfig");
+        let text = "{apiVersion: v1, kind: Config, current-context: c, contexts: [{name: c, context: {cluster: c, user: u}}], \
+            clusters: [{name: c, cluster: {server: 'https://192.0.2.1', certificate-authority: ca.crt}}], \
+            users: [{name: u, user: {client-certificate: /etc/client.pem, client-key: /etc/client.key}}]}";
+        std::fs::write(&kubeconfig, text).unwrap();
+        let options = ApiOptions {
+            kubeconfig: Some(kubeconfig.clone()),
+            api_server: None,
+        };
+        let ca = folder.path().join("ca.crt");
+        let files = [
+            kubeconfig,
+            "/etc/client.pem".into(),
+            "/etc/client.key".into(),
+            ca,
+        ];
+        assert_eq!(credentials(&options), files);
+        assert_eq!(credentials(&ApiOptions::default()).len(), 2);
+    }
 
     #[test]
     fn pauses_grow_to_five_seconds_and_begin_again_after_success() {

@@ -142,7 +142,7 @@ impl Feed {
                         tokio::task::spawn_blocking(move || drop(change));
                     }
                 }
-                Report::Reached { .. } => {}
+                Report::Reached { .. } | Report::Refused => {}
                 Report::Rejected(rejected) => tracing::warn!(%rejected, "left out"),
                 Report::Failed { kind, error } => {
                     tracing::warn!(%kind, error, "watching; it is tried again")

@@ -52,7 +52,8 @@ pub struct AgentNode {
     pub cgroup: Cgroup,
     dir: PathBuf,
     pins: PathBuf,
-    cluster: PathBuf,
+    /// Where the cluster is learnt of: the flag that says so, and its value.
+    source: (&'static str, PathBuf),
     flags: Vec<String>,
     agent: Option<Child>,
 }
@@ -285,10 +286,15 @@ impl AgentNode {
             cgroup: Cgroup::new()?,
             dir: dir.join(name),
             pins: sandbox.pin_root().join(name),
-            cluster: cluster.path.clone(),
+            source: ("--snapshot", cluster.path.clone()),
             flags: flags.iter().map(|flag| (*flag).to_owned()).collect(),
             agent: None,
         })
+    }
+
+    /// Has the agent follow the API server of a kubeconfig in place of a file.
+    pub fn ask_by(&mut self, kubeconfig: PathBuf) {
+        self.source = ("--kubeconfig", kubeconfig);
     }
 
     /// Starts the agent, and waits until it is ready.
@@ -311,7 +317,7 @@ impl AgentNode {
         let mut command = Command::new(program("keelway-agent")?);
         command.arg("run").arg("--node-name").arg(self.name);
         for (flag, path) in [
-            ("--snapshot", &self.cluster),
+            (self.source.0, &self.source.1),
             ("--cgroup", &self.cgroup.path().to_owned()),
             ("--socket", &self.socket()),
             ("--state-dir", &self.state_dir()),

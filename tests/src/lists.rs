@@ -27,6 +27,8 @@ struct State {
     connections: Mutex<Vec<TcpStream>>,
     away: Mutex<bool>,
     lists: Mutex<usize>,
+    /// The token that whoever asks must have, once there is one.
+    token: Mutex<Option<String>>,
     /// Changes with the objects: watches from an earlier one are told to list again.
     version: Mutex<u64>,
 }
@@ -90,12 +92,18 @@ impl ListServer {
         }
     }
 
+    /// Refuses, from now on and also on connections that are there, whoever asks without this token.
+    pub fn demand(&self, token: &str) {
+        *lock(&self.state.token) = Some(token.to_owned());
+        self.expire();
+    }
+
     /// Lists that were given to their end: one that is cut on its way may be gone on with, and tells nothing.
     pub fn lists(&self) -> usize {
         *lock(&self.state.lists)
     }
 
-    /// Writes a kubeconfig for this server into a folder.
+    /// Writes a kubeconfig for this server into a folder, with the token that it demands.
     ///
     /// # Errors
     /// When the folder can't be written to.
@@ -104,7 +112,7 @@ impl ListServer {
         let config = json!({
             "apiVersion": "v1", "kind": "Config", "current-context": "lists",
             "clusters": [{"name": "lists", "cluster": {"server": format!("http://{}", self.address)}}],
-            "users": [{"name": "lists", "user": {}}],
+            "users": [{"name": "lists", "user": {"token": *lock(&self.state.token)}}],
             "contexts": [{"name": "lists", "context": {"cluster": "lists", "user": "lists"}}],
         });
         std::fs::write(&path, config.to_string())?;
@@ -126,9 +134,20 @@ impl State {
             if reader.read_line(&mut request)? == 0 {
                 return Ok(());
             }
-            let mut header = String::new();
+            let (mut header, mut shown) = (String::new(), None);
             while reader.read_line(&mut header)? > 0 && header.trim() != "" {
+                if let Some((name, value)) = header.split_once(": Bearer ")
+                    && name.eq_ignore_ascii_case("authorization")
+                {
+                    shown = Some(value.trim().to_owned());
+                }
                 header.clear();
+            }
+            let demanded = lock(&self.token).clone();
+            if demanded.is_some() && demanded != shown {
+                let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "Unauthorized", "code": 401});
+                respond(&mut stream, "401 Unauthorized", &status)?;
+                continue;
             }
             let target = request.split_whitespace().nth(1).unwrap_or("/");
             let (path, query) = target.split_once('?').unwrap_or((target, ""));

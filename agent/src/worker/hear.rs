@@ -89,7 +89,7 @@ impl Worker {
                 }
                 self.health_checks.complaint(complaint);
             }
-            Event::Stop => {}
+            Event::CredentialsReplaced | Event::Stop => {}
         }
     }
 
@@ -120,6 +120,7 @@ impl Worker {
                 }
                 self.rejected.insert(rejected.object.clone(), rejected);
             }
+            WatchReport::Refused => {}
             WatchReport::Failed { kind, error } => {
                 self.watch_failed = Some(Instant::now());
                 self.shares.failed(kind, &error);

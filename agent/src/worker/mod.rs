@@ -55,6 +55,10 @@ pub enum WorkerError {
     Netlink(#[from] NetlinkError),
     #[error("this node's addresses or ranges changed from {0} to {1}: starting over")]
     IdentityChanged(Identity, Identity),
+    #[error(
+        "the API server refuses the credentials that this worker began with, and they are others by now: starting over"
+    )]
+    CredentialsReplaced,
     #[error("what programs hang on is gone: starting over")]
     Gone(#[source] NodeError),
 }
@@ -166,8 +170,10 @@ impl Worker {
                 .chain(events.try_iter())
                 .take(TURN_EVENTS_MAX)
             {
-                if matches!(event, Event::Stop) {
-                    return Ok(());
+                match event {
+                    Event::Stop => return Ok(()),
+                    Event::CredentialsReplaced => return Err(WorkerError::CredentialsReplaced),
+                    _ => {}
                 }
                 self.take(event);
             }
