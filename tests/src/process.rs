@@ -136,6 +136,16 @@ impl Running {
         self.lines.try_iter().find(|line| line.contains(text))
     }
 
+    /// The lines that are there already.
+    pub fn lines(&self) -> Vec<String> {
+        self.lines.try_iter().collect()
+    }
+
+    /// Whether the program has ended by itself.
+    pub fn has_ended(&mut self) -> bool {
+        !matches!(self.child.try_wait(), Ok(None))
+    }
+
     /// Waits for the end of the program and returns the lines that were not looked at.
     #[track_caller]
     pub fn finish(mut self, limit: Duration) -> Vec<String> {
