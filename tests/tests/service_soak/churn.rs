@@ -1,7 +1,7 @@
 //! What changes while clients ask.
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -30,16 +30,22 @@ const UNNOTICED: Duration = Duration::from_millis(300);
 pub const BACKENDS: std::ops::Range<usize> = 3..8;
 
 /// An endpoint that went without notice: when, and when it was out of every node's maps. Since the beginning.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Death {
+    addresses: Vec<IpAddr>,
     died: Duration,
     gone: Duration,
 }
 
 impl Death {
-    /// Whether a request may have been on its way to the endpoint.
-    pub fn explains(&self, failure: &Failure) -> bool {
-        failure.when <= self.gone && failure.when + failure.took >= self.died
+    /// Whether a request may have been on its way to the endpoint, by the time and, where it is known which endpoint it was sent
+    /// to, by that.
+    pub fn explains(&self, failure: &Failure, record: &Record) -> bool {
+        let backend = failure.way.map(|way| way.to.ip());
+        let mut backend = backend.filter(|ip| record.is_pod(ip)).into_iter();
+        failure.when <= self.gone
+            && failure.when + failure.took >= self.died
+            && backend.all(|ip| self.addresses.contains(&ip))
     }
 }
 
@@ -180,7 +186,12 @@ impl Churn {
         }
         let gone = self.began.elapsed();
         self.say(format!("{address} is out of the maps"));
-        self.deaths.push(Death { died, gone });
+        let addresses = backend.pod.addresses.clone();
+        self.deaths.push(Death {
+            addresses,
+            died,
+            gone,
+        });
         self.ending.push((Instant::now(), backend));
         Ok(())
     }

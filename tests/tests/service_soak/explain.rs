@@ -44,6 +44,11 @@ impl Record {
         self.named.extend(addresses.iter().map(|one| (*one, first)));
     }
 
+    /// Whether an address is, or was, a pod's.
+    pub fn is_pod(&self, address: &IpAddr) -> bool {
+        self.named.contains_key(address)
+    }
+
     /// Hears what the nodes' monitors have told since the last time. A monitor ends with its worker, and another one begins.
     pub fn hear(&mut self, nodes: &[AgentNode], began: Instant) {
         for node in nodes {

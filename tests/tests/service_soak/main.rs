@@ -196,7 +196,11 @@ fn whatever_changes_and_whoever_is_killed_no_request_fails() {
             let Failure {
                 when, took, why, ..
             } = one;
-            if churn.deaths.iter().any(|death| death.explains(one)) {
+            if churn
+                .deaths
+                .iter()
+                .any(|death| death.explains(one, &churn.record))
+            {
                 lost += 1;
             } else {
                 let when = when.as_secs_f64();
