@@ -21,7 +21,7 @@ impl ControlGroups {
         let groups = Self {
             root: hierarchy.join(format!("{PREFIX}{}", std::process::id())),
         };
-        for group in [groups.hooked(), groups.plain()] {
+        for group in groups.all() {
             fs::create_dir_all(&group).with_context(|| format!("making {}", group.display()))?;
         }
         Ok(groups)
@@ -34,11 +34,20 @@ impl ControlGroups {
     pub fn plain(&self) -> PathBuf {
         self.root.join("plain")
     }
+
+    /// For hooks that do nothing.
+    pub fn empty_hooks(&self) -> PathBuf {
+        self.root.join("empty-hooks")
+    }
+
+    fn all(&self) -> [PathBuf; 3] {
+        [self.hooked(), self.plain(), self.empty_hooks()]
+    }
 }
 
 impl Drop for ControlGroups {
     fn drop(&mut self) {
-        for group in [self.hooked(), self.plain(), self.root.clone()] {
+        for group in self.all().into_iter().chain([self.root.clone()]) {
             // One with processes in it stays.
             let _ = fs::remove_dir(group);
         }

@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use super::route::{Cpus, DIRECT, Ends, NODE_PORT, NODE_PORT_XDP, Route, Task};
+use super::route::{
+    Cpus, DIRECT, EMPTY_HOOKS, Ends, NODE_PORT, NODE_PORT_DSR, NODE_PORT_PASSED, NODE_PORT_XDP,
+    Route, Task,
+};
 use super::rules::Rules;
 use crate::load::{Metric, Sample};
 use crate::report::{Better, Figure, Growth, Held, Report};
@@ -146,11 +149,24 @@ impl Findings {
             let least = match case.path.as_str() {
                 "socket" => 0.98,
                 "packet" | NODE_PORT => 0.9,
+                // By one node less on the way back.
+                NODE_PORT_DSR => {
+                    let ratio = self.ratio(case, &beside(NODE_PORT));
+                    let name = name(&case.path, ".beside-the-way-back");
+                    held.extend(ratio.map(|ratio| Held::at_least(name, 1.0, ratio)));
+                    continue;
+                }
                 // Earlier than at tc, so faster: else there is no use for it.
                 NODE_PORT_XDP => {
-                    let ratio = self.ratio(case, &beside(NODE_PORT));
-                    let name = name(&case.path, ".beside-tc");
-                    held.extend(ratio.map(|ratio| Held::at_least(name, 1.0, ratio)));
+                    // And than the same beneath a driver's program that does nothing: a veth's driver copies frames for any.
+                    for (to, theirs) in [
+                        (".beside-tc", NODE_PORT),
+                        (".beside-tc-and-empty-xdp", NODE_PORT_PASSED),
+                    ] {
+                        let ratio = self.ratio(case, &beside(theirs));
+                        let name = name(&case.path, to);
+                        held.extend(ratio.map(|ratio| Held::at_least(name, 1.0, ratio)));
+                    }
                     continue;
                 }
                 DIRECT => {
@@ -161,6 +177,12 @@ impl Findings {
             };
             if let Some(ratio) = self.ratio(case, &beside(DIRECT)) {
                 held.push(Held::at_least(name(&case.path, ""), least, ratio));
+            }
+            if case.path == "socket"
+                && let Some(ratio) = self.ratio(case, &beside(EMPTY_HOOKS))
+            {
+                let name = name(&case.path, ".beside-empty-hooks");
+                held.push(Held::at_least(name, least, ratio));
             }
             for rules in Rules::ALL {
                 let to = format!(".beside-{}", rules.name());
@@ -285,6 +307,7 @@ mod tests {
         let findings = findings(&[
             (10, DIRECT, 1.0),
             (10, "veth", 1.02),
+            (10, EMPTY_HOOKS, 0.98),
             (10, "socket", 0.97),
             (10, "packet", 0.95),
             (10, "nftables", 0.8),
@@ -304,6 +327,7 @@ mod tests {
                 "service.packet.round-trip.same-node 0.95 true",
                 "service.packet.round-trip.same-node.beside-nftables 1.19 true",
                 "service.socket.round-trip.same-node 0.97 false",
+                "service.socket.round-trip.same-node.beside-empty-hooks 0.99 true",
                 "service.socket.round-trip.same-node.beside-nftables 1.21 true",
                 "service.packet.round-trip.same-node.1000-services 0.80 false",
                 "service.packet.round-trip.same-node.1000-services.beside-10-services 0.84 false",
@@ -315,7 +339,11 @@ mod tests {
 
     #[test]
     fn what_is_sent_on_by_the_driver_is_held_against_the_hook_at_tc() {
-        let shares = [(10, NODE_PORT, 0.8), (10, NODE_PORT_XDP, 0.9)];
+        let shares = [
+            (10, NODE_PORT, 0.8),
+            (10, NODE_PORT_PASSED, 0.75),
+            (10, NODE_PORT_XDP, 0.9),
+        ];
         let findings = findings_between(Ends::Forwarded, &shares);
         let held: Vec<String> = findings
             .held()
@@ -324,7 +352,10 @@ mod tests {
             .collect();
         assert_eq!(
             held,
-            ["service.node-port-xdp.round-trip.forwarded.beside-tc 1.125 true"]
+            [
+                "service.node-port-xdp.round-trip.forwarded.beside-tc 1.125 true",
+                "service.node-port-xdp.round-trip.forwarded.beside-tc-and-empty-xdp 1.200 true",
+            ]
         );
         let mut report = Report::new("service", Machine::of_nobody());
         findings.fill(&mut report);

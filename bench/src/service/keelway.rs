@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 
 use crate::control_groups::ControlGroups;
 
+use super::bare;
 use super::cluster::{MEASURED, Pod, SERVICE_RANGE, Service, node_address, services};
 use crate::load::Metric;
 
@@ -32,6 +33,8 @@ pub enum Uplinks {
     AsMade,
     /// At tc, with whole checksums.
     Complete,
+    /// So, and every frame passes a program at the driver that does nothing.
+    Passed,
     /// In the driver, which needs whole checksums.
     InDriver,
 }
@@ -62,7 +65,7 @@ impl Uplinks {
 
     const fn flag(self) -> &'static str {
         match self {
-            Uplinks::AsMade | Uplinks::Complete => "off",
+            Uplinks::AsMade | Uplinks::Complete | Uplinks::Passed => "off",
             Uplinks::InDriver => "native",
         }
     }
@@ -70,15 +73,91 @@ impl Uplinks {
     /// What the agent says of it.
     const fn reported(self) -> &'static str {
         match self {
-            Uplinks::AsMade | Uplinks::Complete => "tc",
+            Uplinks::AsMade | Uplinks::Complete | Uplinks::Passed => "tc",
             Uplinks::InDriver => "native",
         }
+    }
+}
+
+/// What is between nodes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Between {
+    /// A wire: the host of one is a client outside of the other. Pods' addresses are routed by it.
+    Wire(Uplinks),
+    /// A switch with a third machine at it, whose connections are answered by the node that has the server, where they may be. Pods'
+    /// addresses are in the overlay, by which nodes send on what is to be answered so.
+    Switch { answered_directly: bool },
+}
+
+impl Between {
+    /// Makes it, and gives the namespaces at its ends: nodes, then who else is there.
+    fn lay(self) -> Result<Vec<(u8, Network)>> {
+        let (ends, uplinks) = match self {
+            Self::Wire(uplinks) => {
+                ip("link add up1 type veth peer name up2")?;
+                (2, uplinks)
+            }
+            Self::Switch { answered_directly } => {
+                let bridge = format!("switch{}", u8::from(answered_directly));
+                ip(&format!("link add {bridge} type bridge"))?;
+                ip(&format!("link set {bridge} up"))?;
+                for number in 1..=3 {
+                    let port = format!("{bridge}-{number}");
+                    ip(&format!("link add {port} type veth peer name up{number}"))?;
+                    ip(&format!("link set {port} master {bridge} up"))?;
+                }
+                (3, Uplinks::AsMade)
+            }
+        };
+        let mut networks = Vec::new();
+        for number in 1..=ends {
+            let network = Network::new()?;
+            network.take(&format!("up{number}"))?;
+            network.run(|| {
+                ip(&format!("link set up{number} name eth0"))?;
+                ip(&format!("addr add {}/24 dev eth0", node_address(number)))?;
+                ip("link set eth0 up")?;
+                uplinks.prepare()
+            })?;
+            networks.push((number, network));
+        }
+        Ok(networks)
+    }
+
+    const fn uplinks(self) -> Uplinks {
+        match self {
+            Self::Wire(uplinks) => uplinks,
+            Self::Switch { .. } => Uplinks::AsMade,
+        }
+    }
+
+    const fn routing(self) -> &'static str {
+        match self {
+            Self::Wire(_) => "direct",
+            Self::Switch { .. } => "vxlan",
+        }
+    }
+
+    const fn dsr(self) -> &'static str {
+        match self {
+            Self::Switch {
+                answered_directly: true,
+            } => "on",
+            _ => "off",
+        }
+    }
+
+    /// No other's of a run.
+    fn name(self) -> String {
+        format!("{:?}-{}-{}", self.uplinks(), self.routing(), self.dsr())
     }
 }
 
 /// Two nodes, ready to be measured on.
 pub struct Keelway {
     nodes: Vec<Node>,
+    /// The third machine, where there is one.
+    third: Option<Network>,
     pub client: Pod,
     /// A server beside the client, and one on the other node.
     pub servers: [Pod; 2],
@@ -100,22 +179,12 @@ impl Keelway {
         sandbox: &Sandbox,
         groups: &ControlGroups,
         bin_dir: &Path,
-        uplinks: Uplinks,
+        between: Between,
     ) -> Result<Self> {
         let folder = tempfile::tempdir().context("making a folder for the agents' files")?;
-        ip("link add up1 type veth peer name up2")?;
-        let mut networks = Vec::new();
-        for number in [1_u8, 2] {
-            let network = Network::new()?;
-            network.take(&format!("up{number}"))?;
-            network.run(|| {
-                ip(&format!("link set up{number} name eth0"))?;
-                ip(&format!("addr add {}/24 dev eth0", node_address(number)))?;
-                ip("link set eth0 up")?;
-                uplinks.prepare()
-            })?;
-            networks.push((number, network));
-        }
+        let mut networks = between.lay()?;
+        let third = networks.drain(2..).map(|(_, network)| network).next();
+        let uplinks = between.uplinks();
         let snapshot = folder.path().join(SNAPSHOT);
         write_snapshot(&snapshot, &[])?;
         let nodes = networks
@@ -128,7 +197,7 @@ impl Keelway {
                     folder.path(),
                     &groups.hooked(),
                     &sandbox.pin_root(),
-                    uplinks,
+                    between,
                 )
             })
             .collect::<Result<Vec<_>>>()?;
@@ -137,6 +206,14 @@ impl Keelway {
                 report.ready && report.xdp == uplinks.reported()
             })?;
         }
+        if uplinks == Uplinks::Passed {
+            for node in &nodes {
+                let pins = sandbox
+                    .pin_root()
+                    .with_file_name(format!("{}-bare", node.name));
+                node.network.run(|| bare::hook_driver(pins))?;
+            }
+        }
         let client = nodes[0].add_pod(bin_dir, "client")?;
         let servers = [
             nodes[0].add_pod(bin_dir, "near")?,
@@ -144,6 +221,7 @@ impl Keelway {
         ];
         Ok(Self {
             nodes,
+            third,
             client,
             servers,
             bin_dir: bin_dir.into(),
@@ -169,9 +247,9 @@ impl Keelway {
         Ok(())
     }
 
-    /// The host of the node that the client is not on: a client outside, for the first node.
+    /// A client outside, for the first node: the third machine, or the host of the node that the client is not on.
     pub fn outside(&self) -> &Network {
-        &self.nodes[1].network
+        self.third.as_ref().unwrap_or(&self.nodes[1].network)
     }
 }
 
@@ -183,11 +261,11 @@ impl Node {
         folder: &Path,
         cgroup: &Path,
         pin_root: &Path,
-        uplinks: Uplinks,
+        between: Between,
     ) -> Result<Self> {
         let name = format!("node-{number}");
         let own = folder.join(&name);
-        let pins = format!("{name}-{uplinks:?}");
+        let pins = format!("{name}-{}", between.name());
         fs::create_dir_all(&own)?;
         let socket = own.join("agent.sock");
         let log = fs::File::create(own.join("agent.log"))?;
@@ -209,10 +287,11 @@ impl Node {
             .arg(own.join("net.d"))
             .args(["--service-cidr", SERVICE_RANGE])
             // What a probe finds, and when, must not be in the figures.
-            .args(["--routing", "direct"])
+            .args(["--routing", between.routing()])
+            .args(["--dsr", between.dsr()])
             // Many nodes of this machine would want the port.
             .args(["--healthz-bind-address", "127.0.0.1:10256"])
-            .args(["--xdp", uplinks.flag()])
+            .args(["--xdp", between.uplinks().flag()])
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);

@@ -1,6 +1,7 @@
 //! `keelway-bench service`: what it costs to reach a server through a Service, beside reaching it directly and beside what does the
 //! same elsewhere.
 
+mod bare;
 mod cluster;
 mod findings;
 mod keelway;
@@ -18,9 +19,12 @@ use keelway_tests::sandbox::{Network, Sandbox};
 
 use self::cluster::{node_address, service_address, services};
 use self::findings::Findings;
-use self::keelway::{Keelway, Uplinks};
+use self::keelway::{Between, Keelway, Uplinks};
 use self::plain::Plain;
-use self::route::{Cpus, DIRECT, Ends, NODE_PORT, NODE_PORT_XDP, Route, Task, tasks};
+use self::route::{
+    Cpus, DIRECT, EMPTY_HOOKS, Ends, NODE_PORT, NODE_PORT_DSR, NODE_PORT_PASSED, NODE_PORT_XDP,
+    OWN_HOOKS, Route, Task, tasks,
+};
 use self::rules::Rules;
 use crate::control_groups::ControlGroups;
 use crate::load::Order;
@@ -176,26 +180,36 @@ impl Arena {
             routes: Vec::new(),
         };
         crate::say(progress, "building Keelway's nodes".into());
-        let build = |uplinks| Keelway::build(&sandbox, &groups, &settings.bin_dir, uplinks);
-        let keelway = build(Uplinks::AsMade)?;
+        let build = |between| Keelway::build(&sandbox, &groups, &settings.bin_dir, between);
+        let keelway = build(Between::Wire(Uplinks::AsMade))?;
+        bare::hook_sockets(
+            sandbox.pin_root().with_file_name("empty-hooks"),
+            &groups.empty_hooks(),
+        )?;
         crew.keelway(&keelway)?;
         let mut forwarders = Vec::new();
         if Uplinks::can_complete() {
             for (uplinks, path) in [
                 (Uplinks::Complete, NODE_PORT),
+                (Uplinks::Passed, NODE_PORT_PASSED),
                 (Uplinks::InDriver, NODE_PORT_XDP),
             ] {
-                let lab = build(uplinks)?;
-                crew.forwarder(&lab, path)?;
+                let lab = build(Between::Wire(uplinks))?;
+                crew.forwarder(&lab, path, Ends::Forwarded)?;
                 forwarders.push(lab);
             }
         } else {
             notes.push("forwarded: this machine has no ethtool, without which veths send on frames whose checksums are not complete".into());
         }
+        for (answered_directly, path) in [(false, NODE_PORT), (true, NODE_PORT_DSR)] {
+            let lab = build(Between::Switch { answered_directly })?;
+            crew.forwarder(&lab, path, Ends::Switched)?;
+            forwarders.push(lab);
+        }
         crate::say(progress, "building the others' nodes".into());
         let [client, server] = plain::bare_pair()?;
         crew.server(&server.network)?;
-        let at = crew.client(&client.network, false)?;
+        let at = crew.client(&client.network)?;
         crew.route("veth", Ends::SameNode, at, server.address);
         let routed = Plain::build()?;
         crew.plain("routed", &routed, false)?;
@@ -356,26 +370,27 @@ struct Crew<'a> {
 }
 
 impl Crew<'_> {
-    fn place(&self, network: &Network, hooked: bool) -> Place {
+    fn place(&self, network: &Network, cgroup: PathBuf) -> Place {
         Place {
             netns: network.path(),
-            cgroup: if hooked {
-                self.groups.hooked()
-            } else {
-                self.groups.plain()
-            },
+            cgroup,
             cpu: self.settings.server_cpu,
         }
     }
 
     fn server(&mut self, network: &Network) -> Result<()> {
-        let peer = Peer::start(&self.place(network, false), Role::Server)?;
+        let peer = Peer::start(&self.place(network, self.groups.plain()), Role::Server)?;
         self.servers.push(peer);
         Ok(())
     }
 
-    fn client(&mut self, network: &Network, hooked: bool) -> Result<usize> {
-        let peer = Peer::start(&self.place(network, hooked), Role::Client)?;
+    /// One whose calls pass no hooks.
+    fn client(&mut self, network: &Network) -> Result<usize> {
+        self.client_in(network, self.groups.plain())
+    }
+
+    fn client_in(&mut self, network: &Network, cgroup: PathBuf) -> Result<usize> {
+        let peer = Peer::start(&self.place(network, cgroup), Role::Client)?;
         self.clients.push(peer);
         Ok(self.clients.len() - 1)
     }
@@ -394,7 +409,7 @@ impl Crew<'_> {
 
     /// A path by a Service.
     fn service(&mut self, path: &str, ends: Ends, client: usize) {
-        let by_node_port = matches!(ends, Ends::Outside | Ends::Forwarded);
+        let by_node_port = matches!(ends, Ends::Outside | Ends::Forwarded | Ends::Switched);
         self.routes.push(Route {
             path: path.into(),
             ends,
@@ -413,9 +428,10 @@ impl Crew<'_> {
         for server in &lab.servers {
             self.server(&server.network)?;
         }
-        let plain = self.client(&lab.client.network, false)?;
-        let hooked = self.client(&lab.client.network, true)?;
-        let outside = self.client(lab.outside(), false)?;
+        let plain = self.client(&lab.client.network)?;
+        let hooked = self.client_in(&lab.client.network, self.groups.hooked())?;
+        let bare = self.client_in(&lab.client.network, self.groups.empty_hooks())?;
+        let outside = self.client(lab.outside())?;
         for (ends, server) in [Ends::SameNode, Ends::AcrossNodes]
             .into_iter()
             .zip(&lab.servers)
@@ -424,16 +440,19 @@ impl Crew<'_> {
             self.service("socket", ends, hooked);
             self.service("packet", ends, plain);
         }
+        for (path, client) in [(EMPTY_HOOKS, bare), (OWN_HOOKS, hooked)] {
+            self.route(path, Ends::SameNode, client, lab.servers[0].address);
+        }
         self.route(DIRECT, Ends::Outside, outside, lab.servers[0].address);
         self.service(NODE_PORT, Ends::Outside, outside);
         Ok(())
     }
 
-    /// A client on the second node's host, which asks the first node for the server on the second.
-    fn forwarder(&mut self, lab: &Keelway, path: &str) -> Result<()> {
+    /// A client outside, which asks the first node for the server on the second.
+    fn forwarder(&mut self, lab: &Keelway, path: &str, ends: Ends) -> Result<()> {
         self.server(&lab.servers[1].network)?;
-        let client = self.client(lab.outside(), false)?;
-        self.service(path, Ends::Forwarded, client);
+        let client = self.client(lab.outside())?;
+        self.service(path, ends, client);
         Ok(())
     }
 
@@ -442,8 +461,8 @@ impl Crew<'_> {
         for server in &lab.servers {
             self.server(&server.network)?;
         }
-        let inside = self.client(&lab.client.network, false)?;
-        let outside = self.client(&lab.hosts[1], false)?;
+        let inside = self.client(&lab.client.network)?;
+        let outside = self.client(&lab.hosts[1])?;
         let all = [
             (Ends::SameNode, inside, &lab.servers[0]),
             (Ends::AcrossNodes, inside, &lab.servers[1]),

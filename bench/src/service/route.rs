@@ -16,6 +16,8 @@ pub enum Ends {
     Outside,
     /// So it is, and the server is not on the node that is asked: that sends on what comes, and what is answered.
     Forwarded,
+    /// As that, and the client is neither of the nodes: what is answered need not come by the one that was asked.
+    Switched,
 }
 
 impl Ends {
@@ -25,6 +27,7 @@ impl Ends {
             Ends::AcrossNodes => "across",
             Ends::Outside => "outside",
             Ends::Forwarded => "forwarded",
+            Ends::Switched => "switched",
         }
     }
 }
@@ -46,15 +49,23 @@ pub struct Route {
 
 /// The path that the others are compared with.
 pub const DIRECT: &str = "direct";
+/// As that, by a client whose calls pass socket hooks that do nothing: what hooks cost, whatever they do.
+pub const EMPTY_HOOKS: &str = "empty-hooks";
+/// And by one whose calls pass ours, which look for a Service and find none.
+pub const OWN_HOOKS: &str = "own-hooks";
 /// A port of the node, as the hook at tc serves it; and as the uplink's driver does.
 pub const NODE_PORT: &str = "node-port";
 pub const NODE_PORT_XDP: &str = "node-port-xdp";
+/// As the server's node answers it, and not the one that was asked (DSR).
+pub const NODE_PORT_DSR: &str = "node-port-dsr";
+/// As the hook at tc serves it beneath a driver's program that lets everything pass: what such a program costs, whatever it does.
+pub const NODE_PORT_PASSED: &str = "node-port-passed";
 
 impl Ends {
     /// What paths between such ends are compared with: nothing goes directly by way of another node.
     pub const fn reference(self) -> &'static str {
         match self {
-            Ends::Forwarded => NODE_PORT,
+            Ends::Forwarded | Ends::Switched => NODE_PORT,
             Ends::SameNode | Ends::AcrossNodes | Ends::Outside => DIRECT,
         }
     }
@@ -63,7 +74,8 @@ impl Ends {
 impl Route {
     pub fn target(&self, metric: Metric) -> SocketAddr {
         let port = if self.by_node_port {
-            node_port(usize::from(self.ends == Ends::Forwarded), metric)
+            let is_far = matches!(self.ends, Ends::Forwarded | Ends::Switched);
+            node_port(usize::from(is_far), metric)
         } else {
             metric.port()
         };
@@ -109,11 +121,19 @@ pub fn tasks(route: &Route, is_first: bool, cpus: usize) -> Vec<Task> {
             .map(|metric| Task::closed(metric, Cpus::One))
             .collect();
     }
+    // Hooks are called per call and connection, not for what is sent on one.
+    let hooks_alone = [EMPTY_HOOKS, OWN_HOOKS].contains(&route.path.as_str());
+    let left_out: &[Metric] = match route.ends {
+        Ends::SameNode if hooks_alone => &[Metric::Throughput, Metric::Http],
+        Ends::Forwarded | Ends::Switched => &[Metric::Http],
+        Ends::SameNode | Ends::AcrossNodes | Ends::Outside => &[],
+    };
     let mut tasks: Vec<Task> = Metric::ALL
         .into_iter()
+        .filter(|metric| !left_out.contains(metric))
         .map(|metric| Task::closed(metric, Cpus::One))
         .collect();
-    if route.ends == Ends::SameNode {
+    if route.ends == Ends::SameNode && !hooks_alone {
         tasks.push(Task {
             metric: Metric::Http,
             cpus: Cpus::One,
