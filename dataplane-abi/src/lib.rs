@@ -50,8 +50,10 @@ pub mod limits {
     pub const BACKENDS_PER_SERVICE: u32 = 16_383;
     /// Addresses that this node delivers to itself: its pods' and its own.
     pub const LOCAL_ADDRESSES: u32 = 1 << 12;
-    /// Entries (two per flow) of flows that have seen a reply.
+    /// Entries (two per flow) of flows that have seen a reply, where nobody knows how much memory there is; else between these.
     pub const FLOWS: u32 = 1 << 19;
+    pub const FLOWS_MIN: u32 = 1 << 16;
+    pub const FLOWS_MAX: u32 = 1 << 22;
     /// Entries (two per flow) of flows that have not, evicted least recently used first.
     pub const FLOWS_UNREPLIED: u32 = 1 << 16;
     /// Clients of services with affinity whose backend is remembered, forgotten least recently used first.
@@ -124,19 +126,22 @@ pub mod map {
     pub const EVENTS: &str = "EVENTS";
     /// [`crate::MONITOR_WANTED`] and [`crate::MONITOR_LOST`], words; mmapable array.
     pub const MONITOR: &str = "MONITOR";
-    /// [`crate::SocketPeers`]; socket storage.
+    /// [`crate::SocketPeers`], of sockets that name a destination with what they send; socket storage.
     pub const SOCKET_PEERS: &str = "SOCKET_PEERS";
+    /// [`crate::SocketPeer`], of those that were connected; socket storage.
+    pub const SOCKET_PEER: &str = "SOCKET_PEER";
     /// Socket cookie, u64, to [`crate::SocketPeer`]: the host's datagram sockets that were connected to a backend; LRU hash.
     pub const DATAGRAMS: &str = "DATAGRAMS";
 
     /// Maps that tell of traffic rather than of the cluster. They outlive the version that made them, and have the size that it gave
     /// them.
-    pub const OF_TRAFFIC: [&str; 6] = [
+    pub const OF_TRAFFIC: [&str; 7] = [
         FLOWS,
         FLOWS_UNREPLIED,
         AFFINITY,
         FRAGMENTS,
         SOCKET_PEERS,
+        SOCKET_PEER,
         TRACES,
     ];
 

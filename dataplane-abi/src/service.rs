@@ -198,6 +198,24 @@ pub struct ServiceRef {
 plain!(ServiceRef, 8, { extent: 0, generation: 4 });
 
 impl ServiceRef {
+    /// The id that no service port has: its word tells by an epoch when frontends, or what else says where a destination leads, last
+    /// changed.
+    pub const EPOCH_ID: u32 = 0;
+
+    /// The word of an epoch: no service's, by its generation.
+    pub const fn of_epoch(epoch: u32) -> Self {
+        Self {
+            extent: epoch,
+            generation: 0,
+        }
+    }
+
+    /// The epoch in the word of [`Self::EPOCH_ID`].
+    #[inline(always)]
+    pub const fn epoch(self) -> u32 {
+        self.extent
+    }
+
     /// As the word that is stored.
     pub const fn to_word(self) -> u64 {
         // SAFETY: both are eight plain bytes.
@@ -361,7 +379,8 @@ macro_rules! as_cell {
 as_cell!(ExtentHeader);
 as_cell!(Backend);
 
-/// A translation that a socket was given: it asked for the frontend and talks to the backend.
+/// A translation that a socket was given: it asked for the frontend and talks to the backend. Of a connected socket there is one, in a
+/// storage of its own: the kernel clears what it gives, and for four of these that took it a fifth of what a hook may cost a connection.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct SocketPeer {
@@ -379,17 +398,18 @@ pub struct SocketPeer {
 }
 plain!(SocketPeer, 48, { frontend: 0, backend: 16, frontend_port: 32, backend_port: 34, service: 36, generation: 40, slot: 44 });
 
-/// Socket storage: the last translations of a socket. A TCP or connected UDP socket has one; an unconnected UDP socket one
-/// per service it talks to, the oldest forgotten beyond [`SocketPeers::SLOTS`].
+/// Socket storage: the last translations of an unconnected UDP socket, one per service it talks to, the oldest forgotten beyond
+/// [`SocketPeers::SLOTS`].
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct SocketPeers {
     pub peers: [SocketPeer; Self::SLOTS],
     /// Slot to be taken next.
     pub next: u32,
-    pub pad: u32,
+    /// What [`ServiceRef::epoch`] was before the first of them was looked up: while it is the same, only their backends can have changed.
+    pub epoch: u32,
 }
-plain!(SocketPeers, 200, { peers: 0, next: 192, pad: 196 });
+plain!(SocketPeers, 200, { peers: 0, next: 192, epoch: 196 });
 
 impl SocketPeers {
     /// A resolver asks a handful of servers from one socket; 4 covers resolv.conf's three.

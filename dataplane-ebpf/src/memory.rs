@@ -181,6 +181,14 @@ impl Memory {
         *cell = header.into();
     }
 
+    /// Says that it changed where destinations lead.
+    pub fn set_epoch(&self, epoch: u32) {
+        let word = ServiceRef::of_epoch(epoch);
+        self.services
+            .borrow_mut()
+            .insert(ServiceRef::EPOCH_ID, word);
+    }
+
     /// Gives a service affinity, until its backends are set anew.
     pub fn set_affinity_timeout(&self, id: u32, seconds: u32) {
         self.change_header(id, |header| header.affinity_timeout_s = seconds);

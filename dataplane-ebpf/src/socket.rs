@@ -1,7 +1,8 @@
 //! What each cgroup hook does with a socket call.
 
 use dataplane_abi::{
-    Addr, FrontendKey, LEAD_GUARDED, Lead, MARKER_EXTERNAL, Reason, SocketPeer, SocketPeers,
+    Addr, FrontendKey, LEAD_GUARDED, Lead, MARKER_EXTERNAL, Reason, ServiceRef, SocketPeer,
+    SocketPeers,
 };
 
 use crate::{
@@ -117,6 +118,44 @@ pub fn destination<T: Tables>(
     })
 }
 
+/// What the socket was given for a destination, while that leads where it led and the backends of its service are the same: what
+/// [`destination`] would come to, for a small part of the cost.
+#[inline(always)]
+pub fn again<'a, T: Tables>(
+    tables: &T,
+    known: &'a SocketPeers,
+    addr: &Addr,
+    port: u16,
+) -> Option<&'a SocketPeer> {
+    if known.epoch != epoch(tables) {
+        return None;
+    }
+    let peer = given(known, addr, port)?;
+    let now = tables.service(peer.service)?;
+    (now.generation == peer.generation).then_some(peer)
+}
+
+/// When it last changed where destinations lead; to be read before one is looked up that is to be remembered.
+#[inline(always)]
+pub fn epoch<T: Tables>(tables: &T) -> u32 {
+    let word = tables.service(ServiceRef::EPOCH_ID);
+    word.map_or(0, ServiceRef::epoch)
+}
+
+/// Has what a socket was given before an epoch looked up again before it is used again.
+#[inline(always)]
+pub fn renew(peers: &mut SocketPeers, epoch: u32) {
+    if peers.epoch == epoch {
+        return;
+    }
+    peers.epoch = epoch;
+    let mut slot = 0;
+    while slot < SocketPeers::SLOTS {
+        peers.peers[slot].generation = 0;
+        slot += 1;
+    }
+}
+
 /// Where a destination leads, when it is a frontend: the address and port, or the port of every address of the node.
 #[inline(always)]
 fn lead<T: Tables>(tables: &T, caller: &Caller, frontend: &FrontendKey) -> Option<Lead> {
@@ -158,14 +197,16 @@ fn given<'a>(peers: &'a SocketPeers, addr: &Addr, port: u16) -> Option<&'a Socke
         .find(|peer| peer.service != 0 && peer.frontend_port == port && same(&peer.frontend, addr))
 }
 
-/// The frontend that a socket asked for when it hears from a backend, its address and port in network order.
+/// What a socket was given that hears from a backend, its address and port in network order.
 #[inline(always)]
-pub fn asked(peers: &SocketPeers, addr: &Addr, port: u16) -> Option<(Addr, u16)> {
-    let peer = peers
-        .peers
-        .iter()
-        .find(|peer| peer.service != 0 && peer.backend_port == port && same(&peer.backend, addr))?;
-    Some((peer.frontend, peer.frontend_port))
+pub fn asked<'a>(peers: &'a SocketPeers, addr: &Addr, port: u16) -> Option<&'a SocketPeer> {
+    peers.peers.iter().find(|peer| is_backend(peer, addr, port))
+}
+
+/// Whether it is from the backend that it was given that a socket hears.
+#[inline(always)]
+pub fn is_backend(peer: &SocketPeer, addr: &Addr, port: u16) -> bool {
+    peer.service != 0 && peer.backend_port == port && same(&peer.backend, addr)
 }
 
 /// Notes what a socket is given: over what it was given for the same frontend, else over the oldest.
@@ -238,7 +279,8 @@ mod tests {
         let mut peers = SocketPeers::default();
         remember(&mut peers, &peer);
         assert_eq!(
-            asked(&peers, &peer.backend, peer.backend_port),
+            asked(&peers, &peer.backend, peer.backend_port)
+                .map(|peer| (peer.frontend, peer.frontend_port)),
             Some((addr(VIP), 53u16.to_be()))
         );
         assert_eq!(asked(&peers, &peer.backend, 54u16.to_be()), None);
@@ -299,6 +341,53 @@ mod tests {
             translated(destination(&tables, &POD, &dns(), Some(&peers))).backend,
             addr([10, 0, 0, 9])
         );
+    }
+
+    #[test]
+    fn what_was_given_is_given_again_until_backends_or_frontends_change() {
+        let tables = Memory::default();
+        tables.set_epoch(1);
+        tables.set_service(3, &["10.0.0.1:53", "10.0.0.2:53"], &[]);
+        tables.set_service(4, &["10.0.0.3:53"], &[]);
+        tables.set_frontend("10.96.0.10:53", proto::UDP, 3);
+        tables.set_frontend("10.96.0.11:53", proto::UDP, 4);
+        let other = at("10.96.0.11:53", proto::UDP);
+        let mut peers = SocketPeers::default();
+        let give = |peers: &mut SocketPeers, key: &FrontendKey| {
+            let epoch = epoch(&tables);
+            let peer = translated(destination(&tables, &POD, key, Some(peers)));
+            renew(peers, epoch);
+            remember(peers, &peer);
+            peer
+        };
+        let again = |peers: &SocketPeers, key: &FrontendKey| {
+            again(&tables, peers, &key.addr, key.port).copied()
+        };
+        // Nothing is known of a socket that was given nothing.
+        assert_eq!(again(&peers, &dns()), None);
+        let first = give(&mut peers, &dns());
+        assert_eq!(again(&peers, &dns()), Some(first));
+        assert_eq!(again(&peers, &other), None);
+        let second = give(&mut peers, &other);
+        // The backends of one change: the other is given again.
+        tables.set_service(4, &["10.0.0.4:53"], &[]);
+        assert_eq!(again(&peers, &dns()), Some(first));
+        assert_eq!(again(&peers, &other), None);
+        assert_ne!(give(&mut peers, &other).backend, second.backend);
+        // A frontend goes, and both are looked up; looking up one does not make the other known.
+        tables.frontends.borrow_mut().remove(&other);
+        tables.set_epoch(2);
+        assert_eq!(again(&peers, &dns()), None);
+        assert_eq!(give(&mut peers, &dns()).backend, first.backend);
+        assert!(again(&peers, &dns()).is_some());
+        assert_eq!(again(&peers, &other), None);
+        assert_eq!(
+            destination(&tables, &POD, &other, Some(&peers)),
+            Outcome::Leave
+        );
+        // A Service that is gone has no generation.
+        tables.services.borrow_mut().remove(&3);
+        assert_eq!(again(&peers, &dns()), None);
     }
 
     const HOST: Caller = Caller {

@@ -78,9 +78,10 @@ pub fn inherited(root: &Path, own: &Path) -> Result<Inherited, Error> {
             let bytes = limits::SERVICES as usize * size_of::<u64>();
             let words = Mapping::whole(services.as_fd(), bytes);
             let words = words.map_err(failed("map", map::SERVICES))?;
-            let generations = (0..limits::SERVICES)
-                .map(|id| ServiceRef::from_word(words.load_word(id)).generation);
-            found.generation = generations.fold(found.generation, u32::max);
+            let word = |id| ServiceRef::from_word(words.load_word(id));
+            let generations = (1..limits::SERVICES).map(|id| word(id).generation);
+            let epoch = word(ServiceRef::EPOCH_ID).epoch();
+            found.generation = generations.fold(found.generation.max(epoch), u32::max);
         }
         if let Some(frontends) = fitting(&dir, map::FRONTENDS)? {
             let entries = sys::entries::<FrontendKey, RawLead>(frontends.as_fd());

@@ -142,6 +142,14 @@ impl MapIo for PinnedMaps {
         sys::delete_batch(self.peers.as_fd(), keys).map_err(failed("delete from", map::PEERS))
     }
 
+    fn epoch(&self) -> u32 {
+        self.service(ServiceRef::EPOCH_ID).epoch()
+    }
+
+    fn set_epoch(&mut self, epoch: u32) {
+        self.set_service(ServiceRef::EPOCH_ID, ServiceRef::of_epoch(epoch));
+    }
+
     fn service(&self, id: u32) -> ServiceRef {
         ServiceRef::from_word(self.services.load_word(id))
     }

@@ -14,7 +14,7 @@ use super::{
 };
 
 /// What each map of the object is made like.
-pub(super) fn shapes() -> [(&'static str, MapShape); 17] {
+pub(super) fn shapes() -> [(&'static str, MapShape); 18] {
     const HASH: u32 = 1;
     const ARRAY: u32 = 2;
     const PERCPU_ARRAY: u32 = 6;
@@ -153,6 +153,10 @@ pub(super) fn shapes() -> [(&'static str, MapShape); 17] {
         (
             map::SOCKET_PEERS,
             MapShape::new(SK_STORAGE, word, size_of::<SocketPeers>(), 0, NO_PREALLOC),
+        ),
+        (
+            map::SOCKET_PEER,
+            MapShape::new(SK_STORAGE, word, size_of::<SocketPeer>(), 0, NO_PREALLOC),
         ),
     ]
 }

@@ -46,6 +46,10 @@ pub trait MapIo {
     fn set_peers(&mut self, entries: &[(PeerKey, u64)]) -> Result<(), Error>;
     fn remove_peers(&mut self, keys: &[PeerKey]) -> Result<(), Error>;
 
+    /// The word of [`ServiceRef::EPOCH_ID`].
+    fn epoch(&self) -> u32;
+    fn set_epoch(&mut self, epoch: u32);
+
     fn service(&self, id: u32) -> ServiceRef;
     /// Replaces a service's reference in one store, after all cells written before.
     fn set_service(&mut self, id: u32, reference: ServiceRef);
@@ -91,7 +95,7 @@ impl<M: MapIo> Tables<M> {
     /// Takes over maps as they are. A service whose extent contradicts it (only a bug could write one) is removed.
     pub fn adopt(mut io: M) -> Result<Self, Error> {
         let mut extents = Extents::new(CELLS_ORDER);
-        let (mut placed, mut generation) = (HashMap::new(), 0);
+        let (mut placed, mut generation) = (HashMap::new(), io.epoch());
         let mut tables = HashMap::new();
         for id in 1..limits::SERVICES {
             let reference = io.service(id);
@@ -227,6 +231,28 @@ impl<M: MapIo> Tables<M> {
     /// them and go after. On an error part of the batch may be done: read [`Tables::state`] before going on.
     pub fn apply(&mut self, ops: &[Op], now: Instant) -> Result<Applied, Error> {
         let batch = Batch::collect(ops)?;
+        let applied = self.carry_out(&batch, now);
+        // Also when some of it failed.
+        if !(batch.frontends.is_empty() && batch.locals.is_empty() && batch.ranges.is_empty()) {
+            self.begin_epoch();
+        }
+        applied
+    }
+
+    /// Has sockets ask again where destinations lead.
+    pub fn begin_epoch(&mut self) {
+        let epoch = self.next_generation();
+        self.io.set_epoch(epoch);
+    }
+
+    /// The one after all that services and epochs have had.
+    fn next_generation(&mut self) -> u32 {
+        // 0 says that there is no service.
+        self.generation = self.generation.checked_add(1).unwrap_or(1);
+        self.generation
+    }
+
+    fn carry_out(&mut self, batch: &Batch, now: Instant) -> Result<Applied, Error> {
         for (id, backends) in &batch.services {
             if let Some(backends) = backends {
                 self.place(*id, backends, now)?;
@@ -280,9 +306,7 @@ impl<M: MapIo> Tables<M> {
             self.extents.retire(extent, now);
             return Err(error);
         }
-        // 0 says that there is no service.
-        self.generation = self.generation.checked_add(1).unwrap_or(1);
-        let generation = self.generation;
+        let generation = self.next_generation();
         let entries = self.maglev.write(&mut self.io, id, generation, backends)?;
         // Nodes that do not choose alike would send clients' packets to nodes that send them on.
         let direct = backends.direct && (entries != 0 || backends.active.len() == 1);

@@ -13,6 +13,7 @@ struct Memory {
     peers: BTreeMap<PeerKey, u64>,
     locals: BTreeMap<Addr, LocalAddress>,
     services: BTreeMap<u32, ServiceRef>,
+    epoch: u32,
     cells: BTreeMap<u32, Cell>,
     reached: u32,
     log: Vec<&'static str>,
@@ -90,6 +91,12 @@ impl MapIo for Memory {
     fn remove_peers(&mut self, keys: &[PeerKey]) -> Result<(), Error> {
         self.peers.retain(|key, _| !keys.contains(key));
         Ok(())
+    }
+    fn epoch(&self) -> u32 {
+        self.epoch
+    }
+    fn set_epoch(&mut self, epoch: u32) {
+        self.epoch = epoch;
     }
     fn service(&self, id: u32) -> ServiceRef {
         self.services.get(&id).copied().unwrap_or_default()
@@ -441,6 +448,40 @@ fn ranges_are_there_before_the_frontends_that_ask_for_them_and_gone_after() {
         sources(&["192.0.2.0/24", "198.51.100.0/24"])
     );
     assert_eq!(state.unmasqueraded, sources(&["10.0.0.0/8"]));
+}
+
+#[test]
+fn sockets_ask_again_when_it_changes_where_destinations_lead_and_not_when_backends_do() {
+    let now = Instant::now();
+    let mut tables = Tables::adopt(Memory::default()).unwrap();
+    let mut epochs = vec![tables.io.epoch];
+    let mut apply = |tables: &mut Tables<Memory>, op: Op| {
+        tables.apply(&[op], now).unwrap();
+        let before = epochs.last().copied();
+        epochs.push(tables.io.epoch);
+        before != epochs.last().copied()
+    };
+    let id = ServiceId(3);
+    let set = |at: &str| Op::SetService {
+        id,
+        backends: backends(&[at], &[]),
+    };
+    assert!(!apply(&mut tables, set("10.0.0.1:80")));
+    let frontend = frontend("10.96.0.1:80");
+    let lead = Lead::to(id);
+    assert!(apply(&mut tables, Op::SetFrontend { frontend, lead }));
+    assert!(!apply(&mut tables, set("10.0.0.2:80")));
+    let sources = sources(&["10.0.0.0/8"]);
+    assert!(apply(&mut tables, Op::SetSources { id, sources }));
+    let addr = [198, 18, 0, 1].into();
+    assert!(apply(&mut tables, Op::SetHostAddress { addr }));
+    assert!(apply(&mut tables, Op::RemoveFrontend { frontend }));
+    // None comes twice, nor one that a generation has had, also from the next agent.
+    let mut next = Tables::adopt(tables.io).unwrap();
+    next.begin_epoch();
+    epochs.push(next.io.epoch);
+    epochs.dedup();
+    assert!(epochs.is_sorted_by(|a, b| a < b), "{epochs:?}");
 }
 
 #[test]

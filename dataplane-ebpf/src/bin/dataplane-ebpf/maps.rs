@@ -74,6 +74,8 @@ pub static COUNTERS: PerCpuArray<u64, { Reason::COUNT as usize }> = PerCpuArray:
 static NOTES: PerCpuArray<Notes, 1> = PerCpuArray::new();
 #[btf_map]
 pub static SOCKET_PEERS: SkStorage<SocketPeers> = SkStorage::new();
+#[btf_map]
+pub static SOCKET_PEER: SkStorage<SocketPeer> = SkStorage::new();
 
 /// By the cookies of sockets.
 #[btf_map]

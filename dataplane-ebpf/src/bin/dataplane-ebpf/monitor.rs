@@ -374,7 +374,8 @@ pub fn socket(peer: &SocketPeer, protocol: u8) {
     }
 }
 
-#[inline(always)]
+/// A function of its own, since it is rare.
+#[inline(never)]
 fn tell_socket(peer: &SocketPeer, protocol: u32) {
     let Some(mut entry) = EVENTS.reserve(0) else {
         lost();

@@ -6,15 +6,16 @@ use aya_ebpf::{
     macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
-use dataplane_abi::{Addr, FrontendKey, SocketPeer, SocketPeers, proto};
+use dataplane_abi::{Addr, FrontendKey, Reason, SocketPeer, SocketPeers, proto};
 use dataplane_ebpf::{
     balance::Client,
-    socket::{Caller, Outcome, asked, destination, remember},
+    socket::{Caller, Outcome, again, asked, destination, epoch, is_backend, remember, renew},
+    tables::Tables as _,
 };
 
 use crate::{
     HOST_NETNS, PACKET_LB, SOCKET_LB,
-    maps::{Maps, SOCKET_PEERS, note_datagrams},
+    maps::{Maps, SOCKET_PEER, SOCKET_PEERS, note_datagrams},
     monitor, node_v4, node_v6,
 };
 
@@ -91,15 +92,13 @@ fn set_port(call: *mut bpf_sock_addr, port: u16) {
     unsafe { (&raw mut (*call).user_port).write_volatile(port as u32) };
 }
 
-/// Whose call it is.
+/// Whose call it is, by the cookie of its network namespace.
 #[inline(always)]
-fn caller(call: *mut bpf_sock_addr, asked: &Addr, connects_datagrams: bool) -> Caller {
-    // SAFETY: a valid context.
-    let netns = unsafe { bpf_get_netns_cookie(call.cast()) };
+fn caller(netns: u64, asked: &FrontendKey, keeps: bool) -> Caller {
     let is_host = netns == HOST_NETNS.load();
     let packet_lb = PACKET_LB.load() != 0;
     let client = if is_host {
-        Client::at(match asked.v4_be() {
+        Client::at(match asked.addr.v4_be() {
             Some(_) => node_v4(),
             None => node_v6(),
         })
@@ -112,8 +111,49 @@ fn caller(call: *mut bpf_sock_addr, asked: &Addr, connects_datagrams: bool) -> C
     Caller {
         is_host,
         packet_lb,
-        connects_datagrams,
+        connects_datagrams: asked.proto == proto::UDP && !keeps,
         client,
+    }
+}
+
+/// What [`destination`] comes to: numbers, since only such come back from a function in a register.
+const LEAVE: u32 = 0;
+const REFUSE: u32 = 1;
+const TRANSLATE: u32 = 2;
+
+/// [`destination`] as a global function: the verifier judges it by itself, once for a program, where it would walk any other anew for
+/// each way that leads to it. Writes down what the socket is given. Pointers may be null to it; that of what is known is so where
+/// nothing is.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn find_destination(
+    asked: *const FrontendKey,
+    netns: u64,
+    keeps: u32,
+    known: *const SocketPeers,
+    given: *mut SocketPeer,
+) -> u32 {
+    // SAFETY: null or the caller's, for as long as the call; the verifier holds callers to their sizes.
+    let (asked, known, given) = unsafe { (asked.as_ref(), known.as_ref(), given.as_mut()) };
+    let (Some(asked), Some(given)) = (asked, given) else {
+        return LEAVE;
+    };
+    let caller = caller(netns, asked, keeps != 0);
+    match destination(&Maps, &caller, asked, known) {
+        Outcome::Leave => LEAVE,
+        Outcome::Refuse => REFUSE,
+        Outcome::Translate(peer) => {
+            // By words: a copy of the whole is a loop over bytes.
+            let ([high, low], [other_high, other_low]) = (peer.frontend.words, peer.backend.words);
+            given.frontend.words = [high, low];
+            given.backend.words = [other_high, other_low];
+            given.frontend_port = peer.frontend_port;
+            given.backend_port = peer.backend_port;
+            given.service = peer.service;
+            given.generation = peer.generation;
+            given.slot = peer.slot;
+            TRANSLATE
+        }
     }
 }
 
@@ -131,6 +171,16 @@ fn note(call: *mut bpf_sock_addr, peer: &SocketPeer) {
     }
 }
 
+/// Has the call go to what the socket is given.
+#[inline(always)]
+fn answer<F: Family>(call: *mut bpf_sock_addr, peer: &SocketPeer, protocol: u8) {
+    // SAFETY: the caller is a hook of the family.
+    if unsafe { F::set_addr(call, peer.backend) } {
+        set_port(call, peer.backend_port);
+    }
+    monitor::socket(peer, protocol);
+}
+
 /// A call that names a destination: connect, or sendmsg of an unconnected socket.
 #[inline(always)]
 fn names<F: Family>(ctx: &SockAddrContext, keeps: bool) -> i32 {
@@ -146,36 +196,60 @@ fn names<F: Family>(ctx: &SockAddrContext, keeps: bool) -> i32 {
     };
     // SAFETY: the caller is a hook of the family.
     let frontend = FrontendKey::new(unsafe { F::addr(call) }, port(call), protocol);
-    let caller = caller(call, &frontend.addr, protocol == proto::UDP && !keeps);
-    // SAFETY: null or the storage of the call's socket, which the call holds.
-    let known: Option<&SocketPeers> = if keeps {
-        unsafe { SOCKET_PEERS.get_ptr_mut(ctx).as_ref() }
+    let known: *const SocketPeers = if keeps {
+        // SAFETY: a valid context.
+        unsafe { SOCKET_PEERS.get_ptr_mut(ctx) }
     } else {
-        None
+        core::ptr::null()
     };
-    match destination(&Maps, &caller, &frontend, known) {
-        Outcome::Leave => ALLOW,
-        Outcome::Refuse => {
+    // SAFETY: null or the storage of the call's socket, which the call holds.
+    if let Some(known) = unsafe { known.as_ref() }
+        && let Some(peer) = again(&Maps, known, &frontend.addr, frontend.port)
+    {
+        Maps.count(Reason::SocketTranslated);
+        answer::<F>(call, peer, protocol);
+        return ALLOW;
+    }
+    let epoch = if keeps { epoch(&Maps) } else { 0 };
+    // SAFETY: a valid context.
+    let netns = unsafe { bpf_get_netns_cookie(call.cast()) };
+    // Filled with what is at hand: zeros would be written by a loop over bytes.
+    let mut peer = SocketPeer {
+        frontend: frontend.addr,
+        backend: frontend.addr,
+        frontend_port: frontend.port,
+        backend_port: frontend.port,
+        service: 0,
+        generation: 0,
+        slot: 0,
+    };
+    match find_destination(&frontend, netns, keeps as u32, known, &mut peer) {
+        TRANSLATE => {}
+        REFUSE => {
             // SAFETY: no memory arguments.
             unsafe { bpf_set_retval(-ECONNREFUSED) };
-            DENY
+            return DENY;
         }
-        Outcome::Translate(peer) => {
-            // SAFETY: as above. Without storage the call works all the same, but the socket is told its backend's name.
-            if let Some(peers) = unsafe { SOCKET_PEERS.get_or_insert_ptr_mut(ctx, None).as_mut() } {
-                remember(peers, &peer);
-            }
-            // SAFETY: the caller is a hook of the family.
-            if unsafe { F::set_addr(call, peer.backend) } {
-                set_port(call, peer.backend_port);
-            }
-            monitor::socket(&peer, protocol);
-            if !keeps {
-                note(call, &peer);
-            }
-            ALLOW
+        _ => return ALLOW,
+    }
+    // Without storage the call works all the same, but the socket is told its backend's name.
+    if keeps {
+        // SAFETY: as above.
+        if let Some(peers) = unsafe { SOCKET_PEERS.get_or_insert_ptr_mut(ctx, None).as_mut() } {
+            renew(peers, epoch);
+            remember(peers, &peer);
+        }
+    } else {
+        // SAFETY: as above.
+        if let Some(place) = unsafe { SOCKET_PEER.get_or_insert_ptr_mut(ctx, None).as_mut() } {
+            *place = peer;
         }
     }
+    answer::<F>(call, &peer, protocol);
+    if !keeps {
+        note(call, &peer);
+    }
+    ALLOW
 }
 
 /// A call that tells a peer's address: recvmsg of an unconnected socket, or getpeername.
@@ -185,18 +259,31 @@ fn tells<F: Family>(ctx: &SockAddrContext) -> i32 {
         return ALLOW;
     }
     let call = ctx.sock_addr;
-    // SAFETY: null or the storage of the call's socket.
-    let Some(peers) = (unsafe { SOCKET_PEERS.get_ptr_mut(ctx).as_ref() }) else {
-        return ALLOW;
-    };
     // SAFETY: the caller is a hook of the family.
-    if let Some((addr, port)) = asked(peers, &unsafe { F::addr(call) }, port(call)) {
-        // SAFETY: as above.
-        if unsafe { F::set_addr(call, addr) } {
-            set_port(call, port);
-        }
+    let (addr, at) = (unsafe { F::addr(call) }, port(call));
+    // SAFETY: null or the storage of the call's socket.
+    if let Some(peers) = unsafe { SOCKET_PEERS.get_ptr_mut(ctx).as_ref() }
+        && let Some(peer) = asked(peers, &addr, at)
+    {
+        tell::<F>(call, peer);
+        return ALLOW;
+    }
+    // SAFETY: as above.
+    if let Some(peer) = unsafe { SOCKET_PEER.get_ptr_mut(ctx).as_ref() }
+        && is_backend(peer, &addr, at)
+    {
+        tell::<F>(call, peer);
     }
     ALLOW
+}
+
+/// Has the call tell of the frontend that was asked for.
+#[inline(always)]
+fn tell<F: Family>(call: *mut bpf_sock_addr, peer: &SocketPeer) {
+    // SAFETY: the caller is a hook of the family.
+    if unsafe { F::set_addr(call, peer.frontend) } {
+        set_port(call, peer.frontend_port);
+    }
 }
 
 #[cgroup_sock_addr(connect4)]
