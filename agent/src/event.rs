@@ -43,6 +43,8 @@ pub enum Event {
     Buried { outcome: Result<(), NodeError> },
     /// The sandboxes that the container runtimes have, by id, or why that is not known; none when there is no runtime to ask.
     Sandboxes(Result<Option<HashSet<String>>, String>),
+    /// The kernel has verified the programs, or refused one.
+    Verified,
     /// Probes have found that a way to another node is direct, or is not any more.
     PathsChanged,
     /// Somebody asks how the agent is.

@@ -15,7 +15,8 @@ use serde::{Deserialize, Serialize};
 use crate::addresses::Reserved;
 use crate::config::Config;
 use crate::dataplane::{
-    self, Dataplane, EarlyUplink, Frontend, Op, Peers, Protocol, ServiceVeth, State, Xdp, XdpMode,
+    self, Dataplane, EarlyUplink, Frontend, Op, Peers, Preparation, Protocol, ServiceVeth, State,
+    Xdp, XdpMode,
 };
 use crate::net::{self, Kernel, Link, NetlinkError, Uplink};
 use crate::plan::{Dsr, Ledger, Routing};
@@ -155,17 +156,21 @@ pub struct Node {
     xdp_mode: XdpMode,
     /// What of it is so.
     xdp: Xdp,
+    hangs: bool,
     service_veth: ServiceVeth,
     service_ranges: Vec<IpNetwork>,
     routing: Routing,
 }
 
 impl Node {
-    /// Brings the data plane up over what an earlier agent left.
+    /// Brings the data plane's maps up over what an earlier agent left. Its programs hang nowhere before [`Node::hang`]; `verified` is
+    /// called when that has not to wait for them.
     pub fn set_up(
         config: &Config,
         identity: &Identity,
         kernel: &mut Kernel,
+        preparation: Preparation,
+        verified: impl FnOnce() + Send + 'static,
     ) -> Result<Self, NodeError> {
         let uplink = kernel
             .uplink(&identity.addresses)?
@@ -198,7 +203,7 @@ impl Node {
             ifindex: uplink.link.index,
             is_veth: kernel.is_veth(&uplink.link.name)?,
         };
-        let dataplane = Dataplane::open(&dataplane::Config {
+        let wished = dataplane::Config {
             pin_root: config.pin_root.clone(),
             socket_lb: config.socket_lb,
             packet_lb: config.packet_lb,
@@ -219,7 +224,8 @@ impl Node {
                 .map(|overlay| overlay.index),
             kernel_dns: config.kernel_dns,
             early: early.is_asked(config.xdp),
-        })?;
+        };
+        let dataplane = Dataplane::begin(&wished, preparation, verified)?;
         let found = dataplane.state()?;
         let mut ledger = Ledger::adopt(found.clone());
         ledger.inherit(dataplane.inherited().clone());
@@ -239,14 +245,27 @@ impl Node {
             early,
             xdp_mode: config.xdp,
             xdp: Xdp::Off,
+            hangs: false,
             service_veth: pair,
             service_ranges: config.service_ranges.clone(),
             routing: config.routing,
         };
         // What programs judge packets by is there before they see one.
         node.settle_host_addresses(kernel)?;
-        node.attach()?;
         Ok(node)
+    }
+
+    /// Whether the programs hang where they should.
+    pub fn hangs(&self) -> bool {
+        self.hangs
+    }
+
+    /// Hangs the programs, once the kernel has verified them, on what is not a pod's.
+    pub fn hang(&mut self) -> Result<(), NodeError> {
+        self.dataplane.finish()?;
+        self.attach()?;
+        self.hangs = true;
+        Ok(())
     }
 
     /// Hangs the programs on what is not a pod's. Idempotent.

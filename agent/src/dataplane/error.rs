@@ -35,6 +35,8 @@ pub enum Error {
         program: &'static str,
         source: Box<ProgramError>,
     },
+    #[error("the kernel has not verified the programs yet")]
+    NotVerified,
     #[error("the eBPF object lacks {program}")]
     Missing { program: &'static str },
     #[error("cannot attach {program} to {target:?}")]

@@ -14,6 +14,7 @@ mod flows;
 mod handover;
 mod hooks;
 mod kept;
+mod loading;
 pub mod maglev;
 mod mapping;
 mod names;
@@ -43,6 +44,7 @@ pub use events::{EventRing, quiet};
 pub use flows::{FlowTables, FlowView, monotonic_ns, monotonic_s};
 pub use handover::HandedOver;
 pub use hooks::FilterHooks;
+pub use loading::Preparation;
 pub use maglev::MaglevUse;
 pub use names::NameTables;
 pub use op::{
@@ -154,6 +156,7 @@ pub fn held(pin_root: &Path) -> Result<State, Error> {
 pub struct Dataplane {
     programs: Programs,
     tables: Tables<PinnedMaps>,
+    socket_lb: bool,
     service_veth: Option<ServiceVeth>,
     pin_root: PathBuf,
     dir: PathBuf,
@@ -172,6 +175,19 @@ impl Dataplane {
     /// Loads the programs over the pinned maps, which are made where there are none, and gives links that an
     /// earlier agent pinned the new programs. Attaches nothing else. To be called in the host's network namespace.
     pub fn open(config: &Config) -> Result<Self, Error> {
+        let mut dataplane = Self::begin(config, Preparation::begin(), || {})?;
+        dataplane.finish()?;
+        Ok(dataplane)
+    }
+
+    /// The first half of [`Dataplane::open`]: maps can be read and written when it returns, and of an earlier agent's nothing is changed.
+    /// `verified` is called when the kernel has verified the programs: [`Dataplane::finish`] has not to wait then. Until that is done
+    /// nothing can be hung anywhere.
+    pub fn begin(
+        config: &Config,
+        preparation: Preparation,
+        verified: impl FnOnce() + Send + 'static,
+    ) -> Result<Self, Error> {
         let dir = config.pin_root.join(format!("v{ABI_VERSION}"));
         let failed = |source| Error::Pins {
             path: dir.clone(),
@@ -182,19 +198,18 @@ impl Dataplane {
             return Err(Error::NotBpffs { path: dir });
         }
         handover::share(&config.pin_root, &dir)?;
-        let programs = Programs::load(&dir, config)?;
+        let programs = Programs::begin(&dir, config, preparation, verified)?;
         let inherited = handover::inherited(&config.pin_root, &dir)?;
         let tables = Tables::adopt(PinnedMaps::open(&dir)?)?;
         let mut tables = tables.after_generation(inherited.generation);
         if config.masquerade {
             tables.hold_masquerade_back(Instant::now())?;
         }
-        programs.adopt_links(config.socket_lb)?;
-        programs.forget_others();
         Ok(Self {
             to_take_over: handover::is_due(&config.pin_root, &dir)?,
             programs,
             tables,
+            socket_lb: config.socket_lb,
             service_veth: config.service_veth,
             pin_root: config.pin_root.clone(),
             inherited: inherited.leads,
@@ -203,6 +218,17 @@ impl Dataplane {
             flows_max: flows_max(&dir)?,
             dir,
         })
+    }
+
+    /// Waits until the kernel has verified the programs, and gives links that an earlier agent pinned ours.
+    pub fn finish(&mut self) -> Result<(), Error> {
+        if self.programs.finish()? {
+            self.programs.adopt_links(self.socket_lb)?;
+            self.programs.forget_others();
+            // What others' programs found, with constants of their own, and before anything hangs that was not there.
+            self.tables.begin_epoch();
+        }
+        Ok(())
     }
 
     /// Everything that the maps hold now.

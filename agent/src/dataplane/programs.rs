@@ -1,31 +1,20 @@
 //! The eBPF programs: loading them over pinned maps, and the pinned links that hang them on interfaces and control groups.
 
 use std::{
-    collections::BTreeMap,
     fs, io,
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
-use aya::{
-    Ebpf, EbpfLoader, include_bytes_aligned,
-    maps::{MapData, PerCpuArray},
-    programs::ProgramFd,
-};
+use aya::maps::{Map, MapData, PerCpuArray};
 use dataplane_abi::{Reason, map};
 
 use super::{
-    Config, Error, FilterHooks, NameTables,
-    constants::Constants,
-    early,
-    kept::Kept,
-    shapes::{check_shape, shapes},
+    Config, Error, FilterHooks, NameTables, early,
+    loading::{Loaded, Loading, Preparation},
     sys::{self, LinkTarget},
-    verify::verify,
 };
 use crate::net::Direction;
-
-static OBJECT: &[u8] = include_bytes_aligned!(concat!(env!("OUT_DIR"), "/dataplane-ebpf"));
 
 /// A program at tc.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -82,7 +71,7 @@ pub(super) const POD_PROGRAMS: [PacketProgram; 2] =
     [PacketProgram::PodIngress, PacketProgram::PodEgress];
 
 /// The programs at control groups, by name, with the kernel's number of their attach type.
-const SOCKET_PROGRAMS: [(&str, u32); 8] = [
+pub(super) const SOCKET_PROGRAMS: [(&str, u32); 8] = [
     ("connect4", 10),
     ("connect6", 11),
     ("sendmsg4", 14),
@@ -93,87 +82,52 @@ const SOCKET_PROGRAMS: [(&str, u32); 8] = [
     ("getpeername6", 30),
 ];
 
-const COLLECT: &str = "collect";
+pub(super) const COLLECT: &str = "collect";
 
-/// The loaded programs and where their links are pinned.
+/// The programs and where their links are pinned.
 pub struct Programs {
-    ebpf: Ebpf,
-    fds: BTreeMap<&'static str, OwnedFd>,
-    /// Where it was kept.
-    pod_ingress: Option<ProgramFd>,
-    kept: Kept,
+    /// Until they are verified.
+    loading: Option<Loading>,
+    loaded: Option<Loaded>,
+    dir: PathBuf,
     links: PathBuf,
-    tcx: bool,
     early: bool,
 }
 
 impl Programs {
-    /// Loads the programs over the maps pinned in `dir`, which are made where they are not.
-    pub fn load(dir: &Path, config: &Config) -> Result<Self, Error> {
-        for (name, wanted) in shapes() {
-            check_shape(dir, name, wanted)?;
-        }
-        let mut loader = EbpfLoader::new();
-        for (name, _) in shapes() {
-            loader.map_pin_path(name, dir.join(name));
-        }
-        let constants = Constants::of(config)?;
-        constants.override_in(&mut loader);
-        let said = format!("{constants:?}");
-        let kept = Kept::of(dir, &said);
-        let lent = kept.lend(&mut loader);
-        let mut ebpf = loader
-            .load(OBJECT)
-            .map_err(|source| Error::Load(Box::new(source)))?;
-        let packet = PacketProgram::ALL.iter().map(|program| program.name());
-        let socket = SOCKET_PROGRAMS.iter().map(|(name, _)| *name);
-        let names: Vec<&'static str> = packet
-            .chain([COLLECT])
-            .chain(config.early.then_some(early::PROGRAM))
-            .chain(socket)
-            .collect();
-        let mut fds = lent
-            .as_ref()
-            .map(|lent| lent.take(&names))
-            .unwrap_or_default();
-        let new: Vec<&'static str> = names
-            .into_iter()
-            .filter(|name| !fds.contains_key(name))
-            .collect();
-        tracing::debug!(kept = fds.len(), new = new.len(), "programs");
-        verify(&mut ebpf, &new)?;
-        // Over maps that were not there before.
-        let kept = Kept::of(dir, &said);
-        for name in new {
-            let failed = |source| Error::Program {
-                program: name,
-                source: Box::new(source),
-            };
-            let program = ebpf.program(name).ok_or(Error::Missing { program: name })?;
-            let fd = program.fd().map_err(failed)?.as_fd();
-            kept.keep(name, fd);
-            let fd = fd
-                .try_clone_to_owned()
-                .map_err(|error| failed(error.into()))?;
-            fds.insert(name, fd);
-        }
-        let pod_ingress = lent.and_then(|lent| lent.pod_ingress());
-        let mut programs = Self {
-            ebpf,
-            fds,
-            pod_ingress,
-            kept,
+    /// Loads the programs over the maps pinned in `dir`, which are made where they are not. Those are there when it returns; programs
+    /// when [`Programs::finish`] does.
+    pub fn begin(
+        dir: &Path,
+        config: &Config,
+        preparation: Preparation,
+        verified: impl FnOnce() + Send + 'static,
+    ) -> Result<Self, Error> {
+        Ok(Self {
+            loading: Some(Loading::begin(dir, config, preparation, verified)?),
+            loaded: None,
+            dir: dir.to_owned(),
             links: dir.join("links"),
-            tcx: true,
             early: config.early,
+        })
+    }
+
+    /// Waits until the kernel has verified all programs. False when it had already.
+    pub fn finish(&mut self) -> Result<bool, Error> {
+        let Some(loading) = self.loading.take() else {
+            return Ok(false);
         };
-        programs.tcx = has_tcx(programs.fd(PacketProgram::UplinkIngress.name())?);
-        Ok(programs)
+        self.loaded = Some(loading.wait()?);
+        Ok(true)
+    }
+
+    fn loaded(&self) -> Result<&Loaded, Error> {
+        self.loaded.as_ref().ok_or(Error::NotVerified)
     }
 
     /// Whether packet programs can hang by links; else they do by filters.
     pub fn has_tcx(&self) -> bool {
-        self.tcx
+        self.loaded.as_ref().is_none_or(|loaded| loaded.tcx)
     }
 
     /// Whether a program is one of those that the configuration asks for.
@@ -182,13 +136,14 @@ impl Programs {
     }
 
     pub(super) fn fd(&self, name: &'static str) -> Result<BorrowedFd<'_>, Error> {
-        let fd = self.fds.get(name).ok_or(Error::Missing { program: name })?;
-        Ok(fd.as_fd())
+        self.loaded()?.fd(name)
     }
 
     /// Forgets what was kept of other builds, once our own programs hang in place of theirs.
     pub fn forget_others(&self) {
-        self.kept.forget_others();
+        if let Some(loaded) = &self.loaded {
+            loaded.kept.forget_others();
+        }
     }
 
     /// Gives the links that an earlier agent left these programs, in place, and forgets those whose interface or control
@@ -301,7 +256,8 @@ impl Programs {
 
     /// The program that answers questions, and its maps; see [`super::Dataplane::load_names`].
     pub fn load_names(&mut self) -> Result<NameTables, Error> {
-        NameTables::load(&mut self.ebpf, self.pod_ingress.as_ref())
+        let loaded = self.loaded.as_mut().ok_or(Error::NotVerified)?;
+        NameTables::load(&mut loaded.ebpf, loaded.pod_ingress.as_ref())
     }
 
     /// Hangs a packet program on an interface by a link.
@@ -448,10 +404,9 @@ impl Programs {
     /// Packets per reason, over all CPUs.
     pub fn counters(&self) -> Result<Vec<(Reason, u64)>, Error> {
         let failed = |source| Error::Counters(Box::new(source));
-        let map = self.ebpf.map(map::COUNTERS).ok_or(Error::Missing {
-            program: map::COUNTERS,
-        })?;
-        let counters: PerCpuArray<&MapData, u64> = map.try_into().map_err(failed)?;
+        let pinned = MapData::from_pin(self.dir.join(map::COUNTERS)).map_err(failed)?;
+        let counters = PerCpuArray::<MapData, u64>::try_from(Map::PerCpuArray(pinned));
+        let counters = counters.map_err(failed)?;
         let sum = |reason: &Reason| {
             Ok((
                 *reason,
@@ -470,7 +425,7 @@ impl Programs {
 const NOBODY: u32 = i32::MAX.cast_unsigned();
 
 /// Whether the kernel has tcx (Linux 6.6): only one that has it looks for the interface.
-fn has_tcx(program: BorrowedFd<'_>) -> bool {
+pub(super) fn has_tcx(program: BorrowedFd<'_>) -> bool {
     match sys::create_link(program, NOBODY, PacketProgram::UplinkIngress.attach_type()) {
         Err(error) => error.raw_os_error() != Some(libc::EINVAL),
         Ok(_) => true,

@@ -39,6 +39,8 @@ pub struct Pods {
     events: Sender<Event>,
     /// What hangs on pods' interfaces; known once the node is set up.
     hooks: Option<Arc<FilterHooks>>,
+    /// Interfaces that are to get them with [`Pods::hang`].
+    bare: Vec<u32>,
     /// ADDs that wait for their addresses to be on disk, or for an interface to go.
     to_wire: Vec<ToWire>,
     /// ADDs whose interfaces are being made, by the host's interface.
@@ -102,6 +104,7 @@ impl Pods {
             spool: config.spool.clone(),
             events,
             hooks: None,
+            bare: Vec::new(),
             to_wire: Vec::new(),
             wiring: HashMap::new(),
             deletions: Vec::new(),
@@ -192,9 +195,17 @@ impl Pods {
         ops.extend(gone.map(|addr| Op::RemovePod { addr: *addr }));
         // First the addresses: a program that does not know them takes what a pod sends for somebody else's.
         node.apply(&ops)?;
-        for index in found {
-            node.dataplane.attach_pod(index)?;
+        self.bare = found;
+        self.hooks = None;
+        Ok(())
+    }
+
+    /// Hangs the programs on the interfaces of pods that were there before; ADDs begin from then on.
+    pub fn hang(&mut self, node: &mut Node) -> Result<(), NodeError> {
+        for index in &self.bare {
+            node.dataplane.attach_pod(*index)?;
         }
+        self.bare.clear();
         self.hooks = Some(Arc::new(node.dataplane.pod_hooks()?));
         Ok(())
     }

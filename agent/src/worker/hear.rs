@@ -47,6 +47,7 @@ impl Worker {
                 self.pods
                     .compare(known.as_ref(), &mut self.kernel, self.node.as_mut());
             }
+            Event::Verified => self.verified = true,
             Event::PathsChanged => self.routes_due = true,
             Event::Report { reply } => {
                 let _ = reply.send(Box::new(self.current_report()));

@@ -20,6 +20,7 @@ use cluster_model::{Dirty, ObjectRef, Rejected, ServiceKey, Snapshot};
 
 use crate::announce::Announcements;
 use crate::config::Config;
+use crate::dataplane::Preparation;
 use crate::event::Event;
 use crate::health::{Complaint, HealthChecks, ProxyHealth, Servers};
 use crate::metrics::Measures;
@@ -72,7 +73,11 @@ pub struct Worker {
     here: Here,
     identity_file: IdentityFile,
     identity: Option<Identity>,
-    /// There once the data plane is up.
+    /// For the node; begun before it is known.
+    preparation: Option<Preparation>,
+    /// The kernel has verified the programs of the node, or refused one, and that has not been looked at.
+    verified: bool,
+    /// There once the data plane's maps are; its programs hang a moment later.
     node: Option<Node>,
     pods: Pods,
     routes: Routes,
@@ -93,6 +98,8 @@ pub struct Worker {
     /// Where owners of Services are told what they cannot have; absent without an API server.
     notes: Option<Notes>,
     progress: Progress,
+    /// For threads of its own.
+    events: Sender<Event>,
     health_checks: HealthChecks,
     node_ports: NodePorts,
     /// What of Services is not served, as reasons and notes of events.
@@ -125,6 +132,8 @@ impl Worker {
             },
             identity_file,
             identity,
+            preparation: Some(Preparation::begin()),
+            verified: false,
             node: None,
             pods,
             routes,
@@ -137,7 +146,8 @@ impl Worker {
             shares: Shares::default(),
             offers: Offers::default(),
             names: None,
-            announcements: Announcements::new(&config.node_name, events),
+            announcements: Announcements::new(&config.node_name, events.clone()),
+            events,
             progress: Progress::default(),
             health_checks: HealthChecks::default(),
             node_ports: NodePorts::default(),
@@ -181,6 +191,9 @@ impl Worker {
             let taken = Instant::now();
             self.settle_node()?;
             self.settle_services(taken, false);
+            if std::mem::take(&mut self.verified) {
+                self.hang();
+            }
             self.settle_node_ports(false);
             self.settle_announcements();
             self.settle_names(false);
@@ -242,7 +255,7 @@ impl Worker {
         if self.node.is_none() {
             self.set_up();
         }
-        if let Some(node) = &mut self.node {
+        if let Some(node) = self.node.as_mut().filter(|node| node.hangs()) {
             match node.upkeep(&mut self.kernel, &self.pods.interfaces()) {
                 Ok(repaired) => {
                     self.problems.remove("upkeep");

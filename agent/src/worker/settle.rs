@@ -7,7 +7,8 @@ use std::time::Instant;
 use cluster_model::{BALANCING_ANNOTATION, DSR_ANNOTATION, Kind, ServiceKey, Snapshot};
 
 use super::{Worker, WorkerError, reason};
-use crate::dataplane;
+use crate::dataplane::{self, Preparation};
+use crate::event::Event;
 use crate::install;
 use crate::metrics::Extent;
 use crate::names::KernelNames;
@@ -92,11 +93,22 @@ impl Worker {
             return;
         };
         let began = Instant::now();
-        let set_up = Node::set_up(&self.config, identity, &mut self.kernel)
-            .and_then(|mut node| self.pods.adopt(&mut self.kernel, &mut node).map(|()| node));
+        let preparation = self.preparation.take();
+        let preparation = preparation.unwrap_or_else(Preparation::begin);
+        let events = self.events.clone();
+        // The loop has ended already when this fails.
+        let verified = move || drop(events.send(Event::Verified));
+        let set_up = Node::set_up(
+            &self.config,
+            identity,
+            &mut self.kernel,
+            preparation,
+            verified,
+        )
+        .and_then(|mut node| self.pods.adopt(&mut self.kernel, &mut node).map(|()| node));
         match set_up {
             Ok(node) => {
-                tracing::info!(addresses = ?identity.addresses, took_ms = began.elapsed().as_millis(), "the data plane is up");
+                tracing::info!(addresses = ?identity.addresses, took_ms = began.elapsed().as_millis(), "the data plane's maps are there");
                 self.problems.remove("setup");
                 // Whoever listened to an earlier worker is gone.
                 if let Err(error) = dataplane::quiet(&self.config.pin_root) {
@@ -108,6 +120,25 @@ impl Worker {
                 self.settle_routes(true);
             }
             Err(error) => self.problem("setup", reason(&error)),
+        }
+    }
+
+    /// Hangs the programs where they belong. What the cluster's Services are need not be known, but where it is, the maps have it first.
+    pub(super) fn hang(&mut self) {
+        let Some(node) = self.node.as_mut().filter(|node| !node.hangs()) else {
+            return;
+        };
+        let hung = node.hang().and_then(|()| self.pods.hang(node));
+        match hung {
+            Ok(()) => tracing::info!("the data plane is up"),
+            Err(error) => {
+                self.problem("setup", reason(&error));
+                // All is begun anew with the next upkeep.
+                self.node = None;
+                self.services_applied = false;
+                let all = self.snapshot.services().map(|service| service.key.clone());
+                self.dirty.services.extend(all);
+            }
         }
     }
 
@@ -311,7 +342,7 @@ impl Worker {
         self.report.refusals += (batch.refusals.len() + left_out.len()) as u64;
         self.report.batches += 1;
         self.retry = false;
-        match node.apply(&batch.ops) {
+        let applied = match node.apply(&batch.ops) {
             Ok(()) => {
                 let loses_backends = node.ledger.loses_backends(&batch);
                 node.ledger.applied(&batch);
@@ -325,9 +356,7 @@ impl Worker {
                         }
                     }
                 }
-                self.services_applied = true;
-                let extent = if first { Extent::Full } else { Extent::Partial };
-                self.progress.synced(extent, began);
+                true
             }
             Err(error) => {
                 let why = reason(&error);
@@ -340,6 +369,15 @@ impl Worker {
                     }
                 }
                 self.problem("services", why);
+                false
+            }
+        };
+        if applied {
+            self.hang();
+            if self.node.is_some() {
+                self.services_applied = true;
+                let extent = if first { Extent::Full } else { Extent::Partial };
+                self.progress.synced(extent, began);
             }
         }
         for refusal in batch.refusals.iter().take(NOTES_MAX) {
