@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd as _};
 use std::path::PathBuf;
 use std::thread;
@@ -317,4 +317,25 @@ pub fn read_tally(answer: &str) -> anyhow::Result<Tally> {
             })
             .collect(),
     })
+}
+
+#[test]
+fn the_way_of_a_socket_is_what_the_kernel_lists() {
+    for any in ["127.0.0.1:0", "[::1]:0"] {
+        let listener = TcpListener::bind(any).expect("a listener");
+        let stream = TcpStream::connect(listener.local_addr().expect("its address"));
+        let stream = stream.expect("a connection");
+        let peer = UdpSocket::bind(any).expect("a socket");
+        let socket = UdpSocket::bind(any).expect("a socket");
+        socket
+            .connect(peer.local_addr().expect("its address"))
+            .expect("connected");
+        for (way, from, to) in [
+            (way(&TCP, &stream), stream.local_addr(), stream.peer_addr()),
+            (way(&UDP, &socket), socket.local_addr(), socket.peer_addr()),
+        ] {
+            let way = way.expect("a way");
+            assert_eq!((way.from, way.to), (from.expect("it"), to.expect("it")));
+        }
+    }
 }
