@@ -331,7 +331,8 @@ fn the_trace_of_datagrams_that_nobody_answers_is_left_for_as_long_as_they_go_on(
             let entries: Vec<_> = flows.iter().map(Result::unwrap).collect();
             assert_eq!(entries.len(), 2);
             for (key, mut entry) in entries {
-                entry[LAST_SEEN] -= idle_s;
+                // Before the machine began, if need be.
+                entry[LAST_SEEN] = entry[LAST_SEEN].wrapping_sub(idle_s);
                 flows.insert(key, entry, 0).unwrap();
             }
             if collects {
