@@ -44,7 +44,7 @@ pub struct Flags {
     /// Rounds, in place of nine, or of three by --quick.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: Option<u32>,
-    /// Milliseconds of each measurement, in place of 500, or of 150 by --quick.
+    /// Milliseconds of each measurement, in place of 500, or of 130 by --quick.
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(20..=10_000))]
     duration_ms: Option<u64>,
     /// CPUs of client and server where they have two; where they have one it is the server's. [default: the last but one, the last]
@@ -75,7 +75,7 @@ impl Settings {
     fn of(flags: &Flags) -> Result<Self> {
         let cpus = std::thread::available_parallelism()?.get();
         let (rounds, duration_ms, sizes): (u32, u64, &[u32]) = if flags.quick {
-            (3, 150, &[10, 1000, 10_000])
+            (3, 130, &[10, 1000, 10_000])
         } else {
             (9, 500, &[10, 1000, 10_000, 100_000])
         };
