@@ -121,25 +121,43 @@ const LEAVE: u32 = 0;
 const REFUSE: u32 = 1;
 const TRANSLATE: u32 = 2;
 
-/// [`destination`] as a global function: the verifier judges it by itself, once for a program, where it would walk any other anew for
-/// each way that leads to it. Writes down what the socket is given. Pointers may be null to it; that of what is known is so where
-/// nothing is.
+/// [`destination`] as global functions, of a socket that is connected, and of one that keeps what it was given before: the verifier judges
+/// each by itself, once for a program, where it would walk any other anew for each way that leads to it. They write down what the
+/// socket is given. Pointers may be null to them; that of what is known is so where nothing is.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn find_destination(
+extern "C" fn find_connected(asked: *const FrontendKey, netns: u64, given: *mut SocketPeer) -> u32 {
+    // SAFETY: null or the caller's, for as long as the call; the verifier holds callers to their sizes.
+    match unsafe { (asked.as_ref(), given.as_mut()) } {
+        (Some(asked), Some(given)) => find(asked, netns, false, None, given),
+        _ => LEAVE,
+    }
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn find_kept(
     asked: *const FrontendKey,
     netns: u64,
-    keeps: u32,
     known: *const SocketPeers,
     given: *mut SocketPeer,
 ) -> u32 {
-    // SAFETY: null or the caller's, for as long as the call; the verifier holds callers to their sizes.
-    let (asked, known, given) = unsafe { (asked.as_ref(), known.as_ref(), given.as_mut()) };
-    let (Some(asked), Some(given)) = (asked, given) else {
-        return LEAVE;
-    };
-    let caller = caller(netns, asked, keeps != 0);
-    match destination(&Maps, &caller, asked, known) {
+    // SAFETY: as above.
+    match unsafe { (asked.as_ref(), known.as_ref(), given.as_mut()) } {
+        (Some(asked), known, Some(given)) => find(asked, netns, true, known, given),
+        _ => LEAVE,
+    }
+}
+
+#[inline(always)]
+fn find(
+    asked: &FrontendKey,
+    netns: u64,
+    keeps: bool,
+    known: Option<&SocketPeers>,
+    given: &mut SocketPeer,
+) -> u32 {
+    match destination(&Maps, &caller(netns, asked, keeps), asked, known) {
         Outcome::Leave => LEAVE,
         Outcome::Refuse => REFUSE,
         Outcome::Translate(peer) => {
@@ -223,7 +241,11 @@ fn names<F: Family>(ctx: &SockAddrContext, keeps: bool) -> i32 {
         generation: 0,
         slot: 0,
     };
-    match find_destination(&frontend, netns, keeps as u32, known, &mut peer) {
+    let found = match keeps {
+        true => find_kept(&frontend, netns, known, &mut peer),
+        false => find_connected(&frontend, netns, &mut peer),
+    };
+    match found {
         TRANSLATE => {}
         REFUSE => {
             // SAFETY: no memory arguments.
