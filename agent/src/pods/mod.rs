@@ -21,10 +21,11 @@ use cluster_model::ServiceKey;
 use ipnetwork::IpNetwork;
 use keelway_cni::protocol::{Request, Response, Wish};
 use keelway_cni::{Attachment, Mac};
+use nix::errno::Errno;
 
 use crate::addresses::{AddressFile, Allocation, Pool, is_host_interface};
 use crate::config::Config;
-use crate::dataplane::{FilterHooks, LocalPod, Op};
+use crate::dataplane::{self, FilterHooks, LocalPod, Op};
 use crate::event::{Event, Reply};
 use crate::net::{Kernel, Link, PodWire};
 use crate::node::{Node, NodeError};
@@ -202,10 +203,14 @@ impl Pods {
 
     /// Hangs the programs on the interfaces of pods that were there before; ADDs begin from then on.
     pub fn hang(&mut self, node: &mut Node) -> Result<(), NodeError> {
-        for index in &self.bare {
-            node.dataplane.attach_pod(*index)?;
+        for index in std::mem::take(&mut self.bare) {
+            match node.dataplane.attach_pod(index) {
+                // It has gone since it was found, and its pod goes with the next look.
+                Err(dataplane::Error::Filters { source, .. })
+                    if source.errno() == Some(Errno::ENODEV) => {}
+                attached => attached?,
+            }
         }
-        self.bare.clear();
         self.hooks = Some(Arc::new(node.dataplane.pod_hooks()?));
         Ok(())
     }
