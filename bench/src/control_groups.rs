@@ -35,13 +35,23 @@ impl ControlGroups {
         self.root.join("plain")
     }
 
+    /// For the hooks of all nodes that no client is on: one that is called passes the programs of all whose group it is in.
+    pub fn elsewhere(&self) -> PathBuf {
+        self.root.join("elsewhere")
+    }
+
     /// For hooks that do nothing.
     pub fn empty_hooks(&self) -> PathBuf {
         self.root.join("empty-hooks")
     }
 
-    fn all(&self) -> [PathBuf; 3] {
-        [self.hooked(), self.plain(), self.empty_hooks()]
+    fn all(&self) -> [PathBuf; 4] {
+        [
+            self.hooked(),
+            self.elsewhere(),
+            self.plain(),
+            self.empty_hooks(),
+        ]
     }
 }
 

@@ -190,12 +190,18 @@ impl Keelway {
         let nodes = networks
             .into_iter()
             .map(|(number, network)| {
+                // Two nodes' hooks on one group would both be in the figure.
+                let is_clients = number == 1 && between == Between::Wire(Uplinks::AsMade);
+                let cgroup = match is_clients {
+                    true => groups.hooked(),
+                    false => groups.elsewhere(),
+                };
                 Node::start(
                     number,
                     network,
                     bin_dir,
                     folder.path(),
-                    &groups.hooked(),
+                    &cgroup,
                     &sandbox.pin_root(),
                     between,
                 )
