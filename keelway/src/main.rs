@@ -21,6 +21,7 @@ use keelway::machine::token::command::{self as token, TokenCommand};
 use keelway::node::init::{self, InitArguments};
 use keelway::state::StateDir;
 use keelway::status::Status;
+use keelway::up::upgrade::{self, UpgradeFlags};
 use keelway::{checks, down, forward, machine, monitor, up};
 
 /// Whole Kubernetes clusters whose network path is Keelway's: on one machine (`up`), or of many (`server`, `join`).
@@ -37,6 +38,8 @@ struct Cli {
 enum Command {
     /// Make a cluster, and select its context keelway-NAME for kubectl
     Up(UpFlags),
+    /// Replace the control planes of a running cluster by this build, one after another, while the others serve
+    Upgrade(UpgradeFlags),
     /// Take a cluster away, with everything that belongs to it
     Down {
         /// Name of the cluster
@@ -286,6 +289,10 @@ async fn run(command: Command) -> anyhow::Result<()> {
                 checks::etcd(&machine)?;
             }
             up::run(&config, &machine, &state).await?;
+        }
+        Command::Upgrade(flags) => {
+            let (machine, program) = prepared("upgrade")?;
+            upgrade::run(&flags, &machine, &state, &program).await?;
         }
         Command::Down { name, all } => {
             checks::root("down")?;

@@ -149,20 +149,9 @@ pub fn connect(underlay: &Underlay) -> Result<(), NetworkError> {
         let uplinks: Vec<_> = workers
             .iter()
             .map(|end| {
-                scope.spawn(move || {
-                    enter(&end.namespace)?;
-                    block_on(|handle| async move {
-                        let uplink = index(&handle, UPLINK).await?;
-                        add_addresses(&handle, uplink, end.addresses).await?;
-                        answer_for_pods()?;
-                        up(&handle, uplink, UPLINK).await?;
-                        reach_pods(&handle, uplink, end.of_pods).await?;
-                        if underlay.egress && end.of_pods.is_empty() {
-                            leave_by(&handle, uplink, &gateways.1).await?;
-                        }
-                        Ok(())
-                    })
-                })
+                let leaves = underlay.egress && end.of_pods.is_empty();
+                let gateways = if leaves { &gateways.1[..] } else { &[] };
+                scope.spawn(move || end.set_up(gateways))
             })
             .collect();
         for uplink in uplinks {
@@ -184,6 +173,65 @@ struct End<'a> {
     addresses: &'a [IpAddr],
     /// Ranges of pods that it reaches over this link.
     of_pods: &'a [IpNetwork],
+}
+
+impl End<'_> {
+    /// Moves the calling thread into the node's namespace, and makes its interface ready.
+    fn set_up(&self, gateways: &[IpAddr]) -> Result<(), NetworkError> {
+        enter(&self.namespace)?;
+        block_on(|handle| async move {
+            let uplink = index(&handle, UPLINK).await?;
+            add_addresses(&handle, uplink, self.addresses).await?;
+            answer_for_pods()?;
+            tell_of_addresses()?;
+            up(&handle, uplink, UPLINK).await?;
+            reach_pods(&handle, uplink, self.of_pods).await?;
+            leave_by(&handle, uplink, gateways).await
+        })
+    }
+}
+
+/// Connects one more control plane to the bridge, which is in the namespace of the process `switch`: one that takes the place of the
+/// `number`th, counted from 1.
+///
+/// # Errors
+/// As [`connect`].
+pub fn attach(
+    switch: u32,
+    number: u8,
+    (pid, addresses): (u32, &[IpAddr]),
+    pods: &[IpNetwork],
+) -> Result<(), NetworkError> {
+    let bridge_namespace = namespace_of(switch)?;
+    let end = End {
+        port: format!("cp-{number}"),
+        namespace: namespace_of(pid)?,
+        addresses,
+        of_pods: pods,
+    };
+    let panicked = || system("connect a control plane")(io::Error::other("the thread panicked"));
+    std::thread::scope(|scope| {
+        let port = scope.spawn(|| {
+            enter(&bridge_namespace)?;
+            let end = &end;
+            block_on(|handle| async move {
+                // The kernel takes the one of before away some time after its namespace has ended.
+                if let Ok(old) = index(&handle, &end.port).await {
+                    let gone = handle.link().del(old).execute().await;
+                    if let Err(error) = gone
+                        && index(&handle, &end.port).await.is_ok()
+                    {
+                        return Err(netlink(format!("remove {}", end.port))(error));
+                    }
+                }
+                let bridge = index(&handle, BRIDGE).await?;
+                plug(&handle, bridge, end).await
+            })
+        });
+        port.join().unwrap_or_else(|_| Err(panicked()))?;
+        let uplink = scope.spawn(|| end.set_up(&[]));
+        uplink.join().unwrap_or_else(|_| Err(panicked()))
+    })
 }
 
 /// Which node has which pods is not known here, and changes; each worker answers for its own (see `answer_for_pods`).
@@ -219,29 +267,27 @@ async fn make_bridge(
     if underlay.control_planes.is_empty() {
         reach_pods(handle, bridge, &underlay.pods).await?;
     }
-    for End {
-        port, namespace, ..
-    } in ends
-    {
-        // The far end is made in the worker's namespace at once, so its name cannot meet another one here.
-        let peer = LinkMessageBuilder::<LinkUnspec>::new()
-            .name(UPLINK.to_owned())
-            .setns_by_fd(namespace.as_raw_fd())
-            .build();
-        let pair = LinkMessageBuilder::<LinkVeth>::new_with_info_kind(InfoKind::Veth)
-            .name(port.clone())
-            .controller(bridge)
-            .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
-            .up()
-            .build();
-        handle
-            .link()
-            .add(pair)
-            .execute()
-            .await
-            .map_err(netlink(format!("make the veth pair of {port}")))?;
+    for end in ends {
+        plug(handle, bridge, end).await?;
     }
     Ok(())
+}
+
+/// Makes the pair of interfaces between the bridge and a node.
+async fn plug(handle: &Handle, bridge: u32, end: &End<'_>) -> Result<(), NetworkError> {
+    // The far end is made in the node's namespace at once, so its name cannot meet another one here.
+    let peer = LinkMessageBuilder::<LinkUnspec>::new()
+        .name(UPLINK.to_owned())
+        .setns_by_fd(end.namespace.as_raw_fd())
+        .build();
+    let pair = LinkMessageBuilder::<LinkVeth>::new_with_info_kind(InfoKind::Veth)
+        .name(end.port.clone())
+        .controller(bridge)
+        .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
+        .up()
+        .build();
+    let made = handle.link().add(pair).execute().await;
+    made.map_err(netlink(format!("make the veth pair of {}", end.port)))
 }
 
 /// Adds default routes by gateways on the link.
@@ -273,6 +319,22 @@ fn answer_for_pods() -> Result<(), NetworkError> {
         // /proc/sys/net shows the network namespace of the thread that opens a file in it.
         let path = format!("/proc/sys/net/ipv4/{path}");
         std::fs::write(&path, value).map_err(system(format!("set {path} of a node")))?;
+    }
+    Ok(())
+}
+
+/// Lets the node tell its neighbours of its addresses when its uplink comes up: they may remember the interface of one that had them before.
+fn tell_of_addresses() -> Result<(), NetworkError> {
+    for (path, needed) in [
+        ("ipv4/conf/eth0/arp_notify", true),
+        ("ipv6/conf/eth0/ndisc_notify", false),
+    ] {
+        let path = format!("/proc/sys/net/{path}");
+        match std::fs::write(&path, "1") {
+            // A machine without IPv6 has no such setting.
+            Err(error) if !needed && error.kind() == io::ErrorKind::NotFound => {}
+            written => written.map_err(system(format!("set {path} of a node")))?,
+        }
     }
     Ok(())
 }

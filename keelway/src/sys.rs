@@ -51,6 +51,20 @@ pub fn pidfd_kill(fd: &OwnedFd, signal: Signal) -> io::Result<()> {
     }
 }
 
+/// A copy of a file descriptor of the process behind a pidfd, by its number there.
+///
+/// # Errors
+/// EBADF when it has none of that number, EPERM when it is not ours to look into.
+pub fn pidfd_getfd(process: &OwnedFd, number: i32) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_getfd takes three integers and no pointers; the descriptor is open for the length of the call.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel just returned this descriptor, and nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
 /// Lets this process have as many open files as it may ask for.
 ///
 /// # Errors

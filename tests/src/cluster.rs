@@ -106,6 +106,11 @@ impl Cluster {
         self.run_keelway(&command, UP_SECONDS_MAX)
     }
 
+    /// Where its administrator's credentials are.
+    pub fn kubeconfig(&self) -> &Path {
+        &self.kubeconfig
+    }
+
     /// `keelway down`.
     pub fn down(&self) -> Finished {
         let keelway = keelway().display().to_string();

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use ipnetwork::IpNetwork;
 
-use super::{API, CLUSTER_DOMAIN, CONTROL_PLANE, FORWARDER, IMAGES, Plan, UpError};
+use super::{API, CLUSTER_DOMAIN, CONTROL_PLANE, FORWARDER, IMAGES, Plan, SWITCH, UpError};
 use crate::api::ClusterApi;
 use crate::deploy;
 use crate::network::{self, PodRoute};
@@ -87,40 +87,15 @@ impl Plan<'_> {
         Ok(())
     }
 
-    /// Tells the control plane's node where pods' IPv6 addresses are, once nodes have their ranges.
+    /// Tells control planes' nodes where pods' IPv6 addresses are, once nodes have their ranges.
     async fn route_pods(&self, api: &ClusterApi) -> Result<(), UpError> {
-        if !self.config.ip_family.has_v6() {
-            return Ok(());
+        let nodes = &self.state.nodes;
+        let control_planes = nodes
+            .iter()
+            .filter(|node| node.control_plane && node.name != SWITCH);
+        for init in control_planes.filter_map(|node| node.init) {
+            route_pods(api, nodes, init.pid).await?;
         }
-        let ranges = api.pod_ranges().await?;
-        let of_node = |node: &NodeState| {
-            let node_address = node
-                .addresses()
-                .into_iter()
-                .find_map(|address| match address {
-                    IpAddr::V6(address) => Some(address),
-                    IpAddr::V4(_) => None,
-                })?;
-            let range = ranges
-                .get(&node.name)?
-                .iter()
-                .find_map(|range| match range {
-                    IpNetwork::V6(range) => Some(*range),
-                    IpNetwork::V4(_) => None,
-                })?;
-            Some(PodRoute {
-                range,
-                node: node_address,
-            })
-        };
-        let routes: Vec<PodRoute> = self.state.nodes.iter().filter_map(of_node).collect();
-        let control_plane = self.state.nodes.iter().find(|node| node.control_plane);
-        let Some(init) = control_plane.and_then(|node| node.init) else {
-            return Ok(());
-        };
-        tokio::task::spawn_blocking(move || network::route_pods(init.pid, &routes))
-            .await
-            .map_err(|_| UpError::Panicked)??;
         Ok(())
     }
 
@@ -196,4 +171,41 @@ impl Plan<'_> {
             dns_args,
         }
     }
+}
+
+/// Tells one control plane's node, by the number of its PID 1, where pods' IPv6 addresses are; nothing in a cluster without.
+pub(super) async fn route_pods(
+    api: &ClusterApi,
+    nodes: &[NodeState],
+    control_plane: u32,
+) -> Result<(), UpError> {
+    let v6 = |node: &NodeState| {
+        let mut addresses = node.addresses().into_iter();
+        addresses.find_map(|address| match address {
+            IpAddr::V6(address) => Some(address),
+            IpAddr::V4(_) => None,
+        })
+    };
+    if !nodes.iter().any(|node| v6(node).is_some()) {
+        return Ok(());
+    }
+    let ranges = api.pod_ranges().await?;
+    let of_node = |node: &NodeState| {
+        let range = ranges
+            .get(&node.name)?
+            .iter()
+            .find_map(|range| match range {
+                IpNetwork::V6(range) => Some(*range),
+                IpNetwork::V4(_) => None,
+            })?;
+        Some(PodRoute {
+            range,
+            node: v6(node)?,
+        })
+    };
+    let routes: Vec<PodRoute> = nodes.iter().filter_map(of_node).collect();
+    tokio::task::spawn_blocking(move || network::route_pods(control_plane, &routes))
+        .await
+        .map_err(|_| UpError::Panicked)??;
+    Ok(())
 }

@@ -6,6 +6,7 @@
 mod converge;
 mod failure;
 pub(crate) mod specs;
+pub mod upgrade;
 
 use std::fs;
 use std::io;
@@ -66,7 +67,7 @@ pub enum UpError {
     #[error(transparent)]
     Down(#[from] DownError),
     #[error(
-        "cluster `{0}` is up already; take it down with `keelway down --name {0}`, or choose another --name"
+        "cluster `{0}` is up already; `keelway upgrade --name {0}` replaces its control planes by this build, `keelway down --name {0}` takes it down"
     )]
     AlreadyUp(String),
     #[error(
@@ -77,6 +78,18 @@ pub enum UpError {
         "processes of a cluster `{0}` run that this state folder does not know; `keelway down --name {0}` ends them"
     )]
     Unknown(String),
+    #[error("cluster `{0}` is not up; `keelway up --name {0}` makes it")]
+    NotUp(String),
+    #[error(
+        "cluster `{0}` has one control plane, without which it is none: `keelway down` and `up` make another cluster. One of several is replaced while the others serve: `keelway up --control-planes 3 --store etcd`"
+    )]
+    OnlyOne(String),
+    #[error("cannot end control plane {node}: {source}")]
+    Stop { node: String, source: io::Error },
+    #[error(
+        "{node} has not come back within {patience:?}; the others run. `keelway upgrade` goes on with it, by this build or another"
+    )]
+    NotBack { node: String, patience: Duration },
     #[error("cannot listen on 127.0.0.1:{port}: {source}")]
     Listen { port: u16, source: io::Error },
     #[error("cannot write {path}: {source}")]

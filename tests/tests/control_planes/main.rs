@@ -1,5 +1,7 @@
 //! A cluster of three control planes on an etcd of three members: any one of them can go.
 
+mod upgrade;
+
 use std::time::{Duration, Instant};
 
 use keelway_tests::cluster::Cluster;

@@ -1,0 +1,253 @@
+//! Control planes that are replaced by another build while clients work: none of them is refused, and nothing of theirs is lost.
+
+use std::collections::BTreeSet;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use futures::TryStreamExt;
+use k8s_openapi::api::core::v1::ConfigMap;
+use keelway_tests::cluster::{Cluster, program};
+use keelway_tests::process::{Running, eventually};
+use kube::api::{Api, ListParams, PostParams};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::runtime::{WatchStreamExt, watcher};
+use kube::{Client, Config, ResourceExt};
+use serde_json::json;
+use tokio::runtime::Runtime;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::{REQUEST, control_planes, works};
+
+const CLIENTS: usize = 8;
+/// How long after a request that was not answered it is sent again.
+const RETRY: Duration = Duration::from_millis(100);
+const UPGRADE_SECONDS_MAX: Duration = Duration::from_secs(150);
+
+/// What one client did.
+#[derive(Default)]
+struct Done {
+    made: BTreeSet<String>,
+    again: usize,
+    slowest: Duration,
+}
+
+async fn client(kubeconfig: &Path) -> Client {
+    let read = Kubeconfig::read_from(kubeconfig).expect("a kubeconfig");
+    let config = Config::from_custom_kubeconfig(read, &KubeConfigOptions::default()).await;
+    let mut config = config.expect("a kubeconfig");
+    // Else it sends requests again by itself, and hides that the first one was answered with 503.
+    config.default_retry = false;
+    Client::try_from(config).expect("a client")
+}
+
+/// Creates and reads until it is told to stop. A request that gets no answer is sent again; one that is refused, or is not answered in time,
+/// is a failure.
+async fn work(maps: Api<ConfigMap>, number: usize, stop: watch::Receiver<bool>) -> Done {
+    let mut done = Done::default();
+    while !*stop.borrow() {
+        let name = format!("upgrade-{number}-{}", done.made.len());
+        let map = json!({"metadata": {"name": name}, "data": {"of": number.to_string()}});
+        let map: ConfigMap = serde_json::from_value(map).expect("a ConfigMap");
+        for reads in [false, true] {
+            let (began, mut tries) = (Instant::now(), 0);
+            loop {
+                let outcome = match reads {
+                    true => maps.get(&name).await,
+                    false => maps.create(&PostParams::default(), &map).await,
+                };
+                match outcome {
+                    Ok(_) => break,
+                    // The answer of an earlier try was lost.
+                    Err(kube::Error::Api(status)) if tries > 0 && status.code == 409 => break,
+                    Err(kube::Error::Api(status)) if ![429, 503, 504].contains(&status.code) => {
+                        panic!("{name}: {status:?}")
+                    }
+                    Err(error) => assert!(began.elapsed() < REQUEST, "{name}: {error}"),
+                }
+                tries += 1;
+                done.again += 1;
+                tokio::time::sleep(RETRY).await;
+            }
+            done.slowest = done.slowest.max(began.elapsed());
+        }
+        done.made.insert(name);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    done
+}
+
+/// Follows what is made until a last one is.
+async fn follow(maps: Api<ConfigMap>) -> BTreeSet<String> {
+    let mut changes = std::pin::pin!(watcher(maps, watcher::Config::default()).default_backoff());
+    let mut seen = BTreeSet::new();
+    while !seen.contains("upgrade-last") {
+        // What is said of a connection that ended is not the end of the watch.
+        match changes.try_next().await {
+            Ok(Some(watcher::Event::Apply(map) | watcher::Event::InitApply(map))) => {
+                seen.insert(map.name_any());
+            }
+            Ok(Some(_)) | Err(_) => {}
+            Ok(None) => break,
+        }
+    }
+    seen
+}
+
+/// A build that differs from the one that runs: the same programs, as other files.
+fn another_build() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().expect("a folder");
+    for name in ["keelway", "keelway-controlplane", "keelway-kubelet"] {
+        let to = folder.path().join(name);
+        std::fs::copy(program(name), to).expect("there is room");
+    }
+    folder
+}
+
+/// The file that a control plane runs, by its node's PID 1.
+fn runs(pid: i64) -> u64 {
+    let path = format!("/proc/{pid}/root/opt/keelway/bin/keelway-controlplane");
+    std::fs::metadata(path).expect("it runs").ino()
+}
+
+fn upgrading(cluster: &Cluster, build: &Path) -> Running {
+    let keelway = build.join("keelway").display().to_string();
+    let folder = build.display().to_string();
+    let command = [
+        "setpriv",
+        "--pdeathsig",
+        "KILL",
+        &keelway,
+        "upgrade",
+        "--name",
+        &cluster.name,
+        "--bin-dir",
+        &folder,
+    ];
+    Running::start(&command, &[])
+}
+
+fn pids(cluster: &Cluster) -> Vec<Option<i64>> {
+    let all = control_planes(cluster);
+    all.iter().map(|(_, node)| node["pid"].as_i64()).collect()
+}
+
+#[test]
+fn control_planes_are_replaced_by_another_build_while_clients_work() {
+    let name = format!("upgrade-{}", std::process::id());
+    let arguments = ["--nodes", "1", "--control-planes", "3", "--store", "etcd"];
+    let Some(cluster) = Cluster::own(&name, &arguments) else {
+        return;
+    };
+    cluster.run_example();
+    let runtime = Runtime::new().expect("a runtime");
+    let maps =
+        runtime.block_on(async { Api::default_namespaced(client(cluster.kubeconfig()).await) });
+    let (stop, stopped) = watch::channel(false);
+    let watching = runtime.spawn(follow(maps.clone()));
+    let mut working = JoinSet::new();
+    for number in 0..CLIENTS {
+        let own = runtime.block_on(client(cluster.kubeconfig()));
+        let work = work(Api::default_namespaced(own), number, stopped.clone());
+        working.spawn_on(work, runtime.handle());
+    }
+
+    let before = pids(&cluster);
+    let build = another_build();
+    let inode = std::fs::metadata(build.path().join("keelway-controlplane"))
+        .expect("a file")
+        .ino();
+    let said = upgrading(&cluster, build.path())
+        .finish(UPGRADE_SECONDS_MAX)
+        .concat();
+    assert!(said.contains("3 of 3 control planes"), "{said}");
+    let after = pids(&cluster);
+    for (before, after) in before.iter().zip(&after) {
+        assert!(before != after, "{before:?} was not replaced");
+        assert_eq!(runs(after.expect("it runs")), inode);
+    }
+    // Those of this build stay.
+    let said = upgrading(&cluster, build.path())
+        .finish(UPGRADE_SECONDS_MAX)
+        .concat();
+    assert!(said.contains("0 of 3"), "{said}");
+    assert_eq!(pids(&cluster), after);
+
+    // One that is killed in the middle takes the control plane with it that it worked on; the next one goes on from there.
+    let third = another_build();
+    let cut_off = upgrading(&cluster, third.path());
+    eventually(
+        "one control plane is being replaced",
+        UPGRADE_SECONDS_MAX,
+        || {
+            let now = pids(&cluster);
+            (now != after).then_some(()).ok_or(format!("{now:?}"))
+        },
+    );
+    drop(cut_off);
+    let said = upgrading(&cluster, third.path())
+        .finish(UPGRADE_SECONDS_MAX)
+        .concat();
+    assert!(
+        said.contains("of 3 control planes") && !said.contains("0 of 3"),
+        "{said}"
+    );
+    let inode = std::fs::metadata(third.path().join("keelway-controlplane"))
+        .expect("a file")
+        .ino();
+    for pid in pids(&cluster) {
+        assert_eq!(runs(pid.expect("it runs")), inode);
+    }
+
+    stop.send_replace(true);
+    let (mut made, mut again, mut slowest) = (BTreeSet::new(), 0, Duration::ZERO);
+    while let Some(done) = runtime.block_on(working.join_next()) {
+        let done = done.expect("no request failed");
+        again += done.again;
+        slowest = slowest.max(done.slowest);
+        made.extend(done.made);
+    }
+    println!(
+        "{} requests, {again} sent again, the slowest {slowest:?}",
+        made.len() * 2
+    );
+    assert!(made.len() > CLIENTS * 10, "they worked");
+    let last = json!({"metadata": {"name": "upgrade-last"}});
+    let last: ConfigMap = serde_json::from_value(last).expect("a ConfigMap");
+    let (there, seen) = runtime.block_on(async {
+        maps.create(&PostParams::default(), &last)
+            .await
+            .expect("made");
+        let there = maps.list(&ListParams::default()).await.expect("listed");
+        let there: BTreeSet<String> = there.iter().map(ResourceExt::name_any).collect();
+        let seen = tokio::time::timeout(REQUEST, watching).await;
+        (
+            there,
+            seen.expect("the watch saw the last one")
+                .expect("it did not panic"),
+        )
+    });
+    assert!(made.is_subset(&there), "an answered write is not there");
+    assert!(made.is_subset(&seen), "the watch missed one");
+    works(&cluster, 4);
+}
+
+#[test]
+fn a_cluster_of_one_control_plane_is_not_upgraded_under_its_users() {
+    let name = format!("single-{}", std::process::id());
+    let Some(cluster) = Cluster::own(&name, &["--nodes", "1"]) else {
+        return;
+    };
+    let upgrade = |name: &str| {
+        let keelway = program("keelway").display().to_string();
+        cluster.run(&[&keelway, "upgrade", "--name", name], &[])
+    };
+    let refused = upgrade(&name).refused();
+    assert!(refused.contains("has one control plane"), "{refused}");
+    let refused = upgrade("nobody").refused();
+    assert!(refused.contains("is not up"), "{refused}");
+    let again = cluster.up(&[]).refused();
+    assert!(again.contains("keelway upgrade --name"), "{again}");
+    assert!(cluster.kubectl(&["get", "nodes"]).success);
+}
