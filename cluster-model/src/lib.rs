@@ -28,7 +28,7 @@ pub use node::{Node, Pod};
 pub use object::{Kind, Object, ObjectKey, ObjectRef, ServiceKey, SliceKey};
 pub use reject::Rejected;
 pub use service::{
-    BALANCING_ANNOTATION, DSR_ANNOTATION, Protocol, Service, ServicePort, ServiceType,
+    BALANCING_ANNOTATION, DSR_ANNOTATION, NO_PROXY, Protocol, Service, ServicePort, ServiceType,
     TrafficDistribution, TrafficPolicy,
 };
 pub use snapshot::{Change, Dirty, Snapshot};

@@ -77,6 +77,25 @@ fn headless_and_external_services_have_no_addresses() {
 }
 
 #[test]
+fn labels_say_that_another_proxy_serves_a_service_or_none() {
+    let labelled = |labels: serde_json::Value| {
+        let object = read(serde_json::json!({
+            "apiVersion": "v1", "kind": "Service", "spec": {"clusterIP": "10.96.0.7", "ports": [{"port": 80}]},
+            "metadata": {"namespace": "default", "name": "web", "labels": labels},
+        }));
+        match object {
+            Ok(Object::Service(service)) => service.proxy_name.as_deref().map(str::to_owned),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(labelled(serde_json::json!({"app": "web"})), None);
+    let proxy = serde_json::json!({"service.kubernetes.io/service-proxy-name": "other"});
+    assert_eq!(labelled(proxy).as_deref(), Some("other"));
+    let none = serde_json::json!({"service.kubernetes.io/headless": ""});
+    assert_eq!(labelled(none).as_deref(), Some(NO_PROXY));
+}
+
+#[test]
 fn malformed_services_are_refused_by_the_name_of_the_field() {
     let cases = [
         (

@@ -64,6 +64,9 @@ pub const SEEN_DISPATCHED: u32 = 16;
 /// another port.
 pub const SEEN_TAKEN: u32 = 32;
 
+/// In the client's entry: the flow has been answered, and the client has not gone on. Addresses that are made up never do.
+pub const SEEN_OPENING: u32 = 64;
+
 /// One direction of a translated flow. A flow has two entries that name each other: under the client's tuple, and under
 /// that of the backend's answers. A packet that arrives under an entry's key leaves as the mirror of `other`.
 ///
@@ -147,6 +150,7 @@ pub const fn timeout_s(proto: u8, seen_client: u32, seen_backend: u32, pressure:
     let seen = seen_client | seen_backend;
     let timeout = match proto {
         proto::TCP | proto::SCTP if seen & SEEN_RST != 0 => 10,
+        proto::TCP | proto::SCTP if seen_client & SEEN_OPENING != 0 => 60,
         proto::TCP | proto::SCTP if seen_client & seen_backend & SEEN_FIN != 0 => 30,
         // Both ends of an association send heartbeats, 30 s apart (RFC 9260).
         proto::SCTP if seen & SEEN_REPLY != 0 => 210,

@@ -25,8 +25,8 @@ pub use event::{
     Wanted,
 };
 pub use flow::{
-    Flow, FlowKey, FragmentKey, FragmentPorts, SEEN_DISPATCHED, SEEN_FIN, SEEN_REPLY, SEEN_RST,
-    SEEN_SYN, SEEN_TAKEN, Trace, timeout_s,
+    Flow, FlowKey, FragmentKey, FragmentPorts, SEEN_DISPATCHED, SEEN_FIN, SEEN_OPENING, SEEN_REPLY,
+    SEEN_RST, SEEN_SYN, SEEN_TAKEN, Trace, timeout_s,
 };
 pub use layout::Plain;
 pub use service::{

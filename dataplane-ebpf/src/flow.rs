@@ -5,7 +5,8 @@
 //! moves them to the replied one, which does not: a flood of openings cannot push out flows that live.
 
 use dataplane_abi::{
-    Flow, FlowKey, Reason, SEEN_FIN, SEEN_REPLY, SEEN_RST, SEEN_SYN, SEEN_TAKEN, limits, proto,
+    Flow, FlowKey, Reason, SEEN_FIN, SEEN_OPENING, SEEN_REPLY, SEEN_RST, SEEN_SYN, SEEN_TAKEN,
+    limits, proto,
 };
 
 use crate::{
@@ -38,12 +39,13 @@ pub const fn seen(protocol: u8, tcp_flags: u8) -> u32 {
     seen
 }
 
-/// The SEEN_* bits of a direction after a packet with these. Whoever has reset a connection sends nothing more of it: a reset that is
+/// The SEEN_* bits of a direction after a packet with these. An opening is one no longer when its client goes on. Whoever has reset a connection sends nothing more of it: a reset that is
 /// followed was none of this connection's (late, or made up), its receiver took no notice, and neither do we.
 #[inline(always)]
 pub const fn noted(before: u32, seen: u32) -> u32 {
     // Without a branch: the verifier would go on from here twice, with every packet that is looked up.
-    (before & (!SEEN_RST | seen)) | seen
+    let kept = seen & SEEN_RST | (seen & SEEN_SYN) * SEEN_OPENING;
+    (before & (!(SEEN_RST | SEEN_OPENING) | kept)) | seen
 }
 
 /// Entry of a packet in either table, the replied one first.
@@ -161,10 +163,11 @@ pub fn answered<P: Packet, T: Tables>(
 pub fn advance<T: Tables>(tables: &T, key: &FlowKey, reply: &Flow, seen: u32) {
     let now_s = tables.now_s();
     // The client's side is rebuilt from this one: what it had seen was an opening, else it would not be unreplied.
+    let is_connection = matches!(key.proto, proto::TCP | proto::SCTP) as u32;
     let mut entry = Flow {
         other: *key,
         last_seen_s: now_s,
-        seen: SEEN_SYN | SEEN_REPLY,
+        seen: SEEN_SYN | SEEN_REPLY | is_connection * SEEN_OPENING,
         reply: 0,
         ..*reply
     };
@@ -334,17 +337,28 @@ fn forget_ended<T: Tables>(tables: &T, answers: &FlowKey, entry: &Flow) {
     tables.remove_flow(answers);
 }
 
-/// Forgets a client's flow, both sides.
+/// Forgets the flow of which a packet has one side's `key`: that, and `other`, unless it is of another flow by now, whose it stays. For
+/// [`Tables::forget`] alone, as above.
 #[inline(always)]
-pub fn forget<T: Tables>(tables: &T, key: &FlowKey, answers: &FlowKey) {
+pub fn forget<T: Tables>(tables: &T, key: &FlowKey, other: &FlowKey) {
+    if let Some(entry) = tables.flow(other)
+        && entry.get().other == *key
+    {
+        tables.remove_flow(other);
+    }
+    if let Some(entry) = tables.unreplied(other)
+        && entry.get().other == *key
+    {
+        tables.remove_unreplied(other);
+    }
     tables.remove_flow(key);
-    tables.remove_flow(answers);
     tables.remove_unreplied(key);
-    tables.remove_unreplied(answers);
 }
 
 #[cfg(test)]
 mod tests {
+    use dataplane_abi::timeout_s;
+
     use super::*;
     use crate::memory::{Memory, addr};
 
@@ -453,6 +467,39 @@ mod tests {
         answer(&tables, &first, SEEN_RST);
         assert_eq!(opened(&tables, 2).unwrap(), first);
         assert_eq!(lookup(&tables, &first).unwrap().get().other, key(2));
+    }
+
+    #[test]
+    fn who_forgets_a_flow_leaves_what_another_has_taken_of_it() {
+        let tables = Memory::default();
+        let first = opened(&tables, 1).unwrap();
+        answer(&tables, &first, SEEN_RST);
+        let old = *lookup(&tables, &key(1)).unwrap().get();
+        assert_eq!(opened(&tables, 2).unwrap(), first);
+        // As if it had been there when the tuple was taken.
+        tables.insert_flow(&key(1), &old).unwrap();
+        tables.forget(&key(1), &first);
+        assert!(lookup(&tables, &key(1)).is_none());
+        assert_eq!(lookup(&tables, &first).unwrap().get().other, key(2));
+        tables.forget(&key(2), &first);
+        assert!(lookup(&tables, &first).is_none());
+    }
+
+    #[test]
+    fn a_client_that_has_only_opened_is_soon_forgotten() {
+        let tables = Memory::default();
+        let answers = opened(&tables, 1).unwrap();
+        answer(&tables, &answers, SEEN_SYN);
+        let timeout = || {
+            let seen = |key| lookup(&tables, key).unwrap().get().seen;
+            timeout_s(proto::TCP, seen(&key(1)), seen(&answers), 0)
+        };
+        assert_eq!(timeout(), 60);
+        lookup(&tables, &key(1)).unwrap().touch(1, SEEN_SYN);
+        lookup(&tables, &answers).unwrap().touch(1, SEEN_SYN);
+        assert_eq!(timeout(), 60);
+        lookup(&tables, &key(1)).unwrap().touch(1, 0);
+        assert_eq!(timeout(), 86_400);
     }
 
     #[test]

@@ -50,6 +50,10 @@ pub fn destination<T: Tables>(
     frontend: &FrontendKey,
     known: Option<&SocketPeers>,
 ) -> Outcome {
+    // A pod's own, whoever has every address of the node, or its loopback, at this port.
+    if !caller.is_host && frontend.addr.is_loopback() {
+        return Outcome::Leave;
+    }
     // Of what a pod sends, the packet hooks see everything.
     if caller.connects_datagrams && caller.packet_lb && !caller.is_host {
         return Outcome::Leave;
@@ -450,6 +454,29 @@ mod tests {
         ] {
             let outcome = destination(&tables, &HOST, &at(asked, protocol), None);
             assert_eq!(outcome, Outcome::Leave, "{asked}");
+        }
+    }
+
+    #[test]
+    fn a_pods_loopback_and_unspecified_address_are_its_own() {
+        let tables = Memory::default();
+        tables.set_service(3, &["10.0.0.5:8080"], &[]);
+        for every in ["0.0.0.0:80", "[::]:80", "127.0.0.1:80", "[::1]:80"] {
+            tables.set_lead(every, proto::TCP, Lead::new(3, 3, 0));
+        }
+        for asked in [
+            "0.0.0.0:80",
+            "[::]:80",
+            "127.0.0.1:80",
+            "127.0.0.2:80",
+            "[::1]:80",
+        ] {
+            let key = at(asked, proto::TCP);
+            translated(destination(&tables, &HOST, &key, None));
+            for pod in [POD, POD_WITHOUT_PACKETS] {
+                let outcome = destination(&tables, &pod, &key, None);
+                assert_eq!(outcome, Outcome::Leave, "{asked}");
+            }
         }
     }
 

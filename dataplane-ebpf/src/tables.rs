@@ -62,7 +62,7 @@ pub trait Tables: Sized {
     fn remove_unreplied(&self, key: &FlowKey);
 
     /// What follows are functions of the tables, so that a kernel's can be judged by themselves, once for all that call them:
-    /// [`balance::choose_for`], [`balance::seek`], [`flow::enter`], [`flow::claim`] and [`flow::advance`].
+    /// [`balance::choose_for`], [`balance::seek`], [`flow::enter`], [`flow::claim`], [`flow::advance`] and [`flow::forget`].
     fn choose(&self, service: u32, key: &FlowKey, outside: bool, picked: &mut Picked) -> u32 {
         balance::choose_for(self, service, key, outside, picked)
     }
@@ -83,6 +83,10 @@ pub trait Tables: Sized {
     }
     fn promote(&self, key: &FlowKey, reply: &Flow, seen: u32) {
         flow::advance(self, key, reply, seen);
+    }
+
+    fn forget(&self, key: &FlowKey, other: &FlowKey) {
+        flow::forget(self, key, other);
     }
 
     /// [`follow::ask`], [`follow::open`], [`follow::open_directly`] and [`follow::portless`], likewise.

@@ -172,7 +172,7 @@ mod tests {
     fn the_trace_of_a_flow_that_is_gone_is_taken_away_after_five_minutes() {
         let tables = at(BEGINNING_S);
         assert!(asks(&tables));
-        flow::forget(&tables, &key([10, 96, 0, 1], 53), &direct().mirrored());
+        tables.forget(&key([10, 96, 0, 1], 53), &direct().mirrored());
         let left = |tables: &Memory| {
             tables
                 .trace(place(digest_of(&direct().mirrored())))

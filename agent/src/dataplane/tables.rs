@@ -233,7 +233,14 @@ impl<M: MapIo> Tables<M> {
         let batch = Batch::collect(ops)?;
         let applied = self.carry_out(&batch, now);
         // Also when some of it failed.
-        if !(batch.frontends.is_empty() && batch.locals.is_empty() && batch.ranges.is_empty()) {
+        // With a service goes what says which generation it had, and the next agent's may not come to that again.
+        let removes = batch
+            .services
+            .iter()
+            .any(|(_, backends)| backends.is_none());
+        if removes
+            || !(batch.frontends.is_empty() && batch.locals.is_empty() && batch.ranges.is_empty())
+        {
             self.begin_epoch();
         }
         applied

@@ -241,6 +241,24 @@ fn what_is_written_is_read_back_also_by_the_next_agent() {
 }
 
 #[test]
+fn a_service_that_was_removed_leaves_its_generation_to_nobody() {
+    let set = |count: usize| Op::SetService {
+        id: ServiceId(7),
+        backends: backends(&["10.0.0.9:1"; 3][..count], &[]),
+    };
+    let now = Instant::now();
+    let mut tables = Tables::adopt(Memory::default()).unwrap();
+    tables.apply(&[set(1)], now).unwrap();
+    tables.apply(&[set(2)], now).unwrap();
+    let before = tables.io.service(7);
+    let gone = Op::RemoveService { id: ServiceId(7) };
+    tables.apply(&[gone], now).unwrap();
+    let mut next = Tables::adopt(tables.io).unwrap();
+    next.apply(&[set(1)], now).unwrap();
+    assert!(next.io.service(7).generation > before.generation);
+}
+
+#[test]
 fn the_next_agent_neither_reuses_a_generation_nor_overwrites_an_extent() {
     let mut tables = Tables::adopt(Memory::default()).unwrap();
     tables.apply(&everything(), Instant::now()).unwrap();

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use cluster_model::{
-    Endpoint, Kind, ObjectRef, Rejected, Service, ServiceKey, ServiceType, Snapshot,
+    Endpoint, Kind, NO_PROXY, ObjectRef, Rejected, Service, ServiceKey, ServiceType, Snapshot,
     TrafficDistribution, TrafficPolicy,
 };
 use serde::{Deserialize, Serialize};
@@ -334,6 +334,9 @@ fn policies(service: &Service) -> BTreeMap<String, String> {
 }
 
 fn not_served(service: &Service) -> Option<String> {
+    if service.proxy_name.as_deref() == Some(NO_PROXY) {
+        return Some("by its label service.kubernetes.io/headless no proxy serves it".into());
+    }
     if let Some(proxy) = &service.proxy_name {
         return Some(format!("the proxy {proxy} serves it"));
     }

@@ -87,6 +87,8 @@ pub struct Worker {
     services_applied: bool,
     /// The last batch failed: what the maps lack is tried again with the next upkeep.
     retry: bool,
+    /// Sockets of the host may have backends that are gone, and could not be looked at.
+    datagrams_due: bool,
     /// When the cluster could last not be watched.
     watch_failed: Option<Instant>,
     monitor: Hub,
@@ -140,6 +142,7 @@ impl Worker {
             routes_due: false,
             services_applied: false,
             retry: false,
+            datagrams_due: false,
             watch_failed: None,
             monitor: Hub::new(&config.pin_root),
             notes: None,

@@ -342,36 +342,40 @@ impl Worker {
         self.report.refusals += (batch.refusals.len() + left_out.len()) as u64;
         self.report.batches += 1;
         self.retry = false;
-        let applied = match node.apply(&batch.ops) {
-            Ok(()) => {
-                let loses_backends = node.ledger.loses_backends(&batch);
-                node.ledger.applied(&batch);
-                self.problems.remove("services");
-                if first || loses_backends {
-                    match node.end_stale_datagrams() {
-                        Ok(()) => drop(self.problems.remove("datagram sockets")),
-                        Err(error) => {
-                            let why = reason(&error);
-                            self.problem("datagram sockets", why);
-                        }
-                    }
+        // Judged by what clients have now; of a batch that fails, part may be in the maps.
+        let loses_backends = first || self.datagrams_due || node.ledger.loses_backends(&batch);
+        let outcome = node.apply(&batch.ops);
+        match &outcome {
+            Ok(()) => node.ledger.applied(&batch),
+            Err(_) => match node.dataplane.state() {
+                Ok(held) => node.ledger.hold(held),
+                Err(error) => {
+                    tracing::error!(error = reason(&error), "the maps cannot be read back")
                 }
-                true
-            }
+            },
+        }
+        let ended = loses_backends.then(|| node.end_stale_datagrams());
+        let applied = outcome.is_ok();
+        match outcome {
+            Ok(()) => drop(self.problems.remove("services")),
             Err(error) => {
-                let why = reason(&error);
                 self.retry = true;
                 self.report.batches_failed += 1;
-                match node.dataplane.state() {
-                    Ok(held) => node.ledger.hold(held),
-                    Err(error) => {
-                        tracing::error!(error = reason(&error), "the maps cannot be read back")
-                    }
-                }
-                self.problem("services", why);
-                false
+                self.problem("services", reason(&error));
             }
-        };
+        }
+        match ended {
+            Some(Ok(())) => {
+                self.datagrams_due = false;
+                self.problems.remove("datagram sockets");
+            }
+            Some(Err(error)) => {
+                self.datagrams_due = true;
+                self.retry = true;
+                self.problem("datagram sockets", reason(&error));
+            }
+            None => {}
+        }
         if applied {
             self.hang();
             if self.node.is_some() {

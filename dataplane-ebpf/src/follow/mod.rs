@@ -204,7 +204,7 @@ fn flow_of<const V6: bool, P: Packet, T: Tables>(
             if seen & SEEN_SYN != 0 && flow::has_ended(tables, flow) {
                 let client = &mut notes.aside.about;
                 *client = flow.other.again();
-                flow::forget(tables, client, &ip.key);
+                tables.forget(&ip.key, client);
                 return Followed::Untouched;
             }
             let is_first = flow.seen & SEEN_REPLY == 0;
@@ -245,7 +245,7 @@ fn flow_of<const V6: bool, P: Packet, T: Tables>(
             } = &mut notes.aside;
             entry.seen = flow.seen;
             *answers = flow.other.again();
-            flow::forget(tables, &ip.key, answers);
+            tables.forget(&ip.key, answers);
         }
     } else {
         notes.aside.entry.seen = 0;

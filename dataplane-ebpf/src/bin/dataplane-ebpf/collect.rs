@@ -6,7 +6,7 @@ use aya_ebpf::{
     macros::classifier, programs::TcContext,
 };
 use core::ffi::c_void;
-use dataplane_abi::{Flow, FlowKey, proto, timeout_s};
+use dataplane_abi::{Flow, FlowKey, SEEN_DISPATCHED, proto, timeout_s};
 use dataplane_ebpf::{
     tables::{FlowEntry as _, Tables as _},
     trace,
@@ -67,8 +67,12 @@ unsafe extern "C" fn visit(
     // SAFETY: the helper gives valid pointers; the walk is the caller's.
     let (key, flow, walk) = unsafe { (&*key, &*flow, &mut *walk) };
     let (mut last_s, mut seen_other) = (flow.last_seen_s, 0);
-    if let Some(other) = Maps.flow(&flow.other) {
-        let other = other.get();
+    // The other side may be of another flow by now, and this one left over.
+    let other = Maps.flow(&flow.other);
+    let other = other.as_ref().map(|other| other.get());
+    let other = other.filter(|other| other.other == *key);
+    let is_whole = other.is_some();
+    if let Some(other) = other {
         seen_other = other.seen;
         if other.last_seen_s > last_s {
             last_s = other.last_seen_s;
@@ -80,7 +84,9 @@ unsafe extern "C" fn visit(
         (flow.seen, seen_other)
     };
     if walk.now_s.saturating_sub(last_s) > timeout_s(key.proto, client, backend, walk.pressure) {
-        Maps.remove_flow(&flow.other);
+        if is_whole {
+            Maps.remove_flow(&flow.other);
+        }
         Maps.remove_flow(key);
         walk.removed += 1;
     } else {
@@ -92,7 +98,8 @@ unsafe extern "C" fn visit(
     0
 }
 
-/// Looks at one entry of the table that evicts by itself.
+/// Judges one entry of the table that evicts by itself, of flows that nobody has answered in time: the ports that they have are of the node's,
+/// of which there are fewer than room for entries.
 #[inline(never)]
 unsafe extern "C" fn visit_unreplied(
     _map: *mut c_void,
@@ -101,10 +108,35 @@ unsafe extern "C" fn visit_unreplied(
     walk: *mut Walk,
 ) -> i64 {
     // SAFETY: as above. Who takes the entry over meanwhile has its trace left too early or too late, or another's.
-    let (key, flow, walk) = unsafe { (&*key, &*flow, &*walk) };
-    // The client's side is the one that its packets touch.
-    if key.proto == proto::UDP && flow.reply == 0 {
-        trace::renew(&Maps, &flow.other, flow.last_seen_s, walk.now_s);
+    let (key, flow, walk) = unsafe { (&*key, &*flow, &mut *walk) };
+    let (mut last_s, mut seen_other) = (flow.last_seen_s, 0);
+    let other = Maps.unreplied(&flow.other);
+    let other = other.as_ref().map(|other| other.get());
+    let other = other.filter(|other| other.other == *key);
+    let is_whole = other.is_some();
+    if let Some(other) = other {
+        seen_other = other.seen;
+        if other.last_seen_s.wrapping_sub(last_s).cast_signed() > 0 {
+            last_s = other.last_seen_s;
+        }
+    }
+    let (client, backend) = if flow.reply == 1 {
+        (seen_other, flow.seen)
+    } else {
+        (flow.seen, seen_other)
+    };
+    // What another node's backend answers directly is never answered here; and an answered flow stays where the other table is full.
+    let stays = client & SEEN_DISPATCHED != 0 || backend != 0;
+    let idle_s = walk.now_s.wrapping_sub(last_s);
+    if !stays && idle_s.cast_signed() > timeout_s(key.proto, client, 0, 0).cast_signed() {
+        if is_whole {
+            Maps.remove_unreplied(&flow.other);
+        }
+        Maps.remove_unreplied(key);
+        walk.removed += 1;
+    } else if key.proto == proto::UDP && flow.reply == 0 {
+        // The client's side is the one that its packets touch.
+        trace::renew(&Maps, &flow.other, last_s, walk.now_s);
     }
     0
 }

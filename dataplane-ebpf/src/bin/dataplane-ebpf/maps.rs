@@ -311,6 +311,11 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn forget(&self, key: &FlowKey, other: &FlowKey) {
+        forget_flow(key, other);
+    }
+
+    #[inline(always)]
     fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts> {
         // SAFETY: two 16-bit words; an entry evicted meanwhile costs its datagram, as if it had been evicted before.
         unsafe { FRAGMENTS.get(key) }.copied()
@@ -406,6 +411,17 @@ fn seek_backend(flow: *const Flow) -> u64 {
         Some(flow) => balance::seek(&Maps, flow),
         None => 0,
     }
+}
+
+/// [`flow::forget`], likewise. It comes to nothing, but functions that give nothing are not judged by themselves.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn forget_flow(key: *const FlowKey, other: *const FlowKey) -> u32 {
+    // SAFETY: as above.
+    if let (Some(key), Some(other)) = unsafe { (key.as_ref(), other.as_ref()) } {
+        flow::forget(&Maps, key, other);
+    }
+    0
 }
 
 /// [`flow::advance`], likewise. It comes to nothing, but functions that give nothing are not judged by themselves.

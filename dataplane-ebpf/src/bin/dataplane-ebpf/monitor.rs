@@ -130,6 +130,7 @@ impl<P: Told> Tables for Watched<P> {
         leave_direct(at: u32, tuple: u64, now_s: u32);
         meets(key: &FlowKey, answers: &mut FlowKey) -> bool;
         promote(key: &FlowKey, reply: &Flow, seen: u32);
+        forget(key: &FlowKey, other: &FlowKey);
         fragment(key: &FragmentKey) -> Option<FragmentPorts>;
         insert_fragment(key: &FragmentKey, ports: &FragmentPorts);
         random() -> u32;
