@@ -44,7 +44,7 @@ pub const fn seen(protocol: u8, tcp_flags: u8) -> u32 {
 #[inline(always)]
 pub const fn noted(before: u32, seen: u32) -> u32 {
     // Without a branch: the verifier would go on from here twice, with every packet that is looked up.
-    let kept = seen & SEEN_RST | (seen & SEEN_SYN) * SEEN_OPENING;
+    let kept = (seen & SEEN_RST) | ((seen & SEEN_SYN) * SEEN_OPENING);
     (before & (!(SEEN_RST | SEEN_OPENING) | kept)) | seen
 }
 
@@ -167,7 +167,7 @@ pub fn advance<T: Tables>(tables: &T, key: &FlowKey, reply: &Flow, seen: u32) {
     let mut entry = Flow {
         other: *key,
         last_seen_s: now_s,
-        seen: SEEN_SYN | SEEN_REPLY | is_connection * SEEN_OPENING,
+        seen: SEEN_SYN | SEEN_REPLY | (is_connection * SEEN_OPENING),
         reply: 0,
         ..*reply
     };
