@@ -29,6 +29,8 @@ pub struct Pod {
     pub node_name: Option<Arc<str>>,
     pub ips: Vec<IpAddr>,
     pub host_network: bool,
+    /// Its search path is not the one that all pods of its namespace have.
+    pub own_search: bool,
     /// Its containers have ended for good: its address may be another pod's by now.
     pub ended: bool,
 }
@@ -115,6 +117,17 @@ fn pod_cidrs(node: &wire::Node<'_>) -> Result<Vec<IpNetwork>, BadField> {
     texts.iter().enumerate().map(parse).collect()
 }
 
+/// What is listed in a pod's `dnsConfig` comes after what others have; with another policy than the usual one nothing of that is there.
+fn has_own_search(spec: &wire::PodSpec<'_>) -> bool {
+    let policy = spec.dns_policy.as_deref().unwrap_or_default();
+    let searches = spec
+        .dns_config
+        .as_ref()
+        .and_then(|dns| dns.searches.as_deref());
+    !matches!(policy, "" | "ClusterFirst" | "ClusterFirstWithHostNet")
+        || searches.is_some_and(|searches| !searches.is_empty())
+}
+
 fn convert_pod(pod: &wire::Pod<'_>) -> Result<Pod, BadField> {
     let status = pod.status.as_ref();
     let listed = status
@@ -141,6 +154,7 @@ fn convert_pod(pod: &wire::Pod<'_>) -> Result<Pod, BadField> {
             .as_ref()
             .and_then(|spec| spec.host_network)
             .unwrap_or(false),
+        own_search: pod.spec.as_ref().is_some_and(has_own_search),
         ended: matches!(
             status.and_then(|status| status.phase.as_deref()),
             Some("Succeeded" | "Failed")

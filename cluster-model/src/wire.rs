@@ -308,6 +308,17 @@ pub(crate) struct PodSpec<'a> {
     #[serde(borrow)]
     pub node_name: Option<Text<'a>>,
     pub host_network: Option<bool>,
+    #[serde(borrow)]
+    pub dns_policy: Option<Text<'a>>,
+    #[serde(borrow)]
+    pub dns_config: Option<PodDnsConfig<'a>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct PodDnsConfig<'a> {
+    #[serde(borrow)]
+    pub searches: Option<Vec<Text<'a>>>,
 }
 
 #[derive(Debug, Deserialize)]

@@ -46,7 +46,9 @@ pub fn candidates(rest: &[u8], origin: &Name, search: &[Name]) -> Vec<Name> {
         (wire.len() <= crate::name::NAME_BYTES_MAX).then(|| Name::from_wire(&wire))
     };
     let own = [below(&[b"\x03svc", origin.wire()]), below(&[origin.wire()])];
-    let others = search.iter().map(|domain| below(&[domain.wire()]));
+    // Those of the cluster are asked before; where this process has them too, they are another namespace's.
+    let others = search.iter().filter(|domain| !domain.is_in(origin));
+    let others = others.map(|domain| below(&[domain.wire()]));
     own.into_iter()
         .chain(others)
         .chain([below(&[&[0]])])

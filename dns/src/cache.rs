@@ -4,18 +4,22 @@
 //! compression pointer still fits, and serving an entry is a copy and a few TTLs.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use hickory_proto::op::Message;
+
 use crate::answer::{Policy, Rcode, Transport, Verdict, Writer, room};
-use crate::message::{Kind, Reply};
-use crate::name::NAME_BYTES_MAX;
+use crate::message::{BadReply, Kind, Reply};
+use crate::name::{NAME_BYTES_MAX, Name, before};
 use crate::query::{Query, rtype};
 
 /// What an operator can choose of a cache.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CacheRules {
+    /// Names of these zones are kept; of all, where none is named.
+    pub zones: Vec<Name>,
     pub success: Share,
     pub denial: Share,
     /// How long a failure is remembered (RFC 2308, 7.1 allows five minutes).
@@ -31,11 +35,13 @@ pub struct CacheRules {
 }
 
 /// Bounds of one kind of entries.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Share {
     pub entries_max: usize,
     pub ttl_min: Duration,
     pub ttl_max: Duration,
+    /// Of names in these zones nothing of this kind is kept.
+    pub except: Vec<Name>,
 }
 
 impl Default for CacheRules {
@@ -45,8 +51,10 @@ impl Default for CacheRules {
             entries_max: 9984,
             ttl_min: Duration::ZERO,
             ttl_max: Duration::from_secs(ttl_max_s),
+            except: Vec::new(),
         };
         Self {
+            zones: Vec::new(),
             success: share(3600),
             denial: share(1800),
             servfail: Duration::from_secs(5),
@@ -97,6 +105,12 @@ impl Key {
     pub fn bytes(&self) -> &[u8] {
         &self.bytes[..self.length]
     }
+
+    fn is_in(&self, zones: &[Name]) -> bool {
+        let name = &self.bytes[..self.length - 3];
+        let mut zones = zones.iter();
+        zones.any(|zone| before(name, zone.wire()).is_some())
+    }
 }
 
 /// One answer of others.
@@ -106,6 +120,8 @@ pub struct Entry {
     lifetime: Duration,
     ttl_max_s: u32,
     hits: AtomicU32,
+    /// Somebody has been told to renew it.
+    renewing: AtomicBool,
     /// Milliseconds after `received` before which no renewal is tried again.
     retry_after_ms: AtomicU64,
 }
@@ -114,7 +130,7 @@ pub struct Entry {
 pub enum Found {
     Fresh {
         entry: Arc<Entry>,
-        /// It is asked for often and ends soon: renew it.
+        /// It is asked for often and ends soon: renew it. Told to one only.
         renew: bool,
     },
     /// Its time is over, but it may be served when it can't be renewed.
@@ -135,6 +151,7 @@ impl Entry {
             lifetime,
             ttl_max_s,
             hits: AtomicU32::new(0),
+            renewing: AtomicBool::new(false),
             retry_after_ms: AtomicU64::new(0),
         }
     }
@@ -161,11 +178,26 @@ impl Entry {
         age >= self.retry_after_ms.load(Ordering::Relaxed)
     }
 
-    /// Says that a renewal has failed.
+    /// Whether nobody renews it yet; whoever is told so does it.
+    pub fn claim_renewal(&self, now: Instant) -> bool {
+        if self.renewing.swap(true, Ordering::Acquire) {
+            return false;
+        }
+        // Somebody's renewal may have failed since this was looked at.
+        let may = self.may_retry(now);
+        if !may {
+            self.renewing.store(false, Ordering::Release);
+        }
+        may
+    }
+
+    /// Says that a renewal has failed: for a while, nobody tries again.
     pub fn renewal_failed(&self, now: Instant) {
         let until = now.saturating_duration_since(self.received) + STALE_RETRY;
         self.retry_after_ms
             .store(until.as_millis() as u64, Ordering::Relaxed);
+        // Last: whoever finds nobody at it finds also that it is not to be tried.
+        self.renewing.store(false, Ordering::Release);
     }
 
     /// How long it is fresh still.
@@ -187,23 +219,27 @@ impl Entry {
         let room = room(query, policy, transport, out);
         let mut writer = Writer::start(query, policy, &mut out[..room]);
         writer.authentic = self.reply.authentic && (query.dnssec_ok() || query.authentic_data);
-        let age = now.saturating_duration_since(self.received);
-        let fresh = age < self.lifetime;
-        let age_s = age.as_secs().min(u64::from(u32::MAX)) as u32;
-        let ttl = |told: u32| {
-            if fresh {
-                told.min(self.ttl_max_s).saturating_sub(age_s)
-            } else {
-                STALE_TTL_S
-            }
-        };
-        self.reply.write(&mut writer, turn, ttl);
+        self.reply.write(&mut writer, turn, self.ttls(now));
         writer.finish(self.reply.rcode)
     }
 
-    /// The whole answer as a message of its own, for those who take it apart.
-    pub fn reply(&self) -> &Reply {
-        &self.reply
+    /// The TTL that is told at a moment, by that which was.
+    fn ttls(&self, now: Instant) -> impl Fn(u32) -> u32 {
+        let age = now.saturating_duration_since(self.received);
+        let (fresh, ttl_max_s) = (age < self.lifetime, self.ttl_max_s);
+        let age_s = age.as_secs().min(u64::from(u32::MAX)) as u32;
+        move |told: u32| {
+            if fresh {
+                told.min(ttl_max_s).saturating_sub(age_s)
+            } else {
+                STALE_TTL_S
+            }
+        }
+    }
+
+    /// The whole answer at a moment, as a message about `question`, for those who take it apart.
+    pub fn message(&self, question: &[u8], now: Instant) -> Result<Message, BadReply> {
+        self.reply.to_message(question, self.ttls(now))
     }
 }
 
@@ -242,8 +278,9 @@ impl Cache {
             let renew = rules.prefetch_hits > 0
                 && hits >= rules.prefetch_hits
                 && !entry.is_failure()
+                && entry.left(now) * 100 < entry.lifetime * rules.prefetch_percent
                 && entry.may_retry(now)
-                && entry.left(now) * 100 < entry.lifetime * rules.prefetch_percent;
+                && entry.claim_renewal(now);
             return Found::Fresh { entry, renew };
         }
         if self.may_be_stale(&entry, now) {
@@ -261,10 +298,19 @@ impl Cache {
     /// Keeps an answer as long as it may be kept, and returns it in the form in which it is served.
     pub fn put(&self, key: &Key, reply: Reply, now: Instant) -> Arc<Entry> {
         let kind = reply.kind;
+        let rules = &self.rules;
+        let kept = rules.zones.is_empty() || key.is_in(&rules.zones);
         let (lifetime, ttl_max) = match kind {
-            Kind::Data(ttl_s) => self.rules.success.clamp(ttl_s),
-            Kind::Denial(ttl_s) => self.rules.denial.clamp(ttl_s),
-            Kind::Failure => (self.rules.servfail, Duration::MAX),
+            _ if !kept => (Duration::ZERO, Duration::MAX),
+            Kind::Data(_) if key.is_in(&rules.success.except) => (Duration::ZERO, Duration::MAX),
+            Kind::Denial(_) if key.is_in(&rules.denial.except) => (Duration::ZERO, Duration::MAX),
+            Kind::Data(ttl_s) => rules.success.clamp(ttl_s),
+            // The SOA tells how long "no" may be believed, by its TTL too: whoever keeps it counts on from there (RFC 2308, 5).
+            Kind::Denial(ttl_s) => {
+                let (lifetime, _) = rules.denial.clamp(ttl_s);
+                (lifetime, lifetime)
+            }
+            Kind::Failure => (rules.servfail, Duration::MAX),
             Kind::Uncacheable => (Duration::ZERO, Duration::MAX),
         };
         if lifetime.is_zero() {
@@ -286,6 +332,16 @@ impl Cache {
             _ => self.denial.put(key, entry.clone()),
         }
         entry
+    }
+
+    /// What there is for a question, fresh or not, without counting it as asked for.
+    pub fn peek(&self, key: &Key) -> Option<Arc<Entry>> {
+        self.success.get(key).or_else(|| self.denial.get(key))
+    }
+
+    /// Whether an entry may be served now.
+    pub fn may_serve(&self, entry: &Entry, now: Instant) -> bool {
+        entry.is_fresh(now) || self.may_be_stale(entry, now)
     }
 
     /// Entries of data and of denials.

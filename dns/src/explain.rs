@@ -7,19 +7,20 @@ use std::time::Instant;
 
 use crate::answer::Transport;
 use crate::autopath;
-use crate::cache::{Found, Key};
+use crate::cache::Key;
 use crate::log::type_name;
 use crate::name::Name;
 use crate::query::{HEADER_BYTES, class};
 use crate::rewrite::rewrite;
-use crate::server::Shared;
 use crate::server::at_once::{Outcome, View, at_once};
+use crate::server::{Shared, renew_entry};
 use crate::settings::Block;
 use crate::zone::{Place, PodName, Zone};
 
 /// A text for people about a question, as `client` would be answered.
 pub fn explain(shared: &Arc<Shared>, name: &Name, rtype: u16, client: IpAddr) -> String {
-    let (zone, settings) = (shared.zone.load(), shared.settings.load());
+    let state = shared.state();
+    let (zone, settings) = (&state.zone, &state.settings);
     let mut text = format!("question   {name} {}\n", type_name(rtype));
     let mut name = name.clone();
     let Some(block) = settings.block(name.wire()) else {
@@ -33,20 +34,28 @@ pub fn explain(shared: &Arc<Shared>, name: &Name, rtype: u16, client: IpAddr) ->
         );
         name = new;
     }
-    decide(&mut text, shared, &zone, block, &name, rtype, client);
+    decide(&mut text, shared, zone, block, &name, rtype, client);
     let mut message = vec![0; HEADER_BYTES];
     message[5] = 1;
     message.extend_from_slice(name.wire());
     message.extend(rtype.to_be_bytes());
     message.extend(class::IN.to_be_bytes());
     let view = View {
-        zone: &zone,
-        settings: &settings,
+        zone,
+        settings,
         now: Instant::now(),
     };
     let mut out = vec![0; usize::from(u16::MAX)];
     match at_once(shared, &view, &message, client, Transport::Tcp, 0, &mut out) {
-        Outcome::Reply { bytes, rcode, .. } => {
+        Outcome::Reply {
+            bytes,
+            rcode,
+            renew,
+        } => {
+            // Who is told so does it.
+            if renew {
+                renew_entry(shared, &message);
+            }
             let _ = writeln!(
                 text,
                 "answer     {}, {bytes} bytes, without asking anyone",
@@ -91,9 +100,10 @@ fn decide(
         }
         of_cluster(text, zone, &place);
         if let Some((rest, origin)) = autopath::rest(zone, name.wire(), rtype, client)
-            && let Some(search) = &block.spec.autopath
+            && let Some(autopath) = &block.spec.autopath
+            && autopath.is_about(name.wire())
         {
-            let names = autopath::candidates(rest, origin, search);
+            let names = autopath::candidates(rest, origin, &autopath.search);
             let _ = writeln!(
                 text,
                 "autopath   {client} would go on with {}",
@@ -137,18 +147,18 @@ fn decide(
     }
     let key = Key::new(name.wire(), rtype, false, false);
     let now = Instant::now();
-    let found = block.cache.as_ref().map(|cache| cache.get(&key, now));
-    match found {
+    match &block.cache {
         None => text.push_str("cache      none\n"),
-        Some(Found::Nothing) => text.push_str("cache      has nothing\n"),
-        Some(Found::Stale(_)) => text.push_str("cache      has a stale answer\n"),
-        Some(Found::Fresh { entry, .. }) => {
-            let _ = writeln!(
-                text,
-                "cache      has an answer for {} s more",
-                entry.left(now).as_secs()
-            );
-        }
+        Some(cache) => match cache.peek(&key).filter(|entry| cache.may_serve(entry, now)) {
+            None => text.push_str("cache      has nothing\n"),
+            Some(entry) if entry.left(now).is_zero() => {
+                text.push_str("cache      has a stale answer\n");
+            }
+            Some(entry) => {
+                let left_s = entry.left(now).as_secs();
+                let _ = writeln!(text, "cache      has an answer for {left_s} s more");
+            }
+        },
     }
     let _ = writeln!(text, "in flight  {}", block.in_flight());
     if shared.is_stopping() {

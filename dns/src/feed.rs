@@ -12,10 +12,10 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::config::Source;
 use crate::kept::Kept;
 use crate::server::Shared;
+use crate::settings::Settings;
 use crate::slim::{slim, slim_with_pods};
 use crate::sources::Sources;
 use crate::sys;
-use crate::zone::ZoneSettings;
 
 /// Reports that may wait: a burst becomes few batches, and the watch is slowed down rather than buffered.
 const REPORTS_MAX: usize = 4096;
@@ -53,7 +53,7 @@ impl Feed {
 
     async fn watch(&self, kinds: &'static [Kind]) -> Result<(), ApiError> {
         let sender = self.sender.clone();
-        let named_by_pods = self.shared.settings.load().zone().endpoint_pod_names;
+        let named_by_pods = self.shared.settings().zone().endpoint_pod_names;
         let part = if named_by_pods { slim_with_pods } else { slim };
         match &self.source {
             Source::Api { options, agent } => {
@@ -82,16 +82,16 @@ impl Feed {
     }
 
     async fn watch_pods(&mut self) -> Result<(), ApiError> {
-        if self.shared.settings.load().needs_pods() && !self.pods_watched {
+        if self.shared.settings().needs_pods() && !self.pods_watched {
             self.watch(&[Kind::Pod]).await?;
             self.pods_watched = true;
         }
         Ok(())
     }
 
-    /// Follows the cluster, and the settings of the zone, for as long as the process lives. While the API server is away the
-    /// last zone is served on.
-    pub async fn run(mut self, mut settings: latest::Receiver<ZoneSettings>) {
+    /// Follows the cluster, and the settings, for as long as the process lives. While the API server is away the last zone is served
+    /// on.
+    pub async fn run(mut self, mut settings: latest::Receiver<Arc<Settings>>) {
         let mut batch = Vec::with_capacity(REPORTS_MAX);
         let mut settles: Option<Instant> = None;
         loop {
@@ -118,13 +118,27 @@ impl Feed {
                         return;
                     }
                     let new = settings.borrow_and_update().clone();
-                    if let Err(error) = self.watch_pods().await {
-                        tracing::error!(%error, "pods can't be watched");
-                    }
-                    let zone = self.kept.zone(new);
-                    self.shared.zone.store(Arc::new(zone));
+                    self.configure(new).await;
                 }
             }
+        }
+    }
+
+    /// Makes the zone by new settings, and takes both over.
+    async fn configure(&mut self, new: Arc<Settings>) {
+        let before = self.shared.state();
+        let zone = if before.settings.zone() == new.zone() {
+            before.zone.clone()
+        } else {
+            Arc::new(self.kept.zone(new.zone().clone()))
+        };
+        drop(before);
+        new.warn();
+        self.shared.configure(zone, new);
+        self.shared.metrics.reloads.inc();
+        tracing::info!("the new configuration is in effect");
+        if let Err(error) = self.watch_pods().await {
+            tracing::error!(%error, "pods can't be watched");
         }
     }
 
@@ -156,7 +170,7 @@ impl Feed {
     }
 
     fn update(&mut self, dirty: &Dirty) {
-        let mut zone = (**self.shared.zone.load()).clone();
+        let mut zone = (*self.shared.zone()).clone();
         let was_synced = zone.synced();
         self.kept.update(&mut zone, dirty);
         let services = self.kept.services();
@@ -165,7 +179,7 @@ impl Feed {
         if zone.synced() && !was_synced {
             tracing::info!(services, "synced");
         }
-        self.shared.zone.store(Arc::new(zone));
+        self.shared.serve(zone);
     }
 }
 

@@ -1,5 +1,6 @@
 //! Answers of others by way of the cache: asked for once however many want them, and served stale when they can't be had.
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -25,21 +26,29 @@ fn key(question: &Question) -> Key {
 }
 
 /// The answer to a question: from the cache while it is good, else from upstream, else from the cache all the same.
-pub async fn fetch(block: &Arc<Block>, metrics: &Arc<Metrics>, question: &Question) -> Outcome {
+pub async fn fetch(
+    block: &Arc<Block>,
+    metrics: &Arc<Metrics>,
+    question: &Question,
+    client: IpAddr,
+) -> Outcome {
     let key = key(question);
     let found = block
         .cache
         .as_ref()
         .map_or(Found::Nothing, |cache| cache.get(&key, Instant::now()));
     match found {
-        Found::Fresh { entry, .. } => {
+        Found::Fresh { entry, renew } => {
             metrics.caching.hit(entry.rcode());
+            if renew {
+                self::renew(block, metrics, question.clone());
+            }
             Ok(entry)
         }
-        Found::Stale(old) => Ok(renewed(block, metrics, question, &key, old).await),
+        Found::Stale(old) => Ok(renewed(block, metrics, question, &key, old, client).await),
         Found::Nothing => {
             metrics.caching.misses.inc();
-            ask(block, metrics, question, &key).await
+            ask(block, metrics, question, &key, client).await
         }
     }
 }
@@ -51,6 +60,7 @@ async fn renewed(
     question: &Question,
     key: &Key,
     old: Arc<Entry>,
+    client: IpAddr,
 ) -> Arc<Entry> {
     if old.may_retry(Instant::now()) {
         let immediately = block
@@ -58,9 +68,11 @@ async fn renewed(
             .as_ref()
             .is_some_and(|cache| cache.rules().stale_immediately);
         if immediately {
-            renew(block, metrics, question.clone());
+            if old.claim_renewal(Instant::now()) {
+                renew(block, metrics, question.clone());
+            }
         } else {
-            match timeout(STALE_AFTER, ask(block, metrics, question, key)).await {
+            match timeout(STALE_AFTER, ask(block, metrics, question, key, client)).await {
                 Ok(Ok(new)) if !new.is_failure() => return new,
                 Ok(_) => old.renewal_failed(Instant::now()),
                 // It goes on, and may come to an answer yet; meanwhile nobody waits for it again.
@@ -72,13 +84,21 @@ async fn renewed(
     old
 }
 
-/// Has an entry renewed without anyone waiting for it.
+/// Who asks where nobody waits: all renewals have the share of one client.
+const NOBODY: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+
+/// Has an entry renewed without anyone waiting for it. For whoever has claimed that.
 pub fn renew(block: &Arc<Block>, metrics: &Arc<Metrics>, question: Question) {
     metrics.caching.prefetches.inc();
     let (block, metrics) = (block.clone(), metrics.clone());
     tokio::spawn(async move {
         let key = key(&question);
-        let _ = ask(&block, &metrics, &question, &key).await;
+        let new = ask(&block, &metrics, &question, &key, NOBODY).await;
+        // A failure that the upstream has told is one too: what is known stays, and is not asked for again with every hit.
+        if new.is_err() || new.is_ok_and(|entry| entry.is_failure()) {
+            let old = block.cache.as_ref().and_then(|cache| cache.peek(&key));
+            old.inspect(|old| old.renewal_failed(Instant::now()));
+        }
     });
 }
 
@@ -88,6 +108,7 @@ async fn ask(
     metrics: &Arc<Metrics>,
     question: &Question,
     key: &Key,
+    client: IpAddr,
 ) -> Outcome {
     let mut waiting = {
         let mut flights = block.flights.lock().unwrap_or_else(PoisonError::into_inner);
@@ -102,7 +123,7 @@ async fn ask(
                     key: *key,
                     tell,
                 };
-                tokio::spawn(flight.fly(question.clone(), metrics.clone()));
+                tokio::spawn(flight.fly(question.clone(), metrics.clone(), client));
                 waiting
             }
         }
@@ -124,10 +145,15 @@ struct Flight {
 }
 
 impl Flight {
-    async fn fly(self, question: Question, metrics: Arc<Metrics>) {
+    /// Asks at the cost of whoever came first.
+    async fn fly(self, question: Question, metrics: Arc<Metrics>, client: IpAddr) {
         let outcome = match self.block.route(&question.name) {
             None => Err(Arc::new(ForwardError::NoRoute)),
-            Some(route) => route.forwarder.ask(&question).await.map_err(Arc::new),
+            Some(route) => route
+                .forwarder
+                .ask(&question, client)
+                .await
+                .map_err(Arc::new),
         };
         let outcome = outcome.map(|reply| {
             let now = Instant::now();

@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use hickory_proto::rr::RecordType;
 use http::header::{CONTENT_TYPE, HeaderValue};
@@ -12,68 +13,107 @@ use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::time::{sleep, timeout};
 
 use crate::explain::explain;
 use crate::name::Name;
 use crate::server::Shared;
+use crate::shares::Shares;
 
 /// What Prometheus asks for, as `prometheus-client` writes it.
 const OPEN_METRICS: HeaderValue =
     HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
+
+/// Connections at once, whoever they are of: a client has no more than are free, so that whoever looks after this server gets through.
+const CONNECTIONS_MAX: usize = 64;
+/// How long a connection may take, for its one request and the answer. Nobody who means it needs longer.
+const CONNECTION: Duration = Duration::from_secs(10);
+/// A pause where there are no descriptors left: others are being served and will give some back.
+const OUT_OF_DESCRIPTORS: Duration = Duration::from_millis(50);
+/// Explanations at once: each looks at every object.
+const EXPLANATIONS_MAX: usize = 1;
 
 /// Binds `address` and answers until the process ends. Ready means that everything that is asked for is known, and that the end
 /// is not near.
 pub async fn start(shared: Arc<Shared>, address: SocketAddr) -> io::Result<SocketAddr> {
     let listener = TcpListener::bind(address).await?;
     let address = listener.local_addr()?;
+    let places = Shares::new(CONNECTIONS_MAX, CONNECTIONS_MAX);
+    let asked = Arc::new(Asked {
+        shared,
+        explanations: Semaphore::new(EXPLANATIONS_MAX),
+    });
     tokio::spawn(async move {
         loop {
-            let Ok((stream, client)) = listener.accept().await else {
-                tokio::task::yield_now().await;
+            let (stream, client) = match listener.accept().await {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::warn!(%error, "accepting at {address}");
+                    sleep(OUT_OF_DESCRIPTORS).await;
+                    continue;
+                }
+            };
+            let Some(place) = places.take(client.ip()) else {
                 continue;
             };
-            let shared = shared.clone();
+            let asked = asked.clone();
             tokio::spawn(async move {
-                let service = service_fn(|request| {
-                    let response = respond(&shared, client, &request);
-                    async move { Ok::<_, Infallible>(response) }
-                });
-                let io = TokioIo::new(stream);
-                if let Err(error) = hyper::server::conn::http1::Builder::new()
-                    .serve_connection(io, service)
+                if timeout(CONNECTION, asked.serve(stream, client))
                     .await
+                    .is_err()
                 {
-                    tracing::debug!(%error, "health connection");
+                    tracing::debug!(%client, "health connection: it takes too long");
                 }
+                drop(place);
             });
         }
     });
     Ok(address)
 }
 
+/// Who is asked, by all connections of an address.
+struct Asked {
+    shared: Arc<Shared>,
+    explanations: Semaphore,
+}
+
+impl Asked {
+    async fn serve(&self, stream: TcpStream, client: SocketAddr) {
+        let service = service_fn(|request| {
+            let response = respond(self, client, &request);
+            async move { Ok::<_, Infallible>(response) }
+        });
+        let served = hyper::server::conn::http1::Builder::new()
+            .keep_alive(false)
+            .serve_connection(TokioIo::new(stream), service);
+        if let Err(error) = served.await {
+            tracing::debug!(%error, "health connection");
+        }
+    }
+}
+
 fn respond(
-    shared: &Arc<Shared>,
+    asked: &Asked,
     client: SocketAddr,
     request: &Request<Incoming>,
 ) -> Response<Full<Bytes>> {
-    let zone = shared.zone.load();
+    let shared = &asked.shared;
     let (status, body) = match request.uri().path() {
         "/healthz" | "/health" => (StatusCode::OK, "ok\n".into()),
-        "/readyz" | "/ready" if shared.is_stopping() => {
-            (StatusCode::SERVICE_UNAVAILABLE, "stopping\n".into())
-        }
-        "/readyz" | "/ready" if !zone.synced() => (
-            StatusCode::SERVICE_UNAVAILABLE,
-            "Services and EndpointSlices are not synced yet\n".into(),
-        ),
-        "/readyz" | "/ready" if !zone.pods_synced() => (
-            StatusCode::SERVICE_UNAVAILABLE,
-            "Pods are not synced yet\n".into(),
-        ),
-        "/readyz" | "/ready" => (StatusCode::OK, "ok\n".into()),
+        "/readyz" | "/ready" => match shared.unready() {
+            None => (StatusCode::OK, "ok\n".into()),
+            Some(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
+        },
         "/metrics" => (StatusCode::OK, shared.metrics.text()),
-        "/explain" => explanation(shared, client, request.uri().query().unwrap_or_default()),
+        "/explain" => match asked.explanations.try_acquire() {
+            Ok(_permit) => explanation(shared, client, request.uri().query().unwrap_or_default()),
+            Err(_) => (
+                StatusCode::TOO_MANY_REQUESTS,
+                "another explanation is being made\n".into(),
+            ),
+        },
         _ => (
             StatusCode::NOT_FOUND,
             "paths: /healthz, /readyz, /metrics, /explain?name=NAME&type=TYPE[&client=ADDRESS]\n"

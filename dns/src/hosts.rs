@@ -13,6 +13,8 @@ pub struct Hosts {
     addresses: HashMap<Name, Vec<IpAddr>>,
     names: HashMap<Name, Vec<Name>>,
     pub ttl_s: u32,
+    /// The zones that the table is about: all names, where none is named.
+    pub zones: Vec<Name>,
     /// Names that are not in the table may exist elsewhere: in these zones; none for nowhere.
     pub fallthrough: Vec<Name>,
     pub reverse: bool,
@@ -85,7 +87,14 @@ impl Hosts {
         self.addresses.is_empty()
     }
 
-    /// Answers a query about a name of the table, or denies one that can be nowhere else.
+    /// Whether the table is about a name.
+    pub fn is_about(&self, name: &[u8]) -> bool {
+        let mut zones = self.zones.iter();
+        self.zones.is_empty() || zones.any(|zone| before(name, zone.wire()).is_some())
+    }
+
+    /// Answers a query about a name of the table. One that can be nowhere else fails: "no" would need an SOA, which a table has not, to
+    /// say for how long. Reversed addresses that are not in the table are others' in any case.
     pub fn answer(
         &self,
         policy: &Policy,
@@ -93,10 +102,22 @@ impl Hosts {
         transport: Transport,
         out: &mut [u8],
     ) -> Verdict {
+        let is_about = self.is_about(query.name());
+        if !is_about && query.rtype != rtype::PTR {
+            return Verdict::Elsewhere;
+        }
         let room = room(query, policy, transport, out);
         let mut writer = Writer::start(query, policy, &mut out[..room]);
         writer.authoritative = true;
-        if let Some(addresses) = self.addresses.get(query.name()) {
+        let names = self.names.get(query.name()).filter(|_| self.reverse);
+        if let (Some(names), rtype::PTR) = (names, query.rtype) {
+            for name in names {
+                writer.raw(rtype::PTR, self.ttl_s, name.wire());
+            }
+            return writer.finish(Rcode::NoError);
+        }
+        let addresses = self.addresses.get(query.name()).filter(|_| is_about);
+        if let Some(addresses) = addresses {
             for address in addresses {
                 match (address, query.rtype) {
                     (IpAddr::V4(v4), rtype::A) => writer.raw(rtype::A, self.ttl_s, &v4.octets()),
@@ -108,21 +129,13 @@ impl Hosts {
             }
             return writer.finish(Rcode::NoError);
         }
-        let names = self.names.get(query.name()).filter(|_| self.reverse);
-        if let (Some(names), rtype::PTR) = (names, query.rtype) {
-            for name in names {
-                writer.raw(rtype::PTR, self.ttl_s, name.wire());
-            }
-            return writer.finish(Rcode::NoError);
-        }
-        let elsewhere = self
-            .fallthrough
-            .iter()
-            .any(|zone| before(query.name(), zone.wire()).is_some());
-        if elsewhere {
+        let mut onwards = self.fallthrough.iter();
+        if query.rtype == rtype::PTR
+            || onwards.any(|zone| before(query.name(), zone.wire()).is_some())
+        {
             Verdict::Elsewhere
         } else {
-            writer.finish(Rcode::NxDomain)
+            writer.finish(Rcode::ServFail)
         }
     }
 }

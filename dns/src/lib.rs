@@ -30,6 +30,7 @@ pub mod reload;
 pub mod rewrite;
 pub mod server;
 pub mod settings;
+mod shares;
 mod slim;
 mod sources;
 mod sys;

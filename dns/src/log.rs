@@ -10,7 +10,7 @@ use std::time::Duration;
 use prometheus_client::metrics::counter::Counter;
 
 use crate::answer::{Rcode, Transport};
-use crate::name::Name;
+use crate::name::{Name, before};
 use crate::query::{Query, rtype};
 
 /// Which answers have a line.
@@ -43,10 +43,29 @@ impl Classes {
     }
 }
 
+/// Which answers about some names have a line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogRule {
+    /// Names of these zones; all, where none is named.
+    pub zones: Vec<Name>,
+    pub classes: Classes,
+}
+
+impl LogRule {
+    /// A line for every answer.
+    pub fn all() -> Self {
+        Self {
+            zones: Vec::new(),
+            classes: Classes::ALL,
+        }
+    }
+}
+
 /// What is logged.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LogRules {
-    pub queries: Classes,
+    /// The first that is about a name decides.
+    pub queries: Vec<LogRule>,
     /// Why a query could not be forwarded.
     pub errors: bool,
 }
@@ -71,7 +90,8 @@ fn writer() -> &'static SyncSender<String> {
 impl LogRules {
     /// Whether any query has a line.
     pub fn is_on(&self) -> bool {
-        self.queries != Classes::NONE
+        let mut rules = self.queries.iter();
+        rules.any(|rule| rule.classes != Classes::NONE)
     }
 
     /// Logs an answered query, in CoreDNS's format.
@@ -88,12 +108,18 @@ impl LogRules {
         let answers = reply
             .get(6..8)
             .map_or(0, |count| u16::from_be_bytes([count[0], count[1]]));
-        if !self.queries.have(rcode, answers) {
-            return;
-        }
         let Ok(query) = Query::parse(message) else {
             return;
         };
+        let mut rules = self.queries.iter();
+        let of_name = |rule: &&LogRule| {
+            let mut zones = rule.zones.iter();
+            rule.zones.is_empty() || zones.any(|zone| before(query.name(), zone.wire()).is_some())
+        };
+        let rule = rules.find(of_name);
+        if !rule.is_some_and(|rule| rule.classes.have(rcode, answers)) {
+            return;
+        }
         let transport = match transport {
             Transport::Udp => "udp",
             Transport::Tcp => "tcp",

@@ -53,7 +53,7 @@ async fn run() -> anyhow::Result<()> {
         Command::Serve(flags) => serve((*flags).try_into()?).await,
         Command::Check { file } => {
             let spec = keelway_dns::config::read_spec(&file)?;
-            Settings::build(spec, &Metrics::default(), None)?;
+            Settings::build(spec, &Metrics::default(), None)?.warn();
             Ok(())
         }
         Command::Query(ask) => {
@@ -66,9 +66,10 @@ async fn run() -> anyhow::Result<()> {
 async fn serve(config: Config) -> anyhow::Result<()> {
     let mut stop = signal(SignalKind::terminate())?;
     let metrics = Metrics::default();
-    let settings = Settings::build(config.spec.clone(), &metrics, None)?;
-    let (zone, zone_changes) = watch::channel(settings.zone().clone());
+    let settings = Settings::build(config.spec, &metrics, None)?;
+    settings.warn();
     let shared = Shared::limited(settings, metrics, config.amplified_s);
+    let (settings, new_settings) = watch::channel(shared.settings());
     let address = server::start(&shared, config.listen, config.threads).await?;
     for address in config.http {
         health::start(shared.clone(), address)
@@ -79,13 +80,13 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let feed = Feed::start(shared.clone(), config.source).await?;
     server::answers_go_first();
     if let Some(file) = config.file {
-        tokio::spawn(reload::follow(shared.clone(), file, config.spec, zone));
+        tokio::spawn(reload::follow(shared.clone(), file, config.files, settings));
     } else {
         // Nothing changes the settings; the feed waits for a change all the same.
-        tokio::spawn(async move { zone.closed().await });
+        tokio::spawn(async move { settings.closed().await });
     }
     tokio::select! {
-        () = feed.run(zone_changes) => anyhow::bail!("the cluster is not followed any more"),
+        () = feed.run(new_settings) => anyhow::bail!("the cluster is not followed any more"),
         _ = stop.recv() => {}
     }
     // Clients learn of it a little later than this process does: until then they are served. The zone stays as it is.

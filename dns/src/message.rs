@@ -105,7 +105,7 @@ impl Reply {
     fn walk(message: &[u8], question_bytes: usize, asked: u16) -> Result<Option<Self>, BadReply> {
         let header = message.get(..HEADER_BYTES).ok_or(BadReply::Malformed)?;
         let count = |at: usize| u16::from_be_bytes([header[at], header[at + 1]]);
-        let rcode = Rcode::of(message);
+        let mut rcode = Rcode::of(message);
         let start = if count(4) == 0 {
             HEADER_BYTES
         } else {
@@ -139,6 +139,10 @@ impl Reply {
                 let kind = number(0);
                 if kind == rtype::OPT {
                     opt_end = Some(end);
+                    // The upper bits of a code of which the header has the lower ones only (RFC 6891, 6.1.3): an error in any case.
+                    if fixed[4] != 0 {
+                        rcode = Rcode::ServFail;
+                    }
                     left_out += 1;
                     continue;
                 }
@@ -248,8 +252,7 @@ impl Reply {
         for mark in &self.records[records] {
             let place = at + usize::from(mark.ttl_at);
             if let Some(bytes) = written.get_mut(place..place + 4) {
-                let told = u32::from_be_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
-                bytes.copy_from_slice(&ttl(told).to_be_bytes());
+                tell(bytes, ttl);
             }
         }
     }
@@ -276,19 +279,39 @@ impl Reply {
         }
     }
 
-    /// The whole answer as a message about `question`, for those who take it apart.
-    pub fn to_message(&self, question: &[u8]) -> Result<Message, BadReply> {
+    /// The whole answer as a message about `question`, for those who take it apart. `ttl` makes the TTL that is told from the one
+    /// that was.
+    pub fn to_message(
+        &self,
+        question: &[u8],
+        ttl: impl Fn(u32) -> u32,
+    ) -> Result<Message, BadReply> {
+        const TRUNCATED: u8 = 0x02;
         let mut wire = vec![0; HEADER_BYTES];
-        wire[2] = 0x80;
+        wire[2] = 0x80 | if self.truncated { TRUNCATED } else { 0 };
         wire[3] = self.rcode as u8 & 0x0f;
         if self.start > HEADER_BYTES {
             wire[5] = 1;
             wire.extend_from_slice(question);
         }
+        let start = wire.len();
         wire.extend_from_slice(&self.wire);
+        for mark in &self.records {
+            let place = start + usize::from(mark.ttl_at);
+            if let Some(bytes) = wire.get_mut(place..place + 4) {
+                tell(bytes, &ttl);
+            }
+        }
         for (count, at) in self.counts.iter().zip([6, 8, 10]) {
             wire[at..at + 2].copy_from_slice(&count.to_be_bytes());
         }
         Message::from_vec(&wire).map_err(|_| BadReply::Malformed)
+    }
+}
+
+/// Makes the TTL that is told from the one that was, in place: four bytes.
+fn tell(bytes: &mut [u8], ttl: &impl Fn(u32) -> u32) {
+    if let Ok(was) = <[u8; 4]>::try_from(&*bytes) {
+        bytes.copy_from_slice(&ttl(u32::from_be_bytes(was)).to_be_bytes());
     }
 }

@@ -23,22 +23,27 @@ pub enum BadName {
     LongLabel(String),
     #[error("{0:?}: longer than {NAME_BYTES_MAX} bytes")]
     LongName(String),
+    #[error(
+        "{0:?}: a backslash stands before a character, or before three digits of a number up to 255"
+    )]
+    Escape(String),
 }
 
 impl Name {
     /// Parses dotted text; a closing dot changes nothing, every name here is absolute.
     pub fn parse(text: &str) -> Result<Self, BadName> {
-        let inner = text.strip_suffix('.').unwrap_or(text);
-        let mut wire = Vec::with_capacity(inner.len() + 2);
-        if !inner.is_empty() {
-            for label in inner.split('.') {
+        let mut wire = Vec::with_capacity(text.len() + 2);
+        if !matches!(text, "" | ".") {
+            let mut labels = labels(text).ok_or_else(|| BadName::Escape(text.into()))?;
+            labels.pop_if(|last| last.is_empty());
+            for label in &labels {
                 match label.len() {
                     0 => return Err(BadName::EmptyLabel(text.into())),
                     1..=LABEL_BYTES_MAX => {}
                     _ => return Err(BadName::LongLabel(text.into())),
                 }
                 wire.push(label.len() as u8);
-                wire.extend(label.bytes().map(|byte| byte.to_ascii_lowercase()));
+                wire.extend(label.iter().map(u8::to_ascii_lowercase));
             }
         }
         wire.push(0);
@@ -46,6 +51,11 @@ impl Name {
             return Err(BadName::LongName(text.into()));
         }
         Ok(Self(wire.into()))
+    }
+
+    /// The root of all names.
+    pub fn root() -> Self {
+        Self(Arc::from([0]))
     }
 
     /// The name one label below this one.
@@ -176,7 +186,7 @@ impl fmt::Display for Relative {
         let mut rest = self.wire();
         while let Some((&length, after)) = rest.split_first() {
             let (label, next) = after.split_at(usize::from(length).min(after.len()));
-            write!(f, "{}", String::from_utf8_lossy(label))?;
+            write_label(f, label)?;
             rest = next;
             if !rest.is_empty() {
                 f.write_str(".")?;
@@ -190,6 +200,48 @@ impl fmt::Debug for Relative {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{self}")
     }
+}
+
+/// Writes a label so that it can be read back, and that no client can have anything else printed (RFC 1035, 5.1).
+fn write_label(f: &mut fmt::Formatter<'_>, label: &[u8]) -> fmt::Result {
+    for byte in label {
+        match byte {
+            b'.' | b'\\' | b'"' | b';' | b'(' | b')' | b'@' | b'$' => {
+                write!(f, "\\{}", char::from(*byte))?
+            }
+            0x21..=0x7e => write!(f, "{}", char::from(*byte))?,
+            _ => write!(f, "\\{byte:03}")?,
+        }
+    }
+    Ok(())
+}
+
+/// The labels of dotted text, in which a backslash stands before a dot that is none, and before a byte's three digits.
+fn labels(text: &str) -> Option<Vec<Vec<u8>>> {
+    let mut labels = vec![Vec::new()];
+    let mut rest = text.as_bytes();
+    while let [byte, after @ ..] = rest {
+        rest = after;
+        let label = labels.last_mut()?;
+        match (byte, after) {
+            (b'.', _) => labels.push(Vec::new()),
+            (b'\\', [a, b, c, after @ ..])
+                if [a, b, c].iter().all(|digit| digit.is_ascii_digit()) =>
+            {
+                let digit = |digit: &u8| u16::from(digit - b'0');
+                label.push(u8::try_from(digit(a) * 100 + digit(b) * 10 + digit(c)).ok()?);
+                rest = after;
+            }
+            (b'\\', [digit, ..]) if digit.is_ascii_digit() => return None,
+            (b'\\', [byte, after @ ..]) => {
+                label.push(*byte);
+                rest = after;
+            }
+            (b'\\', []) => return None,
+            (byte, _) => label.push(*byte),
+        }
+    }
+    Some(labels)
 }
 
 /// What stands before `origin` in a name in wire format: empty for the origin itself, `None` when the name is not in it.
@@ -228,11 +280,8 @@ impl fmt::Display for Name {
             return f.write_str(".");
         }
         for name in self.and_ancestors().take_while(|name| name.len() > 1) {
-            write!(
-                f,
-                "{}.",
-                String::from_utf8_lossy(&name[1..=usize::from(name[0])])
-            )?;
+            write_label(f, &name[1..=usize::from(name[0])])?;
+            f.write_str(".")?;
         }
         Ok(())
     }
@@ -258,6 +307,20 @@ mod tests {
             name.child("A").expect("a child"),
             Name::parse("a.hello.default.").expect("a name")
         );
+    }
+
+    #[test]
+    fn whatever_bytes_a_label_has_it_is_printed_in_one_line_and_read_back() {
+        let mut wire = vec![15];
+        wire.extend(b"a.b\\c\n\x1b[31m\xff \"x");
+        wire.push(0);
+        let name = Name::from_wire(&wire);
+        let text = name.to_string();
+        assert_eq!(text, "a\\.b\\\\c\\010\\027[31m\\255\\032\\\"x.");
+        assert_eq!(Name::parse(&text).expect("a name"), name);
+        for bad in ["a\\", "a\\1", "a\\12x", "a\\256"] {
+            assert!(matches!(Name::parse(bad), Err(BadName::Escape(_))), "{bad}");
+        }
     }
 
     #[test]

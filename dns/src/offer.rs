@@ -9,7 +9,6 @@ use cluster_model::share::{Offer, Rules};
 use nix::ifaddrs::getifaddrs;
 
 use crate::config::spec::{BlockSpec, DNS_PORT, Spec};
-use crate::log::Classes;
 use crate::name::{Name, before};
 
 /// What a server that serves at an address says.
@@ -39,7 +38,7 @@ pub fn rules(spec: &Spec) -> Option<Rules> {
         }
     }
     let cluster = first.cluster.as_ref()?;
-    if !first.rewrites.is_empty() || first.log.queries != Classes::NONE {
+    if !first.rewrites.is_empty() || first.log.is_on() {
         return None;
     }
     Some(Rules {
@@ -67,7 +66,11 @@ fn hides(block: &BlockSpec, origin: &Name) -> bool {
         return false;
     };
     let goes_on = hosts.fallthrough.iter().any(|zone| is_below(origin, zone));
-    !goes_on || hosts.names().any(|name| is_below(name, origin))
+    let mut zones = hosts.zones.iter();
+    let about = hosts.is_about(origin.wire()) || zones.any(|zone| is_below(zone, origin));
+    let mut names = hosts.names();
+    let has = names.any(|name| is_below(name, origin) && hosts.is_about(name.wire()));
+    (about && !goes_on) || has
 }
 
 fn is_below(name: &Name, zone: &Name) -> bool {

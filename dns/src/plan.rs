@@ -210,7 +210,13 @@ impl Planned {
     fn endpoint_name(&self, endpoint: &Endpoint) -> Result<Relative, BadName> {
         let label = match (&endpoint.hostname, &endpoint.target) {
             (Some(hostname), _) => hostname.to_string(),
-            (None, Some(target)) if self.naming.endpoint_pod_names && &*target.kind == "Pod" => {
+            // A pod may be called what is no label; then its address is.
+            (None, Some(target))
+                if self.naming.endpoint_pod_names
+                    && &*target.kind == "Pod"
+                    && target.key.name.len() <= LABEL_BYTES_MAX
+                    && !target.key.name.contains('.') =>
+            {
                 target.key.name.to_string()
             }
             _ => dashed(endpoint.address),

@@ -75,6 +75,13 @@ impl Settings {
         Ok(Self { spec, blocks, logs })
     }
 
+    /// Tells of what the configuration says and is not done.
+    pub fn warn(&self) {
+        for warning in &self.spec.warnings {
+            tracing::warn!("{warning}");
+        }
+    }
+
     /// The block that a name in lower-case wire format belongs to.
     pub fn block(&self, name: &[u8]) -> Option<&Arc<Block>> {
         self.blocks
@@ -170,6 +177,7 @@ impl Block {
                 recursion: !routes.is_empty(),
                 fallthrough: cluster.map_or_else(Vec::new, |cluster| cluster.fallthrough.clone()),
                 udp_bytes_max: spec.udp_bytes_max,
+                others_first: spec.hosts.is_some(),
             },
             cache: cache
                 .unwrap_or_else(|| spec.cache.clone().map(|rules| Arc::new(Cache::new(rules)))),

@@ -4,8 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use keelway_dns::config::read_spec;
+use keelway_dns::config::files::Files;
 use keelway_dns::config::spec::Spec;
+use keelway_dns::config::{read_spec_of, read_spec_on};
 use keelway_dns::forward::Order;
 use keelway_dns::name::Name;
 use keelway_dns::zone::Pods;
@@ -28,8 +29,14 @@ fn read(text: &str) -> Result<Spec, String> {
         "RESOLV",
         &folder.path().join("resolv.conf").display().to_string(),
     );
+    write(
+        folder.path(),
+        "resolv.conf.hosts",
+        "192.0.2.9 printer.corp.example.org\n",
+    );
     let path = write(folder.path(), "Corefile", &text);
-    read_spec(&path).map_err(|error| error.to_string())
+    let resolv = folder.path().join("resolv.conf");
+    read_spec_on(&path, &resolv, &mut Files::default()).map_err(|error| error.to_string())
 }
 
 fn name(text: &str) -> Name {
@@ -53,7 +60,8 @@ const KUBEADM: &str = ".:53 {
        max_concurrent 1000
     }
     cache 30 {
-       disable_is_not_here
+       disable success cluster.local
+       disable denial cluster.local
     }
     loop
     reload
@@ -63,7 +71,7 @@ const KUBEADM: &str = ".:53 {
 
 #[test]
 fn the_corefile_of_kubeadm_is_taken_as_it_is() {
-    let spec = read(&KUBEADM.replace("       disable_is_not_here\n", "")).expect("a Corefile");
+    let spec = read(KUBEADM).expect("a Corefile");
     assert_eq!(spec.port, Some(53));
     assert_eq!(spec.lameduck, Some(Duration::from_secs(5)));
     let ports: Vec<u16> = spec.http.iter().map(|address| address.port()).collect();
@@ -82,6 +90,9 @@ fn the_corefile_of_kubeadm_is_taken_as_it_is() {
     assert_eq!(block.routes[0].rules.order, Order::Random);
     let cache = block.cache.as_ref().expect("a cache");
     assert_eq!(cache.success.ttl_max, Duration::from_secs(30));
+    for share in [&cache.success, &cache.denial] {
+        assert_eq!(share.except, [name("cluster.local")]);
+    }
     assert!(block.log.errors && !block.log.is_on());
 }
 
@@ -95,7 +106,7 @@ fn stub_domains_rewrites_hosts_and_snippets_are_taken() {
                 max_fails 3
                 except internal.example
             }
-            cache {
+            cache 900 example.org {
                 success 5000 600 5
                 denial 100
                 prefetch 10 1m 20%
@@ -148,7 +159,8 @@ fn stub_domains_rewrites_hosts_and_snippets_are_taken() {
         block.cluster.as_ref().map(|cluster| cluster.transfer.len()),
         Some(2)
     );
-    assert_eq!(block.autopath, Some(vec![name("corp.example")]));
+    let autopath = block.autopath.as_ref().expect("autopath");
+    assert_eq!(autopath.search, [name("corp.example")]);
     let cache = block.cache.as_ref().expect("a cache");
     assert_eq!(
         (cache.success.entries_max, cache.denial.entries_max),
@@ -156,6 +168,7 @@ fn stub_domains_rewrites_hosts_and_snippets_are_taken() {
     );
     assert_eq!((cache.prefetch_hits, cache.prefetch_percent), (10, 20));
     assert!(cache.stale_immediately);
+    assert_eq!(cache.zones, [name("example.org")]);
     let rules = &block.routes[0].rules;
     assert_eq!((rules.order, rules.failures_max), (Order::Sequential, 3));
     assert_eq!(block.routes[0].except, [name("internal.example")]);
@@ -174,10 +187,112 @@ fn files_beside_it_are_imported_in_their_order() {
     let text =
         "import *.server\n. {\n import *.override\n import *.absent\n forward . 192.0.2.2\n}\n";
     let path = write(folder.path(), "Corefile", text);
-    let spec = read_spec(&path).expect("a Corefile");
+    let mut files = Files::default();
+    let spec = read_spec_of(&path, &mut files).expect("a Corefile");
     assert_eq!(spec.blocks.len(), 2);
     assert!(spec.blocks[1].log.errors && spec.blocks[1].cache.is_some());
-    assert_eq!(spec.files.len(), 4, "{:?}", spec.files);
+    assert_eq!(files.paths().count(), 4, "{files:?}");
+}
+
+#[test]
+fn a_change_is_seen_wherever_it_is_also_after_an_error() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let text = ". {\n import custom/*.override\n forward . RESOLV\n}\n";
+    let resolv = write(folder.path(), "resolv.conf", "nameserver 192.0.2.1\n");
+    let text = text.replace("RESOLV", &resolv.display().to_string());
+    let path = write(folder.path(), "Corefile", &text);
+    let custom = folder.path().join("custom");
+    fs::create_dir(&custom).expect("a folder");
+    let read = || {
+        let mut files = Files::default();
+        let spec = read_spec_of(&path, &mut files);
+        (spec.map_err(|error| error.to_string()), files)
+    };
+    let (spec, files) = read();
+    assert!(spec.is_ok_and(|spec| !spec.blocks[0].log.errors) && !files.have_changed());
+    // A file that was not there, by a pattern.
+    let new = write(&custom, "a.override", "errors {\n");
+    assert!(files.have_changed());
+    let (spec, files) = read();
+    assert!(spec.is_err_and(|error| error.contains("a.override")));
+    assert!(!files.have_changed());
+    // The error is in a file that no good configuration has ever named.
+    write(&custom, "a.override", "errors\n");
+    assert!(files.have_changed());
+    let (spec, files) = read();
+    assert!(spec.is_ok_and(|spec| spec.blocks[0].log.errors) && !files.have_changed());
+    write(folder.path(), "resolv.conf", "nameserver 192.0.2.2\n");
+    assert!(files.have_changed());
+    let (_, files) = read();
+    fs::remove_file(&new).expect("removed");
+    assert!(files.have_changed());
+}
+
+#[test]
+fn what_changes_no_answer_is_named_and_all_else_is_done() {
+    let spec = read(
+        "example.org {
+            cache 30 example.org
+            hosts RESOLV.hosts corp.example.org {
+                fallthrough
+            }
+            forward . 192.0.2.1 {
+                health_check 1s no_rec domain probe.example
+            }
+        }
+        . {
+            errors {
+                consolidate 5m \".* i/o timeout$\" warning
+            }
+            ready {
+                monitor until-ready
+            }
+            loadbalance round_robin
+            log example.org corp.example {common} {
+                class error
+            }
+            rewrite stop {
+                name regex (.*)\\.old\\.example\\. {1}.prod.svc.cluster.local
+                answer name (.*)\\.prod\\.svc\\.cluster\\.local\\. {1}.old.example
+            }
+            transfer cluster.local {
+                to *
+            }
+            kubernetes cluster.local
+            autopath cluster.local @kubernetes
+        }",
+    );
+    let spec = spec.expect("a Corefile");
+    let told = spec.warnings.join(" ");
+    assert!(
+        told.contains("consolidate") && told.contains("until-ready"),
+        "{told}"
+    );
+    let [first, block] = &spec.blocks[..] else {
+        panic!("two blocks")
+    };
+    let rules = &first.routes[0].rules;
+    assert_eq!(
+        (&rules.check_name, rules.check_recursive),
+        (&name("probe.example"), false)
+    );
+    let hosts = first.hosts.as_ref().expect("hosts");
+    assert_eq!(
+        (hosts.len(), &hosts.zones[..]),
+        (1, &[name("corp.example.org")][..])
+    );
+    assert_eq!(
+        block.log.queries[0].zones,
+        [name("example.org"), name("corp.example")]
+    );
+    assert_eq!(block.rewrites.len(), 1);
+    assert!(!block.rewrites[0].goes_on);
+    let cluster = block.cluster.as_ref().expect("a cluster");
+    assert_eq!((cluster.transfer.len(), cluster.ttl_s), (2, 5));
+    // As CoreDNS: the process's own search domains come after the cluster's.
+    let autopath = block.autopath.as_ref().expect("autopath");
+    assert_eq!(autopath.zones, [name("cluster.local")]);
+    assert_eq!(autopath.search, [name("corp.example")]);
 }
 
 #[test]
@@ -195,6 +310,10 @@ fn what_is_wrong_is_told_with_its_line() {
             ":3: many: is not a number",
         ),
         (
+            ". {\n cache {\n  disable everything\n }\n}",
+            ":3: everything: is not success or denial",
+        ),
+        (
             ". {\n kubernetes cluster.local {\n  pods maybe\n }\n}",
             ":3: maybe: is not disabled",
         ),
@@ -209,6 +328,25 @@ fn what_is_wrong_is_told_with_its_line() {
             "another block already",
         ),
         (". {\n rewrite name regex ( x\n}", ":2: (: regex"),
+        (
+            ". {\n rewrite name a.example b.example answer value x y\n}",
+            ":2: answer: only answer auto",
+        ),
+        (". {\n log . {name}\n}", ":2: {name}: another format"),
+        (
+            ". {\n loadbalance weighted file\n}",
+            ":2: weighted: is not known",
+        ),
+        (
+            ". {\n transfer {\n  to *\n }\n}",
+            ":2: transfer: is for the zone of kubernetes",
+        ),
+        (
+            ". {\n transfer example.org {\n  to *\n }\n kubernetes cluster.local\n}",
+            ":2: example.org: is no zone of kubernetes",
+        ),
+        (". {\n errors {\n  else\n }\n}", ":3: else: errors knows"),
+        (". {\n autopath @file\n}", ":2: @file: is not @kubernetes"),
         (". {\n hosts {\n  here a.example\n }\n}", ":3: here"),
         (
             ". {\n forward . /nowhere/resolv.conf\n}",

@@ -33,6 +33,8 @@ enum Step {
     Service(u8, u8, Shape),
     Slice(u8, u8, u8, Vec<(u8, bool, Option<u8>)>),
     Pod(u8, u8, u8, bool),
+    /// A reload, with another belief in pods.
+    Settings(Pods),
     Remove(Kind, u8, u8),
     /// A new list, from which some objects are missing.
     Relist(Kind, u8),
@@ -41,8 +43,14 @@ enum Step {
 #[derive(Clone, Copy, Debug)]
 enum Shape {
     ClusterIp(u8),
-    Headless { unready_too: bool },
+    Headless {
+        unready_too: bool,
+    },
     External,
+    /// An alias to the next Service, so that none leads back to itself.
+    Next(u8),
+    /// An alias to the address of a pod.
+    OfPod(u8, u8),
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -50,6 +58,8 @@ fn step() -> impl Strategy<Value = Step> {
         (0..4_u8).prop_map(Shape::ClusterIp),
         any::<bool>().prop_map(|unready_too| Shape::Headless { unready_too }),
         Just(Shape::External),
+        (0..2_u8).prop_map(Shape::Next),
+        (0..2_u8, 0..6_u8).prop_map(|(ns, number)| Shape::OfPod(ns, number)),
     ];
     let endpoint = (0..6_u8, any::<bool>(), prop::option::of(0..3_u8));
     let kind = prop::sample::select(vec![Kind::Service, Kind::EndpointSlice, Kind::Pod]);
@@ -59,6 +69,7 @@ fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(ns, name, of, endpoints)| Step::Slice(ns, name, of, endpoints)),
         1 => (0..2_u8, 0..3_u8, 0..6_u8, any::<bool>())
             .prop_map(|(ns, name, address, ended)| Step::Pod(ns, name, address, ended)),
+        1 => prop::sample::select(vec![Pods::Disabled, Pods::Insecure, Pods::Verified]).prop_map(Step::Settings),
         1 => (kind.clone(), 0..2_u8, 0..4_u8).prop_map(|(kind, ns, name)| Step::Remove(kind, ns, name)),
         1 => (kind, any::<u8>()).prop_map(|(kind, missing)| Step::Relist(kind, missing)),
     ]
@@ -81,7 +92,16 @@ fn address(number: u8) -> IpAddr {
     }
 }
 
+fn pod_name(ns: u8, number: u8) -> String {
+    format!(
+        "{}.{}.pod.cluster.local.",
+        dashed(address(number)),
+        NAMESPACES[usize::from(ns)]
+    )
+}
+
 fn service(key: &ObjectKey, shape: Shape) -> Arc<Service> {
+    let alias = |target: &str| format!(r#"{{"type":"ExternalName","externalName":"{target}"}}"#);
     let spec = match shape {
         Shape::ClusterIp(number) => format!(
             r#"{{"clusterIP":"10.96.0.{n}","clusterIPs":["10.96.0.{n}","fd96::{n}"],"ports":[{{"name":"p","port":80}}]}}"#,
@@ -90,7 +110,16 @@ fn service(key: &ObjectKey, shape: Shape) -> Arc<Service> {
         Shape::Headless { unready_too } => format!(
             r#"{{"clusterIP":"None","clusterIPs":["None"],"publishNotReadyAddresses":{unready_too}}}"#
         ),
-        Shape::External => r#"{"type":"ExternalName","externalName":"example.org"}"#.to_owned(),
+        Shape::External => alias("example.org"),
+        Shape::Next(ns) => {
+            let number: u8 = key.name[1..].parse().expect("a number");
+            alias(&format!(
+                "s{}.{}.svc.cluster.local",
+                number + 1,
+                NAMESPACES[usize::from(ns)]
+            ))
+        }
+        Shape::OfPod(ns, number) => alias(pod_name(ns, number).trim_end_matches('.')),
     };
     let text = format!(
         r#"{{"kind":"Service","metadata":{{"namespace":"{}","name":"{}"}},"spec":{spec}}}"#,
@@ -134,8 +163,9 @@ fn slice(key: &ObjectKey, of: ObjectKey, endpoints: &[(u8, bool, Option<u8>)]) -
 
 impl Objects {
     /// The change that a step is, made here too.
-    fn apply(&mut self, step: &Step) -> Change {
-        match step {
+    fn apply(&mut self, step: &Step) -> Option<Change> {
+        Some(match step {
+            Step::Settings(_) => return None,
             Step::Service(ns, name, shape) => {
                 let key = key(Kind::Service, *ns, *name);
                 let service = service(&key, *shape);
@@ -155,6 +185,7 @@ impl Objects {
                     node_name: None,
                     ips: vec![address(*number)],
                     host_network: false,
+                    own_search: false,
                     ended: *ended,
                 });
                 self.pods.insert(key, pod.clone());
@@ -200,11 +231,22 @@ impl Objects {
                 };
                 Change::Replace(*kind, list)
             }
-        }
+        })
+    }
+
+    /// Where names that are aliases lead to.
+    fn aliases(&self) -> BTreeMap<String, String> {
+        let all = self.services.iter();
+        let aliases = all.filter_map(|(key, service)| {
+            let name = format!("{}.{}.svc.cluster.local.", key.name, key.namespace);
+            let target = service.external_name.as_deref()?;
+            Some((name, format!("{}.", target.trim_end_matches('.'))))
+        });
+        aliases.collect()
     }
 
     /// Every name with address records, with what they are. An ExternalName has none of its own.
-    fn names(&self) -> BTreeMap<String, BTreeSet<IpAddr>> {
+    fn names(&self, pods: Pods) -> BTreeMap<String, BTreeSet<IpAddr>> {
         let mut names: BTreeMap<String, BTreeSet<IpAddr>> = BTreeMap::new();
         for (key, service) in &self.services {
             let base = format!("{}.{}.svc.cluster.local.", key.name, key.namespace);
@@ -232,7 +274,13 @@ impl Objects {
                 }
             }
         }
-        for pod in self.pods.values().filter(|pod| !pod.ended) {
+        if pods == Pods::Insecure {
+            for (ns, number) in (0..2).flat_map(|ns| (0..6).map(move |number| (ns, number))) {
+                names.insert(pod_name(ns, number), [address(number)].into());
+            }
+        }
+        let known = self.pods.values().filter(|_| pods == Pods::Verified);
+        for pod in known.filter(|pod| !pod.ended) {
             let name = format!(
                 "{}.{}.pod.cluster.local.",
                 dashed(pod.ips[0]),
@@ -269,6 +317,15 @@ fn ask(zone: &Zone, name: &str, rtype: RecordType) -> Message {
         Verdict::Reply { bytes, .. } => {
             Message::from_vec(&out[..bytes]).expect("a readable answer")
         }
+        // As the server goes on.
+        Verdict::Chase { bytes, target } => {
+            let mut message = Message::from_vec(&out[..bytes]).expect("a readable answer");
+            let rest = ask(zone, &target.to_string(), rtype);
+            message.metadata.response_code = rest.metadata.response_code;
+            message.answers.extend(rest.answers);
+            message.authorities = rest.authorities;
+            message
+        }
         other => panic!("{name}: {other:?}"),
     }
 }
@@ -302,16 +359,24 @@ fn questions() -> Vec<String> {
     names
 }
 
-fn check(zone: &Zone, objects: &Objects) -> Result<(), TestCaseError> {
+fn check(zone: &Zone, objects: &Objects, pods: Pods) -> Result<(), TestCaseError> {
     let synced = [Kind::Service, Kind::EndpointSlice]
         .iter()
         .all(|kind| objects.listed.contains(kind));
-    let pods_synced = objects.listed.contains(&Kind::Pod);
-    let exist = objects.names();
-    for name in questions() {
+    let pods_synced = pods != Pods::Verified || objects.listed.contains(&Kind::Pod);
+    let (exist, aliases) = (objects.names(pods), objects.aliases());
+    for asked in questions() {
+        let v4 = ask(zone, &asked, RecordType::A);
+        let v6 = ask(zone, &asked, RecordType::AAAA);
+        // An alias is answered as what it leads to is.
+        let mut name = asked;
+        while let Some(target) = aliases
+            .get(&name)
+            .filter(|target| target.ends_with(".local."))
+        {
+            name.clone_from(target);
+        }
         let is_pod = name.ends_with(".pod.cluster.local.") || name == "pod.cluster.local.";
-        let v4 = ask(zone, &name, RecordType::A);
-        let v6 = ask(zone, &name, RecordType::AAAA);
         if !synced || (is_pod && !pods_synced) {
             prop_assert_eq!(
                 v4.metadata.response_code,
@@ -373,9 +438,9 @@ fn check(zone: &Zone, objects: &Objects) -> Result<(), TestCaseError> {
     Ok(())
 }
 
-fn settings() -> ZoneSettings {
+fn settings(pods: Pods) -> ZoneSettings {
     let mut settings = ZoneSettings::of(Name::parse("cluster.local").expect("a name"));
-    settings.pods = Pods::Verified;
+    settings.pods = pods;
     settings
 }
 
@@ -385,22 +450,29 @@ proptest! {
         steps in prop::collection::vec(prop::collection::vec(step(), 1..6), 1..12),
     ) {
         let mut snapshot = Snapshot::default();
-        let mut zone = Zone::new(settings());
+        let mut pods = Pods::Verified;
+        let mut zone = Zone::new(settings(pods));
         let mut objects = Objects::default();
         for batch in steps {
             let mut dirty = Dirty::default();
             for step in batch {
-                snapshot.apply(objects.apply(&step), &mut dirty);
+                if let Some(change) = objects.apply(&step) {
+                    snapshot.apply(change, &mut dirty);
+                }
+                if let Step::Settings(new) = step {
+                    pods = new;
+                    zone = Zone::of(settings(pods), &snapshot);
+                }
             }
             zone.update(&snapshot, &dirty);
-            check(&zone, &objects)?;
-            prop_assert!(zone.same_records(&Zone::of(settings(), &snapshot)), "incremental equals full");
+            check(&zone, &objects, pods)?;
+            prop_assert!(zone.same_records(&Zone::of(settings(pods), &snapshot)), "incremental equals full");
         }
         for kind in [Kind::Service, Kind::EndpointSlice, Kind::Pod] {
             let mut dirty = Dirty::default();
             snapshot.apply(Change::Replace(kind, Vec::new()), &mut dirty);
             zone.update(&snapshot, &dirty);
         }
-        prop_assert!(zone.same_records(&Zone::new(settings())), "nothing is left of what is gone");
+        prop_assert!(zone.same_records(&Zone::new(settings(pods))), "nothing is left of what is gone");
     }
 }

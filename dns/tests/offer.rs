@@ -10,6 +10,9 @@ use keelway_dns::offer::{offer, rules};
 fn spec(corefile: &str) -> Spec {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let file = folder.path().join("Corefile");
+    let hosts = folder.path().join("hosts");
+    std::fs::write(&hosts, "192.0.2.1 node-1.example.org\n").expect("written");
+    let corefile = corefile.replace("FILE", &hosts.display().to_string());
     std::fs::write(&file, corefile).expect("written");
     read_spec(&file).expect("a Corefile")
 }
@@ -28,7 +31,10 @@ const KUBEADM: &str = ".:53 {
     }
     prometheus :9153
     forward . 192.0.2.53
-    cache 30
+    cache 30 {
+       disable success cluster.local
+       disable denial cluster.local
+    }
     loop
     reload
     loadbalance
@@ -85,6 +91,8 @@ fn whatever_else_may_decide_about_a_name_of_the_cluster_is_the_servers_alone() {
             with("hosts {\n 192.0.2.1 node-1\n fallthrough example.org\n }"),
             false,
         ),
+        (with("hosts FILE example.org"), true),
+        (with("hosts FILE prod.svc.cluster.local"), false),
         (
             with("hosts {\n 192.0.2.1 web.prod.svc.cluster.local\n fallthrough\n }"),
             false,

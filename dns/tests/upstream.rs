@@ -78,7 +78,7 @@ fn served(wire: &[u8], client: &[u8], transport: Transport, turn: usize) -> Opti
     // As what comes from a socket is looked at first.
     let _ = belongs(wire, asked.id, question);
     let reply = Reply::read(wire, question.len(), asked.rtype).ok()?;
-    let _ = reply.to_message(question);
+    let _ = reply.to_message(question, |ttl| ttl);
     let now = Instant::now();
     let mut out = vec![0; usize::from(u16::MAX)];
     let entry = Entry::fleeting(reply, now);

@@ -202,6 +202,25 @@ fn an_address_that_two_pods_seem_to_have_belongs_to_neither() {
     let (new, old) = (pod("new", "red", ""), pod("old", "blue", ""));
     assert_eq!(namespace(&new).as_deref(), Some("red"));
     assert_eq!(namespace(&format!("[{new},{old}]")), None);
+    for (spec, known) in [
+        (
+            r#"{"dnsPolicy":"ClusterFirst","dnsConfig":{"options":[{"name":"ndots","value":"2"}]}}"#,
+            true,
+        ),
+        (r#"{"dnsConfig":{"searches":["corp.example"]}}"#, false),
+        (
+            r#"{"dnsPolicy":"None","dnsConfig":{"nameservers":["10.96.0.10"]}}"#,
+            false,
+        ),
+        (r#"{"dnsPolicy":"Default"}"#, false),
+    ] {
+        let own = new.replace(r#""spec":{}"#, &format!(r#""spec":{spec}"#));
+        assert_eq!(
+            namespace(&own).is_some(),
+            known,
+            "a search path of its own: {spec}"
+        );
+    }
     let ended = pod("old", "blue", r#","phase":"Succeeded""#);
     assert_eq!(
         namespace(&format!("[{new},{ended}]")).as_deref(),

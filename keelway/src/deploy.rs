@@ -169,6 +169,8 @@ mod tests {
         };
         assert_eq!(daemon_sets.len(), 2);
         assert!(arg(0, "--socket-lb=off") && arg(1, "--upstream=1.2.3.4:53"));
+        // Also where nobody says so, other names are asked for.
+        assert!(arg(1, "--upstream=/etc/resolv.conf"));
         for object in &objects {
             let images: Vec<&Value> = ["initContainers", "containers"]
                 .iter()

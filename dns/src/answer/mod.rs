@@ -4,7 +4,7 @@ mod rcode;
 mod writer;
 
 pub use rcode::Rcode;
-pub(crate) use writer::{HOSTMASTER, NAMESERVER, Section, Writer, soa_numbers};
+pub(crate) use writer::{HOSTMASTER, NAMESERVER, OPT_BYTES, Section, Writer, opt, soa_numbers};
 
 use crate::name::{Name, before};
 use crate::query::{Bad, HEADER_BYTES, Query, class, rtype};
@@ -22,6 +22,9 @@ pub struct Policy {
     pub fallthrough: Vec<Name>,
     /// The server's own bound on UDP answers (DNS flag day 2020).
     pub udp_bytes_max: usize,
+    /// Others than the zone know names of the cluster, and are asked first: what an alias leads to is looked up as if it had been asked
+    /// for.
+    pub others_first: bool,
 }
 
 impl Default for Policy {
@@ -31,6 +34,7 @@ impl Default for Policy {
             recursion: false,
             fallthrough: Vec::new(),
             udp_bytes_max: 1232,
+            others_first: false,
         }
     }
 }
@@ -58,7 +62,8 @@ pub enum Verdict {
     Reply { bytes: usize, rcode: Rcode },
     /// The zone has nothing to say about it.
     Elsewhere,
-    /// The buffer holds an answer that ends in a CNAME out of the zone, whose target is to be asked elsewhere.
+    /// The buffer holds an answer that ends in a CNAME whose target is to be looked up by itself: it is out of the zone, or not among
+    /// its records.
     Chase { bytes: usize, target: Name },
     /// Say nothing.
     Ignore,
@@ -209,8 +214,7 @@ impl Answering<'_> {
         match self.rtype {
             rtype::SOA => self.soa(&mut writer, Section::Answer),
             rtype::NS => {
-                let exists = self.zone.has(DNS_SERVICE);
-                let host = if exists { DNS_SERVICE } else { NAMESERVER };
+                let host = nameserver(self.zone);
                 writer.ns([host, self.domain().wire()], self.policy.ttl_s);
             }
             rtype::ANY => writer.hinfo(self.policy.ttl_s),
@@ -244,20 +248,16 @@ impl Answering<'_> {
             owner = target_at.map_or(Owner::Name(target), Owner::At);
             let place = zone.place(target).filter(|place| !place.reverse);
             match place {
-                Some(place) => match zone.node(&place) {
-                    Some(next) => node = next,
-                    None => {
-                        self.no(&mut writer);
-                        return writer.finish(Rcode::NxDomain);
-                    }
-                },
-                None if self.policy.recursion && !writer.is_truncated() => {
-                    let target = Name::from_wire(target);
-                    return match writer.finish(Rcode::NoError) {
-                        Verdict::Reply { bytes, .. } => Verdict::Chase { bytes, target },
-                        other => other,
-                    };
+                Some(place)
+                    if let Some(next) = zone.node(&place)
+                        && zone.may_deny(&place)
+                        && !self.policy.others_first =>
+                {
+                    node = next;
                 }
+                // Whether it exists, others may know better: the rules for a name that is asked for decide, not those for an alias.
+                Some(_) => return chase(writer, target),
+                None if self.policy.recursion => return chase(writer, target),
                 None => return writer.finish(Rcode::NoError),
             }
         }
@@ -286,6 +286,27 @@ impl Answering<'_> {
             }
         }
         writer.finish(Rcode::NoError)
+    }
+}
+
+/// The name server that NS records name, below the cluster's domain.
+pub(crate) fn nameserver(zone: &Zone) -> &'static [u8] {
+    if zone.has(DNS_SERVICE) {
+        DNS_SERVICE
+    } else {
+        NAMESERVER
+    }
+}
+
+/// An answer that goes on elsewhere, unless there is no room for that.
+fn chase(writer: Writer<'_>, target: &[u8]) -> Verdict {
+    let whole = !writer.is_truncated();
+    match writer.finish(Rcode::NoError) {
+        Verdict::Reply { bytes, .. } if whole => Verdict::Chase {
+            bytes,
+            target: Name::from_wire(target),
+        },
+        other => other,
     }
 }
 

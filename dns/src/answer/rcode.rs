@@ -9,19 +9,29 @@ pub enum Rcode {
     NxDomain = 3,
     NotImp = 4,
     Refused = 5,
+    YxDomain = 6,
+    YxRrset = 7,
+    NxRrset = 8,
+    NotAuth = 9,
+    NotZone = 10,
     /// Any other that an upstream gave.
     Other = 15,
     BadVers = 16,
 }
 
 impl Rcode {
-    pub const ALL: [Rcode; 8] = [
+    pub const ALL: [Rcode; 13] = [
         Rcode::NoError,
         Rcode::FormErr,
         Rcode::ServFail,
         Rcode::NxDomain,
         Rcode::NotImp,
         Rcode::Refused,
+        Rcode::YxDomain,
+        Rcode::YxRrset,
+        Rcode::NxRrset,
+        Rcode::NotAuth,
+        Rcode::NotZone,
         Rcode::Other,
         Rcode::BadVers,
     ];
@@ -34,6 +44,11 @@ impl Rcode {
             Rcode::NxDomain => "NXDOMAIN",
             Rcode::NotImp => "NOTIMP",
             Rcode::Refused => "REFUSED",
+            Rcode::YxDomain => "YXDOMAIN",
+            Rcode::YxRrset => "YXRRSET",
+            Rcode::NxRrset => "NXRRSET",
+            Rcode::NotAuth => "NOTAUTH",
+            Rcode::NotZone => "NOTZONE",
             Rcode::Other => "OTHER",
             Rcode::BadVers => "BADVERS",
         }

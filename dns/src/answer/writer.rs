@@ -298,11 +298,7 @@ impl<'a> Writer<'a> {
     pub(crate) fn finish(mut self, rcode: Rcode) -> Verdict {
         if self.reserved > 0 {
             self.reserved = 0;
-            let mut opt = [0; OPT_BYTES];
-            opt[1..3].copy_from_slice(&rtype::OPT.to_be_bytes());
-            opt[3..5].copy_from_slice(&self.udp_bytes_max.to_be_bytes());
-            opt[5] = (rcode as u16 >> 4) as u8;
-            opt[7] = if self.dnssec_ok { 0x80 } else { 0 };
+            let opt = opt(self.udp_bytes_max.into(), self.dnssec_ok, rcode);
             self.counts[Section::Additional as usize] += u16::from(self.append(&[&opt]));
         }
         if self.authoritative && !matches!(rcode, Rcode::ServFail | Rcode::Refused) {
@@ -329,6 +325,17 @@ impl<'a> Writer<'a> {
             rcode,
         }
     }
+}
+
+/// The OPT record of an answer.
+pub(crate) fn opt(udp_bytes_max: usize, dnssec_ok: bool, rcode: Rcode) -> [u8; OPT_BYTES] {
+    let udp_bytes_max = u16::try_from(udp_bytes_max).unwrap_or(u16::MAX);
+    let mut opt = [0; OPT_BYTES];
+    opt[1..3].copy_from_slice(&rtype::OPT.to_be_bytes());
+    opt[3..5].copy_from_slice(&udp_bytes_max.to_be_bytes());
+    opt[5] = (rcode as u16 >> 4) as u8;
+    opt[7] = if dnssec_ok { 0x80 } else { 0 };
+    opt
 }
 
 fn owner_bytes(owner: Owner<'_>) -> usize {

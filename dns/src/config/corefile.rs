@@ -1,11 +1,12 @@
 //! The syntax of a Corefile: blocks, directives and their lines, with snippets, imports and variables filled in.
 
 use std::collections::HashMap;
-use std::fs;
 use std::iter::Peekable;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::vec::IntoIter;
+
+use super::files::Files;
 
 /// A word, and where it stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,39 +64,27 @@ pub enum SyntaxError {
 /// Imports within imports; more is a circle.
 const DEPTH_MAX: usize = 8;
 
-/// A Corefile as it is read: its blocks, and the files that they came from.
-#[derive(Debug)]
-pub struct Corefile {
-    pub blocks: Vec<Block>,
-    pub files: Vec<PathBuf>,
-}
-
-/// Reads a file and all that it imports.
-pub fn read(path: &Path) -> Result<Corefile, SyntaxError> {
+/// Reads the blocks of a file and of all that it imports.
+pub fn read(path: &Path, files: &mut Files) -> Result<Vec<Block>, SyntaxError> {
     let mut reader = Reader {
-        files: Vec::new(),
+        files,
         snippets: HashMap::new(),
     };
     let words = reader.file(path)?;
-    let blocks = reader.blocks(words, path)?;
-    Ok(Corefile {
-        blocks,
-        files: reader.files,
-    })
+    reader.blocks(words, path)
 }
 
-struct Reader {
-    files: Vec<PathBuf>,
+struct Reader<'f> {
+    files: &'f mut Files,
     snippets: HashMap<String, Vec<Word>>,
 }
 
-impl Reader {
+impl Reader<'_> {
     fn file(&mut self, path: &Path) -> Result<Vec<Word>, SyntaxError> {
-        let text = fs::read_to_string(path).map_err(|source| SyntaxError::Read {
+        let text = self.files.text(path).map_err(|source| SyntaxError::Read {
             path: path.into(),
             source,
         })?;
-        self.files.push(path.into());
         words(&text, &path.display().to_string())
     }
 
@@ -119,7 +108,7 @@ impl Reader {
                     let pattern = words
                         .next()
                         .ok_or_else(|| word.bad("import needs a file"))?;
-                    for file in matching(path, &pattern.text) {
+                    for file in self.files.matching(beside(path, &pattern.text)) {
                         let inner = self.file(&file)?;
                         blocks.extend(self.blocks(inner, &file)?);
                     }
@@ -194,7 +183,7 @@ impl Reader {
                 if let Some(snippet) = self.snippets.get(&what.text).cloned() {
                     directives.extend(self.directives(snippet, path, depth + 1)?);
                 } else {
-                    for file in matching(path, &what.text) {
+                    for file in self.files.matching(beside(path, &what.text)) {
                         let inner = self.file(&file)?;
                         directives.extend(self.directives(inner, &file, depth + 1)?);
                     }
@@ -207,36 +196,9 @@ impl Reader {
     }
 }
 
-/// The files that an import names, in their order; none is fine, as long as it is a pattern.
-fn matching(from: &Path, pattern: &str) -> Vec<PathBuf> {
-    let path = from.parent().unwrap_or(Path::new("")).join(pattern);
-    let name = path
-        .file_name()
-        .map(|name| name.to_string_lossy().into_owned())
-        .unwrap_or_default();
-    let Some((before, after)) = name.split_once('*') else {
-        return vec![path];
-    };
-    let Some(Ok(entries)) = path.parent().map(fs::read_dir) else {
-        return Vec::new();
-    };
-    let fits = |file: &PathBuf| {
-        let name = file
-            .file_name()
-            .map(|name| name.to_string_lossy().into_owned());
-        name.is_some_and(|name| {
-            name.len() >= before.len() + after.len()
-                && name.starts_with(before)
-                && name.ends_with(after)
-        })
-    };
-    let mut files: Vec<PathBuf> = entries
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(fits)
-        .collect();
-    files.sort();
-    files
+/// A path as a file means it.
+fn beside(file: &Path, path: &str) -> PathBuf {
+    file.parent().unwrap_or(Path::new("")).join(path)
 }
 
 /// The words up to the brace that closes what was opened before; `None` when there is none.

@@ -9,6 +9,7 @@ use super::plugins::{Reading, duration, number, one, zone_names};
 use super::spec::{DNS_PORT, RouteSpec, ServerSpec, TLS_PORT, TlsSpec, nameservers};
 use crate::cache::CacheRules;
 use crate::forward::{ForwardRules, Order};
+use crate::name::Name;
 
 impl Reading<'_> {
     pub(super) fn forward(&mut self, directive: &Directive) -> Result<(), SyntaxError> {
@@ -43,8 +44,23 @@ impl Reading<'_> {
                     };
                 }
                 "health_check" => {
-                    let every = values.first().ok_or_else(|| key.bad("needs a duration"))?;
+                    let (every, options) = values
+                        .split_first()
+                        .ok_or_else(|| key.bad("needs a duration"))?;
                     rules.check_every = duration(every)?.max(Duration::from_millis(100));
+                    let mut options = options.iter();
+                    while let Some(option) = options.next() {
+                        match option.text.as_str() {
+                            "no_rec" => rules.check_recursive = false,
+                            "domain" => {
+                                let domain = options.next();
+                                let domain = domain.ok_or_else(|| option.bad("needs a name"))?;
+                                rules.check_name = Name::parse(&domain.text)
+                                    .map_err(|error| domain.bad(error.to_string()))?;
+                            }
+                            _ => return Err(option.bad("is not no_rec or domain")),
+                        }
+                    }
                 }
                 "tls_servername" => tls_name = Some(one(key, values)?.text.clone()),
                 "tls" => {
@@ -71,7 +87,9 @@ impl Reading<'_> {
                 Some(authorities.clone()),
             ),
         };
-        self.spec.files.extend(tls_files);
+        for file in &tls_files {
+            self.files.note(file);
+        }
         let mut servers = Vec::new();
         for word in to {
             servers.extend(self.servers(word)?);
@@ -135,23 +153,23 @@ impl Reading<'_> {
         if tls || !file.is_absolute() {
             return Err(word.bad("is not an address, tls://ADDRESS or a resolv.conf"));
         }
-        let servers = nameservers(file).map_err(|error| word.bad(error.to_string()))?;
-        self.spec.files.push(file.into());
+        let servers = nameservers(file, self.files).map_err(|error| word.bad(error.to_string()))?;
         let plain = |address| ServerSpec { address, tls: None };
         Ok(servers.into_iter().map(plain).collect())
     }
 
     pub(super) fn cache(&mut self, directive: &Directive) -> Result<(), SyntaxError> {
         let mut rules = CacheRules::default();
-        if let Some(ttl) = directive
-            .args
-            .first()
-            .filter(|word| word.text.parse::<u64>().is_ok())
+        let mut zones = &directive.args[..];
+        if let [ttl, rest @ ..] = zones
+            && ttl.text.parse::<u64>().is_ok()
         {
             let most = duration(ttl)?;
             rules.success.ttl_max = most.min(rules.success.ttl_max);
             rules.denial.ttl_max = most.min(rules.denial.ttl_max);
+            zones = rest;
         }
+        rules.zones = self.zones(zones)?;
         for line in &directive.lines {
             let (key, values) = (&line[0], &line[1..]);
             match key.text.as_str() {
@@ -193,6 +211,18 @@ impl Reading<'_> {
                         .map_or(Ok(Duration::from_secs(3600)), duration)?;
                     rules.stale_immediately =
                         values.get(1).is_none_or(|mode| mode.text == "immediate");
+                }
+                // Names of the cluster are in no cache, so that this says of them what is so anyway.
+                "disable" => {
+                    let [what, zones @ ..] = values else {
+                        return Err(key.bad("needs success or denial"));
+                    };
+                    let share = match what.text.as_str() {
+                        "success" => &mut rules.success,
+                        "denial" => &mut rules.denial,
+                        _ => return Err(what.bad("is not success or denial")),
+                    };
+                    share.except = self.zones_or(zones, &[Name::root()])?;
                 }
                 "keepttl" => {}
                 _ => return Err(key.bad("this option of cache is not supported")),

@@ -1,13 +1,16 @@
 //! What the command line says, checked once; with a Corefile, what that says.
 
 pub mod corefile;
+pub mod files;
 mod forwarding;
+mod names;
 mod plugins;
 pub mod spec;
 
+use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread::available_parallelism;
 use std::time::Duration;
 
@@ -15,12 +18,13 @@ use cluster_model::watch::ApiOptions;
 
 use crate::cache::CacheRules;
 use crate::forward::ForwardRules;
-use crate::log::{Classes, LogRules};
+use crate::log::{LogRule, LogRules};
 use crate::name::{BadName, Name};
 use crate::server::rates::BYTES_S;
 use crate::zone::{Pods, ZoneSettings};
 use corefile::SyntaxError;
-pub use plugins::read_spec;
+use files::Files;
+pub use plugins::{read_spec, read_spec_of, read_spec_on};
 use spec::{
     BlockSpec, ClusterSpec, DNS_PORT, ResolvConfError, RouteSpec, ServerSpec, Spec, nameservers,
 };
@@ -98,6 +102,8 @@ pub struct Config {
     pub lameduck: Duration,
     /// Where `spec` came from, to be read again.
     pub file: Option<PathBuf>,
+    /// What it was read from.
+    pub files: Files,
     pub spec: Spec,
 }
 
@@ -132,9 +138,10 @@ impl TryFrom<Flags> for Config {
 
     fn try_from(flags: Flags) -> Result<Self, ConfigError> {
         let cpus = || available_parallelism().map_or(1, NonZeroUsize::get);
+        let mut files = Files::default();
         let spec = match &flags.config {
-            Some(file) => read_spec(file)?,
-            None => spec_of(&flags)?,
+            Some(file) => read_spec_of(file, &mut files)?,
+            None => spec_of(&flags, &mut files)?,
         };
         let port = spec.port.unwrap_or(DNS_PORT);
         let mut http = vec![flags.health];
@@ -157,13 +164,14 @@ impl TryFrom<Flags> for Config {
             amplified_s: flags.amplification,
             lameduck: lameduck.unwrap_or(Duration::from_secs(5)),
             file: flags.config,
+            files,
             spec,
         })
     }
 }
 
 /// What the flags say, as a Corefile would.
-fn spec_of(flags: &Flags) -> Result<Spec, ConfigError> {
+fn spec_of(flags: &Flags, files: &mut Files) -> Result<Spec, ConfigError> {
     let origins: Vec<Name> = flags
         .domains
         .iter()
@@ -172,7 +180,6 @@ fn spec_of(flags: &Flags) -> Result<Spec, ConfigError> {
     let mut zone = ZoneSettings::of(origins[0].clone());
     zone.origins = origins;
     zone.pods = flags.pods;
-    let mut files = Vec::new();
     let mut block = BlockSpec::of(vec![Name::parse(".")?]);
     block.cluster = Some(ClusterSpec {
         ttl_s: flags.ttl,
@@ -180,24 +187,28 @@ fn spec_of(flags: &Flags) -> Result<Spec, ConfigError> {
         transfer: Vec::new(),
     });
     block.log = LogRules {
-        queries: if flags.log {
-            Classes::ALL
-        } else {
-            Classes::NONE
-        },
+        queries: flags.log.then(LogRule::all).into_iter().collect(),
         errors: true,
     };
     block.cache = (!flags.no_cache).then(CacheRules::default);
     let mut servers = Vec::new();
     for text in &flags.upstreams {
         if text.starts_with('/') {
-            let path = PathBuf::from(text);
-            servers.extend(nameservers(&path)?);
-            files.push(path);
+            match nameservers(Path::new(text), files) {
+                Ok(found) => servers.extend(found),
+                // A node without a name server has a cluster all the same.
+                Err(error @ ResolvConfError::NoServer(_)) => {
+                    tracing::warn!(%error, "names outside the cluster are refused, unless another upstream is named");
+                }
+                Err(error) => return Err(error.into()),
+            }
         } else {
             servers.push(server_address(text).ok_or_else(|| ConfigError::Upstream(text.clone()))?);
         }
     }
+    // Some may be named twice, by address and by a file.
+    let mut seen = HashSet::new();
+    servers.retain(|server| seen.insert(*server));
     if !servers.is_empty() {
         block.routes.push(route(Name::parse(".")?, servers));
     }
@@ -217,7 +228,7 @@ fn spec_of(flags: &Flags) -> Result<Spec, ConfigError> {
         port: None,
         http: Vec::new(),
         lameduck: None,
-        files,
+        warnings: Vec::new(),
     })
 }
 

@@ -2,43 +2,51 @@
 //! leaving it out changes no answer.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use ipnetwork::IpNetwork;
-use regex::Regex;
 
 use super::corefile::{Block, Directive, SyntaxError, Word, read};
-use super::spec::{BlockSpec, ClusterSpec, Spec, search_domains};
-use crate::hosts::Hosts;
-use crate::log::Classes;
+use super::files::Files;
+use super::spec::{BlockSpec, ClusterSpec, Spec};
+use crate::log::{Classes, LogRule};
 use crate::name::Name;
-use crate::rewrite::{Match, Rewrite};
 use crate::zone::{Pods, ZoneSettings};
 
-/// Plugins that have nothing to say here: loops are looked for, addresses taken in turn and the file watched anyway.
-const NO_EFFECT: &[&str] = &[
-    "loop",
-    "loadbalance",
-    "reload",
-    "cancel",
-    "multisocket",
-    "minimal",
-];
+/// Plugins that have nothing to say here: loops are looked for and the file watched anyway.
+const NO_EFFECT: &[&str] = &["loop", "reload", "cancel", "multisocket", "minimal"];
+
+/// The resolver configuration of the process itself.
+const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// Reads a Corefile and everything that it refers to.
 pub fn read_spec(path: &Path) -> Result<Spec, SyntaxError> {
-    let corefile = read(path)?;
+    read_spec_of(path, &mut Files::default())
+}
+
+/// As [`read_spec`], and says which files that were, also where they have an error.
+pub fn read_spec_of(path: &Path, files: &mut Files) -> Result<Spec, SyntaxError> {
+    read_spec_on(path, Path::new(RESOLV_CONF), files)
+}
+
+/// As [`read_spec_of`], on a machine with another resolver configuration.
+pub fn read_spec_on(
+    path: &Path,
+    resolv_conf: &Path,
+    files: &mut Files,
+) -> Result<Spec, SyntaxError> {
+    let blocks = read(path, files)?;
     let mut spec = Spec {
         zone: ZoneSettings::of(Name::parse("cluster.local").expect("a constant name")),
         blocks: Vec::new(),
         port: None,
         http: Vec::new(),
         lameduck: None,
-        files: corefile.files,
+        warnings: Vec::new(),
     };
     let mut cluster_block: Option<Word> = None;
-    for block in &corefile.blocks {
+    for block in &blocks {
         let mut zones = Vec::new();
         for key in &block.keys {
             let (zone, port) = zone_key(key)?;
@@ -55,7 +63,10 @@ pub fn read_spec(path: &Path) -> Result<Spec, SyntaxError> {
         let mut reading = Reading {
             spec: &mut spec,
             block: BlockSpec::of(zones),
+            transfer: None,
             path,
+            resolv_conf,
+            files,
         };
         reading.block(block)?;
         let block_spec = reading.block;
@@ -121,10 +132,20 @@ pub(super) fn zone_names(word: &Word, text: &str) -> Result<Vec<Name>, SyntaxErr
         .map_err(|error| word.bad(error.to_string()))
 }
 
+/// What is said of transfers: checked once the whole block is known.
+struct TransferSpec {
+    at: Word,
+    zones: Vec<Word>,
+    peers: Vec<IpNetwork>,
+}
+
 pub(super) struct Reading<'a> {
     pub(super) spec: &'a mut Spec,
     pub(super) block: BlockSpec,
-    path: &'a Path,
+    transfer: Option<TransferSpec>,
+    pub(super) path: &'a Path,
+    pub(super) resolv_conf: &'a Path,
+    pub(super) files: &'a mut Files,
 }
 
 pub(super) fn number<T: std::str::FromStr>(word: &Word) -> Result<T, SyntaxError> {
@@ -176,7 +197,41 @@ impl Reading<'_> {
         for directive in &block.directives {
             self.directive(directive)?;
         }
+        let Some(transfer) = self.transfer.take() else {
+            return Ok(());
+        };
+        let Some(cluster) = &mut self.block.cluster else {
+            let reason = "is for the zone of kubernetes, which this block has not";
+            return Err(transfer.at.bad(reason));
+        };
+        // Every zone of the cluster is transferred, or none.
+        let zone = &self.spec.zone;
+        let of_cluster = |name: &Name| zone.origins.contains(name) || zone.reverse.contains(name);
+        for word in &transfer.zones {
+            let names = zone_names(word, &word.text)?;
+            if !names
+                .iter()
+                .all(|name| of_cluster(name) || self.block.zones.contains(name))
+            {
+                return Err(word.bad("is no zone of kubernetes"));
+            }
+        }
+        cluster.transfer = transfer.peers;
         Ok(())
+    }
+
+    /// Tells of something that is not done, where that changes no answer.
+    fn unused(&mut self, word: &Word, why: &str) {
+        let warning = format!("{}: {} is not used: {why}", word.at, word.text);
+        self.spec.warnings.push(warning);
+    }
+
+    /// An error where a word of a line, or of none, has more than it may.
+    fn nothing_more(words: &[Word]) -> Result<(), SyntaxError> {
+        match words.first() {
+            None => Ok(()),
+            Some(word) => Err(word.bad("is not known here")),
+        }
     }
 
     fn directive(&mut self, directive: &Directive) -> Result<(), SyntaxError> {
@@ -189,12 +244,17 @@ impl Reading<'_> {
             "rewrite" => self.rewrite(directive),
             "autopath" => self.autopath(name, args),
             "transfer" => self.transfer(directive),
-            "log" => {
-                self.block.log.queries = classes(lines)?;
-                Ok(())
-            }
+            "log" => self.log(args, lines),
             "errors" => {
                 self.block.log.errors = true;
+                for line in lines {
+                    match line[0].text.as_str() {
+                        "consolidate" | "stacktrace" => {
+                            self.unused(&line[0], "each error has its line");
+                        }
+                        _ => return Err(line[0].bad("errors knows consolidate and stacktrace only")),
+                    }
+                }
                 Ok(())
             }
             "bufsize" => {
@@ -216,7 +276,27 @@ impl Reading<'_> {
                 }
                 self.http(args, 8080)
             }
-            "ready" => self.http(args, 8181),
+            "ready" => {
+                for line in lines {
+                    match &line[..] {
+                        [key, how] if key.text == "monitor" && how.text == "until-ready" => {
+                            self.unused(how, "readiness always means it");
+                        }
+                        [key, how] if key.text == "monitor" && how.text == "continuously" => {}
+                        _ => return Err(line[0].bad("ready knows monitor until-ready, continuously only")),
+                    }
+                }
+                self.http(args, 8181)
+            }
+            // Addresses are taken in turn, whatever is said.
+            "loadbalance" => {
+                let rest = match &args[..] {
+                    [policy, rest @ ..] if policy.text == "round_robin" => rest,
+                    rest => rest,
+                };
+                Self::nothing_more(rest)?;
+                lines.iter().try_for_each(|line| Self::nothing_more(line))
+            }
             "prometheus" => self.http(args, 9153),
             other if NO_EFFECT.contains(&other) => Ok(()),
             "bind" => Err(name.bad("say it by --listen")),
@@ -271,11 +351,10 @@ impl Reading<'_> {
         if origins.is_empty() {
             return Err(directive.name.bad("needs a domain of the cluster"));
         }
-        let transfer = self.block.cluster.take().map(|cluster| cluster.transfer);
         let mut cluster = ClusterSpec {
             ttl_s: 5,
             fallthrough: Vec::new(),
-            transfer: transfer.unwrap_or_default(),
+            transfer: Vec::new(),
         };
         let mut zone = ZoneSettings {
             origins,
@@ -300,16 +379,12 @@ impl Reading<'_> {
                         return Err(values[0].bad("is more than 3600 seconds"));
                     }
                 }
-                "fallthrough" => cluster.fallthrough = self.zones_or(values, &[root()])?,
+                "fallthrough" => cluster.fallthrough = self.zones_or(values, &[Name::root()])?,
                 "endpoint_pod_names" => zone.endpoint_pod_names = true,
                 // How the API server is reached is this program's own affair.
                 "endpoint" | "tls" | "kubeconfig" | "apiserver_qps" | "apiserver_burst"
                 | "startup_timeout" => {
-                    tracing::warn!(
-                        "{}: {} is not used; see --api-server and --kubeconfig",
-                        key.at,
-                        key.text
-                    );
+                    self.unused(key, "see --api-server and --kubeconfig");
                 }
                 _ => return Err(key.bad("this option of kubernetes is not supported")),
             }
@@ -340,114 +415,34 @@ impl Reading<'_> {
                 }
             }
         }
-        let cluster = self.block.cluster.get_or_insert(ClusterSpec {
-            ttl_s: 5,
-            fallthrough: Vec::new(),
-            transfer: Vec::new(),
+        self.transfer = Some(TransferSpec {
+            at: directive.name.clone(),
+            zones: directive.args.clone(),
+            peers,
         });
-        cluster.transfer = peers;
-        Ok(())
-    }
-
-    fn hosts(&mut self, directive: &Directive) -> Result<(), SyntaxError> {
-        let mut hosts = Hosts::new(3600);
-        let mut inline = false;
-        for line in &directive.lines {
-            let (key, values) = (&line[0], &line[1..]);
-            match key.text.as_str() {
-                "ttl" => hosts.ttl_s = number(one(key, values)?)?,
-                "no_reverse" => hosts.reverse = false,
-                "reload" => {}
-                "fallthrough" => hosts.fallthrough = self.zones_or(values, &[root()])?,
-                _ => {
-                    let names: Vec<&str> = values.iter().map(|word| word.text.as_str()).collect();
-                    hosts
-                        .add(&key.text, &names)
-                        .map_err(|error| key.bad(error.to_string()))?;
-                    inline = true;
-                }
-            }
-        }
-        let file = directive.args.first().map(|word| PathBuf::from(&word.text));
-        let file = file.or_else(|| (!inline).then(|| "/etc/hosts".into()));
-        if let Some(file) = file {
-            let file = self.path.parent().unwrap_or(Path::new("")).join(file);
-            let failed = |error: String| directive.name.bad(format!("{}: {error}", file.display()));
-            let text = std::fs::read_to_string(&file).map_err(|error| failed(error.to_string()))?;
-            hosts
-                .add_file(&text)
-                .map_err(|error| failed(error.to_string()))?;
-            self.spec.files.push(file);
-        }
-        self.block.hosts = Some(hosts);
-        Ok(())
-    }
-
-    fn rewrite(&mut self, directive: &Directive) -> Result<(), SyntaxError> {
-        let mut words = directive.args.iter().peekable();
-        let goes_on = words
-            .next_if(|word| matches!(word.text.as_str(), "stop" | "continue"))
-            .is_some_and(|word| word.text == "continue");
-        if words.next_if(|word| word.text == "name").is_none() {
-            return Err(directive.name.bad("only rewrite name is supported"));
-        }
-        let kind = words
-            .next_if(|word| {
-                matches!(
-                    word.text.as_str(),
-                    "exact" | "prefix" | "suffix" | "substring" | "regex"
-                )
-            })
-            .map_or("exact", |word| word.text.as_str());
-        let (Some(from), Some(to)) = (words.next(), words.next()) else {
-            return Err(directive.name.bad("needs FROM and TO"));
-        };
-        if let Some(more) = words.next()
-            && more.text != "answer"
-        {
-            return Err(more.bad("is not known to rewrite name"));
-        }
-        let lower = from.text.to_ascii_lowercase();
-        let absolute = |text: &str| {
-            if text.ends_with('.') {
-                text.to_owned()
-            } else {
-                format!("{text}.")
-            }
-        };
-        let to = to.text.to_ascii_lowercase();
-        let (from, to) = match kind {
-            "exact" => (Match::Exact(absolute(&lower)), absolute(&to)),
-            "prefix" => (Match::Prefix(lower), to),
-            "suffix" => (Match::Suffix(absolute(&lower)), absolute(&to)),
-            "substring" => (Match::Substring(lower), to),
-            _ => {
-                let regex = Regex::new(&from.text).map_err(|error| from.bad(error.to_string()))?;
-                (Match::Regex(regex), to)
-            }
-        };
-        self.block.rewrites.push(Rewrite { from, to, goes_on });
-        Ok(())
-    }
-
-    fn autopath(&mut self, name: &Word, args: &[Word]) -> Result<(), SyntaxError> {
-        let from = args
-            .last()
-            .ok_or_else(|| name.bad("needs @kubernetes or a resolv.conf"))?;
-        let search = if from.text == "@kubernetes" {
-            Vec::new()
-        } else {
-            let file = Path::new(&from.text);
-            self.spec.files.push(file.into());
-            search_domains(file).map_err(|error| from.bad(error.to_string()))?
-        };
-        self.block.autopath = Some(search);
         Ok(())
     }
 }
 
-fn root() -> Name {
-    Name::parse(".").expect("the root is a name")
+impl Reading<'_> {
+    /// `log [NAMES...] [FORMAT]`, with the classes in its braces.
+    fn log(&mut self, args: &[Word], lines: &[Vec<Word>]) -> Result<(), SyntaxError> {
+        let names = match args {
+            [names @ .., format] if format.text.contains('{') => {
+                if !matches!(format.text.as_str(), "{common}" | "{combined}") {
+                    return Err(format.bad("another format than {common} is not supported"));
+                }
+                names
+            }
+            names => names,
+        };
+        let rule = LogRule {
+            zones: self.zones(names)?,
+            classes: classes(lines)?,
+        };
+        self.block.log.queries.push(rule);
+        Ok(())
+    }
 }
 
 fn classes(lines: &[Vec<Word>]) -> Result<Classes, SyntaxError> {

@@ -1,17 +1,17 @@
 //! What a configuration says, as plain data: the outcome of reading a Corefile or the command line.
 
-use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnetwork::IpNetwork;
 
+use super::files::Files;
 use crate::cache::CacheRules;
 use crate::forward::ForwardRules;
 use crate::hosts::Hosts;
 use crate::log::LogRules;
-use crate::name::Name;
+use crate::name::{Name, before};
 use crate::rewrite::Rewrite;
 use crate::zone::ZoneSettings;
 
@@ -26,8 +26,8 @@ pub struct Spec {
     /// Addresses for health, readiness and metrics that the configuration names.
     pub http: Vec<SocketAddr>,
     pub lameduck: Option<Duration>,
-    /// Every file that was read: when one changes, the configuration has.
-    pub files: Vec<PathBuf>,
+    /// What it says that is not done, where that changes no answer.
+    pub warnings: Vec<String>,
 }
 
 /// What is done for the names of some zones.
@@ -38,13 +38,29 @@ pub struct BlockSpec {
     pub cluster: Option<ClusterSpec>,
     pub hosts: Option<Hosts>,
     pub rewrites: Vec<Rewrite>,
-    /// The search path is followed here for clients, with these domains after the cluster's own.
-    pub autopath: Option<Vec<Name>>,
+    pub autopath: Option<AutopathSpec>,
     pub routes: Vec<RouteSpec>,
     pub cache: Option<CacheRules>,
     pub log: LogRules,
     /// The server's bound on UDP answers.
     pub udp_bytes_max: usize,
+}
+
+/// How the search path is followed for clients.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct AutopathSpec {
+    /// For names of these zones; of all, where none is named.
+    pub zones: Vec<Name>,
+    /// The domains after the cluster's own.
+    pub search: Vec<Name>,
+}
+
+impl AutopathSpec {
+    /// Whether it is done for a name in lower-case wire format.
+    pub fn is_about(&self, name: &[u8]) -> bool {
+        let mut zones = self.zones.iter();
+        self.zones.is_empty() || zones.any(|zone| before(name, zone.wire()).is_some())
+    }
 }
 
 /// How the cluster's names are served.
@@ -115,11 +131,8 @@ pub enum ResolvConfError {
 }
 
 /// The name servers of a resolv.conf.
-pub fn nameservers(path: &Path) -> Result<Vec<SocketAddr>, ResolvConfError> {
-    let text = fs::read_to_string(path).map_err(|source| ResolvConfError::Read {
-        path: path.into(),
-        source,
-    })?;
+pub fn nameservers(path: &Path, files: &mut Files) -> Result<Vec<SocketAddr>, ResolvConfError> {
+    let text = text(path, files)?;
     let servers: Vec<SocketAddr> = words_after(&text, "nameserver")
         .filter_map(|word| word.split('%').next()?.parse::<IpAddr>().ok())
         .map(|address| (address, DNS_PORT).into())
@@ -131,14 +144,21 @@ pub fn nameservers(path: &Path) -> Result<Vec<SocketAddr>, ResolvConfError> {
 }
 
 /// The search domains of a resolv.conf.
-pub fn search_domains(path: &Path) -> Result<Vec<Name>, ResolvConfError> {
-    let text = fs::read_to_string(path).map_err(|source| ResolvConfError::Read {
+pub fn search_domains(path: &Path, files: &mut Files) -> Result<Vec<Name>, ResolvConfError> {
+    let text = text(path, files)?;
+    // The last line of several counts (resolv.conf(5)).
+    let lines = text.lines().rev();
+    let mut searches = lines.map(|line| words_after(line, "search").collect::<Vec<_>>());
+    let last = searches.find(|words| !words.is_empty());
+    let names = last.into_iter().flatten();
+    Ok(names.filter_map(|word| Name::parse(word).ok()).collect())
+}
+
+fn text(path: &Path, files: &mut Files) -> Result<String, ResolvConfError> {
+    files.text(path).map_err(|source| ResolvConfError::Read {
         path: path.into(),
         source,
-    })?;
-    Ok(words_after(&text, "search")
-        .filter_map(|word| Name::parse(word).ok())
-        .collect())
+    })
 }
 
 fn words_after<'t>(text: &'t str, keyword: &str) -> impl Iterator<Item = &'t str> {

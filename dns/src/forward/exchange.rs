@@ -38,7 +38,6 @@ impl Question {
         let id = rand::random::<u16>().to_be_bytes();
         let mut wire = vec![0; HEADER_BYTES];
         wire[..2].copy_from_slice(&id);
-        const RECURSION_DESIRED: u8 = 0x01;
         const AUTHENTIC: u8 = 0x20;
         const CHECKING_DISABLED: u8 = 0x10;
         wire[2] = RECURSION_DESIRED;
@@ -89,7 +88,15 @@ impl Question {
     }
 }
 
+/// Bits of the third byte of a header.
+const RECURSION_DESIRED: u8 = 0x01;
+
 impl Outgoing {
+    /// Asks for what the server knows by itself.
+    pub(super) fn not_recursive(&mut self) {
+        self.wire[2] &= !RECURSION_DESIRED;
+    }
+
     pub(super) fn question(&self) -> &[u8] {
         &self.wire[HEADER_BYTES..HEADER_BYTES + self.question_bytes]
     }

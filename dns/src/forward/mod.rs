@@ -4,19 +4,20 @@ mod exchange;
 mod upstream;
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
-use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::answer::Rcode;
 use crate::message::{BadReply, Reply};
 use crate::metrics::Forwarding;
+use crate::name::Name;
+use crate::shares::Shares;
 
 pub use exchange::Question;
 pub use upstream::{Tls, TlsError, Upstream};
@@ -35,12 +36,15 @@ pub enum Order {
 #[derive(Clone, Debug, PartialEq)]
 pub struct ForwardRules {
     pub order: Order,
-    /// Queries in flight; what comes above is refused.
+    /// Queries in flight; what comes above is refused. One client has no more of them than are free.
     pub concurrent_max: usize,
     /// Failures in a row after which an upstream counts as down, 0 for never.
     pub failures_max: u32,
     /// Pause between health checks of an upstream that has failed.
     pub check_every: Duration,
+    /// What is asked for then, and whether recursion is desired.
+    pub check_name: Name,
+    pub check_recursive: bool,
     /// Always ask by TCP.
     pub tcp_only: bool,
     /// How long all attempts together may take: less than clients wait, so that they hear of a failure.
@@ -54,6 +58,8 @@ impl Default for ForwardRules {
             concurrent_max: 1000,
             failures_max: 2,
             check_every: Duration::from_millis(500),
+            check_name: Name::root(),
+            check_recursive: true,
             tcp_only: false,
             patience: Duration::from_millis(4500),
         }
@@ -81,7 +87,7 @@ pub enum ForwardError {
     },
     #[error("no upstream answered within {} ms", .0.as_millis())]
     Silence(Duration),
-    #[error("{0} queries are in flight already")]
+    #[error("{0} queries are in flight already, and this client has its share of them")]
     Busy(usize),
     #[error("no upstream is configured for this name")]
     NoRoute,
@@ -94,7 +100,7 @@ pub struct Forwarder {
     upstreams: Vec<Arc<Upstream>>,
     rules: ForwardRules,
     next: AtomicUsize,
-    places: Semaphore,
+    places: Arc<Shares>,
     metrics: Forwarding,
 }
 
@@ -107,7 +113,7 @@ impl Forwarder {
     ) -> Option<Self> {
         (!upstreams.is_empty()).then(|| Self {
             next: AtomicUsize::new(0),
-            places: Semaphore::new(rules.concurrent_max),
+            places: Shares::new(rules.concurrent_max, rules.concurrent_max),
             upstreams,
             rules,
             metrics,
@@ -135,10 +141,10 @@ impl Forwarder {
     }
 
     /// Asks until there is an answer. A failure that an upstream tells of is an answer when no other one knows better.
-    pub async fn ask(&self, question: &Question) -> Result<Reply, ForwardError> {
-        let Ok(_place) = self.places.try_acquire() else {
+    pub async fn ask(&self, question: &Question, client: IpAddr) -> Result<Reply, ForwardError> {
+        let Some(_place) = self.places.take(client) else {
             self.metrics.rejected.inc();
-            return Err(ForwardError::Busy(self.rules.concurrent_max));
+            return Err(ForwardError::Busy(self.places.taken()));
         };
         let order = self.order();
         if order.is_empty() {

@@ -26,10 +26,12 @@ use crate::query::rtype;
 /// How long one attempt may take.
 const ATTEMPT: Duration = Duration::from_secs(4);
 const CHECK: Duration = Duration::from_secs(2);
+/// How long TCP may take to confirm an answer whose spelling has changed.
+const CONFIRM: Duration = Duration::from_secs(1);
 /// Connections that are kept for the next question, and for how long.
 const IDLE_MAX: usize = 16;
 const IDLE: Duration = Duration::from_secs(8);
-/// Answers with changed spelling that TCP has confirmed, after which random spelling is given up.
+/// Answers with changed spelling that were confirmed, after which random spelling is given up.
 const SPELLING_LOST: u32 = 3;
 
 /// How a server is spoken to by TLS (RFC 7858).
@@ -123,7 +125,7 @@ pub struct Upstream {
     checking: AtomicBool,
     /// It was seen to forward to this server: it is not asked any more.
     leads_back: AtomicBool,
-    /// Answers whose spelling had changed although TCP confirmed them.
+    /// Answers whose spelling had changed although they were confirmed.
     spelling_lost: AtomicU32,
     /// It does not know EDNS.
     plain: AtomicBool,
@@ -188,14 +190,14 @@ impl Upstream {
             return;
         }
         // Weak: an upstream that a reload took away is not checked for ever.
-        let (weak, every, tcp_only) = (Arc::downgrade(self), rules.check_every, rules.tcp_only);
+        let (weak, rules) = (Arc::downgrade(self), rules.clone());
         tokio::spawn(async move {
             loop {
-                sleep(every).await;
+                sleep(rules.check_every).await;
                 let Some(upstream) = weak.upgrade() else {
                     return;
                 };
-                if upstream.check(tcp_only).await {
+                if upstream.check(&rules).await {
                     upstream.failures.store(0, Ordering::Relaxed);
                     upstream.checking.store(false, Ordering::Relaxed);
                     return;
@@ -206,16 +208,19 @@ impl Upstream {
     }
 
     /// Whether it answers anything at all.
-    async fn check(&self, tcp_only: bool) -> bool {
+    async fn check(&self, rules: &ForwardRules) -> bool {
         let question = Question {
-            name: vec![0],
+            name: rules.check_name.wire().to_vec(),
             rtype: rtype::NS,
             dnssec_ok: false,
             checking_disabled: false,
         };
-        let outgoing = question.outgoing(false, false);
+        let mut outgoing = question.outgoing(false, false);
+        if !rules.check_recursive {
+            outgoing.not_recursive();
+        }
         let asked = async {
-            if self.tls.is_some() || tcp_only {
+            if self.tls.is_some() || rules.tcp_only {
                 self.by_connection(&outgoing).await.is_ok()
             } else {
                 by_udp(self.address, &outgoing).await.is_ok()
@@ -287,15 +292,35 @@ impl Upstream {
             },
             Received::Suspect => {
                 // A connection can't be forged from afar.
-                let message = self.by_connection(&outgoing).await.map_err(io)?;
-                let reply = read(&message)?;
-                if belongs(&message, outgoing.id, outgoing.question())
-                    == Err(BadReply::OtherSpelling)
+                let confirmed = timeout(CONFIRM, self.by_connection(&outgoing)).await;
+                let message = match confirmed
+                    .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
                 {
+                    Ok(message) => message,
+                    // No TCP: then it is asked as a server is that keeps no spelling, with id and port to be guessed alone.
+                    Err(error) => {
+                        tracing::debug!(upstream = %self.address, %error, "another spelling, and no TCP");
+                        self.ask_unspelled(question, edns).await.map_err(io)?
+                    }
+                };
+                let reply = read(&message)?;
+                if belongs(&message, outgoing.id, outgoing.question()) != Ok(()) {
                     self.spelling_lost.fetch_add(1, Ordering::Relaxed);
                 }
                 Ok(reply)
             }
+        }
+    }
+
+    /// Asks by UDP in lower case.
+    async fn ask_unspelled(&self, question: &Question, edns: bool) -> io::Result<Vec<u8>> {
+        let outgoing = question.outgoing(edns, false);
+        match by_udp(self.address, &outgoing).await? {
+            Received::Answer(message) => Ok(message),
+            Received::Suspect => Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                BadReply::OtherSpelling,
+            )),
         }
     }
 

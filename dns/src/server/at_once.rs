@@ -81,7 +81,8 @@ pub fn at_once(
             Verdict::Reply {
                 rcode: Rcode::NxDomain,
                 ..
-            } if block.spec.autopath.is_some()
+            } if let Some(autopath) = &block.spec.autopath
+                && autopath.is_about(query.name())
                 && autopath::rest(view.zone, query.name(), query.rtype, client).is_some() =>
             {
                 return Outcome::Slow;

@@ -17,10 +17,10 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, Guard};
 use cluster_model::share::Offer;
 use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::watch as latest;
 
 use crate::answer::{Policy, cut};
 use crate::forward::Upstream;
@@ -31,14 +31,21 @@ use crate::sys;
 use crate::zone::Zone;
 use limits::Limits;
 use rates::Rates;
+pub(crate) use udp::renew_entry;
 
 /// The largest UDP answer; more is what TCP is for.
 pub const REPLY_BYTES_MAX: usize = 4096;
 
+/// What answers come from at one moment. Zone and settings are those of one configuration: a name that is the cluster's by the new one is
+/// not asked for elsewhere because the zone does not have it yet.
+pub struct State {
+    pub zone: Arc<Zone>,
+    pub settings: Arc<Settings>,
+}
+
 /// What every part of the server shares.
 pub struct Shared {
-    pub zone: ArcSwap<Zone>,
-    pub settings: ArcSwap<Settings>,
+    state: ArcSwap<State>,
     pub metrics: Arc<Metrics>,
     /// For what no block is about.
     bare: Policy,
@@ -52,12 +59,14 @@ pub struct Shared {
     /// Where it serves, once it does.
     serves: OnceLock<(SocketAddr, Vec<IpAddr>)>,
     /// What the agent of the node is told about its answers.
-    offer: watch::Sender<Offer>,
+    offer: latest::Sender<Offer>,
+    /// It was ready once.
+    was_ready: AtomicBool,
     /// It is about to stop: readiness says no.
     stopping: AtomicBool,
-    /// UDP threads end as soon as nothing is left to answer.
-    draining: AtomicBool,
-    /// UDP threads that have not ended.
+    /// UDP threads end as soon as nothing is left to answer, and so do connections; no new one is taken.
+    draining: latest::Sender<bool>,
+    /// UDP threads, and listeners for TCP, that have not ended.
     serving: AtomicUsize,
 }
 
@@ -69,8 +78,10 @@ impl Shared {
     /// With another limit on what is sent to one client beyond what it sends, in bytes per second; 0 for none.
     pub fn limited(settings: Settings, metrics: Metrics, amplified_s: u32) -> Arc<Self> {
         Arc::new(Self {
-            zone: ArcSwap::from_pointee(Zone::new(settings.zone().clone())),
-            settings: ArcSwap::from_pointee(settings),
+            state: ArcSwap::from_pointee(State {
+                zone: Zone::new(settings.zone().clone()).into(),
+                settings: settings.into(),
+            }),
             metrics: Arc::new(metrics),
             bare: Policy::default(),
             turn: AtomicUsize::new(0),
@@ -79,9 +90,10 @@ impl Shared {
             slow_rates: Mutex::new(Rates::new(amplified_s)),
             probes: Probes::default(),
             serves: OnceLock::new(),
-            offer: watch::Sender::new(Offer::Refuse),
+            offer: latest::Sender::new(Offer::Refuse),
+            was_ready: AtomicBool::new(false),
             stopping: AtomicBool::new(false),
-            draining: AtomicBool::new(false),
+            draining: latest::Sender::new(false),
             serving: AtomicUsize::new(0),
         })
     }
@@ -100,6 +112,43 @@ impl Shared {
         }
     }
 
+    pub fn state(&self) -> Guard<Arc<State>> {
+        self.state.load()
+    }
+
+    pub fn zone(&self) -> Arc<Zone> {
+        self.state.load().zone.clone()
+    }
+
+    pub fn settings(&self) -> Arc<Settings> {
+        self.state.load().settings.clone()
+    }
+
+    /// Serves another zone by the same settings.
+    pub fn serve(&self, zone: Zone) {
+        let zone = Arc::new(zone);
+        self.state.rcu(|old| State {
+            zone: zone.clone(),
+            settings: old.settings.clone(),
+        });
+    }
+
+    /// Why it is not ready; `None` when it is. Pods that are missed after a reload do not count: names of Services are answered, and a
+    /// configuration that asks for what can't be watched must not take every node's DNS away.
+    pub fn unready(&self) -> Option<&'static str> {
+        let zone = self.zone();
+        if self.is_stopping() {
+            Some("stopping")
+        } else if !zone.synced() {
+            Some("Services and EndpointSlices are not synced yet")
+        } else if !zone.pods_synced() && !self.was_ready.load(Ordering::Relaxed) {
+            Some("Pods are not synced yet")
+        } else {
+            self.was_ready.store(true, Ordering::Relaxed);
+            None
+        }
+    }
+
     fn turn(&self) -> usize {
         self.turn.fetch_add(1, Ordering::Relaxed)
     }
@@ -115,32 +164,36 @@ impl Shared {
 
     /// Waits until every query that has come is answered, `most` at the longest.
     pub async fn drain(&self, most: Duration) {
-        self.draining.store(true, Ordering::Relaxed);
+        self.draining.send_replace(true);
         let end = Instant::now() + most;
-        let busy = || self.serving.load(Ordering::Relaxed) > 0 || self.limits.slow_queries() > 0;
+        let busy = || {
+            self.serving.load(Ordering::Relaxed) > 0
+                || self.limits.slow_queries() > 0
+                || self.limits.connections() > 0
+        };
         while busy() && Instant::now() < end {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
 
-    /// Takes a configuration over, and looks for loops among its upstreams.
-    pub fn configure(&self, settings: Settings) {
+    /// Takes a configuration over with the zone that is made by it, and looks for loops among its upstreams.
+    pub fn configure(&self, zone: Arc<Zone>, settings: Arc<Settings>) {
         self.probes.send(&settings);
         // What is not so any more is not said any longer; what is new, only once it is so.
         self.offer.send_replace(Offer::Refuse);
-        self.settings.store(Arc::new(settings));
+        self.state.store(Arc::new(State { zone, settings }));
         self.renew_offer();
     }
 
     fn renew_offer(&self) {
         if let Some((address, own)) = self.serves.get() {
-            let offer = offer(&self.settings.load().spec, *address, own);
+            let offer = offer(&self.settings().spec, *address, own);
             self.offer.send_replace(offer);
         }
     }
 
     /// By what rules others may answer in this server's place, and from when on by others.
-    pub fn offers(&self) -> watch::Receiver<Offer> {
+    pub fn offers(&self) -> latest::Receiver<Offer> {
         self.offer.subscribe()
     }
 }
@@ -212,7 +265,10 @@ pub async fn start(
         }
     }
     let runtime = tokio::runtime::Handle::current();
-    shared.serving.fetch_add(sockets.len(), Ordering::Relaxed);
+    // And the listener for TCP.
+    shared
+        .serving
+        .fetch_add(sockets.len() + 1, Ordering::Relaxed);
     for socket in sockets {
         let (shared, runtime) = (shared.clone(), runtime.clone());
         thread::spawn(move || {
@@ -221,7 +277,7 @@ pub async fn start(
         });
     }
     tokio::spawn(tcp::serve(shared.clone(), listener));
-    shared.probes.send(&shared.settings.load());
+    shared.probes.send(&shared.settings());
     shared.serves.get_or_init(|| (address, own_addresses()));
     shared.renew_offer();
     Ok(address)

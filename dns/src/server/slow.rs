@@ -7,7 +7,7 @@ use std::time::Instant;
 use hickory_proto::op::{Message, ResponseCode};
 use hickory_proto::rr::{DNSClass, Name as ProtoName, RData, Record, rdata::CNAME};
 
-use super::{REPLY_BYTES_MAX, Shared};
+use super::{REPLY_BYTES_MAX, Shared, State};
 use crate::answer::{CNAMES_MAX, Policy, Rcode, Transport, Verdict, accept, answer, failure, room};
 use crate::autopath;
 use crate::cache::Entry;
@@ -16,8 +16,7 @@ use crate::forward::{ForwardError, Question};
 use crate::name::Name;
 use crate::query::{HEADER_BYTES, Query, class, rtype};
 use crate::rewrite::rewrite;
-use crate::settings::{Block, Settings};
-use crate::zone::Zone;
+use crate::settings::Block;
 
 /// An answer in parts, as it is put together.
 struct Looked {
@@ -32,11 +31,10 @@ enum Found {
     Looked(Box<Looked>),
 }
 
-/// One slow query, with the zone and settings of the moment when it came.
+/// One slow query, with the state of the moment when it came.
 pub(super) struct Slow {
     pub shared: Arc<Shared>,
-    pub zone: Arc<Zone>,
-    pub settings: Arc<Settings>,
+    pub state: Arc<State>,
     pub client: SocketAddr,
     pub transport: Transport,
 }
@@ -44,8 +42,7 @@ pub(super) struct Slow {
 impl Slow {
     pub fn of(shared: &Arc<Shared>, client: SocketAddr, transport: Transport) -> Self {
         Self {
-            zone: shared.zone.load_full(),
-            settings: shared.settings.load_full(),
+            state: shared.state.load_full(),
             shared: shared.clone(),
             client,
             transport,
@@ -88,7 +85,7 @@ impl Slow {
                 accept(message, bare, out).err().unwrap_or(Verdict::Ignore)
             }));
         };
-        let Some(block) = self.settings.block(query.name()) else {
+        let Some(block) = self.state.settings.block(query.name()) else {
             return Err(refused(bare));
         };
         if query.rtype == rtype::HINFO && self.shared.probes.came_back(query.name()) {
@@ -105,7 +102,7 @@ impl Slow {
         };
         let looked = if new.is_none() && !self.is_ours(block, &query) {
             // The usual case: bytes from the cache or an upstream, copied.
-            match fetch(block, &self.shared.metrics, &question).await {
+            match fetch(block, &self.shared.metrics, &question, self.client.ip()).await {
                 Ok(entry) => return Ok(Found::Entry(entry)),
                 Err(error) => Err(error),
             }
@@ -131,7 +128,7 @@ impl Slow {
         let Ok(query) = Query::parse(message) else {
             return Verdict::Ignore;
         };
-        let block = self.settings.block(query.name());
+        let block = self.state.settings.block(query.name());
         let policy = block.map_or(&self.shared.bare, |block| &block.policy);
         match found {
             Found::Entry(entry) => {
@@ -144,11 +141,11 @@ impl Slow {
 
     /// Whether the zone or the hosts have something to say about the name.
     fn is_ours(&self, block: &Block, query: &Query<'_>) -> bool {
-        let cluster = block.spec.cluster.is_some() && self.zone.place(query.name()).is_some();
+        let cluster = block.spec.cluster.is_some() && self.state.zone.place(query.name()).is_some();
         let mut out = [0; 512];
         let mut elsewhere = || {
             let verdict = answer(
-                &self.zone,
+                &self.state.zone,
                 &block.policy,
                 query,
                 Transport::Udp,
@@ -190,7 +187,7 @@ impl Slow {
 
     /// What the hosts and the zone know of a name, and the name that an alias leads to elsewhere.
     fn look_up_here(&self, question: &Question) -> Option<(Looked, Option<Name>)> {
-        let block = self.settings.block(&question.name)?;
+        let block = self.state.settings.block(&question.name)?;
         let mut wire = vec![0; HEADER_BYTES];
         wire[5] = 1;
         wire.extend_from_slice(&question.name);
@@ -206,7 +203,7 @@ impl Slow {
             _ if block.spec.cluster.is_some() => {
                 let turn = self.shared.turn();
                 answer(
-                    &self.zone,
+                    &self.state.zone,
                     &block.policy,
                     &query,
                     Transport::Tcp,
@@ -227,12 +224,16 @@ impl Slow {
 
     async fn ask_others(&self, question: &Question) -> Result<Looked, Arc<ForwardError>> {
         let no_route = || Arc::new(ForwardError::NoRoute);
-        let block = self.settings.block(&question.name).ok_or_else(no_route)?;
-        let entry = fetch(block, &self.shared.metrics, question).await?;
+        let block = self
+            .state
+            .settings
+            .block(&question.name)
+            .ok_or_else(no_route)?;
+        let entry = fetch(block, &self.shared.metrics, question, self.client.ip()).await?;
         let mut asked = question.name.clone();
         asked.extend(question.rtype.to_be_bytes());
         asked.extend(class::IN.to_be_bytes());
-        let message = entry.reply().to_message(&asked);
+        let message = entry.message(&asked, Instant::now());
         let message = message.map_err(|source| {
             Arc::new(ForwardError::Reply {
                 server: self.client,
@@ -244,11 +245,13 @@ impl Slow {
 
     /// Follows the client's search path, where that is safe.
     async fn follow_path(&self, block: &Block, question: &Question) -> Option<Looked> {
-        let search = block.spec.autopath.as_ref()?;
+        let spec = block.spec.autopath.as_ref()?;
+        spec.is_about(&question.name).then_some(())?;
         let client: IpAddr = self.client.ip();
-        let (rest, origin) = autopath::rest(&self.zone, &question.name, question.rtype, client)?;
+        let (rest, origin) =
+            autopath::rest(&self.state.zone, &question.name, question.rtype, client)?;
         let mut no_data = None;
-        for candidate in autopath::candidates(rest, origin, search) {
+        for candidate in autopath::candidates(rest, origin, &spec.search) {
             let next = Question {
                 name: candidate.wire().to_vec(),
                 ..question.clone()
@@ -338,7 +341,11 @@ impl Looked {
         let mut message = self.message;
         let authentic =
             message.metadata.authentic_data && (query.dnssec_ok() || query.authentic_data);
+        let (truncated, authoritative) =
+            (message.metadata.truncation, message.metadata.authoritative);
         message.metadata = client.metadata;
+        message.metadata.truncation = truncated;
+        message.metadata.authoritative = authoritative;
         message.metadata.message_type = hickory_proto::op::MessageType::Response;
         message.metadata.recursion_available = policy.recursion;
         message.metadata.authentic_data = authentic;

@@ -3,9 +3,10 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::tcp::OwnedWriteHalf;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Mutex, Semaphore};
@@ -22,13 +23,23 @@ use crate::query::rtype;
 
 /// How long a connection may stay silent, and how long a client may take over one message (RFC 7766, 6.2.3).
 const IDLE: Duration = Duration::from_secs(10);
+/// How long a connection may stay silent once the server ends: what was sent before is there by then.
+const LAST_WORDS: Duration = Duration::from_millis(100);
 /// Slow queries of one connection at once; above it nothing more is read of it.
 const PIPELINE_MAX: usize = 64;
 
+/// Serves until the server is drained.
 pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener) {
     let counters = shared.metrics.queries();
+    let mut draining = shared.draining.subscribe();
     loop {
-        match listener.accept().await {
+        let accepted = tokio::select! {
+            // What has come already is answered still.
+            biased;
+            accepted = listener.accept() => accepted,
+            _ = draining.wait_for(|draining| *draining) => break,
+        };
+        match accepted {
             Ok((stream, client)) => {
                 let Some(place) = shared.limits.connection(client.ip()) else {
                     // Closed at once: it may try again, and has not waited for nothing.
@@ -53,6 +64,8 @@ pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener) {
             }
         }
     }
+    drop(listener);
+    shared.serving.fetch_sub(1, Ordering::Relaxed);
 }
 
 struct Connection {
@@ -61,12 +74,12 @@ struct Connection {
     client: SocketAddr,
 }
 
-async fn send(stream: &Mutex<OwnedWriteHalf>, framed: &[u8]) -> io::Result<()> {
+pub(super) async fn send(stream: &Mutex<OwnedWriteHalf>, framed: &[u8]) -> io::Result<()> {
     let mut stream = stream.lock().await;
     timeout(IDLE, stream.write_all(framed)).await?
 }
 
-fn framed(message: &[u8]) -> Vec<u8> {
+pub(super) fn framed(message: &[u8]) -> Vec<u8> {
     let mut framed = Vec::with_capacity(2 + message.len());
     framed.extend((message.len() as u16).to_be_bytes());
     framed.extend_from_slice(message);
@@ -82,23 +95,36 @@ impl Connection {
         let pipeline = Arc::new(Semaphore::new(PIPELINE_MAX));
         let mut out = vec![0; 2 + usize::from(u16::MAX)];
         let mut query = Vec::new();
+        let mut draining = self.shared.draining.subscribe();
+        let mut ending = false;
         loop {
-            let length = match timeout(IDLE, reader.read_u16()).await {
-                Ok(Ok(length)) => usize::from(length),
-                Ok(Err(error)) if error.kind() == io::ErrorKind::UnexpectedEof => break,
+            // What a client has begun to send is heard to its end, and answered. At the end of the server, whoever is silent is closed.
+            let patience = if ending { LAST_WORDS } else { IDLE };
+            let begun = tokio::select! {
+                biased;
+                begun = timeout(patience, reader.fill_buf()) => begun,
+                _ = draining.wait_for(|draining| *draining), if !ending => {
+                    ending = true;
+                    continue;
+                }
+            };
+            match begun {
+                Ok(Ok([])) => break,
+                Ok(Ok(_)) => {}
                 Ok(Err(error)) => return Err(error),
                 // Silent, unless it waits for an answer of ours.
-                Err(_) if pipeline.available_permits() < PIPELINE_MAX => continue,
+                Err(_) if pipeline.available_permits() < PIPELINE_MAX && !ending => continue,
                 Err(_) => break,
-            };
-            query.resize(length, 0);
+            }
+            let length = timeout(IDLE, reader.read_u16()).await??;
+            query.resize(usize::from(length), 0);
             timeout(IDLE, reader.read_exact(&mut query)).await??;
             let begun = Instant::now();
             let outcome = {
-                let (zone, settings) = (self.shared.zone.load(), self.shared.settings.load());
+                let state = self.shared.state();
                 let view = View {
-                    zone: &zone,
-                    settings: &settings,
+                    zone: &state.zone,
+                    settings: &state.settings,
                     now: begun,
                 };
                 let turn = self.shared.turn();
@@ -125,9 +151,7 @@ impl Connection {
                     count_slow(&self.counters, &slow, &query, &out[2..2 + bytes], begun);
                 }
                 Outcome::Slow if type_of(&query) == rtype::AXFR => {
-                    for message in transfer::messages(&self.shared, &query, self.client.ip()) {
-                        send(&writer, &framed(&message)).await?;
-                    }
+                    transfer::send(&self.shared, &query, self.client.ip(), &writer).await?;
                 }
                 Outcome::Slow => {
                     let Ok(permit) = pipeline.clone().acquire_owned().await else {

@@ -3,7 +3,6 @@
 use std::io;
 use std::net::UdpSocket;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::Shared;
@@ -35,7 +34,7 @@ pub(super) fn serve(
             Ok(count) => count,
             // Nothing came for a while.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                if shared.draining.load(Ordering::Relaxed) {
+                if *shared.draining.borrow() {
                     return;
                 }
                 continue;
@@ -46,10 +45,11 @@ pub(super) fn serve(
                 continue;
             }
         };
-        let (zone, settings) = (shared.zone.load(), shared.settings.load());
+        let state = shared.state();
+        let settings = &state.settings;
         let view = View {
-            zone: &zone,
-            settings: &settings,
+            zone: &state.zone,
+            settings,
             now: Instant::now(),
         };
         let mut answers = 0;
@@ -117,7 +117,7 @@ pub(super) fn serve(
             counters.count(Transport::Udp, *kind, *rcode, *bytes, took);
         }
         if settings.logs() {
-            log(shared, &settings, &mut batch, count, took);
+            log(shared, settings, &mut batch, count, took);
         }
         if let Err(error) = batch.send(socket, count) {
             tracing::error!(%error, "sending; this socket is given up");
@@ -185,11 +185,11 @@ pub(super) fn count_slow(
         took,
     );
     let name = Query::parse(query).ok();
-    if let Some(block) = name.and_then(|query| slow.settings.block(query.name()).cloned())
+    if let Some(block) = name.and_then(|query| slow.state.settings.block(query.name()).cloned())
         && block.spec.log.is_on()
     {
         let unlogged = &slow.shared.metrics.unlogged;
-        let rules = block.spec.log;
+        let rules = &block.spec.log;
         rules.line(slow.client, slow.transport, query, reply, took, unlogged);
     }
 }
@@ -213,17 +213,18 @@ fn log(
         };
         if let Some(block) = settings.block(parsed.name()) {
             let unlogged = &shared.metrics.unlogged;
-            let rules = block.spec.log;
+            let rules = &block.spec.log;
             rules.line(peer, Transport::Udp, query, &out[..bytes], took, unlogged);
         }
     }
 }
 
-pub(super) fn renew_entry(shared: &Arc<Shared>, message: &[u8]) {
+/// Has the entry renewed that a message was answered from.
+pub(crate) fn renew_entry(shared: &Arc<Shared>, message: &[u8]) {
     let Ok(query) = Query::parse(message) else {
         return;
     };
-    if let Some(block) = shared.settings.load().block(query.name()) {
+    if let Some(block) = shared.state().settings.block(query.name()) {
         let question = Question {
             name: query.name().to_vec(),
             rtype: query.rtype,

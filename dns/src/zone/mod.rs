@@ -81,6 +81,8 @@ pub struct Zone {
     /// The pods that each address belongs to; several where one has ended and its address has been given again.
     clients: Map<IpAddr, Arc<[ObjectKey]>>,
     addresses_of: Map<ObjectKey, Arc<[IpAddr]>>,
+    /// Pods with a search path of their own, which nobody can follow for them.
+    own_search: Map<ObjectKey, ()>,
     serial: u32,
     synced: bool,
     pods_synced: bool,
@@ -163,6 +165,7 @@ impl Zone {
             next_number: 0,
             clients: Map::default(),
             addresses_of: Map::default(),
+            own_search: Map::default(),
             serial: 1,
             synced: false,
             pods_synced: false,
@@ -220,6 +223,11 @@ impl Zone {
         let pod = snapshot
             .pod(key)
             .filter(|pod| !pod.host_network && !pod.ended);
+        if pod.is_some_and(|pod| pod.own_search) {
+            self.own_search.insert(key.clone(), ());
+        } else {
+            self.own_search.remove(key);
+        }
         let new: Arc<[IpAddr]> = pod.map_or_else(|| Arc::from([]), |pod| pod.ips.clone().into());
         let old = self.addresses_of.get(key).cloned();
         if old.as_ref().is_some_and(|old| *old == new) {
@@ -254,10 +262,10 @@ impl Zone {
         }
     }
 
-    /// The namespace of the pod that has an address; `None` when no pod has it, or more than one seems to.
+    /// The namespace of the pod that has an address; `None` when no pod has it, more than one seems to, or its search path is its own.
     pub fn namespace_of(&self, address: IpAddr) -> Option<&Arc<str>> {
         match &**self.clients.get(&address.to_canonical())? {
-            [pod] => Some(&pod.namespace),
+            [pod] if !self.own_search.contains_key(pod) => Some(&pod.namespace),
             _ => None,
         }
     }
@@ -389,12 +397,16 @@ impl Zone {
 
     /// Who contributed each record of a node, for those who ask why.
     pub fn sources(&self, node: Node<'_>) -> Vec<(String, Record)> {
-        let titles = self.objects();
-        let sets = node.sets().flat_map(|set| {
-            let by = titles
-                .get(&set.by)
-                .copied()
-                .map_or_else(String::new, Object::title);
+        let wanted: Vec<u32> = node.sets().map(|set| set.by).collect();
+        let planned = self.planned.iter().filter_map(|(key, bytes)| {
+            let number = Planned::read(bytes)?.number;
+            wanted
+                .contains(&number)
+                .then(|| (number, Object::title(key)))
+        });
+        let titles: HashMap<u32, String> = planned.collect();
+        let sets = node.sets().flat_map(move |set| {
+            let by = titles.get(&set.by).cloned().unwrap_or_default();
             set.records().map(move |record| (by.clone(), record.into()))
         });
         sets.collect()

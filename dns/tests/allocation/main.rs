@@ -73,7 +73,7 @@ fn parts() -> (Settings, Zone) {
         port: None,
         http: Vec::new(),
         lameduck: None,
-        files: Vec::new(),
+        warnings: Vec::new(),
     };
     let settings = Settings::build(spec, &Metrics::default(), None).expect("settings");
     (settings, Zone::of(zone, &snapshot))

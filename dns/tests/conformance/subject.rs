@@ -149,12 +149,12 @@ async fn ours() -> SocketAddr {
         port: None,
         http: Vec::new(),
         lameduck: None,
-        files: Vec::new(),
+        warnings: Vec::new(),
     };
     let metrics = Metrics::default();
     let settings = Settings::build(spec, &metrics, None).expect("settings");
     let shared = Shared::new(settings, metrics);
-    shared.zone.store(Zone::of(zone, &snapshot).into());
+    shared.serve(Zone::of(zone, &snapshot));
     server::start(&shared, (Ipv4Addr::LOCALHOST, 0).into(), 2)
         .await
         .expect("a free port")

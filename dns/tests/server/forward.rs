@@ -8,6 +8,7 @@ use crate::support::*;
 use hickory_proto::op::{Edns, ResponseCode};
 use hickory_proto::rr::{Name, RData, Record, RecordType, rdata};
 use keelway_dns::cache::CacheRules;
+use keelway_dns::config::spec::AutopathSpec;
 
 const WWW: &str = "www.example.org.";
 
@@ -255,7 +256,7 @@ async fn many_clients_of_one_name_cost_one_question() {
 }
 
 #[tokio::test]
-async fn above_the_bound_queries_are_refused_and_below_it_served() {
+async fn above_its_share_a_clients_queries_are_refused_and_below_it_served() {
     let slow = Upstream::start(|query, _| {
         let message = reply(
             query,
@@ -266,7 +267,8 @@ async fn above_the_bound_queries_are_refused_and_below_it_served() {
     })
     .await;
     let mut spec = spec(&[slow.address]);
-    spec.blocks[0].routes[0].rules.concurrent_max = 5;
+    // A client may have as many as are free: five, with five free beside them.
+    spec.blocks[0].routes[0].rules.concurrent_max = 10;
     let (_, server) = serve(spec, &cluster(0)).await;
     let ask = |i: usize| {
         tokio::spawn(async move {
@@ -486,9 +488,7 @@ async fn a_server_that_leads_back_here_is_found_out_and_left_alone() {
     let settings =
         keelway_dns::settings::Settings::build(spec(&[free]), &metrics, None).expect("settings");
     let shared = keelway_dns::server::Shared::new(settings, metrics);
-    shared
-        .zone
-        .store(keelway_dns::zone::Zone::of(spec(&[]).zone, &cluster(0)).into());
+    shared.serve(keelway_dns::zone::Zone::of(spec(&[]).zone, &cluster(0)));
     let server = keelway_dns::server::start(&shared, free, 1)
         .await
         .expect("that port");
@@ -510,6 +510,9 @@ async fn the_search_path_is_followed_only_where_that_is_right() {
     let upstream = Upstream::start(|query, _| {
         let name = query.queries[0].name().to_lowercase().to_string();
         let records = match (name.as_str(), query.queries[0].query_type()) {
+            // In the domain that the pods' path has after the cluster's, and at the root as well.
+            ("git.dev.corp.example.", RecordType::A) => vec![address(query, 60, [10, 9, 9, 9])],
+            ("git.dev.", RecordType::A) => vec![address(query, 60, [192, 0, 2, 66])],
             (WWW, RecordType::A) => vec![address(query, 60, [192, 0, 2, 7])],
             (WWW, _) => Vec::new(),
             _ => {
@@ -528,13 +531,23 @@ async fn the_search_path_is_followed_only_where_that_is_right() {
     })
     .await;
     let mut spec = spec(&[upstream.address]);
-    spec.blocks[0].autopath = Some(Vec::new());
+    spec.blocks[0].autopath = Some(AutopathSpec {
+        zones: Vec::new(),
+        search: vec![name("corp.example")],
+    });
     // The fixture's pod of namespace prod has 127.0.0.1: that is who asks here.
     let (_, server) = serve(spec, &cluster(0)).await;
     let first = "www.example.org.prod.svc.cluster.local.";
     let answer = udp(server, &query(first, RecordType::A)).await;
     assert_eq!(data(&answer), ["192.0.2.7", "www.example.org."]);
     assert_eq!(answer.answers[0].name.to_string(), first);
+    let git = "git.dev.prod.svc.cluster.local.";
+    let answer = udp(server, &query(git, RecordType::A)).await;
+    assert_eq!(
+        data(&answer),
+        ["10.9.9.9", "git.dev.corp.example."],
+        "as the pod's own resolver would have found"
+    );
     // The other family has no data, which is not "no such name".
     let v6 = udp(server, &query(first, RecordType::AAAA)).await;
     assert_eq!(v6.metadata.response_code, ResponseCode::NoError);

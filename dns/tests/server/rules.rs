@@ -82,7 +82,7 @@ async fn hosts_come_first_and_others_after_them_where_they_may() {
     spec.blocks[0].hosts = Some(hosts);
     let (_, server) = serve(spec, &cluster(0)).await;
     let other = udp(server, &query("other.example.", RecordType::A)).await;
-    assert_eq!(other.metadata.response_code, ResponseCode::NXDomain);
+    assert_eq!(other.metadata.response_code, ResponseCode::ServFail);
 }
 
 #[tokio::test]

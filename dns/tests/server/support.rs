@@ -97,7 +97,7 @@ pub fn spec(upstreams: &[SocketAddr]) -> Spec {
         port: None,
         http: Vec::new(),
         lameduck: None,
-        files: Vec::new(),
+        warnings: Vec::new(),
     }
 }
 
@@ -110,7 +110,7 @@ pub async fn serve_at(at: &str, spec: Spec, snapshot: &Snapshot) -> (Arc<Shared>
     let zone = Zone::of(spec.zone.clone(), snapshot);
     let settings = Settings::build(spec, &metrics, None).expect("settings");
     let shared = Shared::new(settings, metrics);
-    shared.zone.store(zone.into());
+    shared.serve(zone);
     let at = at.parse().expect("an address");
     let address = server::start(&shared, at, 2).await.expect("a free port");
     (shared, address)

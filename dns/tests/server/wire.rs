@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::support::*;
 use hickory_proto::op::{Message, ResponseCode};
-use hickory_proto::rr::{RData, RecordType};
+use hickory_proto::rr::{RData, Record, RecordType};
 use keelway_dns::answer::Transport;
 use keelway_dns::metrics::Metrics;
 use keelway_dns::server::at_once::{Outcome, View, at_once};
@@ -20,10 +20,8 @@ use tokio::net::TcpStream;
 #[tokio::test]
 async fn before_the_first_sync_nothing_is_denied() {
     let (shared, server) = serve(spec(&[]), &cluster(0)).await;
-    let zone = shared.zone.load_full();
-    shared
-        .zone
-        .store(Zone::new(ZoneSettings::of(name("cluster.local"))).into());
+    let zone = shared.zone();
+    shared.serve(Zone::new(ZoneSettings::of(name("cluster.local"))));
     for unknown in [
         WEB,
         "absent.prod.svc.cluster.local.",
@@ -37,7 +35,7 @@ async fn before_the_first_sync_nothing_is_denied() {
             "{unknown}"
         );
     }
-    shared.zone.store(zone);
+    shared.serve((*zone).clone());
     assert_eq!(
         data(&udp(server, &query(WEB, RecordType::A)).await),
         ["10.96.0.7"]
@@ -134,16 +132,51 @@ async fn foreign_names_and_transfers_are_refused_where_nothing_is_configured_for
 }
 
 #[tokio::test]
-async fn a_peer_that_may_gets_the_whole_zone_between_two_soas() {
+async fn a_peer_that_may_gets_each_zone_whole_between_two_soas() {
     let mut spec = spec(&[]);
+    spec.zone.origins.push(name("other.example"));
     let cluster_spec = spec.blocks[0]
         .cluster
         .as_mut()
         .expect("it serves the cluster");
     cluster_spec.transfer = vec!["127.0.0.0/8".parse().expect("a range")];
     let (_, server) = serve(spec, &cluster(1000)).await;
+    // A thousand endpoints under the Service's name and their own, and the one address.
+    let forward = [2001, 1001, 1, 1, 0];
+    for (zone, expected) in [
+        ("cluster.local.", forward),
+        ("other.example.", forward),
+        ("in-addr.arpa.", [0, 0, 0, 0, 1001]),
+    ] {
+        let records = transferred(server, zone).await;
+        let of = |rtype| {
+            let records = records.iter();
+            records
+                .filter(|record| record.record_type() == rtype)
+                .count()
+        };
+        let counts = [
+            RecordType::A,
+            RecordType::SRV,
+            RecordType::CNAME,
+            RecordType::TXT,
+            RecordType::PTR,
+        ]
+        .map(of);
+        assert_eq!(counts, expected, "{zone}");
+        let [first, second, .., last] = &records[..] else {
+            panic!("{records:?}")
+        };
+        assert_eq!((first.record_type(), first), (RecordType::SOA, last));
+        // The name server is the one that is told to who asks for it.
+        let told = udp(server, &query(zone, RecordType::NS)).await;
+        assert_eq!(told.answers, std::slice::from_ref(second));
+    }
+}
+
+async fn transferred(server: SocketAddr, zone: &str) -> Vec<Record> {
     let mut stream = TcpStream::connect(server).await.expect("TCP");
-    let wire = query("cluster.local.", RecordType::AXFR)
+    let wire = edns(zone, RecordType::AXFR, 1232)
         .to_vec()
         .expect("a query");
     let framed = [&(wire.len() as u16).to_be_bytes()[..], &wire].concat();
@@ -152,6 +185,7 @@ async fn a_peer_that_may_gets_the_whole_zone_between_two_soas() {
     let mut soas = 0;
     while soas < 2 {
         let message = read(&mut stream).await.expect("a message of the transfer");
+        assert!(message.edns.is_some(), "as it was asked");
         soas += message
             .answers
             .iter()
@@ -159,23 +193,7 @@ async fn a_peer_that_may_gets_the_whole_zone_between_two_soas() {
             .count();
         records.extend(message.answers);
     }
-    let of = |rtype| {
-        records
-            .iter()
-            .filter(|record| record.record_type() == rtype)
-            .count()
-    };
-    assert_eq!(
-        records.first().map(|record| record.record_type()),
-        Some(RecordType::SOA)
-    );
-    assert_eq!(
-        records.last().map(|record| record.record_type()),
-        Some(RecordType::SOA)
-    );
-    // A thousand endpoints under the Service's name and their own, and the one address.
-    assert_eq!((of(RecordType::A), of(RecordType::SRV)), (2001, 1001));
-    assert_eq!((of(RecordType::CNAME), of(RecordType::TXT)), (1, 1));
+    records
 }
 
 #[tokio::test]

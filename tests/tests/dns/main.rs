@@ -3,6 +3,7 @@
 
 mod agent;
 mod hostile;
+mod outside;
 mod support;
 
 use std::fs;
@@ -18,7 +19,9 @@ use keelway_tests::lists::services;
 use keelway_tests::process::eventually;
 use nix::sys::signal::Signal;
 
-use support::{Clients, NOERROR, NXDOMAIN, SERVFAIL, Server, api, ask, free_port, service_name};
+use support::{
+    Clients, NOERROR, NXDOMAIN, SERVFAIL, Server, api, ask, ask_by_tcp, free_port, service_name,
+};
 
 #[test]
 fn names_are_answered_while_the_api_server_is_away_and_news_are_taken_when_it_is_back() {
@@ -120,6 +123,8 @@ fn ten_thousand_services_and_a_hundred_thousand_endpoints_are_relisted_within_bo
         counts.good > 100 && counts.denied + counts.servfail + counts.unanswered == 0,
         "{counts:?}"
     );
+    // A list is taken in beside those who answer: the longest wait is a small part of what that takes.
+    assert!(counts.slowest < Duration::from_secs(2), "{counts:?}");
     // The limit of the DaemonSet is 170 MiB.
     assert!(after < 150.0, "{after} MB");
 }
@@ -133,6 +138,10 @@ fn a_rollout_loses_no_query() {
     let port = address.clone();
     // Clients ask whoever is ready, and learn of a change late: up to a second after readiness has gone.
     let clients = Clients::start(4, 90, move || {
+        (Ipv4Addr::LOCALHOST, port.load(Ordering::Relaxed) as u16).into()
+    });
+    let port = address.clone();
+    let by_tcp = Clients::start_with(2, 90, ask_by_tcp, move || {
         (Ipv4Addr::LOCALHOST, port.load(Ordering::Relaxed) as u16).into()
     });
     for _ in 0..3 {
@@ -153,11 +162,12 @@ fn a_rollout_loses_no_query() {
         assert!(status.success(), "{status}");
         current = next;
     }
-    let counts = clients.finish();
-    assert!(
-        counts.good > 1000 && counts.denied + counts.servfail + counts.unanswered == 0,
-        "{counts:?}"
-    );
+    for (counts, least) in [(clients.finish(), 1000), (by_tcp.finish(), 100)] {
+        assert!(
+            counts.good > least && counts.denied + counts.servfail + counts.unanswered == 0,
+            "{counts:?}"
+        );
+    }
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use keelway_tests::cluster::program;
 use keelway_tests::lists::{ListServer, services};
@@ -137,6 +137,18 @@ pub fn ask(server: SocketAddr, name: &str) -> Option<(u8, u8)> {
     answers.then(|| (reply[3] & 15, reply[7]))
 }
 
+/// As [`ask`], over a connection of its own.
+pub fn ask_by_tcp(server: SocketAddr, name: &str) -> Option<(u8, u8)> {
+    let mut stream = TcpStream::connect(server).ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
+    let query = question(7, name);
+    let framed = [&(query.len() as u16).to_be_bytes()[..], &query].concat();
+    stream.write_all(&framed).ok()?;
+    let mut reply = [0; 14];
+    stream.read_exact(&mut reply).ok()?;
+    Some((reply[5] & 15, reply[9]))
+}
+
 pub const NOERROR: u8 = 0;
 pub const SERVFAIL: u8 = 2;
 pub const NXDOMAIN: u8 = 3;
@@ -157,12 +169,23 @@ pub struct Counts {
     pub servfail: usize,
     pub denied: usize,
     pub unanswered: usize,
+    /// The longest that an answer took.
+    pub slowest: Duration,
 }
 
 impl Clients {
     pub fn start(
         count: usize,
         services: usize,
+        server: impl Fn() -> SocketAddr + Send + Clone + 'static,
+    ) -> Self {
+        Self::start_with(count, services, ask, server)
+    }
+
+    pub fn start_with(
+        count: usize,
+        services: usize,
+        ask: fn(SocketAddr, &str) -> Option<(u8, u8)>,
         server: impl Fn() -> SocketAddr + Send + Clone + 'static,
     ) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
@@ -173,12 +196,14 @@ impl Clients {
                 let mut i = number;
                 while !stop.load(Ordering::Relaxed) {
                     i = (i + 7919) % services;
+                    let begun = Instant::now();
                     match ask(server(), &service_name(i)) {
                         Some((NOERROR, 1..)) => counts.good += 1,
                         Some((SERVFAIL, _)) => counts.servfail += 1,
                         Some(_) => counts.denied += 1,
                         None => counts.unanswered += 1,
                     }
+                    counts.slowest = counts.slowest.max(begun.elapsed());
                 }
                 counts
             })
@@ -196,6 +221,7 @@ impl Clients {
             all.servfail += one.servfail;
             all.denied += one.denied;
             all.unanswered += one.unanswered;
+            all.slowest = all.slowest.max(one.slowest);
         }
         all
     }

@@ -1,0 +1,166 @@
+//! Clients that ask for more than their share, and what others feel of it.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use hickory_proto::op::{Message, ResponseCode};
+use hickory_proto::rr::RecordType;
+use keelway_dns::cache::CacheRules;
+use keelway_dns::server::Shared;
+use tokio::net::UdpSocket;
+
+use crate::support::*;
+
+const WWW: &str = "www.example.org.";
+const PATIENCE: Duration = Duration::from_secs(30);
+
+fn from(last: u8) -> SocketAddr {
+    (IpAddr::from([127, 0, 0, last]), 0).into()
+}
+
+async fn ask_from(client: SocketAddr, server: SocketAddr, message: &Message) -> Message {
+    let socket = UdpSocket::bind(client).await.expect("an address");
+    let wire = message.to_vec().expect("a query");
+    socket.send_to(&wire, server).await.expect("sent");
+    next(&socket).await
+}
+
+async fn next(socket: &UdpSocket) -> Message {
+    let mut reply = vec![0; 4096];
+    let received = tokio::time::timeout(PATIENCE, socket.recv(&mut reply)).await;
+    let bytes = received.expect("an answer").expect("loopback");
+    Message::from_vec(&reply[..bytes]).expect("a readable answer")
+}
+
+/// An upstream that is silent about names that begin with an n.
+async fn half_dead() -> Upstream {
+    Upstream::start(|query, _| {
+        let name = query.queries[0].name().to_lowercase().to_string();
+        if name.starts_with('n') {
+            return Vec::new();
+        }
+        let records = vec![address(query, 0, [192, 0, 2, 7])];
+        at_once(&reply(query, ResponseCode::NoError, records))
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_client_that_asks_what_nobody_answers_takes_nobody_elses_place() {
+    let upstream = half_dead().await;
+    let mut spec = spec(&[upstream.address]);
+    // It does not count as down for what it does not know.
+    let rules = &mut spec.blocks[0].routes[0].rules;
+    (rules.failures_max, rules.concurrent_max) = (0, 200);
+    let (_, server) = serve(spec, &cluster(0)).await;
+    let mut greedy = Vec::new();
+    for client in 10..14 {
+        let socket = UdpSocket::bind(from(client)).await.expect("an address");
+        for number in 0..300 {
+            let asked = query(&format!("n{number}-{client}.example.org."), RecordType::A);
+            let wire = asked.to_vec().expect("a query");
+            socket.send_to(&wire, server).await.expect("sent");
+            if number % 64 == 63 {
+                // The queue of a socket is short; whoever is heard goes on being so.
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+        // Only what is above its share is answered at once.
+        assert_eq!(
+            next(&socket).await.metadata.response_code,
+            ResponseCode::Refused
+        );
+        greedy.push(socket);
+        let other = ask_from(from(2), server, &query(WWW, RecordType::A)).await;
+        assert_eq!(
+            other.metadata.response_code,
+            ResponseCode::NoError,
+            "beside {} greedy clients",
+            greedy.len()
+        );
+    }
+}
+
+fn prefetches(shared: &Shared) -> u64 {
+    shared.metrics.caching.prefetches.get()
+}
+
+/// A server over an upstream that answers once and never again.
+async fn forsaken(rules: CacheRules, ttl: u32) -> (Arc<Shared>, SocketAddr, Upstream) {
+    let over = Arc::new(AtomicBool::new(false));
+    let upstream = Upstream::start(move |query, _| {
+        if query.queries[0].query_type() != RecordType::A || over.swap(true, Ordering::SeqCst) {
+            return Vec::new();
+        }
+        let records = vec![address(query, ttl, [192, 0, 2, 7])];
+        at_once(&reply(query, ResponseCode::NoError, records))
+    })
+    .await;
+    let mut spec = spec(&[upstream.address]);
+    spec.blocks[0].cache = Some(rules);
+    spec.blocks[0].routes[0].rules.patience = Duration::from_millis(300);
+    let (shared, server) = serve(spec, &cluster(0)).await;
+    (shared, server, upstream)
+}
+
+/// Waits until nothing is being asked.
+async fn settled(shared: &Shared) {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let settings = shared.settings();
+        if settings.blocks().all(|block| block.in_flight() == 0) {
+            return;
+        }
+        assert!(Instant::now() < end, "it goes on asking");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_flood_of_hits_on_an_entry_near_its_end_is_one_renewal() {
+    let rules = CacheRules {
+        prefetch_hits: 1,
+        prefetch_percent: 100,
+        ..CacheRules::default()
+    };
+    let (shared, server, upstream) = forsaken(rules, 600).await;
+    for _ in 0..2 {
+        for _ in 0..300 {
+            assert_eq!(
+                data(&udp(server, &query(WWW, RecordType::A)).await),
+                ["192.0.2.7"]
+            );
+        }
+        assert_eq!(prefetches(&shared), 1);
+        // It fails, and that is not tried again with the next hit.
+        settled(&shared).await;
+    }
+    assert!(upstream.asked() < 10, "{}", upstream.asked());
+}
+
+#[tokio::test]
+async fn a_flood_of_stale_hits_is_one_renewal() {
+    let rules = CacheRules {
+        prefetch_hits: 0,
+        stale_immediately: true,
+        ..CacheRules::default()
+    };
+    let (shared, server, _upstream) = forsaken(rules, 1).await;
+    udp(server, &query(WWW, RecordType::A)).await;
+    let end = Instant::now() + PATIENCE;
+    while udp(server, &query(WWW, RecordType::A)).await.answers[0].ttl != 30 {
+        assert!(Instant::now() < end, "it does not get stale");
+    }
+    for _ in 0..2 {
+        for _ in 0..300 {
+            assert_eq!(
+                data(&udp(server, &query(WWW, RecordType::A)).await),
+                ["192.0.2.7"]
+            );
+        }
+        assert_eq!(prefetches(&shared), 1);
+        settled(&shared).await;
+    }
+}
