@@ -253,3 +253,26 @@ fn counted(value: u64) -> impl EncodeMetric + std::fmt::Debug + Send + Sync + 's
     counter.inc_by(value);
     counter
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_answers_is_counted_by_the_names_of_the_servers_own_answers() {
+        let mut report = Report::default();
+        assert!(!render(&report).expect("metrics").contains("coredns_"));
+        report.dns = [("a", 5), ("aaaa", 2), ("left", 9)]
+            .map(|(outcome, count)| (outcome.to_owned(), count))
+            .into();
+        let text = render(&report).expect("metrics");
+        for line in [
+            "coredns_dns_requests_total{proto=\"udp\",type=\"A\"} 5",
+            "coredns_dns_requests_total{proto=\"udp\",type=\"AAAA\"} 2",
+            "coredns_dns_responses_total{proto=\"udp\",rcode=\"NOERROR\"} 7",
+            "keelway_dns_questions_total{outcome=\"left\"} 9",
+        ] {
+            assert!(text.lines().any(|told| told == line), "{line}: {text}");
+        }
+    }
+}

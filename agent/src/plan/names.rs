@@ -108,7 +108,7 @@ fn addresses(records: &[Record]) -> Option<NameAddresses> {
 }
 
 /// Where questions for a DNS server are sent by way of one Service: the Service's addresses, and those of the server that sockets are given
-/// in their place. None when it is not a Service of the server.
+/// in their place. None when it is not a Service of the server: another one may listen at the same address, on another port.
 pub fn plan_servers(
     snapshot: &Snapshot,
     service: &ServiceKey,
@@ -116,25 +116,25 @@ pub fn plan_servers(
 ) -> BTreeSet<FrontendKey> {
     let key = |ip: IpAddr| FrontendKey::new(ip.into(), DNS_PORT.to_be(), proto::UDP);
     let is_dns = |protocol, port| protocol == Protocol::Udp && port == DNS_PORT;
-    let mut servers = BTreeSet::new();
-    let mut is_servers = false;
-    for slice in snapshot.slices(service) {
-        let port = |port: &cluster_model::EndpointPort| is_dns(port.protocol, port.port);
-        let direct = slice.ports.iter().any(port);
-        let own = slice.endpoints.iter().map(|endpoint| endpoint.address);
-        for address in own.filter(|address| server.contains(address)) {
-            is_servers = true;
-            if direct {
-                servers.insert(key(address));
-            }
-        }
-    }
-    let Some(service) = snapshot.service(service).filter(|_| is_servers) else {
+    let Some(object) = snapshot.service(service) else {
         return BTreeSet::new();
     };
-    let mut ports = service.ports.iter();
-    if ports.any(|port| is_dns(port.protocol, port.port)) {
-        servers.extend(service.cluster_ips.iter().copied().map(key));
+    let mut servers = BTreeSet::new();
+    // The Service's ports that lead to the server.
+    let mut leading = BTreeSet::new();
+    for slice in snapshot.slices(service) {
+        let ports = slice.ports.iter();
+        let ports = ports.filter(|port| is_dns(port.protocol, port.port));
+        let names: Vec<_> = ports.map(|port| &port.name).collect();
+        let own = slice.endpoints.iter().map(|endpoint| endpoint.address);
+        for address in own.filter(|address| !names.is_empty() && server.contains(address)) {
+            servers.insert(key(address));
+            leading.extend(names.iter().copied());
+        }
+    }
+    let mut ports = object.ports.iter();
+    if ports.any(|port| is_dns(port.protocol, port.port) && leading.contains(&port.name)) {
+        servers.extend(object.cluster_ips.iter().copied().map(key));
     }
     servers
 }
@@ -206,5 +206,51 @@ impl NameLedger {
     /// Services for whose names there is no room.
     pub fn left_out(&self) -> usize {
         self.left_out.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cluster_model::{Change, Dirty, read_manifest};
+
+    use super::*;
+
+    const SERVER: [u8; 4] = [198, 18, 0, 2];
+
+    /// Addresses that questions for a Service are answered at, whose ports 53 and 54 lead to these of an endpoint at the server's address.
+    fn servers(ports: [u16; 2]) -> Vec<String> {
+        let manifest = format!(
+            r#"[{{"kind":"Service","metadata":{{"name":"dns","namespace":"x"}},"spec":{{"clusterIP":"10.96.0.10","clusterIPs":["10.96.0.10"],
+                "ports":[{{"name":"dns","port":53,"protocol":"UDP"}},{{"name":"other","port":54,"protocol":"UDP"}}]}}}},
+            {{"kind":"EndpointSlice","addressType":"IPv4","metadata":{{"name":"dns-1","namespace":"x","labels":{{"kubernetes.io/service-name":"dns"}}}},
+                "ports":[{{"name":"dns","port":{},"protocol":"UDP"}},{{"name":"other","port":{},"protocol":"UDP"}}],
+                "endpoints":[{{"addresses":["198.18.0.2"],"conditions":{{"ready":true}}}}]}}]"#,
+            ports[0], ports[1]
+        );
+        let mut snapshot = Snapshot::default();
+        for object in read_manifest(manifest.as_bytes()).expect("a manifest") {
+            snapshot.apply(Change::Upsert(object), &mut Dirty::default());
+        }
+        let found = plan_servers(&snapshot, &ServiceKey::new("x", "dns"), &[SERVER.into()]);
+        let expected = |ip: [u8; 4]| {
+            let ip = IpAddr::from(ip);
+            FrontendKey::new(ip.into(), DNS_PORT.to_be(), proto::UDP)
+        };
+        let named = [("service", [10, 96, 0, 10]), ("server", SERVER)];
+        let named = named
+            .into_iter()
+            .filter(|(_, ip)| found.contains(&expected(*ip)));
+        let named: Vec<String> = named.map(|(name, _)| name.to_owned()).collect();
+        assert_eq!(named.len(), found.len());
+        named
+    }
+
+    #[test]
+    fn another_server_at_the_same_address_is_not_spoken_for() {
+        assert_eq!(servers([53, 5353]), ["service", "server"]);
+        // On the host's network, both have the node's address.
+        assert!(servers([5353, 5354]).is_empty());
+        // The port by which names are asked for leads to the other one.
+        assert_eq!(servers([5353, 53]), ["server"]);
     }
 }
