@@ -47,6 +47,14 @@ enum StoreCommand {
         #[command(flatten)]
         etcd: EtcdFlags,
     },
+    /// Tell what is in a store that no control plane runs on.
+    Show {
+        /// `embedded:DIR` or `etcd:URL[,URL...]`.
+        #[arg(long, value_name = "STORE")]
+        store: Place,
+        #[command(flatten)]
+        etcd: EtcdFlags,
+    },
     /// Look at and change the members of the etcd that keeps the state.
     #[command(subcommand)]
     Member(MemberCommand),
@@ -86,6 +94,12 @@ impl StoreCli {
     pub async fn run(self) -> Result<()> {
         match self.command {
             StoreCommand::Member(command) => command.run().await,
+            StoreCommand::Show { store, etcd } => {
+                let snapshot = read(&store, &etcd).await?;
+                ensure!(!snapshot.records.is_empty(), "there is no state in it");
+                report("it has", &snapshot);
+                Ok(())
+            }
             StoreCommand::Backup { kubeconfig, file } => backup(&kubeconfig, &file).await,
             StoreCommand::Restore { file, to, etcd } => {
                 let opened = File::open(&file);

@@ -103,7 +103,7 @@ enum Command {
     /// Back up, restore or move the state of a control plane; arguments are those of `keelway-controlplane store`
     #[command(disable_help_flag = true)]
     Store {
-        /// backup, restore, migrate or member, with its flags
+        /// backup, restore, migrate, show or member, with its flags
         #[arg(
             trailing_var_arg = true,
             allow_hyphen_values = true,

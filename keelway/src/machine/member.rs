@@ -139,20 +139,26 @@ pub async fn withdraw(dir: &MachineDir, known: &MachineState) -> Result<(), Mach
     })
 }
 
-/// Takes the member out of a node's description, whose state is elsewhere now: nobody is to be given a key to that one's authority.
-///
-/// # Errors
-/// When a file cannot be removed.
-pub fn forget(dir: &MachineDir, spec: &mut NodeSpec) -> Result<(), MachineError> {
+/// Takes the member out of a node's description, whose state is elsewhere now.
+pub fn leave_out(spec: &mut NodeSpec) {
     spec.services
         .retain(|service| service.name != etcd::SERVICE);
     for service in &mut spec.services {
         let after = &mut service.after;
         after.retain(|name| name != etcd::SERVICE && name != VOTE);
     }
+}
+
+/// Removes what the member had: nobody is to be given a key to the authority of an etcd that is not used any more.
+///
+/// # Errors
+/// When a file cannot be removed.
+pub fn forget(dir: &MachineDir) -> Result<(), MachineError> {
     for name in [CA_KEY, etcd::MEMBER[0], etcd::MEMBER[1]] {
         let path = dir.credentials().join(name);
-        std::fs::remove_file(&path).map_err(file("remove", &path))?;
+        if path.exists() {
+            std::fs::remove_file(&path).map_err(file("remove", &path))?;
+        }
     }
     Ok(())
 }

@@ -151,6 +151,9 @@ pub struct MachineState {
     /// The cluster has yet to be told that this is a control plane, and that others can be, too: that is done by the next start.
     #[serde(default)]
     pub unannounced: bool,
+    /// Its state is on the way into an etcd that it begins, or was when that was cut off.
+    #[serde(default)]
+    pub moving: bool,
     /// Settings of the machine's network that were changed, with what they were.
     pub settings_before: Vec<(PathBuf, String)>,
 }
@@ -177,6 +180,7 @@ impl MachineState {
             init: None,
             etcd: None,
             unannounced: false,
+            moving: false,
             settings_before: Vec::new(),
         }
     }

@@ -53,7 +53,7 @@ pub(super) fn home(spec: &NodeSpec) -> Option<Home> {
     })
 }
 
-/// Brings what is written down of a machine into line with its description, after a move that was cut off.
+/// Brings what is written down of a machine, and the credentials that it has, into line with its description, after a move.
 ///
 /// # Errors
 /// When what is left of it cannot be removed.
@@ -64,10 +64,20 @@ pub(super) fn tidy(
 ) -> Result<(), MachineError> {
     match home(spec) {
         // It came as far as the rename.
-        Some(Home::Own) if known.etcd.is_none() => known.etcd = Some(alone()),
+        Some(Home::Own) if known.moving => {
+            known.etcd = Some(alone());
+            known.moving = false;
+        }
+        // It did not.
         Some(Home::Embedded) if known.unannounced => {
-            clear(dir)?;
-            known.unannounced = false;
+            if known.moving {
+                clear(dir)?;
+            }
+            (known.unannounced, known.moving) = (false, false);
+        }
+        Some(Home::Elsewhere) if known.etcd.is_some() => {
+            member::forget(dir)?;
+            known.etcd = None;
         }
         _ => return Ok(()),
     }
@@ -110,7 +120,7 @@ pub(super) fn check(
 ) -> Result<(), MachineError> {
     member::check(machine)?;
     let data = dir.node().join(ETCD);
-    if data.exists() && !known.unannounced {
+    if data.exists() && !known.moving {
         let reason = format!(
             "{} holds an etcd that is not this cluster's state: move it away, or remove it",
             data.display()
@@ -138,7 +148,7 @@ pub(super) async fn to_own_etcd(
         ended.map_err(file("end the node of", dir.path()))?;
         step.done();
     }
-    known.unannounced = true;
+    (known.unannounced, known.moving) = (true, true);
     dir.write(known)?;
     clear(dir)?;
     let step = progress.step("an etcd of its own");
@@ -154,10 +164,7 @@ pub(super) async fn to_own_etcd(
         }
     }
     spec.services.push(service);
-    let next = dir.node().join(NEXT);
-    let text = serde_json::to_vec_pretty(&spec);
-    let text = text.map_err(|error| file("write", &next)(error.into()))?;
-    fs::write(&next, text).map_err(file("write", &next))?;
+    let next = describe(dir, &spec)?;
     let nodes = run::launch(dir, (&spec, &next), known, program).await?;
     let serves = nodes.wait(|board| board.is_ready(&spec.name, etcd::SERVICE).then_some(()));
     match tokio::time::timeout(ETCD_PATIENCE, serves).await {
@@ -170,10 +177,9 @@ pub(super) async fn to_own_etcd(
     step.done();
     let step = progress.step("state moved");
     let said = nodes.while_well(copy(dir, &own)).await?;
-    commit(dir, &next)?;
+    decide(dir, &next)?;
     step.done();
-    known.etcd = Some(alone());
-    dir.write(known)?;
+    tidy(dir, known, &spec)?;
     println!(
         "{said}. It is in etcd now; as it was, with its Secrets, it is still in {}.",
         dir.node().join(EMBEDDED).display()
@@ -181,33 +187,69 @@ pub(super) async fn to_own_etcd(
     Ok(nodes)
 }
 
+/// Whether the cluster's state is in the etcd that the flags name: on an empty one, a control plane would begin another cluster.
+///
+/// # Errors
+/// What is missing there.
+pub(super) async fn check_there(flags: &[String]) -> Result<(), MachineError> {
+    let words = [&["show".to_owned()], flags].concat();
+    let shown = controlplane(&words).await;
+    shown.map(drop).map_err(|reason| {
+        let advice = "`keelway store migrate` brings the state there, from where it is";
+        MachineError::Refused(format!("the etcd that was named: {reason}; {advice}"))
+    })
+}
+
 /// Copies the state, which nobody changes meanwhile: the control plane waits.
 async fn copy(dir: &MachineDir, own: &Member) -> Result<String, MachineError> {
-    let refused = |reason: String| MachineError::Refused(format!("moving the state: {reason}"));
-    let program = std::env::current_exe().map_err(|error| refused(error.to_string()))?;
     let from = format!("embedded:{}", dir.node().join(EMBEDDED).display());
     let to = etcd::store_flags(&dir.credentials(), &[client_url(own.address)]);
     let to = to.into_iter().map(|word| match word.as_str() {
         "--store" => "--to".to_owned(),
         _ => word,
     });
+    let words = ["migrate".to_owned(), "--from".to_owned(), from];
+    let copied = controlplane(&words.into_iter().chain(to).collect::<Vec<_>>()).await;
+    copied.map_err(|reason| MachineError::Refused(format!("moving the state: {reason}")))
+}
+
+/// Asks the control plane's program, which knows its stores; gives what it says, or why it did not do it.
+async fn controlplane(words: &[String]) -> Result<String, String> {
+    let program = std::env::current_exe().map_err(|error| error.to_string())?;
     let output = Command::new(program.with_file_name("keelway-controlplane"))
-        .args(["store", "migrate", "--from", &from])
-        .args(to)
+        .arg("store")
+        .args(words)
         .stdin(Stdio::null())
         .kill_on_drop(true)
         .output()
         .await
-        .map_err(|error| refused(error.to_string()))?;
+        .map_err(|error| error.to_string())?;
     let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
     if output.status.success() {
         return Ok(said(&output.stdout));
     }
-    Err(refused(said(&output.stderr)))
+    Err(said(&output.stderr)
+        .trim_start_matches("Error: ")
+        .to_owned())
 }
 
-/// Puts the description of the node on etcd in the place of the one on the embedded store, on disk.
-fn commit(dir: &MachineDir, next: &PathBuf) -> Result<(), MachineError> {
+/// Writes what the node is to be beside what it is.
+///
+/// # Errors
+/// When it cannot be written.
+pub(super) fn describe(dir: &MachineDir, spec: &NodeSpec) -> Result<PathBuf, MachineError> {
+    let next = dir.node().join(NEXT);
+    let text = serde_json::to_vec_pretty(spec);
+    let text = text.map_err(|error| file("write", &next)(error.into()))?;
+    fs::write(&next, text).map_err(file("write", &next))?;
+    Ok(next)
+}
+
+/// Puts a description of the node in the place of the one that it has, on disk.
+///
+/// # Errors
+/// When it cannot be put there.
+pub(super) fn decide(dir: &MachineDir, next: &Path) -> Result<(), MachineError> {
     let (path, folder) = (dir.spec(), dir.node());
     let synced = File::open(next).and_then(|file| file.sync_all());
     synced.map_err(file("sync", next))?;

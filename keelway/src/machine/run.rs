@@ -103,7 +103,7 @@ pub async fn start(
             moving::check(&dir, &known, machine)?;
             let moved = moving::to_own_etcd(&dir, &mut known, spec, program).await;
             let nodes = moved.inspect_err(|_| {
-                eprintln!("The state is where it was: `keelway start` starts the node on it.");
+                eprintln!("The state is whole: `keelway start` starts the node on it.");
             })?;
             nodes.tell(API).await?;
             nodes.tell(member::VOTE).await?;
@@ -130,18 +130,18 @@ pub async fn start(
     moving::tidy(&dir, &mut known, &spec)?;
     if store.is_shared() && !moves {
         let (flags, files) = store.flags();
+        moving::check_there(&store.named()).await?;
         share::change_store(&mut spec, &flags)?;
-        if known.etcd.take().is_some() {
-            member::forget(&dir, &mut spec)?;
-        }
+        member::leave_out(&mut spec);
         for (from, name) in files {
             let text = fs::read_to_string(from).map_err(file("read", from))?;
             share::write(&dir.credentials().join(name), &text)?;
         }
-        let text = serde_json::to_vec_pretty(&spec);
-        let text = text.map_err(|error| file("write", &path)(error.into()))?;
-        fs::write(&path, text).map_err(file("write", &path))?;
         known.unannounced = true;
+        dir.write(&known)?;
+        let next = moving::describe(&dir, &spec)?;
+        moving::decide(&dir, &next)?;
+        moving::tidy(&dir, &mut known, &spec)?;
     }
     let nodes = launch(&dir, (&spec, &path), &mut known, program).await?;
     nodes.tell(API).await?;

@@ -114,6 +114,22 @@ impl StoreFlags {
         Ok(own)
     }
 
+    /// The same flags for a program of this machine, which sees the files where they are.
+    pub fn named(&self) -> Vec<String> {
+        let file = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
+        let flags = [
+            ("--store", self.store.clone()),
+            ("--etcd-cafile", file(&self.etcd_cafile)),
+            ("--etcd-certfile", file(&self.etcd_certfile)),
+            ("--etcd-keyfile", file(&self.etcd_keyfile)),
+        ];
+        let given = flags.into_iter();
+        given
+            .filter_map(|(flag, value)| Some([flag.to_owned(), value?]))
+            .flatten()
+            .collect()
+    }
+
     /// The flags of the control plane, and the files that it needs, with the names that they get beside its own credentials.
     pub fn flags(&self) -> (Vec<String>, Vec<(&Path, &'static str)>) {
         let Some(store) = &self.store else {

@@ -63,6 +63,9 @@ fn a_second_control_plane_joins_on_etcd_and_takes_over() {
 
     first.keelway(&["stop"]).ok();
     drop(server);
+    // On an etcd without the state, it would be another cluster.
+    let empty = first.keelway(&["start", "--store", STORE]).refused();
+    assert!(empty.contains("there is no state in it"), "{empty}");
     let state = first
         .state
         .join("machine/node/var/lib/keelway/controlplane");
