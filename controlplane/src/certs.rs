@@ -42,6 +42,7 @@ enum CertsCommand {
 
 impl CertsCli {
     pub fn run(self) -> Result<()> {
+        pki::finish(&self.pki_dir);
         match self.command {
             CertsCommand::List => self.list(),
             CertsCommand::Renew { names } => {

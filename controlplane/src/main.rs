@@ -167,6 +167,7 @@ async fn run(flags: Flags, passed: Vec<std::net::TcpListener>) -> Result<()> {
     let (stop, last) = (CancellationToken::new(), CancellationToken::new());
     tokio::spawn(stop_on_signal(stop.clone())?);
     let mut parts = tokio::task::JoinSet::new();
+    pki::finish(&flags.pki_dir);
     if flags.components.contains(&Component::Api) {
         let (server, listeners) = start_api(&flags, passed, &last).await?;
         parts.spawn(async move { server.serve(listeners).await.context("the API server") });

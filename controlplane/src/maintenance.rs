@@ -165,11 +165,14 @@ async fn backup(kubeconfig: &Path, file: &Path) -> Result<()> {
         let said = String::from_utf8_lossy(&said).into_owned();
         bail!("the API server answered {}: {said}", head.status);
     }
-    let partial = file.with_extension("partial");
+    let mut partial = file.as_os_str().to_owned();
+    partial.push(".partial");
+    let partial = PathBuf::from(partial);
+    // What an attempt has left goes; what another one makes at this moment, or a link to elsewhere, is not written to.
+    drop(std::fs::remove_file(&partial));
     let mut out = OpenOptions::new()
         .write(true)
-        .create(true)
-        .truncate(true)
+        .create_new(true)
         .mode(0o600)
         .open(&partial)
         .with_context(|| format!("writing {}", partial.display()))?;

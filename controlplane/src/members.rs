@@ -18,11 +18,14 @@ pub enum MemberCommand {
         #[command(flatten)]
         shown: Shown,
     },
-    /// Take in a member that is about to start, without a vote. One that was at its address goes.
+    /// Take in a member that is about to start, without a vote. One that was at its address goes, if it never started or had its name.
     Add {
         /// Where others will reach it: `https://10.0.0.2:2380`.
         #[arg(value_name = "PEER-URL")]
         peer: String,
+        /// What it calls itself.
+        #[arg(long, value_name = "NAME", default_value = "")]
+        name: String,
         #[command(flatten)]
         etcd: Reached,
         #[command(flatten)]
@@ -79,9 +82,12 @@ impl MemberCommand {
     pub async fn run(self) -> Result<()> {
         match self {
             Self::List { etcd, shown } => show(&etcd.membership().await?.list().await?, &shown),
-            Self::Add { peer, etcd, shown } => {
-                show(&etcd.membership().await?.add(&peer).await?, &shown)
-            }
+            Self::Add {
+                peer,
+                name,
+                etcd,
+                shown,
+            } => show(&etcd.membership().await?.add(&peer, &name).await?, &shown),
             Self::Promote { peer, etcd } => Ok(etcd.membership().await?.promote(&peer).await?),
             Self::Remove { peer, etcd } => Ok(etcd.membership().await?.remove(&peer).await?),
         }

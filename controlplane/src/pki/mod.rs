@@ -7,7 +7,7 @@ mod renewal;
 
 pub use leaf::{Leaf, Life};
 pub use reload::{Reloading, Source};
-pub use renewal::{keep, known, renew};
+pub use renewal::{finish, keep, known, renew};
 
 use std::path::PathBuf;
 

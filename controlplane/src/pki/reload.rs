@@ -85,6 +85,11 @@ impl Source {
         Ok(text.contains("client-certificate-data"))
     }
 
+    /// Whether certificate and key belong together.
+    pub fn is_pair(&self) -> bool {
+        self.certified().is_ok()
+    }
+
     fn certified(&self) -> Result<CertifiedKey, PkiError> {
         let (certificate, key) = self.read()?;
         let unusable = |reason: String| PkiError::Unusable {

@@ -205,6 +205,36 @@ fn renew_one(known: &Known, issuer: &Issuer<'_, KeyPair>, now: Timestamp) -> Res
     }
 }
 
+/// Finishes the renewal of a pair that was cut off between its two renames: the certificate that fits the key lies beside.
+pub fn finish(folder: &Path) {
+    let names = ["apiserver", "apiserver-kubelet-client"];
+    for name in names.into_iter().chain(OF_ETCD) {
+        let Source::Files { certificate, key } = Source::files(folder, name) else {
+            continue;
+        };
+        let new = beside(&certificate);
+        let fits = |path: &Path| {
+            let source = Source::Files {
+                certificate: path.to_owned(),
+                key: key.clone(),
+            };
+            source.is_pair()
+        };
+        if new.exists() && !fits(&certificate) && fits(&new) {
+            match put(&new, &certificate) {
+                Ok(()) => tracing::info!(name, "a renewal that was cut off is finished"),
+                Err(error) => tracing::warn!(%error, "a renewal that was cut off stays so"),
+            }
+        }
+    }
+}
+
+fn beside(path: &Path) -> PathBuf {
+    let mut new = path.as_os_str().to_owned();
+    new.push(".new");
+    PathBuf::from(new)
+}
+
 fn unusable(path: &Path, error: &dyn std::fmt::Display) -> PkiError {
     PkiError::Unusable {
         path: path.to_owned(),
@@ -214,9 +244,7 @@ fn unusable(path: &Path, error: &dyn std::fmt::Display) -> PkiError {
 
 /// Writes what is to be a file that only its owner may read, beside it.
 fn prepare(path: &Path, contents: &[u8]) -> Result<PathBuf, PkiError> {
-    let mut new = path.as_os_str().to_owned();
-    new.push(".new");
-    let new = PathBuf::from(new);
+    let new = beside(path);
     let write = || {
         let mut out = fs::OpenOptions::new()
             .write(true)
@@ -344,6 +372,27 @@ mod tests {
             let pair = KeyPair::from_pem(std::str::from_utf8(&new_key).unwrap()).unwrap();
             assert_eq!(new.public_key().raw, pair.subject_public_key_info());
         }
+    }
+
+    #[test]
+    fn a_renewal_that_was_cut_off_between_its_renames_is_finished() {
+        let folder = folder();
+        let path = folder.path();
+        let before: Vec<Known> = known(path, &[]).unwrap();
+        let etcd = before.iter().find(|known| known.name == "etcd").unwrap();
+        let old = fs::read(path.join("etcd.crt")).unwrap();
+        renew(path, &[], &["etcd".to_owned()], Timestamp::now()).unwrap();
+        let new = fs::read(path.join("etcd.crt")).unwrap();
+        fs::write(path.join("etcd.crt.new"), &new).unwrap();
+        fs::write(path.join("etcd.crt"), &old).unwrap();
+        assert!(!etcd.source.is_pair());
+        finish(path);
+        assert!(etcd.source.is_pair());
+        assert_eq!(fs::read(path.join("etcd.crt")).unwrap(), new);
+        // One that was cut off before them is not.
+        fs::write(path.join("etcd.crt.new"), &old).unwrap();
+        finish(path);
+        assert_eq!(fs::read(path.join("etcd.crt")).unwrap(), new);
     }
 
     #[test]

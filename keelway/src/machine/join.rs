@@ -16,8 +16,8 @@ use super::spec::{CLIENT_CERTIFICATE, ClusterFacts, ControlPlane, Plan, with_tok
 use super::systemd;
 use super::token::Token;
 use super::{
-    API_PORT, EtcdState, MachineDir, MachineError, MachineState, Role, TIMEOUT, addresses, file,
-    leave, node_name,
+    API_PORT, EtcdState, MachineDir, MachineError, MachineState, Role, TIMEOUT, file, leave,
+    node_name, own_addresses,
 };
 use crate::api::{ClusterApi, is_ready};
 use crate::checks::Machine;
@@ -120,7 +120,7 @@ pub(super) async fn make(
     work: impl Future<Output = Result<Nodes, MachineError>>,
 ) -> Result<Nodes, MachineError> {
     let lock = dir.0.create()?;
-    if let Some(known) = dir.read() {
+    if let Some(known) = dir.known()? {
         if known.complete {
             return Err(MachineError::Member {
                 node: known.node,
@@ -253,7 +253,7 @@ pub async fn run(
     let token: Token = read_token(&flags.token)?.parse()?;
     let hash: CaHash = flags.ca_hash.parse()?;
     let node = node_name(flags.node.node_name.as_deref())?;
-    let own = addresses(&flags.node.node_ip)?;
+    let own = own_addresses(&flags.node.node_ip)?;
     let binaries = flags.node.binaries(program)?;
     let address = discovery::address(&flags.address).await?;
     let dir = MachineDir::of(state);

@@ -85,7 +85,7 @@ pub async fn arrive(
             member.name
         )));
     }
-    let all = etcd.add(member.address).await?;
+    let all = etcd.add(member).await?;
     let (mut cluster, mut urls) = (Vec::new(), vec![client_url(member.address)]);
     for known in &all {
         let is_own = known.peer_urls.contains(&own_peer);
@@ -209,8 +209,9 @@ impl<'a> Etcd<'a> {
         self.shown(&["list"]).await
     }
 
-    async fn add(&self, own: IpAddr) -> Result<Vec<Shown>, MachineError> {
-        self.shown(&["add", &peer_url(own)]).await
+    async fn add(&self, own: &Member) -> Result<Vec<Shown>, MachineError> {
+        let words = ["add", &peer_url(own.address), "--name", &own.name];
+        self.shown(&words).await
     }
 
     async fn shown(&self, words: &[&str]) -> Result<Vec<Shown>, MachineError> {

@@ -18,7 +18,7 @@ pub mod systemd;
 pub mod token;
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::net::{IpAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -83,6 +83,13 @@ pub enum MachineError {
         source: io::Error,
     },
     #[error(
+        "{path}, which says what this machine is, cannot be read ({source}): is it of a later version? Nothing was changed"
+    )]
+    Unreadable {
+        path: PathBuf,
+        source: serde_json::Error,
+    },
+    #[error(
         "this machine is node {node} of cluster {cluster} already; `keelway leave` takes it out, `keelway start` starts it again"
     )]
     Member { node: String, cluster: String },
@@ -96,6 +103,8 @@ pub enum MachineError {
         "this machine has no default route, so its address in the cluster has to be given: --node-ip IP"
     )]
     NoAddress,
+    #[error("--node-ip {0} is no address of this machine")]
+    Foreign(IpAddr),
     #[error("--node-ip takes one address, or one of each family with the IPv4 address first")]
     NodeIps,
     #[error(
@@ -229,8 +238,26 @@ impl MachineDir {
         ["kubelet-client.pem", "kubelet-serving.pem"].map(|name| folder.join(name))
     }
 
+    /// What is written down; None when nothing is, or it cannot be read.
     pub fn read(&self) -> Option<MachineState> {
-        serde_json::from_slice(&fs::read(self.path().join(STATE_FILE)).ok()?).ok()
+        self.known().ok().flatten()
+    }
+
+    /// What is written down; None when nothing is.
+    ///
+    /// # Errors
+    /// When it is there and cannot be read: what a machine is made of is not to be taken for nothing.
+    pub fn known(&self) -> Result<Option<MachineState>, MachineError> {
+        let path = self.path().join(STATE_FILE);
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(file("read", &path)(error)),
+        };
+        let known = serde_json::from_slice(&text);
+        known
+            .map(Some)
+            .map_err(|source| MachineError::Unreadable { path, source })
     }
 
     fn write(&self, state: &MachineState) -> Result<(), MachineError> {
@@ -240,8 +267,15 @@ impl MachineDir {
         );
         let text =
             serde_json::to_vec_pretty(state).map_err(|error| file("write", &new)(error.into()))?;
-        fs::write(&new, text).map_err(file("write", &new))?;
-        fs::rename(&new, &path).map_err(file("replace", &path))
+        let write = || {
+            let mut out = fs::File::create(&new)?;
+            out.write_all(&text)?;
+            out.sync_all()
+        };
+        write().map_err(file("write", &new))?;
+        fs::rename(&new, &path).map_err(file("replace", &path))?;
+        let folder = fs::File::open(self.path()).and_then(|folder| folder.sync_all());
+        folder.map_err(file("sync", self.path()))
     }
 
     fn snapshotter(&self) -> Snapshotter {
@@ -256,6 +290,16 @@ fn addresses(given: &[IpAddr]) -> Result<Vec<IpAddr>, MachineError> {
         [first, second] if first.is_ipv4() && second.is_ipv6() => Ok(given.to_vec()),
         [] => Ok(vec![own_address().ok_or(MachineError::NoAddress)?]),
         _ => Err(MachineError::NodeIps),
+    }
+}
+
+/// The same, of which each is an address of this machine: what is made of another's would be taken for that one.
+fn own_addresses(given: &[IpAddr]) -> Result<Vec<IpAddr>, MachineError> {
+    let addresses = addresses(given)?;
+    let foreign = |address: &&IpAddr| UdpSocket::bind((**address, 0)).is_err();
+    match addresses.iter().find(foreign) {
+        Some(foreign) => Err(MachineError::Foreign(*foreign)),
+        None => Ok(addresses),
     }
 }
 
@@ -322,6 +366,27 @@ mod tests {
         ] {
             assert!(addresses(&parse(bad)).is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn what_a_machine_is_made_of_is_not_taken_for_nothing() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let dir = MachineDir::of(&StateDir::at(folder.path()));
+        assert!(dir.known().expect("nothing is there").is_none());
+        let _lock = dir.0.create().expect("made");
+        let state = MachineState::new("c", "n", Role::Worker, &[]);
+        dir.write(&state).expect("written");
+        assert_eq!(dir.known().expect("read"), Some(state));
+        fs::write(dir.path().join(STATE_FILE), "{\"cluster\":").expect("torn");
+        assert!(matches!(dir.known(), Err(MachineError::Unreadable { .. })));
+    }
+
+    #[test]
+    fn a_node_has_addresses_of_its_own_machine() {
+        let parse = |text: &str| text.parse::<IpAddr>().expect("an address");
+        assert!(own_addresses(&[parse("127.0.0.1")]).is_ok());
+        let foreign = own_addresses(&[parse("192.0.2.77")]);
+        assert!(matches!(foreign, Err(MachineError::Foreign(_))));
     }
 
     #[test]

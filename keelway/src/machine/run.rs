@@ -31,7 +31,7 @@ pub(super) fn claim(
 ) -> Result<(MachineDir, MachineState, ClusterLock), MachineError> {
     let dir = MachineDir::of(state);
     let lock = dir.0.lock()?.ok_or(MachineError::NoMember)?;
-    let known = dir.read().ok_or(MachineError::NoMember)?;
+    let known = dir.known()?.ok_or(MachineError::NoMember)?;
     Ok((dir, known, lock))
 }
 

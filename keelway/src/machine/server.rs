@@ -16,7 +16,8 @@ use super::share::{self, write};
 use super::spec::{ClusterFacts, ControlPlane, Plan, local_api};
 use super::token::{self, Token};
 use super::{
-    API_PORT, EtcdState, MachineDir, MachineError, MachineState, Role, addresses, file, node_name,
+    API_PORT, EtcdState, MachineDir, MachineError, MachineState, Role, file, node_name,
+    own_addresses,
 };
 use crate::api::ClusterApi;
 use crate::checks::Machine;
@@ -163,7 +164,7 @@ pub async fn run(
     program: &Path,
 ) -> Result<(), MachineError> {
     let node = node_name(flags.node.node_name.as_deref())?;
-    let own = addresses(&flags.node.node_ip)?;
+    let own = own_addresses(&flags.node.node_ip)?;
     let facts = facts(flags, &own)?;
     if flags.store.brings_members()? {
         member::check(machine)?;

@@ -1,5 +1,6 @@
 //! The durable copy: one redb table of records, one with the revision.
 
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -51,6 +52,21 @@ pub(super) struct Disk {
     path: String,
 }
 
+/// Makes the file, or what it may be read by, its owner's alone: there are Secrets in it. What hinders that hinders opening it, which says so.
+fn own(path: &Path) {
+    let made = std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path);
+    if made.is_err() {
+        drop(std::fs::set_permissions(
+            path,
+            std::fs::Permissions::from_mode(0o600),
+        ));
+    }
+}
+
 impl Disk {
     /// Opens or makes the file. One that is damaged stays as it is, for whoever wants to save what is left.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
@@ -68,6 +84,7 @@ impl Disk {
                 return Err(failed(damaged("checksums of pages are others")));
             }
         }
+        own(path);
         let database = builder().create(path).map_err(refused)?;
         let mut disk = Self {
             database,

@@ -72,12 +72,20 @@ impl EtcdMembership {
         Ok(members.find(|member| member.peer_urls.iter().any(|url| url == peer)))
     }
 
-    /// Takes in a member that is about to start at `peer`, without a vote; gives all members. One that is there at this address is
-    /// taken out before: it is what an attempt that was cut off has left, or a machine that came back without its state.
+    /// Takes in a member of a name that is about to start at `peer`, without a vote; gives all members. One that is there at this address
+    /// is taken out before, if it never started or had this name: it is what an attempt that was cut off has left, or a machine that came
+    /// back without its state.
     ///
     /// # Errors
-    /// When etcd refuses for a minute.
-    pub async fn add(&self, peer: &str) -> Result<Vec<EtcdMember>, StoreError> {
+    /// When another member is at this address, or etcd refuses for a minute.
+    pub async fn add(&self, peer: &str, name: &str) -> Result<Vec<EtcdMember>, StoreError> {
+        let there = self.at(peer).await?;
+        if let Some(other) = there.filter(|there| !there.name.is_empty() && there.name != name) {
+            return Err(StoreError::Unavailable {
+                operation: "add a member",
+                reason: format!("{} is at {peer}, which is another one", other.name),
+            });
+        }
         self.remove(peer).await?;
         let deadline = Instant::now() + PATIENCE;
         loop {

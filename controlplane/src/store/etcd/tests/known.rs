@@ -58,6 +58,10 @@ async fn members_that_nobody_named_are_asked_when_the_named_one_is_gone() {
         .iter()
         .find(|m| m.client_urls == known[2..])
         .unwrap();
+    // Whom another one names who comes to its address is not taken out: it has started, under another name.
+    let refused = membership.add(&gone.peer_urls[0], "somebody").await;
+    let refused = refused.expect_err("it is another one").to_string();
+    assert!(refused.contains("which is another one"), "{refused}");
     membership.remove(&gone.peer_urls[0]).await.unwrap();
     assert_eq!(listed(path, 2).await, known[..2]);
 }
