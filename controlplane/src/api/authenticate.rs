@@ -14,6 +14,8 @@ use super::{Api, Peer, config::TOKEN_ISSUER, impersonate, object};
 use crate::auth::{Identity, ObjectRef, TokenSpec, bootstrap};
 use crate::registry;
 
+/// How long after its end has begun what a token is bound to is still good for it.
+const ENDING_MAX: jiff::SignedDuration = jiff::SignedDuration::from_secs(60);
 /// The one object that may be read by who has shown nothing, if a Role lets `system:anonymous`: what machines that join know the
 /// cluster by.
 const CLUSTER_INFO: &str = "/api/v1/namespaces/kube-public/configmaps/cluster-info";
@@ -120,6 +122,12 @@ impl Api {
             ("serviceaccounts", namespace, Some(&spec.service_account)),
             ("pods", namespace, spec.pod.as_ref()),
             ("secrets", namespace, spec.secret.as_ref()),
+            // Where it is bound to a pod, the node is only told of.
+            (
+                "nodes",
+                None,
+                spec.node.as_ref().filter(|_| spec.pod.is_none()),
+            ),
         ];
         for (plural, namespace, wanted) in bound {
             let Some(wanted) = wanted else { continue };
@@ -140,7 +148,13 @@ impl Api {
         wanted: &ObjectRef,
     ) -> Result<bool, Status> {
         let found = self.lookup("", plural, namespace, &wanted.name).await?;
-        Ok(found.is_some_and(|object| object.text("/metadata/uid") == wanted.uid))
+        let now = jiff::Timestamp::now();
+        let ended = |object: &Value| {
+            let since = object.text("/metadata/deletionTimestamp").parse();
+            since.is_ok_and(|since: jiff::Timestamp| now.duration_since(since) > ENDING_MAX)
+        };
+        Ok(found
+            .is_some_and(|object| object.text("/metadata/uid") == wanted.uid && !ended(&object)))
     }
 
     /// An object of a core or other stable resource, as stored.

@@ -116,7 +116,7 @@ pub async fn serve(
             let peer = Arc::new(api.peer(chain, tcp.peer_addr().ok()));
             let service = service_fn(move |request| {
                 let (api, peer) = (api.clone(), peer.clone());
-                async move { Ok::<_, std::convert::Infallible>(api.handle(&peer, request).await) }
+                async move { Ok::<_, std::convert::Infallible>(api.answer(peer, request).await) }
             });
             let mut server = auto::Builder::new(TokioExecutor::new());
             server

@@ -224,23 +224,50 @@ impl Api {
         }
     }
 
+    /// Answers one request. Where requests are recorded, one whose client hangs up is answered and recorded all the same.
+    async fn answer(self: Arc<Self>, peer: Arc<Peer>, request: http::Request<Incoming>) -> Answer {
+        if self.audit.is_none() {
+            return self.handle(&peer, request).await;
+        }
+        let handled = tokio::spawn(async move { self.handle(&peer, request).await });
+        match handled.await {
+            Ok(answer) => answer,
+            Err(_) => {
+                reply::encode(
+                    Status::internal("the server is ending").into(),
+                    Encoding::Json,
+                    false,
+                )
+                .await
+            }
+        }
+    }
+
     /// Answers one request. Failures become `Status` objects; a panic becomes one too, and is logged.
     async fn handle(&self, peer: &Peer, request: http::Request<Incoming>) -> Answer {
         let started = Instant::now();
         let (mut parts, body) = request.into_parts();
+        let mut query = Query::parse(parts.uri.query().unwrap_or(""));
+        // Before anything is told or decided of the request: it is what it stands for.
+        let path = match request::watched_path(&parts.method, parts.uri.path()) {
+            Some(watched) => {
+                query.turn_on("watch");
+                watched
+            }
+            None => parts.uri.path().to_owned(),
+        };
         let seen = metrics::Seen::of(&parts);
-        let query = Query::parse(parts.uri.query().unwrap_or(""));
         let audited = self
             .audit
             .as_ref()
-            .map(|audit| (audit, audit::Asked::of(&parts, &query)));
+            .map(|audit| (audit, audit::Asked::of(&parts, &path, &query)));
         let trail = audit::Trail::default();
         if self.audit.is_some() {
             parts.extensions.insert(trail.notes());
         }
         let encoding = Encoding::negotiate(&parts.headers, &query).unwrap_or(Encoding::Json);
         let gzip = compression::wanted(&parts);
-        let routed = AssertUnwindSafe(self.route((peer, &trail), parts, query, body))
+        let routed = AssertUnwindSafe(self.route((peer, &trail), parts, (&path, query), body))
             .catch_unwind()
             .await;
         let answer = match routed {
@@ -277,16 +304,9 @@ impl Api {
         &self,
         (peer, trail): (&Peer, &audit::Trail),
         mut parts: Parts,
-        query: Query,
+        (path, query): (&str, Query),
         body: Incoming,
     ) -> Result<Answer, Status> {
-        let mut query = query;
-        let mut path = parts.uri.path().to_owned();
-        if let Some(watched) = request::watched_path(&path) {
-            path = watched;
-            query.turn_on("watch");
-        }
-        let path = path.as_str();
         if let Some(health) = self.health(&parts).await {
             return health;
         }

@@ -135,7 +135,10 @@ impl<'a> Iterator for Segments<'a> {
 }
 
 /// The path that the older form of a watch (`/api/v1/watch/pods`) stands for.
-pub fn watched_path(path: &str) -> Option<String> {
+pub fn watched_path(method: &Method, path: &str) -> Option<String> {
+    if method != Method::GET {
+        return None;
+    }
     let (head, rest) = path.split_once("/watch/")?;
     let depth = head.split('/').count();
     let versioned = match head.split('/').nth(1) {
@@ -680,7 +683,9 @@ mod tests {
             ("/api/v1/namespaces/a/pods/watch/log", None),
             ("/api/v1/namespaces/a/services/b/proxy/watch/x", None),
         ] {
-            assert_eq!(watched_path(path).as_deref(), expected, "{path}");
+            let watched = watched_path(&Method::GET, path);
+            assert_eq!(watched.as_deref(), expected, "{path}");
+            assert_eq!(watched_path(&Method::POST, path), None, "{path}");
         }
         for path in [
             "//api/v1/pods",

@@ -454,6 +454,10 @@ impl Api {
             options.warnings.add(warnings);
         } else if write.part == Part::Exact("ephemeralcontainers") {
             admission::admit_containers(self, options, write.target, new).await?;
+        } else if write.part == Part::Exact("resize") {
+            admission::admit_resize(self, write.target, new).await?;
+        } else if let Some(old) = old.filter(|_| write.part == Part::Status) {
+            admission::admit_status(self, options, write.target, new, old)?;
         }
         if old.is_none() {
             // Last, because a first state follows from what admission made of the object: a pod's quality of service.
@@ -492,7 +496,7 @@ impl Api {
         new: &Value,
         old: Option<&Value>,
     ) -> Result<(), Status> {
-        if write.part != Part::Main {
+        if !matches!(write.part, Part::Main | Part::Exact("resize")) {
             return Ok(());
         }
         admission::charge(self, write, new, old).await

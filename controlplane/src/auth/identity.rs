@@ -8,6 +8,8 @@ use x509_parser::x509::{AttributeTypeAndValue, X509Name};
 
 use super::AuthError;
 
+/// The group of who may do all, whatever the roles are.
+pub const MASTERS: &str = "system:masters";
 /// Who a request is of that nobody has signed, and the group that such requests alone are in.
 pub const ANONYMOUS: &str = "system:anonymous";
 pub const UNAUTHENTICATED: &str = "system:unauthenticated";
@@ -75,7 +77,7 @@ impl Identity {
 
     /// Whether the caller may do everything, whatever the rules say.
     pub fn is_master(&self) -> bool {
-        self.in_group("system:masters")
+        self.in_group(MASTERS)
     }
 
     /// Namespace and name of the ServiceAccount that the caller is.

@@ -11,7 +11,7 @@ pub mod rbac;
 mod token;
 
 pub use attributes::{Asked, Attributes, Resource};
-pub use identity::{ANONYMOUS, AUTHENTICATED, Identity, UNAUTHENTICATED, common_name};
+pub use identity::{ANONYMOUS, AUTHENTICATED, Identity, MASTERS, UNAUTHENTICATED, common_name};
 pub use keys::TokenKeys;
 pub use token::{ObjectRef, TokenSpec};
 

@@ -48,6 +48,7 @@ use std::sync::Arc;
 
 use ipnetwork::IpNetwork;
 
+pub use certificates::{CLIENT_SIGNER, organizations};
 pub use cronjob::{Schedule, ScheduleError};
 pub use runner::run;
 

@@ -1,5 +1,7 @@
 //! What keeps a cluster's state safe: sealed values, backups, moving from one store to another, and the audit log.
 
+use std::io::{Read as _, Write as _};
+use std::net::Shutdown;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -7,6 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::etcd::Etcd;
+use crate::pressure::connect;
 use crate::server::{Server, text};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -328,7 +331,12 @@ fn the_audit_log_tells_who_did_what_and_what_the_answer_was() {
     assert_eq!(server.curl(&[], "/api/v1/nodes").0, 200);
     let leases = "/apis/coordination.k8s.io/v1/namespaces/default/leases";
     assert_eq!(server.curl(&[], leases).0, 200);
-    let events = audited(Path::new(&at("log")), 4);
+    // The older form of a watch is told as what it is, and nothing but a watch.
+    let watch = "/api/v1/watch/namespaces/default/secrets?timeoutSeconds=1";
+    assert_eq!(server.curl(&[], watch).0, 200);
+    let watched = "/api/v1/watch/namespaces/default/configmaps";
+    assert_eq!(server.curl(&create, watched).0, 404);
+    let events = audited(Path::new(&at("log")), 5);
     let log = format!("{events:?}");
     assert!(!log.contains("hunter2"), "bodies are nobody's business");
     let told: Vec<String> = events
@@ -354,6 +362,7 @@ fn the_audit_log_tells_who_did_what_and_what_the_answer_was() {
             "admin null create configmaps null 201",
             "admin jane list pods null 403",
             "system:anonymous null get null null 401",
+            "admin null watch secrets null 200",
         ]
     );
     assert_eq!(events[0]["auditID"], "mine-1");
@@ -367,4 +376,21 @@ fn the_audit_log_tells_who_did_what_and_what_the_answer_was() {
     );
     assert_eq!(events[0]["sourceIPs"][0], "127.0.0.1");
     assert_eq!(events[2]["userAgent"], "tester/1");
+    // Who hangs up has asked all the same.
+    for _ in 0..20 {
+        let mut connection = connect(&server, "jane");
+        let head = "POST /api/v1/namespaces/default/secrets HTTP/1.1\r\nhost: a";
+        let request = format!("{head}\r\ncontent-length: 2\r\n\r\n{{}}");
+        connection.write_all(request.as_bytes()).expect("sent");
+        connection.flush().expect("sent");
+        connection.sock.shutdown(Shutdown::Write).expect("hung up");
+        let _ = connection.read_to_end(&mut Vec::new());
+    }
+    let events = audited(Path::new(&at("log")), 25);
+    let hung_up = events.iter().skip(5);
+    assert!(hung_up.clone().count() == 20, "{events:?}");
+    for event in hung_up {
+        assert_eq!(event["user"]["username"], "jane");
+        assert_eq!(event["verb"], "create");
+    }
 }

@@ -13,7 +13,7 @@ use crate::server::Server;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-type Connection = StreamOwned<ClientConnection, TcpStream>;
+pub type Connection = StreamOwned<ClientConnection, TcpStream>;
 
 fn tcp(server: &Server) -> TcpStream {
     let stream = TcpStream::connect(server.identity()).expect("a connection");
@@ -22,7 +22,7 @@ fn tcp(server: &Server) -> TcpStream {
 }
 
 /// A connection of a user that speaks HTTP/1.1.
-fn connect(server: &Server, user: &str) -> Connection {
+pub fn connect(server: &Server, user: &str) -> Connection {
     let mut roots = RootCertStore::empty();
     let ca = CertificateDer::from_pem_file(server.path("ca.crt")).expect("the CA");
     roots.add(ca).expect("a root");

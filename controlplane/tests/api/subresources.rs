@@ -291,6 +291,27 @@ fn a_pod_gets_ephemeral_containers_and_other_resources_by_their_subresources_alo
     let refused =
         server.kubectl_fails(&format!("patch pod one --subresource=resize -p {more}"), "");
     assert!(refused.contains("QOS Class may not change"), "{refused}");
+    // What a pod may not ask for at first it may not ask for later.
+    let ask = |cpu: &str| {
+        let more = format!(
+            r#"{{"spec":{{"containers":[{{"name":"c","resources":{{"requests":{{"cpu":"{cpu}"}}}}}}]}}}}"#
+        );
+        format!("patch pod one --subresource=resize -p {more}")
+    };
+    server.kubectl("create quota little --hard=requests.cpu=1");
+    let refused = server.kubectl_fails(&ask("2"), "");
+    assert!(refused.contains("exceeded quota: little"), "{refused}");
+    server.kubectl("delete quota little");
+    let bounds = r#"{"apiVersion": "v1", "kind": "LimitRange", "metadata": {"name": "bounds"},
+        "spec": {"limits": [{"type": "Pod", "max": {"cpu": "3"}}]}}"#;
+    server.kubectl_in("create -f -", bounds);
+    let refused = server.kubectl_fails(&ask("4"), "");
+    assert!(
+        refused.contains("maximum cpu usage per Pod is 3"),
+        "{refused}"
+    );
+    server.kubectl("delete limitrange bounds");
+    server.kubectl(&ask("2"));
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! Admission: what a write depends on besides its own object. Built in, in upstream's order: NodeRestriction, NamespaceLifecycle,
 //! LimitRanger, ServiceAccount, TaintNodesByCondition, PodSecurity, Priority, DefaultTolerationSeconds, DefaultStorageClass,
-//! StorageObjectInUseProtection, RuntimeClass, and after validation ResourceQuota. Nobody hands out rights that they do not
+//! StorageObjectInUseProtection, RuntimeClass, CertificateSubjectRestriction, and after validation ResourceQuota. Nobody hands out rights that they do not
 //! hold (`escalation.rs`).
 
+mod certificate;
 mod escalation;
 mod levels;
 mod limits;
@@ -43,6 +44,9 @@ pub async fn admit(
             node::restrict(node, target, object, old)?;
         }
         escalation::check(api, caller, target, object, old).await?;
+    }
+    if creates && target.resource.plural == "certificatesigningrequests" {
+        certificate::check_subject(target, object)?;
     }
     if creates {
         check_namespace(api, target, object).await?;
@@ -89,6 +93,26 @@ pub async fn admit(
         _ => security::check_template(api, options, target, object).await?,
     }
     Ok(())
+}
+
+/// Admits what is said of an object's state.
+pub fn admit_status(
+    api: &Api,
+    options: &WriteOptions,
+    target: &Target,
+    object: &Value,
+    old: &Value,
+) -> Result<(), Status> {
+    let caller = options.caller.as_deref().filter(|_| api.decides());
+    match caller.and_then(node_of) {
+        Some(node) => node::restrict_status(node, target, object, old),
+        None => Ok(()),
+    }
+}
+
+/// Admits other requests and limits of a pod that runs.
+pub async fn admit_resize(api: &Api, target: &Target, pod: &Value) -> Result<(), Status> {
+    limits::check_pod(api, target, pod).await
 }
 
 /// Admits containers that are added to a pod that runs.

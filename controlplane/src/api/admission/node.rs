@@ -50,6 +50,59 @@ pub fn restrict(
     }
 }
 
+/// Refuses what a node may not write by way of a status.
+pub fn restrict_status(
+    node: &str,
+    target: &Target,
+    object: &Value,
+    old: &Value,
+) -> Result<(), Status> {
+    let refuse = |why: String| {
+        Err(Status::forbidden(
+            target.subject_named(fields::name(object)),
+            why,
+        ))
+    };
+    let differs = |pointer: &str| object.pointer(pointer) != old.pointer(pointer);
+    match (target.resource.group, target.resource.plural) {
+        ("", "nodes") => restrict_node(node, object, Some(old)).or_else(refuse),
+        ("", "pods") if old.text("/spec/nodeName") != node => refuse(format!(
+            "node {node:?} can only update pod status for pods with spec.nodeName set to itself"
+        )),
+        // Services, policies and claims go by these.
+        ("", "pods") if differs("/metadata/labels") => refuse(format!(
+            "node {node:?} cannot update labels through pod status"
+        )),
+        ("", "pods") if differs("/status/resourceClaimStatuses") => refuse(format!(
+            "node {node:?} cannot update resource claim statuses"
+        )),
+        ("", "persistentvolumeclaims") if claim_but_size(object) != claim_but_size(old) => {
+            refuse(format!(
+                "node {node:?} is not allowed to update fields other than status.capacity and status.conditions"
+            ))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A claim without what a kubelet tells of its volume once that has grown.
+fn claim_but_size(claim: &Value) -> Value {
+    let mut rest = claim.clone();
+    for pointer in [
+        "/metadata/managedFields",
+        "/metadata/resourceVersion",
+        "/status/allocatedResourceStatuses",
+        "/status/allocatedResources",
+        "/status/capacity",
+        "/status/conditions",
+        "/status/currentVolumeAttributesClassName",
+        "/status/modifyVolumeStatus",
+    ] {
+        rest.remove(pointer);
+    }
+    rest
+}
+
 fn restrict_node(node: &str, object: &Value, old: Option<&Value>) -> Result<(), String> {
     let name = fields::name(object);
     if name != node {
@@ -254,6 +307,58 @@ mod tests {
         );
         let untainted = node("n1", json!({}), json!([]));
         assert!(refusal(nodes, untainted, Some(tainted)).contains("taints"));
+    }
+
+    #[test]
+    fn a_status_is_no_way_around() {
+        let refusal = |path: &str, object: &Value, old: &Value| {
+            let target = Target::parse(path).expect("a resource");
+            restrict_status("n1", &target, object, old)
+                .map_or_else(|status| status.message, |()| String::new())
+        };
+        let with = |of: &Value, pointer: &str, value: Value| {
+            let mut new = of.clone();
+            new.set(pointer, value);
+            new
+        };
+        let node = json!({"metadata": {"name": "n1", "labels": {"rack": "7"}}, "spec": {}});
+        let nodes = "/api/v1/nodes/n1/status";
+        let ready = with(&node, "/status/conditions", json!([{"type": "Ready"}]));
+        assert_eq!(refusal(nodes, &ready, &node), "");
+        let marked = with(
+            &node,
+            "/metadata/labels",
+            json!({"node-restriction.kubernetes.io/x": "1"}),
+        );
+        assert!(refusal(nodes, &marked, &node).contains("following labels"));
+
+        let pod = json!({"metadata": {"name": "p", "labels": {"app": "a"}}, "spec": {"nodeName": "n1"},
+            "status": {"resourceClaimStatuses": [{"name": "gpu", "resourceClaimName": "own"}]}});
+        let pods = "/api/v1/namespaces/a/pods/p/status";
+        assert_eq!(
+            refusal(pods, &with(&pod, "/status/phase", json!("Running")), &pod),
+            ""
+        );
+        let labelled = with(&pod, "/metadata/labels/app", json!("another"));
+        assert!(refusal(pods, &labelled, &pod).contains("cannot update labels"));
+        let claims = json!([{"name": "gpu", "resourceClaimName": "other"}]);
+        let claimed = with(&pod, "/status/resourceClaimStatuses", claims);
+        assert!(refusal(pods, &claimed, &pod).contains("resource claim statuses"));
+        let elsewhere = with(&pod, "/spec/nodeName", json!("n2"));
+        assert!(refusal(pods, &elsewhere, &elsewhere).contains("set to itself"));
+
+        let claim = json!({"metadata": {"name": "c"}, "status": {"phase": "Bound"}});
+        let path = "/api/v1/namespaces/a/persistentvolumeclaims/c/status";
+        let grown = with(&claim, "/status/capacity", json!({"storage": "2Gi"}));
+        assert_eq!(refusal(path, &grown, &claim), "");
+        for (pointer, value) in [
+            ("/status/phase", json!("Lost")),
+            ("/metadata/labels", json!({"a": "b"})),
+            ("/metadata/finalizers", json!([])),
+        ] {
+            let changed = with(&claim, pointer, value);
+            assert!(refusal(path, &changed, &claim).contains("other than status.capacity"));
+        }
     }
 
     #[test]

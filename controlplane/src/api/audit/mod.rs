@@ -89,8 +89,9 @@ impl Asked {
         &self.id
     }
 
-    pub fn of(parts: &Parts, query: &Query) -> Self {
-        let target = Target::parse(parts.uri.path());
+    /// Of a request for the resource at `path`.
+    pub fn of(parts: &Parts, path: &str, query: &Query) -> Self {
+        let target = Target::parse(path);
         let verb = match &target {
             Some(target) => request::verb(&parts.method, target, query).to_owned(),
             None => parts.method.as_str().to_ascii_lowercase(),

@@ -11,10 +11,14 @@ use rcgen::{
 };
 use sha2::{Digest, Sha256};
 
+use crate::auth::MASTERS;
+
 /// Clocks of others may be behind by this much.
 const BACKDATED_SECONDS: i64 = 300;
 /// Longest life of a certificate: upstream's `--cluster-signing-duration`.
 const LIFE_SECONDS_MAX: i64 = 365 * 24 * 3600;
+/// The signer of certificates that clients show the API server.
+pub const CLIENT_SIGNER: &str = "kubernetes.io/kube-apiserver-client";
 const NODES: &str = "system:nodes";
 const NODE_PREFIX: &str = "system:node:";
 
@@ -32,7 +36,7 @@ pub enum Signer {
 impl Signer {
     pub fn of(name: &str) -> Option<Self> {
         match name {
-            "kubernetes.io/kube-apiserver-client" => Some(Signer::Client),
+            CLIENT_SIGNER => Some(Signer::Client),
             "kubernetes.io/kube-apiserver-client-kubelet" => Some(Signer::KubeletClient),
             "kubernetes.io/kubelet-serving" => Some(Signer::KubeletServing),
             _ => None,
@@ -111,6 +115,9 @@ impl Request {
         };
         let of_node = self.organizations == [NODES] && self.common_name.starts_with(NODE_PREFIX);
         let refused = match signer {
+            Signer::Client if self.organizations.iter().any(|name| name == MASTERS) => {
+                Some("certificates of system:masters are not signed")
+            }
             Signer::Client => {
                 (!only("client auth")).then_some("usages did not match [client auth]")
             }
@@ -145,6 +152,11 @@ impl Request {
         };
         refused.map_or(Ok(()), |why| Err(Error::Refused(why)))
     }
+}
+
+/// The organizations of a request in PEM: the groups of whoever shows the certificate.
+pub fn organizations(pem: &[u8]) -> Result<Vec<String>, Error> {
+    Request::read(pem, &[]).map(|request| request.organizations)
 }
 
 fn text_of(value: &DnValue) -> String {

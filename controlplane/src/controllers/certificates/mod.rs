@@ -2,28 +2,29 @@
 
 mod authority;
 
+use std::net::IpAddr;
+
 use k8s_openapi::ByteString;
 use k8s_openapi::api::certificates::v1::{
     CertificateSigningRequest, CertificateSigningRequestCondition, CertificateSigningRequestStatus,
 };
-use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use serde_json::json;
 
-pub use self::authority::{Authority, Error};
+pub use self::authority::{Authority, CLIENT_SIGNER, Error, organizations};
 use self::authority::{Request, Signer};
 use super::object::{Key, Object, Target};
 use super::plan::{Action, Controller, Keys, Plan, View};
 use super::snapshot::{Change, Snapshot};
-use crate::auth::bootstrap;
+use crate::auth::{MASTERS, bootstrap};
 
 /// How long requests stay that nobody decides about, and those that are done with.
 const PENDING_MAX: SignedDuration = SignedDuration::from_hours(24);
 const DONE_MAX: SignedDuration = SignedDuration::from_hours(1);
 /// Who may ask for a kubelet's certificate and gets it without being looked at: joining nodes, and whoever may do all.
 const TRUSTED: [&str; 2] = [bootstrap::GROUP, MASTERS];
-const MASTERS: &str = "system:masters";
 
 pub const CONTROLLER: Controller = Controller {
     name: "certificatesigningrequest",
@@ -162,15 +163,36 @@ fn is_kubelets_own(snapshot: &Snapshot, request: &CertificateSigningRequest) -> 
                     })
                 };
                 let asked = read.hosts();
-                asked
-                    .iter()
-                    .all(|host| known.contains(host) && !elsewhere(host))
+                asked.iter().all(|host| {
+                    known.contains(host) && !elsewhere(host) && !is_clusters(snapshot, host)
+                })
             });
     }
     // A token that lets machines join does not let one take the place of a node that lives.
     let taken = node.is_some_and(|node| is_ready(node));
     let trusted = is_in(request, &TRUSTED) && (!taken || is_in(request, &[MASTERS]));
     trusted || own
+}
+
+/// Whether the cluster, or every machine for itself, calls something so: a node says itself what it is called, and whoever showed a
+/// certificate for such a name would be taken for the API server or another Service.
+fn is_clusters(snapshot: &Snapshot, host: &str) -> bool {
+    let Ok(address) = host.parse::<IpAddr>() else {
+        let name = host.to_ascii_lowercase();
+        let mut labels = name.split('.');
+        return labels.next() == Some("kubernetes")
+            || labels.any(|label| label == "svc")
+            || name.rsplit('.').next() == Some("localhost");
+    };
+    let of_service = |service: &Service| {
+        let spec = service.spec.iter();
+        let mut addresses = spec.flat_map(|spec| spec.cluster_ips.iter().flatten());
+        addresses.any(|one| one.parse() == Ok(address))
+    };
+    address.is_loopback()
+        || address.is_unspecified()
+        || address.is_multicast()
+        || snapshot.services.values().any(|one| of_service(one))
 }
 
 fn sign(
@@ -375,6 +397,12 @@ mod tests {
                 "Failed",
             ),
             (
+                pem("system:masters", "bob", &[]),
+                "kubernetes.io/kube-apiserver-client",
+                ["digital signature", "client auth"],
+                "Failed",
+            ),
+            (
                 pem("team", "bob", &[]),
                 "acme.io/own",
                 ["digital signature", "client auth"],
@@ -403,6 +431,9 @@ mod tests {
     fn beside(nodes: &[(&str, &[&str], &str)], hosts: &[&str]) -> (bool, bool) {
         let mut cluster = Cluster::new(&[CONTROLLER]);
         cluster.settings.authority = Some(Arc::new(authority()));
+        let service = json!({"metadata": {"name": "kubernetes", "namespace": "default"},
+            "spec": {"clusterIPs": ["10.96.0.1"], "ports": [{"port": 443}]}});
+        cluster.add::<Service>(serde_json::from_value(service).unwrap());
         let ask = |name: &str, request: String, signer: &str, usage: &str, who: Value| {
             let mut value = json!({
                 "metadata": {"name": name},
@@ -456,6 +487,26 @@ mod tests {
         assert!(!beside(&[n], &["10.0.0.1", "10.96.0.1"]).0);
         let other: &[&str] = &["10.0.0.1"];
         assert!(!beside(&[n, ("m", other, "True")], &["10.0.0.1"]).0);
+    }
+
+    #[test]
+    fn a_node_is_not_called_what_the_cluster_or_every_machine_calls_something() {
+        let (service, lives) = ("10.96.0.1", "True");
+        for host in [
+            service,
+            "127.0.0.1",
+            "::1",
+            "0.0.0.0",
+            "kubernetes",
+            "kubernetes.default",
+            "Kubernetes.default.svc",
+            "hello.shop.svc.cluster.local",
+            "localhost",
+        ] {
+            let claimed: &[&str] = &["10.0.0.1", host];
+            assert!(!beside(&[("n", claimed, lives)], &[host]).0, "{host}");
+            assert!(beside(&[("n", claimed, lives)], &["10.0.0.1"]).0, "{host}");
+        }
     }
 
     #[test]

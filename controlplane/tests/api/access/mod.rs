@@ -132,14 +132,14 @@ fn shop_of(server: Server) -> Server {
     server
 }
 
-/// A token of a ServiceAccount as a header, for an audience, bound to a pod or to nothing.
-fn token(server: &Server, account: &str, audience: &str, pod: Option<&Value>) -> String {
+/// A token of a ServiceAccount as a header, for an audience, bound to a pod, a node or nothing.
+fn token(server: &Server, account: &str, audience: &str, bound: Option<&Value>) -> String {
     let mut request = json!({"spec": {"expirationSeconds": 600}});
     if !audience.is_empty() {
         request["spec"]["audiences"] = json!([audience]);
     }
-    if let Some(pod) = pod {
-        request["spec"]["boundObjectRef"] = bound_to(pod);
+    if let Some(bound) = bound {
+        request["spec"]["boundObjectRef"] = bound_to(bound);
     }
     let path = format!("{CORE}/serviceaccounts/{account}/token");
     let granted = created(server, &path, &request);
@@ -147,6 +147,6 @@ fn token(server: &Server, account: &str, audience: &str, pod: Option<&Value>) ->
     format!("authorization: Bearer {token}")
 }
 
-fn bound_to(pod: &Value) -> Value {
-    json!({"apiVersion": "v1", "kind": "Pod", "name": pod["metadata"]["name"], "uid": pod["metadata"]["uid"]})
+fn bound_to(object: &Value) -> Value {
+    json!({"apiVersion": "v1", "kind": object["kind"], "name": object["metadata"]["name"], "uid": object["metadata"]["uid"]})
 }

@@ -75,7 +75,10 @@ const NOT_A_NODES: &str = r#"
     POST /api/v1/nodes {"metadata": {"name": "node-9"}}
     DELETE /api/v1/nodes/node-1
     PATCH /api/v1/nodes/node-1 {"metadata": {"labels": {"node-restriction.kubernetes.io/trusted": "true"}}}
+    PATCH /api/v1/nodes/node-1/status {"metadata": {"labels": {"node-restriction.kubernetes.io/trusted": "true"}}}
     PATCH /api/v1/nodes/node-1 {"spec": {"taints": []}}
+    PATCH /api/v1/namespaces/shop/pods/first/status {"metadata": {"labels": {"app": "another"}}}
+    PATCH /api/v1/namespaces/shop/pods/first/status {"status": {"resourceClaimStatuses": [{"name": "c", "resourceClaimName": "other"}]}}
     POST /api/v1/namespaces/shop/serviceaccounts/robot/token {"spec": {}}
     POST /apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases {"metadata": {"name": "node-2"}}
     PATCH /apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/node-2 {"spec": {}}

@@ -1,5 +1,7 @@
 //! Handing out rights, and deciding on certificates.
 
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use serde_json::{Value, json};
 
 use super::{CLUSTER_RBAC, CORE, RBAC, ask, binding, created, hold, pod, role, rule, shop};
@@ -82,10 +84,17 @@ fn nobody_hands_out_or_takes_more_than_they_hold() {
         &format!("POST {bindings} {none}"),
         404,
     );
-    // A role that is only labelled gives nothing, whatever its rules.
-    let label = json!({"metadata": {"labels": {"a": "b"}}});
-    let labelled = format!("PATCH {roles}/boss {label}");
-    hold(&server, "jane", &[], &labelled, 200);
+    // A label may have other roles take the rules over; what the collector of garbage writes gives nothing, whatever the rules.
+    let label =
+        json!({"metadata": {"labels": {"rbac.authorization.k8s.io/aggregate-to-edit": "true"}}});
+    let admin = format!("{CLUSTER_RBAC}/clusterroles/cluster-admin");
+    for role in [&format!("{roles}/boss"), &admin] {
+        let labelled = format!("PATCH {role} {label}");
+        hold(&server, "jane", &[], &labelled, 403);
+    }
+    let held_back = json!({"metadata": {"finalizers": ["example.com/wait"]}});
+    let finalized = format!("PATCH {roles}/boss {held_back}");
+    hold(&server, "jane", &[], &finalized, 200);
 }
 
 #[test]
@@ -130,6 +139,22 @@ fn certificates_are_decided_and_signed_by_those_trusted_with_their_signer() {
                 "resourceNames": [signers]},
         ])
     };
+    // Not even for who may do all: whoever approves such a request would have to hold all that it gives.
+    let key = rcgen::KeyPair::generate().expect("a key");
+    let mut masters = rcgen::CertificateParams::default();
+    let name = &mut masters.distinguished_name;
+    name.push(rcgen::DnType::OrganizationName, "system:masters");
+    let pem = masters.serialize_request(&key).expect("a request");
+    let pem = BASE64_STANDARD.encode(pem.pem().expect("PEM"));
+    let masters = json!({"metadata": {"name": "y"}, "spec": {"request": pem, "usages": ["client auth"],
+        "signerName": "kubernetes.io/kube-apiserver-client"}});
+    hold(
+        &server,
+        "admin",
+        &[],
+        &format!("POST {requests} {masters}"),
+        403,
+    );
     let approver = role("approver", &rules("example.com/*"));
     created(&server, &format!("{CLUSTER_RBAC}/clusterroles"), &approver);
     let jane = binding("approver", "ClusterRole", "approver", "jane");

@@ -16,8 +16,15 @@ fn nobody_gets_in_without_good_credentials() {
     let elsewhere = token(&server, "robot", "vault", None);
     let brief = created(&server, &format!("{CORE}/pods"), &pod("brief", "", "one"));
     let orphan = token(&server, "robot", "", Some(&brief));
-    hold(&server, "", &[&orphan], &secrets, 403);
-    let gone = format!("DELETE {CORE}/pods/brief?gracePeriodSeconds=0");
+    let node = server.raw("/api/v1/nodes/node-2").1;
+    let lent = token(&server, "robot", "", Some(&node));
+    for good in [&orphan, &lent] {
+        hold(&server, "", &[good], &secrets, 403);
+    }
+    let gone = format!(
+        "DELETE {CORE}/pods/brief?gracePeriodSeconds=0
+         DELETE /api/v1/nodes/node-2"
+    );
     hold(&server, "admin", &[], &gone, 200);
     let nonsense = [
         "",
@@ -27,6 +34,7 @@ fn nobody_gets_in_without_good_credentials() {
         " | impersonate-user: admin | impersonate-group: system:masters",
         &format!(" | {elsewhere}"),
         &format!(" | {orphan}"),
+        &format!(" | {lent}"),
     ];
     for credentials in nonsense {
         hold(&server, "", &[], &format!("{secrets}{credentials}"), 401);
