@@ -136,7 +136,8 @@ pub fn again<'a, T: Tables>(
     }
     let peer = given(known, addr, port)?;
     let now = tables.service(peer.service)?;
-    (now.generation == peer.generation).then_some(peer)
+    // No generation is what is to be looked up anew, and what a service has that is gone.
+    (peer.generation != 0 && now.generation == peer.generation).then_some(peer)
 }
 
 /// When it last changed where destinations lead; to be read before one is looked up that is to be remembered.
@@ -389,8 +390,14 @@ mod tests {
             destination(&tables, &POD, &other, Some(&peers)),
             Outcome::Leave
         );
-        // A Service that is gone has no generation.
-        tables.services.borrow_mut().remove(&3);
+        // A Service that is gone has no generation, and neither has what is to be looked up anew.
+        let gone = ServiceRef::default();
+        tables.services.borrow_mut().insert(3, gone);
+        assert_eq!(again(&peers, &dns()), None);
+        tables.frontends.borrow_mut().remove(&dns());
+        tables.set_frontend("10.96.0.11:53", proto::UDP, 4);
+        tables.set_epoch(3);
+        give(&mut peers, &other);
         assert_eq!(again(&peers, &dns()), None);
     }
 

@@ -314,6 +314,11 @@ impl Cache {
             Kind::Uncacheable => (Duration::ZERO, Duration::MAX),
         };
         if lifetime.is_zero() {
+            // What is newer and may not be kept is no reason to go on with what was kept before.
+            if matches!(kind, Kind::Data(_) | Kind::Denial(_)) {
+                self.success.remove(key);
+                self.denial.remove(key);
+            }
             return Arc::new(Entry::fleeting(reply, now));
         }
         let ttl_max_s = u32::try_from(ttl_max.as_secs()).unwrap_or(u32::MAX);

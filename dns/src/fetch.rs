@@ -94,10 +94,13 @@ pub fn renew(block: &Arc<Block>, metrics: &Arc<Metrics>, question: Question) {
     tokio::spawn(async move {
         let key = key(&question);
         let new = ask(&block, &metrics, &question, &key, NOBODY).await;
-        // A failure that the upstream has told is one too: what is known stays, and is not asked for again with every hit.
-        if new.is_err() || new.is_ok_and(|entry| entry.is_failure()) {
-            let old = block.cache.as_ref().and_then(|cache| cache.peek(&key));
-            old.inspect(|old| old.renewal_failed(Instant::now()));
+        // What the upstream had to say may not have come into the cache, a failure least of all: what is known stays then, and is not
+        // asked for again with every hit.
+        let kept = block.cache.as_ref().and_then(|cache| cache.peek(&key));
+        if let Some(kept) = kept
+            && !new.is_ok_and(|new| Arc::ptr_eq(&new, &kept))
+        {
+            kept.renewal_failed(Instant::now());
         }
     });
 }

@@ -141,3 +141,16 @@ fn of_all_who_ask_near_the_end_one_renews() {
     cache.put(&key(WWW), data(WWW, 1000), now);
     assert_eq!(renewals(950), 1, "the next one");
 }
+
+#[test]
+fn an_answer_that_may_not_be_kept_ends_what_was_known() {
+    let now = Instant::now();
+    let mut rules = CacheRules::default();
+    (rules.success.ttl_min, rules.stale) = (Duration::ZERO, Duration::from_secs(3600));
+    let cache = Cache::new(rules);
+    cache.put(&key(WWW), data(WWW, 60), now);
+    let stale = now + Duration::from_secs(100);
+    assert!(told(&cache, WWW, stale).is_some());
+    cache.put(&key(WWW), data(WWW, 0), stale);
+    assert_eq!(told(&cache, WWW, stale), None);
+}

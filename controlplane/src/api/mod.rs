@@ -224,12 +224,14 @@ impl Api {
         }
     }
 
-    /// Answers one request. Where requests are recorded, one whose client hangs up is answered and recorded all the same.
+    /// Answers one request. Where requests are recorded, one whose client hangs up is recorded all the same.
     async fn answer(self: Arc<Self>, peer: Arc<Peer>, request: http::Request<Incoming>) -> Answer {
+        let gone = CancellationToken::new();
         if self.audit.is_none() {
-            return self.handle(&peer, request).await;
+            return self.handle(&peer, request, &gone).await;
         }
-        let handled = tokio::spawn(async move { self.handle(&peer, request).await });
+        let _hangs_up = gone.clone().drop_guard();
+        let handled = tokio::spawn(async move { self.handle(&peer, request, &gone).await });
         match handled.await {
             Ok(answer) => answer,
             Err(_) => {
@@ -243,8 +245,14 @@ impl Api {
         }
     }
 
-    /// Answers one request. Failures become `Status` objects; a panic becomes one too, and is logged.
-    async fn handle(&self, peer: &Peer, request: http::Request<Incoming>) -> Answer {
+    /// Answers one request. Failures become `Status` objects; a panic becomes one too, and is logged. When its client is `gone`, a
+    /// write is done to its end, since it may be done already; nobody reads what else there is, nor ends what it leads to.
+    async fn handle(
+        &self,
+        peer: &Peer,
+        request: http::Request<Incoming>,
+        gone: &CancellationToken,
+    ) -> Answer {
         let started = Instant::now();
         let (mut parts, body) = request.into_parts();
         let mut query = Query::parse(parts.uri.query().unwrap_or(""));
@@ -267,9 +275,13 @@ impl Api {
         }
         let encoding = Encoding::negotiate(&parts.headers, &query).unwrap_or(Encoding::Json);
         let gzip = compression::wanted(&parts);
-        let routed = AssertUnwindSafe(self.route((peer, &trail), parts, (&path, query), body))
-            .catch_unwind()
-            .await;
+        let writes = !matches!(parts.method, Method::GET | Method::HEAD)
+            && Target::parse(&path).is_some_and(|target| !target.connects());
+        let routed = AssertUnwindSafe(self.route((peer, &trail), parts, (&path, query), body));
+        let routed = tokio::select! {
+            routed = routed.catch_unwind() => routed,
+            () = gone.cancelled(), if !writes => Ok(Err(Status::hung_up())),
+        };
         let answer = match routed {
             Ok(Ok(answer)) => answer,
             Ok(Err(status)) => {

@@ -202,6 +202,12 @@ impl Status {
         )
     }
 
+    /// For the audit log: the client is not there to read it. The code is the one that proxies have for it; HTTP has none.
+    pub fn hung_up() -> Self {
+        let code = StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST);
+        Self::new(code, "ClientClosedRequest", "the client hung up".to_owned())
+    }
+
     /// No such path, group, version or resource.
     pub fn no_such_path() -> Self {
         Self::new(
