@@ -103,6 +103,11 @@ impl Sources {
                     (missed_since, was_there, pause) = (Instant::now(), true, SOON);
                     continue;
                 }
+                // One that is back has begun with nothing, and lists as we would.
+                Ok(_) if was_there && missed_since.elapsed() < GRACE => {
+                    pause = SOON;
+                    continue;
+                }
                 Ok(_) => "the agent has not caught up".to_owned(),
                 Err(error) => {
                     // Where none ever was, none is waited for.
