@@ -39,8 +39,9 @@ pub const fn seen(protocol: u8, tcp_flags: u8) -> u32 {
     seen
 }
 
-/// The SEEN_* bits of a direction after a packet with these. An opening is one no longer when its client goes on. Whoever has reset a connection sends nothing more of it: a reset that is
-/// followed was none of this connection's (late, or made up), its receiver took no notice, and neither do we.
+/// The SEEN_* bits of a direction after a packet with these. An opening is one no longer when its client goes on. Whoever has reset a
+/// connection sends nothing more of it: a reset that is followed was none of this connection's (late, or made up), its receiver took no
+/// notice, and neither do we.
 #[inline(always)]
 pub const fn noted(before: u32, seen: u32) -> u32 {
     // Without a branch: the verifier would go on from here twice, with every packet that is looked up.

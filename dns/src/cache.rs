@@ -12,7 +12,7 @@ use hickory_proto::op::Message;
 
 use crate::answer::{Policy, Rcode, Transport, Verdict, Writer, room};
 use crate::message::{BadReply, Kind, Reply};
-use crate::name::{NAME_BYTES_MAX, Name, before};
+use crate::name::{NAME_BYTES_MAX, Name, in_any};
 use crate::query::{Query, rtype};
 
 /// What an operator can choose of a cache.
@@ -107,9 +107,7 @@ impl Key {
     }
 
     fn is_in(&self, zones: &[Name]) -> bool {
-        let name = &self.bytes[..self.length - 3];
-        let mut zones = zones.iter();
-        zones.any(|zone| before(name, zone.wire()).is_some())
+        in_any(&self.bytes[..self.length - 3], zones)
     }
 }
 
@@ -267,7 +265,7 @@ impl Cache {
     pub fn get(&self, key: &Key, now: Instant) -> Found {
         let entry = match (self.success.get(key), self.denial.get(key)) {
             // Only a failure is kept beside data: it hides neither what is good still nor what may be served stale.
-            (Some(data), Some(_)) if data.is_fresh(now) || self.may_be_stale(&data, now) => data,
+            (Some(data), Some(_)) if self.may_serve(&data, now) => data,
             (Some(_), Some(no)) => no,
             (Some(entry), None) | (None, Some(entry)) => entry,
             (None, None) => return Found::Nothing,

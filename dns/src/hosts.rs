@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 
 use crate::answer::{Policy, Rcode, Transport, Verdict, Writer, room};
-use crate::name::{Name, before};
+use crate::name::{Name, in_any, in_any_or_all};
 use crate::query::{Query, rtype};
 
 /// A table of hosts.
@@ -89,8 +89,7 @@ impl Hosts {
 
     /// Whether the table is about a name.
     pub fn is_about(&self, name: &[u8]) -> bool {
-        let mut zones = self.zones.iter();
-        self.zones.is_empty() || zones.any(|zone| before(name, zone.wire()).is_some())
+        in_any_or_all(name, &self.zones)
     }
 
     /// Answers a query about a name of the table. One that can be nowhere else fails: "no" would need an SOA, which a table has not, to
@@ -109,8 +108,10 @@ impl Hosts {
         let room = room(query, policy, transport, out);
         let mut writer = Writer::start(query, policy, &mut out[..room]);
         writer.authoritative = true;
-        let names = self.names.get(query.name()).filter(|_| self.reverse);
-        if let (Some(names), rtype::PTR) = (names, query.rtype) {
+        if query.rtype == rtype::PTR
+            && self.reverse
+            && let Some(names) = self.names.get(query.name())
+        {
             for name in names {
                 writer.raw(rtype::PTR, self.ttl_s, name.wire());
             }
@@ -129,10 +130,7 @@ impl Hosts {
             }
             return writer.finish(Rcode::NoError);
         }
-        let mut onwards = self.fallthrough.iter();
-        if query.rtype == rtype::PTR
-            || onwards.any(|zone| before(query.name(), zone.wire()).is_some())
-        {
+        if query.rtype == rtype::PTR || in_any(query.name(), &self.fallthrough) {
             Verdict::Elsewhere
         } else {
             writer.finish(Rcode::ServFail)

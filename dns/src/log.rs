@@ -10,7 +10,7 @@ use std::time::Duration;
 use prometheus_client::metrics::counter::Counter;
 
 use crate::answer::{Rcode, Transport};
-use crate::name::{Name, before};
+use crate::name::{Name, in_any_or_all};
 use crate::query::{Query, rtype};
 
 /// Which answers have a line.
@@ -108,15 +108,15 @@ impl LogRules {
         let answers = reply
             .get(6..8)
             .map_or(0, |count| u16::from_be_bytes([count[0], count[1]]));
+        let mut rules = self.queries.iter();
+        // Most answers are of no class that anybody wants to see.
+        if !rules.clone().any(|rule| rule.classes.have(rcode, answers)) {
+            return;
+        }
         let Ok(query) = Query::parse(message) else {
             return;
         };
-        let mut rules = self.queries.iter();
-        let of_name = |rule: &&LogRule| {
-            let mut zones = rule.zones.iter();
-            rule.zones.is_empty() || zones.any(|zone| before(query.name(), zone.wire()).is_some())
-        };
-        let rule = rules.find(of_name);
+        let rule = rules.find(|rule| in_any_or_all(query.name(), &rule.zones));
         if !rule.is_some_and(|rule| rule.classes.have(rcode, answers)) {
             return;
         }

@@ -258,6 +258,17 @@ pub fn before<'a>(wire: &'a [u8], origin: &[u8]) -> Option<&'a [u8]> {
     (at == split).then(|| &wire[..split])
 }
 
+/// Whether a name in wire format is in one of these zones.
+pub fn in_any(wire: &[u8], zones: &[Name]) -> bool {
+    let mut zones = zones.iter();
+    zones.any(|zone| before(wire, zone.wire()).is_some())
+}
+
+/// Likewise, where none stands for all.
+pub fn in_any_or_all(wire: &[u8], zones: &[Name]) -> bool {
+    zones.is_empty() || in_any(wire, zones)
+}
+
 /// The name above `wire`; `None` for the root.
 pub fn parent(wire: &[u8]) -> Option<&[u8]> {
     let length = usize::from(*wire.first()?);

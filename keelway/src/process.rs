@@ -10,6 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::sys;
 
+/// How long the PID 1 of a node is waited for: longer than it waits for its services.
+pub const STOP_PATIENCE: Duration = Duration::from_secs(20);
+
 /// A process of the machine: its number, and the tick since boot at which it started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

@@ -275,12 +275,13 @@ impl Api {
         }
         let encoding = Encoding::negotiate(&parts.headers, &query).unwrap_or(Encoding::Json);
         let gzip = compression::wanted(&parts);
-        let writes = !matches!(parts.method, Method::GET | Method::HEAD)
-            && Target::parse(&path).is_some_and(|target| !target.connects());
+        let to_its_end = audited.is_none()
+            || (!matches!(parts.method, Method::GET | Method::HEAD)
+                && Target::parse(&path).is_some_and(|target| !target.connects()));
         let routed = AssertUnwindSafe(self.route((peer, &trail), parts, (&path, query), body));
         let routed = tokio::select! {
             routed = routed.catch_unwind() => routed,
-            () = gone.cancelled(), if !writes => Ok(Err(Status::hung_up())),
+            () = gone.cancelled(), if !to_its_end => Ok(Err(Status::hung_up())),
         };
         let answer = match routed {
             Ok(Ok(answer)) => answer,

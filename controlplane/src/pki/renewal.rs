@@ -22,6 +22,8 @@ const LOOK_PERIOD: Duration = Duration::from_secs(3600);
 const AUTHORITY: &str = "ca";
 const ETCD_AUTHORITY: &str = "etcd-ca";
 const AUTHORITIES: [&str; 2] = [AUTHORITY, ETCD_AUTHORITY];
+/// What the API server shows its clients, and what kubelets.
+const OF_CLUSTER: [&str; 2] = ["apiserver", "apiserver-kubelet-client"];
 /// What etcd's members show, as servers and to each other, and what they are shown by control planes.
 const OF_ETCD: [&str; 2] = ["etcd", "etcd-client"];
 
@@ -46,7 +48,7 @@ impl Known {
 /// # Errors
 /// When one cannot be read.
 pub fn known(folder: &Path, kubeconfigs: &[PathBuf]) -> Result<Vec<Known>, PkiError> {
-    let own = ["apiserver", "apiserver-kubelet-client"].map(|name| Source::files(folder, name));
+    let own = OF_CLUSTER.map(|name| Source::files(folder, name));
     let parts = ["controllers", "scheduler"];
     let parts = parts.map(|name| Source::Kubeconfig(folder.join(format!("{name}.kubeconfig"))));
     let given = kubeconfigs.iter().cloned().map(Source::Kubeconfig);
@@ -207,8 +209,7 @@ fn renew_one(known: &Known, issuer: &Issuer<'_, KeyPair>, now: Timestamp) -> Res
 
 /// Finishes the renewal of a pair that was cut off between its two renames: the certificate that fits the key lies beside.
 pub fn finish(folder: &Path) {
-    let names = ["apiserver", "apiserver-kubelet-client"];
-    for name in names.into_iter().chain(OF_ETCD) {
+    for name in OF_CLUSTER.into_iter().chain(OF_ETCD) {
         let Source::Files { certificate, key } = Source::files(folder, name) else {
             continue;
         };

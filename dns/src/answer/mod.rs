@@ -6,7 +6,7 @@ mod writer;
 pub use rcode::Rcode;
 pub(crate) use writer::{HOSTMASTER, NAMESERVER, OPT_BYTES, Section, Writer, opt, soa_numbers};
 
-use crate::name::{Name, before};
+use crate::name::{Name, in_any};
 use crate::query::{Bad, HEADER_BYTES, Query, class, rtype};
 use crate::zone::{Node, Place, PodName, Told, Zone};
 use writer::{Owner, QUESTION, srv_targets};
@@ -41,11 +41,7 @@ impl Default for Policy {
 
 impl Policy {
     fn falls_through(&self, name: &[u8]) -> bool {
-        self.recursion
-            && self
-                .fallthrough
-                .iter()
-                .any(|zone| before(name, zone.wire()).is_some())
+        self.recursion && in_any(name, &self.fallthrough)
     }
 }
 

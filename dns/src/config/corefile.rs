@@ -197,7 +197,7 @@ impl Reader<'_> {
 }
 
 /// A path as a file means it.
-fn beside(file: &Path, path: &str) -> PathBuf {
+pub(super) fn beside(file: &Path, path: impl AsRef<Path>) -> PathBuf {
     file.parent().unwrap_or(Path::new("")).join(path)
 }
 

@@ -180,7 +180,7 @@ fn spec_of(flags: &Flags, files: &mut Files) -> Result<Spec, ConfigError> {
     let mut zone = ZoneSettings::of(origins[0].clone());
     zone.origins = origins;
     zone.pods = flags.pods;
-    let mut block = BlockSpec::of(vec![Name::parse(".")?]);
+    let mut block = BlockSpec::of(vec![Name::root()]);
     block.cluster = Some(ClusterSpec {
         ttl_s: flags.ttl,
         fallthrough: zone.reverse.clone(),
@@ -210,7 +210,7 @@ fn spec_of(flags: &Flags, files: &mut Files) -> Result<Spec, ConfigError> {
     let mut seen = HashSet::new();
     servers.retain(|server| seen.insert(*server));
     if !servers.is_empty() {
-        block.routes.push(route(Name::parse(".")?, servers));
+        block.routes.push(route(Name::root(), servers));
     }
     for text in &flags.stubs {
         let bad = || ConfigError::Stub(text.clone());

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use regex::Regex;
 
-use super::corefile::{Directive, SyntaxError, Word};
+use super::corefile::{Directive, SyntaxError, Word, beside};
 use super::plugins::{Reading, number, one};
 use super::spec::{AutopathSpec, search_domains};
 use crate::hosts::Hosts;
@@ -37,7 +37,7 @@ impl Reading<'_> {
         let file = directive.args.first().map(|word| PathBuf::from(&word.text));
         let file = file.or_else(|| (!inline).then(|| "/etc/hosts".into()));
         if let Some(file) = file {
-            let file = self.path.parent().unwrap_or(Path::new("")).join(file);
+            let file = beside(self.path, &file);
             let failed = |error: String| directive.name.bad(format!("{}: {error}", file.display()));
             let text = self
                 .files

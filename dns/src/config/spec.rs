@@ -11,7 +11,7 @@ use crate::cache::CacheRules;
 use crate::forward::ForwardRules;
 use crate::hosts::Hosts;
 use crate::log::LogRules;
-use crate::name::{Name, before};
+use crate::name::{Name, in_any_or_all};
 use crate::rewrite::Rewrite;
 use crate::zone::ZoneSettings;
 
@@ -58,8 +58,7 @@ pub struct AutopathSpec {
 impl AutopathSpec {
     /// Whether it is done for a name in lower-case wire format.
     pub fn is_about(&self, name: &[u8]) -> bool {
-        let mut zones = self.zones.iter();
-        self.zones.is_empty() || zones.any(|zone| before(name, zone.wire()).is_some())
+        in_any_or_all(name, &self.zones)
     }
 }
 

@@ -237,23 +237,29 @@ impl<'a> Etcd<'a> {
     }
 
     async fn ask(&self, words: &[&str]) -> Result<String, MachineError> {
-        let refused = |reason: String| MachineError::Refused(format!("asking etcd: {reason}"));
-        let own = std::env::current_exe().map_err(|error| refused(error.to_string()))?;
-        let output = Command::new(own.with_file_name("keelway-controlplane"))
-            .args(["store", "member"])
-            .args(words)
-            .args(self.flags())
-            .stdin(Stdio::null())
-            .kill_on_drop(true)
-            .output()
-            .await
-            .map_err(|error| refused(error.to_string()))?;
-        if output.status.success() {
-            return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
-        }
-        let said = String::from_utf8_lossy(&output.stderr);
-        Err(refused(
-            said.trim().trim_start_matches("Error: ").to_owned(),
-        ))
+        let words = [&["member"], words].concat();
+        let words = words.into_iter().map(str::to_owned).chain(self.flags());
+        let said = controlplane(&words.collect::<Vec<_>>()).await;
+        said.map_err(|reason| MachineError::Refused(format!("asking etcd: {reason}")))
     }
+}
+
+/// Asks the control plane's program, which knows its stores; gives what it says, or why it did not do it.
+pub(super) async fn controlplane(words: &[String]) -> Result<String, String> {
+    let program = std::env::current_exe().map_err(|error| error.to_string())?;
+    let output = Command::new(program.with_file_name("keelway-controlplane"))
+        .arg("store")
+        .args(words)
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output()
+        .await
+        .map_err(|error| error.to_string())?;
+    let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+    if output.status.success() {
+        return Ok(said(&output.stdout));
+    }
+    Err(said(&output.stderr)
+        .trim_start_matches("Error: ")
+        .to_owned())
 }

@@ -6,20 +6,19 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use tokio::process::Command;
 
 use super::member::{self, CA_KEY, OwnMember, VOTE};
-use super::run::{self, STOP_PATIENCE};
+use super::run;
 use super::share;
 use super::{EtcdState, MachineDir, MachineError, MachineState, file, systemd};
 use crate::checks::Machine;
 use crate::etcd::{self, Member, client_url};
 use crate::node::NodeSpec;
 use crate::node::launch::Nodes;
+use crate::process::STOP_PATIENCE;
 use crate::progress::Progress;
 
 /// The description of the node as it is to be.
@@ -193,7 +192,7 @@ pub(super) async fn to_own_etcd(
 /// What is missing there.
 pub(super) async fn check_there(flags: &[String]) -> Result<(), MachineError> {
     let words = [&["show".to_owned()], flags].concat();
-    let shown = controlplane(&words).await;
+    let shown = member::controlplane(&words).await;
     shown.map(drop).map_err(|reason| {
         let advice = "`keelway store migrate` brings the state there, from where it is";
         MachineError::Refused(format!("the etcd that was named: {reason}; {advice}"))
@@ -209,28 +208,8 @@ async fn copy(dir: &MachineDir, own: &Member) -> Result<String, MachineError> {
         _ => word,
     });
     let words = ["migrate".to_owned(), "--from".to_owned(), from];
-    let copied = controlplane(&words.into_iter().chain(to).collect::<Vec<_>>()).await;
+    let copied = member::controlplane(&words.into_iter().chain(to).collect::<Vec<_>>()).await;
     copied.map_err(|reason| MachineError::Refused(format!("moving the state: {reason}")))
-}
-
-/// Asks the control plane's program, which knows its stores; gives what it says, or why it did not do it.
-async fn controlplane(words: &[String]) -> Result<String, String> {
-    let program = std::env::current_exe().map_err(|error| error.to_string())?;
-    let output = Command::new(program.with_file_name("keelway-controlplane"))
-        .arg("store")
-        .args(words)
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output()
-        .await
-        .map_err(|error| error.to_string())?;
-    let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
-    if output.status.success() {
-        return Ok(said(&output.stdout));
-    }
-    Err(said(&output.stderr)
-        .trim_start_matches("Error: ")
-        .to_owned())
 }
 
 /// Writes what the node is to be beside what it is.

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
 
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::Api;
@@ -12,18 +11,16 @@ use nix::sys::signal::Signal;
 use super::moving::{self, Home};
 use super::server::{CONTROL_PLANE_LABEL, FACTS, StoreFlags};
 use super::spec::ClusterFacts;
-use super::{MachineDir, MachineError, MachineState, Role, file, member, share, systemd};
+use super::{MachineDir, MachineError, MachineState, Role, file, leave, member, share, systemd};
 use crate::api::ClusterApi;
 use crate::checks::{self, Machine};
 use crate::node::NodeSpec;
 use crate::node::launch::{LaunchError, Nodes};
+use crate::process::STOP_PATIENCE;
 use crate::state::{ClusterLock, StateDir};
 
 /// What the kubelet waits for at the first start: that the API server knows the token that it comes with.
 pub const API: &str = "api";
-
-/// Longer than PID 1 waits for its services.
-pub(super) const STOP_PATIENCE: Duration = Duration::from_secs(20);
 
 /// Locks this machine's folder, which has a node.
 pub(super) fn claim(
@@ -174,10 +171,7 @@ pub(super) async fn announce(
     known: &mut MachineState,
 ) -> Result<(), MachineError> {
     if known.role == Role::ControlPlane {
-        let path = dir.kubeconfig();
-        let text = fs::read_to_string(&path).map_err(file("read", &path))?;
-        let admin: serde_json::Value = serde_saphyr::from_str(&text)
-            .map_err(|error| MachineError::Refused(format!("{}: {error}", path.display())))?;
+        let admin = leave::read_kubeconfig(&dir.kubeconfig())?;
         let api = ClusterApi::new(&admin).await?;
         api.ready().await;
         tell_store(&api).await?;

@@ -5,7 +5,9 @@ use std::path::Path;
 
 use ipnetwork::IpNetwork;
 
-use super::{API, CLUSTER_DOMAIN, CONTROL_PLANE, FORWARDER, IMAGES, Plan, SWITCH, UpError};
+use super::{
+    API, CLUSTER_DOMAIN, CONTROL_PLANE, FORWARDER, IMAGES, Plan, UpError, is_control_plane,
+};
 use crate::api::ClusterApi;
 use crate::deploy;
 use crate::network::{self, PodRoute};
@@ -90,9 +92,7 @@ impl Plan<'_> {
     /// Tells control planes' nodes where pods' IPv6 addresses are, once nodes have their ranges.
     async fn route_pods(&self, api: &ClusterApi) -> Result<(), UpError> {
         let nodes = &self.state.nodes;
-        let control_planes = nodes
-            .iter()
-            .filter(|node| node.control_plane && node.name != SWITCH);
+        let control_planes = nodes.iter().filter(|node| is_control_plane(node));
         for init in control_planes.filter_map(|node| node.init) {
             route_pods(api, nodes, init.pid).await?;
         }

@@ -32,6 +32,12 @@ use crate::state::{ClusterDir, ClusterState, NodeState, StateDir, StateError};
 pub const CONTROL_PLANE: &str = "control-plane";
 /// The node that holds the bridge when there are several control planes: none of them may be the one that all need.
 const SWITCH: &str = "switch";
+
+/// Whether a node is a control plane's, and not only the one that connects them.
+fn is_control_plane(node: &NodeState) -> bool {
+    node.control_plane && node.name != SWITCH
+}
+
 const CLUSTER_DOMAIN: &str = "cluster.local";
 /// What services wait for, told by [`Nodes::tell`].
 const NETWORK: &str = "network";
@@ -356,7 +362,7 @@ impl Plan<'_> {
             let nodes = self.state.nodes.iter().filter(move |node| wanted(node));
             nodes.filter_map(|node| Some((node.init?.pid, node.addresses())))
         };
-        let mut control_planes = ends(|node| node.control_plane && node.name != SWITCH);
+        let mut control_planes = ends(is_control_plane);
         let switch = ends(|node| node.name == SWITCH).next();
         let control_plane = match switch {
             Some((pid, _)) => Some((pid, Vec::new())),

@@ -8,7 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::{
-    API, CLUSTER_DOMAIN, CONTROL_PLANE, FORWARDER, IMAGES, NETWORK, Plan, SWITCH, UpError,
+    API, CLUSTER_DOMAIN, CONTROL_PLANE, FORWARDER, IMAGES, NETWORK, Plan, UpError, is_control_plane,
 };
 use crate::containerd;
 use crate::etcd::{self, Arrival, Member};
@@ -46,9 +46,7 @@ impl Plan<'_> {
     /// The control planes' nodes; with etcd, each has a member of it.
     fn control_planes(&self) -> Vec<&NodeState> {
         let nodes = self.state.nodes.iter();
-        nodes
-            .filter(|node| node.control_plane && node.name != SWITCH)
-            .collect()
+        nodes.filter(|node| is_control_plane(node)).collect()
     }
 
     /// A member of the etcd that keeps the state.

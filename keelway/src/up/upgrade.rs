@@ -16,7 +16,7 @@ use kube::Api;
 use nix::sys::signal::Signal;
 use nix::sys::socket::{getsockopt, sockopt};
 
-use super::{API, IMAGES, NETWORK, SWITCH, UpError, converge, failure};
+use super::{API, IMAGES, NETWORK, SWITCH, UpError, converge, failure, is_control_plane};
 use crate::api::ClusterApi;
 use crate::checks::Machine;
 use crate::config::{self, Binaries, ClusterName};
@@ -26,13 +26,12 @@ use crate::machine::balancer;
 use crate::network;
 use crate::node::launch::Nodes;
 use crate::node::{BIN_DIR, NodeSpec};
+use crate::process::STOP_PATIENCE;
 use crate::progress::Progress;
 use crate::state::{ClusterDir, ClusterState, NodeState, StateDir};
 use crate::status::kubeconfig_of;
 use crate::sys;
 
-/// Longer than PID 1 waits for its services.
-const STOP_PATIENCE: Duration = Duration::from_secs(20);
 /// How often it is asked whom the cluster leads clients to.
 const LOOK_PERIOD: Duration = Duration::from_millis(200);
 /// PID 1 keeps the listening socket as its standard output.
@@ -110,7 +109,7 @@ struct Upgrade<'a> {
 impl Upgrade<'_> {
     fn control_planes(&self) -> Vec<NodeState> {
         let nodes = self.state.nodes.iter();
-        let found = nodes.filter(|node| node.control_plane && node.name != SWITCH);
+        let found = nodes.filter(|node| is_control_plane(node));
         found.cloned().collect()
     }
 

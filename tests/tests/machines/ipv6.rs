@@ -1,6 +1,5 @@
 //! Machines that have IPv6 only: control planes with their etcd, a worker, pods and Services.
 
-use keelway_tests::cluster::project;
 use keelway_tests::sandbox::is_root;
 
 use crate::control_planes::{begin, member, voters};
@@ -35,21 +34,12 @@ fn machines_without_ipv4_are_a_cluster() {
     cluster
         .kubectl(&["taint", "nodes", &first.name, &second.name, taint])
         .ok();
-    let example = project().join("examples/hello.yaml").display().to_string();
-    cluster.kubectl(&["apply", "-f", &example]).ok();
+    cluster.apply_hello();
     let patch = r#"{"spec": {"replicas": 6}}"#;
     cluster
         .kubectl(&["patch", "deployment", "hello", "--patch", patch])
         .ok();
-    let rollout = ["rollout", "status", "deploy/hello", "--timeout=90s"];
-    cluster.kubectl(&rollout).ok();
-    let ready = [
-        "wait",
-        "--for=condition=Ready",
-        "pod/client",
-        "--timeout=90s",
-    ];
-    cluster.kubectl(&ready).ok();
+    cluster.wait_hello();
     let pods = cluster.get(&["pods", "-l", "app=hello"]);
     let pods = pods["items"].as_array().expect("a list");
     for machine in &machines {
@@ -62,17 +52,8 @@ fn machines_without_ipv4_are_a_cluster() {
         let name = here["metadata"]["name"].as_str().expect("a name");
         cluster.kubectl(&["logs", name]).ok();
     }
-    let script = "for i in $(seq 30); do wget -T 5 -qO- http://hello/ || exit 1; done";
-    let said = cluster
-        .kubectl(&["exec", "client", "--", "sh", "-c", script])
-        .ok();
-    let mut names: Vec<&str> = said
-        .lines()
-        .filter(|line| line.contains("pod=hello-"))
-        .collect();
-    names.sort_unstable();
-    names.dedup();
-    assert!(names.len() > 2, "{said}");
+    let names = cluster.who_answers(30);
+    assert!(names.len() > 2, "{names:?}");
 
     let kubeconfig = first.kubeconfig();
     third

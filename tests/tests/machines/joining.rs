@@ -1,6 +1,5 @@
 //! A machine joins, works, and leaves without a trace.
 
-use keelway_tests::cluster::project;
 use keelway_tests::process::eventually;
 use keelway_tests::sandbox::is_root;
 use serde_json::Value;
@@ -69,19 +68,8 @@ fn machines_join_work_and_leave() {
     assert_eq!(labels["tier"], "two");
 
     // What pods are for: names, Services, logs and shells, on both machines.
-    let example = project().join("examples/hello.yaml").display().to_string();
-    cluster.kubectl(&["apply", "-f", &example]).ok();
-    cluster
-        .kubectl(&["rollout", "status", "deploy/hello", "--timeout=90s"])
-        .ok();
-    cluster
-        .kubectl(&[
-            "wait",
-            "--for=condition=Ready",
-            "pod/client",
-            "--timeout=90s",
-        ])
-        .ok();
+    cluster.apply_hello();
+    cluster.wait_hello();
     let pods = cluster.get(&["pods", "-l", "app=hello"]);
     let on = |pods: &Value, node: &str| {
         let pods = pods["items"].as_array().expect("a list");
@@ -90,17 +78,8 @@ fn machines_join_work_and_leave() {
             .count()
     };
     assert!(on(&pods, &first.name) > 0 && on(&pods, &second.name) > 0);
-    let script = "for i in $(seq 20); do wget -T 5 -qO- http://hello/ || exit 1; done";
-    let said = cluster
-        .kubectl(&["exec", "client", "--", "sh", "-c", script])
-        .ok();
-    let mut names: Vec<&str> = said
-        .lines()
-        .filter(|line| line.contains("pod=hello-"))
-        .collect();
-    names.sort_unstable();
-    names.dedup();
-    assert!(names.len() > 1, "{said}");
+    let names = cluster.who_answers(20);
+    assert!(names.len() > 1, "{names:?}");
     let far = pods["items"].as_array().expect("a list").iter();
     let far = far
         .clone()

@@ -1,9 +1,10 @@
 //! A machine, and a cluster of machines, as the tests use them.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use keelway_tests::cluster::{client, images, keelway};
+use keelway_tests::cluster::{client, images, keelway, project};
 use keelway_tests::process::{Finished, Running, eventually, run, run_with_input};
 use keelway_tests::sandbox::{Network, Sandbox, ip};
 use nix::unistd::Pid;
@@ -281,6 +282,39 @@ impl Cluster<'_> {
     pub fn get(&self, arguments: &[&str]) -> Value {
         let command = [&["get", "--output", "json"], arguments].concat();
         serde_json::from_str(&self.kubectl(&command).ok()).expect("JSON")
+    }
+
+    /// Puts the README's example into the cluster.
+    #[track_caller]
+    pub fn apply_hello(&self) {
+        let example = project().join("examples/hello.yaml").display().to_string();
+        self.kubectl(&["apply", "-f", &example]).ok();
+    }
+
+    /// Waits until as many pods as are wanted of the example are there, and its client.
+    #[track_caller]
+    pub fn wait_hello(&self) {
+        let rollout = ["rollout", "status", "deploy/hello", "--timeout=90s"];
+        self.kubectl(&rollout).ok();
+        let ready = [
+            "wait",
+            "--for=condition=Ready",
+            "pod/client",
+            "--timeout=90s",
+        ];
+        self.kubectl(&ready).ok();
+    }
+
+    /// The pods that answer when the example's client asks the Service so many times by its name; every time somebody does.
+    #[track_caller]
+    pub fn who_answers(&self, times: usize) -> BTreeSet<String> {
+        let script =
+            format!("for i in $(seq {times}); do wget -T 5 -qO- http://hello/ || exit 1; done");
+        let said = self
+            .kubectl(&["exec", "client", "--", "sh", "-c", &script])
+            .ok();
+        let names = said.lines().filter(|line| line.contains("pod=hello-"));
+        names.map(str::to_owned).collect()
     }
 
     #[track_caller]

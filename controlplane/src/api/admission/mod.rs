@@ -45,9 +45,6 @@ pub async fn admit(
         }
         escalation::check(api, caller, target, object, old).await?;
     }
-    if creates && target.resource.plural == "certificatesigningrequests" {
-        certificate::check_subject(target, object)?;
-    }
     if creates {
         check_namespace(api, target, object).await?;
         if let Some(finalizer) = storage::protection_of(target.resource) {
@@ -86,6 +83,9 @@ pub async fn admit(
                 && !old.is_some_and(|old| old.flag("/globalDefault")) =>
         {
             pod::check_single_default(api, target, object).await?;
+        }
+        ("certificates.k8s.io", "certificatesigningrequests") if creates => {
+            certificate::check_subject(target, object)?;
         }
         ("networking.k8s.io", "ingresses") if creates => {
             storage::default_ingress_class(api, object).await?;

@@ -24,8 +24,8 @@ struct Walk {
     kept: u32,
 }
 
-/// Removes the answered flows whose time is up, and leaves the traces of datagrams' flows anew. Takes the pressure in the mark of its packet; leaves in the mark how many entries it
-/// removed, and in the first control word how many it left.
+/// Removes the flows whose time is up, and leaves the traces of datagrams' flows anew. Takes the pressure in the mark of its packet; leaves in
+/// the mark how many entries it removed, and in the first control word how many answered ones it left.
 #[classifier]
 pub fn collect(ctx: TcContext) -> i32 {
     let skb: *mut __sk_buff = ctx.as_ptr().cast();
