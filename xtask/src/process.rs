@@ -99,10 +99,21 @@ pub fn is_root() -> bool {
 }
 
 /// The cargo that runs this xtask, with cargo's own bin folder in PATH: rustc finds bpf-linker there, and a rustup from
-/// Debian's package does not put that folder into PATH.
+/// Debian's package does not put that folder into PATH. What `cargo run` says of xtask to xtask is not passed on: build scripts ask for
+/// it (ring's does), and all that depends on them would be built anew by every `cargo build` after a `cargo xtask`.
 pub fn cargo(root: &Path) -> Command {
     let mut command = Command::new("cargo");
     command.current_dir(root);
+    for (name, _) in std::env::vars_os() {
+        let of_xtask = ["CARGO_MANIFEST_", "CARGO_PKG_"];
+        let name_bytes = name.as_encoded_bytes();
+        if of_xtask
+            .iter()
+            .any(|prefix| name_bytes.starts_with(prefix.as_bytes()))
+        {
+            command.env_remove(&name);
+        }
+    }
     if let Some(path) = path_with_cargo_bin() {
         command.env("PATH", path);
     }
