@@ -22,6 +22,11 @@ const BY_TABLE: Balancing = Balancing {
 
 /// A Service of three endpoints, on nodes 1, 2 and 2.
 fn snapshot(service: Service) -> Snapshot {
+    snapshot_hinted(service, &[])
+}
+
+/// The same, with endpoints for these zones.
+fn snapshot_hinted(service: Service, for_zones: &[&str]) -> Snapshot {
     let conditions = Conditions {
         ready: true,
         serving: true,
@@ -33,13 +38,14 @@ fn snapshot(service: Service) -> Snapshot {
         node_name: Some(node.into()),
         zone: None,
         for_nodes: Vec::new(),
-        for_zones: Vec::new(),
+        for_zones: for_zones.iter().map(|zone| (*zone).into()).collect(),
         hostname: None,
         target: None,
     };
     let slice = EndpointSlice {
         key: ObjectKey::new("default", "web-1"),
         service: Some(service.key.clone()),
+        headless: false,
         ports: vec![EndpointPort {
             name: "http".into(),
             protocol: Protocol::Tcp,
@@ -182,6 +188,10 @@ fn many_backends_have_a_table_of_more_entries_than_asked_for() {
 
 /// Whether clients outside are answered directly, and by how large a table.
 fn direct(service: Service, dsr: Dsr) -> Vec<(bool, u32)> {
+    direct_of(service, &[], dsr)
+}
+
+fn direct_of(service: Service, for_zones: &[&str], dsr: Dsr) -> Vec<(bool, u32)> {
     let here = node(
         "node-1",
         Balancing {
@@ -190,7 +200,7 @@ fn direct(service: Service, dsr: Dsr) -> Vec<(bool, u32)> {
         },
     );
     let key = service.key.clone();
-    let planned = plan(&snapshot(service), &key, &here);
+    let planned = plan(&snapshot_hinted(service, for_zones), &key, &here);
     check(&planned).unwrap();
     let ports = planned.ports.iter();
     ports
@@ -215,12 +225,10 @@ fn clients_are_answered_directly_where_every_node_can_choose_alike() {
         affinity_timeout_s: Some(60),
         ..web(Some(30080))
     };
-    let near = Service {
-        traffic_distribution: TrafficDistribution::SameZone,
-        ..web(Some(30080))
-    };
     assert_eq!(direct(sticky, Dsr::On), [(false, 0)]);
-    assert_eq!(direct(near, Dsr::On), [(false, 0)]);
+    // Nodes of other zones would choose among others.
+    let near = direct_of(web(Some(30080)), &["b"], Dsr::On);
+    assert_eq!(near, [(false, 0)]);
     let local = Service {
         external_traffic_policy: TrafficPolicy::Local,
         ..web(Some(30080))

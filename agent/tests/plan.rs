@@ -11,6 +11,9 @@ use keelway_agent::plan::{
 };
 use proptest::prelude::*;
 
+#[path = "plan/hints.rs"]
+mod hints;
+
 fn here() -> Here {
     Here {
         balancing: Balancing::default(),
@@ -70,6 +73,7 @@ fn slice(name: &str, service: &str, endpoints: Vec<Endpoint>) -> EndpointSlice {
     EndpointSlice {
         key: ObjectKey::new("default", name),
         service: Some(ObjectKey::new("default", service)),
+        headless: false,
         ports: vec![EndpointPort {
             name: "http".into(),
             protocol: Protocol::Tcp,
@@ -139,53 +143,6 @@ fn endpoints_that_are_not_ready_count_where_the_service_says_so() {
         chosen(web, vec![endpoint(4, "node-2", "b", NOT_READY)]),
         (vec![4], vec![])
     );
-}
-
-#[test]
-fn prefer_same_node_takes_this_nodes_ready_endpoint_or_else_all() {
-    let dns = Service {
-        traffic_distribution: TrafficDistribution::SameNode,
-        ..service("web", 10)
-    };
-    let both = vec![
-        endpoint(1, "node-1", "a", READY),
-        endpoint(2, "node-2", "a", READY),
-    ];
-    assert_eq!(chosen(dns.clone(), both).0, [1]);
-    let local_not_ready = vec![
-        endpoint(1, "node-1", "a", NOT_READY),
-        endpoint(2, "node-2", "a", READY),
-        endpoint(3, "node-3", "b", READY),
-    ];
-    assert_eq!(chosen(dns, local_not_ready).0, [2, 3]);
-}
-
-#[test]
-fn prefer_close_stays_in_the_zone_while_there_is_one_endpoint_in_it() {
-    let web = Service {
-        traffic_distribution: TrafficDistribution::SameZone,
-        ..service("web", 1)
-    };
-    let endpoints = vec![
-        endpoint(1, "node-2", "a", READY),
-        endpoint(2, "node-3", "b", READY),
-    ];
-    assert_eq!(chosen(web.clone(), endpoints).0, [1]);
-    assert_eq!(chosen(web, vec![endpoint(2, "node-3", "b", READY)]).0, [2]);
-}
-
-#[test]
-fn hints_count_when_every_ready_endpoint_has_one() {
-    let hinted = |ip, zone: &str| Endpoint {
-        for_zones: vec![zone.into()],
-        ..endpoint(ip, "node-9", "c", READY)
-    };
-    assert_eq!(
-        chosen(service("web", 1), vec![hinted(1, "a"), hinted(2, "b")]).0,
-        [1]
-    );
-    let one_without = vec![hinted(1, "a"), endpoint(2, "node-9", "c", READY)];
-    assert_eq!(chosen(service("web", 1), one_without).0, [1, 2]);
 }
 
 #[test]
@@ -737,8 +694,12 @@ fn any_service() -> impl Strategy<Value = Object> {
 fn any_slice() -> impl Strategy<Value = Object> {
     let node = prop::sample::select(vec![("node-1", "a"), ("node-2", "a"), ("node-3", "b")]);
     let condition = prop::sample::select(vec![READY, TERMINATING, NOT_READY]);
-    let one = (1u8..6, node, condition)
-        .prop_map(|(ip, (node, zone), conditions)| endpoint(ip, node, zone, conditions));
+    let one = (1u8..6, node, condition, any::<bool>()).prop_map(
+        |(ip, (node, zone), conditions, hinted)| Endpoint {
+            for_zones: hinted.then(|| zone.into()).into_iter().collect(),
+            ..endpoint(ip, node, zone, conditions)
+        },
+    );
     (
         prop::sample::select(vec!["s1", "s2", "s3"]),
         prop::sample::select(vec!["a", "b", "web"]),

@@ -14,6 +14,8 @@ pub struct EndpointSlice {
     pub key: SliceKey,
     /// The Service that the slice belongs to (label `kubernetes.io/service-name`); a slice may stand alone.
     pub service: Option<ServiceKey>,
+    /// Label [`HEADLESS_LABEL`], whatever it says: it is for names alone, and no proxy serves by it.
+    pub headless: bool,
     pub ports: Vec<EndpointPort>,
     pub endpoints: Vec<Endpoint>,
     /// Endpoints that were left out because no packet can be sent to them, in words. The others serve.
@@ -66,6 +68,8 @@ pub struct TargetRef {
 
 pub(crate) const LAST_CHANGE_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 pub(crate) const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+/// Label of slices that proxies leave alone; their Service's controller sets it where the Service has no address of its own.
+pub const HEADLESS_LABEL: &str = "service.kubernetes.io/headless";
 
 impl TryFrom<wire::EndpointSlice<'_>> for EndpointSlice {
     type Error = Rejected;
@@ -96,6 +100,7 @@ fn convert(slice: &wire::EndpointSlice<'_>) -> Result<EndpointSlice, BadField> {
             namespace: key.namespace.clone(),
             name: name.into(),
         });
+    let headless = slice.metadata.labels.get(HEADLESS_LABEL).is_some();
 
     // As long as needed and no longer: there are very many of these, and what grows by itself takes twice the room.
     let given = slice.ports.as_deref().unwrap_or_default();
@@ -122,6 +127,7 @@ fn convert(slice: &wire::EndpointSlice<'_>) -> Result<EndpointSlice, BadField> {
     Ok(EndpointSlice {
         key,
         service,
+        headless,
         ports,
         endpoints,
         refused,
@@ -163,7 +169,7 @@ fn endpoint(
         address,
         conditions: Conditions {
             ready,
-            serving: conditions.and_then(|c| c.serving).unwrap_or(ready),
+            serving: conditions.and_then(|c| c.serving).unwrap_or(true),
             terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
         },
         node_name: endpoint

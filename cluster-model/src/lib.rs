@@ -22,13 +22,13 @@ mod snapshot;
 pub mod watch;
 mod wire;
 
-pub use endpoints::{Conditions, Endpoint, EndpointPort, EndpointSlice, TargetRef};
+pub use endpoints::{Conditions, Endpoint, EndpointPort, EndpointSlice, HEADLESS_LABEL, TargetRef};
 pub use manifest::{ManifestError, read_manifest};
 pub use node::{Node, Pod};
 pub use object::{Kind, Object, ObjectKey, ObjectRef, ServiceKey, SliceKey};
 pub use reject::Rejected;
 pub use service::{
-    BALANCING_ANNOTATION, DSR_ANNOTATION, NO_PROXY, Protocol, Service, ServicePort, ServiceType,
+    BALANCING_ANNOTATION, DSR_ANNOTATION, Protocol, Service, ServicePort, ServiceType,
     TrafficDistribution, TrafficPolicy,
 };
 pub use snapshot::{Change, Dirty, Snapshot};

@@ -33,8 +33,7 @@ pub struct Service {
     pub internal_traffic_policy: TrafficPolicy,
     pub external_traffic_policy: TrafficPolicy,
     pub health_check_node_port: Option<u16>,
-    /// Label `service.kubernetes.io/service-proxy-name`: another proxy serves this Service. With the label
-    /// `service.kubernetes.io/headless`, whatever it says, none does: [`NO_PROXY`].
+    /// Label `service.kubernetes.io/service-proxy-name`: another proxy serves this Service.
     pub proxy_name: Option<Arc<str>>,
     /// Annotation [`BALANCING_ANNOTATION`], whatever it says.
     pub balancing: Option<Arc<str>>,
@@ -133,7 +132,8 @@ impl fmt::Display for Protocol {
     }
 }
 
-/// `spec.trafficDistribution`: which endpoints to prefer.
+/// `spec.trafficDistribution`: which endpoints to prefer. It speaks to whoever writes the Service's slices; proxies go by the hints that
+/// are in these.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum TrafficDistribution {
     /// All alike. Values this version does not know mean the same, as the API asks.
@@ -159,8 +159,6 @@ pub const BALANCING_ANNOTATION: &str = "keelway.io/balancing";
 /// Annotation that says whether clients outside are answered by their endpoint's node directly: `on` or `off`.
 pub const DSR_ANNOTATION: &str = "keelway.io/dsr";
 pub(crate) const PROXY_NAME_LABEL: &str = "service.kubernetes.io/service-proxy-name";
-/// [`Service::proxy_name`] of a Service with this label, which no proxy serves, whatever addresses it has: no label's value has a slash.
-pub const NO_PROXY: &str = "service.kubernetes.io/headless";
 /// The API's default timeout of `sessionAffinity: ClientIP`, in seconds.
 const AFFINITY_TIMEOUT_DEFAULT_S: u32 = 10_800;
 
@@ -232,13 +230,11 @@ fn convert(service: &wire::Service<'_>) -> Result<Service, BadField> {
             None | Some(0) => None,
             Some(number) => Some(reject::port(number, || "spec.healthCheckNodePort".into())?),
         },
-        proxy_name: match service.metadata.labels.get(PROXY_NAME_LABEL) {
-            Some(name) => Some(name.into()),
-            None => {
-                let unserved = service.metadata.labels.get(NO_PROXY);
-                unserved.map(|_| NO_PROXY.into())
-            }
-        },
+        proxy_name: service
+            .metadata
+            .labels
+            .get(PROXY_NAME_LABEL)
+            .map(Into::into),
         balancing: annotations.get(BALANCING_ANNOTATION).map(Into::into),
         dsr: annotations.get(DSR_ANNOTATION).map(Into::into),
         key,

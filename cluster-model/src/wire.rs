@@ -70,7 +70,7 @@ const MARKS: [&str; 7] = [
     crate::BALANCING_ANNOTATION,
     crate::DSR_ANNOTATION,
     crate::service::PROXY_NAME_LABEL,
-    crate::service::NO_PROXY,
+    crate::endpoints::HEADLESS_LABEL,
     crate::endpoints::LAST_CHANGE_ANNOTATION,
     crate::endpoints::SERVICE_NAME_LABEL,
     crate::node::ZONE_LABEL,

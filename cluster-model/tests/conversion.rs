@@ -77,7 +77,26 @@ fn headless_and_external_services_have_no_addresses() {
 }
 
 #[test]
-fn labels_say_that_another_proxy_serves_a_service_or_none() {
+fn an_address_of_a_balancer_that_proxies_is_none_of_the_services() {
+    let read = |mode: Option<&str>| {
+        let object = read(serde_json::json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": {"namespace": "default", "name": "web"},
+            "spec": {"type": "LoadBalancer", "clusterIP": "10.96.0.7", "ports": [{"port": 80}]},
+            "status": {"loadBalancer": {"ingress": [{"ip": "192.0.2.7", "ipMode": mode}, {"hostname": "example.net"}]}},
+        }));
+        match object {
+            Ok(Object::Service(service)) => service.load_balancer_ips.len(),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(
+        (read(None), read(Some("VIP")), read(Some("Proxy"))),
+        (1, 1, 0)
+    );
+}
+
+#[test]
+fn a_label_says_that_another_proxy_serves_a_service() {
     let labelled = |labels: serde_json::Value| {
         let object = read(serde_json::json!({
             "apiVersion": "v1", "kind": "Service", "spec": {"clusterIP": "10.96.0.7", "ports": [{"port": 80}]},
@@ -91,8 +110,28 @@ fn labels_say_that_another_proxy_serves_a_service_or_none() {
     assert_eq!(labelled(serde_json::json!({"app": "web"})), None);
     let proxy = serde_json::json!({"service.kubernetes.io/service-proxy-name": "other"});
     assert_eq!(labelled(proxy).as_deref(), Some("other"));
+    // That label is for slices: kube-proxy 1.35 and later look for it there alone.
     let none = serde_json::json!({"service.kubernetes.io/headless": ""});
-    assert_eq!(labelled(none).as_deref(), Some(NO_PROXY));
+    assert_eq!(labelled(none), None);
+}
+
+#[test]
+fn a_label_says_that_a_slice_is_for_names_alone() {
+    for (label, headless) in [
+        ("service.kubernetes.io/headless", true),
+        // Of a Service this says who serves it; slices have it only as what is copied from there.
+        ("service.kubernetes.io/service-proxy-name", false),
+    ] {
+        let object = read(serde_json::json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"namespace": "default", "name": "web-x", "labels": {"kubernetes.io/service-name": "web", label: ""}},
+            "ports": [], "endpoints": [],
+        }));
+        match object {
+            Ok(Object::EndpointSlice(slice)) => assert_eq!(slice.headless, headless, "{label}"),
+            other => panic!("{other:?}"),
+        }
+    }
 }
 
 #[test]
@@ -146,7 +185,7 @@ fn malformed_services_are_refused_by_the_name_of_the_field() {
 }
 
 #[test]
-fn absent_conditions_mean_ready_and_serving_follows_ready() {
+fn absent_conditions_mean_ready_and_serving() {
     let one = slice("IPv4", serde_json::json!({"addresses": ["10.244.1.2"]})).unwrap();
     assert_eq!(
         one.endpoints[0].conditions,
@@ -165,7 +204,7 @@ fn absent_conditions_mean_ready_and_serving_follows_ready() {
         one.endpoints[0].conditions,
         Conditions {
             ready: false,
-            serving: false,
+            serving: true,
             terminating: false
         }
     );

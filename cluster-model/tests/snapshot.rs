@@ -9,6 +9,7 @@ fn slice(name: &str, service: Option<&str>, last_octet: u8) -> Object {
     Object::EndpointSlice(Arc::new(EndpointSlice {
         key: ObjectKey::new("default", name),
         service: service.map(|service| ObjectKey::new("default", service)),
+        headless: false,
         ports: vec![EndpointPort {
             name: "".into(),
             protocol: Protocol::Tcp,

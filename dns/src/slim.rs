@@ -58,6 +58,7 @@ fn slim_slice(slice: &EndpointSlice, pods: bool) -> EndpointSlice {
     EndpointSlice {
         key: slice.key.clone(),
         service: slice.service.clone(),
+        headless: false,
         ports: slice.ports.iter().map(port).collect(),
         endpoints: slice.endpoints.iter().map(endpoint).collect(),
         refused: Vec::new(),

@@ -149,6 +149,7 @@ fn slice(key: &ObjectKey, of: ObjectKey, endpoints: &[(u8, bool, Option<u8>)]) -
     EndpointSlice {
         key: key.clone(),
         service: Some(of),
+        headless: false,
         ports: vec![EndpointPort {
             name: "p".into(),
             protocol: Protocol::Tcp,

@@ -31,7 +31,7 @@ pub struct Service {
     pub address: Ipv4Addr,
     /// Addresses of its endpoints, with the node that each is on.
     pub endpoints: Vec<(Ipv4Addr, &'static str)>,
-    /// More fields of its spec.
+    /// More fields of its spec. With `trafficDistribution: PreferSameNode` its endpoints have the hints that a controller would give them.
     pub spec: Value,
     /// Its address of a load balancer, as its status has it.
     pub balanced: Option<Ipv4Addr>,
@@ -87,11 +87,12 @@ impl ClusterFile {
             if let (Value::Object(spec), Value::Object(more)) = (&mut spec, service.spec.clone()) {
                 spec.extend(more);
             }
-            let endpoints: Vec<Value> = service
-                .endpoints
-                .iter()
-                .map(|(address, node)| json!({"addresses": [address], "nodeName": node, "conditions": {"ready": true}}))
-                .collect();
+            let by_node = service.spec["trafficDistribution"] == "PreferSameNode";
+            let endpoint = |(address, node): &(Ipv4Addr, &str)| {
+                let hints = by_node.then(|| json!({"forNodes": [{"name": node}]}));
+                json!({"addresses": [address], "nodeName": node, "conditions": {"ready": true}, "hints": hints})
+            };
+            let endpoints: Vec<Value> = service.endpoints.iter().map(endpoint).collect();
             let ingress: Vec<Value> = service
                 .balanced
                 .iter()

@@ -186,6 +186,7 @@ fn answer(
     let endpoints: Vec<(SocketAddr, Endpoint)> = cluster
         .slices(&service.key)
         .iter()
+        .filter(|slice| !slice.headless)
         .flat_map(|slice| {
             let numbers = slice
                 .ports
@@ -215,14 +216,21 @@ fn answer(
             those(&|one| is_draining(one) && is_here(one)),
         ],
         TrafficPolicy::Cluster => {
-            let near = match service.traffic_distribution {
-                TrafficDistribution::Any => BTreeSet::new(),
-                TrafficDistribution::SameNode => those(&|one| is_ready(one) && is_here(one)),
-                TrafficDistribution::SameZone => {
-                    those(&|one| is_ready(one) && one.zone.as_deref() == Some("a"))
+            // KEP-2433 and KEP-3015: with a hint on every ready endpoint, those that are meant for the node, or else its zone.
+            let meant = |hints: fn(&Endpoint) -> &[Arc<str>], mine: &str| {
+                if those(&|one| is_ready(one) && hints(one).is_empty()).is_empty() {
+                    let is_mine = |one: &Endpoint| hints(one).iter().any(|name| **name == *mine);
+                    those(&|one| is_ready(one) && is_mine(one))
+                } else {
+                    BTreeSet::new()
                 }
             };
-            vec![near, those(&is_ready), those(&is_draining)]
+            vec![
+                meant(|one| &one.for_nodes, NODE),
+                meant(|one| &one.for_zones, "a"),
+                those(&is_ready),
+                those(&is_draining),
+            ]
         }
     };
     steps.retain(|step| !step.is_empty());
@@ -494,6 +502,7 @@ fn any_service() -> impl Strategy<Value = Object> {
             ServiceType::ClusterIp,
             ServiceType::NodePort,
             ServiceType::LoadBalancer,
+            ServiceType::ExternalName,
         ]),
         (policy(), policy(), addresses.clone(), addresses, ranges),
         (
@@ -534,7 +543,7 @@ fn any_service() -> impl Strategy<Value = Object> {
                     };
                     guarded.clone().into_iter().map(of)
                 });
-                let cluster_ips = if headless {
+                let cluster_ips = if headless || service_type == ServiceType::ExternalName {
                     vec![]
                 } else {
                     in_all(vec![[10, 96, 0, ip].into()], &families)
@@ -544,7 +553,8 @@ fn any_service() -> impl Strategy<Value = Object> {
                     service_type,
                     cluster_ips,
                     headless,
-                    external_name: None,
+                    external_name: (service_type == ServiceType::ExternalName)
+                        .then(|| "example.net".into()),
                     external_ips: ips(external_ips),
                     load_balancer_ips: ips(balanced_ips),
                     load_balancer_source_ranges: ranges.collect(),
@@ -582,25 +592,43 @@ fn any_slice() -> impl Strategy<Value = Object> {
                 terminating,
             }
         });
-    let endpoint =
-        (address, place, conditions).prop_map(|(address, (node, zone), conditions)| Endpoint {
-            address: IpAddr::V4(address),
-            conditions,
-            node_name: Some(node.into()),
-            zone: Some(zone.into()),
-            hostname: None,
-            target: None,
-            for_zones: vec![],
-            for_nodes: vec![],
-        });
+    // As controllers give them; one of five says something of its own, or nothing.
+    let hints = prop::option::weighted(0.2, prop::collection::vec(0usize..3, 0..3));
+    let endpoint = (address, place, conditions, hints.clone(), hints).prop_map(
+        |(address, (node, zone), conditions, nodes, zones)| {
+            let said = |said: Option<Vec<usize>>, names: [&str; 3], own: &str| match said {
+                Some(said) => said.into_iter().map(|at| names[at].into()).collect(),
+                None => vec![own.into()],
+            };
+            Endpoint {
+                address: IpAddr::V4(address),
+                conditions,
+                node_name: Some(node.into()),
+                zone: Some(zone.into()),
+                hostname: None,
+                target: None,
+                for_zones: said(zones, ["a", "b", "c"], zone),
+                for_nodes: said(nodes, [NODE, "node-2", "node-3"], node),
+            }
+        },
+    );
+    // By which hints the slice's controller writes, if by any.
+    let written = prop::sample::select(vec![(false, false), (false, true), (true, true)]);
     (
         prop::sample::select(vec!["s1", "s2", "s3"]),
         prop::sample::select(vec!["a", "b", "web"]),
         prop::collection::vec(endpoint, 0..4),
-        any::<bool>(),
+        (any::<bool>(), written, prop::bool::weighted(0.1)),
     )
-        .prop_map(|(name, service, mut endpoints, ipv4)| {
+        .prop_map(|(name, service, mut endpoints, rest)| {
+            let (ipv4, (by_node, by_zone), headless) = rest;
             for endpoint in &mut endpoints {
+                if !by_node {
+                    endpoint.for_nodes.clear();
+                }
+                if !by_zone {
+                    endpoint.for_zones.clear();
+                }
                 if let IpAddr::V4(address) = endpoint.address {
                     endpoint.address = in_family(address, ipv4);
                 }
@@ -614,6 +642,7 @@ fn any_slice() -> impl Strategy<Value = Object> {
             Object::EndpointSlice(Arc::new(EndpointSlice {
                 key: ObjectKey::new("default", name),
                 service: Some(ObjectKey::new("default", service)),
+                headless,
                 ports: vec![
                     port("http", Protocol::Tcp, 8080),
                     port("dns", Protocol::Udp, 5353),

@@ -26,7 +26,8 @@ pub fn plan(snapshot: &Snapshot, key: &ServiceKey, node: &Arc<str>) -> Option<He
     }
     let port = service.health_check_node_port?;
     let mut local: BTreeSet<IpAddr> = BTreeSet::new();
-    for slice in snapshot.slices(key) {
+    let slices = snapshot.slices(key).iter();
+    for slice in slices.filter(|slice| !slice.headless) {
         let here = slice
             .endpoints
             .iter()

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use cluster_model::{
-    Endpoint, Kind, NO_PROXY, ObjectRef, Rejected, Service, ServiceKey, ServiceType, Snapshot,
+    Endpoint, Kind, ObjectRef, Rejected, Service, ServiceKey, ServiceType, Snapshot,
     TrafficDistribution, TrafficPolicy,
 };
 use serde::{Deserialize, Serialize};
@@ -240,7 +240,7 @@ impl Books<'_> {
                 };
                 endpoints.insert(
                     (usage, endpoint.address),
-                    self.endpoint_item(service, endpoint, usage),
+                    self.endpoint_item(service, slice.headless, endpoint, usage),
                 );
             }
         }
@@ -265,13 +265,23 @@ impl Books<'_> {
             .map(|(_, rejected)| rejected.to_string())
     }
 
-    fn endpoint_item(&self, service: &Service, endpoint: &Endpoint, usage: Usage) -> EndpointItem {
+    /// `for_names` says that the endpoint's slice is for names alone.
+    fn endpoint_item(
+        &self,
+        service: &Service,
+        for_names: bool,
+        endpoint: &Endpoint,
+        usage: Usage,
+    ) -> EndpointItem {
         let local = endpoint.node_name.as_ref() == Some(&self.here.node);
         let conditions = endpoint.conditions;
         let ready = conditions.ready || service.publish_not_ready;
         let why = match usage {
             Usage::Active | Usage::Terminating => None,
             Usage::Unused if service.headless || service.cluster_ips.is_empty() => None,
+            Usage::Unused if for_names => {
+                Some("by its slice's label service.kubernetes.io/headless it is for names alone")
+            }
             Usage::Unused if !ready && conditions.terminating => {
                 Some("it terminates and serves no more")
             }
@@ -334,9 +344,6 @@ fn policies(service: &Service) -> BTreeMap<String, String> {
 }
 
 fn not_served(service: &Service) -> Option<String> {
-    if service.proxy_name.as_deref() == Some(NO_PROXY) {
-        return Some("by its label service.kubernetes.io/headless no proxy serves it".into());
-    }
     if let Some(proxy) = &service.proxy_name {
         return Some(format!("the proxy {proxy} serves it"));
     }

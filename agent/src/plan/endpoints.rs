@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use cluster_model::{Endpoint, EndpointSlice, Service, ServicePort, TrafficDistribution};
+use cluster_model::{Endpoint, EndpointSlice, Service, ServicePort};
 
 use super::{Here, service::Policy};
 use crate::dataplane::ServiceBackends;
@@ -19,7 +19,7 @@ pub(super) struct Endpoints<'a> {
 }
 
 impl<'a> Endpoints<'a> {
-    /// Those that kube-proxy would consider: named by the slices of the port's Service, ready or serving.
+    /// Those that kube-proxy would consider: named by the slices of the port's Service that are not for names alone, ready or serving.
     pub fn of(
         slices: &'a [Arc<EndpointSlice>],
         service: &Service,
@@ -31,7 +31,7 @@ impl<'a> Endpoints<'a> {
             terminating: Vec::new(),
             refused: BTreeSet::new(),
         };
-        for slice in slices {
+        for slice in slices.iter().filter(|slice| !slice.headless) {
             let numbers = slice
                 .ports
                 .iter()
@@ -60,21 +60,17 @@ impl<'a> Endpoints<'a> {
         found
     }
 
-    /// Those that a traffic policy leads to, selected as kube-proxy does: ready endpoints that the traffic distribution allows
-    /// take new flows; those that terminate come after them, for when no ready one is left.
+    /// Those that a traffic policy leads to, selected as kube-proxy does: ready endpoints that hints allow take new flows; those that
+    /// terminate come after them, for when no ready one is left.
     ///
-    /// With policy Local the distribution has nothing left to choose from. Endpoints of this node come first among the active
-    /// ones.
+    /// With policy Local hints have no say. Endpoints of this node come first among the active ones.
     pub fn by(&self, policy: Policy, service: &Service, here: &Here) -> ServiceBackends {
         let local = |list: &[(SocketAddr, &'a Endpoint)]| -> Vec<(SocketAddr, &'a Endpoint)> {
             let here = |(_, endpoint): &&(SocketAddr, &Endpoint)| is_here(endpoint, here);
             list.iter().filter(here).copied().collect()
         };
         let (ready, mut terminating) = match policy {
-            Policy::Cluster => (
-                prefer(self.ready.clone(), service.traffic_distribution, here),
-                self.terminating.clone(),
-            ),
+            Policy::Cluster => (self.hinted(here), self.terminating.clone()),
             Policy::Local => (local(&self.ready), local(&self.terminating)),
         };
         let active = local_first(&ready, here);
@@ -90,6 +86,43 @@ impl<'a> Endpoints<'a> {
             maglev: 0,
             direct: false,
         }
+    }
+
+    /// The ready endpoints that hints lead this node to, as kube-proxy reads them (KEP-2433, KEP-3015): hints for nodes count before those
+    /// for zones, and either only when every ready endpoint has one, and one of them is for this node. Else there are all.
+    fn hinted(&self, here: &Here) -> Vec<(SocketAddr, &'a Endpoint)> {
+        let meant = |is_meant: &dyn Fn(&Endpoint) -> bool| {
+            let meant = self.ready.iter().filter(|(_, one)| is_meant(one));
+            meant.copied().collect::<Vec<_>>()
+        };
+        let (by_node, by_zone) = self.are_hinted();
+        if by_node {
+            let near = meant(&|one| one.for_nodes.contains(&here.node));
+            if !near.is_empty() {
+                return near;
+            }
+        }
+        if let Some(zone) = here.zone.as_ref().filter(|_| by_zone) {
+            let near = meant(&|one| one.for_zones.contains(zone));
+            if !near.is_empty() {
+                return near;
+            }
+        }
+        self.ready.clone()
+    }
+
+    /// Whether every ready endpoint says which nodes it is for, and which zones.
+    fn are_hinted(&self) -> (bool, bool) {
+        let all = |hints: fn(&Endpoint) -> &Vec<Arc<str>>| {
+            self.ready.iter().all(|(_, one)| !hints(one).is_empty())
+        };
+        (all(|one| &one.for_nodes), all(|one| &one.for_zones))
+    }
+
+    /// Whether nodes may choose among different endpoints, each as hints tell it.
+    pub fn differ_by_node(&self) -> bool {
+        let (by_node, by_zone) = self.are_hinted();
+        !self.ready.is_empty() && (by_node || by_zone)
     }
 }
 
@@ -118,45 +151,4 @@ fn local_first(endpoints: &[(SocketAddr, &Endpoint)], here: &Here) -> Vec<Socket
 
 fn is_here(endpoint: &Endpoint, here: &Here) -> bool {
     endpoint.node_name.as_deref() == Some(&*here.node)
-}
-
-/// The nearest non-empty choice. Hints of the slices' writer say who should use an endpoint, and count only when every
-/// ready endpoint has one (KEP-2433, KEP-3015); without them the node and zone of the endpoints themselves decide.
-fn prefer<'a>(
-    ready: Vec<(SocketAddr, &'a Endpoint)>,
-    distribution: TrafficDistribution,
-    here: &Here,
-) -> Vec<(SocketAddr, &'a Endpoint)> {
-    let narrowed = |wanted: &dyn Fn(&Endpoint) -> bool| -> Option<Vec<(SocketAddr, &'a Endpoint)>> {
-        let near: Vec<_> = ready
-            .iter()
-            .filter(|(_, endpoint)| wanted(endpoint))
-            .copied()
-            .collect();
-        (!near.is_empty()).then_some(near)
-    };
-    let all_hinted = |hints: fn(&Endpoint) -> &Vec<Arc<str>>| {
-        ready.iter().all(|(_, one)| !hints(one).is_empty())
-    };
-    let node_hints = all_hinted(|endpoint| &endpoint.for_nodes);
-    let zone_hints = all_hinted(|endpoint| &endpoint.for_zones);
-
-    let by_node = match distribution {
-        TrafficDistribution::SameNode if node_hints => {
-            narrowed(&|endpoint| endpoint.for_nodes.contains(&here.node))
-        }
-        TrafficDistribution::SameNode => narrowed(&|endpoint| is_here(endpoint, here)),
-        _ => None,
-    };
-    let by_zone = || match &here.zone {
-        Some(zone) if zone_hints => narrowed(&|endpoint| endpoint.for_zones.contains(zone)),
-        Some(zone) if distribution == TrafficDistribution::SameZone => {
-            narrowed(&|endpoint| endpoint.zone.as_ref() == Some(zone))
-        }
-        _ => None,
-    };
-    match by_node.or_else(by_zone) {
-        Some(near) => near,
-        None => ready,
-    }
 }

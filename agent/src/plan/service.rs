@@ -5,9 +5,7 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
-use cluster_model::{
-    Service, ServiceKey, ServicePort, ServiceType, Snapshot, TrafficDistribution, TrafficPolicy,
-};
+use cluster_model::{Service, ServiceKey, ServicePort, ServiceType, Snapshot, TrafficPolicy};
 use dataplane_abi::limits;
 use litemap::LiteMap;
 
@@ -132,17 +130,15 @@ pub struct Route {
 }
 
 impl Balancing {
-    /// Whether clients outside are to be answered directly. All nodes have to choose alike, knowing no more than the packet.
+    /// Whether clients outside are to be answered directly. All nodes have to choose alike, knowing no more than the packet, where they
+    /// have the same endpoints to choose from.
     fn is_direct(self, service: &Service, policy: Policy) -> bool {
         let asked = match (self.dsr, service.dsr.as_deref()) {
             (Dsr::Off, _) | (_, Some("off")) => false,
             (_, Some("on")) | (Dsr::On, _) => true,
             (Dsr::Annotated, _) => false,
         };
-        asked
-            && policy == Policy::Cluster
-            && service.affinity_timeout_s.is_none()
-            && service.traffic_distribution == TrafficDistribution::Any
+        asked && policy == Policy::Cluster && service.affinity_timeout_s.is_none()
     }
 }
 
@@ -336,7 +332,8 @@ fn plan_ports(
         backends.active.truncate(limit);
         backends.terminating.truncate(limit - backends.active.len());
         if outside {
-            let direct = here.balancing.is_direct(service, key.policy);
+            let direct =
+                here.balancing.is_direct(service, key.policy) && !endpoints.differ_by_node();
             let count = backends.active.len();
             backends.maglev = here.balancing.entries(service, count, direct);
             // Where nobody is left but who terminates, every node chooses for itself.

@@ -204,6 +204,8 @@ fn slice_of(
     Ok(EndpointSlice {
         key,
         service,
+        // For whoever is told by this, names are all that there is.
+        headless: false,
         ports,
         endpoints,
         refused: Vec::new(),
