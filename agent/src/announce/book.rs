@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use cluster_model::{ServiceKey, ServiceType, Snapshot, TrafficPolicy};
+use cluster_model::{Conditions, ServiceKey, ServiceType, Snapshot, TrafficPolicy};
 use sha2::{Digest, Sha256};
 
 use crate::balancer::Pools;
@@ -13,7 +13,8 @@ use crate::balancer::Pools;
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Entry {
     addresses: Vec<IpAddr>,
-    /// With `externalTrafficPolicy: Local`, the nodes that have a ready endpoint; otherwise every node may.
+    /// With `externalTrafficPolicy: Local`, the nodes that have a ready endpoint, or, while none is ready anywhere, one that still serves
+    /// and terminates; otherwise every node may.
     nodes: Option<BTreeSet<Arc<str>>>,
 }
 
@@ -71,14 +72,20 @@ fn entry(snapshot: &Snapshot, key: &ServiceKey) -> Option<Entry> {
     }
     let local = service.external_traffic_policy == TrafficPolicy::Local;
     let nodes = local.then(|| {
-        let endpoints = snapshot
-            .slices(key)
-            .iter()
-            .flat_map(|slice| &slice.endpoints);
-        endpoints
-            .filter(|endpoint| endpoint.conditions.ready || service.publish_not_ready)
-            .filter_map(|endpoint| endpoint.node_name.clone())
-            .collect()
+        let those = |wanted: &dyn Fn(&Conditions) -> bool| -> BTreeSet<Arc<str>> {
+            let slices = snapshot.slices(key).iter();
+            slices
+                .filter(|slice| !slice.headless)
+                .flat_map(|slice| &slice.endpoints)
+                .filter(|endpoint| wanted(&endpoint.conditions))
+                .filter_map(|endpoint| endpoint.node_name.clone())
+                .collect()
+        };
+        let ready = those(&|one| one.ready || service.publish_not_ready);
+        if !ready.is_empty() {
+            return ready;
+        }
+        those(&|one| one.serving && one.terminating)
     });
     Some(Entry { addresses, nodes })
 }
@@ -113,12 +120,20 @@ mod tests {
     }
 
     fn book(policy: &str, address: &str) -> Book {
+        let endpoints = json!([
+            {"addresses": ["10.0.0.1"], "nodeName": "b"},
+            {"addresses": ["10.0.0.2"], "nodeName": "c", "conditions": {"ready": false, "terminating": true}},
+        ]);
+        book_of(policy, address, endpoints)
+    }
+
+    fn book_of(policy: &str, address: &str, endpoints: serde_json::Value) -> Book {
         let manifest = json!({"items": [
             {"kind": "Service", "metadata": {"namespace": "default", "name": "web"},
              "spec": {"type": "LoadBalancer", "clusterIP": "10.96.0.1", "externalTrafficPolicy": policy, "ports": [{"port": 80}]},
              "status": {"loadBalancer": {"ingress": [{"ip": address}]}}},
             {"kind": "EndpointSlice", "addressType": "IPv4", "ports": [{"port": 80}],
-             "endpoints": [{"addresses": ["10.0.0.1"], "nodeName": "b"}, {"addresses": ["10.0.0.2"], "nodeName": "c", "conditions": {"ready": false}}],
+             "endpoints": endpoints,
              "metadata": {"namespace": "default", "name": "web-1", "labels": {"kubernetes.io/service-name": "web"}}},
         ]});
         let mut snapshot = Snapshot::default();
@@ -154,6 +169,25 @@ mod tests {
     #[test]
     fn with_policy_local_only_nodes_with_ready_endpoints_answer() {
         let book = book("Local", "192.0.2.7");
+        assert_eq!(announcers(&book, &["a", "b", "c"]), ["b"]);
+        assert_eq!(announcers(&book, &["a", "c"]), [""; 0]);
+    }
+
+    #[test]
+    fn with_policy_local_and_nothing_ready_nodes_answer_whose_endpoints_still_serve() {
+        let one = |node: &str, ready: bool, serving: bool, terminating: bool| {
+            json!({"addresses": ["10.0.0.1"], "nodeName": node,
+                   "conditions": {"ready": ready, "serving": serving, "terminating": terminating}})
+        };
+        let left = json!([
+            one("a", false, true, true),
+            one("b", false, false, true),
+            one("c", false, true, false)
+        ]);
+        let book = book_of("Local", "192.0.2.7", left);
+        assert_eq!(announcers(&book, &["a", "b", "c"]), ["a"]);
+        let ready = json!([one("a", false, true, true), one("b", true, true, false)]);
+        let book = book_of("Local", "192.0.2.7", ready);
         assert_eq!(announcers(&book, &["a", "b", "c"]), ["b"]);
         assert_eq!(announcers(&book, &["a", "c"]), [""; 0]);
     }
