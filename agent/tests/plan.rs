@@ -13,6 +13,8 @@ use proptest::prelude::*;
 
 #[path = "plan/hints.rs"]
 mod hints;
+#[path = "plan/moves.rs"]
+mod moves;
 
 fn here() -> Here {
     Here {
@@ -449,6 +451,7 @@ fn apply(state: &mut State, batch: &Batch) {
             Op::RemoveVip { addr } => {
                 state.vips.remove(addr).expect("was there");
             }
+            Op::RenewService { id } => assert!(state.services.contains_key(id)),
             other => panic!("{other:?} is not about Services"),
         }
         for (frontend, lead) in &state.frontends {

@@ -254,9 +254,12 @@ pub struct ExtentHeader {
     pub affinity_timeout_s: u32,
     /// Entries of the Maglev table of this generation (MAGLEV), by which backends are chosen for clients outside; 0 without one.
     pub maglev: u32,
-    pub pad: u32,
+    /// How many of the active backends come first in ascending order of addresses and ports; the others are in that order among themselves.
+    pub near_active: u16,
+    /// The same of those behind them.
+    pub near_terminating: u16,
 }
-plain!(ExtentHeader, 32, { service: 0, generation: 4, active: 8, total: 12, flags: 16, affinity_timeout_s: 20, maglev: 24, pad: 28 });
+plain!(ExtentHeader, 32, { service: 0, generation: 4, active: 8, total: 12, flags: 16, affinity_timeout_s: 20, maglev: 24, near_active: 28, near_terminating: 30 });
 
 /// [`ExtentHeader::flags`]: without backends, clients are not answered: there are some elsewhere, which the traffic policy rules out.
 pub const SERVICE_SILENT: u32 = 1;

@@ -2,10 +2,10 @@
 
 use dataplane_abi::{
     Addr, Affinity, AffinityKey, Backend, ExtentHeader, Flow, FlowKey, Reason, SERVICE_DIRECT,
-    SERVICE_SILENT, ServiceRef,
+    SERVICE_SILENT, ServiceRef, limits,
 };
 
-use crate::{packet::word, tables::Tables};
+use crate::{follow::lead, packet::word, tables::Tables};
 
 /// A backend and where it was found.
 #[derive(Clone, Copy, Debug)]
@@ -131,9 +131,11 @@ const fn mixed(word: u64) -> u64 {
     word ^ (word >> 33)
 }
 
-/// How many places [`find`] looks at, around where the backend was: one that moved further counts as gone. Backends are
-/// sorted, so that each one added or removed moves others by one place.
+/// How many places [`search`] looks at, around where the backend was, before it bisects. Backends are sorted, so that each one added or
+/// removed moves others by one place.
 const FIND_MAX: u32 = 24;
+/// How often it halves what is left, until nothing is.
+const HALVES_MAX: u32 = limits::BACKENDS_PER_SERVICE.ilog2() + 2;
 
 /// Reads where a service's backends are. The reference and the header must agree: an extent is reused only after a grace
 /// period, so they disagree only when this CPU was held up for that long between two loads.
@@ -325,10 +327,26 @@ fn choose_again<T: Tables>(
     CHOSEN
 }
 
-/// Where the backend of a client's flow is now: generation, which is never 0, and slot in one number, since only such come back from a
-/// function in a register; 0 when it is not among the service's backends any more. For [`Tables::seek`] alone, as above.
+/// How a client came to what it asked: from outside the node, and by an address of the node.
+pub const FROM_OUTSIDE: u32 = 1;
+pub const AT_HOST: u32 = 2;
+
+/// Whether what a client asks leads to a service.
 #[inline(always)]
-pub fn seek<T: Tables>(tables: &T, flow: &Flow) -> u64 {
+fn leads_to<T: Tables>(tables: &T, asked: &FlowKey, came: u32, service: u32) -> bool {
+    match lead(tables, asked, came & AT_HOST != 0) {
+        Some(lead) if came & FROM_OUTSIDE != 0 => lead.external == service,
+        Some(lead) => lead.internal == service,
+        None => false,
+    }
+}
+
+/// Where the backend of a client's flow is now: generation, which is never 0, and slot in one number, since only such come back from a
+/// function in a register; 0 when it is not among the service's backends any more, or what the client asked, under `asked`, leads to
+/// another service by now. The agent gives a service another generation when either changes, so that nothing is looked up while neither
+/// does. For [`Tables::seek`] alone, as above.
+#[inline(always)]
+pub fn seek<T: Tables>(tables: &T, flow: &Flow, asked: &FlowKey, came: u32) -> u64 {
     let known = Picked {
         addr: flow.other.src,
         port: flow.other.sport,
@@ -337,8 +355,13 @@ pub fn seek<T: Tables>(tables: &T, flow: &Flow) -> u64 {
         direct: false,
     };
     match find(tables, flow.service, &known) {
-        Some(found) => (found.generation as u64) << 32 | found.slot as u64,
-        None => 0,
+        Some(found)
+            if found.generation == flow.generation
+                || leads_to(tables, asked, came, flow.service) =>
+        {
+            (found.generation as u64) << 32 | found.slot as u64
+        }
+        _ => 0,
     }
 }
 
@@ -369,7 +392,7 @@ pub fn find<T: Tables>(tables: &T, service: u32, known: &Picked) -> Option<Picke
 /// No slot.
 const NOT_FOUND: u32 = u32::MAX;
 
-/// The slot of a backend in an extent, near where it was; [`NOT_FOUND`] when it is not there.
+/// The slot of a backend in an extent; [`NOT_FOUND`] when it is not there.
 #[inline(always)]
 fn search<T: Tables>(
     tables: &T,
@@ -388,7 +411,7 @@ fn search<T: Tables>(
     while turn < FIND_MAX {
         let slot = first.wrapping_add(turn);
         if slot >= header.total {
-            return NOT_FOUND;
+            break;
         }
         let Some(cell) = tables.cell(reference.extent.wrapping_add(1).wrapping_add(slot)) else {
             return NOT_FOUND;
@@ -401,6 +424,65 @@ fn search<T: Tables>(
             return backend.slot;
         }
         turn += 1;
+    }
+    if header.total <= FIND_MAX {
+        return NOT_FOUND;
+    }
+    // A long extent is four runs, each in ascending order: active ones of this node, others, and those that terminate likewise.
+    let mut first = 0;
+    let mut run = 0;
+    while run < 4 {
+        let end = match run {
+            0 => header.near_active as u32,
+            1 => header.active,
+            2 => header.active.wrapping_add(header.near_terminating as u32),
+            _ => header.total,
+        };
+        let cell = reference.extent.wrapping_add(1);
+        let (low, high) = (cell.wrapping_add(first), cell.wrapping_add(end));
+        let slot = tables.bisect(low, high, addr, port);
+        if slot != NOT_FOUND {
+            return slot;
+        }
+        first = end;
+        run += 1;
+    }
+    NOT_FOUND
+}
+
+/// The slot of a backend among cells from `low` to before `high`, which are in ascending order; [`NOT_FOUND`] when it is not there. For
+/// [`Tables::bisect`] alone, as above.
+#[inline(always)]
+pub fn bisect<T: Tables>(tables: &T, mut low: u32, mut high: u32, addr: &Addr, port: u16) -> u32 {
+    let wanted = (
+        u64::from_be(addr.words[0]),
+        u64::from_be(addr.words[1]),
+        u16::from_be(port),
+    );
+    let mut turn = 0;
+    while turn < HALVES_MAX {
+        turn += 1;
+        if low >= high {
+            break;
+        }
+        let middle = low.wrapping_add(high) >> 1;
+        let Some(cell) = tables.cell(middle) else {
+            break;
+        };
+        let backend = Backend::from(cell);
+        let there = (
+            u64::from_be(backend.addr.words[0]),
+            u64::from_be(backend.addr.words[1]),
+            u16::from_be(backend.port),
+        );
+        if there == wanted {
+            return backend.slot;
+        }
+        if there < wanted {
+            low = middle.wrapping_add(1);
+        } else {
+            high = middle;
+        }
     }
     NOT_FOUND
 }
@@ -633,6 +715,39 @@ mod tests {
             let gone = slot.min(10);
             set(&all[gone as usize..]);
             assert_eq!(find(&tables, 7, &known).map(|p| p.slot), Some(slot - gone));
+        }
+    }
+
+    #[test]
+    fn a_backend_of_a_large_service_is_found_however_many_come_and_go_at_once() {
+        let tables = Memory::default();
+        let at = |n: u32| format!("10.0.{}.{}:80", n >> 8, n & 255);
+        // Those of the node come first, and either kind is in order by itself.
+        let listed = |numbers: &[u32]| -> Vec<String> {
+            let mut sorted = numbers.to_vec();
+            sorted.sort_by_key(|n| (n % 7 != 0, *n));
+            sorted.into_iter().map(at).collect()
+        };
+        let all: Vec<u32> = (0..2000).collect();
+        let (active, terminating) = (listed(&all[500..1500]), listed(&all[..500]));
+        fn texts(list: &[String]) -> Vec<&str> {
+            list.iter().map(String::as_str).collect()
+        }
+        tables.set_service(7, &texts(&active), &texts(&terminating));
+        let slots: Vec<&String> = active.iter().chain(&terminating).collect();
+        for number in 0..2000 {
+            let name = at(number);
+            let known = Picked {
+                addr: addr([10, 0, (number >> 8) as u8, number as u8]),
+                port: 80u16.to_be(),
+                generation: 0,
+                // Anywhere: it was there before very many came or went.
+                slot: (number * 31) % 3000,
+                direct: false,
+            };
+            let wanted = slots.iter().position(|one| **one == name);
+            let found = find(&tables, 7, &known).map(|picked| picked.slot as usize);
+            assert_eq!(found, wanted, "{name}");
         }
     }
 }

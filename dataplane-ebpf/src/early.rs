@@ -9,7 +9,7 @@ use dataplane_abi::{
 
 use crate::{
     balance, flow,
-    follow::{NO_SERVICE, Side, is_zero, lead, resume, seen_by},
+    follow::{NO_SERVICE, Side, came, is_zero, lead, resume, seen_by},
     hook::{Features, Notes, Place},
     packet::{ETH_LEN, Fragment, IPV4_LEN, IPV6_LEN, Packet, Parsed, parse},
     tables::{FlowEntry, Tables},
@@ -49,7 +49,7 @@ pub fn uplink_early<const V6: bool, P: Packet, T: Tables>(
     }
     let seen = flow::seen(ip.key.proto, ip.tcp_flags);
     if let Some(entry) = flow::lookup(tables, &ip.key) {
-        return follow_early(tables, notes, &entry, seen);
+        return follow_early(tables, notes, &entry, seen, at.is_host());
     }
     // As at tc: only an opening may take a connection from the host's own listeners. One that ends what it opens is nobody's, and the
     // hook at tc would take it for the end of an older one.
@@ -62,7 +62,13 @@ pub fn uplink_early<const V6: bool, P: Packet, T: Tables>(
 
 /// A packet of a flow that is known.
 #[inline(always)]
-fn follow_early<T: Tables>(tables: &T, notes: &mut Notes, entry: &T::Entry, seen: u32) -> Early {
+fn follow_early<T: Tables>(
+    tables: &T,
+    notes: &mut Notes,
+    entry: &T::Entry,
+    seen: u32,
+    at_host: bool,
+) -> Early {
     let flow = entry.get();
     // What goes by the overlay goes by tc, as does what has met another connection.
     if flow.service == NO_SERVICE || flow.seen & (SEEN_DISPATCHED | SEEN_TAKEN) != 0 {
@@ -86,7 +92,8 @@ fn follow_early<T: Tables>(tables: &T, notes: &mut Notes, entry: &T::Entry, seen
         return Early::Forward(Reason::ReplyTranslated);
     }
     // A flow that may not go on is forgotten at tc, and its packet chooses anew there.
-    if is_here(tables, &flow.other.src) || !resume(tables, &notes.ip, entry, seen) {
+    let came = came(true, at_host);
+    if is_here(tables, &flow.other.src) || !resume(tables, &notes.ip, entry, seen, came) {
         return Early::Leave;
     }
     notes.to = flow.other.mirrored();
@@ -104,7 +111,7 @@ fn open_early<const V6: bool, T: Tables>(
     seen: u32,
 ) -> Early {
     let ip = &notes.ip;
-    let Some(lead) = lead(tables, ip, at_host) else {
+    let Some(lead) = lead(tables, &ip.key, at_host) else {
         return Early::Leave;
     };
     let service = lead.external;

@@ -1,6 +1,6 @@
 //! Whole conversations through the hooks of one node: pods A and B here, C elsewhere, the host at .1.
 
-use dataplane_abi::proto;
+use dataplane_abi::{FrontendKey, Lead, proto};
 
 use super::*;
 use crate::{
@@ -441,6 +441,39 @@ fn datagrams_leave_a_backend_that_is_gone_and_stay_with_one_that_moved() {
     assert_eq!(ask(), udp("10.0.0.11:4000", "10.0.1.13:1", b"x"));
     tables.set_service(1, &[], &[]);
     assert_eq!(ask()[34..36], [3, 3]);
+}
+
+#[test]
+fn datagrams_leave_a_service_to_which_what_they_ask_leads_no_longer() {
+    let tables = node(&["10.0.0.12:8080"]);
+    let ask = || from_pod(&tables, A, udp("10.0.0.11:4000", "10.96.0.1:80", b"x")).1;
+    ask();
+    // The address is another Service's; the first one still has its backend, and the agent renews it.
+    tables.set_service(2, &["10.0.1.13:1"], &[]);
+    tables.set_lead("10.96.0.1:80", proto::UDP, Lead::new(2, 2, 0));
+    tables.set_service(1, &["10.0.0.12:8080"], &[]);
+    assert_eq!(ask(), udp("10.0.0.11:4000", "10.0.1.13:1", b"x"));
+    // That one is gone, and its id is given to a Service of another address with the same backend.
+    tables.frontends.borrow_mut().remove(&FrontendKey::new(
+        crate::memory::ip("10.96.0.1"),
+        80u16.to_be(),
+        proto::UDP,
+    ));
+    tables.set_service(2, &["10.0.1.13:1"], &[]);
+    tables.set_frontend("10.96.0.9:80", proto::UDP, 2);
+    assert_eq!(ask()[34..36], [3, 3]);
+    // Clients outside go by what leads them, which may be other backends than those of clients here.
+    tables.set_lead("0.0.0.0:30080", proto::UDP, Lead::new(2, 1, 0));
+    let client = || from_uplink(&tables, udp("203.0.113.9:4000", "198.18.0.1:30080", b"x")).1;
+    let asked = udp("203.0.113.9:4000", "10.0.0.12:8080", b"x");
+    assert_eq!(client(), asked);
+    tables.set_service(1, &["10.0.0.12:8080"], &[]);
+    let opened = tables.counted(Reason::FlowCreated);
+    assert_eq!(client(), asked);
+    assert_eq!(tables.counted(Reason::FlowCreated), opened);
+    tables.set_lead("0.0.0.0:30080", proto::UDP, Lead::new(1, 2, 0));
+    tables.set_service(1, &["10.0.0.12:8080"], &[]);
+    assert_ne!(client(), asked);
 }
 
 #[test]

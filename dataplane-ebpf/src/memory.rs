@@ -155,6 +155,11 @@ impl Memory {
             .get(&id)
             .map_or(1, |reference| reference.generation + 1);
         let extent = cells.len() as u32;
+        let ascending = |backends: &[&str]| {
+            let mut pairs = backends.windows(2);
+            let descent = pairs.position(|pair| socket(pair[0]) > socket(pair[1]));
+            descent.map_or(backends.len(), |last| last + 1) as u16
+        };
         let total = (active.len() + terminating.len()) as u32;
         cells.push(
             ExtentHeader {
@@ -162,6 +167,8 @@ impl Memory {
                 generation,
                 active: active.len() as u32,
                 total,
+                near_active: ascending(active),
+                near_terminating: ascending(terminating),
                 ..ExtentHeader::default()
             }
             .into(),

@@ -62,12 +62,15 @@ pub trait Tables: Sized {
     fn remove_unreplied(&self, key: &FlowKey);
 
     /// What follows are functions of the tables, so that a kernel's can be judged by themselves, once for all that call them:
-    /// [`balance::choose_for`], [`balance::seek`], [`flow::enter`], [`flow::claim`], [`flow::advance`] and [`flow::forget`].
+    /// [`balance::choose_for`], [`balance::seek`], [`balance::bisect`], [`flow::enter`], [`flow::claim`], [`flow::advance`] and [`flow::forget`].
     fn choose(&self, service: u32, key: &FlowKey, outside: bool, picked: &mut Picked) -> u32 {
         balance::choose_for(self, service, key, outside, picked)
     }
-    fn seek(&self, flow: &Flow) -> u64 {
-        balance::seek(self, flow)
+    fn seek(&self, flow: &Flow, asked: &FlowKey, came: u32) -> u64 {
+        balance::seek(self, flow, asked, came)
+    }
+    fn bisect(&self, low: u32, high: u32, addr: &Addr, port: u16) -> u32 {
+        balance::bisect(self, low, high, addr, port)
     }
     fn enter(
         &self,

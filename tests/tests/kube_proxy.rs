@@ -708,6 +708,7 @@ fn apply(state: &mut State, batch: &Batch) {
             Op::RemoveVip { addr } => {
                 state.vips.remove(addr);
             }
+            Op::RenewService { .. } => {}
             other => panic!("{other:?} is not about Services"),
         }
     }

@@ -279,6 +279,12 @@ impl<M: MapIo> Tables<M> {
         self.io.set_frontends(&set)?;
         self.io.remove_frontends(&removed)?;
         self.io.remove_ranges(&stale_ranges)?;
+        for id in &batch.renewed {
+            if self.placed.contains_key(id) && !matches!(batch.services.get(id), Some(None)) {
+                let backends = self.backends(*id);
+                self.place(*id, &backends, now)?;
+            }
+        }
         for (id, backends) in &batch.services {
             if backends.is_none()
                 && let Some(extent) = self.placed.remove(id)
@@ -327,7 +333,8 @@ impl<M: MapIo> Tables<M> {
             flags,
             affinity_timeout_s: backends.affinity_timeout_s,
             maglev: entries,
-            ..ExtentHeader::default()
+            near_active: ascending(&backends.active),
+            near_terminating: ascending(&backends.terminating),
         };
         let mut cells = vec![Cell::from(header)];
         let all = backends.active.iter().chain(&backends.terminating);
@@ -447,6 +454,12 @@ impl<M: MapIo> Tables<M> {
     }
 }
 
+/// How many backends come first in ascending order. There are no more than fit.
+fn ascending(backends: &[SocketAddr]) -> u16 {
+    let descent = backends.windows(2).position(|pair| pair[0] > pair[1]);
+    descent.map_or(backends.len(), |last| last + 1) as u16
+}
+
 /// Where a service's header says that its extent is, when it is one. All of it can be read then.
 fn extent_of(io: &mut impl MapIo, id: u32, reference: ServiceRef) -> Result<Option<Extent>, Error> {
     if reference.extent == 0 || reference.extent >= limits::CELLS {
@@ -491,6 +504,7 @@ pub(super) fn frontend_of(key: &FrontendKey, lead: &RawLead) -> Option<(Frontend
 #[derive(Default)]
 struct Batch {
     services: BTreeMap<u32, Option<ServiceBackends>>,
+    renewed: BTreeSet<u32>,
     ranges: BTreeMap<u32, BTreeSet<RangeKey>>,
     frontends: BTreeMap<FrontendKey, Option<RawLead>>,
     locals: BTreeMap<Addr, Option<LocalAddress>>,
@@ -507,6 +521,9 @@ impl Batch {
                 }
                 Op::RemoveService { id } => {
                     batch.services.insert(checked(*id)?, None);
+                }
+                Op::RenewService { id } => {
+                    batch.renewed.insert(checked(*id)?);
                 }
                 Op::SetSources { id, sources } => {
                     let id = checked(*id)?;

@@ -259,6 +259,36 @@ fn a_service_that_was_removed_leaves_its_generation_to_nobody() {
 }
 
 #[test]
+fn a_renewed_service_is_the_same_in_another_generation_after_all_frontends() {
+    let id = ServiceId(1);
+    let mut tables = Tables::adopt(Memory::default()).unwrap();
+    tables.apply(&everything(), Instant::now()).unwrap();
+    let (before, had) = (tables.io.service(1), tables.backends(1));
+    tables.io.log.clear();
+    let gone = Op::RemoveFrontend {
+        frontend: frontend("10.96.0.1:443"),
+    };
+    let ops = [Op::RenewService { id }, gone.clone()];
+    tables.apply(&ops, Instant::now()).unwrap();
+    assert!(tables.io.service(1).generation > before.generation);
+    assert_eq!(tables.backends(1), had);
+    let at = |what: &str| tables.io.log.iter().rposition(|entry| *entry == what);
+    assert!(
+        at("set service") > at("remove frontends"),
+        "{:?}",
+        tables.io.log
+    );
+    // One that goes in the same batch, or is gone, comes to nothing.
+    for ops in [
+        vec![Op::RenewService { id }, Op::RemoveService { id }],
+        vec![Op::RenewService { id }],
+    ] {
+        tables.apply(&ops, Instant::now()).unwrap();
+        assert_eq!(tables.io.service(1), ServiceRef::default());
+    }
+}
+
+#[test]
 fn the_next_agent_neither_reuses_a_generation_nor_overwrites_an_extent() {
     let mut tables = Tables::adopt(Memory::default()).unwrap();
     tables.apply(&everything(), Instant::now()).unwrap();

@@ -245,11 +245,22 @@ impl Ledger {
             }
         }
         let (mut set_frontends, mut removed_frontends) = (Vec::new(), Vec::new());
+        // Service ports that something leads to no longer.
+        let mut left = BTreeSet::new();
         for frontend in &self.touched.frontends {
-            match (
+            let (wish, held) = (
                 self.wished_lead(frontend),
                 self.held.frontends.get(frontend),
-            ) {
+            );
+            if let Some(held) = held {
+                let ends = [
+                    (held.internal, wish.map(|wish| wish.internal)),
+                    (held.external, wish.map(|wish| wish.external)),
+                ];
+                let ends = ends.into_iter().filter(|(had, has)| *has != Some(*had));
+                left.extend(ends.map(|(had, _)| had));
+            }
+            match (wish, held) {
                 (Some(lead), held) if held != Some(&lead) => {
                     set_frontends.push(Op::SetFrontend {
                         frontend: *frontend,
@@ -271,6 +282,8 @@ impl Ledger {
                 }));
             }
         }
+        left.retain(|id| self.wished(*id).is_some());
+        let renewed = left.into_iter().map(|id| Op::RenewService { id }).collect();
         // A marker comes after the frontends of its address and goes before them: between the two a port would be
         // rejected that has a Service.
         let order = [
@@ -281,6 +294,7 @@ impl Ledger {
             removed_vips,
             removed_frontends,
             no_sources,
+            renewed,
             removed,
         ];
         Batch {
@@ -342,7 +356,8 @@ impl Ledger {
                 Op::RemoveVip { addr } => {
                     self.held.vips.remove(addr);
                 }
-                Op::SetPod { .. }
+                Op::RenewService { .. }
+                | Op::SetPod { .. }
                 | Op::RemovePod { .. }
                 | Op::SetHostAddress { .. }
                 | Op::RemoveHostAddress { .. }

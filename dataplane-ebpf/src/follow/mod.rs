@@ -4,12 +4,12 @@ mod opening;
 mod portless;
 
 use dataplane_abi::{
-    Addr, FragmentPorts, FrontendKey, Lead, Reason, SEEN_DISPATCHED, SEEN_REPLY, SEEN_RST,
+    Addr, FlowKey, FragmentPorts, FrontendKey, Lead, Reason, SEEN_DISPATCHED, SEEN_REPLY, SEEN_RST,
     SEEN_SYN, SEEN_TAKEN, proto,
 };
 
 use crate::{
-    flow,
+    balance, flow,
     hook::{Aside, Features, Notes, same},
     packet::{Fragment, Ip, Packet},
     tables::{FlowEntry as _, Tables},
@@ -230,7 +230,8 @@ fn flow_of<const V6: bool, P: Packet, T: Tables>(
             if seen & SEEN_RST != 0 && flow.seen & SEEN_TAKEN != 0 {
                 return dropped(tables, Reason::ResetHeld);
             }
-            if resume(tables, ip, &entry, seen) {
+            let came = came(side == Side::Outside, at_host);
+            if resume(tables, ip, &entry, seen, came) {
                 if side == Side::Outside && flow.seen & SEEN_DISPATCHED != 0 {
                     return dispatch(tables, &flow.other.src, &mut notes.peer);
                 }
@@ -282,8 +283,8 @@ fn flow_of<const V6: bool, P: Packet, T: Tables>(
 
 /// Where a packet's destination leads, when it is a frontend: its address and port, or the port of every address of the node.
 #[inline(always)]
-pub(crate) fn lead<T: Tables>(tables: &T, ip: &Ip, at_host: bool) -> Option<Lead> {
-    let key = FrontendKey::new(ip.key.dst, ip.key.dport, ip.key.proto);
+pub(crate) fn lead<T: Tables>(tables: &T, asked: &FlowKey, at_host: bool) -> Option<Lead> {
+    let key = FrontendKey::new(asked.dst, asked.dport, asked.proto);
     match tables.frontend(&key) {
         None if at_host => tables.frontend(&key.on_every_address()),
         found => found,
@@ -305,14 +306,26 @@ pub(crate) fn is_zero(addr: &Addr) -> bool {
 /// [`dataplane_abi::Flow::service`] of what is masqueraded, and the owner of ranges without.
 pub(crate) const NO_SERVICE: u32 = 0;
 
-/// Whether a client's flow may go on. A datagram's backend must still be one: nothing else tells its
-/// sender that it is gone. An established connection is left to end by itself; a new one needs a backend that is one.
+/// How a client came, for [`balance::seek`].
 #[inline(always)]
-pub(crate) fn resume<T: Tables>(tables: &T, ip: &Ip, entry: &T::Entry, seen: u32) -> bool {
+pub(crate) const fn came(outside: bool, at_host: bool) -> u32 {
+    (outside as u32 * balance::FROM_OUTSIDE) | (at_host as u32 * balance::AT_HOST)
+}
+
+/// Whether a client's flow may go on. A datagram's backend must still be one of what its sender asks: nothing else tells that
+/// it is gone. An established connection is left to end by itself; a new one needs a backend that is one.
+#[inline(always)]
+pub(crate) fn resume<T: Tables>(
+    tables: &T,
+    ip: &Ip,
+    entry: &T::Entry,
+    seen: u32,
+    came: u32,
+) -> bool {
     let flow = entry.get();
     if !ip.is_of_connection() || ip.is_syn() {
         if flow.service != NO_SERVICE {
-            let place = tables.seek(flow);
+            let place = tables.seek(flow, &ip.key, came);
             let (generation, slot) = ((place >> 32) as u32, place as u32);
             if generation == 0 {
                 return false;

@@ -133,7 +133,7 @@ pub fn ask<T: Tables>(tables: &T, features: &Features, notes: &mut Notes, asking
     let asking = Asking(asking);
     let (side, at_host) = (asking.side(), asking.at_host());
     let ip = &notes.ip;
-    let Some(lead) = lead(tables, ip, at_host) else {
+    let Some(lead) = lead(tables, &ip.key, at_host) else {
         return NO_FRONTEND;
     };
     let outside = side == Side::Outside;

@@ -3,7 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use dataplane_abi::{Reason, limits};
-use keelway_agent::dataplane::PacketProgram::{PodIngress, UplinkIngress};
+use keelway_agent::dataplane::{
+    Frontend, Lead, Op,
+    PacketProgram::{PodIngress, UplinkIngress},
+    Protocol, ServiceId,
+};
 use keelway_tests::{
     packets::{
         sctp_chunk::INIT,
@@ -12,7 +16,7 @@ use keelway_tests::{
     sandbox::{Sandbox, is_root},
 };
 
-use crate::{family::Family, hex, opened, rows::REDIRECT, run, source_port, state};
+use crate::{family::Family, fresh::Fresh, hex, opened, rows::REDIRECT, run, source_port, state};
 
 #[test]
 fn ports_that_are_taken_on_two_cpus_at_once_are_never_the_same() {
@@ -147,4 +151,75 @@ fn a_flood_of_openings_evicts_no_flow_that_was_answered() {
     let answer = family.tcp(backend, pod, ACK, b"and more");
     let (_, out) = run(&dataplane, UplinkIngress, &answer);
     assert_eq!(hex(&out), hex(&family.tcp(service, pod, ACK, b"and more")));
+}
+
+#[test]
+fn datagrams_leave_a_service_that_lost_what_they_ask_and_connections_stay() {
+    if !is_root("frontends that move") {
+        return;
+    }
+    let mut fresh = Fresh::open();
+    let (first, second) = (ServiceId(1), ServiceId(2));
+    let (pod, outside) = ("10.0.0.11:4000", "203.0.113.9:4000");
+    let (old, new) = ("10.0.0.12:8080", "10.0.0.12:8081");
+    for family in Family::ALL {
+        fresh.begin(family, &family.backends(&[old], &[]));
+        let asks = |fresh: &Fresh, program, from: &str, at: &str| {
+            run(&fresh.dataplane, program, &family.udp(from, at, b"x"))
+        };
+        let led = |from: &str, to: &str| (REDIRECT, family.udp(from, to, b"x"));
+        let (vip, node_port) = ("10.96.0.1:80", "198.18.0.1:30080");
+        let opening = family.tcp(pod, vip, SYN, b"");
+        assert_eq!(run(&fresh.dataplane, PodIngress, &opening).0, REDIRECT);
+        let answer = family.tcp(old, pod, SYN | ACK, b"");
+        assert_eq!(run(&fresh.dataplane, UplinkIngress, &answer).0, REDIRECT);
+        assert_eq!(asks(&fresh, PodIngress, pod, vip), led(pod, old));
+        assert_eq!(
+            asks(&fresh, UplinkIngress, outside, node_port),
+            led(outside, old)
+        );
+        // Both Services have what is asked for, one after the other; the first goes on with its backend.
+        let mut ops = vec![Op::SetService {
+            id: second,
+            backends: family.backends(&[new], &[]),
+        }];
+        let frontends = ["10.96.0.1:80", "0.0.0.0:30080"].map(|at| family.at(at));
+        for at in frontends {
+            ops.extend(
+                [Protocol::Tcp, Protocol::Udp].map(|protocol| Op::SetFrontend {
+                    frontend: Frontend {
+                        addr: at.ip(),
+                        port: at.port(),
+                        protocol,
+                    },
+                    lead: Lead::to(second),
+                }),
+            );
+        }
+        ops.push(Op::RenewService { id: first });
+        fresh.dataplane.apply(&ops).unwrap();
+        assert_eq!(asks(&fresh, PodIngress, pod, vip), led(pod, new));
+        assert_eq!(
+            asks(&fresh, UplinkIngress, outside, node_port),
+            led(outside, new)
+        );
+        let data = family.tcp(pod, vip, ACK, b"more");
+        let (_, out) = run(&fresh.dataplane, PodIngress, &data);
+        assert_eq!(hex(&out), hex(&family.tcp(pod, old, ACK, b"more")));
+        // What leads nowhere any more is refused, whatever had it.
+        let gone = Op::RemoveFrontend {
+            frontend: Frontend {
+                addr: frontends[0].ip(),
+                port: 80,
+                protocol: Protocol::Udp,
+            },
+        };
+        let ops = [gone, Op::RenewService { id: second }];
+        fresh.dataplane.apply(&ops).unwrap();
+        let (_, refusal) = asks(&fresh, PodIngress, pod, vip);
+        assert_eq!(
+            hex(&refusal),
+            hex(&family.refusal(&family.udp(pod, vip, b"x")))
+        );
+    }
 }

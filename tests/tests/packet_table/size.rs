@@ -48,6 +48,19 @@ fn a_service_with_as_many_endpoints_as_it_can_have_leads_to_each_of_them() {
                 "{family:?} {port}: {before}, {now}"
             );
         }
+        // A thousand go at once: who has another keeps it.
+        let ports = 5_000..6_000;
+        let chosen: Vec<u32> = ports.clone().map(|port| asks(&fresh, port)).collect();
+        let left = backends(family, 1_000..BACKENDS_PER_SERVICE);
+        fresh.dataplane.apply(&state(family, &left)).unwrap();
+        for (port, before) in ports.zip(chosen) {
+            let now = asks(&fresh, port);
+            assert!(
+                now >= 1_000 && (now == before || before < 1_000),
+                "{family:?} {port}: {before}, {now}"
+            );
+        }
+        fresh.dataplane.apply(&state(family, &fewer)).unwrap();
         let state = held(&fresh.pin_root()).unwrap();
         let most = state.services.values().map(|one| one.active.len()).max();
         assert_eq!(most, Some(BACKENDS_PER_SERVICE as usize - 1));

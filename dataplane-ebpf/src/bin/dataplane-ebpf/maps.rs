@@ -252,8 +252,13 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn seek(&self, flow: &Flow) -> u64 {
-        seek_backend(flow)
+    fn seek(&self, flow: &Flow, asked: &FlowKey, came: u32) -> u64 {
+        seek_backend(flow, asked, came)
+    }
+
+    #[inline(always)]
+    fn bisect(&self, low: u32, high: u32, addr: &Addr, port: u16) -> u32 {
+        bisect_backends(low, high, addr, port as u32)
     }
 
     #[inline(always)]
@@ -405,11 +410,22 @@ fn choose_backend(service: u32, key: *const FlowKey, outside: u32, picked: *mut 
 /// [`balance::seek`], likewise.
 #[unsafe(no_mangle)]
 #[inline(never)]
-fn seek_backend(flow: *const Flow) -> u64 {
+fn seek_backend(flow: *const Flow, asked: *const FlowKey, came: u32) -> u64 {
     // SAFETY: as above, or an entry of a flow table, valid while the program runs.
-    match unsafe { flow.as_ref() } {
-        Some(flow) => balance::seek(&Maps, flow),
-        None => 0,
+    match unsafe { (flow.as_ref(), asked.as_ref()) } {
+        (Some(flow), Some(asked)) => balance::seek(&Maps, flow, asked, came),
+        _ => 0,
+    }
+}
+
+/// [`balance::bisect`], likewise.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn bisect_backends(low: u32, high: u32, addr: *const Addr, port: u32) -> u32 {
+    // SAFETY: as above.
+    match unsafe { addr.as_ref() } {
+        Some(addr) => balance::bisect(&Maps, low, high, addr, port as u16),
+        None => u32::MAX,
     }
 }
 

@@ -122,7 +122,8 @@ impl<P: Told> Tables for Watched<P> {
         insert_unreplied(key: &FlowKey, flow: &Flow, replace: bool) -> Result<(), Refused>;
         remove_unreplied(key: &FlowKey);
         choose(service: u32, key: &FlowKey, outside: bool, picked: &mut Picked) -> u32;
-        seek(flow: &Flow) -> u64;
+        seek(flow: &Flow, asked: &FlowKey, came: u32) -> u64;
+        bisect(low: u32, high: u32, addr: &Addr, port: u16) -> u32;
         enter(key: &FlowKey, answers: &mut FlowKey, entry: &mut Flow, fresh_port: u32) -> u32;
         claim(answers: &FlowKey, entry: &Flow) -> bool;
         trace(at: u32) -> Trace;
