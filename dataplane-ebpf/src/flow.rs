@@ -104,7 +104,8 @@ fn lives<T: Tables>(tables: &T, answers: &FlowKey, entry: &Flow) -> bool {
 /// have the tuple of that flow's. `answers` is room for it.
 ///
 /// One that has ended is forgotten: what the backend says from now on, that it remembers the old connection for instance, is for who opens
-/// this one. The old one's client may be waiting for stragglers still (TIME-WAIT), and would swallow it, time and again.
+/// this one. The old one's client may be waiting for stragglers still (TIME-WAIT), and would swallow it, time and again. So is what is left
+/// of one that was never answered, and whose client's side is gone: evicted, or of another flow.
 #[inline(always)]
 pub fn is_taken<T: Tables>(tables: &T, key: &FlowKey, answers: &mut FlowKey) -> bool {
     *answers = key.mirrored();
@@ -118,9 +119,16 @@ pub fn is_taken<T: Tables>(tables: &T, key: &FlowKey, answers: &mut FlowKey) -> 
     if lives(tables, answers, flow) {
         return true;
     }
-    forget_ended(tables, answers, flow);
+    if flow.seen & SEEN_REPLY != 0 {
+        forget_ended(tables, answers, flow);
+    } else if tables.now_s().wrapping_sub(flow.last_seen_s) > ENTERING_S {
+        tables.remove_unreplied(answers);
+    }
     false
 }
+
+/// Seconds for which the answers' side of a flow may be there before the client's is: another CPU enters the two one after the other.
+const ENTERING_S: u32 = 1;
 
 /// What a backend's packet is to a flow that waits for its first answer: a number, since only such come back from a function in a register.
 pub const ANSWER: u32 = 0;
@@ -501,6 +509,28 @@ mod tests {
         assert_eq!(timeout(), 60);
         lookup(&tables, &key(1)).unwrap().touch(1, 0);
         assert_eq!(timeout(), 86_400);
+    }
+
+    #[test]
+    fn what_is_left_of_a_flow_that_was_never_answered_takes_no_direct_openings_answers() {
+        let tables = Memory::default();
+        let answers = opened(&tables, 1).unwrap();
+        let direct = answers.mirrored();
+        let taken = || is_taken(&tables, &direct, &mut FlowKey::NONE.again());
+        assert!(taken());
+        // As if others had needed the room, or another CPU had not yet entered it.
+        tables.remove_unreplied(&key(1));
+        assert!(!taken() && lookup(&tables, &answers).is_some());
+        tables.clock_s.set(tables.clock_s.get() + ENTERING_S + 1);
+        assert!(!taken() && lookup(&tables, &answers).is_none());
+        // The client's side is of another flow by now.
+        let first = opened(&tables, 1).unwrap();
+        let mut other = *lookup(&tables, &key(1)).unwrap().get();
+        other.other.dport = 1;
+        tables.insert_unreplied(&key(1), &other, true).unwrap();
+        tables.clock_s.set(tables.clock_s.get() + ENTERING_S + 1);
+        assert!(!taken() && lookup(&tables, &first).is_none());
+        assert!(lookup(&tables, &key(1)).is_some());
     }
 
     #[test]
