@@ -11,7 +11,7 @@ use crate::{
         ipv6::{Inner, behind_extensions},
         word,
     },
-    translate::{address_difference, ports, write_addresses, write_ports},
+    translate::{address_difference, ports, put_addresses, write_addresses, write_ports},
 };
 
 /// Type, code, checksum and four bytes that depend on the type.
@@ -190,5 +190,8 @@ pub fn translate<const V6: bool, P: Packet>(
     summed
         && write_addresses::<V6, P>(packet, place.l3, place.checksum, inner, about)
         && write_ports(packet, place.l4, about, place.is_echo)
-        && write_addresses::<V6, P>(packet, ETH_LEN, ip.checksum, outer, to)
+        && match V6 {
+            true => put_addresses(packet, to),
+            false => write_addresses::<false, P>(packet, ETH_LEN, ip.checksum, outer, to),
+        }
 }

@@ -75,8 +75,8 @@ fn reset<const V6: bool, P: Packet>(packet: &mut P, ip: &Ip) -> bool {
         let header = ipv6_header(ip, proto::TCP, TCP_LEN);
         tcp[8] = checksum::over(&tcp, pseudo_v6(&header, proto::TCP, TCP_LEN));
         return packet.resize((ETH_LEN + IPV6_LEN + TCP_LEN) as u32)
-            && packet.write(ETH_LEN, &header)
-            && packet.write(ETH_LEN + IPV6_LEN, &tcp);
+            && packet.put(ETH_LEN, &header)
+            && packet.put(ETH_LEN + IPV6_LEN, &tcp);
     }
     let Some(header) = ip_header(ip, proto::TCP, TCP_LEN) else {
         return false;
@@ -91,8 +91,8 @@ fn reset<const V6: bool, P: Packet>(packet: &mut P, ip: &Ip) -> bool {
     ];
     tcp[8] = checksum::over(&tcp, !checksum::over(&pseudo, 0) as u32);
     packet.resize((ETH_LEN + IPV4_LEN + TCP_LEN) as u32)
-        && packet.write(ETH_LEN, &header)
-        && packet.write(ETH_LEN + IPV4_LEN, &tcp)
+        && packet.put(ETH_LEN, &header)
+        && packet.put(ETH_LEN + IPV4_LEN, &tcp)
 }
 
 #[inline(always)]
@@ -110,9 +110,9 @@ fn port_unreachable_v6<P: Packet>(packet: &mut P, ip: &Ip) -> bool {
     let pseudo = pseudo_v6(&header, proto::ICMPV6, ICMP_LEN + QUOTED_V6_LEN);
     icmp[1] = checksum::over(&quoted, !checksum::over(&icmp, pseudo) as u32);
     packet.resize((ETH_LEN + IPV6_LEN + ICMP_LEN + QUOTED_V6_LEN) as u32)
-        && packet.write(ETH_LEN, &header)
-        && packet.write(ETH_LEN + IPV6_LEN, &icmp)
-        && packet.write(ETH_LEN + IPV6_LEN + ICMP_LEN, &quoted)
+        && packet.put(ETH_LEN, &header)
+        && packet.put(ETH_LEN + IPV6_LEN, &icmp)
+        && packet.put(ETH_LEN + IPV6_LEN + ICMP_LEN, &quoted)
 }
 
 /// An IPv6 header back to the sender.
@@ -197,9 +197,9 @@ fn port_unreachable<P: Packet>(packet: &mut P, ip: &Ip) -> bool {
     let mut icmp = [u16::from_ne_bytes([3, 3]), 0, 0, 0];
     icmp[1] = checksum::over(&quoted, !checksum::over(&icmp, 0) as u32);
     packet.resize((ETH_LEN + IPV4_LEN + ICMP_LEN + QUOTED_LEN) as u32)
-        && packet.write(ETH_LEN, &header)
-        && packet.write(ETH_LEN + IPV4_LEN, &icmp)
-        && packet.write(ETH_LEN + IPV4_LEN + ICMP_LEN, &quoted)
+        && packet.put(ETH_LEN, &header)
+        && packet.put(ETH_LEN + IPV4_LEN, &icmp)
+        && packet.put(ETH_LEN + IPV4_LEN + ICMP_LEN, &quoted)
 }
 
 /// An IPv4 header back to the sender.

@@ -93,7 +93,11 @@ pub fn translate<const V6: bool, P: Packet>(packet: &mut P, ip: &Ip, to: &FlowKe
             }
         }
     }
-    write_addresses::<V6, P>(packet, ETH_LEN, ip.checksum, addresses, to)
+    // Of IPv6 the transport's checksum alone covers them, and its change by them is counted apart, as a pseudo header's.
+    if V6 {
+        return put_addresses(packet, to);
+    }
+    write_addresses::<false, P>(packet, ETH_LEN, ip.checksum, addresses, to)
 }
 
 /// Gives the transport header at `l4` the ports of `to`, an echo the identifier that stands there for one of them.
@@ -133,14 +137,22 @@ fn associate<P: Packet>(packet: &mut P, ip: &Ip, to: &FlowKey) -> bool {
         let len = ip.total_len.wrapping_sub((ip.l4() - ETH_LEN) as u32);
         // The sum is stored in little-endian order (RFC 9260, appendix A).
         let changed = packet.crc32c_change(u32::from_le(old ^ new), len);
-        if !packet.write(ip.l4() + SCTP_CHECKSUM, &(field ^ changed.to_le())) {
+        if !packet.put(ip.l4() + SCTP_CHECKSUM, &(field ^ changed.to_le())) {
             return false;
         }
     }
-    write_ports(packet, ip.l4(), to, false)
+    packet.put(ip.l4(), &[to.sport, to.dport])
 }
 
-/// Gives the IP header at `l3` the addresses of `to`, which add `difference` to a sum over it. `field` is an IPv4 header's checksum.
+/// Gives a packet's IPv6 header the addresses of `to`.
+#[inline(always)]
+#[must_use]
+pub(crate) fn put_addresses<P: Packet>(packet: &mut P, to: &FlowKey) -> bool {
+    let (s, d) = (to.src.words, to.dst.words);
+    packet.put(ETH_LEN + IPV6_ADDRESSES, &[s[0], s[1], d[0], d[1]])
+}
+
+/// Gives the IP header at `l3`, one within what another header's checksum covers where it is IPv6's, the addresses of `to`, which add `difference` to a sum over it. `field` is an IPv4 header's checksum.
 #[inline(always)]
 #[must_use]
 pub(crate) fn write_addresses<const V6: bool, P: Packet>(

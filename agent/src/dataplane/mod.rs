@@ -383,7 +383,32 @@ impl Dataplane {
         ifindex: u32,
         repeat: u32,
     ) -> Result<Run, Error> {
-        let (verdict, packet, nanoseconds) = self.programs.run(program, packet, ifindex, repeat)?;
+        self.run_flagged(program, packet, ifindex, repeat, 0)
+    }
+
+    /// As [`Dataplane::run`], once, on a packet whose sum hardware has told: an error (EBADMSG) when that is not the sum of what is left
+    /// of it.
+    pub fn run_summed(
+        &self,
+        program: PacketProgram,
+        packet: &[u8],
+        ifindex: u32,
+    ) -> Result<Run, Error> {
+        let flags = sys::TEST_SKB_CHECKSUM_COMPLETE;
+        self.run_flagged(program, packet, ifindex, 1, flags)
+    }
+
+    fn run_flagged(
+        &self,
+        program: PacketProgram,
+        packet: &[u8],
+        ifindex: u32,
+        repeat: u32,
+        flags: u32,
+    ) -> Result<Run, Error> {
+        let programs = &self.programs;
+        let (verdict, packet, nanoseconds) =
+            programs.run(program, packet, ifindex, repeat, flags)?;
         Ok(Run {
             verdict,
             packet,

@@ -357,13 +357,14 @@ impl Programs {
         packet: &[u8],
         ifindex: u32,
         repeat: u32,
+        flags: u32,
     ) -> Result<(i32, Vec<u8>, u32), Error> {
         let mut skb = sys::SkBuff {
             ifindex,
             ingress_ifindex: ifindex,
             ..sys::SkBuff::default()
         };
-        sys::test_run(self.fd(program.name())?, packet, &mut skb, repeat).map_err(|source| {
+        sys::test_run(self.fd(program.name())?, packet, &mut skb, repeat, flags).map_err(|source| {
             Error::Run {
                 program: program.name(),
                 source,
@@ -384,7 +385,7 @@ impl Programs {
             ..sys::XdpFrame::default()
         };
         let program = early::PROGRAM;
-        sys::test_run(self.fd(program)?, packet, &mut frame, repeat)
+        sys::test_run(self.fd(program)?, packet, &mut frame, repeat, 0)
             .map_err(|source| Error::Run { program, source })
     }
 
@@ -394,9 +395,11 @@ impl Programs {
             mark: pressure,
             ..sys::SkBuff::default()
         };
-        sys::test_run(self.fd(COLLECT)?, &[0; 64], &mut skb, 1).map_err(|source| Error::Run {
-            program: COLLECT,
-            source,
+        sys::test_run(self.fd(COLLECT)?, &[0; 64], &mut skb, 1, 0).map_err(|source| {
+            Error::Run {
+                program: COLLECT,
+                source,
+            }
         })?;
         Ok((skb.mark, skb.control[0]))
     }

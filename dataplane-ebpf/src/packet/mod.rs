@@ -64,6 +64,13 @@ pub trait Packet: Sized {
     /// Replaces the bytes at `offset`; false when the packet is too short or cannot be written.
     #[must_use]
     fn write<T: Plain>(&mut self, offset: usize, value: &T) -> bool;
+    /// As [`Packet::write`], where no checksum of the packet changes against what is written: a sum over all of it that hardware has told
+    /// (CHECKSUM_COMPLETE) does.
+    #[must_use]
+    #[inline(always)]
+    fn put<T: Plain>(&mut self, offset: usize, value: &T) -> bool {
+        self.write(offset, value)
+    }
 
     /// Corrects the TCP, UDP or ICMP checksum at `offset` for a change of what it covers.
     #[must_use]

@@ -11,6 +11,7 @@ mod rows_v4;
 mod rows_v6;
 mod same_port;
 mod size;
+mod sums;
 
 use std::{collections::BTreeMap, fs, net::IpAddr};
 

@@ -3,7 +3,7 @@
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR,
+        __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
         BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, TC_ACT_SHOT,
         bpf_fib_lookup as FibLookup, bpf_redir_neigh as NextHop,
     },
@@ -103,6 +103,22 @@ impl Skb {
     }
 
     #[inline(always)]
+    fn store<T: Plain>(&mut self, offset: usize, value: &T, flags: u64) -> bool {
+        // By helper rather than directly: direct writes make the verifier put a copy check before every packet,
+        // translated or not.
+        // SAFETY: a valid context; the value is as long as said and has no padding.
+        unsafe {
+            bpf_skb_store_bytes(
+                self.0,
+                offset as u32,
+                core::ptr::from_ref(value).cast(),
+                size_of::<T>() as u32,
+                flags,
+            ) == 0
+        }
+    }
+
+    #[inline(always)]
     pub fn raw(&self) -> *mut __sk_buff {
         self.0
     }
@@ -133,18 +149,12 @@ impl Packet for Skb {
 
     #[inline(always)]
     fn write<T: Plain>(&mut self, offset: usize, value: &T) -> bool {
-        // By helper rather than directly: direct writes make the verifier put a copy check before every packet,
-        // translated or not.
-        // SAFETY: a valid context; the value is as long as said and has no padding.
-        unsafe {
-            bpf_skb_store_bytes(
-                self.0,
-                offset as u32,
-                core::ptr::from_ref(value).cast(),
-                size_of::<T>() as u32,
-                0,
-            ) == 0
-        }
+        self.store(offset, value, 0)
+    }
+
+    #[inline(always)]
+    fn put<T: Plain>(&mut self, offset: usize, value: &T) -> bool {
+        self.store(offset, value, BPF_F_RECOMPUTE_CSUM as u64)
     }
 
     #[inline(always)]
