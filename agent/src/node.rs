@@ -227,7 +227,7 @@ impl Node {
         };
         let dataplane = Dataplane::begin(&wished, preparation, verified)?;
         let found = dataplane.state()?;
-        let mut ledger = Ledger::adopt(found.clone());
+        let mut ledger = Ledger::waiting(found.clone());
         ledger.inherit(dataplane.inherited().clone());
         let mut node = Self {
             ledger,

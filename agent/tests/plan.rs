@@ -7,7 +7,7 @@ use cluster_model::*;
 use keelway_agent::dataplane::{self, Lead, Op, ServiceBackends, ServiceId, Sources, State, Vip};
 use keelway_agent::plan::{
     Balancing, Batch, Here, Ledger, NodeRoute, PortKey, Refusal, Route, RouteChange, Routing,
-    check, diff_routes, plan, plan_routes, plan_unmasqueraded,
+    check, diff_routes, host_ports_key, plan, plan_host_ports, plan_routes, plan_unmasqueraded,
 };
 use proptest::prelude::*;
 

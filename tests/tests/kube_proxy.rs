@@ -21,8 +21,9 @@ use dataplane_ebpf::{
 use ipnetwork::IpNetwork;
 use keelway_agent::{
     dataplane::{Op, State, Vip},
-    plan::{Balancing, Batch, Here, Ledger, check, plan},
+    plan::{Balancing, Batch, Here, Ledger, check, host_ports_key, plan, plan_host_ports},
 };
+use keelway_cni::{PortMapping, PortProtocol};
 use keelway_tests::packets::{sctp, sctp_chunk, tcp, tcp_flag, udp};
 use proptest::prelude::*;
 
@@ -749,6 +750,67 @@ fn visible(state: &State) -> BTreeMap<String, String> {
         .iter()
         .map(|(vip, kind)| (vip.to_string(), format!("{kind:?}")));
     frontends.chain(vips).collect()
+}
+
+#[test]
+fn ports_of_the_node_lead_to_their_pod_by_each_protocol_and_family_and_at_the_address_that_they_name()
+ {
+    let mapping = |host_port, protocol, host_ip: Option<IpAddr>| PortMapping {
+        host_port,
+        container_port: 8080,
+        protocol,
+        host_ip,
+    };
+    let mut mappings = vec![
+        mapping(80, PortProtocol::Tcp, None),
+        mapping(80, PortProtocol::Udp, None),
+        mapping(81, PortProtocol::Sctp, None),
+    ];
+    let elsewhere = Ipv4Addr::new(198, 18, 0, 99);
+    for ipv4 in FAMILIES {
+        mappings.push(mapping(
+            82,
+            PortProtocol::Udp,
+            Some(in_family(NODE_IP, ipv4)),
+        ));
+        mappings.push(mapping(
+            83,
+            PortProtocol::Udp,
+            Some(in_family(elsewhere, ipv4)),
+        ));
+    }
+    let pod = Ipv4Addr::new(10, 244, 0, 2);
+    let (mut ledger, mut state) = (Ledger::adopt(State::default()), State::default());
+    let wish = plan_host_ports("kw1", &FAMILIES.map(|ipv4| in_family(pod, ipv4)), &mappings);
+    check(&wish).expect("a sound plan");
+    ledger.set(&host_ports_key("kw1"), wish);
+    apply(&mut state, &ledger.diff());
+    let tables = maps(&state);
+    let mut from_port = 40_000;
+    for ipv4 in FAMILIES {
+        let there = SocketAddr::new(in_family(pod, ipv4), 8080);
+        for (number, protocol, leads) in [
+            (80, Protocol::Tcp, true),
+            (80, Protocol::Udp, true),
+            (80, Protocol::Sctp, false),
+            (81, Protocol::Sctp, true),
+            (81, Protocol::Udp, false),
+            (82, Protocol::Udp, true),
+            // At an address of another node's.
+            (83, Protocol::Udp, false),
+        ] {
+            let at = SocketAddr::new(in_family(NODE_IP, ipv4), number);
+            for client in [Client::Outside, Client::PodHere] {
+                from_port += 1;
+                let got = by_packet(&tables, client, from_port, at, protocol);
+                let wanted = match leads {
+                    true => Answer::OneOf([there].into()),
+                    false => Answer::Nobody,
+                };
+                assert_eq!(got, wanted, "{client:?} -> {at} {protocol}");
+            }
+        }
+    }
 }
 
 proptest! {

@@ -4,13 +4,13 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{ErrorKind, Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use dataplane_abi::limits;
 use keelway_agent::dataplane::held;
-use keelway_tests::agents::{Service, agent_run, until};
+use keelway_tests::agents::{Service, agent_run, cni_result, until};
 use keelway_tests::sandbox::Network;
 use keelway_tests::topology::{Topology, WEB};
 use serde_json::{Value, json};
@@ -172,6 +172,30 @@ fn without_an_api_server_a_new_worker_leaves_traffic_as_it_is_and_says_what_it_l
         is_served(&topology, "both endpoints as before");
         assert_eq!(exchange(&mut open).expect("the same connection"), server);
     }
+    // A pod that comes has its port of the node, and takes it along.
+    let late = Network::new().expect("a network");
+    let wish = json!({"runtimeConfig": {"portMappings": [
+        {"hostPort": 8090, "containerPort": 7000, "protocol": "tcp"},
+    ]}});
+    let added = node
+        .cni("ADD", "late", Some(&late), wish)
+        .expect("the plugin");
+    cni_result(&added).expect("a pod");
+    let listening = late.run(|| TcpListener::bind(("0.0.0.0", 7000)));
+    let _listener = listening.expect("a listener");
+    let connects = || {
+        let port = SocketAddr::from((node.address, 8090));
+        let other = &topology.nodes[1].host;
+        other
+            .run(|| TcpStream::connect_timeout(&port, TIMEOUT))
+            .is_ok()
+    };
+    until("the pod's port", || Ok(connects().then_some(()))).expect("it");
+    let removed = node
+        .cni("DEL", "late", None, json!({}))
+        .expect("the plugin");
+    assert!(removed.status.success());
+    until("the pod's port gone", || Ok((!connects()).then_some(()))).expect("it");
     // Nothing of what is known grows old, for as long as it takes.
     let (began, mut killed) = (Instant::now(), Instant::now());
     while began.elapsed() < away() {

@@ -7,7 +7,7 @@ use cluster_model::ServiceKey;
 use dataplane_abi::limits;
 use litemap::LiteMap;
 
-use super::{PortKey, PortPlan, ServicePlan};
+use super::{PortKey, PortPlan, Route, ServicePlan};
 use crate::dataplane::{Frontend, Lead, Op, ServiceBackends, ServiceId, Sources, State, Vip};
 
 /// Books of every service port: its plan, its id, and what the maps hold. Costs per change, not per cluster.
@@ -29,6 +29,8 @@ pub struct Ledger {
     inherited_ids: HashSet<ServiceId>,
     /// Where the search for a free id goes on: an id rests as long as possible before it is used again.
     last_id: u32,
+    /// All Services are known, so that what no plan wants may go.
+    knows_all: bool,
     touched: Touched,
 }
 
@@ -68,9 +70,45 @@ pub enum Refusal {
 impl Ledger {
     /// A ledger over maps that hold `held`. All of it counts as unwanted until a plan wants it.
     pub fn adopt(held: State) -> Self {
+        let mut ledger = Self::waiting(held);
+        ledger.judge_all();
+        ledger
+    }
+
+    /// As [`Self::adopt`], while not all Services are known: what no plan has wanted yet stays as it is until [`Self::judge_all`].
+    pub fn waiting(held: State) -> Self {
         let mut ledger = Self::default();
         ledger.hold(held);
         ledger
+    }
+
+    /// From now on what no plan wants goes.
+    pub fn judge_all(&mut self) {
+        if !std::mem::replace(&mut self.knows_all, true) {
+            self.touch_held();
+        }
+    }
+
+    fn touch_held(&mut self) {
+        let (held, touched) = (&self.held, &mut self.touched);
+        touched
+            .ids
+            .extend(held.services.keys().chain(held.sources.keys()));
+        touched.frontends.extend(held.frontends.keys());
+        touched.vips.extend(held.vips.keys());
+    }
+
+    /// Whether a plan can be had before all Services are known: nothing that it wants may be another's.
+    pub fn is_free_for(&self, plan: &ServicePlan) -> bool {
+        let is_its = |(frontend, route): (&Frontend, &Route)| {
+            let Some(lead) = self.held.frontends.get(frontend) else {
+                return true;
+            };
+            let held = self.held.services.get(&lead.internal);
+            let wish = plan.ports.get(&route.internal);
+            held.is_some() && held == wish.map(|port| &port.backends)
+        };
+        self.inherited.is_empty() && plan.frontends.iter().all(is_its)
     }
 
     /// Keeps the ids that another version's frontends lead to for the service ports that they are of; with none, no longer.
@@ -85,20 +123,12 @@ impl Ledger {
     /// Takes what the maps were found to hold, after a change of them failed half way.
     pub fn hold(&mut self, held: State) {
         let touched = &mut self.touched;
-        touched.ids.extend(
-            held.services
-                .keys()
-                .chain(self.held.services.keys())
-                .chain(held.sources.keys())
-                .chain(self.held.sources.keys())
-                .chain(self.owners.keys()),
-        );
-        touched
-            .frontends
-            .extend(held.frontends.keys().chain(self.claims.keys()));
-        touched
-            .vips
-            .extend(held.vips.keys().chain(self.vip_claims.keys()));
+        touched.ids.extend(self.owners.keys());
+        touched.frontends.extend(self.claims.keys());
+        touched.vips.extend(self.vip_claims.keys());
+        if self.knows_all {
+            self.touch_held();
+        }
         self.held = State {
             services: held.services,
             sources: held.sources,
@@ -106,6 +136,9 @@ impl Ledger {
             vips: held.vips,
             ..State::default()
         };
+        if self.knows_all {
+            self.touch_held();
+        }
     }
 
     /// Records the plan of a Service; the empty plan forgets it.

@@ -250,6 +250,11 @@ impl Pods {
         }
     }
 
+    /// Has the plan of a pod's ports of the node taken once more.
+    pub fn put_back_host_ports(&mut self, key: &ServiceKey) {
+        self.host_ports.insert(key.name.to_string());
+    }
+
     /// The plans of ports of the node that changed since they were last taken; the empty one for a pod that is gone.
     pub fn take_host_ports(&mut self) -> Vec<(ServiceKey, ServicePlan)> {
         let names = std::mem::take(&mut self.host_ports);

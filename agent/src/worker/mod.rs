@@ -6,6 +6,7 @@
 //! as one batch. So a burst of ten thousand changes is one batch, and the loop works at its own pace.
 
 mod hear;
+mod host_ports;
 mod settle;
 mod tell;
 

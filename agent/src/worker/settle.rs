@@ -271,9 +271,10 @@ impl Worker {
     /// Plans the Services that became dirty and brings the maps to it. `again` is for what failed: a full map is not tried with every
     /// event.
     pub(super) fn settle_services(&mut self, taken: Instant, again: bool) {
-        let synced =
-            self.snapshot.synced(Kind::Service) && self.snapshot.synced(Kind::EndpointSlice);
-        let Some(node) = self.node.as_mut().filter(|_| synced) else {
+        if !(self.snapshot.synced(Kind::Service) && self.snapshot.synced(Kind::EndpointSlice)) {
+            return self.settle_host_ports();
+        }
+        let Some(node) = self.node.as_mut() else {
             return;
         };
         // What an earlier agent left is compared, and pruned, only now that everything is known.
@@ -335,6 +336,8 @@ impl Worker {
             }
         }
         self.health_checks.settle();
+        self.problems.remove("host ports");
+        node.ledger.judge_all();
         let batch = node.ledger.diff();
         for refusal in &batch.refusals {
             tracing::warn!(%refusal, "a Service cannot have what it wants");

@@ -65,3 +65,77 @@ fn a_service_that_loses_an_address_and_goes_on_is_renewed() {
     assert_eq!(turn(vec![exposed(TrafficPolicy::Cluster)]), []);
     assert_eq!(turn(vec![exposed(TrafficPolicy::Local)]), [a]);
 }
+
+fn mapping(host_port: u16) -> keelway_cni::PortMapping {
+    keelway_cni::PortMapping {
+        host_port,
+        container_port: 80,
+        protocol: keelway_cni::PortProtocol::Tcp,
+        host_ip: None,
+    }
+}
+
+#[test]
+fn ports_of_pods_are_there_before_services_are_known_and_take_nothing_of_theirs() {
+    // What an earlier agent left: a Service with a node port.
+    let web = Service {
+        service_type: ServiceType::NodePort,
+        ports: vec![ServicePort {
+            node_port: Some(30080),
+            ..service_port("http", Protocol::Tcp, 80)
+        }],
+        ..service("web", 1)
+    };
+    let slices = vec![slice(
+        "web-1",
+        "web",
+        vec![endpoint(1, "node-1", "a", READY)],
+    )];
+    let cluster = snapshot(vec![web], slices);
+    let mut state = full(&cluster, State::default());
+    let mut ledger = Ledger::waiting(state.clone());
+    let pod = |host_port| plan_host_ports("kw1", &[[10, 244, 0, 9].into()], &[mapping(host_port)]);
+    let key = host_ports_key("kw1");
+    assert!(!ledger.is_free_for(&pod(30080)));
+    let turn = |ledger: &mut Ledger, state: &mut State| {
+        let batch = ledger.diff();
+        apply(state, &batch);
+        ledger.applied(&batch);
+    };
+    let left = state.clone();
+    for host_port in [8080, 8081] {
+        assert!(ledger.is_free_for(&pod(host_port)));
+        ledger.set(&key, pod(host_port));
+        turn(&mut ledger, &mut state);
+        let own = |frontend: &&dataplane::Frontend| !left.frontends.contains_key(*frontend);
+        let ports: Vec<u16> = state
+            .frontends
+            .keys()
+            .filter(own)
+            .map(|one| one.port)
+            .collect();
+        assert_eq!(ports, [host_port]);
+        assert!(
+            left.frontends
+                .iter()
+                .all(|(at, lead)| state.frontends.get(at) == Some(lead))
+        );
+        assert!(
+            left.services
+                .iter()
+                .all(|(id, had)| state.services.get(id) == Some(had))
+        );
+    }
+    // The next agent finds what is this pod's, and the port goes with the pod.
+    let mut next = Ledger::waiting(state.clone());
+    assert!(next.is_free_for(&pod(8081)));
+    next.set(&key, pod(8081));
+    assert_eq!(next.diff().ops, []);
+    next.set(&key, Default::default());
+    turn(&mut next, &mut state);
+    assert_eq!(state, left);
+    // What nobody wants goes once all are known.
+    next.judge_all();
+    turn(&mut next, &mut state);
+    assert!(state.services.is_empty() && state.frontends.is_empty() && state.vips.is_empty());
+}
