@@ -35,6 +35,8 @@ pub enum Error {
         program: &'static str,
         source: Box<ProgramError>,
     },
+    #[error("the thread that {what} panicked: {words}")]
+    Panicked { what: &'static str, words: String },
     #[error("the kernel has not verified the programs yet")]
     NotVerified,
     #[error("the eBPF object lacks {program}")]

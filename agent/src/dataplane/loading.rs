@@ -6,7 +6,6 @@ use std::{
     collections::BTreeMap,
     fs,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
-    panic::resume_unwind,
     path::Path,
     thread::{self, JoinHandle},
 };
@@ -41,13 +40,32 @@ impl Preparation {
         }))
     }
 
-    fn loader(self) -> EbpfLoader<'static> {
-        joined(self.0)
+    fn loader(self) -> Result<EbpfLoader<'static>, Error> {
+        joined(self.0, "reads the kernel's types")
     }
 }
 
-fn joined<T>(thread: JoinHandle<T>) -> T {
-    thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+/// What a thread came to. Its panic is an error like others, so that `status` tells of it and all is begun anew.
+fn joined<T>(thread: JoinHandle<T>, what: &'static str) -> Result<T, Error> {
+    thread.join().map_err(|panic| {
+        let words = panic.downcast_ref::<String>().cloned();
+        let words = words.or_else(|| panic.downcast_ref::<&str>().map(|words| (*words).into()));
+        Error::Panicked {
+            what,
+            words: words.unwrap_or_default(),
+        }
+    })
+}
+
+/// Calls what it holds when it goes: also when a panic takes it away, and nobody would hear of the end of the thread.
+struct AtTheEnd<F: FnOnce()>(Option<F>);
+
+impl<F: FnOnce()> Drop for AtTheEnd<F> {
+    fn drop(&mut self) {
+        if let Some(call) = self.0.take() {
+            call();
+        }
+    }
 }
 
 /// Programs that the kernel is verifying.
@@ -65,7 +83,7 @@ impl Loading {
         for (name, wanted) in shapes() {
             check_shape(dir, name, wanted)?;
         }
-        let mut loader = preparation.loader();
+        let mut loader = preparation.loader()?;
         for (name, _) in shapes() {
             loader.map_pin_path(name, dir.join(name));
         }
@@ -100,15 +118,22 @@ impl Loading {
             kept: Kept::of(dir, &said),
             tcx: true,
         };
-        Ok(Self(thread::spawn(move || {
-            let loaded = loaded.verified(names);
-            verified();
-            loaded
-        })))
+        Ok(Self::run(verified, move || loaded.verified(names)))
+    }
+
+    /// A thread that has programs verified, and calls `verified` at its end, whatever that is.
+    fn run(
+        verified: impl FnOnce() + Send + 'static,
+        verify: impl FnOnce() -> Result<Loaded, Error> + Send + 'static,
+    ) -> Self {
+        Self(thread::spawn(move || {
+            let _told = AtTheEnd(Some(verified));
+            verify()
+        }))
     }
 
     pub fn wait(self) -> Result<Loaded, Error> {
-        joined(self.0)
+        joined(self.0, "has programs verified")?
     }
 }
 
@@ -182,6 +207,19 @@ fn flows_for(memory_bytes: u64) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whoever_waits_for_the_verifier_hears_of_a_panic_too() {
+        let (tell, told) = std::sync::mpsc::channel();
+        let verified = move || tell.send(()).expect("somebody who listens");
+        let loading = Loading::run(verified, || panic!("of {}", "a test"));
+        told.recv().expect("told");
+        let error = loading.wait().err().expect("an error");
+        assert_eq!(
+            error.to_string(),
+            "the thread that has programs verified panicked: of a test"
+        );
+    }
 
     #[test]
     fn the_table_of_flows_is_as_large_as_memory_lets_it_be() {
