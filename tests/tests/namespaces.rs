@@ -4,6 +4,8 @@
 use std::fs;
 use std::io::{self, Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -247,6 +249,114 @@ fn a_service_that_prefers_its_node_stays_on_it() {
         ),
         ["c"]
     );
+}
+
+/// Writes the cluster's file, and waits until both nodes have so many frontends of it.
+fn write(topology: &Topology, services: &[Service], frontends: usize) {
+    let before: Vec<u64> = topology.nodes.iter().map(batches).collect();
+    topology
+        .cluster
+        .write(services)
+        .expect("the cluster's file");
+    for (node, before) in topology.nodes.iter().zip(before) {
+        node.wait("the Services in the maps", |report| {
+            report["frontends"] == frontends && report["batches"].as_u64() > Some(before)
+        })
+        .expect("a plan");
+    }
+}
+
+#[test]
+fn a_service_that_changes_its_type_is_reached_by_what_it_has_then() {
+    let test = "a_service_that_changes_its_type_is_reached_by_what_it_has_then";
+    let Some(topology) = topology(test, &[]) else {
+        return;
+    };
+    let balanced = Ipv4Addr::new(192, 0, 2, 9);
+    let [cluster_ip, node_port, balancer] = [
+        SocketAddr::from((WEB, 80)),
+        SocketAddr::from((topology.nodes[0].address, 30080)),
+        SocketAddr::from((balanced, 80)),
+    ];
+    let is_reached = |at: SocketAddr| {
+        let answer = ask(&topology.b.network, None, &format!("tcp {at}")).expect("a client");
+        ["a", "c"].contains(&&*answer)
+    };
+    for (service_type, reached) in [
+        ("ClusterIP", &[cluster_ip][..]),
+        ("NodePort", &[cluster_ip, node_port]),
+        ("LoadBalancer", &[cluster_ip, node_port, balancer]),
+        ("ExternalName", &[]),
+        ("LoadBalancer", &[cluster_ip, node_port, balancer]),
+        ("NodePort", &[cluster_ip, node_port]),
+        ("ClusterIP", &[cluster_ip]),
+    ] {
+        let web = Service {
+            spec: json!({
+                "type": service_type, "externalName": "example.net",
+                "ports": [{"name": "tcp", "port": 80, "protocol": "TCP", "nodePort": 30080}],
+            }),
+            balanced: Some(balanced),
+            ..topology.web()
+        };
+        write(&topology, &[web], reached.len());
+        for at in [cluster_ip, node_port, balancer] {
+            let wanted = reached.contains(&at);
+            assert_eq!(is_reached(at), wanted, "{service_type} at {at}");
+        }
+    }
+}
+
+#[test]
+fn a_service_is_taken_away_and_made_anew_under_traffic() {
+    let test = "a_service_is_taken_away_and_made_anew_under_traffic";
+    let Some(topology) = topology(test, &[]) else {
+        return;
+    };
+    let at = SocketAddr::from((WEB, 80));
+    let (stop, made) = (AtomicBool::new(false), AtomicU32::new(0));
+    let failed = thread::scope(|scope| {
+        let asking = scope.spawn(|| {
+            topology.b.network.run(|| {
+                let mut failed = Vec::new();
+                while !stop.load(Ordering::Relaxed) {
+                    for (protocol, answer) in [("tcp", tcp(at)), ("udp", udp(at))] {
+                        if let Err(error) = answer {
+                            failed.push(format!("{protocol}: {error}"));
+                        }
+                    }
+                    made.fetch_add(1, Ordering::Relaxed);
+                }
+                failed
+            })
+        });
+        // Another object has the address each time, as when somebody deletes a Service and creates it again.
+        for name in ["other", "web"].into_iter().cycle().take(10) {
+            let before = made.load(Ordering::Relaxed);
+            let service = Service {
+                name,
+                ..topology.web()
+            };
+            write(&topology, &[service], 2);
+            while made.load(Ordering::Relaxed) < before + 3 && !asking.is_finished() {
+                thread::yield_now();
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        asking.join().expect("no panic")
+    });
+    assert!(failed.is_empty(), "{failed:?}");
+    // With time between the two it answers nobody, and then again.
+    write(&topology, &[], 0);
+    let gone = answers(&topology.b.network, None, "udp", at);
+    assert!(
+        !gone.iter().any(|name| name == "a" || name == "c"),
+        "{gone:?}"
+    );
+    write(&topology, &[topology.web()], 2);
+    for protocol in ["tcp", "udp"] {
+        assert_eq!(answers(&topology.b.network, None, protocol, at), ["a", "c"]);
+    }
 }
 
 #[test]

@@ -223,3 +223,60 @@ fn datagrams_leave_a_service_that_lost_what_they_ask_and_connections_stay() {
         );
     }
 }
+
+#[test]
+fn a_flood_of_answered_openings_on_a_full_table_is_counted_and_ends_no_flow() {
+    if !is_root("a full table") {
+        return;
+    }
+    const FLOOD: u32 = 2_000;
+    let family = Family::V4;
+    let mut fresh = Fresh::open();
+    let backend = "10.0.0.12:8080";
+    fresh.begin(family, &family.backends(&[backend], &[]));
+    let (pod, service) = ("10.0.0.11:4000", "10.96.0.1:80");
+    let open = |fresh: &Fresh, client: &str| {
+        let opening = family.tcp(client, "198.18.0.1:30080", SYN, b"");
+        assert_eq!(run(&fresh.dataplane, UplinkIngress, &opening).0, REDIRECT);
+        let answer = family.tcp(backend, client, SYN | ACK, b"");
+        let (verdict, heard) = run(&fresh.dataplane, UplinkIngress, &answer);
+        assert_eq!(verdict, REDIRECT, "{client}");
+        let wanted = family.tcp("198.18.0.1:30080", client, SYN | ACK, b"");
+        assert_eq!(hex(&heard), hex(&wanted));
+    };
+    let opening = family.tcp(pod, service, SYN, b"");
+    assert_eq!(run(&fresh.dataplane, PodIngress, &opening).0, REDIRECT);
+    let answer = family.tcp(backend, pod, SYN | ACK, b"");
+    assert_eq!(run(&fresh.dataplane, UplinkIngress, &answer).0, REDIRECT);
+    // Others' flows, as many as there is room for.
+    let mut flows = fresh.flows();
+    let others = (0..u64::from(fresh.dataplane.flows_max())).map(|n| [n, !0, 0, 0, 0]);
+    let mut last = [0; 5];
+    for other in others {
+        match flows.insert(other, [0; 16], 0) {
+            Ok(()) => last = other,
+            Err(_) => break,
+        }
+    }
+    for number in 0..FLOOD {
+        let [_, b, c, d] = number.to_be_bytes();
+        open(&fresh, &format!("203.{b}.{c}.{d}:5000"));
+    }
+    let counted = fresh.counters();
+    assert_eq!(counted[&Reason::FlowTableFull], u64::from(FLOOD));
+    // The flow that was answered before goes on, and so do those of the flood whose clients do.
+    let data = family.tcp(pod, service, ACK, b"more");
+    let (_, out) = run(&fresh.dataplane, PodIngress, &data);
+    assert_eq!(hex(&out), hex(&family.tcp(pod, backend, ACK, b"more")));
+    let client = "203.0.0.7:5000";
+    let data = family.tcp(client, "198.18.0.1:30080", ACK, b"more");
+    let (_, out) = run(&fresh.dataplane, UplinkIngress, &data);
+    assert_eq!(hex(&out), hex(&family.tcp(client, backend, ACK, b"more")));
+    // With room again, the next one is kept.
+    let replied = counted[&Reason::FlowReplied];
+    for other in [last, [0, !0, 0, 0, 0]] {
+        flows.remove(&other).unwrap();
+    }
+    open(&fresh, "203.1.0.1:5000");
+    assert_eq!(fresh.counters()[&Reason::FlowReplied], replied + 1);
+}

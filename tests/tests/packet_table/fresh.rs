@@ -69,6 +69,12 @@ impl Fresh {
         }
     }
 
+    /// The table of flows that were answered.
+    pub fn flows(&self) -> HashMap<MapData, Tuple, Entry> {
+        let flows = Map::HashMap(self.pinned(map::FLOWS));
+        flows.try_into().unwrap()
+    }
+
     /// The table of flows that nobody has answered.
     pub fn unreplied(&self) -> HashMap<MapData, Tuple, Entry> {
         let flows = Map::LruHashMap(self.pinned(map::FLOWS_UNREPLIED));
