@@ -195,6 +195,33 @@ fn files_beside_it_are_imported_in_their_order() {
 }
 
 #[test]
+fn imports_that_lead_back_or_multiply_are_an_error() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let fail = |text: &str| {
+        let path = write(folder.path(), "Corefile", text);
+        let read = read_spec_of(&path, &mut Files::default());
+        read.expect_err(text).to_string()
+    };
+    for text in [
+        "import Corefile\n. {\n errors\n}\n",
+        "import *\n. {\n errors\n}\n",
+        "(again) {\n import again\n}\n. {\n import again\n}\n",
+    ] {
+        let error = fail(text);
+        assert!(error.contains("imports go round in circles"), "{error}");
+    }
+    // Each brings ten of the next.
+    let snippets =
+        (1..=6).map(|i| format!("({i}) {{\n{}}}\n", format!("import {}\n", i - 1).repeat(10)));
+    let text = ["(0) {\n errors\n}\n".to_owned()]
+        .into_iter()
+        .chain(snippets);
+    let text: String = text.chain([". {\n import 6\n}\n".to_owned()]).collect();
+    let error = fail(&text);
+    assert!(error.contains("more than 1000 imports"), "{error}");
+}
+
+#[test]
 fn a_change_is_seen_wherever_it_is_also_after_an_error() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let text = ". {\n import custom/*.override\n forward . RESOLV\n}\n";

@@ -63,23 +63,39 @@ pub enum SyntaxError {
 
 /// Imports within imports; more is a circle.
 const DEPTH_MAX: usize = 8;
+/// Imports of a file and of all that it imports: what each brings may have several again.
+const IMPORTS_MAX: usize = 1000;
 
 /// Reads the blocks of a file and of all that it imports.
 pub fn read(path: &Path, files: &mut Files) -> Result<Vec<Block>, SyntaxError> {
     let mut reader = Reader {
         files,
         snippets: HashMap::new(),
+        imports: 0,
     };
     let words = reader.file(path)?;
-    reader.blocks(words, path)
+    reader.blocks(words, path, 0)
 }
 
 struct Reader<'f> {
     files: &'f mut Files,
     snippets: HashMap<String, Vec<Word>>,
+    imports: usize,
 }
 
 impl Reader<'_> {
+    /// Counts an import, at so many within each other.
+    fn import(&mut self, word: &Word, depth: usize) -> Result<(), SyntaxError> {
+        self.imports += 1;
+        if depth == DEPTH_MAX {
+            Err(word.bad("imports go round in circles"))
+        } else if self.imports > IMPORTS_MAX {
+            Err(word.bad(format!("these are more than {IMPORTS_MAX} imports")))
+        } else {
+            Ok(())
+        }
+    }
+
     fn file(&mut self, path: &Path) -> Result<Vec<Word>, SyntaxError> {
         let text = self.files.text(path).map_err(|source| SyntaxError::Read {
             path: path.into(),
@@ -88,7 +104,12 @@ impl Reader<'_> {
         words(&text, &path.display().to_string())
     }
 
-    fn blocks(&mut self, words: Vec<Word>, path: &Path) -> Result<Vec<Block>, SyntaxError> {
+    fn blocks(
+        &mut self,
+        words: Vec<Word>,
+        path: &Path,
+        depth: usize,
+    ) -> Result<Vec<Block>, SyntaxError> {
         let open = || SyntaxError::Open {
             file: path.display().to_string(),
         };
@@ -105,12 +126,13 @@ impl Reader<'_> {
                     return Err(word.bad("a block begins with its zones"));
                 }
                 if keys.is_empty() && word.is("import") {
+                    self.import(&word, depth)?;
                     let pattern = words
                         .next()
                         .ok_or_else(|| word.bad("import needs a file"))?;
                     for file in self.files.matching(beside(path, &pattern.text)) {
                         let inner = self.file(&file)?;
-                        blocks.extend(self.blocks(inner, &file)?);
+                        blocks.extend(self.blocks(inner, &file, depth + 1)?);
                     }
                     if words.peek().is_none() {
                         return Ok(blocks);
@@ -174,9 +196,7 @@ impl Reader<'_> {
                 }
             }
             if name.is("import") {
-                if depth == DEPTH_MAX {
-                    return Err(name.bad("imports go round in circles"));
-                }
+                self.import(&name, depth)?;
                 let [what] = &args[..] else {
                     return Err(name.bad("import needs one file or snippet"));
                 };
@@ -292,12 +312,15 @@ fn quoted(text: &str) -> Option<(String, bool, &str)> {
 fn with_variables(text: &str) -> String {
     let mut out = text.to_owned();
     for (open, close) in [("{$", "}"), ("{%", "%}")] {
-        while let Some(start) = out.find(open) {
+        let mut from = 0;
+        while let Some(start) = out[from..].find(open).map(|at| from + at) {
             let Some(length) = out[start + 2..].find(close) else {
                 break;
             };
             let value = std::env::var(&out[start + 2..start + 2 + length]).unwrap_or_default();
             out.replace_range(start..start + 2 + length + close.len(), &value);
+            // What a variable holds is taken as it is: it may be its own name.
+            from = start + value.len();
         }
     }
     out

@@ -219,3 +219,17 @@ fn a_changed_corefile_is_taken_over_and_one_with_an_error_is_not() {
         assert!(told.contains(part), "{part}: {told} {query:?}");
     }
 }
+
+#[test]
+fn a_variable_that_holds_its_own_name_is_taken_as_it_is() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let corefile = folder.path().join("Corefile");
+    fs::write(&corefile, "{$ZONE}.example {\n errors\n}\n").expect("written");
+    let check = Command::new(program("keelway-dns"))
+        .arg("check")
+        .arg(&corefile)
+        .env("ZONE", "{$ZONE}")
+        .output()
+        .expect("keelway-dns runs");
+    assert!(check.status.success(), "{check:?}");
+}
