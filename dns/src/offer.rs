@@ -9,7 +9,7 @@ use cluster_model::share::{Offer, Rules};
 use nix::ifaddrs::getifaddrs;
 
 use crate::config::spec::{BlockSpec, DNS_PORT, Spec};
-use crate::name::{Name, before};
+use crate::name::Name;
 
 /// What a server that serves at an address says.
 pub fn offer(spec: &Spec, serves: SocketAddr, own: &[IpAddr]) -> Offer {
@@ -30,7 +30,7 @@ pub fn rules(spec: &Spec) -> Option<Rules> {
     let origins = &spec.zone.origins;
     let first = block(spec, origins.first()?)?;
     for origin in origins {
-        let apart = |other: &Name| other == origin || !is_below(other, origin);
+        let apart = |other: &Name| other == origin || !other.is_in(origin);
         let is_ours = block(spec, origin).is_some_and(|block| std::ptr::eq(block, first));
         let mut zones = spec.blocks.iter().flat_map(|block| &block.zones);
         if !is_ours || !origins.iter().all(apart) || !zones.all(apart) || hides(first, origin) {
@@ -54,7 +54,7 @@ pub fn rules(spec: &Spec) -> Option<Rules> {
 fn block<'a>(spec: &'a Spec, name: &Name) -> Option<&'a BlockSpec> {
     let blocks = spec.blocks.iter();
     let zones = blocks.flat_map(|block| block.zones.iter().map(move |zone| (zone, block)));
-    let around = zones.filter(|(zone, _)| is_below(name, zone));
+    let around = zones.filter(|(zone, _)| name.is_in(zone));
     // The first of several that are as long.
     let longest = around.rev().max_by_key(|(zone, _)| zone.labels());
     longest.map(|(_, block)| block)
@@ -65,16 +65,12 @@ fn hides(block: &BlockSpec, origin: &Name) -> bool {
     let Some(hosts) = &block.hosts else {
         return false;
     };
-    let goes_on = hosts.fallthrough.iter().any(|zone| is_below(origin, zone));
+    let goes_on = hosts.fallthrough.iter().any(|zone| origin.is_in(zone));
     let mut zones = hosts.zones.iter();
-    let about = hosts.is_about(origin.wire()) || zones.any(|zone| is_below(zone, origin));
+    let about = hosts.is_about(origin.wire()) || zones.any(|zone| zone.is_in(origin));
     let mut names = hosts.names();
-    let has = names.any(|name| is_below(name, origin) && hosts.is_about(name.wire()));
+    let has = names.any(|name| name.is_in(origin) && hosts.is_about(name.wire()));
     (about && !goes_on) || has
-}
-
-fn is_below(name: &Name, zone: &Name) -> bool {
-    before(name.wire(), zone.wire()).is_some()
 }
 
 /// The addresses of this process's interfaces.

@@ -149,12 +149,8 @@ proptest! {
         let (runtime, server) = server();
         let good = runtime.block_on(async {
             let mut stream = TcpStream::connect(server).await.expect("TCP");
-            let mut bytes = Vec::new();
-            for (wire, _) in &messages {
-                bytes.extend((wire.len() as u16).to_be_bytes());
-                bytes.extend(wire);
-            }
-            bytes.extend(&rest);
+            let wires = messages.iter().flat_map(|(wire, _)| framed(wire));
+            let bytes: Vec<u8> = wires.chain(rest).collect();
             // It may be closed in the middle.
             let _ = stream.write_all(&bytes).await;
             let _ = stream.shutdown().await;

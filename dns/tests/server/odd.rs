@@ -97,8 +97,7 @@ async fn on_one_connection_what_takes_long_does_not_hold_up_what_does_not() {
     );
     for asked in [&outside, &web] {
         let wire = asked.to_vec().expect("a query");
-        let framed = [&(wire.len() as u16).to_be_bytes()[..], &wire].concat();
-        stream.write_all(&framed).await.expect("sent");
+        stream.write_all(&framed(&wire)).await.expect("sent");
     }
     for asked in [&web, &outside] {
         let answer = read(&mut stream).await.expect("an answer");

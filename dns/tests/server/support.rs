@@ -161,18 +161,21 @@ pub async fn udp(server: SocketAddr, message: &Message) -> Message {
 
 pub async fn tcp(server: SocketAddr, messages: &[Message]) -> Vec<Message> {
     let mut stream = TcpStream::connect(server).await.expect("TCP");
-    let mut framed = Vec::new();
-    for message in messages {
-        let wire = message.to_vec().expect("a query");
-        framed.extend((wire.len() as u16).to_be_bytes());
-        framed.extend(wire);
-    }
-    stream.write_all(&framed).await.expect("written");
+    let wires = messages
+        .iter()
+        .map(|message| message.to_vec().expect("a query"));
+    let all: Vec<u8> = wires.flat_map(|wire| framed(&wire)).collect();
+    stream.write_all(&all).await.expect("written");
     let mut replies = Vec::new();
     for _ in messages {
         replies.push(read(&mut stream).await.expect("an answer"));
     }
     replies
+}
+
+/// A message as TCP carries it: behind two bytes with its length.
+pub fn framed(wire: &[u8]) -> Vec<u8> {
+    [&(wire.len() as u16).to_be_bytes()[..], wire].concat()
 }
 
 pub async fn read(stream: &mut TcpStream) -> std::io::Result<Message> {
@@ -252,8 +255,7 @@ impl Upstream {
                         }
                         for (after, reply) in script(&query, true) {
                             tokio::time::sleep(after).await;
-                            let framed = [&(reply.len() as u16).to_be_bytes()[..], &reply].concat();
-                            if stream.write_all(&framed).await.is_err() {
+                            if stream.write_all(&framed(&reply)).await.is_err() {
                                 return;
                             }
                         }

@@ -51,8 +51,7 @@ async fn start(
                     let answer = reply(&query, ResponseCode::NoError, records)
                         .to_vec()
                         .expect("an answer");
-                    let framed = [&(answer.len() as u16).to_be_bytes()[..], &answer].concat();
-                    if stream.write_all(&framed).await.is_err() {
+                    if stream.write_all(&framed(&answer)).await.is_err() {
                         return;
                     }
                 }

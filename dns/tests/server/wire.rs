@@ -179,8 +179,7 @@ async fn transferred(server: SocketAddr, zone: &str) -> Vec<Record> {
     let wire = edns(zone, RecordType::AXFR, 1232)
         .to_vec()
         .expect("a query");
-    let framed = [&(wire.len() as u16).to_be_bytes()[..], &wire].concat();
-    stream.write_all(&framed).await.expect("written");
+    stream.write_all(&framed(&wire)).await.expect("written");
     let mut records = Vec::new();
     let mut soas = 0;
     while soas < 2 {

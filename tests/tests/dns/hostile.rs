@@ -11,7 +11,7 @@ use std::time::Duration;
 use keelway_tests::process::eventually;
 use keelway_tests::sandbox::{Sandbox, ip, is_root};
 
-use crate::support::{NOERROR, Server, api, question, service_name};
+use crate::support::{NOERROR, Server, api, framed, question, service_name};
 
 const SERVER: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 1);
 const HOSTILE: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 9, 1, 1));
@@ -96,8 +96,7 @@ fn long_answers_to_one_address_are_bounded_and_whoever_really_asked_gets_them_by
     assert_eq!((other[2] & TRUNCATED, other[7]), (0, 60));
     // And by TCP everyone does.
     let mut stream = TcpStream::connect(server.address).expect("a connection");
-    let framed = [&(query.len() as u16).to_be_bytes()[..], &query].concat();
-    stream.write_all(&framed).expect("sent");
+    stream.write_all(&framed(&query)).expect("sent");
     let mut length = [0; 2];
     stream.read_exact(&mut length).expect("a length");
     let mut whole = vec![0; usize::from(u16::from_be_bytes(length))];

@@ -137,13 +137,16 @@ pub fn ask(server: SocketAddr, name: &str) -> Option<(u8, u8)> {
     answers.then(|| (reply[3] & 15, reply[7]))
 }
 
+/// A message as TCP carries it: behind two bytes with its length.
+pub fn framed(wire: &[u8]) -> Vec<u8> {
+    [&(wire.len() as u16).to_be_bytes()[..], wire].concat()
+}
+
 /// As [`ask`], over a connection of its own.
 pub fn ask_by_tcp(server: SocketAddr, name: &str) -> Option<(u8, u8)> {
     let mut stream = TcpStream::connect(server).ok()?;
     stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
-    let query = question(7, name);
-    let framed = [&(query.len() as u16).to_be_bytes()[..], &query].concat();
-    stream.write_all(&framed).ok()?;
+    stream.write_all(&framed(&question(7, name))).ok()?;
     let mut reply = [0; 14];
     stream.read_exact(&mut reply).ok()?;
     Some((reply[5] & 15, reply[9]))
