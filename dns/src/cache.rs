@@ -263,12 +263,8 @@ impl Cache {
 
     /// Looks a question up and counts it as asked for.
     pub fn get(&self, key: &Key, now: Instant) -> Found {
-        let entry = match (self.success.get(key), self.denial.get(key)) {
-            // Only a failure is kept beside data: it hides neither what is good still nor what may be served stale.
-            (Some(data), Some(_)) if self.may_serve(&data, now) => data,
-            (Some(_), Some(no)) => no,
-            (Some(entry), None) | (None, Some(entry)) => entry,
-            (None, None) => return Found::Nothing,
+        let Some(entry) = self.peek(key, now) else {
+            return Found::Nothing;
         };
         if entry.is_fresh(now) {
             let hits = entry.hits.fetch_add(1, Ordering::Relaxed) + 1;
@@ -337,9 +333,14 @@ impl Cache {
         entry
     }
 
-    /// What there is for a question, fresh or not, without counting it as asked for.
-    pub fn peek(&self, key: &Key) -> Option<Arc<Entry>> {
-        self.success.get(key).or_else(|| self.denial.get(key))
+    /// What there is for a question, whether it may be served or not, without counting it as asked for.
+    pub fn peek(&self, key: &Key, now: Instant) -> Option<Arc<Entry>> {
+        match (self.success.get(key), self.denial.get(key)) {
+            // Only a failure is kept beside data: it hides neither what is good still nor what may be served stale.
+            (Some(data), Some(_)) if self.may_serve(&data, now) => Some(data),
+            (Some(_), Some(no)) => Some(no),
+            (data, no) => data.or(no),
+        }
     }
 
     /// Whether an entry may be served now.

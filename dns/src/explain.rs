@@ -149,14 +149,22 @@ fn decide(
     let now = Instant::now();
     match &block.cache {
         None => text.push_str("cache      none\n"),
-        Some(cache) => match cache.peek(&key).filter(|entry| cache.may_serve(entry, now)) {
+        Some(cache) => match cache
+            .peek(&key, now)
+            .filter(|entry| cache.may_serve(entry, now))
+        {
             None => text.push_str("cache      has nothing\n"),
             Some(entry) if entry.left(now).is_zero() => {
                 text.push_str("cache      has a stale answer\n");
             }
             Some(entry) => {
                 let left_s = entry.left(now).as_secs();
-                let _ = writeln!(text, "cache      has an answer for {left_s} s more");
+                let what = if entry.is_failure() {
+                    "a failure"
+                } else {
+                    "an answer"
+                };
+                let _ = writeln!(text, "cache      has {what} for {left_s} s more");
             }
         },
     }

@@ -10,8 +10,11 @@ use tokio::time::timeout;
 use crate::answer::Rcode;
 use crate::cache::{Entry, Found, Key};
 use crate::forward::{ForwardError, Question};
+use crate::log::type_name;
 use crate::metrics::Metrics;
+use crate::name::Name;
 use crate::settings::{Block, Outcome};
+use crate::shares::Place;
 
 /// How long a client waits for a renewal before it gets what is stale (RFC 8767, 5).
 const STALE_AFTER: Duration = Duration::from_millis(1800);
@@ -94,13 +97,14 @@ pub fn renew(block: &Arc<Block>, metrics: &Arc<Metrics>, question: Question) {
     tokio::spawn(async move {
         let key = key(&question);
         let new = ask(&block, &metrics, &question, &key, NOBODY).await;
+        let now = Instant::now();
         // What the upstream had to say may not have come into the cache, a failure least of all: what is known stays then, and is not
         // asked for again with every hit.
-        let kept = block.cache.as_ref().and_then(|cache| cache.peek(&key));
+        let kept = block.cache.as_ref().and_then(|cache| cache.peek(&key, now));
         if let Some(kept) = kept
             && !new.is_ok_and(|new| Arc::ptr_eq(&new, &kept))
         {
-            kept.renewal_failed(Instant::now());
+            kept.renewal_failed(now);
         }
     });
 }
@@ -118,6 +122,15 @@ async fn ask(
         match flights.get(key.bytes()) {
             Some(waiting) => waiting.clone(),
             None => {
+                // Before anyone can join: that this client has its share is nothing to others.
+                let place = match block.route(&question.name) {
+                    Some(route) => route.forwarder.place(client),
+                    None => Err(ForwardError::NoRoute),
+                };
+                let place = place.map_err(|error| {
+                    say_why(block, question, &error);
+                    Arc::new(error)
+                })?;
                 let (tell, waiting) = watch::channel(None);
                 flights.insert(key.bytes().into(), waiting.clone());
                 // A task of its own: it ends, and tells all, also when who came first gives up.
@@ -126,7 +139,7 @@ async fn ask(
                     key: *key,
                     tell,
                 };
-                tokio::spawn(flight.fly(question.clone(), metrics.clone(), client));
+                tokio::spawn(flight.fly(question.clone(), metrics.clone(), place));
                 waiting
             }
         }
@@ -141,6 +154,14 @@ async fn ask(
     }
 }
 
+/// A line for the operator about a question that could not be asked.
+fn say_why(block: &Block, question: &Question, error: &ForwardError) {
+    if block.spec.log.errors {
+        let name = Name::from_wire(&question.name);
+        tracing::warn!(%name, rtype = %type_name(question.rtype), %error, "forwarding");
+    }
+}
+
 struct Flight {
     block: Arc<Block>,
     key: Key,
@@ -148,15 +169,14 @@ struct Flight {
 }
 
 impl Flight {
-    /// Asks at the cost of whoever came first.
-    async fn fly(self, question: Question, metrics: Arc<Metrics>, client: IpAddr) {
+    /// Asks in the place of whoever came first.
+    async fn fly(self, question: Question, metrics: Arc<Metrics>, place: Place) {
         let outcome = match self.block.route(&question.name) {
             None => Err(Arc::new(ForwardError::NoRoute)),
-            Some(route) => route
-                .forwarder
-                .ask(&question, client)
-                .await
-                .map_err(Arc::new),
+            Some(route) => {
+                let answer = route.forwarder.ask(&question, place).await;
+                answer.map_err(Arc::new)
+            }
         };
         let outcome = outcome.map(|reply| {
             let now = Instant::now();
@@ -170,11 +190,8 @@ impl Flight {
                 None => Arc::new(Entry::fleeting(reply, now)),
             }
         });
-        if let Err(error) = &outcome
-            && self.block.spec.log.errors
-        {
-            let name = crate::name::Name::from_wire(&question.name);
-            tracing::warn!(%name, rtype = %crate::log::type_name(question.rtype), %error, "forwarding");
+        if let Err(error) = &outcome {
+            say_why(&self.block, &question, error);
         }
         // Dropped after the outcome is told: whoever comes next finds the cache filled.
         self.tell.send_replace(Some(outcome));
@@ -198,5 +215,89 @@ pub fn code_of(error: &ForwardError) -> Rcode {
     match error {
         ForwardError::Busy(_) | ForwardError::Loop | ForwardError::NoRoute => Rcode::Refused,
         _ => Rcode::ServFail,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::UdpSocket;
+
+    use super::*;
+    use crate::config::spec::{BlockSpec, RouteSpec, ServerSpec, Spec};
+    use crate::forward::ForwardRules;
+    use crate::query::rtype;
+    use crate::settings::Settings;
+    use crate::zone::ZoneSettings;
+
+    const PLACES: usize = 3;
+
+    fn name(text: &str) -> Name {
+        Name::parse(text).expect("a name")
+    }
+
+    fn question(about: &str) -> Question {
+        Question {
+            name: name(about).wire().to_vec(),
+            rtype: rtype::A,
+            dnssec_ok: false,
+            checking_disabled: false,
+        }
+    }
+
+    /// A block that asks an upstream, which knows names that begin with a w and is silent about all others.
+    async fn block() -> Arc<Block> {
+        let socket = UdpSocket::bind("127.0.0.1:0").await.expect("a socket");
+        let address = socket.local_addr().expect("an address");
+        tokio::spawn(async move {
+            let mut message = [0; 1500];
+            while let Ok((bytes, peer)) = socket.recv_from(&mut message).await {
+                if message[13].eq_ignore_ascii_case(&b'w') {
+                    message[2] |= 0x80;
+                    let _ = socket.send_to(&message[..bytes], peer).await;
+                }
+            }
+        });
+        let mut block = BlockSpec::of(vec![Name::root()]);
+        block.routes.push(RouteSpec {
+            zone: Name::root(),
+            except: Vec::new(),
+            servers: vec![ServerSpec { address, tls: None }],
+            rules: ForwardRules {
+                concurrent_max: PLACES,
+                ..ForwardRules::default()
+            },
+        });
+        let spec = Spec {
+            zone: ZoneSettings::of(name("cluster.local")),
+            blocks: vec![block],
+            port: None,
+            http: Vec::new(),
+            lameduck: None,
+            warnings: Vec::new(),
+        };
+        let settings = Settings::build(spec, &Metrics::default(), None).expect("settings");
+        settings.blocks().next().expect("one block").clone()
+    }
+
+    #[tokio::test]
+    async fn a_question_of_a_client_that_has_its_share_is_asked_for_others() {
+        let (block, metrics) = (block().await, Arc::new(Metrics::default()));
+        let [greedy, other] = [[10, 0, 0, 1], [10, 0, 0, 2]].map(IpAddr::from);
+        // On one thread, so that nothing goes on between the first client's question and the second one's.
+        for silent in ["n1.example.org", "n2.example.org"] {
+            let (block, metrics) = (block.clone(), metrics.clone());
+            tokio::spawn(async move { fetch(&block, &metrics, &question(silent), greedy).await });
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(block.in_flight(), 2);
+        let asked = question("www.example.org");
+        let (refused, answered) = tokio::join!(
+            fetch(&block, &metrics, &asked, greedy),
+            fetch(&block, &metrics, &asked, other)
+        );
+        assert!(
+            matches!(refused.as_deref(), Err(error) if matches!(**error, ForwardError::Busy(_)))
+        );
+        assert!(answered.is_ok());
     }
 }

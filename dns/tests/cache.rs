@@ -154,3 +154,22 @@ fn an_answer_that_may_not_be_kept_ends_what_was_known() {
     cache.put(&key(WWW), data(WWW, 0), stale);
     assert_eq!(told(&cache, WWW, stale), None);
 }
+
+#[test]
+fn a_failure_is_found_once_the_data_beside_it_may_not_be_served_any_more() {
+    let now = Instant::now();
+    let at = |seconds| now + Duration::from_secs(seconds);
+    let cache = Cache::new(CacheRules {
+        stale: Duration::from_secs(100),
+        ..CacheRules::default()
+    });
+    cache.put(&key(WWW), data(WWW, 60), now);
+    let failure = || reply(WWW, ResponseCode::ServFail, Vec::new(), None);
+    for (failed_at, is_failure) in [(90, false), (170, true)] {
+        cache.put(&key(WWW), failure(), at(failed_at));
+        let later = at(failed_at + 1);
+        let seen = cache.peek(&key(WWW), later).expect("something is kept");
+        assert!(cache.may_serve(&seen, later), "after {failed_at} s");
+        assert_eq!(seen.is_failure(), is_failure, "after {failed_at} s");
+    }
+}

@@ -17,7 +17,7 @@ use crate::answer::Rcode;
 use crate::message::{BadReply, Reply};
 use crate::metrics::Forwarding;
 use crate::name::Name;
-use crate::shares::Shares;
+use crate::shares::{Place, Shares};
 
 pub use exchange::Question;
 pub use upstream::{Tls, TlsError, Upstream};
@@ -140,12 +140,16 @@ impl Forwarder {
         order
     }
 
-    /// Asks until there is an answer. A failure that an upstream tells of is an answer when no other one knows better.
-    pub async fn ask(&self, question: &Question, client: IpAddr) -> Result<Reply, ForwardError> {
-        let Some(_place) = self.places.take(client) else {
+    /// A place among the questions in flight.
+    pub fn place(&self, client: IpAddr) -> Result<Place, ForwardError> {
+        self.places.take(client).ok_or_else(|| {
             self.metrics.rejected.inc();
-            return Err(ForwardError::Busy(self.places.taken()));
-        };
+            ForwardError::Busy(self.places.taken())
+        })
+    }
+
+    /// Asks until there is an answer. A failure that an upstream tells of is an answer when no other one knows better.
+    pub async fn ask(&self, question: &Question, _place: Place) -> Result<Reply, ForwardError> {
         let order = self.order();
         if order.is_empty() {
             return Err(ForwardError::Loop);
