@@ -9,7 +9,8 @@ use hickory_proto::op::{Message, ResponseCode};
 use hickory_proto::rr::RecordType;
 use keelway_dns::cache::CacheRules;
 use keelway_dns::server::Shared;
-use tokio::net::UdpSocket;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, Interest};
+use tokio::net::{TcpSocket, TcpStream, UdpSocket};
 
 use crate::support::*;
 
@@ -158,4 +159,52 @@ async fn a_flood_of_stale_hits_is_one_renewal() {
         assert!(Instant::now() < end, "it does not get stale");
     }
     flood_is_one_renewal(&shared, server).await;
+}
+
+/// Waits until the server has closed a connection of which nothing is read: with what it has not read of it left, that is a reset.
+async fn let_go(stream: &TcpStream) {
+    let ready = stream.ready(Interest::ERROR).await;
+    assert!(ready.expect("an event").is_error());
+}
+
+#[tokio::test]
+async fn peers_that_take_nothing_or_stop_midway_hold_up_nobody_and_are_let_go() {
+    let (_, server) = serve(spec(&[]), &cluster(1000)).await;
+    let large = query("db.prod.svc.cluster.local.", RecordType::A);
+    let large = framed(&large.to_vec().expect("a query"));
+    let [mut deaf, mut midway] = [Vec::new(), Vec::new()];
+    for number in 0..60 {
+        let socket = TcpSocket::new_v4().expect("a socket");
+        socket.bind(from(10)).expect("an address");
+        socket.set_recv_buffer_size(4096).expect("less room");
+        let mut stream = socket.connect(server).await.expect("TCP");
+        if number % 3 == 0 {
+            // 16 MB of answers: more than anything on the way holds. Questions fit into what is between, but the server stops reading them.
+            stream.write_all(&large.repeat(1000)).await.expect("sent");
+            deaf.push(stream);
+        } else {
+            let sent = [1, large.len() / 2][number % 3 - 1];
+            stream.write_all(&large[..sent]).await.expect("sent");
+            midway.push(stream);
+        }
+    }
+    let all_gone = tokio::spawn(async move {
+        for stream in &deaf {
+            let_go(stream).await;
+        }
+        for mut stream in midway {
+            let closed = stream.read(&mut [0]).await;
+            assert!(matches!(closed, Ok(0) | Err(_)));
+        }
+    });
+    let mut served = 0;
+    while !all_gone.is_finished() {
+        let asked = query(WEB, RecordType::A);
+        assert_eq!(data(&udp(server, &asked).await), ["10.96.0.7"]);
+        let answers = tcp(server, &[asked.clone(), asked]).await;
+        assert!(answers.iter().all(|answer| data(answer) == ["10.96.0.7"]));
+        served += 1;
+    }
+    all_gone.await.expect("every one of them was let go");
+    println!("{served} rounds were served beside them");
 }
