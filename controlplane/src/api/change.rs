@@ -146,16 +146,13 @@ pub fn drop_empty(object: &mut Value) {
 
 /// Whether anything differs that a generation stands for.
 pub fn spec_differs(new: &Value, old: &Value) -> bool {
-    let counted = |object: &Value| {
-        let fields = object.as_object().into_iter().flatten();
-        fields
-            .filter(|(key, _)| {
-                !["metadata", "status", "kind", "apiVersion"].contains(&key.as_str())
-            })
-            .map(|(key, value)| (key.clone(), value.clone()))
-            .collect::<std::collections::BTreeMap<_, _>>()
+    let uncounted = ["metadata", "status", "kind", "apiVersion"];
+    let lacks = |one: &Value, other: &Value| {
+        let fields = one.as_object().into_iter().flatten();
+        let mut counted = fields.filter(|(key, _)| !uncounted.contains(&key.as_str()));
+        counted.any(|(key, value)| other.get(key) != Some(value))
     };
-    counted(new) != counted(old)
+    lacks(new, old) || lacks(old, new)
 }
 
 /// Whether the object is being deleted and nothing holds that back any more.

@@ -228,7 +228,12 @@ impl Api {
                 put.map(|record| target.decode(&record).map(Deleted::Waiting))
             } else {
                 let deleted = self.remove(target, &record).await;
-                deleted.map(|record| target.decode(&record).map(Deleted::Gone))
+                deleted.map(|record| {
+                    // What was deleted is what was read: its revision is another one.
+                    let mut last = old;
+                    last.set("/metadata/resourceVersion", record.revision.to_string());
+                    Ok(Deleted::Gone(last))
+                })
             };
             match done {
                 Ok(deleted) => return deleted,

@@ -29,25 +29,7 @@ impl Api {
         let form = Form::negotiate(&parts.headers, &call.query)?;
         self.not_ahead(call.query.revision().map_err(Status::bad_request)?)?;
         let record = self.record(&call.target).await?;
-        let resource = call.target.resource;
-        if form == Form::Object && !object::converts(resource) {
-            let mut out = Vec::with_capacity(record.value.len() + 128);
-            object::write(
-                &mut out,
-                &record,
-                record.revision,
-                resource.kind,
-                &resource.api_version(),
-            );
-            out.push(b'\n');
-            return Ok(reply::bytes(StatusCode::OK, "application/json", out));
-        }
-        Ok(reply::object(
-            StatusCode::OK,
-            &call.target,
-            form,
-            call.target.decode(&record)?,
-        ))
+        reply::stored(StatusCode::OK, &call.target, form, &record)
     }
 
     /// Refuses a revision that the store has not reached; clients try again.

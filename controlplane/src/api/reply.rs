@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::request::{Encoding, Form, Target};
 use super::status::Status;
+use super::storing::Outcome;
 use super::{compression, object, table};
 use crate::codec::transcode;
 use crate::store::Record;
@@ -213,6 +214,37 @@ impl From<Status> for Answer {
         }
         answer
     }
+}
+
+/// What a write has made of an object, in the form asked for.
+pub fn outcome(
+    code: StatusCode,
+    target: &Target,
+    form: Form,
+    outcome: Outcome,
+) -> Result<Answer, Status> {
+    match outcome {
+        Outcome::Stored(record) => stored(code, target, form, &record),
+        outcome => Ok(object(code, target, form, outcome.into_object(target)?)),
+    }
+}
+
+/// One stored object in the form asked for: as it is kept, where that is the form.
+pub fn stored(
+    code: StatusCode,
+    target: &Target,
+    form: Form,
+    record: &Record,
+) -> Result<Answer, Status> {
+    let resource = target.resource;
+    if form != Form::Object || object::converts(resource) {
+        return Ok(object(code, target, form, target.decode(record)?));
+    }
+    let mut out = Vec::with_capacity(record.value.len() + 128);
+    let (kind, api_version) = (resource.kind, resource.api_version());
+    object::write(&mut out, record, record.revision, kind, &api_version);
+    out.push(b'\n');
+    Ok(bytes(code, Encoding::Json.media_type(), out))
 }
 
 /// One object in the form asked for.

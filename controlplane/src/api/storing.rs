@@ -8,6 +8,26 @@ use super::status::Status;
 use super::{Api, object};
 use crate::store::{Expect, Record, StoreError, Write, lifetime};
 
+/// What a write makes of an object.
+pub enum Outcome {
+    /// It is stored like this, and mostly answered with as it is: without being decoded.
+    Stored(Record),
+    /// The object as it is, of which nothing was stored: nothing differs, or it was a dry run.
+    Kept(Value),
+    /// The change removed what held back the object's deletion.
+    Deleted(Value),
+}
+
+impl Outcome {
+    /// The object, in stored form.
+    pub fn into_object(self, target: &Target) -> Result<Value, Status> {
+        match self {
+            Self::Stored(record) => target.decode(&record),
+            Self::Kept(object) | Self::Deleted(object) => Ok(object),
+        }
+    }
+}
+
 impl Api {
     /// Writes an object, and what goes with it; Events get a lifetime, which begins anew with each write.
     pub(super) async fn put(

@@ -4,6 +4,8 @@
 //! there through [`Api::modify`]. Both settle an object in the same way ([`Api::settle`]) and differ in what they put
 //! before it and in how they store it.
 
+use std::borrow::Cow;
+
 use http::{StatusCode, request::Parts};
 use hyper::body::Incoming;
 use rand::RngExt;
@@ -20,6 +22,7 @@ use super::patching::Patch;
 use super::reply::Answer;
 use super::request::{Form, Target, WriteOptions};
 use super::status::{FieldError, Status};
+use super::storing::Outcome;
 use super::{Api, Call, admission, object, reply, strategy};
 use crate::patch;
 use crate::store::{Expect, Record, StoreError};
@@ -88,22 +91,6 @@ impl<'a> Write<'a> {
     }
 }
 
-/// What a modification makes of an object.
-pub enum Outcome {
-    /// The object as it is now, changed or not.
-    Kept(Value),
-    /// The change removed what held back the object's deletion.
-    Deleted(Value),
-}
-
-impl Outcome {
-    pub fn into_object(self) -> Value {
-        match self {
-            Self::Kept(object) | Self::Deleted(object) => object,
-        }
-    }
-}
-
 impl Api {
     pub(super) async fn create(
         &self,
@@ -124,7 +111,7 @@ impl Api {
         )?;
         let object = object::to_stored(decoded.value, resource);
         let created = self.insert(&call.target, object, &options).await?;
-        let mut answer = reply::object(StatusCode::CREATED, &call.target, form, created);
+        let mut answer = reply::outcome(StatusCode::CREATED, &call.target, form, created)?;
         reply::warn(&mut answer, &decoded.warnings);
         reply::warn(&mut answer, &options.warnings.take());
         Ok(answer)
@@ -179,12 +166,12 @@ impl Api {
                     outcome = self.modify(&call.target, &options, part, change).await;
                 }
                 created => {
-                    outcome = created.map(Outcome::Kept);
+                    outcome = created;
                     code = StatusCode::CREATED;
                 }
             }
         }
-        let mut answer = reply::object(code, &call.target, form, outcome?.into_object());
+        let mut answer = reply::outcome(code, &call.target, form, outcome?)?;
         reply::warn(&mut answer, &decoded.warnings);
         reply::warn(&mut answer, &options.warnings.take());
         Ok(answer)
@@ -224,7 +211,7 @@ impl Api {
                 // Somebody else was faster: then it is a change of theirs.
                 Err(status) if status.reason == "AlreadyExists" => {}
                 outcome => {
-                    let mut answer = reply::object(StatusCode::CREATED, target, form, outcome?);
+                    let mut answer = reply::outcome(StatusCode::CREATED, target, form, outcome?)?;
                     warnings.append(&mut options.warnings.take());
                     reply::warn(&mut answer, &warnings);
                     return Ok(answer);
@@ -234,7 +221,10 @@ impl Api {
         let mut found = Vec::new();
         let outcome = self
             .modify_as(write, |old| {
-                let old = object::from_stored(old.clone(), target.resource);
+                let old = match object::converts(target.resource) {
+                    true => Cow::Owned(object::from_stored(old.clone(), target.resource)),
+                    false => Cow::Borrowed(old),
+                };
                 let checked = patch.checked(&old, target, &options, part)?;
                 found = checked.warnings;
                 let mut object = object::to_stored(checked.value, target.resource);
@@ -246,23 +236,23 @@ impl Api {
             .await?;
         warnings.append(&mut found);
         warnings.append(&mut options.warnings.take());
-        let mut answer = reply::object(StatusCode::OK, target, form, outcome.into_object());
+        let mut answer = reply::outcome(StatusCode::OK, target, form, outcome)?;
         reply::warn(&mut answer, &warnings);
         Ok(answer)
     }
 
-    /// Creates an object (in stored form, decoded) and returns it as stored.
+    /// Creates an object (in stored form, decoded).
     pub(super) async fn insert(
         &self,
         target: &Target,
         object: Value,
         options: &WriteOptions,
-    ) -> Result<Value, Status> {
+    ) -> Result<Outcome, Status> {
         self.insert_as(Write::new(target, options, Part::Main), object)
             .await
     }
 
-    async fn insert_as(&self, write: Write<'_>, mut object: Value) -> Result<Value, Status> {
+    async fn insert_as(&self, write: Write<'_>, mut object: Value) -> Result<Outcome, Status> {
         begin(write.target, &mut object)?;
         if write.target.resource.plural == "certificatesigningrequests"
             && let Some(caller) = &write.options.caller
@@ -286,7 +276,7 @@ impl Api {
         }
     }
 
-    async fn insert_named(&self, write: Write<'_>, object: Value) -> Result<Value, Status> {
+    async fn insert_named(&self, write: Write<'_>, object: Value) -> Result<Outcome, Status> {
         if !allocation::is_service(write.target) {
             let lost = || Status::internal("nothing was given out, and it is taken");
             return self.insert_once(write, object).await?.ok_or_else(lost);
@@ -305,7 +295,7 @@ impl Api {
         &self,
         write: Write<'_>,
         mut object: Value,
-    ) -> Result<Option<Value>, Status> {
+    ) -> Result<Option<Outcome>, Status> {
         let target = write.target;
         let strategy = strategy::of(target.resource);
         if target.resource.subresource("status").is_some() && !strategy.keeps_status() {
@@ -336,12 +326,12 @@ impl Api {
         }
         self.charge(write, &object, None).await?;
         if write.options.dry_run {
-            return Ok(Some(object));
+            return Ok(Some(Outcome::Kept(object)));
         }
         let along = reservation.along(&object);
         let stored = self.put(&key, object, Expect::Absent, along);
         match stored.await {
-            Ok(record) => target.decode(&record).map(Some),
+            Ok(record) => Ok(Some(Outcome::Stored(record))),
             Err(error) if allocation::is_lost_race(target, &error) => {
                 self.catch_up(&error).await?;
                 Ok(None)
@@ -417,7 +407,7 @@ impl Api {
             let expect = Expect::Revision(record.revision);
             let along = reservation.along(&new);
             match self.put(&record.key, new, expect, along).await {
-                Ok(record) => return Ok(Outcome::Kept(target.decode(&record)?)),
+                Ok(record) => return Ok(Outcome::Stored(record)),
                 Err(error) if allocation::is_lost_race(target, &error) => {
                     self.catch_up(&error).await?;
                 }

@@ -3,9 +3,10 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use serde_json::map::Entry;
 use serde_json::{Map, Number, Value};
 
-use super::node::Node;
+use super::node::{Document, Part};
 use super::{quantity, time};
 use crate::registry::{Field, FieldType, Shape, Type, Wire, type_named};
 
@@ -15,49 +16,57 @@ pub type StrictFaults = Vec<String>;
 const SCHEMA: &str = "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.JSONSchemaProps";
 
 /// The value of the document, with the strict faults found; Err is a mismatch of types, in the words of Go's decoder.
-pub fn check(node: Node, ty: &'static Type) -> Result<(Value, StrictFaults), String> {
-    let mut checker = Checker {
-        path: Vec::new(),
-        owner: None,
-        faults: Vec::new(),
-    };
+pub fn check<D: Document>(document: D, ty: &'static Type) -> Result<(Value, StrictFaults), String> {
+    let mut checker = Checker::default();
     let value = checker
-        .of_type(node, ty)?
+        .of_type(document, ty, &Path::START)?
         .unwrap_or_else(|| Value::Object(Map::new()));
     Ok((value, checker.faults))
 }
 
 /// Untyped documents can have duplicate fields only.
-pub fn check_untyped(node: Node) -> (Value, StrictFaults) {
-    let mut checker = Checker {
-        path: Vec::new(),
-        owner: None,
-        faults: Vec::new(),
-    };
-    (checker.free(node), checker.faults)
+pub fn check_untyped<D: Document>(document: D) -> (Value, StrictFaults) {
+    let mut checker = Checker::default();
+    (checker.free(document, &Path::START), checker.faults)
 }
 
-enum Step {
-    Field(String),
+#[derive(Clone, Copy)]
+enum Step<'a> {
+    Field(&'a str),
     /// Of a struct, which Go may have in parts: its decoder names the part too.
-    Member(&'static Type, String),
+    Member(&'static Type, &'a str),
     /// Of a map: Go's decoder names the map alone when the type of a value is wrong.
-    Key(String),
+    Key(&'a str),
     Index(usize),
 }
 
-struct Checker {
-    path: Vec<Step>,
-    /// The innermost struct.
-    owner: Option<&'static Type>,
-    faults: StrictFaults,
+/// Where in the document the checker is: the last step, and the way there. Nothing is made of it but by a fault.
+struct Path<'a> {
+    last: Option<(&'a Path<'a>, Step<'a>)>,
 }
 
-impl Checker {
+impl Path<'_> {
+    const START: Path<'static> = Path { last: None };
+
+    fn to<'a>(&'a self, step: Step<'a>) -> Path<'a> {
+        Path {
+            last: Some((self, step)),
+        }
+    }
+
+    fn steps(&self) -> Vec<Step<'_>> {
+        let Some((before, step)) = self.last else {
+            return Vec::new();
+        };
+        let mut steps = before.steps();
+        steps.push(step);
+        steps
+    }
+
     /// The path with list indexes, as strict faults have it.
-    fn strict_path(&self, last: &str) -> String {
+    fn strict(&self, last: &str) -> String {
         let mut out = String::new();
-        for step in &self.path {
+        for step in self.steps() {
             match step {
                 Step::Field(name) | Step::Member(_, name) | Step::Key(name) => {
                     if !out.is_empty() {
@@ -74,13 +83,22 @@ impl Checker {
             format!("{out}.{last}")
         }
     }
+}
 
-    fn mismatch(&self, what: &str, go_type: &str) -> String {
+#[derive(Default)]
+struct Checker {
+    /// The innermost struct.
+    owner: Option<&'static Type>,
+    faults: StrictFaults,
+}
+
+impl Checker {
+    fn mismatch(&self, what: &str, go_type: &str, at: &Path<'_>) -> String {
         let Some(owner) = self.owner else {
             return format!("json: cannot unmarshal {what} into Go value of type {go_type}");
         };
         let mut path: Vec<&str> = Vec::new();
-        for step in &self.path {
+        for step in at.steps() {
             match step {
                 Step::Member(ty, name) => {
                     parts(ty, name, &mut path);
@@ -97,70 +115,85 @@ impl Checker {
         )
     }
 
+    fn duplicate(&mut self, key: &str, at: &Path<'_>) {
+        let fault = format!("duplicate field {:?}", at.strict(key));
+        self.faults.push(fault);
+    }
+
+    /// Puts a member into a map; of one that is there twice, the last one counts.
+    fn put(&mut self, out: &mut Map<String, Value>, key: String, value: Value, at: &Path<'_>) {
+        match out.entry(key) {
+            Entry::Vacant(free) => {
+                free.insert(value);
+            }
+            Entry::Occupied(mut taken) => {
+                self.duplicate(taken.key(), at);
+                taken.insert(value);
+            }
+        }
+    }
+
     /// None is null: absent.
-    fn of_field_type(
+    fn of_field_type<D: Document>(
         &mut self,
-        node: Node,
+        document: D,
         ty: &'static FieldType,
+        at: &Path<'_>,
     ) -> Result<Option<Value>, String> {
         if let FieldType::Ref(id) = ty {
-            return self.of_type(node, id.get());
+            return self.of_type(document, id.get(), at);
         }
-        Ok(Some(match (ty, node) {
-            (_, Node::Null) => return Ok(None),
-            (FieldType::String, Node::String(s)) => Value::String(s),
-            (FieldType::Bool, Node::Bool(b)) => Value::Bool(b),
-            (FieldType::Int32, Node::Number(n))
+        Ok(Some(match (ty, document.open()) {
+            (_, Part::Null) => return Ok(None),
+            (FieldType::String, Part::String(s)) => Value::String(s),
+            (FieldType::Bool, Part::Bool(b)) => Value::Bool(b),
+            (FieldType::Int32, Part::Number(n))
                 if n.as_i64().is_some_and(|i| i32::try_from(i).is_ok()) =>
             {
                 Value::Number(n)
             }
-            (FieldType::Int64, Node::Number(n)) if n.as_i64().is_some() => Value::Number(n),
-            (FieldType::Double, Node::Number(n)) => Value::Number(n),
-            (FieldType::Int32 | FieldType::Int64, Node::Number(n)) => {
-                return Err(self.mismatch(&format!("number {n}"), &go_type(ty)));
+            (FieldType::Int64, Part::Number(n)) if n.as_i64().is_some() => Value::Number(n),
+            (FieldType::Double, Part::Number(n)) => Value::Number(n),
+            (FieldType::Int32 | FieldType::Int64, Part::Number(n)) => {
+                return Err(self.mismatch(&format!("number {n}"), &go_type(ty), at));
             }
-            (FieldType::Bytes, Node::String(s)) => Value::String(bytes(&s)?),
-            (FieldType::List(inner), Node::Array(items)) => {
+            (FieldType::Bytes, Part::String(s)) => Value::String(bytes(&s)?),
+            (FieldType::List(inner), Part::Array(items)) => {
                 let mut out = Vec::with_capacity(items.len());
-                for (i, item) in items.into_iter().enumerate() {
-                    self.path.push(Step::Index(i));
-                    out.push(
-                        self.of_field_type(item, inner)?
-                            .unwrap_or_else(|| zero(inner)),
-                    );
-                    self.path.pop();
+                for (i, item) in items.enumerate() {
+                    let item = self.of_field_type(item, inner, &at.to(Step::Index(i)))?;
+                    out.push(item.unwrap_or_else(|| zero(inner)));
                 }
                 Value::Array(out)
             }
-            (FieldType::Map(inner), Node::Object(entries)) => {
+            (FieldType::Map(inner), Part::Object(entries)) => {
                 let mut out = Map::with_capacity(entries.len());
                 for (key, value) in entries {
-                    self.path.push(Step::Key(key.clone()));
-                    let value = self
-                        .of_field_type(value, inner)?
-                        .unwrap_or_else(|| zero(inner));
-                    self.path.pop();
-                    if out.insert(key.clone(), value).is_some() {
-                        self.faults
-                            .push(format!("duplicate field {:?}", self.strict_path(&key)));
-                    }
+                    let value = self.of_field_type(value, inner, &at.to(Step::Key(&key)))?;
+                    let value = value.unwrap_or_else(|| zero(inner));
+                    self.put(&mut out, key, value, at);
                 }
                 Value::Object(out)
             }
-            (ty, node) => return Err(self.mismatch(&node.describe(), &go_type(ty))),
+            (ty, part) => return Err(self.mismatch(part.describe(), &go_type(ty), at)),
         }))
     }
 
-    fn of_type(&mut self, node: Node, ty: &'static Type) -> Result<Option<Value>, String> {
-        if matches!(node, Node::Null) {
+    fn of_type<D: Document>(
+        &mut self,
+        document: D,
+        ty: &'static Type,
+        at: &Path<'_>,
+    ) -> Result<Option<Value>, String> {
+        if document.is_null() {
             return Ok(None);
         }
         match ty.shape {
-            Shape::Struct => self.of_struct(node, ty).map(Some),
+            Shape::Struct => self.of_struct(document.open(), ty, at).map(Some),
             Shape::Time | Shape::MicroTime => {
-                let Node::String(text) = node else {
-                    return Err(self.mismatch(&node.describe(), "string"));
+                let text = match document.open() {
+                    Part::String(text) => text,
+                    part => return Err(self.mismatch(part.describe(), "string", at)),
                 };
                 let canonical = if ty.shape == Shape::Time {
                     time::seconds(&text)
@@ -182,33 +215,41 @@ impl Checker {
                 })
             }
             Shape::Quantity => {
-                let text = match node {
-                    Node::String(text) => text.trim().to_owned(),
-                    Node::Number(n) => n.to_string(),
+                let text = match document.open() {
+                    Part::String(text) => text.trim().to_owned(),
+                    Part::Number(n) => n.to_string(),
                     _ => return Err(quantity::INVALID.to_owned()),
                 };
                 quantity::canonical(&text)
                     .map(|q| Some(q.into()))
                     .ok_or_else(|| quantity::INVALID.to_owned())
             }
-            Shape::IntOrString => match node {
-                Node::Number(n) if n.as_i64().is_some_and(|i| i32::try_from(i).is_ok()) => {
+            Shape::IntOrString => match document.open() {
+                Part::Number(n) if n.as_i64().is_some_and(|i| i32::try_from(i).is_ok()) => {
                     Ok(Some(Value::Number(n)))
                 }
-                Node::String(s) => Ok(Some(Value::String(s))),
-                Node::Number(n) => Err(self.mismatch(&format!("number {n}"), "int32")),
-                node => Err(self.mismatch(&node.describe(), "int32")),
+                Part::String(s) => Ok(Some(Value::String(s))),
+                Part::Number(n) => Err(self.mismatch(&format!("number {n}"), "int32", at)),
+                part => Err(self.mismatch(part.describe(), "int32", at)),
             },
-            Shape::RawExtension | Shape::FieldsV1 | Shape::Json => Ok(Some(self.free(node))),
+            Shape::RawExtension | Shape::FieldsV1 | Shape::Json => {
+                Ok(Some(self.free(document, at)))
+            }
             Shape::SchemaOrArray | Shape::SchemaOrBool | Shape::SchemaOrStringArray => {
-                self.schema_or(node, ty).map(Some)
+                self.schema_or(document.open(), ty, at).map(Some)
             }
         }
     }
 
-    fn of_struct(&mut self, node: Node, ty: &'static Type) -> Result<Value, String> {
-        let Node::Object(entries) = node else {
-            return Err(self.mismatch(&node.describe(), &go_name(ty)));
+    fn of_struct<D: Document>(
+        &mut self,
+        part: Part<D>,
+        ty: &'static Type,
+        at: &Path<'_>,
+    ) -> Result<Value, String> {
+        let entries = match part {
+            Part::Object(entries) => entries,
+            part => return Err(self.mismatch(part.describe(), &go_name(ty), at)),
         };
         let owner = self.owner.replace(ty);
         let mut out = Map::with_capacity(entries.len());
@@ -216,17 +257,14 @@ impl Checker {
         for (key, value) in entries {
             let Some(field) = ty.field(&key) else {
                 self.faults
-                    .push(format!("unknown field {:?}", self.strict_path(&key)));
+                    .push(format!("unknown field {:?}", at.strict(&key)));
                 continue;
             };
             if seen.contains(&field.name) {
-                self.faults
-                    .push(format!("duplicate field {:?}", self.strict_path(&key)));
+                self.duplicate(&key, at);
             }
             seen.push(field.name);
-            self.path.push(Step::Member(ty, key.clone()));
-            let value = self.of_field_type(value, &field.ty)?;
-            self.path.pop();
+            let value = self.of_field_type(value, &field.ty, &at.to(Step::Member(ty, &key)))?;
             match value.filter(|value| !is_left_out(value, field)) {
                 Some(value) => {
                     out.insert(key, value);
@@ -242,49 +280,57 @@ impl Checker {
     }
 
     /// The alternatives of CRD schemas.
-    fn schema_or(&mut self, node: Node, ty: &'static Type) -> Result<Value, String> {
+    fn schema_or<D: Document>(
+        &mut self,
+        part: Part<D>,
+        ty: &'static Type,
+        at: &Path<'_>,
+    ) -> Result<Value, String> {
         let schema =
             type_named(SCHEMA).ok_or_else(|| "the tables have no CRD schemas".to_owned())?;
-        match (ty.shape, node) {
-            (Shape::SchemaOrBool, Node::Bool(b)) => Ok(Value::Bool(b)),
-            (Shape::SchemaOrArray, Node::Array(items)) => {
-                let checked = items.into_iter().map(|item| self.of_struct(item, schema));
+        match (ty.shape, part) {
+            (Shape::SchemaOrBool, Part::Bool(b)) => Ok(Value::Bool(b)),
+            (Shape::SchemaOrArray, Part::Array(items)) => {
+                let checked = items.map(|item| self.of_struct(item.open(), schema, at));
                 checked.collect::<Result<Vec<_>, _>>().map(Value::Array)
             }
-            (Shape::SchemaOrStringArray, node @ Node::Array(_)) => {
-                static STRINGS: FieldType = FieldType::List(&FieldType::String);
-                Ok(self.of_field_type(node, &STRINGS)?.unwrap_or_default())
+            (Shape::SchemaOrStringArray, Part::Array(items)) => {
+                let mut texts = Vec::with_capacity(items.len());
+                for (i, item) in items.enumerate() {
+                    let at = at.to(Step::Index(i));
+                    let text = self.of_field_type(item, &FieldType::String, &at)?;
+                    texts.push(text.unwrap_or_else(|| zero(&FieldType::String)));
+                }
+                Ok(Value::Array(texts))
             }
-            (_, node) => self.of_struct(node, schema),
+            (_, part) => self.of_struct(part, schema, at),
         }
     }
 
     /// A part without a type: only duplicates are looked for.
-    fn free(&mut self, node: Node) -> Value {
-        match node {
-            Node::Object(entries) => {
+    fn free<D: Document>(&mut self, document: D, at: &Path<'_>) -> Value {
+        let part = match document.without_duplicates() {
+            Ok(value) => return value,
+            Err(document) => document.open(),
+        };
+        match part {
+            Part::Object(entries) => {
                 let mut out = Map::with_capacity(entries.len());
                 for (key, value) in entries {
-                    self.path.push(Step::Field(key.clone()));
-                    let value = self.free(value);
-                    self.path.pop();
-                    if out.insert(key.clone(), value).is_some() {
-                        self.faults
-                            .push(format!("duplicate field {:?}", self.strict_path(&key)));
-                    }
+                    let value = self.free(value, &at.to(Step::Field(&key)));
+                    self.put(&mut out, key, value, at);
                 }
                 Value::Object(out)
             }
-            Node::Array(items) => {
-                let mut out = Vec::with_capacity(items.len());
-                for (i, item) in items.into_iter().enumerate() {
-                    self.path.push(Step::Index(i));
-                    out.push(self.free(item));
-                    self.path.pop();
-                }
-                Value::Array(out)
+            Part::Array(items) => {
+                let items = items.enumerate();
+                let free = |(i, item)| self.free(item, &at.to(Step::Index(i)));
+                Value::Array(items.map(free).collect())
             }
-            scalar => scalar.into_value(),
+            Part::Null => Value::Null,
+            Part::Bool(b) => Value::Bool(b),
+            Part::Number(n) => Value::Number(n),
+            Part::String(s) => Value::String(s),
         }
     }
 }

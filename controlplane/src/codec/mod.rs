@@ -16,7 +16,7 @@ pub mod transcode;
 mod wire;
 mod words;
 
-use node::Node;
+use node::{Document, Node};
 
 /// MediaType is the encoding of a body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -143,15 +143,15 @@ pub fn decode(
             yaml(body, validation).map_err(|fault| unrecognized(words::yaml_fault(&fault)))?
         }
     };
-    if !matches!(node, Node::Object(_)) {
-        return Err(unrecognized(words::no_object(&node.describe())));
+    if !node.is_object() {
+        return Err(unrecognized(words::no_object(node.open().describe())));
     }
     finish(node, api_version, kind, validation)
 }
 
 /// Checks and prunes a value that did not come as a body (the outcome of a patch) in the same way.
 pub fn validate(value: Value, validation: FieldValidation) -> Result<Decoded, DecodeError> {
-    finish(value.into(), "", "", validation)
+    finish(value, "", "", validation)
 }
 
 /// Parses a document without checking it against a type: the body of a patch.
@@ -185,17 +185,19 @@ fn yaml(body: &[u8], validation: FieldValidation) -> Result<Node, String> {
     serde_saphyr::from_slice_with_options(body, options).map_err(|error| error.to_string())
 }
 
-fn finish(
-    node: Node,
+fn finish<D: Document>(
+    document: D,
     api_version: &str,
     kind: &str,
     validation: FieldValidation,
 ) -> Result<Decoded, DecodeError> {
-    if !matches!(node, Node::Object(_)) {
-        return Err(format!("the body must be an object, not {}", node.describe()).into());
+    if !document.is_object() {
+        let found = document.open().describe();
+        return Err(format!("the body must be an object, not {found}").into());
     }
     let given = |key: &str, default: &str| {
-        node.text(key)
+        document
+            .text(key)
             .filter(|s| !s.is_empty())
             .unwrap_or(default)
             .to_owned()
@@ -207,8 +209,8 @@ fn finish(
         reason,
     };
     let (value, faults) = match type_of(group, version, &kind) {
-        Some(ty) => check::check(node, ty).map_err(cannot)?,
-        None => check::check_untyped(node),
+        Some(ty) => check::check(document, ty).map_err(cannot)?,
+        None => check::check_untyped(document),
     };
     if is_deeper_than(&value, DEPTH_MAX) {
         return Err(cannot(TOO_DEEP.to_owned()));

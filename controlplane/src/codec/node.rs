@@ -15,19 +15,121 @@ pub enum Node {
     Object(Vec<(String, Node)>),
 }
 
-impl Node {
+/// What is checked: a parsed document, or a value that was one before.
+pub trait Document: Sized {
+    type Items: ExactSizeIterator<Item = Self>;
+    type Entries: ExactSizeIterator<Item = (String, Self)>;
+
+    fn open(self) -> Part<Self>;
+
+    fn is_null(&self) -> bool;
+
+    fn is_object(&self) -> bool;
+
+    /// The string at a key of an object.
+    fn text(&self, key: &str) -> Option<&str>;
+
+    /// As a value, when it can have no key twice.
+    fn without_duplicates(self) -> Result<Value, Self>;
+}
+
+/// One level of a document.
+pub enum Part<D: Document> {
+    Null,
+    Bool(bool),
+    Number(Number),
+    String(String),
+    Array(D::Items),
+    Object(D::Entries),
+}
+
+impl<D: Document> Part<D> {
     /// How Go's decoder names the value in a message.
-    pub fn describe(&self) -> String {
+    pub fn describe(&self) -> &'static str {
         match self {
-            Self::Null => "null".to_owned(),
-            Self::Bool(_) => "bool".to_owned(),
-            Self::Number(_) => "number".to_owned(),
-            Self::String(_) => "string".to_owned(),
-            Self::Array(_) => "array".to_owned(),
-            Self::Object(_) => "object".to_owned(),
+            Self::Null => "null",
+            Self::Bool(_) => "bool",
+            Self::Number(_) => "number",
+            Self::String(_) => "string",
+            Self::Array(_) => "array",
+            Self::Object(_) => "object",
+        }
+    }
+}
+
+impl Document for Node {
+    type Items = std::vec::IntoIter<Self>;
+    type Entries = std::vec::IntoIter<(String, Self)>;
+
+    fn open(self) -> Part<Self> {
+        match self {
+            Self::Null => Part::Null,
+            Self::Bool(b) => Part::Bool(b),
+            Self::Number(n) => Part::Number(n),
+            Self::String(s) => Part::String(s),
+            Self::Array(items) => Part::Array(items.into_iter()),
+            Self::Object(entries) => Part::Object(entries.into_iter()),
         }
     }
 
+    fn is_null(&self) -> bool {
+        matches!(self, Self::Null)
+    }
+
+    fn is_object(&self) -> bool {
+        matches!(self, Self::Object(_))
+    }
+
+    fn text(&self, key: &str) -> Option<&str> {
+        let Self::Object(entries) = self else {
+            return None;
+        };
+        let (_, value) = entries.iter().rev().find(|(k, _)| k == key)?;
+        if let Self::String(text) = value {
+            Some(text)
+        } else {
+            None
+        }
+    }
+
+    fn without_duplicates(self) -> Result<Value, Self> {
+        Err(self)
+    }
+}
+
+impl Document for Value {
+    type Items = std::vec::IntoIter<Self>;
+    type Entries = serde_json::map::IntoIter;
+
+    fn open(self) -> Part<Self> {
+        match self {
+            Self::Null => Part::Null,
+            Self::Bool(b) => Part::Bool(b),
+            Self::Number(n) => Part::Number(n),
+            Self::String(s) => Part::String(s),
+            Self::Array(items) => Part::Array(items.into_iter()),
+            Self::Object(entries) => Part::Object(entries.into_iter()),
+        }
+    }
+
+    fn is_null(&self) -> bool {
+        Self::is_null(self)
+    }
+
+    fn is_object(&self) -> bool {
+        Self::is_object(self)
+    }
+
+    fn text(&self, key: &str) -> Option<&str> {
+        self.get(key)?.as_str()
+    }
+
+    fn without_duplicates(self) -> Result<Value, Self> {
+        Ok(self)
+    }
+}
+
+impl Node {
     /// As a value; of duplicate keys, the last one counts.
     pub fn into_value(self) -> Value {
         match self {
@@ -42,34 +144,6 @@ impl Node {
                     .map(|(k, v)| (k, v.into_value()))
                     .collect::<Map<_, _>>(),
             ),
-        }
-    }
-
-    /// The string at a key of an object.
-    pub fn text(&self, key: &str) -> Option<&str> {
-        let Self::Object(entries) = self else {
-            return None;
-        };
-        let (_, value) = entries.iter().rev().find(|(k, _)| k == key)?;
-        if let Self::String(text) = value {
-            Some(text)
-        } else {
-            None
-        }
-    }
-}
-
-impl From<Value> for Node {
-    fn from(value: Value) -> Self {
-        match value {
-            Value::Null => Self::Null,
-            Value::Bool(b) => Self::Bool(b),
-            Value::Number(n) => Self::Number(n),
-            Value::String(s) => Self::String(s),
-            Value::Array(items) => Self::Array(items.into_iter().map(Self::from).collect()),
-            Value::Object(map) => {
-                Self::Object(map.into_iter().map(|(k, v)| (k, v.into())).collect())
-            }
         }
     }
 }

@@ -122,7 +122,7 @@ impl Api {
                 rule(old, &wanted)
             })
             .await?;
-        let mut answer = reply::object(StatusCode::OK, target, form, outcome.into_object());
+        let mut answer = reply::outcome(StatusCode::OK, target, form, outcome)?;
         warnings.append(&mut options.warnings.take());
         reply::warn(&mut answer, &warnings);
         Ok(answer)

@@ -10,7 +10,8 @@ use crate::api::patching::patch_failed;
 use crate::api::reply::{self, Answer};
 use crate::api::request::{Target, WriteOptions};
 use crate::api::status::{FieldError, Status};
-use crate::api::write::{Outcome, Part};
+use crate::api::storing::Outcome;
+use crate::api::write::Part;
 use crate::api::{Api, Call};
 use crate::codec::{self, MediaType};
 use crate::patch;
@@ -42,7 +43,7 @@ impl Api {
                 .to_owned();
             if given == "application/apply-patch+yaml" {
                 let outcome = self.apply_scale(target, &options, &body).await?;
-                return Ok(answer(&outcome.into_object()));
+                return Ok(answer(&outcome.into_object(target)?));
             }
             let change: Value = serde_json::from_slice(&body).map_err(|error| {
                 Status::bad_request(format!("the patch is not valid JSON: {error}"))
@@ -86,7 +87,7 @@ impl Api {
         let outcome = self
             .modify(target, &options, Part::Exact("scale"), change)
             .await?;
-        Ok(answer(&outcome.into_object()))
+        Ok(answer(&outcome.into_object(target)?))
     }
 }
 

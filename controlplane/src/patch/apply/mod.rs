@@ -324,6 +324,52 @@ fn keep_items(gone: &mut Set, kept: &Set) {
 /// Records in `new.metadata.managedFields` what a plain write (create, update, patch) changed relative to `old`.
 pub fn track_update(old: Option<&Value>, new: &mut Value, ty: &'static Type, manager: Manager<'_>) {
     let kind = Kind::Struct(ty);
+    let changed = managed(typed::changed(old, new, kind));
+    let gone = old.map_or_else(Set::default, |old| {
+        managed(typed::gone(old, Some(new), kind))
+    });
+    match old.and_then(|old| kept(old, new, manager, (&changed, &gone))) {
+        Some(kept) if kept == &new["metadata"]["managedFields"] => {}
+        Some(kept) => new["metadata"]["managedFields"] = kept.clone(),
+        None => track(old, new, manager, (changed, gone)),
+    }
+}
+
+/// The managedFields of `old`, when a write that changed and took away these fields leaves them as they are: its manager has
+/// all that it changed already, and nobody has what is gone. Most writes are such: a controller writes the same fields again.
+fn kept<'a>(
+    old: &'a Value,
+    new: &Value,
+    manager: Manager<'_>,
+    (changed, gone): (&Set, &Set),
+) -> Option<&'a Value> {
+    let before = &old["metadata"]["managedFields"];
+    let given = &new["metadata"]["managedFields"];
+    let left_out = given.as_array().is_none_or(Vec::is_empty);
+    if !left_out && given != before {
+        return None;
+    }
+    let mut has_own = changed.is_empty();
+    for entry in before.as_array()? {
+        let is = |key: &str, value: &str| entry[key].as_str().unwrap_or_default() == value;
+        let own = is("manager", manager.name)
+            && is("operation", UPDATE)
+            && is("subresource", manager.subresource)
+            && is("apiVersion", new["apiVersion"].as_str().unwrap_or_default());
+        let fields = &entry["fieldsV1"];
+        let stays = match own {
+            true => changed.is_within(fields),
+            false => !changed.meets(fields),
+        };
+        if !stays || gone.meets(fields) {
+            return None;
+        }
+        has_own |= own;
+    }
+    has_own.then_some(before)
+}
+
+fn track(old: Option<&Value>, new: &mut Value, manager: Manager<'_>, (changed, gone): (Set, Set)) {
     let given = &new["metadata"]["managedFields"];
     // `[{}]` asks to forget who manages what; an absent or empty list does not.
     let forget = given
@@ -334,18 +380,10 @@ pub fn track_update(old: Option<&Value>, new: &mut Value, ty: &'static Type, man
         (false, Some(old)) if given.as_array().is_none_or(Vec::is_empty) => entries(old),
         (false, _) => entries(new),
     };
-    let changed = managed(typed::changed(old, new, kind));
-    let gone = old.map(|old| {
-        let mut gone = managed(typed::changed(None, old, kind));
-        gone.subtract(&managed(typed::changed(None, new, kind)));
-        gone
-    });
     let api_version = new["apiVersion"].as_str().unwrap_or_default().to_owned();
     for entry in &mut entries {
         let before = entry.set.clone();
-        if let Some(gone) = &gone {
-            entry.set.subtract(gone);
-        }
+        entry.set.subtract(&gone);
         if !entry.is(manager, UPDATE, &api_version) {
             entry.set.subtract(&changed);
         }

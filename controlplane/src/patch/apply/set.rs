@@ -29,7 +29,7 @@ impl Set {
             return Self::default();
         };
         let mut set = Self {
-            member: map.is_empty() || map.contains_key("."),
+            member: is_member(map),
             children: BTreeMap::new(),
         };
         for (element, value) in map {
@@ -91,6 +91,33 @@ impl Set {
         out
     }
 
+    /// Whether `fieldsV1` has a member of this set. Nothing is made to find out, nor below.
+    pub fn meets(&self, fields: &Value) -> bool {
+        let Value::Object(map) = fields else {
+            return false;
+        };
+        let mut children = self.children.iter();
+        (self.member && is_member(map))
+            || children.any(|(element, child)| {
+                element != "." && map.get(element).is_some_and(|fields| child.meets(fields))
+            })
+    }
+
+    /// Whether `fieldsV1` has all members of this set.
+    pub fn is_within(&self, fields: &Value) -> bool {
+        let Value::Object(map) = fields else {
+            return self.is_empty();
+        };
+        let mut children = self.children.iter();
+        (!self.member || is_member(map))
+            && children.all(|(element, child)| {
+                child.is_empty()
+                    || map
+                        .get(element)
+                        .is_some_and(|fields| child.is_within(fields))
+            })
+    }
+
     /// The members as `.spec.containers[name="a"].image`.
     pub fn paths(&self) -> Vec<String> {
         fn walk(set: &Set, path: &str, out: &mut Vec<String>) {
@@ -105,6 +132,11 @@ impl Set {
         walk(self, "", &mut out);
         out
     }
+}
+
+/// Whether `fieldsV1` says so of the path that it is at.
+fn is_member(fields: &Map<String, Value>) -> bool {
+    fields.is_empty() || fields.contains_key(".")
 }
 
 /// A path element as messages have it.

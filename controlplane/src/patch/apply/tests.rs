@@ -310,6 +310,35 @@ proptest! {
         prop_assert_eq!(apply(Some(&once), &config, deployment(), by("a"), false).unwrap(), once);
     }
 
+    /// Most writes change nothing of it, and are looked at in a quicker way: it is to say what the whole way says.
+    #[test]
+    fn managed_fields_that_stay_are_those_that_would_be_made(first in spec(), second in spec(), third in spec(), own in any::<bool>()) {
+        let kind = Kind::Struct(deployment());
+        let mut live = object(first);
+        track_update(None, &mut live, deployment(), by("a"));
+        let mut second = object(second);
+        track_update(Some(&live), &mut second, deployment(), by("b"));
+        let manager = Manager { now: "2030-01-01T00:00:00Z", ..by(if own { "b" } else { "a" }) };
+        let mut quick = object(third);
+        let mut whole = quick.clone();
+        track_update(Some(&second), &mut quick, deployment(), manager);
+        let changed = managed(typed::changed(Some(&second), &whole, kind));
+        let mut gone = managed(typed::changed(None, &second, kind));
+        gone.subtract(&managed(typed::changed(None, &whole, kind)));
+        prop_assert_eq!(&managed(typed::gone(&second, Some(&whole), kind)), &gone);
+        track(Some(&second), &mut whole, manager, (changed, gone));
+        prop_assert_eq!(&quick, &whole);
+        // Once more with other values, as controllers do.
+        let mut again = quick.clone();
+        again["spec"]["template"]["spec"]["hostname"] = "other".into();
+        track_update(Some(&quick), &mut again, deployment(), manager);
+        let mut more = again.clone();
+        more["spec"]["template"]["spec"]["hostname"] = "more".into();
+        let before = more.clone();
+        track_update(Some(&again), &mut more, deployment(), manager);
+        prop_assert_eq!(more, before);
+    }
+
     #[test]
     fn field_sets_survive_being_written(first in spec()) {
         let set = typed::changed(None, &object(first), Kind::Struct(deployment()));

@@ -84,6 +84,9 @@ fn element(item: &Value, ty: &'static Type, keys: &[&str]) -> String {
 /// The fields of `new` that `old` does not have with the same value. With no `old`: all fields.
 pub fn changed(old: Option<&Value>, new: &Value, kind: Kind) -> Set {
     let mut out = Set::default();
+    if old == Some(new) {
+        return out;
+    }
     match (kind, new) {
         (Kind::Struct(_) | Kind::Map(_), Value::Object(object)) if !object.is_empty() => {
             for (name, value) in object {
@@ -117,6 +120,55 @@ pub fn changed(old: Option<&Value>, new: &Value, kind: Kind) -> Set {
         _ => out.member = old != Some(new),
     }
     out
+}
+
+/// The fields of `old` that `new` does not have, whatever their values. With no `new`: all fields.
+pub fn gone(old: &Value, new: Option<&Value>, kind: Kind) -> Set {
+    let mut out = Set::default();
+    if new == Some(old) {
+        return out;
+    }
+    match (kind, old) {
+        (Kind::Struct(_) | Kind::Map(_), Value::Object(object)) if !object.is_empty() => {
+            for (name, value) in object {
+                let after = new.and_then(|new| new.get(name));
+                let child = gone(value, after, kind.of_child(name));
+                if !child.is_empty() {
+                    out.children.insert(format!("f:{name}"), child);
+                }
+            }
+        }
+        (Kind::Keyed(ty, keys), Value::Array(items)) if !items.is_empty() => {
+            for item in items {
+                let id = element(item, ty, keys);
+                let after = find(new, &id, ty, keys);
+                let mut child = gone(item, after, Kind::Struct(ty));
+                child.member = after.is_none();
+                if !child.is_empty() {
+                    out.children.insert(id, child);
+                }
+            }
+        }
+        (Kind::Set, Value::Array(items)) if !items.is_empty() => {
+            let after = new.and_then(Value::as_array);
+            for item in items {
+                if !after.is_some_and(|after| after.contains(item)) {
+                    out.children.insert(format!("v:{item}"), Set::leaf());
+                }
+            }
+        }
+        _ => out.member = new.is_none_or(|new| has_parts(new, kind)),
+    }
+    out
+}
+
+/// Whether a value is owned part by part, not as a whole.
+fn has_parts(value: &Value, kind: Kind) -> bool {
+    match (kind, value) {
+        (Kind::Struct(_) | Kind::Map(_), Value::Object(object)) => !object.is_empty(),
+        (Kind::Keyed(..) | Kind::Set, Value::Array(items)) => !items.is_empty(),
+        _ => false,
+    }
 }
 
 /// Where a list has two items with the same keys, which nobody could tell apart.
