@@ -1,5 +1,7 @@
 //! Who sends a request: whom a proxy speaks for, a client certificate, a ServiceAccount's token or a bootstrap token, and nobody else.
 
+use std::sync::Arc;
+
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use http::Method;
@@ -27,21 +29,25 @@ impl Api {
         peer: &Peer,
         parts: &Parts,
         trail: &Trail,
-    ) -> Result<Identity, Status> {
+    ) -> Result<Arc<Identity>, Status> {
         let caller = self.caller(peer, parts).await?;
         trail.caller(&caller);
         let Some(wished) = impersonate::wished(&parts.headers)? else {
             return Ok(caller);
         };
-        let identity = self.impersonate(&caller, wished).await?;
+        let identity = Arc::new(self.impersonate(&caller, wished).await?);
         trail.acting_as(&identity);
         Ok(identity)
     }
 
-    async fn caller(&self, peer: &Peer, parts: &Parts) -> Result<Identity, Status> {
+    /// The caller by the first that says who it is, in upstream's order: a proxy's headers, the client certificate, the token.
+    async fn caller(&self, peer: &Peer, parts: &Parts) -> Result<Arc<Identity>, Status> {
         let proxies = self.proxies.as_ref();
         if let Some(identity) = proxies.and_then(|known| known.identity(peer, &parts.headers)) {
-            return Ok(identity);
+            return Ok(Arc::new(identity));
+        }
+        if let Some(identity) = peer.identity() {
+            return Ok(identity.clone());
         }
         if let Some(value) = parts.headers.get(AUTHORIZATION) {
             let token = value.to_str().ok().and_then(|text| text.split_once(' '));
@@ -52,25 +58,19 @@ impl Api {
                 return Err(Status::unauthorized());
             }
             return match self.token_identity(token.trim()).await? {
-                Ok(identity) => Ok(identity),
+                Ok(identity) => Ok(Arc::new(identity)),
                 Err(reason) => {
                     tracing::debug!(%reason, "token refused");
                     Err(Status::unauthorized())
                 }
             };
         }
-        let Some(certificate) = peer.certificate.as_deref() else {
-            let public = parts.method == Method::GET && parts.uri.path() == CLUSTER_INFO;
-            return if public {
-                Ok(Identity::anonymous())
-            } else {
-                Err(Status::unauthorized())
-            };
-        };
-        Identity::from_certificate(certificate).map_err(|error| {
-            tracing::debug!(%error, "certificate refused");
-            Status::unauthorized()
-        })
+        // A certificate that names nobody is no nobody's request.
+        let unsigned = peer.certificate.is_none();
+        if unsigned && parts.method == Method::GET && parts.uri.path() == CLUSTER_INFO {
+            return Ok(Arc::new(Identity::anonymous()));
+        }
+        Err(Status::unauthorized())
     }
 
     async fn token_identity(&self, token: &str) -> Result<Result<Identity, String>, Status> {

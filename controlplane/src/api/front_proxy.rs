@@ -157,6 +157,7 @@ impl FrontProxies {
             certificate: signed(&self.clients),
             proxy: name.filter(|name| names.is_empty() || names.contains(name)),
             address,
+            ..Peer::default()
         }
     }
 

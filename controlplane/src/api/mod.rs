@@ -54,7 +54,7 @@ mod write;
 
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use futures::FutureExt;
@@ -64,7 +64,7 @@ use rustls::pki_types::CertificateDer;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::auth::{Identity, TokenKeys};
+use crate::auth::{AuthError, Identity, TokenKeys};
 use crate::registry::{self, Resource};
 use crate::store::{Store, StoreError};
 use crate::streams;
@@ -106,6 +106,20 @@ pub struct Peer {
     /// Name of the proxy that it is, when it is one that is believed.
     proxy: Option<String>,
     address: Option<SocketAddr>,
+    /// Whom the certificate names: worked out at the first request, for all that follow.
+    identity: OnceLock<Option<Arc<Identity>>>,
+}
+
+impl Peer {
+    /// Whom the client certificate names, when there is one that does.
+    fn identity(&self) -> Option<&Arc<Identity>> {
+        let read = || {
+            let identity = Identity::from_certificate(self.certificate.as_deref()?);
+            let refused = |error: &AuthError| tracing::debug!(%error, "certificate refused");
+            Some(Arc::new(identity.inspect_err(refused).ok()?))
+        };
+        self.identity.get_or_init(read).as_ref()
+    }
 }
 
 /// Why the API server cannot start.
@@ -218,8 +232,8 @@ impl Api {
             Some(proxies) => proxies.peer(chain, address),
             None => Peer {
                 certificate: chain.first().map(|certificate| certificate.to_vec()),
-                proxy: None,
                 address,
+                ..Peer::default()
             },
         }
     }
@@ -364,7 +378,7 @@ impl Api {
             return document;
         }
         let call = Call {
-            identity: identity.into(),
+            identity,
             target: target
                 .ok_or_else(|| request::name_fault(path).unwrap_or_else(Status::no_such_path))?,
             query,

@@ -46,16 +46,16 @@ impl Notes {
 
 #[derive(Debug, Default)]
 struct Callers {
-    caller: Option<Identity>,
-    acting_as: Option<Identity>,
+    caller: Option<Arc<Identity>>,
+    acting_as: Option<Arc<Identity>>,
 }
 
 impl Trail {
-    pub fn caller(&self, caller: &Identity) {
+    pub fn caller(&self, caller: &Arc<Identity>) {
         self.known().caller = Some(caller.clone());
     }
 
-    pub fn acting_as(&self, identity: &Identity) {
+    pub fn acting_as(&self, identity: &Arc<Identity>) {
         self.known().acting_as = Some(identity.clone());
     }
 
@@ -141,7 +141,7 @@ impl Audit {
             groups: vec![UNAUTHENTICATED.to_owned()],
             ..Identity::default()
         };
-        let caller = callers.caller.unwrap_or(anonymous);
+        let caller = callers.caller.unwrap_or_else(|| Arc::new(anonymous));
         // Rules are about the identity that the request was done as.
         let acting = callers.acting_as.as_ref().unwrap_or(&caller);
         let path = asked.uri.split('?').next().unwrap_or_default();

@@ -39,6 +39,19 @@ fn nobody_gets_in_without_good_credentials() {
     for credentials in nonsense {
         hold(&server, "", &[], &format!("{secrets}{credentials}"), 401);
     }
+    // Of two that say who it is, the certificate counts, as upstream, however good the other is.
+    let robot = token(&server, "robot", "", None);
+    for (user, credentials, expected) in [
+        ("", &robot, "system:serviceaccount:shop:robot"),
+        ("jane", &robot, "jane"),
+        ("jane", &"authorization: Bearer nonsense".to_owned(), "jane"),
+    ] {
+        let review = "POST /apis/authentication.k8s.io/v1/selfsubjectreviews";
+        let (code, said) = ask(&server, user, review, &[credentials], &json!({}));
+        let said: Value = serde_json::from_str(&said).expect("a review");
+        assert_eq!(code, 201, "{said}");
+        assert_eq!(said["status"]["userInfo"]["username"], expected);
+    }
     hold(
         &server,
         "",
