@@ -48,6 +48,7 @@ mod storing;
 mod strategy;
 mod subresource;
 mod table;
+mod turns;
 mod unverified;
 mod watch;
 mod write;
@@ -92,6 +93,7 @@ pub struct Api {
     kubelets: kubelet::Kubelets,
     metrics: metrics::Metrics,
     fairness: fairness::Fairness,
+    turns: turns::Turns,
     audit: Option<audit::Audit>,
     proxies: Option<front_proxy::FrontProxies>,
     documents: documents::Documents,
@@ -178,6 +180,7 @@ impl Api {
         let served = served();
         let api = Arc::new(Self {
             fairness: fairness::Fairness::new(config.requests_max),
+            turns: turns::Turns::new(tokio::runtime::Handle::current().metrics().num_workers()),
             audit,
             proxies,
             services: allocation::ServiceAllocator::new(config.service_cidrs.clone()),
@@ -242,10 +245,10 @@ impl Api {
     async fn answer(self: Arc<Self>, peer: Arc<Peer>, request: http::Request<Incoming>) -> Answer {
         let gone = CancellationToken::new();
         if self.audit.is_none() {
-            return self.handle(&peer, request, &gone).await;
+            return self.handle_in_turn(&peer, request, &gone).await;
         }
         let _hangs_up = gone.clone().drop_guard();
-        let handled = tokio::spawn(async move { self.handle(&peer, request, &gone).await });
+        let handled = tokio::spawn(async move { self.handle_in_turn(&peer, request, &gone).await });
         match handled.await {
             Ok(answer) => answer,
             Err(_) => {
@@ -256,6 +259,21 @@ impl Api {
                 )
                 .await
             }
+        }
+    }
+
+    /// Answers one request; what is not only read waits for its turn.
+    async fn handle_in_turn(
+        &self,
+        peer: &Peer,
+        request: http::Request<Incoming>,
+        gone: &CancellationToken,
+    ) -> Answer {
+        let reads = matches!(*request.method(), Method::GET | Method::HEAD);
+        let handled = self.handle(peer, request, gone);
+        match reads {
+            true => handled.await,
+            false => self.turns.take(handled).await,
         }
     }
 
