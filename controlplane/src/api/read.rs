@@ -1,5 +1,7 @@
 //! Get and list.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use http::{StatusCode, request::Parts};
 use serde_json::{Value, json};
@@ -15,6 +17,8 @@ use crate::store::{Range, Record, Revision, StoreError, Wanted};
 /// How long a list may take from its first page to its last: etcd keeps old states as long under a kube-apiserver, so a client
 /// that is slower learns it everywhere alike.
 const CONTINUE_LIFETIME_S: i64 = 300;
+/// How long a revision that was asked for may take to be seen here.
+const REACH_PATIENCE: Duration = Duration::from_secs(3);
 
 impl Api {
     /// The stored record of the target, or 404.
@@ -27,18 +31,20 @@ impl Api {
 
     pub(super) async fn get(&self, call: &Call, parts: &Parts) -> Result<Answer, Status> {
         let form = Form::negotiate(&parts.headers, &call.query)?;
-        self.not_ahead(call.query.revision().map_err(Status::bad_request)?)?;
+        let asked = call.query.revision().map_err(Status::bad_request)?;
+        self.reach(asked).await?;
         let record = self.record(&call.target).await?;
         reply::stored(StatusCode::OK, &call.target, form, &record)
     }
 
-    /// Refuses a revision that the store has not reached; clients try again.
-    fn not_ahead(&self, asked: Option<u64>) -> Result<(), Status> {
-        let current = self.store.revision().0;
-        match asked {
-            Some(asked) if asked > current => Err(Status::revision_ahead(asked, current)),
-            _ => Ok(()),
-        }
+    /// Waits a moment for a revision that is not seen here yet, as upstream: another server may have told of it. Clients try again
+    /// when it does not come.
+    pub(super) async fn reach(&self, asked: Option<u64>) -> Result<(), Status> {
+        let ahead = asked.filter(|asked| *asked > self.store.revision().0);
+        let Some(asked) = ahead else { return Ok(()) };
+        let reached = self.store.reached(Revision(asked));
+        let waited = tokio::time::timeout(REACH_PATIENCE, reached).await;
+        waited.map_err(|_| Status::revision_ahead(asked, self.store.revision().0))
     }
 
     pub(super) async fn list(
@@ -104,7 +110,7 @@ impl Api {
         options: &ListOptions,
     ) -> Result<Listing, Status> {
         let prefix = target.prefix();
-        self.not_ahead(options.resource_version)?;
+        self.reach(options.resource_version).await?;
         let now = jiff::Timestamp::now().as_second();
         let (after, at, mut since) = match options.continue_token.as_str() {
             "" if options.resource_version_match == "Exact" => {

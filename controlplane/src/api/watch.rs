@@ -22,6 +22,8 @@ use crate::store::{Change, Record, Revision, StoreError, WatchEvent, WatchStream
 
 /// A watch without timeoutSeconds ends after this to twice this, as upstream's min-request-timeout.
 const TIMEOUT_S_MIN: u64 = 1800;
+/// Longer than any connection lasts, and no overflow of the clock.
+const TIMEOUT_S_MAX: u64 = 365 * 24 * 3600;
 /// Clients that can take them get a bookmark this often.
 const BOOKMARK_PERIOD: Duration = Duration::from_secs(60);
 /// How many initial events go in one chunk of the body.
@@ -264,6 +266,7 @@ impl Api {
             (listing.records, listing.revision)
         } else {
             let from = options.resource_version;
+            self.reach(from).await?;
             (Vec::new(), from.map_or(self.store.revision(), Revision))
         };
         let told = options.initial_events == Some(true) && options.bookmarks;
@@ -287,7 +290,7 @@ impl Api {
             initial_end: told.then_some(from),
             bookmarked: from,
             next_bookmark: Instant::now() + BOOKMARK_PERIOD,
-            ends: Instant::now() + Duration::from_secs(timeout_s),
+            ends: Instant::now() + Duration::from_secs(timeout_s.min(TIMEOUT_S_MAX)),
             options,
             stream,
             stop: self.stop.clone(),

@@ -209,6 +209,9 @@ pub trait Store: Send + Sync + 'static {
     /// The newest revision.
     fn revision(&self) -> Revision;
 
+    /// Waits until a revision has been reached.
+    fn reached(&self, revision: Revision) -> BoxFuture<'_, ()>;
+
     /// Whether other processes may write to it too.
     fn is_shared(&self) -> bool;
 

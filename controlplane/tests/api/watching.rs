@@ -10,6 +10,7 @@ use kube::api::{
 use kube::runtime::{WatchStreamExt, watcher};
 use serde_json::{Value, json};
 
+use crate::etcd::Etcd;
 use crate::server::Server;
 
 fn config_map(name: &str, label: &str) -> ConfigMap {
@@ -194,11 +195,51 @@ async fn what_one_write_makes_of_two_kinds_is_watched_as_two() {
         ),
         ("/api/v1/services", "Service", "v1"),
     ] {
-        let path = format!("{path}?watch=true&resourceVersion={revision}");
+        // And for longer than any clock goes.
+        let path = format!(
+            "{path}?watch=1&resourceVersion={revision}&timeoutSeconds={}",
+            i64::MAX
+        );
         let seen = events(&client, &path, 1).await;
         assert_eq!(seen[0]["type"], "ADDED", "{path}");
         assert_eq!(seen[0]["object"]["kind"], kind, "{path}");
         assert_eq!(seen[0]["object"]["apiVersion"], version, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn a_revision_that_is_about_to_come_is_waited_for() {
+    let etcd = Etcd::start("http", &[]);
+    for server in [Server::start(), Server::start_on(&etcd)] {
+        let client = server.client().await;
+        let maps: Api<ConfigMap> = Api::default_namespaced(client.clone());
+        let made = maps
+            .create(&PostParams::default(), &config_map("a", "a"))
+            .await;
+        let revision = made.expect("made").metadata.resource_version.expect("one");
+        let next = revision.parse::<u64>().expect("a number") + 1;
+        let path = |rest: &str| format!("/api/v1/namespaces/default/configmaps{rest}");
+        let ask = async |path: String| {
+            let request = Request::get(path).body(Vec::new()).expect("a request");
+            client.request_text(request).await.expect("an answer")
+        };
+        let write = async {
+            // Behind the others, since it asks first.
+            maps.get("a").await.expect("there");
+            let change = Patch::Merge(json!({"data": {"x": "y"}}));
+            let changed = maps.patch("a", &PatchParams::default(), &change).await;
+            changed.expect("changed");
+        };
+        let watched = path(&format!("?watch=1&resourceVersion={next}&timeoutSeconds=1"));
+        let (got, listed, watched, ()) = tokio::join!(
+            ask(path(&format!("/a?resourceVersion={next}"))),
+            ask(path(&format!("?resourceVersion={next}"))),
+            ask(watched),
+            write
+        );
+        assert!(got.contains(r#""x":"y""#), "{got}");
+        assert!(listed.contains(r#""x":"y""#), "{listed}");
+        assert_eq!(watched, "", "nothing has happened since");
     }
 }
 

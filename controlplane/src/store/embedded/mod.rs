@@ -216,6 +216,10 @@ impl Store for Embedded {
         self.replica.revision()
     }
 
+    fn reached(&self, revision: Revision) -> BoxFuture<'_, ()> {
+        Box::pin(self.replica.reached(revision))
+    }
+
     fn is_shared(&self) -> bool {
         false
     }

@@ -358,6 +358,10 @@ impl Store for Etcd {
         self.replica.revision()
     }
 
+    fn reached(&self, revision: Revision) -> BoxFuture<'_, ()> {
+        Box::pin(self.replica.reached(revision))
+    }
+
     fn is_shared(&self) -> bool {
         true
     }

@@ -189,6 +189,10 @@ impl Store for Sealed {
         self.inner.revision()
     }
 
+    fn reached(&self, revision: Revision) -> BoxFuture<'_, ()> {
+        self.inner.reached(revision)
+    }
+
     fn is_shared(&self) -> bool {
         self.inner.is_shared()
     }
