@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Api;
 use super::front_proxy::FrontProxies;
+use super::unread::Unread;
 use crate::pki::{PkiError, Reloading, Source};
 
 /// A client must finish its TLS handshake within this.
@@ -27,6 +28,8 @@ const HTTP2_STREAMS_MAX: u32 = 1000;
 /// How long an idle HTTP/1 connection is kept. Longer than clients keep theirs (90 s), so that it is they who close it: a
 /// server that closes first loses the request that is just being sent.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(180);
+/// How long a client may leave more of an answer untaken: what upstream gives a whole request.
+const UNREAD_MAX: Duration = Duration::from_secs(60);
 /// What requests get to finish when the server stops.
 const STOP_GRACE: Duration = Duration::from_secs(5);
 
@@ -113,10 +116,16 @@ pub async fn serve(
             };
             let (tcp, tls) = stream.get_ref();
             let chain = tls.peer_certificates().unwrap_or_default();
-            let peer = Arc::new(api.peer(chain, tcp.peer_addr().ok()));
+            let peer_address = tcp.peer_addr().ok();
+            let peer = Arc::new(api.peer(chain, peer_address));
+            let unread = Arc::new(Unread::default());
+            let answers = unread.clone();
             let service = service_fn(move |request| {
-                let (api, peer) = (api.clone(), peer.clone());
-                async move { Ok::<_, std::convert::Infallible>(api.answer(peer, request).await) }
+                let (api, peer, answers) = (api.clone(), peer.clone(), answers.clone());
+                async move {
+                    let answer = api.answer(peer, request).await;
+                    Ok::<_, std::convert::Infallible>(answers.follow(answer))
+                }
             });
             let mut server = auto::Builder::new(TokioExecutor::new());
             server
@@ -133,7 +142,12 @@ pub async fn serve(
                 .serve_connection_with_upgrades(TokioIo::new(stream), service)
                 .into_owned();
             // Errors here are clients that went away.
-            let _ = watcher.watch(connection).await;
+            tokio::select! {
+                _ = watcher.watch(connection) => {}
+                () = unread.for_longer_than(UNREAD_MAX) => {
+                    tracing::debug!(?peer_address, "cut off: it does not read its answer");
+                }
+            }
         });
     }
     if tokio::time::timeout(STOP_GRACE, graceful.shutdown())

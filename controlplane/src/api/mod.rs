@@ -49,6 +49,7 @@ mod strategy;
 mod subresource;
 mod table;
 mod turns;
+mod unread;
 mod unverified;
 mod watch;
 mod write;
