@@ -1,8 +1,8 @@
 //! `keelway-bench gate`: counts that must not grow unnoticed, held against a file in the project.
 //!
-//! Only what is the same on every machine is gated: instructions, stack and calls of helpers of each program as compiled, operations
-//! on the maps per change of the cluster, and, as root on the kernel that the file names, how much the verifier looks at. Times are
-//! for `service`, `sync` and `compare`.
+//! Only what is the same on every machine is gated: instructions, stack, calls of helpers and of other functions of each program as
+//! compiled, operations on the maps per change of the cluster, and, as root on the kernel that the file names, how much the verifier
+//! looks at. Times are for `service`, `sync` and `compare`.
 
 mod changes;
 mod object;
@@ -117,6 +117,7 @@ impl Counts {
             }
             let all = function.helpers.values().sum();
             counts.insert(format!("{name}.helper.calls"), all);
+            counts.insert(format!("{name}.inner.calls"), function.inner_calls);
         }
         Ok(Self {
             kernel: String::new(),
@@ -316,6 +317,23 @@ mod tests {
                 .any(|fault| fault.contains(".lookup.calls")),
             "{judgement}"
         );
+    }
+
+    /// The same where the look-up is another function's: in the object itself, a call of one where there was arithmetic.
+    #[test]
+    fn one_call_more_of_an_own_function_is_caught() {
+        let mut bytes = object_of_this_build().expect("our own object");
+        let before = Counts::of_object(&bytes).expect("an object");
+        let moved = [0xbf, 0x61, 0, 0, 0, 0, 0, 0];
+        let at = 8 * bytes
+            .chunks_exact(8)
+            .position(|instruction| instruction == moved)
+            .expect("a move");
+        bytes[at..at + 8].copy_from_slice(&[0x85, 0x10, 0, 0, 0, 0, 0, 0]);
+        let after = Counts::of_object(&bytes).expect("still an object");
+        let faults = Judgement::of(&before, &after).faults;
+        assert_eq!(faults.len(), 1, "{faults:?}");
+        assert!(faults[0].contains(".inner.calls"), "{faults:?}");
     }
 
     #[test]

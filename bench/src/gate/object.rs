@@ -25,6 +25,8 @@ pub struct Function {
     pub stack_bytes: u64,
     /// Calls of helpers by their number in the kernel's list, wherever they stand.
     pub helpers: BTreeMap<u32, u64>,
+    /// Calls of the object's own functions, which hold look-ups of their own.
+    pub inner_calls: u64,
 }
 
 const INSTRUCTION_BYTES: usize = 8;
@@ -79,6 +81,7 @@ impl Function {
         for (number, calls) in other.helpers {
             *self.helpers.entry(number).or_default() += calls;
         }
+        self.inner_calls += other.inner_calls;
     }
 }
 
@@ -134,6 +137,7 @@ fn function(code: &[u8]) -> Function {
                     .entry(immediate.unsigned_abs())
                     .or_default() += 1;
             }
+            CALL if from == 1 => function.inner_calls += 1,
             _ => {}
         }
         // Loads (class 1) name the address's register second, stores (2 and 3) first; sums of the frame pointer become addresses
@@ -181,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn wide_loads_are_one_instruction_and_calls_within_the_object_are_no_helpers() {
+    fn wide_loads_are_one_instruction_and_calls_within_the_object_are_told_from_helpers() {
         let code = [
             instruction(WIDE, 1, 0, 0, 7),
             instruction(0, 0, 0, 0, 0),
@@ -195,5 +199,6 @@ mod tests {
         let found = function(&code);
         assert_eq!((found.instructions, found.stack_bytes), (6, 40));
         assert_eq!(found.helpers, BTreeMap::from([(helper::MAP_LOOKUP, 1)]));
+        assert_eq!(found.inner_calls, 1);
     }
 }
