@@ -50,16 +50,18 @@ pub(super) fn run(target: SocketAddr, duration: Duration) -> io::Result<Sample> 
     ];
     let begun = Instant::now();
     let clock = Clock::start(duration);
-    let (mut lost, mut silent) = (0, 0);
-    let mut free = WINDOW;
+    let mut on_way = OnWay::default();
+    let mut silent = 0;
     let mut now = begun;
     while now < clock.end {
-        // Each carries when it was sent, so no book is kept of those that are lost.
-        let stamp = (now - begun).as_nanos() as u64;
+        // Each carries when it was sent: no more has to be known of it.
+        let age = now - begun;
+        let free = WINDOW - on_way.count(age);
         let mut message = [0; BYTES];
-        message[..8].copy_from_slice(&stamp.to_le_bytes());
+        message[..8].copy_from_slice(&(age.as_nanos() as u64).to_le_bytes());
         let batch: Vec<&[u8]> = vec![&message; free];
         send(&socket, &batch, &to[..free])?;
+        on_way.sent(age, free);
         let received = receive(&socket, &mut buffers, MsgFlags::MSG_WAITFORONE)?;
         now = Instant::now();
         if received.is_empty() {
@@ -67,24 +69,90 @@ pub(super) fn run(target: SocketAddr, duration: Duration) -> io::Result<Sample> 
             if silent == 20 {
                 return Err(io::ErrorKind::TimedOut.into());
             }
-            lost += WINDOW as u64;
-            free = WINDOW;
             continue;
         }
         silent = 0;
-        free = received.len();
         for (buffer, _) in buffers.iter().zip(&received) {
-            let stamp = buffer.first_chunk().copied().map_or(0, u64::from_le_bytes);
-            let sent = begun + Duration::from_nanos(stamp);
-            if sent >= clock.warm {
-                latencies.record(now.saturating_duration_since(sent));
+            let sent = stamp(buffer);
+            on_way.answered(sent);
+            if begun + sent >= clock.warm {
+                latencies.record(now.saturating_duration_since(begun + sent));
             }
         }
     }
+    // What is still on its way is not lost.
+    while on_way.unanswered > 0 {
+        let received = receive(&socket, &mut buffers, MsgFlags::MSG_WAITFORONE)?;
+        if received.is_empty() {
+            break;
+        }
+        for (buffer, _) in buffers.iter().zip(&received) {
+            on_way.answered(stamp(buffer));
+        }
+    }
     Ok(Sample {
-        lost,
+        lost: on_way.unanswered as u64,
         ..latencies.sample(clock.end - clock.warm)
     })
+}
+
+/// How long after the start of the run a datagram was sent.
+fn stamp(datagram: &[u8; BYTES]) -> Duration {
+    Duration::from_nanos(
+        datagram
+            .first_chunk()
+            .copied()
+            .map_or(0, u64::from_le_bytes),
+    )
+}
+
+/// Datagrams that were sent and are not answered, by the time at which they were sent.
+#[derive(Default)]
+struct OnWay {
+    /// Of the latest moments of [`Self::MOMENT`]; with a later one the oldest is given up, and takes no place in the window any more.
+    by_moment: [usize; Self::MOMENTS],
+    latest: u128,
+    /// All of them, given up or not: an answer may come late.
+    unanswered: usize,
+}
+
+impl OnWay {
+    const MOMENTS: usize = 8;
+    const MOMENT: Duration = Duration::from_nanos(LOST.as_nanos() as u64 / Self::MOMENTS as u64);
+
+    fn moment(age: Duration) -> u128 {
+        age.as_nanos() / Self::MOMENT.as_nanos()
+    }
+
+    /// Those that may still be answered.
+    fn count(&mut self, age: Duration) -> usize {
+        let now = Self::moment(age);
+        for moment in (self.latest + 1..=now).rev().take(Self::MOMENTS) {
+            self.by_moment[Self::place(moment)] = 0;
+        }
+        self.latest = self.latest.max(now);
+        self.by_moment.iter().sum()
+    }
+
+    /// Right after [`Self::count`] at the same age.
+    fn sent(&mut self, age: Duration, datagrams: usize) {
+        self.by_moment[Self::place(Self::moment(age))] += datagrams;
+        self.unanswered += datagrams;
+    }
+
+    fn answered(&mut self, sent: Duration) {
+        let moment = Self::moment(sent);
+        // An earlier run's answer may come by a port that was used again: it is none of these.
+        if moment + Self::MOMENTS as u128 > self.latest {
+            let place = &mut self.by_moment[Self::place(moment)];
+            *place = place.saturating_sub(1);
+        }
+        self.unanswered = self.unanswered.saturating_sub(1);
+    }
+
+    fn place(moment: u128) -> usize {
+        (moment % Self::MOMENTS as u128) as usize
+    }
 }
 
 fn send(socket: &UdpSocket, messages: &[&[u8]], to: &[Option<SockaddrIn>]) -> io::Result<()> {
@@ -128,5 +196,38 @@ fn receive(
             .collect()),
         Err(Errno::EAGAIN | Errno::EINTR) => Ok(Vec::new()),
         Err(errno) => Err(errno.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_lost_is_counted_and_gives_its_place_in_the_window_back() {
+        let at = |milliseconds| Duration::from_millis(milliseconds);
+        let mut on_way = OnWay::default();
+        assert_eq!(on_way.count(at(0)), 0);
+        on_way.sent(at(0), WINDOW);
+        for _ in 0..WINDOW - 3 {
+            on_way.answered(at(0));
+        }
+        assert_eq!(on_way.count(at(50)), 3);
+        on_way.sent(at(50), WINDOW - 3);
+        // Three are given up, and the rest of the window is on its way.
+        assert_eq!(on_way.count(at(110)), WINDOW - 3);
+        on_way.sent(at(110), 3);
+        assert_eq!(on_way.unanswered, WINDOW + 3);
+        // One comes late, when its place is another's.
+        on_way.answered(at(0));
+        assert_eq!(on_way.count(at(110)), WINDOW);
+        for _ in 0..WINDOW - 3 {
+            on_way.answered(at(50));
+        }
+        for _ in 0..3 {
+            on_way.answered(at(110));
+        }
+        assert_eq!((on_way.count(at(120)), on_way.unanswered), (0, 2));
+        assert_eq!(on_way.count(at(10_000)), 0);
     }
 }
