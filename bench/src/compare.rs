@@ -2,17 +2,18 @@
 //!
 //! A figure has changed when the 95 % intervals of both runs have no value in common and the medians differ by more than the
 //! threshold. When only one of the two holds, the run says that it cannot tell, or that it does not matter. Ratios that a run took
-//! within itself are compared on any machine; absolute figures only on machines of one kind, and as a hint: between two runs a
-//! shared machine changes more than a code change does.
+//! within itself are compared on any machine. Absolute figures are compared on machines of one kind only, and are a hint where there
+//! is a ratio: between two runs a shared machine changes more than a code change does. Where nothing stands beside a case of ours,
+//! they are all there is, and decide. Figures of those that we are compared with never do.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
 
-use crate::report::{Better, Figure, Report};
+use crate::report::{Better, Figure, Relative, Report};
 use crate::stats::Spread;
 
 #[derive(Debug, clap::Args)]
@@ -24,7 +25,7 @@ pub struct Flags {
     /// Change of a median, in percent, that matters.
     #[arg(long, default_value_t = 5.0, value_parser = percent)]
     threshold: f64,
-    /// Let absolute figures decide too, not only ratios.
+    /// Let absolute figures decide too where there are ratios.
     #[arg(long)]
     absolute: bool,
     /// Show what has not changed, too.
@@ -38,6 +39,9 @@ fn percent(text: &str) -> Result<f64, String> {
         _ => Err("a percentage between 0.1 and 1000".into()),
     }
 }
+
+/// Fewer rounds have no interval that is worth the name, and decide nothing.
+const ROUNDS_MIN: usize = 3;
 
 /// What became of a figure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -54,14 +58,15 @@ struct Change {
     name: String,
     /// Whether it decides on the outcome.
     counts: bool,
+    is_absolute: bool,
     verdict: Verdict,
-    /// New beside old; above 1 it is better.
-    factor: f64,
+    /// New beside old; above 1 it is better. Values that are not above zero have none.
+    factor: Option<f64>,
     old: Spread,
     new: Spread,
 }
 
-/// Compares and prints. Regressions end with exit code 1.
+/// Compares and prints. Regressions end with exit code 1, and so does a comparison that says nothing.
 pub fn run(flags: &Flags) -> Result<ExitCode> {
     let (old, new) = (Report::read(&flags.old)?, Report::read(&flags.new)?);
     ensure!(
@@ -74,7 +79,7 @@ pub fn run(flags: &Flags) -> Result<ExitCode> {
     );
     let comparison = Comparison::of(&old, &new, flags.threshold / 100.0, flags.absolute);
     print!("{}", comparison.shown(flags.all));
-    Ok(if comparison.regressions().count() == 0 {
+    Ok(if comparison.holds() {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
@@ -85,9 +90,15 @@ pub fn run(flags: &Flags) -> Result<ExitCode> {
 #[derive(Debug)]
 pub struct Comparison {
     changes: Vec<Change>,
-    /// Figures that one of both lacks.
-    missing: Vec<String>,
+    missing: Vec<Missing>,
     same_machine: bool,
+}
+
+/// A figure, or the ratio of one, that only the old report has.
+#[derive(Debug)]
+struct Missing {
+    name: String,
+    theirs: bool,
 }
 
 impl Comparison {
@@ -98,34 +109,61 @@ impl Comparison {
             .iter()
             .map(|figure| (figure.name(), figure))
             .collect();
-        let after: Vec<String> = new.figures.iter().map(Figure::name).collect();
-        let mut changes = Vec::new();
-        for (figure, name) in new.figures.iter().zip(&after) {
-            let Some(earlier) = before.get(name) else {
-                continue;
-            };
-            let ratios = earlier.relative.as_ref().zip(figure.relative.as_ref());
-            if let Some((before, now)) = ratios.filter(|(before, now)| before.to == now.to) {
-                let name = format!("{name}, beside {}", now.to);
-                let (old, new) = (before.spread, now.spread);
-                changes.push(Change::of(name, true, Better::Higher, threshold, old, new));
+        let pairs: Vec<Pair<'_>> = new
+            .figures
+            .iter()
+            .filter_map(|now| {
+                let before = before.get(&now.name())?;
+                Some(Pair { before, now })
+            })
+            .collect();
+        let beside_others: BTreeSet<String> = pairs
+            .iter()
+            .filter(|pair| pair.ratio_decides())
+            .map(|pair| pair.now.case())
+            .collect();
+        let (mut changes, mut missing) = (Vec::new(), Vec::new());
+        for pair in &pairs {
+            let (before, now, name) = (pair.before, pair.now, pair.now.name());
+            match (pair.ratios(), &before.relative) {
+                (Some((before, now)), _) => changes.push(Change {
+                    counts: pair.ratio_decides(),
+                    ..Change::of(
+                        format!("{name}, beside {}", now.to),
+                        Better::Higher,
+                        threshold,
+                        before.spread,
+                        now.spread,
+                    )
+                }),
+                (None, Some(relative)) if !same_machine => missing.push(Missing {
+                    name: format!("{name}, beside {}", relative.to),
+                    theirs: pair.theirs(),
+                }),
+                (None, _) => {}
             }
             if same_machine {
-                let name = format!("{name} ({})", figure.unit);
-                let (old, new) = (earlier.spread, figure.spread);
-                let change = Change::of(name, absolute, figure.better, threshold, old, new);
-                changes.push(change);
+                let alone = !beside_others.contains(&now.case());
+                let name = format!("{name} ({})", now.unit);
+                changes.push(Change {
+                    counts: pair.is_sure() && (absolute || alone),
+                    is_absolute: true,
+                    ..Change::of(name, now.better, threshold, before.spread, now.spread)
+                });
             }
         }
         // What decides comes first, the worst of it at the top.
         changes.sort_by(|a: &Change, b: &Change| {
             let rank = |change: &Change| (!change.counts, change.verdict);
-            rank(a).cmp(&rank(b)).then(a.factor.total_cmp(&b.factor))
+            let factor = |change: &Change| change.factor.unwrap_or_default();
+            rank(a).cmp(&rank(b)).then(factor(a).total_cmp(&factor(b)))
         });
-        let missing = before
-            .into_keys()
-            .filter(|name| !after.contains(name))
-            .collect();
+        let after: BTreeSet<String> = new.figures.iter().map(Figure::name).collect();
+        let gone = before.into_iter().filter(|(name, _)| !after.contains(name));
+        missing.extend(gone.map(|(name, figure)| Missing {
+            name,
+            theirs: figure.theirs,
+        }));
         Self {
             changes,
             missing,
@@ -139,6 +177,40 @@ impl Comparison {
             .filter(|change| change.counts && change.verdict == Verdict::Worse)
     }
 
+    /// Why this says less than it seems to.
+    fn faults(&self) -> Vec<String> {
+        let mut faults = Vec::new();
+        let gone = self.missing.iter().filter(|missing| !missing.theirs);
+        match gone.count() {
+            0 => {}
+            gone => faults.push(format!(
+                "{gone} figures of ours are gone: what they would say is not known. Were both runs made with the same flags, on machines with the same tools?"
+            )),
+        }
+        if !self.changes.iter().any(|change| change.counts) {
+            faults.push(format!(
+                "Nothing decides: no figure of ours is in both reports with {ROUNDS_MIN} rounds and a ratio to another of its run{}.",
+                if self.same_machine { "" } else { ", and the machines differ" }
+            ));
+        }
+        faults
+    }
+
+    /// Whether something was compared, nothing is gone, and nothing became worse.
+    pub fn holds(&self) -> bool {
+        self.regressions().count() == 0 && self.faults().is_empty()
+    }
+
+    /// What became worse, and which figures of ours are gone.
+    #[cfg(test)]
+    pub fn complaints(&self) -> Vec<&str> {
+        let worse = self.regressions().map(|change| change.name.as_str());
+        let gone = self.missing.iter().filter(|missing| !missing.theirs);
+        worse
+            .chain(gone.map(|missing| missing.name.as_str()))
+            .collect()
+    }
+
     fn shown(&self, all: bool) -> Shown<'_> {
         Shown {
             comparison: self,
@@ -147,29 +219,63 @@ impl Comparison {
     }
 }
 
-impl Change {
-    fn of(
-        name: String,
-        counts: bool,
-        better: Better,
-        threshold: f64,
-        old: Spread,
-        new: Spread,
-    ) -> Self {
-        let factor = match better {
-            Better::Higher => new.median / old.median,
-            Better::Lower => old.median / new.median,
+/// One figure in both reports.
+struct Pair<'a> {
+    before: &'a Figure,
+    now: &'a Figure,
+}
+
+impl<'a> Pair<'a> {
+    fn theirs(&self) -> bool {
+        self.before.theirs || self.now.theirs
+    }
+
+    /// Whether it is ours, and of enough rounds.
+    fn is_sure(&self) -> bool {
+        let rounds = self.before.rounds.len().min(self.now.rounds.len());
+        !self.theirs() && rounds >= ROUNDS_MIN
+    }
+
+    /// Both ratios, where they are to the same.
+    fn ratios(&self) -> Option<(&'a Relative, &'a Relative)> {
+        let ratios = self
+            .before
+            .relative
+            .as_ref()
+            .zip(self.now.relative.as_ref());
+        ratios.filter(|(before, now)| before.to == now.to)
+    }
+
+    fn ratio_decides(&self) -> bool {
+        let is_sure = |(before, now): (&Relative, &Relative)| {
+            before.rounds.len().min(now.rounds.len()) >= ROUNDS_MIN
         };
-        let matters = factor < 1.0 - threshold || factor > 1.0 / (1.0 - threshold);
+        self.is_sure() && self.ratios().is_some_and(is_sure)
+    }
+}
+
+impl Change {
+    /// One that does not decide.
+    fn of(name: String, better: Better, threshold: f64, old: Spread, new: Spread) -> Self {
+        let (was, is) = (old.median, new.median);
+        let (grew, are_positive) = (is > was, was > 0.0 && is > 0.0);
+        let factor = match better {
+            Better::Higher => is / was,
+            Better::Lower => was / is,
+        };
+        // By how much of the greater one: that of nothing and of what was given back is known, too.
+        let matters = (is - was).abs() > threshold * is.abs().max(was.abs());
         let verdict = match (matters, old.overlaps(&new)) {
-            (true, false) if factor < 1.0 => Verdict::Worse,
-            (true, false) => Verdict::Better,
+            (true, false) if grew == (better == Better::Higher) => Verdict::Better,
+            (true, false) => Verdict::Worse,
             (true, true) => Verdict::Unclear,
             (false, _) => Verdict::Same,
         };
+        let factor = are_positive.then_some(factor);
         Self {
             name,
-            counts,
+            counts: false,
+            is_absolute: false,
             verdict,
             factor,
             old,
@@ -206,10 +312,13 @@ impl fmt::Display for Shown<'_> {
                 (Verdict::Unclear, _) => "unclear",
                 (Verdict::Same, _) => "same",
             };
+            let factor = match change.factor {
+                Some(factor) => format!("x{factor:.3}"),
+                None => "x-".into(),
+            };
             writeln!(
                 f,
-                "{word:<8} x{:.3}  {:.3} [{:.3}, {:.3}] -> {:.3} [{:.3}, {:.3}]  {}",
-                change.factor,
+                "{word:<8} {factor:<6}  {:.3} [{:.3}, {:.3}] -> {:.3} [{:.3}, {:.3}]  {}",
                 change.old.median,
                 change.old.low,
                 change.old.high,
@@ -219,8 +328,9 @@ impl fmt::Display for Shown<'_> {
                 change.name
             )?;
         }
-        for name in missing {
-            writeln!(f, "gone     {name}")?;
+        for Missing { name, theirs } in missing {
+            let whose = if *theirs { "gone?" } else { "GONE" };
+            writeln!(f, "{whose:<8} {name}")?;
         }
         let count = |verdict| {
             let mut all = 0;
@@ -237,7 +347,19 @@ impl fmt::Display for Shown<'_> {
             count(Verdict::Unclear),
             count(Verdict::Same),
             changes.iter().filter(|change| !change.counts).count()
-        )
+        )?;
+        let alone = |change: &&Change| change.counts && change.is_absolute;
+        match changes.iter().filter(alone).count() {
+            0 => {}
+            absolute => writeln!(
+                f,
+                "{absolute} of those that decide are absolute figures: the machines are of one kind, but what else it did is in them."
+            )?,
+        }
+        for fault in self.comparison.faults() {
+            writeln!(f, "{fault}")?;
+        }
+        Ok(())
     }
 }
 

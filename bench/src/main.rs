@@ -15,6 +15,7 @@ mod report;
 mod service;
 mod stats;
 mod sync;
+mod yardstick;
 
 use std::process::ExitCode;
 
@@ -43,9 +44,9 @@ enum Command {
     Dns(dns::Flags),
     /// API servers, each given by a kubeconfig: lists, watches, reads and writes, memory, and fleets of kubelets
     Api(api::Flags),
-    /// Two reports of one bench: what became worse; exit code 1 when something did
+    /// Two reports of one bench: what became worse; exit code 1 when something did, or when nothing can be said
     Compare(compare::Flags),
-    /// Instructions, lookups, stack and map operations against the project's baseline; exit code 1 when something grew
+    /// Instructions, calls, stack and map operations against the project's baseline; exit code 1 when something grew
     Gate(gate::Flags),
     /// One end of a measurement, in its namespace
     #[command(hide = true)]

@@ -43,6 +43,15 @@ impl Spread {
         }
     }
 
+    /// The same in another unit.
+    pub fn times(self, factor: f64) -> Self {
+        Self {
+            median: self.median * factor,
+            low: self.low * factor,
+            high: self.high * factor,
+        }
+    }
+
     /// Whether both intervals have a value in common.
     pub fn overlaps(&self, other: &Self) -> bool {
         self.low <= other.high && other.low <= self.high

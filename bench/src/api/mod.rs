@@ -337,6 +337,8 @@ impl Findings {
             let figure = Figure::new(case.section, &labels, *quantity, rounds.clone());
             let Some(mut figure) = figure else { continue };
             let is_first = Some(&case.endpoint) == first.as_ref();
+            // Who is asked first is who is judged.
+            figure = figure.of_others(!is_first);
             let other = self.0.iter().find(|(of, what, _)| {
                 of.section == case.section
                     && of.what == case.what

@@ -42,8 +42,8 @@ pub(super) fn page(report: &Report) -> String {
         .collect();
     let _ = writeln!(
         page,
-        "<p>Medians of interleaved rounds; whiskers are the 95 % interval of the median, dots are rounds. Ratios are taken round by \
-         round: 1 is as fast as what is compared with, more is faster. Settings: {}.</p>",
+        "<p>Medians of rounds; whiskers are the 95 % interval of the median, dots are rounds. Ratios are taken within the run: 1 is as \
+         good as what is compared with, more is better. Settings: {}.</p>",
         settings.join(", ")
     );
     held(&mut page, report);

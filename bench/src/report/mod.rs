@@ -44,6 +44,9 @@ pub struct Figure {
     /// The same quantity of another case, round by round.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub relative: Option<Relative>,
+    /// Of somebody that we are compared with: what becomes of it is no doing of ours.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub theirs: bool,
 }
 
 /// How good a figure is beside another's of the same rounds: above 1 it is the better one.
@@ -54,6 +57,29 @@ pub struct Relative {
     pub rounds: Vec<f64>,
     #[serde(flatten)]
     pub spread: Spread,
+}
+
+impl Better {
+    /// How good one value is beside another: above 1 it is the better one.
+    fn ratio(self, ours: f64, theirs: f64) -> f64 {
+        match self {
+            Better::Higher => ours / theirs,
+            Better::Lower => theirs / ours,
+        }
+    }
+}
+
+impl Relative {
+    /// Ratios of some rounds; none where a value that is not above zero has none.
+    fn of(to: &str, rounds: Vec<f64>) -> Option<Self> {
+        let are_ratios = rounds.iter().all(|ratio| ratio.is_finite() && *ratio > 0.0);
+        let spread = Spread::of(rounds.iter().copied()).filter(|_| are_ratios)?;
+        Some(Self {
+            to: to.into(),
+            rounds,
+            spread,
+        })
+    }
 }
 
 impl Figure {
@@ -77,34 +103,47 @@ impl Figure {
             rounds,
             spread,
             relative: None,
+            theirs: false,
         })
+    }
+
+    /// Says whose it is.
+    pub fn of_others(mut self, theirs: bool) -> Self {
+        self.theirs = theirs;
+        self
     }
 
     /// Compares with another figure's rounds, pair by pair: what disturbs a round disturbs both.
     pub fn beside(mut self, to: &str, other: &[f64]) -> Self {
-        let better = self.better;
-        let ratio = |(ours, theirs): (&f64, &f64)| match better {
-            Better::Higher => ours / theirs,
-            Better::Lower => theirs / ours,
-        };
-        let rounds: Vec<f64> = self.rounds.iter().zip(other).map(ratio).collect();
-        self.relative = Spread::of(rounds.iter().copied()).map(|spread| Relative {
-            to: to.into(),
-            rounds,
-            spread,
+        let pairs = self.rounds.iter().zip(other);
+        let rounds = pairs
+            .map(|(ours, theirs)| self.better.ratio(*ours, *theirs))
+            .collect();
+        self.relative = Relative::of(to, rounds);
+        self
+    }
+
+    /// Compares with the median of another figure whose rounds are not these: each was measured after the other was done.
+    pub fn beside_median(mut self, to: &str, other: &[f64]) -> Self {
+        let middle = Spread::of(other.iter().copied()).map(|spread| spread.median);
+        self.relative = middle.and_then(|theirs| {
+            let rounds = self.rounds.iter();
+            let rounds = rounds.map(|ours| self.better.ratio(*ours, theirs));
+            Relative::of(to, rounds.collect())
         });
         self
     }
 
+    /// The case that it is a quantity of, in one word.
+    pub fn case(&self) -> String {
+        let values = self.labels.iter().map(|(_, value)| value.as_str());
+        let words: Vec<&str> = [self.section.as_str()].into_iter().chain(values).collect();
+        words.join("/")
+    }
+
     /// What it is, in one word: unique within a report.
     pub fn name(&self) -> String {
-        let values = self.labels.iter().map(|(_, value)| value.as_str());
-        let words: Vec<&str> = [self.section.as_str()]
-            .into_iter()
-            .chain(values)
-            .chain([self.quantity.as_str()])
-            .collect();
-        words.join("/")
+        format!("{}/{}", self.case(), self.quantity)
     }
 
     pub fn label(&self, key: &str) -> Option<&str> {

@@ -15,7 +15,7 @@ impl fmt::Display for Report {
         writeln!(f, "{}", settings.join(", "))?;
         writeln!(
             f,
-            "Medians of interleaved rounds; ratios are round by round, above 1 is better, +- half of the 95 % interval."
+            "Medians of rounds; ratios are within the run, above 1 is better, +- half of the 95 % interval."
         )?;
         for section in sections(&self.figures) {
             let figures: Vec<&Figure> = self

@@ -4,9 +4,8 @@ use std::collections::BTreeMap;
 
 use super::route::{
     Cpus, DIRECT, EMPTY_HOOKS, Ends, NODE_PORT, NODE_PORT_DSR, NODE_PORT_PASSED, NODE_PORT_XDP,
-    Route, Task,
+    Route, Task, VETH, is_theirs, reference, rivals,
 };
-use super::rules::Rules;
 use crate::load::{Metric, Sample};
 use crate::report::{Better, Figure, Growth, Held, Report};
 use crate::stats::{Spread, growth};
@@ -75,21 +74,31 @@ impl Findings {
         if case.is_open {
             quantities.push(("p99.9", "us", Better::Lower, |s| s.p999_us));
         }
-        let to = case.ends.reference();
+        if case.metric == Metric::Datagram {
+            let lost = (|sample: &Sample| sample.lost as f64) as Value;
+            quantities.push(("lost", "", Better::Lower, lost));
+        }
+        let (ends, path) = reference(case.ends, &case.path);
+        let to = match ends == case.ends {
+            true => path.to_owned(),
+            false => format!("{path} {}", ends.name()),
+        };
         let reference = self.0.get(&Case {
-            path: to.into(),
+            ends,
+            path: path.into(),
             ..case.clone()
         });
         quantities
             .into_iter()
             .filter_map(|(quantity, unit, better, value)| {
                 let rounds = samples.iter().map(value).collect();
-                let figure = Figure::new(section, &labels, (quantity, unit, better), rounds)?;
+                let figure = Figure::new(section, &labels, (quantity, unit, better), rounds)?
+                    .of_others(is_theirs(&case.path));
                 let compared = quantity == compared(case).0;
                 Some(match reference.filter(|_| compared) {
                     Some(reference) => {
                         let reference: Vec<f64> = reference.iter().map(value).collect();
-                        figure.beside(to, &reference)
+                        figure.beside(&to, &reference)
                     }
                     None => figure,
                 })
@@ -184,9 +193,9 @@ impl Findings {
                 let name = name(&case.path, ".beside-empty-hooks");
                 held.push(Held::at_least(name, least, ratio));
             }
-            for rules in Rules::ALL {
-                let to = format!(".beside-{}", rules.name());
-                if let Some(ratio) = self.ratio(case, &beside(rules.name())) {
+            for rival in rivals() {
+                let to = format!(".beside-{rival}");
+                if let Some(ratio) = self.ratio(case, &beside(rival)) {
                     held.push(Held::at_least(name(&case.path, &to), 1.0, ratio));
                 }
             }
@@ -203,7 +212,7 @@ impl Findings {
     /// Pod to pod beside a bare veth pair.
     fn floor(&self, case: &Case, name: &str) -> Option<Held> {
         let veth = Case {
-            path: "veth".into(),
+            path: VETH.into(),
             ..case.clone()
         };
         let is_latency = matches!(case.metric, Metric::RoundTrip | Metric::Connect);
@@ -270,7 +279,9 @@ fn case(size: usize, path: &str, ends: Ends, task: Task) -> Case {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::compare::Comparison;
     use crate::machine::Machine;
+    use crate::service::route::ROUTED;
 
     fn findings(shares: &[(usize, &str, f64)]) -> Findings {
         findings_between(Ends::SameNode, shares)
@@ -311,6 +322,7 @@ mod tests {
             (10, "socket", 0.97),
             (10, "packet", 0.95),
             (10, "nftables", 0.8),
+            (10, "kube-proxy-nftables", 0.75),
             (1000, DIRECT, 0.5),
             (1000, "socket", 0.48),
             (1000, "packet", 0.4),
@@ -326,9 +338,11 @@ mod tests {
                 "service.pod-to-pod.round-trip.same-node.beside-veth 0.98 true",
                 "service.packet.round-trip.same-node 0.95 true",
                 "service.packet.round-trip.same-node.beside-nftables 1.19 true",
+                "service.packet.round-trip.same-node.beside-kube-proxy-nftables 1.27 true",
                 "service.socket.round-trip.same-node 0.97 false",
                 "service.socket.round-trip.same-node.beside-empty-hooks 0.99 true",
                 "service.socket.round-trip.same-node.beside-nftables 1.21 true",
+                "service.socket.round-trip.same-node.beside-kube-proxy-nftables 1.29 true",
                 "service.packet.round-trip.same-node.1000-services 0.80 false",
                 "service.packet.round-trip.same-node.1000-services.beside-10-services 0.84 false",
                 "service.socket.round-trip.same-node.1000-services 0.96 false",
@@ -364,6 +378,40 @@ mod tests {
         let compared = driver.iter().filter_map(|figure| figure.relative.as_ref());
         let compared: Vec<&str> = compared.map(|relative| relative.to.as_str()).collect();
         assert_eq!(compared, [NODE_PORT]);
+    }
+
+    /// What `compare` says of two runs, with Services looked for in each packet between pods in the second one.
+    #[test]
+    fn a_lookup_more_per_packet_is_seen_by_compare_and_others_never_decide() {
+        let run = |ours: f64, others: f64| {
+            let findings = findings(&[
+                (10, DIRECT, ours),
+                (10, "packet", 0.97 * ours),
+                (10, "socket", 0.99 * ours),
+                (10, VETH, 1.05 * others),
+                (10, ROUTED, 0.95 * others),
+                (10, "nftables", 0.8 * others),
+                (10, "kube-proxy-iptables", 0.7 * others),
+            ]);
+            let mut report = Report::new("service", Machine::of_nobody());
+            findings.fill(&mut report);
+            report
+        };
+        let compared = |old: &Report, new: &Report| Comparison::of(old, new, 0.05, false);
+        let (before, slower, faster) = (run(1.0, 1.0), run(0.9, 1.0), run(1.1, 1.0));
+        assert!(compared(&before, &run(1.0, 1.0)).holds());
+        let direct = "both ends on one CPU/10/round-trip/same-node/direct/p50, beside routed";
+        assert_eq!(compared(&before, &slower).complaints(), [direct]);
+        assert!(!compared(&before, &slower).holds());
+        // As fast as before, beside others that have become slower by the code of somebody else, or faster: they are not ours.
+        assert_eq!(compared(&before, &faster).complaints(), [""; 0]);
+        let (mut gone, mut none) = (run(1.0, 1.0), run(1.0, 1.0));
+        gone.figures
+            .retain(|figure| figure.label("path") != Some("socket"));
+        assert!(!compared(&before, &gone).holds());
+        none.figures
+            .retain(|figure| figure.label("path") != Some("kube-proxy-iptables"));
+        assert!(compared(&before, &none).holds());
     }
 
     #[test]

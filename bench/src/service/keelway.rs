@@ -408,7 +408,7 @@ fn write_snapshot(path: &Path, objects: &[Value]) -> Result<()> {
 }
 
 /// A Service, and the slice that leads it to its server.
-fn manifests(index: usize, service: &Service) -> [Value; 2] {
+pub fn manifests(index: usize, service: &Service) -> [Value; 2] {
     let name = format!("bench-{index}");
     let ports: Vec<Value> = service
         .ports

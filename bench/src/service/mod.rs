@@ -7,9 +7,11 @@ mod findings;
 mod keelway;
 mod plain;
 mod programs;
+mod proxied;
 mod route;
 mod rules;
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -21,9 +23,10 @@ use self::cluster::{node_address, service_address, services};
 use self::findings::Findings;
 use self::keelway::{Between, Keelway, Uplinks};
 use self::plain::Plain;
+use self::proxied::Proxied;
 use self::route::{
     Cpus, DIRECT, EMPTY_HOOKS, Ends, NODE_PORT, NODE_PORT_DSR, NODE_PORT_PASSED, NODE_PORT_XDP,
-    OWN_HOOKS, Route, Task, tasks,
+    OWN_HOOKS, ROUTED, Route, Task, VETH, tasks,
 };
 use self::rules::Rules;
 use crate::control_groups::ControlGroups;
@@ -31,6 +34,7 @@ use crate::load::Order;
 use crate::machine::Machine;
 use crate::peer::{Peer, Place, Role};
 use crate::report::{Output, Report};
+use crate::sync::node::Who;
 
 #[derive(Debug, clap::Args)]
 pub struct Flags {
@@ -53,6 +57,12 @@ pub struct Flags {
     /// Most Services that iptables and nftables are given: loading more takes them minutes.
     #[arg(long, default_value_t = 10_000)]
     rules_max: u32,
+    /// The real kube-proxy, measured beside ours in iptables and nftables mode, as far as the machine has what they need.
+    #[arg(long, value_name = "PATH")]
+    kube_proxy: Option<PathBuf>,
+    /// Most Services that kube-proxy is given.
+    #[arg(long, default_value_t = 10_000)]
+    kube_proxy_max: u32,
     #[command(flatten)]
     output: Output,
     /// Folder with keelway-agent and keelway-cni; where this program is by default.
@@ -64,6 +74,7 @@ pub struct Flags {
 struct Settings {
     services: Vec<usize>,
     rules_max: usize,
+    kube_proxy_max: usize,
     rounds: u32,
     duration: Duration,
     client_cpu: usize,
@@ -100,6 +111,7 @@ impl Settings {
         Ok(Self {
             services: sizes.iter().map(|size| *size as usize).collect(),
             rules_max: flags.rules_max as usize,
+            kube_proxy_max: flags.kube_proxy_max as usize,
             rounds: flags.rounds.unwrap_or(rounds),
             duration: Duration::from_millis(flags.duration_ms.unwrap_or(duration_ms)),
             client_cpu,
@@ -128,7 +140,11 @@ pub fn run(flags: &Flags) -> Result<()> {
     )?);
     let mut findings = Findings::default();
     let mut notes = Vec::new();
-    let mut arena = Arena::build(&settings, &progress, &mut notes)?;
+    let proxies = match &flags.kube_proxy {
+        Some(program) => crate::sync::rivals(Some(program), &mut notes)?,
+        None => Vec::new(),
+    };
+    let mut arena = Arena::build(&settings, proxies, &progress, &mut notes)?;
     for (number, size) in settings.services.iter().enumerate() {
         arena.load(*size, &settings, &progress, &mut notes)?;
         arena.measure(*size, number == 0, &settings, &progress, &mut findings)?;
@@ -158,18 +174,26 @@ struct Arena {
     /// Nothing has been loaded yet.
     is_empty: bool,
     ruled: Vec<(Rules, Plain)>,
+    proxied: Vec<Proxied>,
+    /// Paths that the last number of Services was too large for, or that failed.
+    not_loaded: BTreeSet<String>,
     /// Nobody is in the hosts' namespaces, which would end.
     _routed: Plain,
     routes: Vec<Route>,
     clients: Vec<Peer>,
     _servers: Vec<Peer>,
     /// Last: peers leave their groups before these go.
-    _groups: ControlGroups,
-    _sandbox: Sandbox,
+    groups: ControlGroups,
+    sandbox: Sandbox,
 }
 
 impl Arena {
-    fn build(settings: &Settings, progress: &ProgressBar, notes: &mut Vec<String>) -> Result<Self> {
+    fn build(
+        settings: &Settings,
+        proxies: Vec<Who>,
+        progress: &ProgressBar,
+        notes: &mut Vec<String>,
+    ) -> Result<Self> {
         let sandbox = Sandbox::enter()?;
         let groups = ControlGroups::make()?;
         let mut crew = Crew {
@@ -210,9 +234,9 @@ impl Arena {
         let [client, server] = plain::bare_pair()?;
         crew.server(&server.network)?;
         let at = crew.client(&client.network)?;
-        crew.route("veth", Ends::SameNode, at, server.address);
+        crew.route(VETH, Ends::SameNode, at, server.address);
         let routed = Plain::build()?;
-        crew.plain("routed", &routed, false)?;
+        crew.plain(ROUTED, &routed, false)?;
         let mut ruled = Vec::new();
         for rules in Rules::ALL {
             if rules.loader().is_none() {
@@ -226,6 +250,12 @@ impl Arena {
             crew.plain(rules.name(), &plain, true)?;
             ruled.push((rules, plain));
         }
+        let mut proxied = Vec::new();
+        for who in proxies {
+            let node = Proxied::build(who, &settings.bin_dir)?;
+            crew.plain(&node.name(), &node.plain, true)?;
+            proxied.push(node);
+        }
         let Crew {
             clients,
             servers,
@@ -237,12 +267,14 @@ impl Arena {
             forwarders,
             is_empty: true,
             ruled,
+            proxied,
+            not_loaded: BTreeSet::new(),
             _routed: routed,
             routes,
             clients,
             _servers: servers,
-            _groups: groups,
-            _sandbox: sandbox,
+            groups,
+            sandbox,
         })
     }
 
@@ -265,6 +297,7 @@ impl Arena {
         }
         for (rules, plain) in &self.ruled {
             if size > settings.rules_max {
+                self.not_loaded.insert(rules.name().into());
                 notes.push(format!(
                     "{} at {size} Services: more than --rules-max",
                     rules.name()
@@ -278,6 +311,24 @@ impl Arena {
             let servers = plain.servers.each_ref().map(|server| server.address);
             rules.load(&plain.hosts[0], &services(size, servers))?;
         }
+        for node in &mut self.proxied {
+            let name = node.name();
+            if self.not_loaded.contains(&name) {
+                continue;
+            }
+            crate::say(progress, format!("loading {size} Services: {name}"));
+            let loaded = match size <= settings.kube_proxy_max {
+                true => node.load(size, &self.sandbox, &self.groups.elsewhere()),
+                false => Err(anyhow::anyhow!("more than --kube-proxy-max")),
+            };
+            // What is measured of the others is not to be lost for that.
+            if let Err(error) = loaded {
+                let why = format!("{error:#}");
+                let why = why.lines().next().unwrap_or_default();
+                notes.push(format!("{name} at {size} Services and more: {why}"));
+                self.not_loaded.insert(name);
+            }
+        }
         Ok(())
     }
 
@@ -290,13 +341,10 @@ impl Arena {
         progress: &ProgressBar,
         findings: &mut Findings,
     ) -> Result<()> {
-        let is_loaded = |route: &Route| {
-            size <= settings.rules_max || Rules::ALL.iter().all(|rules| rules.name() != route.path)
-        };
         let cpus = std::thread::available_parallelism()?.get();
         let mut work: Vec<(usize, Task)> = Vec::new();
         for (index, route) in self.routes.iter().enumerate() {
-            if is_loaded(route) {
+            if !self.not_loaded.contains(&route.path) {
                 let tasks = tasks(route, is_first, cpus);
                 work.extend(tasks.into_iter().map(|task| (index, task)));
             }

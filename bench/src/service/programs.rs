@@ -10,6 +10,7 @@ use keelway_tests::sandbox::{Sandbox, ifindex, ip};
 
 use crate::report::{Better, Figure};
 use crate::stats::Spread;
+use crate::yardstick::{self, Yardstick};
 
 const ROUNDS: usize = 7;
 /// Runs of a round when the packet leaves as it came.
@@ -57,29 +58,100 @@ struct Row {
     translated: bool,
 }
 
-/// Costs of every program on its usual packets. Loads a data plane of its own, which goes again.
+const IN_A_ROW: &str = "in a row";
+
+impl Row {
+    const fn runs(&self) -> &'static str {
+        if self.translated {
+            "one by one"
+        } else {
+            IN_A_ROW
+        }
+    }
+}
+
+/// The programs, loaded over a small cluster, with the packets that they are run on, and the yardstick.
+struct Loaded {
+    dataplane: Dataplane,
+    yardstick: Yardstick,
+    uplink: u32,
+    rows: Vec<Row>,
+}
+
+impl Loaded {
+    /// Does something with them; they go again.
+    fn with<T: Send>(work: impl FnOnce(&Self) -> Result<T> + Send) -> Result<T> {
+        // On a thread of its own: the sandbox changes the namespaces of the thread that enters it.
+        std::thread::scope(|scope| {
+            let done = scope.spawn(|| {
+                let sandbox = Sandbox::enter()?;
+                let uplink = uplink()?;
+                let mut dataplane = Dataplane::open(&Config {
+                    service_veth: Some(ServiceVeth {
+                        outer: LOOPBACK,
+                        inner: LOOPBACK,
+                    }),
+                    node_v4: Some([198, 18, 0, 1].into()),
+                    uplink_mac: Some(UPLINK_MAC),
+                    ..Config::new(sandbox.pin_root())
+                })?;
+                dataplane.apply(&state()?)?;
+                work(&Self {
+                    dataplane,
+                    yardstick: Yardstick::load()?,
+                    uplink,
+                    rows: rows(),
+                })
+            });
+            done.join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// Nanoseconds of a run of a row's program, the mean of so many.
+    fn run(&self, row: &Row, repeat: u32) -> Result<f64> {
+        let ifindex = if row.by_uplink { self.uplink } else { LOOPBACK };
+        let dataplane = &self.dataplane;
+        let run = match row.program {
+            Program::AtTc(program) => dataplane.run(program, &row.packet, ifindex, repeat),
+            Program::Early => dataplane.run_early(&row.packet, ifindex, repeat),
+        };
+        Ok(f64::from(run?.nanoseconds))
+    }
+
+    /// Of each round, the nanoseconds of a row's program, and of the yardstick right before it.
+    fn rounds(&self, row: &Row) -> Result<(Vec<f64>, Vec<f64>)> {
+        // Opens the flow, and warms what there is to warm.
+        self.run(row, 1)?;
+        let mut rounds = (Vec::new(), Vec::new());
+        for _ in 0..ROUNDS {
+            rounds.1.push(self.yardstick.run(REPEATS)?);
+            rounds.0.push(if row.translated {
+                let calls = (0..CALLS)
+                    .map(|_| self.run(row, 1))
+                    .collect::<Result<Vec<_>>>()?;
+                Spread::of(calls).context("no call was made")?.median
+            } else {
+                self.run(row, REPEATS)?
+            });
+        }
+        Ok(rounds)
+    }
+}
+
+/// Costs of every program on its usual packets.
 pub fn measure() -> Result<Vec<Figure>> {
-    // On a thread of its own: the sandbox changes the namespaces of the thread that enters it.
-    std::thread::scope(|scope| {
-        let measured = scope.spawn(|| {
-            let sandbox = Sandbox::enter()?;
-            let uplink = uplink()?;
-            let mut dataplane = Dataplane::open(&Config {
-                service_veth: Some(ServiceVeth {
-                    outer: LOOPBACK,
-                    inner: LOOPBACK,
-                }),
-                node_v4: Some([198, 18, 0, 1].into()),
-                uplink_mac: Some(UPLINK_MAC),
-                ..Config::new(sandbox.pin_root())
-            })?;
-            dataplane.apply(&state()?)?;
-            let cost = |row: &Row| cost(&dataplane, row, uplink);
-            rows().iter().map(cost).collect()
-        });
-        measured
-            .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    Loaded::with(|loaded| {
+        let (mut figures, mut lengths) = (Vec::new(), Vec::new());
+        for row in &loaded.rows {
+            let (costs, beside) = loaded.rounds(row)?;
+            let figure = figure(row.program.name(), row.what, row.runs(), costs)?;
+            figures.push(figure.beside(yardstick::NAME, &beside));
+            lengths.extend(beside);
+        }
+        let own = figure(yardstick::NAME, "any", IN_A_ROW, lengths)?;
+        figures.push(own.of_others(true));
+        Ok(figures)
     })
 }
 
@@ -223,34 +295,10 @@ fn rows() -> Vec<Row> {
     ]
 }
 
-fn cost(dataplane: &Dataplane, row: &Row, uplink: u32) -> Result<Figure> {
-    let ifindex = if row.by_uplink { uplink } else { LOOPBACK };
-    let run = |repeat| {
-        let run = match row.program {
-            Program::AtTc(program) => dataplane.run(program, &row.packet, ifindex, repeat),
-            Program::Early => dataplane.run_early(&row.packet, ifindex, repeat),
-        };
-        run.map(|run| f64::from(run.nanoseconds))
-    };
-    // Opens the flow, and warms what there is to warm.
-    run(1)?;
-    let rounds = (0..ROUNDS)
-        .map(|_| {
-            if !row.translated {
-                return Ok(run(REPEATS)?);
-            }
-            let calls = (0..CALLS).map(|_| run(1)).collect::<Result<Vec<_>, _>>()?;
-            Ok(Spread::of(calls).context("no call was made")?.median)
-        })
-        .collect::<Result<Vec<_>>>()?;
-    let runs = if row.translated {
-        "one by one"
-    } else {
-        "in a row"
-    };
+fn figure(program: &str, packet: &str, runs: &str, rounds: Vec<f64>) -> Result<Figure> {
     let labels = [
-        ("program", row.program.name().to_owned()),
-        ("packet", row.what.to_owned()),
+        ("program", program.to_owned()),
+        ("packet", packet.to_owned()),
         ("runs", runs.to_owned()),
     ];
     Figure::new("programs", &labels, ("time", "ns", Better::Lower), rounds)

@@ -5,7 +5,9 @@ use std::net::{Ipv4Addr, SocketAddr};
 use serde::Serialize;
 
 use super::cluster::node_port;
+use super::rules::Rules;
 use crate::load::Metric;
+use crate::sync::node::KUBE_PROXIES;
 
 /// Where the two ends are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -61,13 +63,30 @@ pub const NODE_PORT_DSR: &str = "node-port-dsr";
 /// As the hook at tc serves it beneath a driver's program that lets everything pass: what such a program costs, whatever it does.
 pub const NODE_PORT_PASSED: &str = "node-port-passed";
 
-impl Ends {
-    /// What paths between such ends are compared with: nothing goes directly by way of another node.
-    pub const fn reference(self) -> &'static str {
-        match self {
-            Ends::Forwarded | Ends::Switched => NODE_PORT,
-            Ends::SameNode | Ends::AcrossNodes | Ends::Outside => DIRECT,
-        }
+/// Two namespaces on one veth pair, and the kernel's own routing between pods.
+pub const VETH: &str = "veth";
+pub const ROUTED: &str = "routed";
+
+/// Whether a path is there for ours to be compared with: what becomes of it is no doing of ours.
+pub fn is_theirs(path: &str) -> bool {
+    let plain = [VETH, ROUTED, EMPTY_HOOKS, NODE_PORT_PASSED];
+    plain.contains(&path) || rivals().any(|rival| rival == path)
+}
+
+/// Others that serve Services: rules of the bench's, and kube-proxy.
+pub fn rivals() -> impl Iterator<Item = &'static str> {
+    let rules = Rules::ALL.into_iter().map(Rules::name);
+    rules.chain(KUBE_PROXIES)
+}
+
+/// What a path is compared with: those through a Service with the direct one, that with what somebody else does, and the same for
+/// what goes by way of another node, where nothing goes directly.
+pub fn reference(ends: Ends, path: &str) -> (Ends, &'static str) {
+    match (ends, path) {
+        (Ends::SameNode | Ends::AcrossNodes | Ends::Outside, DIRECT) => (ends, ROUTED),
+        (Ends::SameNode | Ends::AcrossNodes | Ends::Outside, _) => (ends, DIRECT),
+        (Ends::Forwarded | Ends::Switched, NODE_PORT) => (Ends::Outside, ROUTED),
+        (Ends::Forwarded | Ends::Switched, _) => (ends, NODE_PORT),
     }
 }
 
@@ -113,7 +132,8 @@ impl Task {
 pub fn tasks(route: &Route, is_first: bool, cpus: usize) -> Vec<Task> {
     if !is_first {
         let once = [Metric::RoundTrip, Metric::Connect];
-        let is_reference = route.path == DIRECT;
+        // Without the other one, nobody would see the direct path become slower with the number of Services.
+        let is_reference = [DIRECT, ROUTED].contains(&route.path.as_str());
         let depends = !route.is_constant || is_reference;
         return once
             .into_iter()

@@ -18,6 +18,8 @@ use keelway::pki::{ClusterPki, Credential, Subjects};
 use keelway_tests::sandbox::Network;
 use serde_json::{Value, json};
 
+use super::nodes;
+
 /// How long the server may take to listen.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Requests on their way at any time while a cluster is made.
@@ -25,6 +27,7 @@ const AT_ONCE: usize = 64;
 const ADDRESS: &str = "127.0.0.1:6443";
 pub const NODE: &str = "node-1";
 const NAMESPACE: &str = "bench";
+const NODES: &str = "/api/v1/nodes";
 
 /// A running API server. It ends with this value.
 pub struct ApiServer {
@@ -59,6 +62,24 @@ impl ApiServer {
 
     pub fn kubeconfig(&self) -> PathBuf {
         self.folder.path().join("admin.kubeconfig")
+    }
+
+    /// Does something with a client in the server's namespace.
+    pub fn with_writer<T: Send>(
+        &self,
+        cluster: Cluster,
+        work: impl AsyncFnOnce(Writer) -> Result<T> + Send,
+    ) -> Result<T> {
+        let kubeconfig = self.kubeconfig();
+        self.node.run(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?;
+            runtime.block_on(async move {
+                let writer = Writer::connect(kubeconfig, cluster).await?;
+                work(writer).await
+            })
+        })
     }
 }
 
@@ -161,6 +182,15 @@ impl Cluster {
     }
 }
 
+impl Cluster {
+    /// The Service that a turn of the churn is about: a step that has no divisor in common with their number passes by all.
+    fn churned(self, turn: u32, left_alone: usize) -> usize {
+        let others = (self.services - 1).max(1);
+        let index = turn as usize * 7919 % others;
+        index + usize::from(self.services > 1 && index >= left_alone)
+    }
+}
+
 /// Endpoints of a slice at most: what the controller makes by default.
 const SLICE_ENDPOINTS: usize = 100;
 
@@ -196,8 +226,8 @@ impl Writer {
         answered.map(drop).with_context(|| path.to_owned())
     }
 
-    /// Makes the node, the namespace and the cluster.
-    pub async fn make(&self, made: impl Fn()) -> Result<()> {
+    /// Makes the node and the namespace.
+    pub async fn found(&self) -> Result<()> {
         let namespace =
             json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}});
         self.send(Method::POST, "/api/v1/namespaces", &namespace)
@@ -207,9 +237,26 @@ impl Writer {
             "spec": {"podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24"]},
             "status": {"addresses": [{"type": "InternalIP", "address": super::NODE_ADDRESS}]},
         });
-        self.send(Method::POST, "/api/v1/nodes", &node).await?;
-        let services = format!("/api/v1/namespaces/{NAMESPACE}/services");
-        let slices = format!("/apis/discovery.k8s.io/v1/namespaces/{NAMESPACE}/endpointslices");
+        self.add_node(&node).await
+    }
+
+    /// Makes Services and slices of the namespace that are described already.
+    pub async fn add(&self, objects: Vec<Value>) -> Result<()> {
+        stream::iter(objects.into_iter().map(Ok))
+            .try_for_each_concurrent(AT_ONCE, |object| async move {
+                let path = match object["kind"].as_str() {
+                    Some("EndpointSlice") => slices(),
+                    _ => services(),
+                };
+                self.send(Method::POST, &path, &object).await
+            })
+            .await
+    }
+
+    /// Makes the node, the namespace and the cluster.
+    pub async fn make(&self, made: impl Fn()) -> Result<()> {
+        self.found().await?;
+        let (services, slices) = (services(), slices());
         stream::iter((0..self.cluster.services).map(Ok))
             .try_for_each_concurrent(AT_ONCE, |index| {
                 let (services, slices, made) = (&services, &slices, &made);
@@ -224,6 +271,29 @@ impl Writer {
                 }
             })
             .await
+    }
+
+    /// Makes so many other nodes.
+    pub async fn make_nodes(&self, count: usize, made: impl Fn()) -> Result<()> {
+        stream::iter((0..count).map(Ok))
+            .try_for_each_concurrent(AT_ONCE, |number| {
+                let made = &made;
+                async move {
+                    self.add_node(&nodes::object(number)).await?;
+                    made();
+                    anyhow::Ok(())
+                }
+            })
+            .await
+    }
+
+    pub async fn add_node(&self, node: &Value) -> Result<()> {
+        self.send(Method::POST, NODES, node).await
+    }
+
+    pub async fn remove_node(&self, name: &str) -> Result<()> {
+        let path = format!("{NODES}/{name}");
+        self.send(Method::DELETE, &path, &json!({})).await
     }
 
     /// Changes the endpoints of a Service: another address for its first one with each turn.
@@ -243,26 +313,44 @@ impl Writer {
         self.send(Method::PATCH, &path, &patch).await
     }
 
-    /// So many changes per second of Services all over the cluster, for a while: how many were made.
-    pub async fn churn(&self, per_second: u32, duration: Duration) -> Result<u32> {
-        let count = (f64::from(per_second) * duration.as_secs_f64()) as u32;
+    /// So many changes per second of Services all over the cluster, for a while, each told when it is made. One Service is left
+    /// alone, for whoever looks at it, unless there is no other.
+    pub async fn churn(
+        &self,
+        per_second: u32,
+        duration: Duration,
+        left_alone: usize,
+        made: impl Fn(),
+    ) -> Result<()> {
         let mut pace = tokio::time::interval(Duration::from_secs(1) / per_second);
         pace.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Burst);
+        let begun = tokio::time::Instant::now();
         let ticks = stream::unfold((pace, 0_u32), |(mut pace, turn)| async move {
             pace.tick().await;
-            Some((turn, (pace, turn + 1)))
+            // Where changes take longer, there are fewer.
+            (begun.elapsed() < duration).then_some((turn, (pace, turn + 1)))
         });
         ticks
-            .take(count as usize)
             .map(Ok)
             .try_for_each_concurrent(AT_ONCE, |turn| {
-                // A step that has no divisor in common with the count passes by all.
-                let index = turn as usize * 7919 % self.cluster.services;
-                self.change(index, 1000 + turn)
+                let made = &made;
+                async move {
+                    let index = self.cluster.churned(turn, left_alone);
+                    self.change(index, 1000 + turn).await?;
+                    made();
+                    anyhow::Ok(())
+                }
             })
-            .await?;
-        Ok(count)
+            .await
     }
+}
+
+fn services() -> String {
+    format!("/api/v1/namespaces/{NAMESPACE}/services")
+}
+
+fn slices() -> String {
+    format!("/apis/discovery.k8s.io/v1/namespaces/{NAMESPACE}/endpointslices")
 }
 
 /// The address of a Service.
@@ -333,6 +421,27 @@ mod tests {
             next = range.end;
         }
         assert_eq!(next, cluster.endpoints);
+    }
+
+    #[test]
+    fn the_churn_passes_by_all_services_but_one() {
+        let churned = |services, turns| {
+            let cluster = Cluster {
+                services,
+                endpoints: services,
+            };
+            let turns = 0..turns;
+            let all: std::collections::BTreeSet<usize> = turns
+                .map(|turn| cluster.churned(turn, services / 2))
+                .collect();
+            all.into_iter().collect::<Vec<_>>()
+        };
+        assert_eq!(churned(1, 3), [0]);
+        assert_eq!(churned(2, 3), [0]);
+        assert_eq!(churned(5, 4), [0, 1, 3, 4]);
+        let all = churned(10_000, 9_999);
+        assert_eq!(all.len(), 9_999);
+        assert!(!all.contains(&5_000));
     }
 
     #[test]

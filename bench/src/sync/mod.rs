@@ -2,10 +2,12 @@
 //!
 //! The cluster is in an API server of ours, in the same namespace as the node that learns it: lists and watches are in the figures.
 
-mod api;
+pub mod api;
+mod churn;
 mod findings;
 mod map;
-mod node;
+pub mod node;
+mod nodes;
 mod process;
 
 use std::path::PathBuf;
@@ -14,17 +16,21 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
+use keelway_agent::net::OVERLAY;
 use keelway_tests::sandbox::{Network, Sandbox};
 
 use self::api::{ApiServer, Cluster, Writer};
 use self::findings::Findings;
 use self::map::ServiceWord;
 use self::node::{Subject, Who};
+use self::nodes::Way;
 use crate::control_groups::ControlGroups;
 use crate::machine::Machine;
 use crate::report::{Output, Report};
 
 const SERVICE_RANGE: &str = "10.96.0.0/12";
+/// The protocol that the agent's routes are marked with.
+const AGENTS_ROUTES: &str = "107";
 const NODE_ADDRESS: &str = "198.18.0.11";
 
 #[derive(Debug, clap::Args)]
@@ -42,6 +48,9 @@ pub struct Flags {
     /// The real kube-proxy, measured beside ours in iptables and nftables mode, as far as the machine has what they need.
     #[arg(long, value_name = "PATH")]
     kube_proxy: Option<PathBuf>,
+    /// Nodes of a cluster of their own, in place of 5,000, or of 1,000 by --quick; 0 leaves it out.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(0..=10_000))]
+    nodes: Option<u32>,
     /// Most Services that kube-proxy is given: more take it minutes.
     #[arg(long, default_value_t = 10_000)]
     kube_proxy_max: usize,
@@ -86,11 +95,13 @@ struct Extent {
     rounds: u32,
     changes_per_round: u32,
     churn: Duration,
+    /// Of the cluster of [`CHURNED`] Services, whose memory is judged by it.
+    long_churn: Duration,
     kube_proxy_max: usize,
 }
 
-/// Changes per second of the churn: those of a cluster with 10,000 Services in a bad hour.
-const CHURN_PER_SECOND: u32 = 250;
+/// More Services take kube-proxy half a minute per start: then there is one.
+const KUBE_PROXY_ROUNDS_MAX: usize = 1000;
 
 /// Measures and prints.
 pub fn run(flags: &Flags) -> Result<()> {
@@ -118,6 +129,7 @@ pub fn run(flags: &Flags) -> Result<()> {
         rounds: flags.rounds.unwrap_or(if flags.quick { 3 } else { 5 }),
         changes_per_round: 20,
         churn: Duration::from_secs(if flags.quick { 4 } else { 20 }),
+        long_churn: Duration::from_secs(if flags.quick { 10 } else { 120 }),
         kube_proxy_max: flags.kube_proxy_max,
     };
     let bin_dir = match &flags.bin_dir {
@@ -140,7 +152,9 @@ pub fn run(flags: &Flags) -> Result<()> {
     };
     let keelway = Who::Keelway {
         program: bin_dir.join("keelway-agent"),
+        way: Way::Direct,
     };
+    let nodes = flags.nodes.unwrap_or(if flags.quick { 1000 } else { 5000 });
     let mut notes = Vec::new();
     let others = rivals(flags.kube_proxy.as_ref(), &mut notes)?;
     for cluster in &sizes {
@@ -168,18 +182,33 @@ pub fn run(flags: &Flags) -> Result<()> {
             }
         }
     }
+    let (figures, held) = match nodes {
+        0 => Default::default(),
+        // What was measured of Services is not to be lost for that.
+        nodes => bench
+            .nodes(&bin_dir, nodes as usize)
+            .unwrap_or_else(|error| {
+                notes.push(format!("{nodes} nodes: {error:#}"));
+                Default::default()
+            }),
+    };
     bench.progress.finish_and_clear();
     let mut report = Report::new("sync", machine);
     report.set("rounds", bench.extent.rounds);
     report.set("changesPerRound", bench.extent.changes_per_round);
     report.set("churnSeconds", bench.extent.churn.as_secs());
+    report.set("longChurnSeconds", bench.extent.long_churn.as_secs());
     report.set("tookSeconds", began.elapsed().as_secs());
+    report.set("nodes", nodes);
     bench.findings.fill(&mut report);
+    report.figures.extend(figures);
+    report.held.extend(held);
     report.notes = notes;
     flags.output.show(&report)
 }
 
-fn rivals(kube_proxy: Option<&PathBuf>, notes: &mut Vec<String>) -> Result<Vec<Who>> {
+/// The modes of kube-proxy that this machine has tools for.
+pub fn rivals(kube_proxy: Option<&PathBuf>, notes: &mut Vec<String>) -> Result<Vec<Who>> {
     let Some(program) = kube_proxy else {
         notes.push("kube-proxy: its program is not given (--kube-proxy PATH)".into());
         return Ok(Vec::new());
@@ -217,32 +246,13 @@ struct Bench {
 }
 
 impl Bench {
-    /// Does something with a client in the node's namespace.
-    fn with_writer<T: Send>(
-        &self,
-        server: &ApiServer,
-        cluster: Cluster,
-        work: impl AsyncFnOnce(Writer) -> Result<T> + Send,
-    ) -> Result<T> {
-        let kubeconfig = server.kubeconfig();
-        self.node.run(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()?;
-            runtime.block_on(async move {
-                let writer = Writer::connect(kubeconfig, cluster).await?;
-                work(writer).await
-            })
-        })
-    }
-
     fn fill(&self, server: &ApiServer, cluster: Cluster) -> Result<()> {
         let stage = format!("making {} Services", cluster.services);
         crate::say(&self.progress, stage);
         self.progress.set_length(cluster.services as u64);
         self.progress.set_position(0);
         let progress = &self.progress;
-        self.with_writer(server, cluster, async move |writer| {
+        server.with_writer(cluster, async move |writer| {
             writer.make(|| progress.inc(1)).await
         })
     }
@@ -253,9 +263,8 @@ impl Bench {
         let kubeconfig = server.kubeconfig();
         let cgroup = self.groups.hooked();
         let rounds = match who {
-            Who::Keelway { .. } => self.extent.rounds,
-            // Its start is a matter of half a minute.
-            Who::KubeProxy { .. } => 1,
+            Who::KubeProxy { .. } if cluster.services > KUBE_PROXY_ROUNDS_MAX => 1,
+            Who::Keelway { .. } | Who::KubeProxy { .. } => self.extent.rounds,
         };
         self.progress.set_length(u64::from(rounds));
         self.progress.set_position(0);
@@ -301,6 +310,8 @@ impl Bench {
         self.node.run(|| {
             for words in [
                 &["ip", "link", "del", "keelway-svc"][..],
+                &["ip", "link", "del", OVERLAY],
+                &["ip", "route", "flush", "proto", AGENTS_ROUTES],
                 &["nft", "flush", "ruleset"],
             ] {
                 // What is not there need not go.
@@ -326,7 +337,7 @@ impl Bench {
             let count = self.extent.changes_per_round;
             let word = word.clone();
             let before = subject.programming()?;
-            let took = self.with_writer(server, cluster, async move |writer| {
+            let took = server.with_writer(cluster, async move |writer| {
                 let mut took = Vec::new();
                 // The first one opens the connection, and is not counted.
                 for turn in 0..=count {
@@ -350,53 +361,14 @@ impl Bench {
         name: &str,
     ) -> Result<()> {
         let index = cluster.services / 2;
-        let mut took = Vec::new();
         for round in 0..self.extent.rounds {
             let begun = SystemTime::now();
-            self.with_writer(server, cluster, async move |writer| {
+            server.with_writer(cluster, async move |writer| {
                 writer.change(index, round).await
             })?;
-            took.push(subject.applied(begun)?.as_secs_f64());
+            let took = subject.applied(begun)?.as_secs_f64();
+            self.findings.changes(cluster, name, &[took], None);
         }
-        self.findings.changes(cluster, name, &took, None);
-        Ok(())
-    }
-
-    /// Many changes per second, for a while: what of a CPU they cost, and whether memory grows.
-    fn churn(
-        &mut self,
-        subject: &Subject,
-        server: &ApiServer,
-        cluster: Cluster,
-        name: &str,
-    ) -> Result<()> {
-        let duration = self.extent.churn;
-        let before = subject.cost()?;
-        let counted = subject.programming()?;
-        let begun = Instant::now();
-        let made = self.with_writer(server, cluster, async move |writer| {
-            writer.churn(CHURN_PER_SECOND, duration).await
-        })?;
-        let took = begun.elapsed().as_secs_f64();
-        // The last change is one that can be seen.
-        let index = cluster.services / 2;
-        let word = Arc::new(ServiceWord::of(subject.pin_root(), index)?);
-        let behind = self.with_writer(server, cluster, async move |writer| {
-            change(&writer, &word, index, 900_000).await
-        })?;
-        let (after, programmed) = (subject.cost()?, subject.programming()?);
-        let latency = (programmed.0 - counted.0) / (programmed.1 - counted.1).max(1.0);
-        self.findings.churn(
-            cluster,
-            name,
-            &Churn {
-                per_second: f64::from(made) / took,
-                core: (after.cpu_seconds - before.cpu_seconds) / took,
-                grown_bytes: after.resident_bytes - before.resident_bytes,
-                latency,
-                behind,
-            },
-        );
         Ok(())
     }
 
@@ -411,24 +383,12 @@ impl Bench {
         let index = cluster.services / 2;
         let word = Arc::new(ServiceWord::of(subject.pin_root(), index)?);
         server.restart()?;
-        let took = self.with_writer(server, cluster, async move |writer| {
+        let took = server.with_writer(cluster, async move |writer| {
             change(&writer, &word, index, 910_000).await
         })?;
         self.findings.outage(cluster, name, took);
         Ok(())
     }
-}
-
-/// What a churn cost.
-struct Churn {
-    per_second: f64,
-    /// Share of one core.
-    core: f64,
-    grown_bytes: f64,
-    /// Seconds from the arrival of a change to the maps, the mean.
-    latency: f64,
-    /// Seconds that a change took right after it.
-    behind: f64,
 }
 
 /// Seconds from before a change is asked for to when it is in the map.

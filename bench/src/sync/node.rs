@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use keelway_tests::sandbox::{Network, Sandbox, ip};
 
 use super::api::NODE;
+use super::nodes::Way;
 use super::process::{Cost, Metrics, children, cost, map_bytes};
 
 /// Longest wait for a cluster to be learnt.
@@ -23,18 +24,23 @@ pub fn make() -> Result<Network> {
     let node = Network::new()?;
     node.run(|| -> Result<()> {
         ip("link add eth0 type veth peer name nowhere")?;
-        ip(&format!("addr add {}/24 dev eth0", super::NODE_ADDRESS))?;
+        // Other nodes are on the link, all of them.
+        ip(&format!("addr add {}/15 dev eth0", super::NODE_ADDRESS))?;
         ip("link set eth0 up")?;
         ip("link set nowhere up")
     })?;
     Ok(node)
 }
 
+/// The real ones, by their names, the faster first.
+pub const KUBE_PROXIES: [&str; 2] = ["kube-proxy-nftables", "kube-proxy-iptables"];
+
 /// Who learns the cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Who {
     Keelway {
         program: PathBuf,
+        way: Way,
     },
     KubeProxy {
         program: PathBuf,
@@ -77,9 +83,9 @@ impl Subject {
         let pin_root = sandbox.pin_root();
         let log = fs::File::create(folder.path().join("log"))?;
         let mut command = match who {
-            Who::Keelway { program } => {
+            Who::Keelway { program, way } => {
                 let mut command = Command::new(program);
-                command.args(["run", "--node-name", NODE, "--routing", "direct"]);
+                command.args(["run", "--node-name", NODE]).args(way.flags());
                 command.args(["--service-cidr", super::SERVICE_RANGE, "--metrics"]);
                 command.arg(METRICS.to_string());
                 for (flag, path) in [
@@ -200,7 +206,8 @@ impl Subject {
         map_bytes(self.worker()?)
     }
 
-    fn worker(&self) -> Result<u32> {
+    /// The process that does the work.
+    pub fn worker(&self) -> Result<u32> {
         match self.who {
             Who::Keelway { .. } => children(self.child.id())?
                 .first()
@@ -210,13 +217,24 @@ impl Subject {
         }
     }
 
-    /// Mean milliseconds from the arrival of a change to the maps, of all so far; of the agent alone.
+    /// Seconds from the arrival of changes to the maps, all so far together, and how many they were; of the agent alone.
     pub fn programming(&self) -> Result<(f64, f64)> {
         let metrics = Metrics::ask(&self.node, METRICS)?;
         let name = "keelway_programming_duration_seconds";
         let value = |what: &str| metrics.value(&format!("{name}_{what}"));
         let (sum, count) = (value("sum"), value("count"));
         Ok((sum.context(name)?, count.context(name)?))
+    }
+
+    /// Batches that failed so far, of the agent alone.
+    pub fn failed_batches(&self) -> Result<f64> {
+        let name = "keelway_batches_failed_total";
+        let metrics = Metrics::ask(&self.node, METRICS)?;
+        metrics.value(name).context(name)
+    }
+
+    pub const fn started(&self) -> SystemTime {
+        self.started
     }
 
     pub fn pin_root(&self) -> &Path {
