@@ -23,10 +23,13 @@ pub struct View<'a> {
 }
 
 /// Writes that may be done at the same time, and when to look again if nothing changes until then. What depends on the
-/// outcome of these writes is left to the next plan: it sees their outcome in its snapshot.
+/// outcome of these writes is left to the next plan: it sees their outcome in its snapshot. What only has to come after them is
+/// in `then`.
 #[derive(Debug, Default)]
 pub struct Plan {
     pub writes: Vec<Write>,
+    /// Writes that begin when all before them have succeeded, a stage after the other.
+    pub then: Vec<Vec<Write>>,
     pub again_at: Option<Timestamp>,
 }
 
@@ -59,7 +62,7 @@ impl Plan {
     }
 
     pub fn is_empty(&self) -> bool {
-        self.writes.is_empty()
+        self.writes.is_empty() && self.then.is_empty()
     }
 }
 

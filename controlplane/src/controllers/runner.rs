@@ -225,7 +225,11 @@ impl Runner {
                     .get(&job)
                     .and_then(|failed| failed.message.as_deref()),
             };
-            let Plan { writes, again_at } = (ALL[job.0].plan)(&view, &job.1);
+            let Plan {
+                writes,
+                then,
+                again_at,
+            } = (ALL[job.0].plan)(&view, &job.1);
             if let Some(at) = again_at {
                 let wait = Duration::try_from(at.duration_since(now)).unwrap_or(Duration::ZERO);
                 self.set_timer(job.clone(), wait);
@@ -244,15 +248,17 @@ impl Runner {
                     write => requests.push(write),
                 }
             }
-            if requests.is_empty() {
+            let stages = std::iter::once(requests).chain(then);
+            let stages: Vec<_> = stages.filter(|stage| !stage.is_empty()).collect();
+            if stages.is_empty() {
                 self.failed.remove(&job);
             } else {
-                self.start(job, requests);
+                self.start(job, stages);
             }
         }
     }
 
-    fn start(&mut self, job: Job, requests: Vec<Write>) {
+    fn start(&mut self, job: Job, stages: Vec<Vec<Write>>) {
         self.running.insert(job.clone(), false);
         let done = self.done.clone();
         let errand = Errand {
@@ -262,13 +268,18 @@ impl Runner {
             recorder: self.recorder.clone(),
         };
         self.tasks.spawn(async move {
-            let writes = requests
-                .into_iter()
-                .map(|write| errand.clone().perform(write));
-            let outcomes = futures::stream::iter(writes)
-                .buffer_unordered(WRITES_PER_KEY_MAX)
-                .collect()
-                .await;
+            let mut outcomes: Vec<Outcome> = Vec::new();
+            for stage in stages {
+                if outcomes.iter().any(|outcome| outcome.failure.is_some()) {
+                    break;
+                }
+                let writes = stage.into_iter();
+                let writes = writes.map(|write| errand.clone().perform(write));
+                let mut done = futures::stream::iter(writes).buffer_unordered(WRITES_PER_KEY_MAX);
+                while let Some(outcome) = done.next().await {
+                    outcomes.push(outcome);
+                }
+            }
             // Nobody waits for it any more when the lease is lost.
             let _ = done.send(Done { job, outcomes });
         });

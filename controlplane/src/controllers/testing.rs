@@ -173,15 +173,21 @@ impl Cluster {
             self.again.push((at, index, key.clone()));
         }
         let mut failure = None;
-        let wrote = !plan.writes.is_empty();
-        let any_action = plan
-            .writes
+        let stages = std::iter::once(plan.writes).chain(plan.then);
+        let stages: Vec<Vec<_>> = stages.collect();
+        let any_action = stages
             .iter()
+            .flatten()
             .any(|write| !matches!(write.action, Action::None));
-        for write in plan.writes {
-            self.notes.extend(write.note);
-            if let Err(reason) = self.execute(write.action) {
-                failure = Some(reason);
+        for stage in stages {
+            if failure.is_some() {
+                break;
+            }
+            for write in stage {
+                self.notes.extend(write.note);
+                if let Err(reason) = self.execute(write.action) {
+                    failure = Some(reason);
+                }
             }
         }
         match failure {
@@ -190,7 +196,7 @@ impl Cluster {
             }
             None => {
                 let failed = self.failures.remove(&(index, key.clone())).is_some();
-                if (wrote && any_action) || failed {
+                if any_action || failed {
                     self.dirty[index].insert(key);
                 }
             }

@@ -3,4 +3,5 @@
 mod cluster;
 mod policies;
 mod serving;
+mod slices;
 mod workloads;

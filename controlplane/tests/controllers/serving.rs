@@ -16,11 +16,11 @@ use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::runtime::{WatchStreamExt, watcher};
 use serde_json::{Value, json};
 
-fn object<K: serde::de::DeserializeOwned>(value: Value) -> K {
+pub fn object<K: serde::de::DeserializeOwned>(value: Value) -> K {
     serde_json::from_value(value).unwrap()
 }
 
-fn workload(kind: &str, name: &str, replicas: Option<i32>) -> Value {
+pub fn workload(kind: &str, name: &str, replicas: Option<i32>) -> Value {
     let mut value = json!({
         "apiVersion": "apps/v1", "kind": kind,
         "metadata": {"name": name},
@@ -38,7 +38,7 @@ fn workload(kind: &str, name: &str, replicas: Option<i32>) -> Value {
     value
 }
 
-fn service(name: &str) -> Service {
+pub fn service(name: &str) -> Service {
     object(json!({
         "metadata": {"name": name},
         "spec": {"selector": {"app": name}, "ports": [{"port": 80, "targetPort": 8080}]},
@@ -49,7 +49,7 @@ fn of(name: &str) -> ListParams {
     ListParams::default().labels(&format!("app={name}"))
 }
 
-async fn ready_addresses(slices: &Api<EndpointSlice>, service: &str) -> BTreeSet<String> {
+pub async fn ready_addresses(slices: &Api<EndpointSlice>, service: &str) -> BTreeSet<String> {
     let found = slices
         .list(&ListParams::default().labels(&format!("kubernetes.io/service-name={service}")))
         .await;

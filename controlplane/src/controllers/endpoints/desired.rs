@@ -118,6 +118,13 @@ pub fn groups(
         if pods::is_terminal(pod) {
             continue;
         }
+        // Nothing answers where there is no node any more; its pods are collected later.
+        let node = pods::node_name(pod).map(Key::cluster);
+        let node = node.and_then(|node| snapshot.nodes.get(&node));
+        if node.is_none() && !publish {
+            continue;
+        }
+        let zone = node.and_then(|node| zone(node));
         for family in &families {
             let Some(address) = addresses(pod).find(|address| is_of(address, family)) else {
                 continue;
@@ -126,7 +133,7 @@ pub fn groups(
             groups
                 .entry(shape)
                 .or_default()
-                .push(endpoint(snapshot, service, pod, address, publish));
+                .push(endpoint(service, pod, address, zone, publish));
         }
     }
     for family in families {
@@ -199,25 +206,22 @@ fn target_port(port: &ServicePort, pod: &Pod) -> Option<i32> {
 }
 
 fn endpoint(
-    snapshot: &Snapshot,
     service: &Service,
     pod: &Pod,
     address: &str,
+    zone: Option<&String>,
     publish: bool,
 ) -> Endpoint {
     let terminating = pods::is_terminating(pod);
-    let serving = publish || pods::is_ready(pod);
+    let serving = pods::is_ready(pod);
     let node_name = pods::node_name(pod).map(str::to_string);
     let spec = pods::spec(pod);
     let hostname = spec.hostname.clone().filter(|hostname| {
         !hostname.is_empty() && spec.subdomain.is_some() && spec.subdomain == service.metadata.name
     });
-    let node = node_name
-        .as_ref()
-        .and_then(|name| snapshot.nodes.get(&Key::cluster(name)));
     let mut target = Target::of(pod).reference();
     target.api_version = None;
-    let zone = node.and_then(|node| zone(node).cloned());
+    let zone = zone.cloned();
     let ready = publish || (serving && !terminating);
     Endpoint {
         addresses: vec![address.into()],

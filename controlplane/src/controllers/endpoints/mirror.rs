@@ -13,13 +13,13 @@ use super::super::pods::controller_reference;
 use super::super::snapshot::{Change, SERVICE_NAME_LABEL, Snapshot, service_of_slice};
 use super::desired::Shape;
 use super::reconcile::{self, Origin};
-use super::{HEADLESS_LABEL, MANAGED_BY_LABEL, TRIGGER_TIME, subsets};
+use super::{HEADLESS_LABEL, MANAGED_BY_LABEL, TRIGGER_TIME, is_staying, subsets};
 
 const MANAGER: &str = "endpointslicemirroring-controller.k8s.io";
 const SKIP_LABEL: &str = "endpointslice.kubernetes.io/skip-mirror";
 /// Annotation of Endpoints that are somebody's lock, not endpoints.
 const LEADER: &str = "control-plane.alpha.kubernetes.io/leader";
-const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
+pub const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 /// Addresses of one subset that are mirrored: upstream's bound.
 const ADDRESSES_MAX: usize = 1000;
 
@@ -58,9 +58,6 @@ fn plan(view: &View<'_>, key: &Key) -> Plan {
         (Some(endpoints), Some(service)) if is_mirrored(endpoints, service) => Some(endpoints),
         _ => None,
     };
-    if view.snapshot.namespace_is_terminating(&key.namespace) {
-        return plan;
-    }
     let origin = Origin {
         service: key.clone(),
         manager: MANAGER,
@@ -68,12 +65,16 @@ fn plan(view: &View<'_>, key: &Key) -> Plan {
             .map(|endpoints| controller_reference(&**endpoints))
             .unwrap_or_default(),
         labels: mirrored.map(|found| labels(found, key)).unwrap_or_default(),
-        annotations: mirrored
-            .and_then(|endpoints| endpoints.metadata.annotations.clone())
-            .unwrap_or_default()
-            .into_iter()
-            .filter(|(name, _)| name != LAST_APPLIED && name != TRIGGER_TIME)
-            .collect(),
+        annotations: Some(
+            mirrored
+                .and_then(|endpoints| endpoints.metadata.annotations.clone())
+                .unwrap_or_default()
+                .into_iter()
+                .filter(|(name, _)| name != LAST_APPLIED && name != TRIGGER_TIME)
+                .collect(),
+        ),
+        trigger_time: None,
+        is_staying: mirrored.is_none_or(|found| is_staying(view.snapshot, &found.metadata)),
     };
     // Without anything to mirror there are no groups, and the slices that are left go.
     let groups = mirrored.map(|found| groups(found)).unwrap_or_default();
@@ -90,8 +91,6 @@ fn is_mirrored(endpoints: &Endpoints, service: &Service) -> bool {
         .and_then(|spec| spec.selector.as_ref())
         .is_some_and(|selector| !selector.is_empty());
     !selects
-        && service.metadata.deletion_timestamp.is_none()
-        && meta.deletion_timestamp.is_none()
         && label(SKIP_LABEL).map(String::as_str) != Some("true")
         && label(subsets::MANAGED_BY).map(String::as_str) != Some(subsets::MANAGER)
         && !meta

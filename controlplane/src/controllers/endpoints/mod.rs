@@ -9,7 +9,7 @@ mod subsets;
 mod tests;
 
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use k8s_openapi::jiff::Timestamp;
 
 use self::reconcile::Origin;
@@ -112,31 +112,33 @@ fn zone(node: &Node) -> Option<&String> {
 fn plan(view: &View<'_>, key: &Key) -> Plan {
     let mut plan = Plan::nothing();
     let service = view.snapshot.services.get(key);
-    let live = service.filter(|service| service.metadata.deletion_timestamp.is_none());
     let Some((service, selector)) =
-        live.and_then(|service| Some((service, service_selector(service)?)))
+        service.and_then(|service| Some((service, service_selector(service)?)))
     else {
         // No Service: its slices have owners, and garbage collection takes them. A Service that lost its selector keeps
         // its slices for whoever manages them from now on.
         return plan;
     };
-    if view.snapshot.namespace_is_terminating(&key.namespace) {
-        return plan;
-    }
     let groups = desired::groups(view.snapshot, service, selector);
-    let mut annotations = Labels::new();
-    if let Some(time) = trigger_time(view.snapshot, service, selector) {
-        annotations.insert(TRIGGER_TIME.into(), time.to_string());
-    }
+    let trigger_time = trigger_time(view.snapshot, service, selector);
     let origin = Origin {
         service: key.clone(),
         manager: MANAGER,
         owner: controller_reference(&**service),
         labels: slice_labels(service),
-        annotations,
+        annotations: None,
+        trigger_time: trigger_time.map(|time| time.to_string()),
+        is_staying: is_staying(view.snapshot, &service.metadata),
     };
     reconcile::plan(view.snapshot, &origin, groups, &mut plan);
     plan
+}
+
+/// Whether neither an object nor its namespace is on its way out. What is served to the end, such as a Service that a finalizer holds,
+/// has its endpoints kept up to date, and gets no new objects.
+fn is_staying(snapshot: &Snapshot, meta: &ObjectMeta) -> bool {
+    let namespace = meta.namespace.as_deref().unwrap_or_default();
+    meta.deletion_timestamp.is_none() && !snapshot.namespace_is_terminating(namespace)
 }
 
 fn is_headless(service: &Service) -> bool {

@@ -15,7 +15,9 @@ use super::super::plan::{Action, Controller, Keys, Plan, View};
 use super::super::pods;
 use super::super::snapshot::{Change, Snapshot, service_selector};
 use super::desired::{self, Shape};
-use super::{HEADLESS_LABEL, TRIGGER_TIME, is_headless, services_affected, trigger_time};
+use super::{
+    HEADLESS_LABEL, TRIGGER_TIME, is_headless, is_staying, services_affected, trigger_time,
+};
 
 /// Addresses in one object: upstream's bound.
 const ADDRESSES_MAX: usize = 1000;
@@ -62,11 +64,6 @@ fn plan(view: &View<'_>, key: &Key) -> Plan {
     let Some(selector) = service_selector(service) else {
         return plan;
     };
-    if service.metadata.deletion_timestamp.is_some()
-        || view.snapshot.namespace_is_terminating(&key.namespace)
-    {
-        return plan;
-    }
     let (subsets, truncated) = subsets(view.snapshot, service, selector);
     let mut annotations = Labels::new();
     if let Some(time) = trigger_time(view.snapshot, service, selector) {
@@ -77,6 +74,9 @@ fn plan(view: &View<'_>, key: &Key) -> Plan {
     }
     let labels = labels_of(service);
     let Some(found) = view.snapshot.endpoints.get(key) else {
+        if !is_staying(view.snapshot, &service.metadata) {
+            return plan;
+        }
         plan.push(Action::Create(Object::of(Endpoints {
             metadata: ObjectMeta {
                 name: Some(key.name.to_string()),

@@ -1,8 +1,10 @@
 //! Slices of Services in a cluster in memory.
 
+mod changes;
+
 use std::collections::BTreeSet;
 
-use k8s_openapi::api::core::v1::{Endpoints, Pod, Service};
+use k8s_openapi::api::core::v1::{Endpoints, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -32,8 +34,17 @@ fn service(spec: Value) -> Service {
 fn cluster(spec: Value) -> Cluster {
     let mut cluster = Cluster::new(CONTROLLERS);
     cluster.add(namespace("default"));
+    cluster.add(node("n0"));
     cluster.add(service(spec));
     cluster
+}
+
+/// Puts the node into a zone.
+fn give_zone(cluster: &mut Cluster) {
+    cluster.edit::<Node>(&Key::cluster("n0"), |node| {
+        let labels = node.metadata.labels.as_mut().unwrap();
+        labels.insert("topology.kubernetes.io/zone".into(), "z1".into());
+    });
 }
 
 /// A pod of the Service on a node, with a named port.
@@ -95,14 +106,7 @@ fn a_service_without_pods_has_one_empty_slice_of_its_own() {
 #[test]
 fn an_endpoint_says_where_its_pod_is_and_how_it_does() {
     let mut cluster = cluster(json!({}));
-    let mut zoned = node("n0");
-    zoned
-        .metadata
-        .labels
-        .as_mut()
-        .unwrap()
-        .insert("topology.kubernetes.io/zone".into(), "z1".into());
-    cluster.add(zoned);
+    give_zone(&mut cluster);
     let key = add_pod(&mut cluster, "a", 8080);
     cluster.settle();
     assert!(endpoints(&cluster).is_empty(), "no address, no endpoint");
@@ -147,14 +151,7 @@ fn ready_endpoints_say_for_which_node_and_zone_they_are_when_the_service_asks_fo
         ("PreferSameZone", true, false),
     ] {
         let mut cluster = cluster(json!({"trafficDistribution": distribution}));
-        let mut zoned = node("n0");
-        zoned
-            .metadata
-            .labels
-            .as_mut()
-            .unwrap()
-            .insert("topology.kubernetes.io/zone".into(), "z1".into());
-        cluster.add(zoned);
+        give_zone(&mut cluster);
         let key = add_pod(&mut cluster, "a", 8080);
         cluster.set_ready(&key, false);
         cluster.settle();
@@ -215,7 +212,11 @@ fn addresses_that_are_not_ready_are_published_when_asked_for() {
     let key = add_pod(&mut cluster, "a", 8080);
     cluster.set_ready(&key, false);
     cluster.settle();
-    assert_eq!(conditions(&cluster), (true, true, false));
+    assert_eq!(
+        conditions(&cluster),
+        (true, false, false),
+        "whether it serves, its pod says"
+    );
     let labels = slices(&cluster)[0].metadata.labels.as_ref().unwrap();
     assert!(labels.contains_key("service.kubernetes.io/headless"));
 }
