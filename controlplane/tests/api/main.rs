@@ -18,6 +18,7 @@ mod pressure;
 mod rolling;
 mod selecting;
 mod server;
+mod services;
 mod several;
 mod soak;
 mod statuses;

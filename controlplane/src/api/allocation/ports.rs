@@ -59,30 +59,22 @@ pub fn give(
 
 /// A balancer that leads to local backends only has a port at which its nodes say whether they have any.
 fn health_check(service: &mut Value, book: &mut Book<'_>, errors: &mut Vec<FieldError>) {
-    let path = "/spec/healthCheckNodePort";
-    let needed = service.text("/spec/type") == "LoadBalancer"
-        && service.text("/spec/externalTrafficPolicy") == "Local";
-    let asked = service.int(path);
-    match (needed, u16::try_from(asked)) {
-        // It had one, and carries it along.
-        (false, Ok(asked)) if asked != 0 && book.held.contains(&asked) => {
-            service.remove(path);
-        }
-        (true, _) if asked == 0 => match book.any() {
+    if !strategy::tells_of_health(service) {
+        return;
+    }
+    let (path, field) = ("/spec/healthCheckNodePort", "spec.healthCheckNodePort");
+    match service.int(path) {
+        0 => match book.any() {
             Some(number) => service.set(path, number),
-            None => {
-                let field = "spec.healthCheckNodePort";
-                errors.push(FieldError::invalid(field, 0, "range is full"));
-            }
+            None => errors.push(FieldError::invalid(field, 0, "range is full")),
         },
-        (true, _) => {
+        asked => {
             if let Err(why) = book.take(asked) {
                 let why =
                     format!("failed to allocate requested HealthCheck NodePort {asked}: {why}");
-                errors.push(FieldError::invalid("spec.healthCheckNodePort", asked, why));
+                errors.push(FieldError::invalid(field, asked, why));
             }
         }
-        (false, _) => {}
     }
 }
 

@@ -40,11 +40,18 @@ use crate::registry::Resource;
 use crate::selector::FieldSelector;
 
 pub use certificate::asked_by;
-pub use counted::validate_status;
 pub use metadata::{dns_label, qualified_name, validate_metadata};
 pub use pod::qos_class;
-pub use service::wants_node_ports;
+pub use service::{tells_of_health, wants_node_ports};
 pub use warnings::{pod_at, warnings};
+
+/// Checks the status of an object, for kinds that have rules for it.
+pub fn validate_status(resource: &Resource, object: &Value, errors: &mut Errors) {
+    match (resource.group, resource.plural) {
+        ("", "services") => service::validate_status(object, errors),
+        _ => counted::validate_status(resource, object, errors),
+    }
+}
 
 pub type Errors = Vec<FieldError>;
 

@@ -1,5 +1,9 @@
 //! Services. Addresses and node ports are given out by [`crate::api::allocation`], between defaulting and validation.
 
+mod carry;
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
@@ -16,25 +20,41 @@ pub struct Service;
 /// How long a client sticks to its backend unless said otherwise.
 const AFFINITY_TIMEOUT_S: i64 = 10800;
 const AFFINITY_TIMEOUT_S_MAX: i64 = 86400;
+/// Where kubelets are asked for logs and commands, on every node.
+const KUBELET_PORT: i64 = 10250;
+
+/// The type of a service, by default as well.
+fn kind(service: &Value) -> &str {
+    match service.text("/spec/type") {
+        "" => "ClusterIP",
+        kind => kind,
+    }
+}
 
 /// Whether clients outside the cluster may reach a service.
 fn is_exposed(service: &Value) -> bool {
-    match service.text("/spec/type") {
+    match kind(service) {
         "NodePort" | "LoadBalancer" => true,
         "ClusterIP" => !service.items("/spec/externalIPs").is_empty(),
         _ => false,
     }
 }
 
-/// Whether the type of a service comes with node ports.
+/// Whether the type of a service has node ports.
+fn has_node_ports(service: &Value) -> bool {
+    matches!(kind(service), "NodePort" | "LoadBalancer")
+}
+
+/// Whether ports of a service that have no node port are given one.
 pub fn wants_node_ports(service: &Value) -> bool {
-    match service.text("/spec/type") {
-        "NodePort" => true,
-        "LoadBalancer" => {
-            service.pointer("/spec/allocateLoadBalancerNodePorts") != Some(&Value::Bool(false))
-        }
-        _ => false,
-    }
+    let allocates =
+        || service.pointer("/spec/allocateLoadBalancerNodePorts") != Some(&Value::Bool(false));
+    has_node_ports(service) && (kind(service) == "NodePort" || allocates())
+}
+
+/// Whether a service is a balancer that leads to local backends only: its nodes say at a port of its own whether they have any.
+pub fn tells_of_health(service: &Value) -> bool {
+    kind(service) == "LoadBalancer" && service.text("/spec/externalTrafficPolicy") == "Local"
 }
 
 impl Strategy for Service {
@@ -67,10 +87,8 @@ impl Strategy for Service {
             "ExternalName" => {}
             kind => {
                 service.default("/spec/internalTrafficPolicy", "Cluster");
-                if matches!(kind, "NodePort" | "LoadBalancer") {
+                if is_exposed(service) {
                     service.default("/spec/externalTrafficPolicy", "Cluster");
-                } else if service.items("/spec/externalIPs").is_empty() {
-                    service.remove("/spec/externalTrafficPolicy");
                 }
                 if kind == "LoadBalancer" {
                     service.default("/spec/allocateLoadBalancerNodePorts", true);
@@ -85,51 +103,8 @@ impl Strategy for Service {
 
     fn prepare_update(&self, service: &mut Value, old: &Value) {
         families::drop_for_external_name(service, old);
-        if !wants_node_ports(service) {
-            // Turning away from node ports gives them back where the client only carried them along.
-            for port in service.items_mut("/spec/ports") {
-                let number = port.int("/nodePort");
-                if old
-                    .items("/spec/ports")
-                    .iter()
-                    .any(|old| old.int("/nodePort") == number)
-                {
-                    port.remove("/nodePort");
-                }
-            }
-        } else {
-            for port in service.items_mut("/spec/ports") {
-                let same = |old: &&Value| {
-                    old.int("/port") == port.int("/port")
-                        && old.text("/protocol") == port.text("/protocol")
-                };
-                let known = old
-                    .items("/spec/ports")
-                    .iter()
-                    .find(same)
-                    .map_or(0, |old| old.int("/nodePort"));
-                if known != 0 {
-                    port.default("/nodePort", known);
-                }
-            }
-        }
-        // So does the policy for clients outside, where there can be none any more.
-        let policy = "/spec/externalTrafficPolicy";
-        if is_exposed(old) && !is_exposed(service) && old.text(policy) == service.text(policy) {
-            service.remove(policy);
-        }
-        if old.text("/spec/type") == "LoadBalancer" && service.text("/spec/type") != "LoadBalancer"
-        {
-            // As above: what only the old type can have goes with it, unless the client set it anew.
-            for field in [
-                "/spec/allocateLoadBalancerNodePorts",
-                "/spec/loadBalancerClass",
-            ] {
-                if service.pointer(field) == old.pointer(field) {
-                    service.remove(field);
-                }
-            }
-        }
+        carry::keep(service, old);
+        carry::leave(service, old);
         if !old.has("/status") {
             service.default("/status", json!({"loadBalancer": {}}));
         }
@@ -196,6 +171,15 @@ impl Strategy for Service {
     }
 }
 
+/// Checks what a balancer says of a service: that may have become another type meanwhile.
+pub fn validate_status(service: &Value, errors: &mut Errors) {
+    let ingress = Place::root(service).field("status.loadBalancer.ingress");
+    if kind(service) != "LoadBalancer" && !ingress.is_empty() {
+        let why = "may only be used when `spec.type` is 'LoadBalancer'";
+        ingress.forbidden(why, errors);
+    }
+}
+
 /// Fields that have one of a few values, where they are there.
 const CHOICES: [(&str, &[&str]); 5] = [
     (
@@ -228,6 +212,12 @@ fn validate_ports(spec: &Place<'_>, kind: &str, errors: &mut Errors) {
         }
         let (number, protocol) = (port.field("port"), port.field("protocol"));
         number.port(errors);
+        if kind == "LoadBalancer" && number.int() == KUBELET_PORT {
+            let why = format!(
+                "may not expose port {KUBELET_PORT} externally since it is used by kubelet"
+            );
+            number.invalid(why, errors);
+        }
         protocol.require_one_of(&["SCTP", "TCP", "UDP"], errors);
         if port.field("targetPort").is_there() {
             port.field("targetPort").port_or_name(errors);
@@ -257,17 +247,24 @@ fn validate_addresses(spec: &Place<'_>, errors: &mut Errors) {
             address.address(errors);
             continue;
         };
-        let special = match ip {
-            IpAddr::V4(ip) => ip.is_link_local(),
-            IpAddr::V6(ip) => ip.is_unicast_link_local(),
+        let ip = ip.to_canonical();
+        let (on_link, group_on_link) = match ip {
+            IpAddr::V4(ip) => (ip.is_link_local(), ip.octets()[..3] == [224, 0, 0]),
+            IpAddr::V6(ip) => (
+                ip.is_unicast_link_local(),
+                ip.segments()[0] & 0xff0f == 0xff02,
+            ),
         };
         if ip.is_unspecified() {
             address.invalid(format!("may not be unspecified ({ip})"), errors);
         } else if ip.is_loopback() {
             let why = "may not be in the loopback range (127.0.0.0/8, ::1/128)";
             address.invalid(why, errors);
-        } else if special {
+        } else if on_link {
             let why = "may not be in the link-local range (169.254.0.0/16, fe80::/10)";
+            address.invalid(why, errors);
+        } else if group_on_link {
+            let why = "may not be in the link-local multicast range (224.0.0.0/24, ff02::/10)";
             address.invalid(why, errors);
         }
     }
@@ -309,108 +306,5 @@ fn validate_policies(spec: &Place<'_>, kind: &str, errors: &mut Errors) {
     if timeout.is_there() && !(1..=AFFINITY_TIMEOUT_S_MAX).contains(&timeout.int()) {
         let why = format!("must be greater than 0 and less than {AFFINITY_TIMEOUT_S_MAX}");
         timeout.invalid(why, errors);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::testing::told_with_defaults;
-    use super::*;
-
-    #[test]
-    fn ports_get_a_protocol_and_a_target() {
-        let mut service = json!({"spec": {"ports": [{"port": 80}, {"port": 53, "protocol": "UDP", "targetPort": "dns"}]}});
-        Service.default(&mut service);
-        assert_eq!(
-            service["spec"]["ports"][0],
-            json!({"port": 80, "protocol": "TCP", "targetPort": 80})
-        );
-        assert_eq!(service["spec"]["ports"][1]["targetPort"], "dns");
-        assert_eq!(service["spec"]["type"], "ClusterIP");
-    }
-
-    #[test]
-    fn a_type_that_changes_takes_along_what_only_it_can_have() {
-        let mut old = json!({"spec": {
-            "type": "LoadBalancer", "loadBalancerClass": "example.com/a", "ports": [{"port": 80, "nodePort": 30000}],
-        }});
-        Service.default(&mut old);
-        let mut service = old.clone();
-        service["spec"]["type"] = "ClusterIP".into();
-        Service.default(&mut service);
-        Service.prepare_update(&mut service, &old);
-        let mut errors = Vec::new();
-        Service.validate(&service, &mut errors);
-        assert!(errors.is_empty(), "{errors:?}");
-        // What is set anew is wrong, and is said to be.
-        service["spec"]["loadBalancerClass"] = "example.com/b".into();
-        Service.prepare_update(&mut service, &old);
-        Service.validate(&service, &mut errors);
-        assert_eq!(errors.len(), 1, "{errors:?}");
-    }
-
-    #[test]
-    fn a_service_that_becomes_a_name_loses_its_policy_for_clients_outside() {
-        let mut old =
-            json!({"spec": {"type": "NodePort", "ports": [{"port": 80, "nodePort": 30000}]}});
-        Service.default(&mut old);
-        let mut service = old.clone();
-        service["spec"]["type"] = "ExternalName".into();
-        service["spec"]["externalName"] = "example.com".into();
-        Service.default(&mut service);
-        Service.prepare_update(&mut service, &old);
-        let mut errors = Vec::new();
-        Service.validate(&service, &mut errors);
-        assert!(errors.is_empty(), "{errors:?}");
-        // What is set anew is wrong, and is said to be.
-        service["spec"]["externalTrafficPolicy"] = "Local".into();
-        Service.prepare_update(&mut service, &old);
-        Service.validate(&service, &mut errors);
-        assert_eq!(errors.len(), 1, "{errors:?}");
-    }
-
-    #[test]
-    fn a_balancers_port_for_health_stays() {
-        let balanced = |port: u16, policy: &str| {
-            json!({"spec": {"type": "LoadBalancer", "ports": [{"port": 80}],
-                "externalTrafficPolicy": policy, "healthCheckNodePort": port}})
-        };
-        let faults = |new: &Value| {
-            let mut errors = Vec::new();
-            Service.validate_update(new, &balanced(30222, "Local"), &mut errors);
-            errors
-                .into_iter()
-                .map(|error| error.field)
-                .collect::<Vec<_>>()
-        };
-        let field = "spec.healthCheckNodePort";
-        assert!(!faults(&balanced(30222, "Local")).contains(&field.to_owned()));
-        assert!(faults(&balanced(30333, "Local")).contains(&field.to_owned()));
-        assert!(!faults(&balanced(0, "Cluster")).contains(&field.to_owned()));
-    }
-
-    #[test]
-    fn what_does_not_go_with_the_type_is_refused() {
-        let told = |spec: Value| told_with_defaults(&Service, json!({ "spec": spec }));
-        assert_eq!(told(json!({"ports": [{"port": 80}]})), Vec::<String>::new());
-        assert_eq!(told(json!({})), ["spec.ports: Required value"]);
-        assert_eq!(
-            told(
-                json!({"ports": [{"port": 80, "name": "a", "nodePort": 30000}, {"port": 80, "name": "a", "targetPort": "-x"}],
-                "loadBalancerSourceRanges": ["10.0.0.0/8"], "externalIPs": ["127.0.0.1"]})
-            ),
-            [
-                "spec.ports[0].nodePort: Forbidden: may not be used when `type` is 'ClusterIP'",
-                "spec.ports[1].name: Duplicate value: \"a\"",
-                "spec.ports[1].targetPort: Invalid value: \"-x\": must not begin or end with a hyphen",
-                r#"spec.ports[1]: Duplicate value: {"port":80,"protocol":"TCP"}"#,
-                r#"spec.externalIPs[0]: Invalid value: "127.0.0.1": may not be in the loopback range (127.0.0.0/8, ::1/128)"#,
-                "spec.loadBalancerSourceRanges: Forbidden: may only be used when `type` is 'LoadBalancer'",
-            ]
-        );
-        assert_eq!(
-            told(json!({"type": "ExternalName"})),
-            ["spec.externalName: Required value"]
-        );
     }
 }
