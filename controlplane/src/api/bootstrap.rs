@@ -35,7 +35,8 @@ pub async fn run(api: &Api) -> Result<(), Status> {
     roles::reconcile(api).await?;
     service_range(api).await?;
     extension_authentication(api).await?;
-    kubernetes_service(api).await
+    kubernetes_service(api).await?;
+    api.announce().await
 }
 
 /// By what extension servers know their callers, as this one does; who may read it, a Role of Kubernetes says.
@@ -89,15 +90,14 @@ async fn service_range(api: &Api) -> Result<(), Status> {
         .map(drop)
 }
 
-/// `default/kubernetes`, leading to this server and those beside it.
-async fn kubernetes_service(api: &Api) -> Result<(), Status> {
+/// The Service `default/kubernetes`, unless it is there.
+pub async fn kubernetes_service(api: &Api) -> Result<(), Status> {
     let port = api.config.advertise_port;
     let service = json!({"apiVersion": "v1", "kind": "Service",
         "metadata": {"name": "kubernetes", "labels": {"component": "apiserver", "provider": "kubernetes"}},
         "spec": {"clusterIP": api.config.kubernetes_ip().map(|ip| ip.to_string()), "type": "ClusterIP",
             "ports": [{"name": "https", "port": 443, "protocol": "TCP", "targetPort": port}]}});
-    ensure(api, "/api/v1/namespaces/default/services", service).await?;
-    api.announce().await
+    ensure(api, "/api/v1/namespaces/default/services", service).await
 }
 
 pub fn options() -> WriteOptions {

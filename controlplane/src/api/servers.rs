@@ -1,5 +1,5 @@
 //! Which API servers there are, where several share a store: each keeps a key there while it lives, and `default/kubernetes`
-//! leads to all of them. A store of one process has one server.
+//! leads to all of them. A store of one process has one server. Each server sees to it that the Service stays, whoever deletes it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -10,7 +10,7 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use super::Api;
-use super::bootstrap::hold;
+use super::bootstrap::{hold, kubernetes_service};
 use super::status::Status;
 use crate::store::{Expect, Range, SERVERS, StoreError};
 
@@ -40,11 +40,8 @@ impl Api {
         self.lead_to(&servers).await
     }
 
-    /// Announces this server until it stops, then takes its leave.
+    /// Announces this server until it stops, then takes its leave. The Service by which pods reach it is made again when it is gone.
     pub(super) async fn stay_announced(self: Arc<Self>) {
-        if !self.store.is_shared() {
-            return;
-        }
         loop {
             tokio::select! {
                 () = self.stop.cancelled() => break,
@@ -53,6 +50,13 @@ impl Api {
             if let Err(status) = self.announce().await {
                 tracing::warn!(reason = status.message, "this server cannot be announced");
             }
+            if let Err(status) = kubernetes_service(&self).await {
+                let reason = status.message;
+                tracing::warn!(reason, "the Service default/kubernetes cannot be made");
+            }
+        }
+        if !self.store.is_shared() {
+            return;
         }
         let left = async {
             self.store.delete(&self.own_key(), Expect::Any).await?;
