@@ -199,8 +199,10 @@ impl Api {
             stop,
         });
         let failed = |status: Status| StartError::Bootstrap(status.message);
-        api.repair_allocations().await.map_err(failed)?;
+        // First: what the cluster has from its first moment includes Services.
+        let repaired = api.repair_allocations().await.map_err(failed)?;
         bootstrap::run(&api).await.map_err(failed)?;
+        api.tell_repairs(&repaired).await;
         Ok(api)
     }
 
@@ -213,6 +215,7 @@ impl Api {
         let stop = self.stop.clone();
         let announced = tokio::spawn(self.clone().stay_announced());
         tokio::spawn(self.clone().forget_unused_encodings());
+        tokio::spawn(self.clone().keep_allocations());
         listener::serve(self, tls, listeners, stop).await;
         // A panic there is in the log, and nothing that is served here depends on it.
         let _ = announced.await;
