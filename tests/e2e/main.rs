@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod access;
+mod away;
 mod balancer;
 mod changes;
 mod connectivity;
@@ -61,6 +62,7 @@ const SCENARIOS: &[Scenario] = scenarios![
     balancer::another_agent_gives_out_addresses_when_the_holder_of_the_lease_is_gone "nodes",
     balancer::an_address_is_served_by_another_node_when_its_node_is_cut_off "nodes",
     names::every_resolver_finds_services_by_every_spelling "nodes",
+    names::busybox_programs_go_through_the_search_path,
     names::a_headless_name_of_a_thousand_endpoints_is_resolved_whole "nodes",
     names::two_questions_at_once_from_one_socket_are_both_answered "nodes",
     names::a_plain_deployment_of_the_dns_works_too "nodes",
@@ -99,6 +101,7 @@ const SCENARIOS: &[Scenario] = scenarios![
     rollout::an_upgrade_of_the_agent_loses_no_request,
     faults::a_killed_agent_is_replaced_while_traffic_goes_on "nodes",
     faults::a_killed_control_plane_keeps_traffic_and_every_answered_write "nodes",
+    away::pods_resolve_names_while_the_api_server_is_away "nodes",
     services::either_hook_alone_carries_all_traffic "nodes",
 ];
 

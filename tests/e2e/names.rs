@@ -86,6 +86,24 @@ pub fn every_resolver_finds_services_by_every_spelling(cluster: &Cluster) {
     assert_eq!(answer.trim(), address);
 }
 
+pub fn busybox_programs_go_through_the_search_path(cluster: &Cluster) {
+    let address = address_of_hello(cluster);
+    // The applet's own resolver asks for every name of the path, and tells which there are.
+    let told = cluster.in_client("busybox nslookup hello 2>&1; true").ok();
+    assert!(told.contains(&address), "{told}");
+    assert!(told.contains("hello.default.svc.cluster.local"), "{told}");
+    // What other applets ask with is the C library's, linked into them.
+    for name in ["hello", "hello.default", "hello.default.svc"] {
+        let page = cluster
+            .in_client(&format!("busybox wget -T 5 -qO- http://{name}/"))
+            .ok();
+        assert!(page.contains("pod="), "{name}: {page}");
+    }
+    cluster
+        .in_client("busybox wget -T 5 -qO- http://absent.default/")
+        .refused();
+}
+
 const ENDPOINTS: usize = 1000;
 
 pub fn a_headless_name_of_a_thousand_endpoints_is_resolved_whole(cluster: &Cluster) {
@@ -157,7 +175,7 @@ metadata: {name: alias}
 spec: {type: ExternalName, externalName: hello.default.svc.cluster.local}
 ";
 
-fn address_of_hello(cluster: &Cluster) -> String {
+pub fn address_of_hello(cluster: &Cluster) -> String {
     let service = cluster.get(&["service", "hello"]);
     let address = service["spec"]["clusterIP"].as_str().expect("an address");
     address.to_owned()
