@@ -249,6 +249,8 @@ fn a_cluster_with_a_way_out_fetches_images_and_lets_pods_out() {
         assert!(asked.contains("/v2/some/echo/manifests/1"), "{asked:?}");
         check_proxy_is_for_nodes(&cluster);
 
+        check_dns_manifest(&cluster);
+
         // What is outside sees an address of its own, whole streams and datagrams come back, in both families, and by name.
         let name = "www.outside.example";
         let answer = cluster.in_client(&format!("dig +short {name} A")).ok();
@@ -272,6 +274,18 @@ fn a_cluster_with_a_way_out_fetches_images_and_lets_pods_out() {
         }
         check_restart(&cluster, udp);
     });
+}
+
+/// That names are asked for outside is the manifest's own doing: it has the servers ask whom their node asks.
+fn check_dns_manifest(cluster: &Cluster) {
+    let set = cluster.get(&["daemonset", "keelway-dns", "--namespace=kube-system"]);
+    let arguments = set["spec"]["template"]["spec"]["containers"][0]["args"].as_array();
+    let upstreams: Vec<&str> = arguments
+        .into_iter()
+        .flatten()
+        .filter_map(|argument| argument.as_str()?.strip_prefix("--upstream="))
+        .collect();
+    assert_eq!(upstreams, ["/etc/resolv.conf"]);
 }
 
 /// From a pod's address the proxy says that it is not for pods.

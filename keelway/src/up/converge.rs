@@ -156,11 +156,8 @@ impl Plan<'_> {
             dns_args.extend(["--listen=[::]:53", "--health=[::]:8181"].map(str::to_owned));
         }
         agent_args.extend(self.config.agent_args.iter().cloned());
-        let mut upstreams = self.config.dns_upstreams.clone();
-        if upstreams.is_empty() && self.config.egress {
-            upstreams.push((self.name_server(), 53).into());
-        }
-        let upstreams = upstreams.iter();
+        // With a way out the nodes have a name server, which the manifest's own arguments lead to.
+        let upstreams = self.config.dns_upstreams.iter();
         dns_args.extend(upstreams.map(|server| format!("--upstream={server}")));
         deploy::Settings {
             api_server: self.api_server(),

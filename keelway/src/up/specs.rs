@@ -141,7 +141,7 @@ impl Plan<'_> {
     }
 
     /// The machine's name servers, as the cluster reaches them by its way out.
-    pub(super) fn name_server(&self) -> IpAddr {
+    fn name_server(&self) -> IpAddr {
         let v4 = self.config.ip_family.has_v4();
         let mut servers = forward::NAME_SERVERS.into_iter();
         servers
