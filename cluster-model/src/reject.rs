@@ -61,9 +61,9 @@ pub(crate) fn named<'a>(meta: &'a Meta<'_>) -> Result<&'a str, BadField> {
     }
 }
 
-/// A unicast address that a packet can be sent to.
+/// A unicast address that a packet can be sent to. One of IPv4 in IPv6's form is the IPv4 one, as it is for the API.
 pub(crate) fn address(text: &str, field: impl FnOnce() -> String) -> Result<IpAddr, BadField> {
-    let reason = match text.parse::<IpAddr>() {
+    let reason = match text.parse::<IpAddr>().map(|address| address.to_canonical()) {
         Err(_) => "is not an IP address",
         Ok(address) if address.is_unspecified() => "is the unspecified address",
         Ok(address) if address.is_multicast() => "is a multicast address",

@@ -23,6 +23,8 @@ pub struct Service {
     pub external_ips: Vec<IpAddr>,
     /// Addresses that a load balancer has been given (`status.loadBalancer.ingress` with mode VIP).
     pub load_balancer_ips: Vec<IpAddr>,
+    /// External and balanced addresses that were left out because no packet can be sent to them, in words. The others serve.
+    pub refused: Vec<String>,
     pub load_balancer_source_ranges: Vec<IpNetwork>,
     pub ports: Vec<ServicePort>,
     /// Endpoints count as ready whatever their conditions say.
@@ -52,6 +54,7 @@ impl Service {
             external_name: None,
             external_ips: Vec::new(),
             load_balancer_ips: Vec::new(),
+            refused: Vec::new(),
             load_balancer_source_ranges: Vec::new(),
             ports: Vec::new(),
             publish_not_ready: false,
@@ -195,6 +198,13 @@ fn convert(service: &wire::Service<'_>) -> Result<Service, BadField> {
     } else {
         cluster_ips(spec)?
     };
+    let external_ips = addresses(
+        spec.external_ips.as_deref().unwrap_or_default(),
+        "spec.externalIPs",
+    );
+    let (external_ips, mut refused) = usable(external_ips);
+    let (load_balancer_ips, others) = usable(load_balancer_ips(service));
+    refused.extend(others);
     Ok(Service {
         service_type,
         cluster_ips,
@@ -204,11 +214,9 @@ fn convert(service: &wire::Service<'_>) -> Result<Service, BadField> {
             _ if external => return Err(BadField::new("spec.externalName", "is empty")),
             _ => None,
         },
-        external_ips: addresses(
-            spec.external_ips.as_deref().unwrap_or_default(),
-            "spec.externalIPs",
-        )?,
-        load_balancer_ips: load_balancer_ips(service)?,
+        external_ips,
+        load_balancer_ips,
+        refused,
         load_balancer_source_ranges: source_ranges(spec)?,
         ports: ports(spec)?,
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or_default(),
@@ -255,18 +263,33 @@ fn cluster_ips(spec: &wire::ServiceSpec<'_>) -> Result<(Vec<IpAddr>, bool), BadF
     if listed == ["None"] {
         return Ok((Vec::new(), true));
     }
-    Ok((addresses(&listed, "spec.clusterIPs")?, false))
+    let ips: Result<Vec<IpAddr>, BadField> = addresses(&listed, "spec.clusterIPs").collect();
+    Ok((ips?, false))
 }
 
-fn addresses(texts: &[impl AsRef<str>], field: &str) -> Result<Vec<IpAddr>, BadField> {
-    texts
-        .iter()
-        .enumerate()
-        .map(|(i, text)| reject::address(text.as_ref(), || format!("{field}[{i}]")))
-        .collect()
+fn addresses(
+    texts: &[impl AsRef<str>],
+    field: &str,
+) -> impl Iterator<Item = Result<IpAddr, BadField>> {
+    let texts = texts.iter().enumerate();
+    texts.map(move |(i, text)| reject::address(text.as_ref(), || format!("{field}[{i}]")))
 }
 
-fn load_balancer_ips(service: &wire::Service<'_>) -> Result<Vec<IpAddr>, BadField> {
+/// Those of a Service's addresses that can be served, and what is wrong with the others.
+fn usable(addresses: impl Iterator<Item = Result<IpAddr, BadField>>) -> (Vec<IpAddr>, Vec<String>) {
+    let (mut usable, mut refused) = (Vec::new(), Vec::new());
+    for address in addresses {
+        match address {
+            Ok(address) => usable.push(address),
+            Err(bad) => refused.push(bad.to_string()),
+        }
+    }
+    (usable, refused)
+}
+
+fn load_balancer_ips(
+    service: &wire::Service<'_>,
+) -> impl Iterator<Item = Result<IpAddr, BadField>> {
     let ingress = service
         .status
         .as_ref()
@@ -285,7 +308,6 @@ fn load_balancer_ips(service: &wire::Service<'_>) -> Result<Vec<IpAddr>, BadFiel
             .map(|ip| (i, ip))
     })
     .map(|(i, ip)| reject::address(ip, || format!("status.loadBalancer.ingress[{i}].ip")))
-    .collect()
 }
 
 fn source_ranges(spec: &wire::ServiceSpec<'_>) -> Result<Vec<IpNetwork>, BadField> {

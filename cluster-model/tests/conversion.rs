@@ -146,10 +146,6 @@ fn malformed_services_are_refused_by_the_name_of_the_field() {
             "unspecified",
         ),
         (
-            serde_json::json!({"externalIPs": ["224.0.0.1"]}),
-            "multicast",
-        ),
-        (
             serde_json::json!({"ports": [{"port": 70000}]}),
             "spec.ports[0].port: 70000 is not a port",
         ),
@@ -182,6 +178,20 @@ fn malformed_services_are_refused_by_the_name_of_the_field() {
             "{error}"
         );
     }
+}
+
+#[test]
+fn addresses_outside_that_no_packet_can_be_sent_to_are_left_out_and_the_others_serve() {
+    let spec = serde_json::json!({"externalIPs": ["224.0.0.1", "::ffff:192.0.2.1", "192.0.2.2", "nowhere"]});
+    let service = service(spec).expect("a Service");
+    // One address has one form, as a map has one key for it.
+    let usable: [std::net::IpAddr; 2] = ["192.0.2.1", "192.0.2.2"].map(|ip| ip.parse().unwrap());
+    assert_eq!(service.external_ips, usable);
+    let [multicast, none] = &service.refused[..] else {
+        panic!("{:?}", service.refused);
+    };
+    assert!(multicast.contains("spec.externalIPs[0]") && multicast.contains("multicast"));
+    assert!(none.contains("spec.externalIPs[3]"), "{none}");
 }
 
 #[test]

@@ -558,6 +558,7 @@ fn any_service() -> impl Strategy<Value = Object> {
                         .then(|| "example.net".into()),
                     external_ips: ips(external_ips),
                     load_balancer_ips: ips(balanced_ips),
+                    refused: Vec::new(),
                     load_balancer_source_ranges: ranges.collect(),
                     ports,
                     publish_not_ready,
