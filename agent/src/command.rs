@@ -60,7 +60,7 @@ pub struct MonitorFlags {
     #[arg(long, short, value_name = "REASON")]
     reason: Vec<String>,
     /// End after so many events
-    #[arg(long, short, value_name = "N")]
+    #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     count: Option<u64>,
     #[command(flatten)]
     common: Common,
@@ -223,10 +223,19 @@ fn routes(common: &Common) -> anyhow::Result<ExitCode> {
     let report: Report =
         serde_json::from_value(value).context("the agent's report cannot be read")?;
     match common.output {
-        Output::Text => print!("{}", routing::table(&report.paths)),
-        Output::Json => println!("{:#}", serde_json::to_value(&report.paths)?),
+        Output::Text => put(&routing::table(&report.paths))?,
+        Output::Json => put(&format!("{:#}\n", serde_json::to_value(&report.paths)?))?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Prints; that nobody reads on is no error.
+fn put(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        other => other,
+    }
 }
 
 fn list_services(common: &Common, namespace: Option<String>) -> anyhow::Result<()> {
@@ -357,8 +366,8 @@ fn status(socket: &Path, output: Output) -> anyhow::Result<ExitCode> {
     let report: Report =
         serde_json::from_value(value.clone()).context("the agent's report cannot be read")?;
     match output {
-        Output::Text => print!("{report}"),
-        Output::Json => println!("{value:#}"),
+        Output::Text => put(&report.to_string())?,
+        Output::Json => put(&format!("{value:#}\n"))?,
     }
     Ok(if report.ready {
         ExitCode::SUCCESS

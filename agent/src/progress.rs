@@ -83,6 +83,7 @@ impl Progress {
 
     /// What came in changed nothing that the maps hold.
     pub fn nothing_to_do(&mut self, taken: Instant) {
+        self.measures.nothing_pending();
         self.waiting.clear();
         self.triggers.clear();
         self.health.updated(taken);

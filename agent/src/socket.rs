@@ -99,7 +99,10 @@ impl Door {
 
 fn one(mut stream: UnixStream, events: &Sender<Event>) {
     let outcome = match take(&mut stream) {
-        Ok((Request::Inspect { query }, _)) => serve::serve(stream, query, events),
+        // Whoever asked may read it by the page, or stop for a while.
+        Ok((Request::Inspect { query }, _)) => stream
+            .set_write_timeout(None)
+            .and_then(|()| serve::serve(stream, query, events)),
         Ok((request, netns)) => {
             let response = exchange(request, netns, events).unwrap_or_else(Response::Error);
             answer(stream, &response)

@@ -19,6 +19,8 @@ use crate::{AddResult, Attachment, Capabilities, CniError, sys};
 
 /// Longest request or response, in bytes. Requests hold a few names; responses a status.
 pub const MESSAGE_LEN_MAX: usize = 1 << 20;
+/// The longest answer that is read: a report names every way to every node.
+const ANSWER_LEN_MAX: u64 = 64 << 20;
 
 /// What is asked of the agent.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -103,9 +105,7 @@ pub fn ask(
     stream.write_all(&bytes[sent..])?;
     stream.shutdown(Shutdown::Write)?;
     let mut answer = Vec::new();
-    stream
-        .take(MESSAGE_LEN_MAX as u64)
-        .read_to_end(&mut answer)?;
+    stream.take(ANSWER_LEN_MAX).read_to_end(&mut answer)?;
     if answer.is_empty() {
         return Err(ExchangeError::NoAnswer);
     }

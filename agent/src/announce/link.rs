@@ -221,16 +221,22 @@ impl Link {
 
     fn announce(&mut self, addresses: BTreeSet<IpAddr>) {
         let now = Instant::now();
-        for gone in self.announced.difference(&addresses) {
+        let before = std::mem::replace(&mut self.announced, addresses);
+        for gone in before.difference(&self.announced) {
             tracing::info!(address = %gone, "another node answers for this address, or none");
-            self.group(gone, false);
         }
-        let before = std::mem::replace(&mut self.announced, addresses.clone());
-        for new in addresses.difference(&before) {
+        let (had, wished) = (groups(&before), groups(&self.announced));
+        for left in had.difference(&wished) {
+            self.group(left, false);
+        }
+        for joined in wished.difference(&had) {
+            self.group(joined, true);
+        }
+        let new: Vec<IpAddr> = self.announced.difference(&before).copied().collect();
+        for new in new {
             tracing::info!(address = %new, "this node answers for this address");
-            self.group(new, true);
-            self.send(&frame::announcement(*new, self.config.mac));
-            self.repeat(*new, now);
+            self.send(&frame::announcement(new, self.config.mac));
+            self.repeat(new, now);
         }
     }
 
@@ -239,20 +245,28 @@ impl Link {
             .extend(REPEATS.iter().map(|after| (now + *after, address)));
     }
 
-    /// Joins or leaves the group in which an IPv6 address is asked for. Two addresses may have one group: leaving is for the last.
-    fn group(&self, address: &IpAddr, join: bool) {
-        let (IpAddr::V6(v6), Some(groups)) = (address, &self.groups) else {
+    /// Joins or leaves a group in which IPv6 addresses are asked for.
+    fn group(&self, group: &Ipv6Addr, join: bool) {
+        let Some(groups) = &self.groups else {
             return;
         };
-        let group = solicited_node(*v6);
         let outcome = match join {
-            true => groups.join_multicast_v6(&group, self.config.ifindex),
-            false => groups.leave_multicast_v6(&group, self.config.ifindex),
+            true => groups.join_multicast_v6(group, self.config.ifindex),
+            false => groups.leave_multicast_v6(group, self.config.ifindex),
         };
         if let Err(error) = outcome {
             tracing::debug!(%group, %error, "announce: membership");
         }
     }
+}
+
+/// The groups in which IPv6 addresses are asked for: several may have one.
+fn groups(addresses: &BTreeSet<IpAddr>) -> BTreeSet<Ipv6Addr> {
+    let groups = addresses.iter().filter_map(|address| match address {
+        IpAddr::V6(v6) => Some(solicited_node(*v6)),
+        IpAddr::V4(_) => None,
+    });
+    groups.collect()
 }
 
 /// Frames that are there now.
@@ -266,4 +280,26 @@ fn frames(socket: &OwnedFd) -> Vec<Vec<u8>> {
         }
     }
     frames
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_that_are_asked_for_in_one_group_share_its_membership() {
+        let all = [
+            "2001:db8::1:2",
+            "2001:db8:1::1:2",
+            "2001:db8::3",
+            "192.0.2.1",
+        ];
+        let all: BTreeSet<IpAddr> = all.iter().map(|ip| ip.parse().unwrap()).collect();
+        let fewer = all.iter().skip(1).copied().collect();
+        assert_eq!(groups(&all).len(), 2);
+        let gone: BTreeSet<_> = groups(&all).difference(&groups(&fewer)).copied().collect();
+        assert!(
+            gone.len() <= 1 && !gone.contains(&solicited_node("2001:db8::1:2".parse().unwrap()))
+        );
+    }
 }

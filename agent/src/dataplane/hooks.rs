@@ -3,6 +3,8 @@
 
 use std::os::fd::{AsFd as _, OwnedFd};
 
+use nix::errno::Errno;
+
 use super::{Error, programs::PacketProgram, sys::LinkTarget};
 use crate::net::{Filter, Kernel, Netlink, NetlinkError};
 
@@ -32,13 +34,16 @@ impl FilterHooks {
         kernel.set_filters(ifindex, &filters).map_err(at(ifindex))
     }
 
-    /// Puts the programs in place of those that hang on interfaces; gives how many.
+    /// Puts the programs in place of those that hang on interfaces; gives how many. Interfaces that are gone need none.
     pub(super) fn replace(&self, interfaces: &[u32]) -> Result<usize, Error> {
         let (mut kernel, filters) = (kernel()?, self.filters());
+        let mut replaced = 0;
         for &ifindex in interfaces {
-            kernel.set_filters(ifindex, &filters).map_err(at(ifindex))?;
+            if set_if_there(&mut kernel, ifindex, &filters)? {
+                replaced += filters.len();
+            }
         }
-        Ok(interfaces.len() * filters.len())
+        Ok(replaced)
     }
 
     /// Interfaces on which all the programs hang, in order.
@@ -62,13 +67,9 @@ impl FilterHooks {
             if missing.is_empty() {
                 continue;
             }
-            match kernel.set_filters(ifindex, &missing) {
-                Ok(()) => {
-                    let name = |filter: &Filter<'_>| format!("{}-{ifindex}", filter.name);
-                    repaired.extend(missing.iter().map(name));
-                }
-                Err(error) if error.errno() == Some(nix::errno::Errno::ENODEV) => {}
-                Err(error) => return Err(at(ifindex)(error)),
+            if set_if_there(&mut kernel, ifindex, &missing)? {
+                let name = |filter: &Filter<'_>| format!("{}-{ifindex}", filter.name);
+                repaired.extend(missing.iter().map(name));
             }
         }
         Ok(repaired)
@@ -85,6 +86,15 @@ impl FilterHooks {
             }
         }
         Ok(missing)
+    }
+}
+
+/// Hangs filters on an interface. False when it is gone, as pods' go beside the loop.
+fn set_if_there(kernel: &mut Kernel, ifindex: u32, filters: &[Filter<'_>]) -> Result<bool, Error> {
+    match kernel.set_filters(ifindex, filters) {
+        Ok(()) => Ok(true),
+        Err(error) if error.errno() == Some(Errno::ENODEV) => Ok(false),
+        Err(error) => Err(at(ifindex)(error)),
     }
 }
 

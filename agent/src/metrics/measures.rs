@@ -102,6 +102,12 @@ impl Measures {
             .inc_by(i64::try_from(count).unwrap_or(i64::MAX));
     }
 
+    /// What came in is in the maps, or changes nothing that they hold.
+    pub fn nothing_pending(&self) {
+        self.service_changes_pending.set(0);
+        self.endpoint_changes_pending.set(0);
+    }
+
     /// A batch is in the maps. `seen` is when each of its changes came in.
     pub fn synced(&self, extent: Extent, began: Instant, seen: impl Iterator<Item = Instant>) {
         let took = began.elapsed().as_secs_f64();
@@ -114,8 +120,7 @@ impl Measures {
         for seen in seen {
             self.programming.observe(seen.elapsed().as_secs_f64());
         }
-        self.service_changes_pending.set(0);
-        self.endpoint_changes_pending.set(0);
+        self.nothing_pending();
     }
 
     /// What made endpoints change, as their controller has noted it, is in the maps after so long.

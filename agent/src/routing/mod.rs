@@ -67,6 +67,8 @@ pub fn table(paths: &[PathReport]) -> String {
 pub struct Routes {
     routing: Routing,
     plan: RoutePlan,
+    /// The overlay's entries are those of the plan: nothing failed as they were made so.
+    peers_known: bool,
     /// Direct routes that the kernel does not take, since the gateway is on no link of ours.
     refused: BTreeSet<IpAddr>,
     prober: Prober,
@@ -77,6 +79,7 @@ impl Routes {
         Self {
             routing,
             plan: RoutePlan::default(),
+            peers_known: false,
             refused: BTreeSet::new(),
             prober: Prober::new(events),
         }
@@ -104,10 +107,11 @@ impl Routes {
         }
         let held = kernel.node_routes(node.overlay.as_ref().map(|link| link.index))?;
         let mut failed = None;
-        // What was planned last is held, but for what an earlier agent left.
-        let first = self.plan == RoutePlan::default();
+        // What was planned last is held, but for what an earlier agent left, and where that failed.
+        let anew = !self.peers_known;
         if let Some(overlay) = &node.overlay {
-            failed = self.settle_peers(&plan, overlay.index, first, kernel).err();
+            failed = self.settle_peers(&plan, overlay.index, anew, kernel).err();
+            self.peers_known = failed.is_none();
         }
         for change in diff_routes(&held, &plan.routes) {
             match kernel.apply_route(change, node) {
@@ -132,7 +136,7 @@ impl Routes {
                 },
             }
         }
-        if let Some(overlay) = node.overlay.as_ref().filter(|_| first) {
+        if let Some(overlay) = node.overlay.as_ref().filter(|_| anew) {
             // Not sooner: routes led by them until now.
             let wished = plan.peers.values().flatten().copied().collect();
             let kept = kernel.keep_overlay_gateways(overlay.index, &wished);
@@ -152,10 +156,10 @@ impl Routes {
         &self,
         plan: &RoutePlan,
         overlay: u32,
-        first: bool,
+        anew: bool,
         kernel: &mut Kernel,
     ) -> Result<(), NetlinkError> {
-        let held = if first {
+        let held = if anew {
             kernel.overlay_peers(overlay)?
         } else {
             self.plan.peers.keys().copied().collect()
@@ -172,7 +176,7 @@ impl Routes {
             }
         }
         for (underlay, gateways) in &plan.peers {
-            if first || self.plan.peers.get(underlay) != Some(gateways) {
+            if anew || self.plan.peers.get(underlay) != Some(gateways) {
                 let peer = OverlayPeer {
                     underlay: *underlay,
                     gateways: gateways.clone(),
