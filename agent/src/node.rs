@@ -108,6 +108,8 @@ pub enum NodeError {
     Sysctl { path: PathBuf, source: io::Error },
     #[error("the pair of interfaces {} was removed, and is made anew", net::OUTER)]
     ServiceVeth,
+    #[error("the interface {0} is not the one that it was")]
+    Remade(String),
     #[error(transparent)]
     Netlink(#[from] NetlinkError),
     #[error(transparent)]
@@ -126,9 +128,14 @@ impl NodeError {
     pub fn asks_for_another_worker(&self) -> bool {
         match self {
             Self::Dataplane(error) => matches!(**error, dataplane::Error::Pins { .. }),
-            Self::ServiceVeth => true,
+            Self::ServiceVeth | Self::Remade(_) => true,
             _ => false,
         }
+    }
+
+    /// Whether a map has no room: what fits is there all the same.
+    pub fn is_limit(&self) -> bool {
+        matches!(self, Self::Dataplane(error) if error.is_limit())
     }
 }
 
@@ -322,23 +329,13 @@ impl Node {
             Ok(_) => return Ok(()),
             Err(error) => error,
         };
-        let is_limit = matches!(
-            error,
-            dataplane::Error::Full { .. } | dataplane::Error::TooManyBackends { .. }
-        );
-        if is_limit && ops.len() > 1 {
+        if error.is_limit() && ops.len() > 1 {
             // By halves: most of a large batch fits, and one call for each change would take long.
             let (first, rest) = ops.split_at(ops.len() / 2);
             for half in [first, rest] {
                 match self.apply(half) {
-                    Ok(()) => {}
-                    Err(NodeError::Dataplane(half))
-                        if matches!(
-                            *half,
-                            dataplane::Error::Full { .. }
-                                | dataplane::Error::TooManyBackends { .. }
-                        ) => {}
-                    Err(other) => return Err(other),
+                    Err(other) if !other.is_limit() => return Err(other),
+                    _ => {}
                 }
             }
         }
@@ -348,6 +345,7 @@ impl Node {
     /// Hangs on again what somebody took off, collects flows whose time is up, and follows the machine's own addresses. Gives the
     /// names of what was hung on again.
     pub fn upkeep(&mut self, kernel: &mut Kernel, pods: &[u32]) -> Result<Vec<String>, NodeError> {
+        self.stands_on_its_interfaces(kernel)?;
         let repaired = self.dataplane.repair(self.cgroup.as_deref(), pods)?;
         let collected = self.dataplane.collect_flows()?;
         tracing::debug!(?collected, "flows");
@@ -362,6 +360,23 @@ impl Node {
         // A pin that somebody removed took its link along, and left nothing to be found.
         self.attach()?;
         Ok(repaired)
+    }
+
+    /// Fails when the uplink was made anew, or the overlay is not as it was made: programs, neighbours and routes went with it, and another
+    /// worker makes all of them. An uplink that is away is waited for.
+    fn stands_on_its_interfaces(&self, kernel: &mut Kernel) -> Result<(), NodeError> {
+        let there = kernel.links()?;
+        let now = |own: &Link| there.iter().find(|link| link.name == own.name);
+        let is_another = |own: &Link, now: &Link| (now.index, now.mac) != (own.index, own.mac);
+        if now(&self.uplink.link).is_some_and(|now| is_another(&self.uplink.link, now)) {
+            return Err(NodeError::Remade(self.uplink.link.name.clone()));
+        }
+        if let Some(own) = &self.overlay
+            && now(own).is_none_or(|now| is_another(own, now) || !now.up)
+        {
+            return Err(NodeError::Remade(own.name.clone()));
+        }
+        Ok(())
     }
 
     /// Puts right what somebody did to the pair into which Service ranges are routed: programs that keep the host's network take away

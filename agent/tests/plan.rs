@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use cluster_model::*;
+use dataplane_abi::limits;
 use keelway_agent::dataplane::{self, Lead, Op, ServiceBackends, ServiceId, Sources, State, Vip};
 use keelway_agent::plan::{
     Balancing, Batch, Here, Ledger, NodeRoute, PortKey, Refusal, Route, RouteChange, Routing,
@@ -614,6 +615,67 @@ fn a_failed_batch_is_made_good_from_what_the_maps_hold() {
     ledger.hold(state.clone());
     apply(&mut state, &ledger.diff());
     assert_eq!(visible(&state), visible(&full(&cluster, State::default())));
+}
+
+#[test]
+fn what_there_is_no_room_for_waits_and_nobody_waits_for_it() {
+    let cluster = snapshot(
+        vec![service("big", 1), service("a", 2), service("b", 3)],
+        vec![],
+    );
+    let planned = |ledger: &mut Ledger, name| {
+        let key = ObjectKey::new("default", name);
+        ledger.set(&key, plan(&cluster, &key, &here()));
+    };
+    let (mut ledger, mut state) = (Ledger::adopt(State::default()), State::default());
+    planned(&mut ledger, "big");
+    planned(&mut ledger, "a");
+    // All but one thing finds room.
+    let mut fits = ledger.diff();
+    let left = fits.ops.pop().unwrap();
+    apply(&mut state, &fits);
+    ledger.hold(state.clone());
+    ledger.park();
+    assert!(ledger.is_short_of_room());
+    planned(&mut ledger, "b");
+    let next = ledger.diff();
+    assert!(
+        !next.ops.is_empty() && !next.ops.contains(&left),
+        "{next:?}"
+    );
+    apply(&mut state, &next);
+    ledger.applied(&next);
+    assert!(ledger.is_short_of_room());
+    ledger.resume();
+    let last = ledger.diff();
+    assert_eq!(last.ops, [left]);
+    apply(&mut state, &last);
+    ledger.applied(&last);
+    assert!(!ledger.is_short_of_room());
+    assert_eq!(visible(&state), visible(&full(&cluster, State::default())));
+}
+
+#[test]
+fn a_service_for_which_no_id_is_left_gets_one_when_there_is() {
+    // What nobody wants any more goes with the batch in which the newcomer finds nothing.
+    let held = State {
+        services: (1..limits::SERVICES)
+            .map(|id| (ServiceId(id), ServiceBackends::default()))
+            .collect(),
+        ..State::default()
+    };
+    let (mut ledger, key) = (Ledger::adopt(held), ObjectKey::new("default", "web"));
+    let cluster = snapshot(vec![service("web", 1), service("b", 2)], vec![]);
+    ledger.set(&key, plan(&cluster, &key, &here()));
+    let batch = ledger.diff();
+    assert!(matches!(batch.refusals[..], [Refusal::NoId(_)]));
+    ledger.applied(&batch);
+    assert!(ledger.is_short_of_room());
+    ledger.resume();
+    let batch = ledger.diff();
+    assert_eq!(batch.refusals, []);
+    assert!(!ledger.is_short_of_room());
+    assert_eq!(ledger.service(&key).unwrap().1.len(), 1);
 }
 
 fn any_service() -> impl Strategy<Value = Object> {

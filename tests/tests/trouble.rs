@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use dataplane_abi::limits;
 use keelway_agent::dataplane::held;
 use keelway_tests::agents::{Service, agent_run, cni_result, until};
-use keelway_tests::sandbox::Network;
+use keelway_tests::sandbox::{Network, ip};
 use keelway_tests::topology::{Topology, WEB};
 use serde_json::{Value, json};
 
@@ -36,8 +36,12 @@ fn serve(topology: &Topology, services: &[Service]) {
 }
 
 fn is_served(topology: &Topology, what: &str) {
+    is_served_at(topology, WEB, what);
+}
+
+fn is_served_at(topology: &Topology, address: Ipv4Addr, what: &str) {
     until(what, || {
-        let answers = (0..20).map(|_| ask(&topology.b.network, (WEB, 80)));
+        let answers = (0..20).map(|_| ask(&topology.b.network, (address, 80)));
         let names: std::io::Result<BTreeSet<String>> = answers.collect();
         Ok(names.ok().filter(|names| names.len() == 2))
     })
@@ -274,33 +278,58 @@ fn the_api_servers_service_keeps_its_last_backends() {
     let Some(topology) = Topology::start(test, &[]) else {
         return;
     };
+    // The first of the range, as everywhere: of a Service that is gone only that is known.
+    let address = Ipv4Addr::new(10, 96, 0, 1);
     let kubernetes = |endpoints| Service {
         name: "kubernetes",
+        address,
         endpoints,
         ..topology.web()
     };
-    serve(&topology, &[kubernetes(topology.web().endpoints)]);
+    let both = topology.web().endpoints;
+    let write = |services: &[Service]| topology.cluster.write(services).expect("the file");
+    write(&[kubernetes(both.clone())]);
+    is_served_at(&topology, address, "both endpoints");
     let node = &topology.nodes[0];
     for services in [vec![kubernetes(Vec::new())], Vec::new()] {
-        topology.cluster.write(&services).expect("the file");
+        write(&services);
         node.wait("what is kept", |report| {
             problems(report).contains("default/kubernetes")
         })
         .expect("it");
-        is_served(&topology, "its last endpoints");
+        is_served_at(&topology, address, "its last endpoints");
         // Another worker finds them in the maps.
-        if !services.is_empty() {
-            node.kill_worker().expect("another worker");
-            node.wait("what is kept, by another worker", |report| {
-                report["ready"] == true && problems(report).contains("default/kubernetes")
-            })
-            .expect("it");
-            is_served(&topology, "its last endpoints");
-        }
+        node.kill_worker().expect("another worker");
+        node.wait("what is kept, by another worker", |report| {
+            report["ready"] == true && problems(report).contains("default/kubernetes")
+        })
+        .expect("it");
+        is_served_at(&topology, address, "its last endpoints, by another worker");
     }
-    serve(&topology, &[kubernetes(topology.web().endpoints)]);
+    write(&[kubernetes(both)]);
     node.wait("no problem", |report| report["problems"] == json!([]))
         .expect("none");
+    is_served_at(&topology, address, "both endpoints again");
+}
+
+#[test]
+fn an_overlay_that_somebody_takes_down_or_away_is_made_again() {
+    let test = "an_overlay_that_somebody_takes_down_or_away_is_made_again";
+    let Some(topology) = Topology::start(test, &["--routing", "vxlan"]) else {
+        return;
+    };
+    serve(&topology, &[topology.web()]);
+    let node = &topology.nodes[0];
+    for (restarts, done) in (1..).zip(["set keelway-vx down", "del keelway-vx"]) {
+        node.host
+            .run(|| ip(&format!("link {done}")))
+            .expect("the interface");
+        node.wait("another worker that is ready", |report| {
+            report["ready"] == true && report["restarts"].as_u64() >= Some(restarts)
+        })
+        .expect("it");
+        is_served(&topology, "both endpoints again");
+    }
 }
 
 #[test]
@@ -342,6 +371,13 @@ fn a_full_map_is_told_and_keeps_nobody_elses_service_from_working() {
     })
     .expect("an answer");
     is_served(&topology, "both endpoints");
+    // Another worker, which begins with a map that is full, serves what fits.
+    node.kill_worker().expect("another worker");
+    node.wait("what fits, by another worker", |report| {
+        report["ready"] == true && problems(report).contains("full")
+    })
+    .expect("it");
+    is_served(&topology, "both endpoints, by another worker");
     // What goes makes room.
     serve(&topology, &[topology.web()]);
     node.wait("no problem", |report| report["problems"] == json!([]))

@@ -81,3 +81,10 @@ pub enum Error {
         source: io::Error,
     },
 }
+
+impl Error {
+    /// Whether there is no room for what was asked; all else that was may be done.
+    pub fn is_limit(&self) -> bool {
+        matches!(self, Self::Full { .. } | Self::TooManyBackends { .. })
+    }
+}

@@ -21,6 +21,7 @@ mod names;
 mod op;
 mod pinned;
 mod programs;
+mod ranges;
 mod shapes;
 mod sys;
 mod tables;

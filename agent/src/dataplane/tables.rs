@@ -21,6 +21,7 @@ use super::{
     extent::{Extent, Extents},
     maglev::{Held, MaglevStore, MaglevUse},
     op::{Frontend, Lead, LocalPod, Op, Protocol, ServiceBackends, ServiceId, State, Vip},
+    ranges::Ranges,
 };
 
 /// The maps of the data plane, as the agent reads and writes them.
@@ -82,8 +83,7 @@ pub struct Tables<M> {
     extents: Extents,
     /// Extent of each service that has one.
     placed: HashMap<u32, Extent>,
-    /// Ranges of each service that has any, and of destinations without masquerade under 0; nothing before they are first asked for.
-    ranges: Option<BTreeMap<u32, BTreeSet<RangeKey>>>,
+    ranges: Ranges,
     generation: u32,
     maglev: MaglevStore,
 }
@@ -132,7 +132,7 @@ impl<M: MapIo> Tables<M> {
             io,
             extents,
             placed,
-            ranges: None,
+            ranges: Ranges::default(),
             generation,
             maglev,
         })
@@ -268,7 +268,21 @@ impl<M: MapIo> Tables<M> {
         if let Some(peers) = &batch.peers {
             self.settle_peers(peers)?;
         }
-        let stale_ranges = self.extend_ranges(&batch.ranges)?;
+        let stale_ranges = self.ranges.extend(&mut self.io, &batch.ranges)?;
+        let changed = self.lead(batch, &stale_ranges, now);
+        if changed.is_err() {
+            self.ranges.forget();
+        }
+        changed
+    }
+
+    /// What clients are led by, and what nothing leads to any more.
+    fn lead(
+        &mut self,
+        batch: &Batch,
+        stale_ranges: &[RangeKey],
+        now: Instant,
+    ) -> Result<Applied, Error> {
         let (set, removed) = parted(&batch.locals);
         self.io.set_local_addresses(&set)?;
         self.io.remove_local_addresses(&removed)?;
@@ -278,7 +292,7 @@ impl<M: MapIo> Tables<M> {
         removed.sort_by_key(|key| !key.is_marker());
         self.io.set_frontends(&set)?;
         self.io.remove_frontends(&removed)?;
-        self.io.remove_ranges(&stale_ranges)?;
+        self.io.remove_ranges(stale_ranges)?;
         for id in &batch.renewed {
             if self.placed.contains_key(id) && !matches!(batch.services.get(id), Some(None)) {
                 let backends = self.backends(*id);
@@ -320,7 +334,13 @@ impl<M: MapIo> Tables<M> {
             return Err(error);
         }
         let generation = self.next_generation();
-        let entries = self.maglev.write(&mut self.io, id, generation, backends)?;
+        let entries = match self.maglev.write(&mut self.io, id, generation, backends) {
+            Ok(entries) => entries,
+            Err(error) => {
+                self.extents.retire(extent, now);
+                return Err(error);
+            }
+        };
         // Nodes that do not choose alike would send clients' packets to nodes that send them on.
         let direct = backends.direct && (entries != 0 || backends.active.len() == 1);
         let flags = if backends.silent { SERVICE_SILENT } else { 0 }
@@ -361,53 +381,6 @@ impl<M: MapIo> Tables<M> {
     /// How much of the room for Maglev tables is used.
     pub fn maglev(&self) -> MaglevUse {
         self.maglev.usage()
-    }
-
-    /// Adds the ranges that some services shall have and have not, and gives those to be removed once no frontend asks for them.
-    fn extend_ranges(
-        &mut self,
-        wished: &BTreeMap<u32, BTreeSet<RangeKey>>,
-    ) -> Result<Vec<RangeKey>, Error> {
-        if wished.is_empty() {
-            return Ok(Vec::new());
-        }
-        let mut held = match self.ranges.take() {
-            Some(held) => held,
-            None => {
-                let mut held: BTreeMap<u32, BTreeSet<RangeKey>> = BTreeMap::new();
-                for key in self.io.ranges()? {
-                    held.entry(key.service).or_default().insert(key);
-                }
-                held
-            }
-        };
-        let none = BTreeSet::new();
-        let (mut set, mut removed) = (Vec::new(), Vec::new());
-        for (service, wish) in wished {
-            let had = held.get(service).unwrap_or(&none);
-            set.extend(wish.difference(had).copied());
-            removed.extend(had.difference(wish).copied());
-        }
-        let total: usize = held.values().map(BTreeSet::len).sum();
-        if total + set.len() > limits::RANGES as usize {
-            // The kernel would take some of them, and a trie of this size takes seconds to be read back.
-            self.ranges = Some(held);
-            return Err(Error::Full {
-                map: dataplane_abi::map::RANGES,
-                limit: limits::RANGES,
-            });
-        }
-        // On an error nothing is known of what is there, and it is read again.
-        self.io.set_ranges(&set)?;
-        for (service, wish) in wished {
-            if wish.is_empty() {
-                held.remove(service);
-            } else {
-                held.insert(*service, wish.clone());
-            }
-        }
-        self.ranges = Some(held);
-        Ok(removed)
     }
 
     /// Makes the ranges of other nodes these.

@@ -1,7 +1,9 @@
 //! Changing maps, with maps in memory.
 
+use std::net::Ipv4Addr;
+
 use super::*;
-use crate::dataplane::extent::GRACE;
+use crate::dataplane::extent::{GRACE, LEAST_GRACE};
 use crate::dataplane::op::Peers;
 
 /// Maps in memory, which note in what order they were written.
@@ -20,6 +22,8 @@ struct Memory {
     /// Frontends and markers in the order in which they were set, and in which they were removed.
     set: Vec<FrontendKey>,
     removed: Vec<FrontendKey>,
+    /// Whether frontends find no room.
+    is_full: bool,
 }
 
 impl MapIo for Memory {
@@ -27,6 +31,12 @@ impl MapIo for Memory {
         Ok(self.frontends.clone().into_iter().collect())
     }
     fn set_frontends(&mut self, entries: &[(FrontendKey, RawLead)]) -> Result<(), Error> {
+        if self.is_full && !entries.is_empty() {
+            return Err(Error::Full {
+                map: dataplane_abi::map::FRONTENDS,
+                limit: limits::FRONTENDS,
+            });
+        }
         self.frontends.extend(entries.iter().copied());
         self.set.extend(entries.iter().map(|(key, _)| *key));
         self.log.push("set frontends");
@@ -49,7 +59,8 @@ impl MapIo for Memory {
         Ok(())
     }
     fn remove_ranges(&mut self, keys: &[RangeKey]) -> Result<(), Error> {
-        self.ranges.retain(|key| !keys.contains(key));
+        let gone: BTreeSet<&RangeKey> = keys.iter().collect();
+        self.ranges.retain(|key| !gone.contains(key));
         if !keys.is_empty() {
             self.log.push("remove ranges");
         }
@@ -496,6 +507,65 @@ fn ranges_are_there_before_the_frontends_that_ask_for_them_and_gone_after() {
         sources(&["192.0.2.0/24", "198.51.100.0/24"])
     );
     assert_eq!(state.unmasqueraded, sources(&["10.0.0.0/8"]));
+}
+
+#[test]
+fn ranges_that_were_taken_away_are_gone_also_after_a_failure_in_between() {
+    let mut tables = Tables::adopt(Memory::default()).unwrap();
+    tables.apply(&everything(), Instant::now()).unwrap();
+    let shrink = Op::SetSources {
+        id: ServiceId(1),
+        sources: sources(&["192.0.2.0/24"]),
+    };
+    let lead = Op::SetFrontend {
+        frontend: frontend("10.96.0.9:443"),
+        lead: Lead::to(ServiceId(1)),
+    };
+    tables.io.is_full = true;
+    tables
+        .apply(&[shrink.clone(), lead], Instant::now())
+        .unwrap_err();
+    tables.apply(&[shrink], Instant::now()).unwrap();
+    let state = tables.state().unwrap();
+    assert_eq!(state.sources[&ServiceId(1)], sources(&["192.0.2.0/24"]));
+}
+
+#[test]
+fn ranges_replace_others_also_where_both_do_not_fit() {
+    let many = |first: u32| {
+        let count = limits::RANGES / 2 + 1;
+        let range = |number: u32| IpNetwork::from(IpAddr::from(Ipv4Addr::from(first + number)));
+        (0..count).map(range).collect::<BTreeSet<IpNetwork>>()
+    };
+    let mut tables = Tables::adopt(Memory::default()).unwrap();
+    let mut set = |first| {
+        let (id, sources) = (ServiceId(1), many(first));
+        let now = Instant::now();
+        tables
+            .apply(&[Op::SetSources { id, sources }], now)
+            .unwrap();
+        tables.state().unwrap().sources[&id].clone()
+    };
+    assert_eq!(set(0x0a00_0000), many(0x0a00_0000));
+    assert_eq!(set(0x0b00_0000), many(0x0b00_0000));
+}
+
+#[test]
+fn a_service_of_very_many_backends_changes_as_often_as_it_likes() {
+    let at = |number: u32| SocketAddr::new(Ipv4Addr::from(0x0a00_0000 + number).into(), 80);
+    let all = ServiceBackends {
+        active: (0..10_000).map(at).collect(),
+        ..ServiceBackends::default()
+    };
+    let mut tables = Tables::adopt(Memory::default()).unwrap();
+    let mut now = Instant::now();
+    for _ in 0..200 {
+        now += LEAST_GRACE / 4;
+        let (id, backends) = (ServiceId(1), all.clone());
+        tables
+            .apply(&[Op::SetService { id, backends }], now)
+            .unwrap();
+    }
 }
 
 #[test]

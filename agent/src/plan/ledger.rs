@@ -32,18 +32,31 @@ pub struct Ledger {
     /// All Services are known, so that what no plan wants may go.
     knows_all: bool,
     touched: Touched,
+    /// What there was no room for, until it is tried again.
+    parked: Touched,
+    /// Service ports without an id whose owners know.
+    refused: BTreeSet<PortKey>,
 }
 
 /// Services that want the same, in their order: hardly ever more than one, for which a tree's first node has ten times the room.
 type Claims = LiteMap<ServiceKey, ()>;
 
 /// Entries whose wish or holding may differ.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq)]
 struct Touched {
     ports: BTreeSet<PortKey>,
     ids: BTreeSet<ServiceId>,
     frontends: BTreeSet<Frontend>,
     vips: BTreeSet<IpAddr>,
+}
+
+impl Touched {
+    fn take_in(&mut self, other: Self) {
+        self.ports.extend(other.ports);
+        self.ids.extend(other.ids);
+        self.frontends.extend(other.frontends);
+        self.vips.extend(other.vips);
+    }
 }
 
 /// What brings the maps from what they hold to what is wished.
@@ -139,6 +152,23 @@ impl Ledger {
         if self.knows_all {
             self.touch_held();
         }
+    }
+
+    /// Leaves what differs still for [`Ledger::resume`]: the maps have no room for it, and what comes now is not to wait for that.
+    pub fn park(&mut self) {
+        let left = std::mem::take(&mut self.touched);
+        self.parked.take_in(left);
+    }
+
+    /// Lets the next [`Ledger::diff`] try what there was no room for.
+    pub fn resume(&mut self) {
+        let parked = std::mem::take(&mut self.parked);
+        self.touched.take_in(parked);
+    }
+
+    /// Whether something waits for room.
+    pub fn is_short_of_room(&self) -> bool {
+        self.parked != Touched::default()
     }
 
     /// Records the plan of a Service; the empty plan forgets it.
@@ -413,25 +443,33 @@ impl Ledger {
         let (reached, unreached): (Vec<&PortKey>, Vec<&PortKey>) =
             touched.iter().partition(|port| won.contains_key(port));
         for port in unreached {
+            self.refused.remove(port);
             if let Some(id) = self.ids.remove(port) {
                 self.owners.remove(&id);
                 self.touched.ids.insert(id);
             }
         }
         let mut refusals = Vec::new();
+        let mut has_free = true;
         for port in reached {
-            let id = self
-                .ids
-                .get(port)
-                .copied()
-                .or_else(|| self.new_id(won.get(port).map_or(&[][..], Vec::as_slice)));
+            let id = self.ids.get(port).copied();
+            let id = id.or_else(|| self.inherited_id(won.get(port).map_or(&[], Vec::as_slice)));
+            // One search is enough to know that there is none.
+            let id = id.or_else(|| has_free.then(|| self.free_id()).flatten());
             match id {
                 Some(id) => {
                     self.ids.insert(port.clone(), id);
                     self.owners.insert(id, port.clone());
                     self.touched.ids.insert(id);
+                    self.refused.remove(port);
                 }
-                None => refusals.push(Refusal::NoId(port.clone())),
+                None => {
+                    has_free = false;
+                    self.parked.ports.insert(port.clone());
+                    if self.refused.insert(port.clone()) {
+                        refusals.push(Refusal::NoId(port.clone()));
+                    }
+                }
             }
         }
         refusals
@@ -484,10 +522,10 @@ impl Ledger {
         })
     }
 
-    /// The id that one of a port's frontends leads to already, when nobody owns it; else a free one.
-    fn new_id(&mut self, won: &[(Frontend, Ends)]) -> Option<ServiceId> {
+    /// The id that one of a port's frontends leads to already, when nobody owns it.
+    fn inherited_id(&self, won: &[(Frontend, Ends)]) -> Option<ServiceId> {
         let maps = [&self.held.frontends, &self.inherited];
-        let leads_to = maps.into_iter().flat_map(|leads| {
+        let mut leads_to = maps.into_iter().flat_map(|leads| {
             won.iter().filter_map(|(frontend, ends)| {
                 let lead = leads.get(frontend)?;
                 Some(if ends.internal {
@@ -497,11 +535,10 @@ impl Ledger {
                 })
             })
         });
-        let mut unowned = leads_to.filter(|id| !self.owners.contains_key(id));
-        if let Some(id) = unowned.next() {
-            return Some(id);
-        }
-        drop(unowned);
+        leads_to.find(|id| !self.owners.contains_key(id))
+    }
+
+    fn free_id(&mut self) -> Option<ServiceId> {
         for _ in 1..limits::SERVICES {
             self.last_id = if self.last_id + 1 >= limits::SERVICES {
                 1

@@ -1,13 +1,72 @@
 //! The Service by which pods reach the API server.
 
-use cluster_model::ServiceKey;
+use std::collections::BTreeMap;
+use std::net::IpAddr;
 
-use super::ServicePlan;
+use cluster_model::ServiceKey;
+use ipnetwork::IpNetwork;
+
+use super::service::kept;
+use super::{Policy, PortKey, PortPlan, Route, ServicePlan};
 use crate::dataplane::State;
+
+const NAMESPACE: &str = "default";
+const NAME: &str = "kubernetes";
+
+/// The Service of the API server itself.
+pub fn lifeline() -> ServiceKey {
+    ServiceKey::new(NAMESPACE, NAME)
+}
 
 /// Whether this is the Service of the API server itself.
 pub fn is_lifeline(key: &ServiceKey) -> bool {
-    &*key.namespace == "default" && &*key.name == "kubernetes"
+    &*key.namespace == NAMESPACE && &*key.name == NAME
+}
+
+/// The plan of what maps hold at the address that the Service of the API server has in every cluster, the first of a range; empty
+/// without. It names its ports by their numbers, since maps know no names.
+pub fn held_lifeline(held: &State, service_ranges: &[IpNetwork]) -> ServicePlan {
+    let firsts: Vec<IpAddr> = service_ranges.iter().filter_map(first).collect();
+    let (mut frontends, mut ports) = (BTreeMap::new(), BTreeMap::new());
+    for (frontend, lead) in &held.frontends {
+        if !firsts.contains(&frontend.addr) {
+            continue;
+        }
+        let Some(backends) = held.services.get(&lead.internal) else {
+            continue;
+        };
+        let port = PortKey {
+            service: lifeline(),
+            port: frontend.port.to_string().into(),
+            ipv4: frontend.addr.is_ipv4(),
+            policy: Policy::Cluster,
+        };
+        let route = Route {
+            internal: port.clone(),
+            external: port.clone(),
+            guarded: false,
+        };
+        frontends.insert(*frontend, route);
+        let plan = PortPlan {
+            backends: backends.clone(),
+            ..PortPlan::default()
+        };
+        ports.insert(port, plan);
+    }
+    let vips = held.vips.iter().filter(|(addr, _)| firsts.contains(addr));
+    ServicePlan {
+        vips: kept(vips.map(|(addr, kind)| (*addr, *kind)).collect()),
+        frontends: kept(frontends),
+        ports: kept(ports),
+    }
+}
+
+/// The first address of a range that is not the range's own.
+fn first(range: &IpNetwork) -> Option<IpAddr> {
+    match range {
+        IpNetwork::V4(range) => range.nth(1).map(IpAddr::V4),
+        IpNetwork::V6(range) => range.nth(1).map(IpAddr::V6),
+    }
 }
 
 /// Gives a plan without backends those that the maps hold under its frontends. When the API server's Service has no endpoint, whoever

@@ -15,7 +15,7 @@ mod unmasqueraded;
 
 pub use host_ports::{collide, host_ports_key, plan_host_ports};
 pub use ledger::{Batch, Ledger, Refusal};
-pub use lifeline::{is_lifeline, keep_backends};
+pub use lifeline::{held_lifeline, is_lifeline, keep_backends, lifeline};
 pub use peers::plan_peers;
 pub use routes::{
     NodeRoute, PathKey, Probed, RouteChange, RoutePlan, Routing, diff_routes, plan_routes,

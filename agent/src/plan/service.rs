@@ -153,7 +153,7 @@ pub struct ServicePlan {
 }
 
 /// A map that is made once and kept: as small as what is in it, where a tree's first node has room for eleven.
-fn kept<K: Ord, V>(map: BTreeMap<K, V>) -> LiteMap<K, V> {
+pub(super) fn kept<K: Ord, V>(map: BTreeMap<K, V>) -> LiteMap<K, V> {
     LiteMap::from_sorted_store_unchecked(map.into_iter().collect())
 }
 

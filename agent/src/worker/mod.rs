@@ -286,7 +286,10 @@ impl Worker {
             self.report.notes.extend(outside);
         }
         self.settle_routes(true);
-        self.settle_services(Instant::now(), self.retry);
+        let is_short = |node: &Node| node.ledger.is_short_of_room();
+        let again = self.retry || self.node.as_ref().is_some_and(is_short);
+        self.settle_services(Instant::now(), again);
+        self.keep_settled();
         self.settle_node_ports(true);
         self.settle_names(true);
         Ok(())

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use cluster_model::{BALANCING_ANNOTATION, DSR_ANNOTATION, Kind, ServiceKey, Snapshot};
+use ipnetwork::IpNetwork;
 
 use super::{Worker, WorkerError, reason};
 use crate::dataplane::{self, Preparation};
@@ -12,11 +13,11 @@ use crate::event::Event;
 use crate::install;
 use crate::metrics::Extent;
 use crate::names::KernelNames;
-use crate::node::{Identity, Node};
+use crate::node::{Identity, Node, NodeError};
 use crate::node_ports::{NodePort, listeners};
 use crate::plan::{
-    Dsr, Refusal, ServicePlan, check, is_lifeline, keep_backends, plan, plan_peers,
-    plan_unmasqueraded,
+    Dsr, Refusal, ServicePlan, check, held_lifeline, is_lifeline, keep_backends, lifeline, plan,
+    plan_peers, plan_unmasqueraded,
 };
 
 /// Refusals of one batch whose Services are told: more come of one mistake.
@@ -142,9 +143,14 @@ impl Worker {
         }
     }
 
-    /// Answers on the link for what the pools, the Services and the nodes that live say.
+    /// Answers on the link for what the pools, the Services and the nodes that live say. Not before it is known what they are: others
+    /// leave addresses to a node that says that it lives, and one that hears nobody, for not knowing who there is, would take them all.
     pub(super) fn settle_announcements(&mut self) {
-        let Some(node) = &self.node else {
+        let Some(node) = self
+            .node
+            .as_ref()
+            .filter(|_| self.services_applied && self.snapshot.synced(Kind::Node))
+        else {
             return;
         };
         match self.announcements.settle(&node.uplink, &self.snapshot) {
@@ -268,8 +274,8 @@ impl Worker {
         }
     }
 
-    /// Plans the Services that became dirty and brings the maps to it. `again` is for what failed: a full map is not tried with every
-    /// event.
+    /// Plans the Services that became dirty and brings the maps to it. `again` is for what failed, and for what there was no room for:
+    /// that is not tried with every event.
     pub(super) fn settle_services(&mut self, taken: Instant, again: bool) {
         if !(self.snapshot.synced(Kind::Service) && self.snapshot.synced(Kind::EndpointSlice)) {
             return self.settle_host_ports();
@@ -327,6 +333,14 @@ impl Worker {
                 }
             }
         }
+        if first
+            && let Some((key, wish)) =
+                lifeline_of_the_maps(&self.snapshot, node, &self.config.service_ranges)
+        {
+            let why = "is gone; pods are led to its last endpoints";
+            self.problems.insert("default/kubernetes", why.into());
+            node.ledger.set(&key, wish);
+        }
         for (key, wish) in host_ports {
             match check(&wish) {
                 Ok(()) => node.ledger.set(&key, wish),
@@ -338,6 +352,9 @@ impl Worker {
         self.health_checks.settle();
         self.problems.remove("host ports");
         node.ledger.judge_all();
+        if again {
+            node.ledger.resume();
+        }
         let batch = node.ledger.diff();
         for refusal in &batch.refusals {
             tracing::warn!(%refusal, "a Service cannot have what it wants");
@@ -350,19 +367,27 @@ impl Worker {
         let outcome = node.apply(&batch.ops);
         match &outcome {
             Ok(()) => node.ledger.applied(&batch),
-            Err(_) => match node.dataplane.state() {
-                Ok(held) => node.ledger.hold(held),
+            Err(failed) => match node.dataplane.state() {
+                Ok(held) => {
+                    node.ledger.hold(held);
+                    if failed.is_limit() {
+                        node.ledger.park();
+                    }
+                }
                 Err(error) => {
                     tracing::error!(error = reason(&error), "the maps cannot be read back")
                 }
             },
         }
         let ended = loses_backends.then(|| node.end_stale_datagrams());
-        let applied = outcome.is_ok();
+        // What fits is served; who waits for room does so for its own sake only.
+        let applied = outcome.as_ref().err().is_none_or(NodeError::is_limit);
+        let is_short = node.ledger.is_short_of_room();
         match outcome {
+            Ok(()) if is_short => {}
             Ok(()) => drop(self.problems.remove("services")),
             Err(error) => {
-                self.retry = true;
+                self.retry = !applied;
                 self.report.batches_failed += 1;
                 self.problem("services", reason(&error));
             }
@@ -405,22 +430,54 @@ impl Worker {
         self.report.last_batch_operations = batch.ops.len();
         self.report.last_batch_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
         if first && self.services_applied {
-            let node = self.node.as_mut();
-            match node.map(Node::take_over) {
-                Some(Err(error)) => self.problem("other versions", reason(&error)),
-                _ => drop(self.problems.remove("other versions")),
-            }
+            self.take_over();
             tracing::info!(
                 operations = batch.ops.len(),
                 took_us = self.report.last_batch_us,
                 "all Services are in the maps"
             );
-            match install::write_conf_list(&self.config) {
-                Ok(()) => drop(self.problems.remove("cni configuration")),
-                Err(error) => self.problem("cni configuration", error.to_string()),
-            }
+            self.invite_pods();
         }
     }
+
+    /// Takes over from other versions, all Services being in our maps.
+    fn take_over(&mut self) {
+        match self.node.as_mut().map(Node::take_over) {
+            Some(Err(error)) => self.problem("other versions", reason(&error)),
+            _ => drop(self.problems.remove("other versions")),
+        }
+    }
+
+    /// Tells runtimes that pods can be wired here.
+    fn invite_pods(&mut self) {
+        match install::write_conf_list(&self.config) {
+            Ok(()) => drop(self.problems.remove("cni configuration")),
+            Err(error) => self.problem("cni configuration", error.to_string()),
+        }
+    }
+
+    /// Does again what was not done once all Services were in the maps, or what somebody undid.
+    pub(super) fn keep_settled(&mut self) {
+        if !self.services_applied {
+            return;
+        }
+        if self.problems.contains_key("other versions") {
+            self.take_over();
+        }
+        self.invite_pods();
+    }
+}
+
+/// The Service of the API server as an earlier worker left it, if the cluster has none.
+fn lifeline_of_the_maps(
+    snapshot: &Snapshot,
+    node: &Node,
+    service_ranges: &[IpNetwork],
+) -> Option<(ServiceKey, ServicePlan)> {
+    let key = lifeline();
+    let is_known = snapshot.service(&key).is_some() || node.ledger.service(&key).is_some();
+    let kept = (!is_known).then(|| held_lifeline(node.ledger.held(), service_ranges))?;
+    (kept != ServicePlan::default()).then_some((key, kept))
 }
 
 /// What of a Service is not served, as reasons and notes of events.
@@ -453,9 +510,12 @@ fn complaints(
         });
         wrong.into_iter().collect()
     };
+    let addresses = service.map(|service| service.refused.iter().take(UNUSABLE_MAX).cloned());
+    let addresses = addresses.into_iter().flatten().collect();
     let balancing = service.and_then(|service| service.balancing.as_deref());
     let dsr = service.and_then(|service| service.dsr.as_deref());
     let all = [
+        ("AddressesLeftOut", addresses),
         ("EndpointsLeftOut", endpoints),
         (
             "UnknownBalancing",
