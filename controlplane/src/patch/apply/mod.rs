@@ -330,7 +330,11 @@ pub fn track_update(old: Option<&Value>, new: &mut Value, ty: &'static Type, man
     });
     match old.and_then(|old| kept(old, new, manager, (&changed, &gone))) {
         Some(kept) if kept == &new["metadata"]["managedFields"] => {}
-        Some(kept) => new["metadata"]["managedFields"] = kept.clone(),
+        Some(kept) => {
+            if let Some(metadata) = new.get_mut("metadata").and_then(Value::as_object_mut) {
+                metadata.insert("managedFields".to_owned(), kept.clone());
+            }
+        }
         None => track(old, new, manager, (changed, gone)),
     }
 }
