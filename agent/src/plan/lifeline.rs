@@ -8,7 +8,7 @@ use ipnetwork::IpNetwork;
 
 use super::service::kept;
 use super::{Policy, PortKey, PortPlan, Route, ServicePlan};
-use crate::dataplane::State;
+use crate::dataplane::{Frontend, State};
 
 const NAMESPACE: &str = "default";
 const NAME: &str = "kubernetes";
@@ -23,13 +23,17 @@ pub fn is_lifeline(key: &ServiceKey) -> bool {
     &*key.namespace == NAMESPACE && &*key.name == NAME
 }
 
-/// The plan of what maps hold at the address that the Service of the API server has in every cluster, the first of a range; empty
-/// without. It names its ports by their numbers, since maps know no names.
-pub fn held_lifeline(held: &State, service_ranges: &[IpNetwork]) -> ServicePlan {
+/// The plan of what maps hold at the address that the Service of the API server has in every cluster, the first of a range, as far as
+/// nobody has it; empty without. It names its ports by their numbers, since maps know no names.
+pub fn held_lifeline(
+    held: &State,
+    service_ranges: &[IpNetwork],
+    is_free: impl Fn(&Frontend) -> bool,
+) -> ServicePlan {
     let firsts: Vec<IpAddr> = service_ranges.iter().filter_map(first).collect();
     let (mut frontends, mut ports) = (BTreeMap::new(), BTreeMap::new());
     for (frontend, lead) in &held.frontends {
-        if !firsts.contains(&frontend.addr) {
+        if !firsts.contains(&frontend.addr) || !is_free(frontend) {
             continue;
         }
         let Some(backends) = held.services.get(&lead.internal) else {
@@ -53,9 +57,15 @@ pub fn held_lifeline(held: &State, service_ranges: &[IpNetwork]) -> ServicePlan 
         };
         ports.insert(port, plan);
     }
-    let vips = held.vips.iter().filter(|(addr, _)| firsts.contains(addr));
+    let has_port = |addr: &IpAddr| frontends.keys().any(|frontend| frontend.addr == *addr);
+    let vips: BTreeMap<_, _> = held
+        .vips
+        .iter()
+        .filter(|(addr, _)| has_port(addr))
+        .map(|(addr, kind)| (*addr, *kind))
+        .collect();
     ServicePlan {
-        vips: kept(vips.map(|(addr, kind)| (*addr, *kind)).collect()),
+        vips: kept(vips),
         frontends: kept(frontends),
         ports: kept(ports),
     }

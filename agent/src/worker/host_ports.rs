@@ -34,7 +34,12 @@ impl Worker {
             }
             Err(error) => {
                 match node.dataplane.state() {
-                    Ok(held) => node.ledger.hold(held),
+                    Ok(held) => {
+                        node.ledger.hold(held);
+                        if error.is_limit() {
+                            node.ledger.park();
+                        }
+                    }
                     Err(error) => {
                         tracing::error!(error = reason(&error), "the maps cannot be read back")
                     }

@@ -8,7 +8,7 @@ use cluster_model::{BALANCING_ANNOTATION, DSR_ANNOTATION, Kind, ServiceKey, Snap
 use ipnetwork::IpNetwork;
 
 use super::{Worker, WorkerError, reason};
-use crate::dataplane::{self, Preparation};
+use crate::dataplane::{self, Frontend, Preparation};
 use crate::event::Event;
 use crate::install;
 use crate::metrics::Extent;
@@ -352,7 +352,7 @@ impl Worker {
         self.health_checks.settle();
         self.problems.remove("host ports");
         node.ledger.judge_all();
-        if again {
+        if again || first {
             node.ledger.resume();
         }
         let batch = node.ledger.diff();
@@ -375,6 +375,7 @@ impl Worker {
                     }
                 }
                 Err(error) => {
+                    self.retry = true;
                     tracing::error!(error = reason(&error), "the maps cannot be read back")
                 }
             },
@@ -384,10 +385,10 @@ impl Worker {
         let applied = outcome.as_ref().err().is_none_or(NodeError::is_limit);
         let is_short = node.ledger.is_short_of_room();
         match outcome {
-            Ok(()) if is_short => {}
+            Ok(()) if is_short && !again => {}
             Ok(()) => drop(self.problems.remove("services")),
             Err(error) => {
-                self.retry = !applied;
+                self.retry |= !applied;
                 self.report.batches_failed += 1;
                 self.problem("services", reason(&error));
             }
@@ -476,7 +477,9 @@ fn lifeline_of_the_maps(
 ) -> Option<(ServiceKey, ServicePlan)> {
     let key = lifeline();
     let is_known = snapshot.service(&key).is_some() || node.ledger.service(&key).is_some();
-    let kept = (!is_known).then(|| held_lifeline(node.ledger.held(), service_ranges))?;
+    // In another range the first address may be an ordinary Service's.
+    let is_free = |frontend: &Frontend| node.ledger.winner(frontend).is_none();
+    let kept = (!is_known).then(|| held_lifeline(node.ledger.held(), service_ranges, is_free))?;
     (kept != ServicePlan::default()).then_some((key, kept))
 }
 

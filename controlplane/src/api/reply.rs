@@ -121,6 +121,10 @@ pub fn messages(mut list: transcode::List, messages: Vec<Bytes>) -> Answer {
     in_chunks(Encoding::Protobuf.media_type(), head, length, more)
 }
 
+/// Of an answer that holds what it is made of until it is read; watches, logs and what comes from others are as long as they like.
+#[derive(Clone, Copy)]
+pub struct InChunks;
+
 /// An answer of a known length in the chunks of a stream, so that it is never there as a whole. `more` appends a part to what
 /// it is given, and says whether others follow.
 fn in_chunks(
@@ -142,6 +146,7 @@ fn in_chunks(
     };
     let mut answer = bytes(StatusCode::OK, content_type, Bytes::new());
     answer.extensions_mut().insert(Own);
+    answer.extensions_mut().insert(InChunks);
     *answer.body_mut() = match length <= CHUNK_BYTES {
         true => full(chunk().0),
         false => streamed(futures::stream::unfold(false, move |over| {

@@ -13,7 +13,7 @@ use hyper::body::{Body as HttpBody, Frame, SizeHint};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::reply::{Answer, Body, BodyError};
+use super::reply::{Answer, Body, BodyError, InChunks};
 
 /// Unread is what of a connection's streamed answers waits for its client.
 #[derive(Default)]
@@ -34,9 +34,10 @@ impl Unread {
         self.answers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// An answer, followed until it is over. What is not streamed is handed out at once.
+    /// An answer, followed until it is over, if it is a list in chunks. Who reads a watch, a log or what another server says may pause.
     pub fn follow(self: &Arc<Self>, answer: Answer) -> Answer {
-        if answer.body().size_hint().exact().is_some() {
+        let is_list = answer.extensions().get::<InChunks>().is_some();
+        if !is_list || answer.body().size_hint().exact().is_some() {
             return answer;
         }
         let number = {
@@ -135,7 +136,12 @@ mod tests {
         assert!(unread.answers().since.is_empty(), "it was not followed");
         let parts = futures::stream::iter(["a", "b"].map(Bytes::from));
         let chunks = futures::StreamExt::chain(parts, futures::stream::pending());
-        let mut answer = unread.follow(Response::new(reply::streamed(chunks)));
+        let log = Response::new(reply::streamed(futures::stream::pending()));
+        drop(unread.follow(log));
+        assert_eq!(unread.answers().next, 0, "who reads a log may pause");
+        let mut list = Response::new(reply::streamed(chunks));
+        list.extensions_mut().insert(InChunks);
+        let mut answer = unread.follow(list);
         for _ in 0..2 {
             answer
                 .body_mut()

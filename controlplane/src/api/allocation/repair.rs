@@ -16,6 +16,8 @@ use crate::store::{Expect, Range, Record, Revision, Store, StoreError, Write};
 
 /// Writes at a time: they share the store's commits.
 const PARALLEL: usize = 64;
+/// Repairs of one round that are told: a state that was written before there were keys lacks all of them.
+const TOLD_MAX: usize = 100;
 /// As often as upstream.
 const PERIOD: Duration = Duration::from_secs(180);
 
@@ -54,7 +56,7 @@ impl Api {
 
     /// Puts repairs on record. What is told already, and not forgotten yet, is not told again.
     pub(in crate::api) async fn tell_repairs(&self, repairs: &[Repair]) {
-        for repair in repairs {
+        for repair in repairs.iter().take(TOLD_MAX) {
             let Repair {
                 reason, message, ..
             } = repair;
@@ -152,13 +154,23 @@ fn leaked(key: &str) -> Repair {
 }
 
 pub(super) async fn repair(store: &dyn Store) -> Result<Vec<Repair>, StoreError> {
-    // Keys first: one that is written later came in one step with its Service.
+    // All at one revision: a Service comes and goes in one step with its keys.
     let mut keys: BTreeMap<String, Record> = BTreeMap::new();
+    let mut at = None;
     for prefix in [ADDRESSES, PORTS] {
-        let page = store.list(Range::all(prefix)).await?;
+        let range = Range {
+            at,
+            ..Range::all(prefix)
+        };
+        let page = store.list(range).await?;
+        at = Some(page.revision);
         keys.extend(page.records.into_iter().map(|r| (r.key.to_string(), r)));
     }
-    let services = store.list(Range::all(SERVICES)).await?;
+    let range = Range {
+        at,
+        ..Range::all(SERVICES)
+    };
+    let services = store.list(range).await?;
     let mut found: Vec<Repair> = Vec::new();
     let mut writes: Vec<(Write, Repair)> = Vec::new();
     let mut held: BTreeMap<String, Value> = BTreeMap::new();
