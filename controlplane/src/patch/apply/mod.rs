@@ -292,16 +292,15 @@ pub fn apply(
         .find(|e| e.is(manager, APPLY, api_version))
         .map(|e| e.set.clone());
     if let Some(mut gone) = before {
-        gone.subtract(&wanted);
-        for entry in entries
+        let others = entries
             .iter()
-            .filter(|e| !e.is(manager, APPLY, api_version))
-        {
-            gone.subtract(&entry.set);
-            keep_items(&mut gone, &entry.set);
+            .filter(|e| !e.is(manager, APPLY, api_version));
+        let kept: Vec<&Set> = others.map(|e| &e.set).chain([&wanted]).collect();
+        for set in &kept {
+            gone.subtract(set);
+            keep_items(&mut gone, set);
         }
-        keep_items(&mut gone, &wanted);
-        typed::remove(&mut merged, &gone, kind);
+        typed::remove(&mut merged, &gone, &kept, kind);
     }
     record(&mut entries, manager, APPLY, api_version, wanted);
     store(&mut merged, entries);

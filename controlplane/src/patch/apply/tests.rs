@@ -393,3 +393,21 @@ fn items_that_nobody_could_tell_apart_are_refused() {
         "failed to create typed patch object (/d; apps/v1, Kind=Deployment): .spec.template.spec.containers: duplicate entries for key [name=\"a\"]"
     );
 }
+
+#[test]
+fn what_somebody_wants_empty_stays_when_the_last_in_it_goes() {
+    let full = object(json!({"replicas": 3, "template": {}}));
+    let live = applied(None, &full, "first");
+    let bare = object(json!({}));
+    let given_up = applied(Some(&live), &bare, "first");
+    assert_eq!(given_up["spec"], json!({}));
+    assert_eq!(applied(Some(&given_up), &bare, "first"), given_up);
+
+    let shared = applied(
+        Some(&live),
+        &object(json!({"template": {"spec": {}}})),
+        "second",
+    );
+    let without = applied(Some(&shared), &object(json!({"replicas": 3})), "first");
+    assert_eq!(without["spec"]["template"], json!({"spec": {}}));
+}

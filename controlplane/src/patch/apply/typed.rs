@@ -246,8 +246,14 @@ pub fn merge(live: &mut Value, applied: &Value, kind: Kind) {
     }
 }
 
-/// Takes the members of `gone` out of the value. An object or list that becomes empty by it goes as well.
-pub fn remove(value: &mut Value, gone: &Set, kind: Kind) {
+/// Takes the members of `gone` out of the value. An object or list that becomes empty by it goes as well, unless one of `kept`
+/// has it as it is then: empty.
+pub fn remove(value: &mut Value, gone: &Set, kept: &[&Set], kind: Kind) {
+    let within = |path: &String| -> Vec<&Set> {
+        kept.iter()
+            .filter_map(|set| set.children.get(path))
+            .collect()
+    };
     match (kind, value) {
         (Kind::Struct(_) | Kind::Map(_), Value::Object(object)) => {
             for (path, child) in &gone.children {
@@ -257,21 +263,24 @@ pub fn remove(value: &mut Value, gone: &Set, kind: Kind) {
                 let Some(inner) = object.get_mut(name) else {
                     continue;
                 };
-                remove(inner, child, kind.of_child(name));
-                let emptied = !child.children.is_empty() && is_empty(inner);
+                let kept = within(path);
+                remove(inner, child, &kept, kind.of_child(name));
+                let wanted_empty = kept.iter().any(|set| set.member);
+                let emptied = !child.children.is_empty() && is_empty(inner) && !wanted_empty;
                 if (child.member && child.children.is_empty()) || emptied {
                     object.shift_remove(name);
                 }
             }
         }
         (Kind::Keyed(ty, keys), Value::Array(items)) => items.retain_mut(|item| {
-            let Some(child) = gone.children.get(&element(item, ty, keys)) else {
+            let id = element(item, ty, keys);
+            let Some(child) = gone.children.get(&id) else {
                 return true;
             };
             if child.member {
                 return false;
             }
-            remove(item, child, Kind::Struct(ty));
+            remove(item, child, &within(&id), Kind::Struct(ty));
             true
         }),
         (Kind::Set, Value::Array(items)) => {
