@@ -152,6 +152,7 @@ pub struct Snapshot {
     services_by_label: Index,
     slices_by_service: Index,
     heartbeats: im::HashMap<Arc<str>, Timestamp>,
+    charges: im::HashMap<Key, Timestamp>,
     tombstones: Arc<Tombstones>,
 }
 
@@ -191,6 +192,7 @@ impl Snapshot {
             }
         }
         self.note_heartbeat(old.as_ref(), &object, &key, now);
+        self.note_charge(old.as_ref(), &object, &key, now);
         self.graph.put(&object);
         self.index(&object, &key);
         self.tables.put_object(key, object.clone());
@@ -214,6 +216,9 @@ impl Snapshot {
         }
         if matches!(old, Object::Node(_)) {
             self.heartbeats.remove(&*key.name);
+        }
+        if matches!(old, Object::ResourceQuota(_)) {
+            self.charges.remove(&key);
         }
         Some(Change {
             old: Some(old),
@@ -367,6 +372,11 @@ impl Snapshot {
         self.heartbeats.get(node).copied()
     }
 
+    /// When this process last saw that more of a quota was used than before.
+    pub fn charged(&self, quota: &Key) -> Option<Timestamp> {
+        self.charges.get(quota).copied()
+    }
+
     /// Whether an object of this UID has been seen to go. False says nothing.
     pub fn is_known_deleted(&self, uid: &str) -> bool {
         self.tombstones.uids.contains(uid)
@@ -426,6 +436,20 @@ impl Snapshot {
         };
         if alive {
             self.heartbeats.insert(key.name.clone(), now);
+        }
+    }
+
+    fn note_charge(&mut self, old: Option<&Object>, new: &Object, key: &Key, now: Timestamp) {
+        let Object::ResourceQuota(quota) = new else {
+            return;
+        };
+        let before = match old {
+            Some(Object::ResourceQuota(before)) => super::quota::shown(before),
+            _ => Default::default(),
+        };
+        let mut shown = super::quota::shown(quota).into_iter();
+        if shown.any(|(name, used)| before.get(&name).is_none_or(|before| *before < used)) {
+            self.charges.insert(key.clone(), now);
         }
     }
 
