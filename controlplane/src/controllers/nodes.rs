@@ -1,12 +1,21 @@
 //! What the controllers and the scheduler ask of nodes: conditions, taints, and whether a pod may be placed there.
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::api::core::v1::{
     Node, NodeCondition, NodeSelectorTerm, Pod, PodSpec, PreferredSchedulingTerm, Taint, Toleration,
 };
 
 use super::labels::{operator_matches, pairs_match};
 use super::pods;
+use crate::codec::quantity::Quantity;
 
+pub const ZONE: &str = "topology.kubernetes.io/zone";
+/// What marks nodes whose processors are not there for pods.
+const CONTROL_PLANES: [&str; 2] = [
+    "node-role.kubernetes.io/control-plane",
+    "node-role.kubernetes.io/master",
+];
 pub const NOT_READY: &str = "node.kubernetes.io/not-ready";
 pub const UNREACHABLE: &str = "node.kubernetes.io/unreachable";
 pub const UNSCHEDULABLE: &str = "node.kubernetes.io/unschedulable";
@@ -30,6 +39,84 @@ pub fn label<'a>(node: &'a Node, name: &str) -> Option<&'a String> {
 
 pub fn ready_condition(node: &Node) -> Option<&NodeCondition> {
     condition(node, "Ready")
+}
+
+/// Zones is what the ready nodes have of processors, by zone. Control planes do not count.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Zones {
+    /// Thousandths of processors, and how many nodes they are of.
+    known: BTreeMap<String, (u64, usize)>,
+    /// Nodes that say nothing of their zone or their processors.
+    unknown: usize,
+}
+
+impl Zones {
+    /// What one node has.
+    pub fn of(node: &Node) -> Self {
+        let mut zones = Self::default();
+        zones.add(node);
+        zones
+    }
+
+    pub fn add(&mut self, node: &Node) {
+        match processors(node) {
+            None => {}
+            Some(None) => self.unknown += 1,
+            Some(Some((zone, amount))) => {
+                let known = self.known.entry(zone.to_owned()).or_default();
+                *known = (known.0 + amount, known.1 + 1);
+            }
+        }
+    }
+
+    /// Takes away what has been added.
+    pub fn take(&mut self, node: &Node) {
+        match processors(node) {
+            None => {}
+            Some(None) => self.unknown = self.unknown.saturating_sub(1),
+            Some(Some((zone, amount))) => {
+                if let Some(known) = self.known.get_mut(zone) {
+                    *known = (known.0.saturating_sub(amount), known.1.saturating_sub(1));
+                    if known.1 == 0 {
+                        self.known.remove(zone);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Each zone's part of all processors; None while it is unknown of a single node, and where there is none.
+    pub fn shares(&self) -> Option<Vec<(&str, f64)>> {
+        let total: u64 = self.known.values().map(|(amount, _)| amount).sum();
+        if self.unknown != 0 || total == 0 {
+            return None;
+        }
+        let zones = self.known.iter();
+        let shares =
+            zones.map(|(zone, (amount, _))| (zone.as_str(), *amount as f64 / total as f64));
+        Some(shares.collect())
+    }
+}
+
+/// The zone of a node that counts for `Zones`, and thousandths of processors; None inside where it does not say.
+fn processors(node: &Node) -> Option<Option<(&str, u64)>> {
+    let is_control_plane = CONTROL_PLANES
+        .iter()
+        .any(|name| label(node, name).is_some());
+    let is_ready = ready_condition(node).is_some_and(|ready| ready.status == "True");
+    if is_control_plane || !is_ready {
+        return None;
+    }
+    let status = node.status.as_ref();
+    let allocatable = status.and_then(|status| status.allocatable.as_ref());
+    let amount = allocatable
+        .and_then(|allocatable| allocatable.get("cpu"))
+        .and_then(|cpu| Quantity::parse(&cpu.0))
+        .and_then(|cpu| cpu.ratio(Quantity::count(1)))
+        .map(|processors| (processors * 1000.0).ceil() as u64)
+        .filter(|amount| *amount != 0);
+    let zone = label(node, ZONE).filter(|zone| !zone.is_empty());
+    Some(zone.map(String::as_str).zip(amount))
 }
 
 pub fn taints(node: &Node) -> &[Taint] {

@@ -13,6 +13,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
 
 use super::graph::Graph;
+use super::nodes::Zones;
 use super::object::{Key, Kind, Object, ResourceType, Tables};
 use super::pods::controller_of;
 
@@ -23,6 +24,8 @@ pub const NODE_LEASE_NAMESPACE: &str = "kube-node-lease";
 /// How many deleted UIDs are remembered. A late answer to a write of ours must not bring a deleted object back; such
 /// an answer is late by at most the writes in flight, which are far fewer than this.
 const TOMBSTONES_MAX: usize = 16_384;
+/// The one property of Services by zones.
+const SHARED_OUT: &str = "";
 
 /// Objects of one kind by key, in key order.
 #[derive(Clone)]
@@ -150,9 +153,12 @@ pub struct Snapshot {
     revisions_by_owner: Index,
     jobs_by_owner: Index,
     services_by_label: Index,
+    /// Under one property, those that go by what zones have.
+    services_by_zones: Index,
     slices_by_service: Index,
     heartbeats: im::HashMap<Arc<str>, Timestamp>,
     charges: im::HashMap<Key, Timestamp>,
+    zones: Zones,
     tombstones: Arc<Tombstones>,
 }
 
@@ -193,6 +199,12 @@ impl Snapshot {
         }
         self.note_heartbeat(old.as_ref(), &object, &key, now);
         self.note_charge(old.as_ref(), &object, &key, now);
+        if let Some(Object::Node(node)) = &old {
+            self.zones.take(node);
+        }
+        if let Object::Node(node) = &object {
+            self.zones.add(node);
+        }
         self.graph.put(&object);
         self.index(&object, &key);
         self.tables.put_object(key, object.clone());
@@ -214,8 +226,9 @@ impl Snapshot {
         if let Some(kind) = old.kind() {
             self.tables.take_object(kind, &key);
         }
-        if matches!(old, Object::Node(_)) {
+        if let Object::Node(node) = &old {
             self.heartbeats.remove(&*key.name);
+            self.zones.take(node);
         }
         if matches!(old, Object::ResourceQuota(_)) {
             self.charges.remove(&key);
@@ -372,6 +385,16 @@ impl Snapshot {
         self.heartbeats.get(node).copied()
     }
 
+    /// What the nodes have of processors, by zone.
+    pub fn zones(&self) -> &Zones {
+        &self.zones
+    }
+
+    /// Services whose endpoints are shared out among zones.
+    pub fn services_by_zones(&self) -> impl Iterator<Item = &Key> {
+        self.services_by_zones.get(SHARED_OUT)
+    }
+
     /// When this process last saw that more of a quota was used than before.
     pub fn charged(&self, quota: &Key) -> Option<Timestamp> {
         self.charges.get(quota).copied()
@@ -489,6 +512,9 @@ impl Snapshot {
             ),
             Object::Job(job) => visit(&mut self.jobs_by_owner, &owner_property(&job.metadata)),
             Object::Service(service) => {
+                if super::endpoints::is_shared_out(service) {
+                    visit(&mut self.services_by_zones, SHARED_OUT);
+                }
                 // One pair finds the Service; the rest of its selector is compared then.
                 if let Some((name, value)) =
                     service_selector(service).and_then(|selector| selector.iter().next())

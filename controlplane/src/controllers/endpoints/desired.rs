@@ -13,7 +13,7 @@ use super::super::labels::Labels;
 use super::super::object::{Key, Target};
 use super::super::pods;
 use super::super::snapshot::Snapshot;
-use super::zone;
+use super::{is_shared_out, zone};
 
 /// What all endpoints of a slice share. Named target ports may resolve differently in different pods, so a Service can
 /// have several.
@@ -240,7 +240,7 @@ fn endpoint(
 }
 
 /// For whom a ready endpoint is meant first, as the Service's `trafficDistribution` says (KEP-3015): proxies go by this, not by
-/// the Service.
+/// the Service. Where endpoints are shared out among zones, that comes before it.
 fn hints(
     service: &Service,
     ready: bool,
@@ -248,7 +248,7 @@ fn hints(
     zone: Option<&str>,
 ) -> Option<EndpointHints> {
     let distribution = service.spec.as_ref()?.traffic_distribution.as_deref()?;
-    if !ready {
+    if !ready || is_shared_out(service) {
         return None;
     }
     let for_zones = zone.map(|zone| vec![ForZone { name: zone.into() }]);

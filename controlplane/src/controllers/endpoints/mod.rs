@@ -7,6 +7,7 @@ mod reconcile;
 mod subsets;
 #[cfg(test)]
 mod tests;
+mod topology;
 
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
@@ -14,6 +15,7 @@ use k8s_openapi::jiff::Timestamp;
 
 use self::reconcile::Origin;
 use super::labels::Labels;
+use super::nodes::{self, Zones};
 use super::object::{Key, Object};
 use super::plan::{Controller, Keys, Plan, View};
 use super::pods::controller_reference;
@@ -21,6 +23,7 @@ use super::snapshot::{Change, SERVICE_NAME_LABEL, Snapshot, service_of_slice, se
 
 pub use self::mirror::CONTROLLER as MIRRORING;
 pub use self::subsets::CONTROLLER as SUBSETS;
+pub use self::topology::is_shared_out;
 
 /// Endpoints in one slice: upstream's default. A change rewrites one slice, so smaller slices make changes cheaper, and
 /// more of them make lists longer.
@@ -44,6 +47,15 @@ fn affected(snapshot: &Snapshot, change: &Change, keys: &mut Keys) {
             if let Object::EndpointSlice(slice) = state {
                 keys.extend(service_of_slice(slice));
             }
+        }
+    }
+    if let Object::Node(_) = change.object() {
+        let zones = |object: &Option<Object>| match object {
+            Some(Object::Node(node)) => Zones::of(node),
+            _ => Zones::default(),
+        };
+        if zones(&change.old) != zones(&change.new) {
+            keys.extend(snapshot.services_by_zones().cloned());
         }
     }
     services_affected(snapshot, change, keys);
@@ -103,10 +115,7 @@ fn same_for_endpoints(old: &Pod, new: &Pod) -> bool {
 }
 
 fn zone(node: &Node) -> Option<&String> {
-    node.metadata
-        .labels
-        .as_ref()?
-        .get("topology.kubernetes.io/zone")
+    nodes::label(node, nodes::ZONE)
 }
 
 fn plan(view: &View<'_>, key: &Key) -> Plan {
@@ -119,7 +128,12 @@ fn plan(view: &View<'_>, key: &Key) -> Plan {
         // its slices for whoever manages them from now on.
         return plan;
     };
-    let groups = desired::groups(view.snapshot, service, selector);
+    let mut groups = desired::groups(view.snapshot, service, selector);
+    if is_shared_out(service) {
+        for note in topology::share_out(view.snapshot, service, &mut groups) {
+            plan.note(note);
+        }
+    }
     let trigger_time = trigger_time(view.snapshot, service, selector);
     let origin = Origin {
         service: key.clone(),

@@ -147,7 +147,7 @@ fn shape_of(slice: &EndpointSlice) -> Option<Shape> {
 }
 
 /// What identifies an endpoint over time: the pod, and the address it had.
-fn identity(endpoint: &Endpoint) -> (String, String) {
+pub fn identity(endpoint: &Endpoint) -> (String, String) {
     let uid = endpoint
         .target_ref
         .as_ref()

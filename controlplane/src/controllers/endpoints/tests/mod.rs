@@ -1,6 +1,7 @@
 //! Slices of Services in a cluster in memory.
 
 mod changes;
+mod zones;
 
 use std::collections::BTreeSet;
 
