@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use k8s_openapi::jiff::Timestamp;
+use jiff::Timestamp;
 
 use crate::reject::{self, BadField};
 use crate::{Kind, ObjectKey, Protocol, Rejected, ServiceKey, SliceKey, wire};

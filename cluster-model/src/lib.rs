@@ -33,5 +33,6 @@ pub use service::{
 };
 pub use snapshot::{Change, Dirty, Snapshot};
 
-/// The types of the Kubernetes API that conversions start from.
+/// The types of the Kubernetes API.
+#[cfg(feature = "watch")]
 pub use k8s_openapi as api;

@@ -12,7 +12,7 @@ use crate::log::type_name;
 use crate::name::Name;
 use crate::query::{HEADER_BYTES, class};
 use crate::rewrite::rewrite;
-use crate::server::at_once::{Outcome, View, at_once};
+use crate::server::at_once::{Outcome, at_once};
 use crate::server::{Shared, renew_entry};
 use crate::settings::Block;
 use crate::zone::{Place, PodName, Zone};
@@ -40,13 +40,9 @@ pub fn explain(shared: &Arc<Shared>, name: &Name, rtype: u16, client: IpAddr) ->
     message.extend_from_slice(name.wire());
     message.extend(rtype.to_be_bytes());
     message.extend(class::IN.to_be_bytes());
-    let view = View {
-        zone,
-        settings,
-        now: Instant::now(),
-    };
+    let view = shared.view(&state, Instant::now());
     let mut out = vec![0; usize::from(u16::MAX)];
-    match at_once(shared, &view, &message, client, Transport::Tcp, 0, &mut out) {
+    match at_once(&view, &message, client, Transport::Tcp, 0, &mut out) {
         Outcome::Reply {
             bytes,
             rcode,

@@ -1,8 +1,8 @@
 //! The cluster DNS: a zone that is a pure function of the cluster's Snapshot, and the server that answers from it.
 //!
 //! `plan` says which records a Service has, [`zone`] keeps them by name, [`answer`] composes replies from them into
-//! the buffer that is sent. These are pure; `server` moves datagrams, `forward` asks others, `cache` keeps what they
-//! said, `feed` follows the API.
+//! the buffer that is sent, and [`rules`] say what is done for whose names. These are pure, and so is the way from a query to what is known
+//! here, [`server::at_once`]; `server` moves datagrams, `forward` asks others, `cache` keeps what they said, `feed` follows the API.
 #![deny(unsafe_code)]
 
 mod agent;
@@ -28,6 +28,7 @@ mod plan;
 pub mod query;
 pub mod reload;
 pub mod rewrite;
+pub mod rules;
 pub mod server;
 pub mod settings;
 mod shares;

@@ -6,7 +6,6 @@
 use std::net::{IpAddr, SocketAddr};
 
 use cluster_model::share::{Offer, Rules};
-use nix::ifaddrs::getifaddrs;
 
 use crate::config::spec::{BlockSpec, DNS_PORT, Spec};
 use crate::name::Name;
@@ -50,7 +49,7 @@ pub fn rules(spec: &Spec) -> Option<Rules> {
     })
 }
 
-/// The block that decides about a name, as [`crate::settings::Settings::block`] finds it.
+/// The block that decides about a name, as [`crate::rules::Rules::find`] finds it.
 fn block<'a>(spec: &'a Spec, name: &Name) -> Option<&'a BlockSpec> {
     let blocks = spec.blocks.iter();
     let zones = blocks.flat_map(|block| block.zones.iter().map(move |zone| (zone, block)));
@@ -71,24 +70,4 @@ fn hides(block: &BlockSpec, origin: &Name) -> bool {
     let mut names = hosts.names();
     let has = names.any(|name| name.is_in(origin) && hosts.is_about(name.wire()));
     (about && !goes_on) || has
-}
-
-/// The addresses of this process's interfaces.
-pub fn own_addresses() -> Vec<IpAddr> {
-    let interfaces = match getifaddrs() {
-        Ok(interfaces) => interfaces,
-        Err(error) => {
-            tracing::warn!(%error, "the addresses of this machine are not known");
-            return Vec::new();
-        }
-    };
-    let addresses = interfaces.filter_map(|interface| {
-        let address = interface.address?;
-        let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
-        v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
-    });
-    let is_of_link = |address: &IpAddr| {
-        matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local()) || address.is_loopback()
-    };
-    addresses.filter(|address| !is_of_link(address)).collect()
 }

@@ -1,17 +1,17 @@
-//! A configuration at work: what is done for the names of each zone, with its cache and its upstreams.
+//! A configuration at work: its rules, and the upstreams that are asked by them.
 
 use std::collections::HashMap;
+use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ipnetwork::IpNetwork;
 use tokio::sync::watch;
 
-use crate::answer::Policy;
-use crate::cache::{Cache, Entry};
+use crate::cache::Entry;
 use crate::config::spec::{BlockSpec, RouteSpec, Spec};
 use crate::forward::{ForwardError, Forwarder, Tls, TlsError, Upstream};
 use crate::metrics::Metrics;
-use crate::name::{Name, before};
+use crate::rules::{BlockRules, Rules};
 use crate::zone::ZoneSettings;
 
 /// What a question to upstreams came to, for all who asked it.
@@ -23,15 +23,16 @@ pub type Flights = HashMap<Box<[u8]>, watch::Receiver<Option<Outcome>>>;
 /// Everything that a reload replaces.
 pub struct Settings {
     pub spec: Spec,
-    blocks: Vec<(Name, Arc<Block>)>,
+    pub rules: Rules,
+    /// Those of the rules, one for one.
+    blocks: Vec<Arc<Block>>,
     logs: bool,
 }
 
-/// What is done for the names of some zones.
+/// What is done for the names of some zones, and who is asked about them.
 pub struct Block {
-    pub spec: BlockSpec,
-    pub policy: Policy,
-    pub cache: Option<Arc<Cache>>,
+    rules: Arc<BlockRules>,
+    /// Those of the rules, one for one.
     routes: Vec<Route>,
     /// Questions that are being asked: whoever comes later waits for the same answer.
     pub flights: Mutex<Flights>,
@@ -43,6 +44,14 @@ pub struct Route {
     pub forwarder: Forwarder,
 }
 
+impl Deref for Block {
+    type Target = BlockRules;
+
+    fn deref(&self) -> &BlockRules {
+        &self.rules
+    }
+}
+
 impl Settings {
     /// Puts a configuration to work. Caches of blocks that are as before are kept.
     pub fn build(
@@ -50,29 +59,26 @@ impl Settings {
         metrics: &Metrics,
         previous: Option<&Settings>,
     ) -> Result<Self, TlsError> {
-        let mut blocks = Vec::new();
-        for block_spec in &spec.blocks {
-            let same = previous.and_then(|previous| {
-                let mut all = previous.blocks.iter().map(|(_, block)| block);
-                all.find(|block| {
-                    block.spec.zones == block_spec.zones
-                        && block.spec.routes == block_spec.routes
-                        && block.spec.cache == block_spec.cache
-                })
+        let kept = |spec: &BlockSpec| {
+            let mut all = previous?.rules.blocks().iter();
+            let same = all.find(|block| {
+                block.spec.zones == spec.zones
+                    && block.spec.routes == spec.routes
+                    && block.spec.cache == spec.cache
             });
-            let cache = same.map(|block| block.cache.clone());
-            let block = Arc::new(Block::build(block_spec, metrics, cache)?);
-            blocks.extend(
-                block_spec
-                    .zones
-                    .iter()
-                    .map(|zone| (zone.clone(), block.clone())),
-            );
-        }
-        // The longest zone that a name is in decides.
-        blocks.sort_by_key(|(zone, _)| std::cmp::Reverse(zone.labels()));
+            same.map(|block| block.cache.clone())
+        };
+        let rules = Rules::new(&spec, kept);
+        let blocks = rules.blocks().iter();
+        let blocks = blocks.map(|block| Block::build(block, metrics).map(Arc::new));
+        let blocks = blocks.collect::<Result<Vec<_>, _>>()?;
         let logs = spec.blocks.iter().any(|block| block.log.is_on());
-        Ok(Self { spec, blocks, logs })
+        Ok(Self {
+            spec,
+            rules,
+            blocks,
+            logs,
+        })
     }
 
     /// Tells of what the configuration says and is not done.
@@ -84,14 +90,11 @@ impl Settings {
 
     /// The block that a name in lower-case wire format belongs to.
     pub fn block(&self, name: &[u8]) -> Option<&Arc<Block>> {
-        self.blocks
-            .iter()
-            .find(|(zone, _)| before(name, zone.wire()).is_some())
-            .map(|(_, block)| block)
+        self.rules.find(name).map(|(at, _)| &self.blocks[at])
     }
 
     pub fn blocks(&self) -> impl Iterator<Item = &Arc<Block>> {
-        self.blocks.iter().map(|(_, block)| block)
+        self.blocks.iter()
     }
 
     /// Whether any query is logged.
@@ -125,7 +128,7 @@ impl Settings {
     /// Sends a question to each upstream of the root that must not come back. Returns the names, with who was asked.
     pub fn probe_loops(&self) -> Vec<(Vec<u8>, Arc<Upstream>)> {
         let mut probes = Vec::new();
-        let routes = self.blocks.iter().flat_map(|(_, block)| &block.routes);
+        let routes = self.blocks.iter().flat_map(|block| &block.routes);
         for upstream in routes.flat_map(|route| route.forwarder.upstreams()) {
             let mut name = Vec::new();
             for _ in 0..2 {
@@ -141,13 +144,9 @@ impl Settings {
 }
 
 impl Block {
-    fn build(
-        spec: &BlockSpec,
-        metrics: &Metrics,
-        cache: Option<Option<Arc<Cache>>>,
-    ) -> Result<Self, TlsError> {
+    fn build(rules: &Arc<BlockRules>, metrics: &Metrics) -> Result<Self, TlsError> {
         let mut routes = Vec::new();
-        for route in &spec.routes {
+        for route in rules.routes() {
             let mut upstreams = Vec::new();
             for server in &route.servers {
                 let tls = server.tls.as_ref().map(|tls| {
@@ -162,6 +161,7 @@ impl Block {
                 ));
             }
             let rules = route.rules.clone();
+            // A route of the rules has a server.
             if let Some(forwarder) = Forwarder::new(upstreams, rules, metrics.forwarding.clone()) {
                 routes.push(Route {
                     spec: route.clone(),
@@ -169,30 +169,16 @@ impl Block {
                 });
             }
         }
-        routes.sort_by_key(|route| std::cmp::Reverse(route.spec.zone.labels()));
-        let cluster = spec.cluster.as_ref();
         Ok(Self {
-            policy: Policy {
-                ttl_s: cluster.map_or(5, |cluster| cluster.ttl_s),
-                recursion: !routes.is_empty(),
-                fallthrough: cluster.map_or_else(Vec::new, |cluster| cluster.fallthrough.clone()),
-                udp_bytes_max: spec.udp_bytes_max,
-                others_first: spec.hosts.is_some(),
-            },
-            cache: cache
-                .unwrap_or_else(|| spec.cache.clone().map(|rules| Arc::new(Cache::new(rules)))),
+            rules: rules.clone(),
             routes,
             flights: Mutex::default(),
-            spec: spec.clone(),
         })
     }
 
     /// Who is asked about a name in lower-case wire format.
     pub fn route(&self, name: &[u8]) -> Option<&Route> {
-        let is_in = |zone: &Name| before(name, zone.wire()).is_some();
-        self.routes
-            .iter()
-            .find(|route| is_in(&route.spec.zone) && !route.spec.except.iter().any(is_in))
+        self.routes.get(self.rules.route(name)?)
     }
 
     /// Questions in flight.

@@ -1,6 +1,7 @@
 //! Names of others: asked of upstream servers, several where one is slow, so that one that is dead is hardly noticed.
 
 mod exchange;
+mod rules;
 mod upstream;
 
 use std::io;
@@ -16,55 +17,11 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::answer::Rcode;
 use crate::message::{BadReply, Reply};
 use crate::metrics::Forwarding;
-use crate::name::Name;
 use crate::shares::{Place, Shares};
 
 pub use exchange::Question;
+pub use rules::{ForwardRules, Order};
 pub use upstream::{Tls, TlsError, Upstream};
-
-/// In which order upstreams are asked.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Order {
-    #[default]
-    Random,
-    RoundRobin,
-    /// As configured: the others are for when the first is away.
-    Sequential,
-}
-
-/// How upstream servers are asked.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ForwardRules {
-    pub order: Order,
-    /// Queries in flight; what comes above is refused. One client has no more of them than are free.
-    pub concurrent_max: usize,
-    /// Failures in a row after which an upstream counts as down, 0 for never.
-    pub failures_max: u32,
-    /// Pause between health checks of an upstream that has failed.
-    pub check_every: Duration,
-    /// What is asked for then, and whether recursion is desired.
-    pub check_name: Name,
-    pub check_recursive: bool,
-    /// Always ask by TCP.
-    pub tcp_only: bool,
-    /// How long all attempts together may take: less than clients wait, so that they hear of a failure.
-    pub patience: Duration,
-}
-
-impl Default for ForwardRules {
-    fn default() -> Self {
-        Self {
-            order: Order::default(),
-            concurrent_max: 1000,
-            failures_max: 2,
-            check_every: Duration::from_millis(500),
-            check_name: Name::root(),
-            check_recursive: true,
-            tcp_only: false,
-            patience: Duration::from_millis(4500),
-        }
-    }
-}
 
 /// An upstream that has not answered after some times its usual delay, within these bounds, has another one asked beside it.
 const HEDGE_MIN: Duration = Duration::from_millis(300);

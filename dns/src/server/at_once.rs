@@ -3,15 +3,18 @@
 use std::net::IpAddr;
 use std::time::Instant;
 
-use super::Shared;
-use crate::answer::{Rcode, Transport, Verdict, accept, answer};
+use crate::answer::{Policy, Rcode, Transport, Verdict, Writer, accept, answer};
 use crate::autopath;
 use crate::cache::{Found, Key, may_be_kept};
+use crate::metrics::Caching;
 use crate::name::Name;
 use crate::query::{Query, rtype};
 use crate::rewrite::rewrite;
-use crate::settings::Settings;
+use crate::rules::Rules;
 use crate::zone::Zone;
+
+/// The largest UDP answer; more is what TCP is for.
+pub const REPLY_BYTES_MAX: usize = 4096;
 
 /// What became of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,13 +35,15 @@ pub enum Outcome {
 /// One moment's view of everything that answers come from.
 pub struct View<'a> {
     pub zone: &'a Zone,
-    pub settings: &'a Settings,
+    pub rules: &'a Rules,
+    /// For what no block is about.
+    pub bare: &'a Policy,
+    pub caching: &'a Caching,
     pub now: Instant,
 }
 
 /// Answers a message if that can be done without waiting. Allocates nothing for names of the cluster and of the cache.
 pub fn at_once(
-    shared: &Shared,
     view: &View<'_>,
     message: &[u8],
     client: IpAddr,
@@ -51,13 +56,13 @@ pub fn at_once(
         rcode,
         renew: false,
     };
-    let query = match accept(message, &shared.bare, out) {
+    let query = match accept(message, view.bare, out) {
         Ok(query) => query,
         Err(Verdict::Reply { bytes, rcode }) => return reply(bytes, rcode),
         Err(_) => return Outcome::Ignore,
     };
-    let Some(block) = view.settings.block(query.name()) else {
-        return refused(shared, &query, out);
+    let Some((_, block)) = view.rules.find(query.name()) else {
+        return refused(view, &query, out);
     };
     if !block.spec.rewrites.is_empty()
         && rewrite(&block.spec.rewrites, &Name::from_wire(query.name())).is_some()
@@ -67,7 +72,7 @@ pub fn at_once(
     if query.rtype == rtype::AXFR {
         return match transport {
             // A zone does not fit into a datagram.
-            Transport::Udp => refused(shared, &query, out),
+            Transport::Udp => refused(view, &query, out),
             Transport::Tcp => Outcome::Slow,
         };
     }
@@ -94,14 +99,14 @@ pub fn at_once(
         }
     }
     if block.route(query.name()).is_none() || !may_be_kept(query.rtype) {
-        return refused(shared, &query, out);
+        return refused(view, &query, out);
     }
     let Some(cache) = &block.cache else {
         return Outcome::Slow;
     };
     match cache.get(&Key::of(&query), view.now) {
         Found::Fresh { entry, renew } => {
-            shared.metrics.caching.hit(entry.rcode());
+            view.caching.hit(entry.rcode());
             match entry.compose(&query, &block.policy, transport, view.now, turn, out) {
                 Verdict::Reply { bytes, rcode } => Outcome::Reply {
                     bytes,
@@ -115,8 +120,8 @@ pub fn at_once(
     }
 }
 
-fn refused(shared: &Shared, query: &Query<'_>, out: &mut [u8]) -> Outcome {
-    let writer = crate::answer::Writer::start(query, &shared.bare, out);
+fn refused(view: &View<'_>, query: &Query<'_>, out: &mut [u8]) -> Outcome {
+    let writer = Writer::start(query, view.bare, out);
     match writer.finish(Rcode::Refused) {
         Verdict::Reply { bytes, rcode } => Outcome::Reply {
             bytes,

@@ -3,6 +3,7 @@
 pub mod at_once;
 mod crowd;
 mod limits;
+pub mod looked;
 pub mod rates;
 mod slow;
 mod tcp;
@@ -19,22 +20,22 @@ use std::time::{Duration, Instant};
 
 use arc_swap::{ArcSwap, Guard};
 use cluster_model::share::Offer;
+use nix::ifaddrs::getifaddrs;
 use tokio::net::TcpListener;
 use tokio::sync::watch as latest;
 
 use crate::answer::{Policy, cut};
 use crate::forward::Upstream;
 use crate::metrics::Metrics;
-use crate::offer::{offer, own_addresses};
+use crate::offer::offer;
 use crate::settings::Settings;
 use crate::sys;
 use crate::zone::Zone;
+pub use at_once::REPLY_BYTES_MAX;
+use at_once::View;
 use limits::Limits;
 use rates::Rates;
 pub(crate) use udp::renew_entry;
-
-/// The largest UDP answer; more is what TCP is for.
-pub const REPLY_BYTES_MAX: usize = 4096;
 
 /// What answers come from at one moment. Zone and settings are those of one configuration: a name that is the cluster's by the new one is
 /// not asked for elsewhere because the zone does not have it yet.
@@ -114,6 +115,17 @@ impl Shared {
 
     pub fn state(&self) -> Guard<Arc<State>> {
         self.state.load()
+    }
+
+    /// What answers come from by a state.
+    pub fn view<'a>(&'a self, state: &'a State, now: Instant) -> View<'a> {
+        View {
+            zone: &state.zone,
+            rules: &state.settings.rules,
+            bare: &self.bare,
+            caching: &self.metrics.caching,
+            now,
+        }
     }
 
     pub fn zone(&self) -> Arc<Zone> {
@@ -310,4 +322,24 @@ fn refused(transport: &'static str, address: SocketAddr) -> impl FnOnce(io::Erro
         address,
         source,
     }
+}
+
+/// The addresses of this process's interfaces.
+fn own_addresses() -> Vec<IpAddr> {
+    let interfaces = match getifaddrs() {
+        Ok(interfaces) => interfaces,
+        Err(error) => {
+            tracing::warn!(%error, "the addresses of this machine are not known");
+            return Vec::new();
+        }
+    };
+    let addresses = interfaces.filter_map(|interface| {
+        let address = interface.address?;
+        let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+        v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
+    });
+    let is_of_link = |address: &IpAddr| {
+        matches!(address, IpAddr::V6(v6) if v6.is_unicast_link_local()) || address.is_loopback()
+    };
+    addresses.filter(|address| !is_of_link(address)).collect()
 }

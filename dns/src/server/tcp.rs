@@ -13,7 +13,7 @@ use tokio::sync::{Mutex, Semaphore};
 use tokio::time::timeout;
 
 use super::Shared;
-use super::at_once::{Outcome, View, at_once};
+use super::at_once::{Outcome, at_once};
 use super::slow::Slow;
 use super::transfer;
 use super::udp::{count_slow, renew_entry, type_of};
@@ -122,22 +122,11 @@ impl Connection {
             let begun = Instant::now();
             let outcome = {
                 let state = self.shared.state();
-                let view = View {
-                    zone: &state.zone,
-                    settings: &state.settings,
-                    now: begun,
-                };
+                let view = self.shared.view(&state, begun);
                 let turn = self.shared.turn();
                 let client = self.client.ip();
-                at_once(
-                    &self.shared,
-                    &view,
-                    &query,
-                    client,
-                    Transport::Tcp,
-                    turn,
-                    &mut out[2..],
-                )
+                let out = &mut out[2..];
+                at_once(&view, &query, client, Transport::Tcp, turn, out)
             };
             match outcome {
                 Outcome::Ignore => break,

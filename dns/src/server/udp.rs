@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::Shared;
-use super::at_once::{Outcome, View, at_once};
+use super::at_once::{Outcome, at_once};
 use super::crowd::{Crowd, Order};
 use super::rates::Rates;
 use super::slow::Slow;
@@ -47,11 +47,7 @@ pub(super) fn serve(
         };
         let state = shared.state();
         let settings = &state.settings;
-        let view = View {
-            zone: &state.zone,
-            settings,
-            now: Instant::now(),
-        };
+        let view = shared.view(&state, Instant::now());
         let mut answers = 0;
         keep_room(shared, socket, &mut crowd, count == BATCH, view.now);
         for i in 0..count {
@@ -61,7 +57,7 @@ pub(super) fn serve(
                 obey(shared, socket, order);
             }
             let (query, out) = batch.exchange(i);
-            match at_once(shared, &view, query, peer.ip(), Transport::Udp, turn, out) {
+            match at_once(&view, query, peer.ip(), Transport::Udp, turn, out) {
                 Outcome::Reply {
                     bytes,
                     rcode,

@@ -15,7 +15,7 @@ use keelway_dns::config::spec::{BlockSpec, ClusterSpec, RouteSpec, ServerSpec, S
 use keelway_dns::forward::ForwardRules;
 use keelway_dns::message::Reply;
 use keelway_dns::metrics::Metrics;
-use keelway_dns::server::at_once::{Outcome, View, at_once};
+use keelway_dns::server::at_once::{Outcome, at_once};
 use keelway_dns::server::{REPLY_BYTES_MAX, Shared};
 use keelway_dns::settings::Settings;
 use keelway_dns::zone::{Pods, Zone, ZoneSettings};
@@ -94,13 +94,10 @@ fn the_hot_path_allocates_nothing() {
     let cache = block.cache.as_ref().expect("it has a cache");
     cache.put(&Key::of(&question), reply, Instant::now());
 
-    let (shared_settings, _) = parts();
-    let shared = Shared::new(shared_settings, Metrics::default());
-    let view = View {
-        zone: &zone,
-        settings: &settings,
-        now: Instant::now(),
-    };
+    let shared = Shared::new(settings, Metrics::default());
+    shared.serve(zone);
+    let state = shared.state();
+    let view = shared.view(&state, Instant::now());
     let mut out = [0; REPLY_BYTES_MAX];
     let queries = [
         (
@@ -146,7 +143,7 @@ fn the_hot_path_allocates_nothing() {
     for (what, query) in queries {
         let ask = |out: &mut [u8], turn| {
             let client = IpAddr::from([127, 0, 0, 1]);
-            at_once(&shared, &view, &query, client, Transport::Udp, turn, out)
+            at_once(&view, &query, client, Transport::Udp, turn, out)
         };
         // Labels of metrics are made once.
         let answered = ask(&mut out, 0);

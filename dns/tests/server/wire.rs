@@ -9,7 +9,7 @@ use hickory_proto::op::{Message, ResponseCode};
 use hickory_proto::rr::{RData, Record, RecordType};
 use keelway_dns::answer::Transport;
 use keelway_dns::metrics::Metrics;
-use keelway_dns::server::at_once::{Outcome, View, at_once};
+use keelway_dns::server::at_once::{Outcome, at_once};
 use keelway_dns::server::{REPLY_BYTES_MAX, Shared};
 use keelway_dns::settings::Settings;
 use keelway_dns::zone::{Pods, Zone, ZoneSettings};
@@ -311,28 +311,26 @@ async fn everything_that_has_come_is_answered_before_the_server_ends() {
     }
 }
 
-fn settings(pods: Pods) -> (std::sync::Arc<Shared>, Settings, Zone) {
+fn server(pods: Pods) -> std::sync::Arc<Shared> {
     let mut spec = spec(&["127.0.0.1:9".parse().expect("an address")]);
     spec.zone.pods = pods;
     let metrics = Metrics::default();
     let zone = Zone::of(spec.zone.clone(), &cluster(40));
-    let build = || Settings::build(spec.clone(), &metrics, None).expect("settings");
-    let settings = build();
-    (Shared::new(build(), Metrics::default()), settings, zone)
+    let settings = Settings::build(spec, &metrics, None).expect("settings");
+    let shared = Shared::new(settings, metrics);
+    shared.serve(zone);
+    shared
 }
 
 fn outcome(message: &[u8], out: &mut [u8]) -> Outcome {
     thread_local! {
-        static SERVER: (std::sync::Arc<Shared>, Settings, Zone) = settings(Pods::Insecure);
+        static SERVER: std::sync::Arc<Shared> = server(Pods::Insecure);
     }
-    SERVER.with(|(shared, settings, zone)| {
-        let view = View {
-            zone,
-            settings,
-            now: Instant::now(),
-        };
+    SERVER.with(|shared| {
+        let state = shared.state();
+        let view = shared.view(&state, Instant::now());
         let client = IpAddr::from([127, 0, 0, 1]);
-        at_once(shared, &view, message, client, Transport::Udp, 7, out)
+        at_once(&view, message, client, Transport::Udp, 7, out)
     })
 }
 
