@@ -117,33 +117,12 @@ async fn ask(
     key: &Key,
     client: IpAddr,
 ) -> Outcome {
-    let mut waiting = {
-        let mut flights = block.flights.lock().unwrap_or_else(PoisonError::into_inner);
-        match flights.get(key.bytes()) {
-            Some(waiting) => waiting.clone(),
-            None => {
-                // Before anyone can join: that this client has its share is nothing to others.
-                let place = match block.route(&question.name) {
-                    Some(route) => route.forwarder.place(client),
-                    None => Err(ForwardError::NoRoute),
-                };
-                let place = place.map_err(|error| {
-                    say_why(block, question, &error);
-                    Arc::new(error)
-                })?;
-                let (tell, waiting) = watch::channel(None);
-                flights.insert(key.bytes().into(), waiting.clone());
-                // A task of its own: it ends, and tells all, also when who came first gives up.
-                let flight = Flight {
-                    block: block.clone(),
-                    key: *key,
-                    tell,
-                };
-                tokio::spawn(flight.fly(question.clone(), metrics.clone(), place));
-                waiting
-            }
-        }
-    };
+    let joined = join(block, metrics, question, key, client);
+    // Here, where nothing is locked: whoever reads the log may be slow.
+    let mut waiting = joined.map_err(|error| {
+        say_why(block, question, &error);
+        Arc::new(error)
+    })?;
     match waiting.wait_for(Option::is_some).await {
         Ok(outcome) => match &*outcome {
             Some(outcome) => outcome.clone(),
@@ -152,6 +131,35 @@ async fn ask(
         // The task is gone without a word: it panicked, or the runtime is ending.
         Err(_) => Err(Arc::new(ForwardError::Silence(Duration::ZERO))),
     }
+}
+
+/// Where the answer to a question will be: that of whoever has asked it already, or of the client, in a place of its own.
+fn join(
+    block: &Arc<Block>,
+    metrics: &Arc<Metrics>,
+    question: &Question,
+    key: &Key,
+    client: IpAddr,
+) -> Result<watch::Receiver<Option<Outcome>>, ForwardError> {
+    let mut flights = block.flights.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(waiting) = flights.get(key.bytes()) {
+        return Ok(waiting.clone());
+    }
+    // Before anyone can join: that this client has its share is nothing to others.
+    let route = block.route(&question.name).ok_or(ForwardError::NoRoute)?;
+    let place = route.forwarder.place(client)?;
+    let (tell, waiting) = watch::channel(None);
+    flights.insert(key.bytes().into(), waiting.clone());
+    // A task of its own: it ends, and tells all, also when who came first gives up.
+    let flight = Flight {
+        block: block.clone(),
+        key: *key,
+        tell,
+    };
+    // A runtime that is ending drops it here and now, which takes it out again.
+    drop(flights);
+    tokio::spawn(flight.fly(question.clone(), metrics.clone(), place));
+    Ok(waiting)
 }
 
 /// A line for the operator about a question that could not be asked.
@@ -220,6 +228,9 @@ pub fn code_of(error: &ForwardError) -> Rcode {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+    use std::sync::Mutex;
+
     use tokio::net::UdpSocket;
 
     use super::*;
@@ -258,6 +269,7 @@ mod tests {
             }
         });
         let mut block = BlockSpec::of(vec![Name::root()]);
+        block.log.errors = true;
         block.routes.push(RouteSpec {
             zone: Name::root(),
             except: Vec::new(),
@@ -299,5 +311,27 @@ mod tests {
             matches!(refused.as_deref(), Err(error) if matches!(**error, ForwardError::Busy(_)))
         );
         assert!(answered.is_ok());
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_for_whoever_reads_of_a_refusal() {
+        let (block, metrics) = (block().await, Arc::new(Metrics::default()));
+        let free: Arc<Mutex<Vec<bool>>> = Arc::default();
+        let (seen, others) = (free.clone(), block.clone());
+        let log = tracing_subscriber::fmt().with_writer(move || {
+            let is_free = others.flights.try_lock().is_ok();
+            seen.lock().expect("no panic").push(is_free);
+            io::sink()
+        });
+        let _log = tracing::subscriber::set_default(log.finish());
+        let greedy = IpAddr::from([10, 0, 0, 1]);
+        for silent in ["n1.example.org", "n2.example.org"] {
+            let (block, metrics) = (block.clone(), metrics.clone());
+            tokio::spawn(async move { fetch(&block, &metrics, &question(silent), greedy).await });
+            tokio::task::yield_now().await;
+        }
+        let asked = question("www.example.org");
+        assert!(fetch(&block, &metrics, &asked, greedy).await.is_err());
+        assert_eq!(*free.lock().expect("no panic"), [true]);
     }
 }
