@@ -86,7 +86,7 @@ enum Task {
         #[arg(long, env = "KEELWAY_TEST_PROFILE", default_value = "dev")]
         profile: String,
     },
-    /// Try the API's parsers with inputs that libFuzzer makes up: each target for so many seconds
+    /// Try the API's parsers and the DNS with inputs that libFuzzer makes up: each target for so many seconds
     Fuzz {
         /// Targets (the names in fuzz/fuzz_targets); all when none is named
         names: Vec<String>,

@@ -32,7 +32,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("keelway-kubelet", &[]),
     ("keelway", &[]),
     ("keelway-image-programs", &[]),
-    ("keelway-fuzz", &[]),
+    ("keelway-fuzz", &["cluster-model"]),
     ("xtask", &[]),
 ];
 const IMPORT_ANYTHING: &[&str] = &["keelway-tests", "keelway-bench"];
