@@ -125,7 +125,7 @@ impl Peer {
     }
 }
 
-/// Why the API server cannot start.
+/// Why the API server cannot start, or go on.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     #[error(transparent)]
@@ -138,6 +138,8 @@ pub enum StartError {
     AuditLog { path: String, reason: String },
     #[error("cannot prepare the cluster's first objects: {0}")]
     Bootstrap(String),
+    #[error(transparent)]
+    Lost(StoreError),
 }
 
 /// What is served: the versions that v1.36 serves unless told otherwise, which are the stable ones.
@@ -206,7 +208,7 @@ impl Api {
         Ok(api)
     }
 
-    /// Serves until the stop token fires.
+    /// Serves until the stop token fires, or the state is another one than what was read: then all is to start anew.
     pub async fn serve(self: Arc<Self>, listeners: Vec<TcpListener>) -> Result<(), StartError> {
         let tls = Arc::new(listener::server_tls(
             &self.config.pki_dir,
@@ -216,7 +218,11 @@ impl Api {
         let announced = tokio::spawn(self.clone().stay_announced());
         tokio::spawn(self.clone().forget_unused_encodings());
         tokio::spawn(self.clone().keep_allocations());
-        listener::serve(self, tls, listeners, stop).await;
+        let store = self.store.clone();
+        tokio::select! {
+            () = listener::serve(self, tls, listeners, stop) => {}
+            lost = store.lost() => return Err(StartError::Lost(lost)),
+        }
         // A panic there is in the log, and nothing that is served here depends on it.
         let _ = announced.await;
         Ok(())

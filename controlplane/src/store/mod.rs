@@ -212,6 +212,11 @@ pub trait Store: Send + Sync + 'static {
     /// Waits until a revision has been reached.
     fn reached(&self, revision: Revision) -> BoxFuture<'_, ()>;
 
+    /// Waits until the state is another one than what was read of it: nothing that was made of it holds, and it is to be opened anew.
+    fn lost(&self) -> BoxFuture<'_, StoreError> {
+        Box::pin(std::future::pending())
+    }
+
     /// Whether other processes may write to it too.
     fn is_shared(&self) -> bool;
 

@@ -219,6 +219,13 @@ impl Server {
         (status.success(), asked.elapsed())
     }
 
+    /// Waits until the process ends by itself, and returns whether that was as it should be.
+    pub fn ended(&self) -> bool {
+        let child = self.process.lock().expect("process").take();
+        let mut child = child.expect("a running server");
+        child.wait().expect("it ends").success()
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }

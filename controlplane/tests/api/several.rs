@@ -199,3 +199,19 @@ async fn any_control_plane_may_go() {
     assert!(second.terminate().0, "it ends well");
     assert_eq!(led_to(&client).await, BTreeSet::from([first.identity()]));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_whose_etcd_is_put_back_ends_and_starts_anew() {
+    let mut etcd = Etcd::start("http", &[]);
+    let server = Server::start_on(&etcd);
+    server.kubectl("create configmap kept");
+    etcd.keep("before");
+    etcd.restart();
+    server.kubectl("create configmap lost");
+    etcd.put_back("before");
+    etcd.restart();
+    assert!(!server.ended(), "it says that something was wrong");
+    server.launch();
+    assert!(server.kubectl("get configmaps").contains("kept"));
+    server.kubectl_fails("get configmap lost", "");
+}

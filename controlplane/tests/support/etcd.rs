@@ -12,7 +12,7 @@ pub struct Etcd {
     pub child: Child,
     flags: Vec<String>,
     endpoint: String,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 impl Etcd {
@@ -52,7 +52,7 @@ impl Etcd {
             child: spawn(&flags),
             flags,
             endpoint,
-            _folder: folder,
+            folder,
         }
     }
 
@@ -76,6 +76,25 @@ impl Etcd {
         // It may have ended by itself.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+
+    /// Stops it, and keeps its data as they are; the name is for [`Etcd::put_back`].
+    pub fn keep(&mut self, name: &str) {
+        self.kill();
+        self.copy("data", name);
+    }
+
+    /// Stops it, and puts its data back to what they were.
+    pub fn put_back(&mut self, name: &str) {
+        self.kill();
+        std::fs::remove_dir_all(self.folder.path().join("data")).expect("its data");
+        self.copy(name, "data");
+    }
+
+    fn copy(&self, from: &str, to: &str) {
+        let [from, to] = [from, to].map(|name| self.folder.path().join(name));
+        let copied = Command::new("cp").arg("-a").args([from, to]).status();
+        assert!(copied.is_ok_and(|status| status.success()));
     }
 
     /// On the same data and addresses.

@@ -9,6 +9,7 @@ use std::time::Duration;
 use etcd_client::{Client, Event as EtcdEvent, EventType, GetOptions, WatchOptions};
 use tokio::sync::Notify;
 
+use super::lineage::{Found, Lineage};
 use super::{Members, Record, Replica, Revision, Space, StoreError, revision_of, signed, unsigned};
 use crate::store::Change;
 use crate::store::replica::{Event, Records};
@@ -24,12 +25,15 @@ pub(super) struct Follower {
     pub replica: Replica,
     /// Somebody waits for a revision that does not come.
     pub doubt: Arc<Notify>,
+    pub lineage: Arc<Lineage>,
 }
 
 /// Why a watch ended.
 enum Ended {
     /// What should come next is forgotten.
     Compacted,
+    /// It is another history.
+    Replaced,
     Lost(String),
 }
 
@@ -42,6 +46,7 @@ impl Follower {
             let outcome = match self.follow().await {
                 Ended::Lost(reason) => Err(reason),
                 Ended::Compacted => self.reload().await.map_err(|error| error.to_string()),
+                Ended::Replaced => return,
             };
             if let Err(reason) = outcome {
                 tracing::warn!(%reason, "etcd's changes do not arrive; asking the next member");
@@ -70,6 +75,14 @@ impl Follower {
             Ok(stream) => stream,
             Err(error) => return Ended::Lost(error.to_string()),
         };
+        // Once it watches: what is put back from now on ends the watch.
+        let look = self.lineage.look(&self.members, &self.space, &self.replica);
+        match look.await {
+            Ok(Found::Same) => {}
+            Ok(Found::Compacted) => return Ended::Compacted,
+            Ok(Found::Other) => return Ended::Replaced,
+            Err(error) => return Ended::Lost(error.to_string()),
+        }
         loop {
             let message = tokio::select! {
                 message = stream.message() => message,

@@ -2,19 +2,29 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use etcd_client::Client;
 use tokio::sync::Mutex;
+use tokio::time::Instant;
 
 use super::{Members, StoreError};
 
 /// etcd gives no lease that is shorter than its elections.
 const TTL_S_MIN: u64 = 2;
 
+/// A lease of etcd.
+pub(super) struct Lease {
+    pub id: i64,
+    /// It was granted just now.
+    pub fresh: bool,
+}
+
 pub(super) struct Leases {
     members: Arc<Members>,
-    /// By when they end, in seconds since the epoch.
+    /// What ends are counted from: a clock that nobody sets, as etcd's own for leases.
+    began: Instant,
+    /// By when they end, in seconds.
     granted: Mutex<BTreeMap<u64, i64>>,
 }
 
@@ -22,28 +32,40 @@ impl Leases {
     pub fn new(members: Arc<Members>) -> Self {
         Self {
             members,
+            began: Instant::now(),
             granted: Mutex::default(),
         }
     }
 
     /// A lease that ends a lifetime from now, rounded up by 1/64 of it.
-    pub async fn lasting(&self, lifetime: Duration) -> Result<i64, StoreError> {
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default()
-            .as_secs();
+    pub async fn lasting(&self, lifetime: Duration) -> Result<Lease, StoreError> {
+        let now = self.began.elapsed().as_secs();
         let ends = end(now, lifetime);
         let mut granted = self.granted.lock().await;
         *granted = granted.split_off(&(now + 1));
-        if let Some(lease) = granted.get(&ends) {
-            return Ok(*lease);
+        if let Some(id) = granted.get(&ends) {
+            return Ok(Lease {
+                id: *id,
+                fresh: false,
+            });
         }
         let ttl = i64::try_from(ends - now).unwrap_or(i64::MAX);
         let grant = |client: Client| async move { client.lease_client().grant(ttl, None).await };
-        let lease = self.members.ask_any("lease", grant).await?.id();
-        granted.insert(ends, lease);
-        Ok(lease)
+        let id = self.members.ask_any("lease", grant).await?.id();
+        granted.insert(ends, id);
+        Ok(Lease { id, fresh: true })
     }
+
+    /// Gives out a lease no more, which etcd does not have any more.
+    pub async fn forget(&self, lease: i64) {
+        let mut granted = self.granted.lock().await;
+        granted.retain(|_, id| *id != lease);
+    }
+}
+
+/// Whether a write failed because etcd does not have its lease.
+pub(super) fn is_gone(error: &StoreError) -> bool {
+    matches!(error, StoreError::Unavailable { reason, .. } if reason.contains("lease not found"))
 }
 
 fn end(now: u64, lifetime: Duration) -> u64 {

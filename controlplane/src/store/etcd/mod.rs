@@ -8,6 +8,7 @@ mod fence;
 mod follow;
 mod import;
 mod leases;
+mod lineage;
 mod members;
 mod membership;
 
@@ -30,6 +31,7 @@ use super::{Expect, Page, Range, Record, Revision, Store, StoreError, WatchStrea
 use fence::Fence;
 use follow::Follower;
 use leases::Leases;
+use lineage::Lineage;
 use members::Members;
 pub use membership::{EtcdMember, EtcdMembership};
 
@@ -104,6 +106,7 @@ pub struct Etcd {
     space: Space,
     replica: Replica,
     fence: Fence,
+    lineage: Arc<Lineage>,
     leases: Leases,
     /// Wakes the follower when it seems to hang.
     doubt: Arc<Notify>,
@@ -131,16 +134,18 @@ impl Etcd {
         check_format(&members, &space).await?;
         let (records, revision) = follow::load(&members, &space).await?;
         let replica = Replica::new(records, revision, Bounds::default());
-        let doubt = Arc::new(Notify::new());
+        let (doubt, lineage) = (Arc::new(Notify::new()), Arc::new(Lineage::new()));
         let mut tasks = JoinSet::new();
         let follower = Follower {
             members: members.clone(),
             space: space.clone(),
             replica: replica.clone(),
             doubt: doubt.clone(),
+            lineage: lineage.clone(),
         };
         tasks.spawn(follower.run());
-        let (fence, fencing) = Fence::new(members.clone(), &space);
+        let followed = (replica.clone(), lineage.clone());
+        let (fence, fencing) = Fence::new(members.clone(), &space, followed);
         tasks.spawn(fencing);
         tasks.spawn(compact(members.clone(), replica.clone()));
         tasks.spawn(members.clone().keep());
@@ -150,6 +155,7 @@ impl Etcd {
             space,
             replica,
             fence,
+            lineage,
             leases,
             doubt,
             _tasks: tasks,
@@ -162,6 +168,7 @@ impl Etcd {
         conditions: &[(&str, Expect)],
         operations: Vec<TxnOp>,
     ) -> Result<(Revision, Vec<TxnOpResponse>), StoreError> {
+        self.lineage.check()?;
         let paths = conditions.iter().map(|(key, _)| self.space.path(key));
         let compare = |(key, expect): &(&str, Expect)| {
             let path = self.space.path(key);
@@ -309,10 +316,18 @@ impl Store for Etcd {
         lifetime: Duration,
     ) -> BoxFuture<'a, Result<Record, StoreError>> {
         Box::pin(async move {
-            let lease = self.leases.lasting(lifetime).await?;
-            let options = PutOptions::new().with_lease(lease);
-            let first = (put(key, value, expect), Some(options));
-            self.write(first, Vec::new()).await
+            loop {
+                let lease = self.leases.lasting(lifetime).await?;
+                let options = PutOptions::new().with_lease(lease.id);
+                let first = (put(key, value.clone(), expect), Some(options));
+                match self.write(first, Vec::new()).await {
+                    // One that was granted earlier may have ended at etcd's clock; one that is new has not.
+                    Err(error) if leases::is_gone(&error) && !lease.fresh => {
+                        self.leases.forget(lease.id).await;
+                    }
+                    outcome => return outcome,
+                }
+            }
         })
     }
 
@@ -360,6 +375,10 @@ impl Store for Etcd {
 
     fn reached(&self, revision: Revision) -> BoxFuture<'_, ()> {
         Box::pin(self.replica.reached(revision))
+    }
+
+    fn lost(&self) -> BoxFuture<'_, StoreError> {
+        Box::pin(self.lineage.broken())
     }
 
     fn is_shared(&self) -> bool {

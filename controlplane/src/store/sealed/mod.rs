@@ -193,6 +193,10 @@ impl Store for Sealed {
         self.inner.reached(revision)
     }
 
+    fn lost(&self) -> BoxFuture<'_, StoreError> {
+        self.inner.lost()
+    }
+
     fn is_shared(&self) -> bool {
         self.inner.is_shared()
     }

@@ -6,6 +6,7 @@ mod losses;
 mod moves;
 #[path = "../../../../tests/support/etcd.rs"]
 mod process;
+mod restored;
 mod server;
 
 use super::*;
@@ -156,6 +157,7 @@ async fn a_follower_whose_history_was_compacted_reads_anew_and_says_so() {
         space: store.space.clone(),
         replica: store.replica.clone(),
         doubt: store.doubt.clone(),
+        lineage: store.lineage.clone(),
     };
     store._tasks.spawn(follower.run());
     assert!(matches!(
