@@ -1,6 +1,5 @@
 //! Lists and watches, as informers use them.
 
-use base64::Engine;
 use futures::{StreamExt, TryStreamExt};
 use http::Request;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, ServiceAccount};
@@ -10,10 +9,9 @@ use kube::api::{
 use kube::runtime::{WatchStreamExt, watcher};
 use serde_json::{Value, json};
 
-use crate::etcd::Etcd;
 use crate::server::Server;
 
-fn config_map(name: &str, label: &str) -> ConfigMap {
+pub fn config_map(name: &str, label: &str) -> ConfigMap {
     let metadata = ObjectMeta {
         name: Some(name.to_owned()),
         labels: Some([("set".to_owned(), label.to_owned())].into()),
@@ -26,7 +24,7 @@ fn config_map(name: &str, label: &str) -> ConfigMap {
 }
 
 /// Some raw watch events of a path.
-async fn events(client: &kube::Client, path: &str, count: usize) -> Vec<Value> {
+pub async fn events(client: &kube::Client, path: &str, count: usize) -> Vec<Value> {
     let request = Request::get(path).body(Vec::new()).expect("a request");
     let stream = client
         .request_events::<Value>(request)
@@ -205,101 +203,6 @@ async fn what_one_write_makes_of_two_kinds_is_watched_as_two() {
         assert_eq!(seen[0]["object"]["kind"], kind, "{path}");
         assert_eq!(seen[0]["object"]["apiVersion"], version, "{path}");
     }
-}
-
-#[tokio::test]
-async fn a_revision_that_is_about_to_come_is_waited_for() {
-    let etcd = Etcd::start("http", &[]);
-    for server in [Server::start(), Server::start_on(&etcd)] {
-        let client = server.client().await;
-        let maps: Api<ConfigMap> = Api::default_namespaced(client.clone());
-        let made = maps
-            .create(&PostParams::default(), &config_map("a", "a"))
-            .await;
-        let revision = made.expect("made").metadata.resource_version.expect("one");
-        let next = revision.parse::<u64>().expect("a number") + 1;
-        let path = |rest: &str| format!("/api/v1/namespaces/default/configmaps{rest}");
-        let ask = async |path: String| {
-            let request = Request::get(path).body(Vec::new()).expect("a request");
-            client.request_text(request).await.expect("an answer")
-        };
-        let write = async {
-            // Behind the others, since it asks first.
-            maps.get("a").await.expect("there");
-            let change = Patch::Merge(json!({"data": {"x": "y"}}));
-            let changed = maps.patch("a", &PatchParams::default(), &change).await;
-            changed.expect("changed");
-        };
-        let watched = path(&format!("?watch=1&resourceVersion={next}&timeoutSeconds=1"));
-        let (got, listed, watched, ()) = tokio::join!(
-            ask(path(&format!("/a?resourceVersion={next}"))),
-            ask(path(&format!("?resourceVersion={next}"))),
-            ask(watched),
-            write
-        );
-        assert!(got.contains(r#""x":"y""#), "{got}");
-        assert!(listed.contains(r#""x":"y""#), "{listed}");
-        assert_eq!(watched, "", "nothing has happened since");
-    }
-}
-
-#[tokio::test]
-async fn revisions_out_of_reach_are_told() {
-    let server = Server::start();
-    let client = server.client().await;
-    let (code, said) = server.raw("/api/v1/pods?resourceVersion=999999");
-    assert_eq!(code, 504);
-    assert!(
-        said["message"]
-            .as_str()
-            .is_some_and(|text| text.contains("Too large resource version")),
-        "{said}"
-    );
-    // The history is kept in memory: what was before the last start is expired.
-    let maps: Api<ConfigMap> = Api::default_namespaced(client.clone());
-    for name in ["x", "y"] {
-        maps.create(&PostParams::default(), &config_map(name, "a"))
-            .await
-            .expect("created");
-    }
-    let path = "/api/v1/namespaces/default/configmaps?limit=1";
-    let token = |list: &Value| {
-        let token = list["metadata"]["continue"].as_str().expect("a token");
-        token.to_owned()
-    };
-    let first = token(&server.raw(path).1);
-    // A list takes minutes at most, whether anything was written meanwhile or not.
-    let engine = base64::engine::general_purpose::URL_SAFE_NO_PAD;
-    let said = engine.decode(&first).expect("base64");
-    let mut old: Value = serde_json::from_slice(&said).expect("JSON");
-    old["since"] = (old["since"].as_i64().expect("a time") - 301).into();
-    let old = engine.encode(old.to_string());
-    let (code, expired) = server.raw(&format!("{path}&continue={old}"));
-    assert_eq!((code, &expired["reason"]), (410, &json!("Expired")));
-    // A change after it: the revision that the page is of is not the present one any more.
-    maps.create(&PostParams::default(), &config_map("z", "a"))
-        .await
-        .expect("created");
-    server.kill();
-    server.launch();
-    // A page that is too old comes with a token that goes on from there in the present state.
-    let (code, expired) = server.raw(&format!("{path}&continue={first}"));
-    assert_eq!((code, &expired["reason"]), (410, &json!("Expired")));
-    let (code, rest) = server.raw(&format!("{path}&continue={}", token(&expired)));
-    assert_eq!(
-        (code, &rest["items"][0]["metadata"]["name"]),
-        (200, &json!("y"))
-    );
-    let seen = events(
-        &client,
-        "/api/v1/namespaces?watch=true&resourceVersion=1",
-        1,
-    )
-    .await;
-    assert_eq!(
-        seen[0],
-        json!({"type": "ERROR", "code": 410, "reason": "Expired"})
-    );
 }
 
 #[tokio::test]
