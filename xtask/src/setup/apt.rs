@@ -42,6 +42,10 @@ const PACKAGES: &[(&str, &str)] = &[
         "the CRI client is generated from its definition",
     ),
     ("runc", "containerd starts containers with it"),
+    (
+        "strace",
+        "tests kill programs at their system calls, and make disks slow",
+    ),
     ("xz-utils", "unpacks archives"),
 ];
 

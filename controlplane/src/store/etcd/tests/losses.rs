@@ -30,7 +30,7 @@ pub fn start() -> Vec<process::Etcd> {
 }
 
 /// Stops a member where it is, or lets it go on.
-fn pause(member: &process::Etcd, paused: bool) {
+pub fn pause(member: &process::Etcd, paused: bool) {
     let signal = if paused { "-STOP" } else { "-CONT" };
     let sent = Command::new("kill")
         .args([signal, &member.child.id().to_string()])
@@ -39,11 +39,11 @@ fn pause(member: &process::Etcd, paused: bool) {
 }
 
 /// Writes until so many writes were answered; those that failed may have happened or not.
-async fn write(store: &Etcd, next: &mut usize, answered: &mut Vec<(usize, Revision)>) {
+pub async fn write(store: &Etcd, next: &mut usize, answered: &mut Vec<(usize, Revision)>) {
     let end = Instant::now() + Duration::from_secs(60);
     let goal = answered.len() + WRITES;
     while answered.len() < goal {
-        assert!(Instant::now() < end, "two of three members serve");
+        assert!(Instant::now() < end, "enough of etcd serves");
         let i = *next;
         *next += 1;
         match store.put(&pod(i), value(i), Expect::Absent).await {
@@ -54,23 +54,8 @@ async fn write(store: &Etcd, next: &mut usize, answered: &mut Vec<(usize, Revisi
     }
 }
 
-#[tokio::test]
-async fn any_member_may_be_lost_and_no_answered_write_is() {
-    let mut members = start();
-    let config = EtcdConfig::at(members.iter().map(|m| m.endpoint().to_owned()).collect());
-    let store = Etcd::connect(&config).await.unwrap();
-    let mut watch = store.watch("/core/pods/", store.revision()).await.unwrap();
-    let (mut next, mut answered) = (0, Vec::new());
-    write(&store, &mut next, &mut answered).await;
-    for victim in &mut members {
-        victim.kill();
-        write(&store, &mut next, &mut answered).await;
-        victim.restart();
-        pause(victim, true);
-        write(&store, &mut next, &mut answered).await;
-        pause(victim, false);
-        write(&store, &mut next, &mut answered).await;
-    }
+/// Holds what was answered, in order of revision, against what a watch tells from before the first of it, and both against a list.
+pub async fn check(store: &Etcd, mut watch: Box<dyn WatchStream>, answered: &[(usize, Revision)]) {
     let last = *answered.last().expect("writes were answered");
     let mut seen: Vec<(String, Revision)> = Vec::new();
     while seen.last().is_none_or(|(_, revision)| *revision < last.1) {
@@ -86,7 +71,7 @@ async fn any_member_may_be_lost_and_no_answered_write_is() {
         "in order, and once"
     );
     let told: BTreeSet<_> = seen.iter().cloned().collect();
-    for (i, revision) in &answered {
+    for (i, revision) in answered {
         assert!(told.contains(&(pod(*i), *revision)), "{i} at {revision}");
     }
     // What the watch told of is all there is, failed writes that happened included.
@@ -99,4 +84,24 @@ async fn any_member_may_be_lost_and_no_answered_write_is() {
     let told_by_then: BTreeSet<_> = told.into_iter().filter(|(_, r)| *r <= last.1).collect();
     let listed_by_then: BTreeSet<_> = listed.into_iter().filter(|(_, r)| *r <= last.1).collect();
     assert_eq!(told_by_then, listed_by_then);
+}
+
+#[tokio::test]
+async fn any_member_may_be_lost_and_no_answered_write_is() {
+    let mut members = start();
+    let config = EtcdConfig::at(members.iter().map(|m| m.endpoint().to_owned()).collect());
+    let store = Etcd::connect(&config).await.unwrap();
+    let watch = store.watch("/core/pods/", store.revision()).await.unwrap();
+    let (mut next, mut answered) = (0, Vec::new());
+    write(&store, &mut next, &mut answered).await;
+    for victim in &mut members {
+        victim.kill();
+        write(&store, &mut next, &mut answered).await;
+        victim.restart();
+        pause(victim, true);
+        write(&store, &mut next, &mut answered).await;
+        pause(victim, false);
+        write(&store, &mut next, &mut answered).await;
+    }
+    check(&store, watch, &answered).await;
 }

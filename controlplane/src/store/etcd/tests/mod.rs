@@ -8,6 +8,8 @@ mod moves;
 mod process;
 mod restored;
 mod server;
+mod slow;
+mod users;
 
 use super::*;
 use crate::store::Change;

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair,
-    date_time_ymd,
+    BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType,
+    ExtendedKeyUsagePurpose, IsCa, KeyPair, date_time_ymd,
 };
 
 use super::process;
@@ -17,8 +17,12 @@ pub struct Server {
 
 impl Server {
     pub fn start() -> Self {
+        Self::start_flagged(&[])
+    }
+
+    pub fn start_flagged(flags: &[String]) -> Self {
         Self {
-            process: process::Etcd::start("http", &[]),
+            process: process::Etcd::start("http", flags),
             identity: None,
         }
     }
@@ -68,18 +72,30 @@ impl Tls {
         let issuer = CertifiedIssuer::self_signed(authority, key).expect("an authority");
         std::fs::write(folder.path().join("ca.crt"), issuer.pem()).expect("the folder takes files");
         let tls = Self { folder, issuer };
-        tls.sign("server", ExtendedKeyUsagePurpose::ServerAuth, DAY);
+        tls.sign("server", "server", ExtendedKeyUsagePurpose::ServerAuth, DAY);
         tls.sign_client(DAY);
         tls
     }
 
     /// Puts another certificate of the client in the place of the one there is, good for so long.
     pub fn sign_client(&self, life: Duration) {
-        self.sign("client", ExtendedKeyUsagePurpose::ClientAuth, life);
+        self.sign(
+            "client",
+            "client",
+            ExtendedKeyUsagePurpose::ClientAuth,
+            life,
+        );
     }
 
-    fn sign(&self, name: &str, usage: ExtendedKeyUsagePurpose, life: Duration) {
+    /// As [`Tls::sign_client`], in the name of a user of etcd.
+    pub fn sign_user(&self, user: &str) {
+        self.sign("client", user, ExtendedKeyUsagePurpose::ClientAuth, DAY);
+    }
+
+    fn sign(&self, file: &str, name: &str, usage: ExtendedKeyUsagePurpose, life: Duration) {
         let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned()]).expect("a name");
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, name);
         params.extended_key_usages = vec![usage];
         let since = std::time::SystemTime::UNIX_EPOCH
             .elapsed()
@@ -88,7 +104,7 @@ impl Tls {
         let key = KeyPair::generate().expect("a key");
         let certificate = params.signed_by(&key, &self.issuer).expect("a certificate");
         for (kind, text) in [("crt", certificate.pem()), ("key", key.serialize_pem())] {
-            let path = self.path(&format!("{name}.{kind}"));
+            let path = self.path(&format!("{file}.{kind}"));
             std::fs::write(path, text).expect("the folder takes files");
         }
     }
