@@ -15,6 +15,7 @@ mod kubectl;
 mod kubelet;
 mod linear;
 mod pressure;
+mod renewing;
 mod revisions;
 mod rolling;
 mod selecting;
