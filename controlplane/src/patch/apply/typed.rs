@@ -83,56 +83,33 @@ fn element(item: &Value, ty: &'static Type, keys: &[&str]) -> String {
 
 /// The fields of `new` that `old` does not have with the same value. With no `old`: all fields.
 pub fn changed(old: Option<&Value>, new: &Value, kind: Kind) -> Set {
-    let mut out = Set::default();
-    if old == Some(new) {
-        return out;
-    }
-    match (kind, new) {
-        (Kind::Struct(_) | Kind::Map(_), Value::Object(object)) if !object.is_empty() => {
-            for (name, value) in object {
-                let child = changed(old.and_then(|o| o.get(name)), value, kind.of_child(name));
-                if !child.is_empty() {
-                    out.children.insert(format!("f:{name}"), child);
-                }
-            }
-        }
-        (Kind::Keyed(ty, keys), Value::Array(items)) if !items.is_empty() => {
-            for item in items {
-                let id = element(item, ty, keys);
-                let before = find(old, &id, ty, keys);
-                let mut child = changed(before, item, Kind::Struct(ty));
-                child.member = before.is_none();
-                if !child.is_empty() {
-                    out.children.insert(id, child);
-                }
-            }
-        }
-        (Kind::Set, Value::Array(items)) if !items.is_empty() => {
-            for item in items {
-                if !old
-                    .and_then(Value::as_array)
-                    .is_some_and(|o| o.contains(item))
-                {
-                    out.children.insert(format!("v:{item}"), Set::leaf());
-                }
-            }
-        }
-        _ => out.member = old != Some(new),
-    }
-    out
+    differing(new, old, kind, |_, _| true)
 }
 
 /// The fields of `old` that `new` does not have, whatever their values. With no `new`: all fields.
 pub fn gone(old: &Value, new: Option<&Value>, kind: Kind) -> Set {
+    differing(old, new, kind, |new, kind| {
+        new.is_none_or(|new| has_parts(new, kind))
+    })
+}
+
+/// The fields of `value` in which it differs from `other`; of those that have no parts and differ, the ones that `counts` says, told
+/// what the other has there.
+fn differing(
+    value: &Value,
+    other: Option<&Value>,
+    kind: Kind,
+    counts: fn(Option<&Value>, Kind) -> bool,
+) -> Set {
     let mut out = Set::default();
-    if new == Some(old) {
+    if other == Some(value) {
         return out;
     }
-    match (kind, old) {
+    match (kind, value) {
         (Kind::Struct(_) | Kind::Map(_), Value::Object(object)) if !object.is_empty() => {
             for (name, value) in object {
-                let after = new.and_then(|new| new.get(name));
-                let child = gone(value, after, kind.of_child(name));
+                let other = other.and_then(|other| other.get(name));
+                let child = differing(value, other, kind.of_child(name), counts);
                 if !child.is_empty() {
                     out.children.insert(format!("f:{name}"), child);
                 }
@@ -141,23 +118,23 @@ pub fn gone(old: &Value, new: Option<&Value>, kind: Kind) -> Set {
         (Kind::Keyed(ty, keys), Value::Array(items)) if !items.is_empty() => {
             for item in items {
                 let id = element(item, ty, keys);
-                let after = find(new, &id, ty, keys);
-                let mut child = gone(item, after, Kind::Struct(ty));
-                child.member = after.is_none();
+                let other = find(other, &id, ty, keys);
+                let mut child = differing(item, other, Kind::Struct(ty), counts);
+                child.member = other.is_none();
                 if !child.is_empty() {
                     out.children.insert(id, child);
                 }
             }
         }
         (Kind::Set, Value::Array(items)) if !items.is_empty() => {
-            let after = new.and_then(Value::as_array);
+            let others = other.and_then(Value::as_array);
             for item in items {
-                if !after.is_some_and(|after| after.contains(item)) {
+                if !others.is_some_and(|others| others.contains(item)) {
                     out.children.insert(format!("v:{item}"), Set::leaf());
                 }
             }
         }
-        _ => out.member = new.is_none_or(|new| has_parts(new, kind)),
+        _ => out.member = counts(other, kind),
     }
     out
 }
