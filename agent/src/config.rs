@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::balancer::Pools;
-use cluster_model::watch::ApiOptions;
+use cluster_model::watch::{self, ApiOptions};
 use ipnetwork::IpNetwork;
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
@@ -342,36 +342,44 @@ impl RunFlags {
     /// Refuses an address of the API server that is a Service's, as pods have it in their environment. Names are not looked up.
     fn reach_api_server(&self) -> Result<(), ConfigError> {
         let (from, host) = match (&self.snapshot, &self.api_server, &self.kubeconfig) {
-            (None, Some(url), _) => {
-                let host = url.parse::<hyper::Uri>().ok();
-                (
-                    "--api-server",
-                    host.and_then(|uri| uri.host().map(str::to_owned)),
-                )
+            (None, Some(url), _) => ("--api-server", host_of(url)),
+            // Of its clusters, whichever the context names: none can be one of this cluster's Services. What is no kubeconfig is
+            // said when it is used.
+            (None, None, Some(path)) => {
+                let mut hosts = watch::servers(path)
+                    .into_iter()
+                    .filter_map(|url| host_of(&url));
+                let within = |host: &String| self.service_range_of(host).is_some();
+                ("--kubeconfig", hosts.find(within))
             }
             (None, None, None) => {
                 let host = std::env::var(SERVICE_HOST).ok();
                 (SERVICE_HOST, host)
             }
-            _ => return Ok(()),
+            (Some(_), ..) => return Ok(()),
         };
-        let host = host.unwrap_or_default();
-        let Ok(address) = host.trim_matches(['[', ']']).parse::<IpAddr>() else {
-            return Ok(());
-        };
-        match self
-            .service_cidr
-            .iter()
-            .find(|range| range.contains(address))
-        {
-            Some(range) => Err(ConfigError::ApiServer {
+        match host.and_then(|host| self.service_range_of(&host)) {
+            Some((address, range)) => Err(ConfigError::ApiServer {
                 from,
                 address,
-                range: *range,
+                range,
             }),
             None => Ok(()),
         }
     }
+
+    /// A host that is an address in a range of Services, and the range.
+    fn service_range_of(&self, host: &str) -> Option<(IpAddr, IpNetwork)> {
+        let address = host.trim_matches(['[', ']']).parse::<IpAddr>().ok()?;
+        let mut ranges = self.service_cidr.iter();
+        let range = ranges.find(|range| range.contains(address))?;
+        Some((address, *range))
+    }
+}
+
+fn host_of(url: &str) -> Option<String> {
+    let uri = url.parse::<hyper::Uri>().ok()?;
+    uri.host().map(str::to_owned)
 }
 
 /// In a folder of its own, so that a container can be given this socket without the other one.

@@ -15,7 +15,8 @@ use clap::{Parser, Subcommand};
 use keelway_agent::balancer;
 use keelway_agent::config::{Config, RunFlags, Source};
 use keelway_agent::event::Event;
-use keelway_agent::health::serve_proxy;
+use keelway_agent::health::{listen, serve_proxy};
+use keelway_agent::net::{AddressNews, NetlinkError};
 use keelway_agent::source::Feed;
 use keelway_agent::supervisor::Predecessors;
 use keelway_agent::worker::{LastWords, Worker, reason};
@@ -143,6 +144,7 @@ fn work(flags: RunFlags) -> anyhow::Result<ExitCode> {
     if let Err(error) = share::serve(&config.share, events.clone()) {
         tracing::warn!(socket = %config.share.display(), %error, "the cluster is not shared");
     }
+    follow_addresses(events.clone());
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -189,10 +191,12 @@ fn work(flags: RunFlags) -> anyhow::Result<ExitCode> {
             tokio::spawn(serve_proxy(address, feed.health.clone(), measures));
         }
         if let Some(address) = config.metrics {
-            let listener = metrics::bind(address)
-                .await
-                .with_context(|| format!("--metrics {address}"))?;
-            tokio::spawn(metrics::serve(listener, events.clone()));
+            let events = events.clone();
+            tokio::spawn(async move {
+                // An address that somebody else has is waited for: nobody's traffic depends on metrics.
+                let listener = listen("metrics", address).await;
+                metrics::serve(listener, events).await;
+            });
         }
         if !config.runtimes.is_empty() {
             tokio::spawn(sandboxes::follow(config.runtimes.clone(), events.clone()));
@@ -216,6 +220,30 @@ fn work(flags: RunFlags) -> anyhow::Result<ExitCode> {
     runtime.shutdown_background();
     ended?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Tells the loop whenever the node's addresses may have changed. What cannot be followed is looked at every 10 s all the same.
+fn follow_addresses(events: mpsc::Sender<Event>) {
+    let follow = move || -> Result<(), NetlinkError> {
+        let news = AddressNews::open()?;
+        loop {
+            // What came before this was followed is news as well.
+            if events.send(Event::AddressesChanged).is_err() {
+                return Ok(());
+            }
+            news.wait()?;
+        }
+    };
+    let followed = std::thread::Builder::new()
+        .name("addresses".to_owned())
+        .spawn(move || {
+            if let Err(error) = follow() {
+                tracing::warn!(%error, "addresses are looked at every 10 s only");
+            }
+        });
+    if let Err(error) = followed {
+        tracing::warn!(%error, "addresses are looked at every 10 s only");
+    }
 }
 
 /// Whether the parent with id 1 is a supervisor of ours, as in a container without an init of its own.

@@ -488,7 +488,7 @@ impl Node {
     }
 
     /// The node's own addresses: backends at them are processes of the host.
-    fn settle_host_addresses(&mut self, kernel: &mut Kernel) -> Result<(), NodeError> {
+    pub fn settle_host_addresses(&mut self, kernel: &mut Kernel) -> Result<(), NodeError> {
         let ipv6 = self.ipv6;
         let own = |ip: &IpAddr| match ip {
             IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),

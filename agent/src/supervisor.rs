@@ -27,6 +27,8 @@ const SHORT_LIFE: Duration = Duration::from_secs(1);
 const SHORT_LIVES: u32 = 3;
 /// which pauses this long between workers: it costs little, and the next one is there in time.
 const PAUSE: Duration = Duration::from_millis(50);
+/// Where the configuration has become wrong under a worker that ran, it is read again as often.
+const CONFIG_PAUSE: Duration = Duration::from_secs(1);
 
 /// What ended the supervisor.
 #[derive(Debug, thiserror::Error)]
@@ -82,7 +84,9 @@ pub fn run(socket_path: &Path, arguments: &[OsString]) -> Result<ExitCode, Super
         if stopping {
             return Ok(ExitCode::SUCCESS);
         }
-        if status.code() == Some(EXIT_CONFIG.into()) {
+        let misconfigured = status.code() == Some(EXIT_CONFIG.into());
+        // What the first one was started with is refused. What becomes wrong later ends nothing that runs: whoever asks waits.
+        if misconfigured && predecessors.count == 0 {
             return Ok(ExitCode::from(EXIT_CONFIG));
         }
         tracing::warn!(%status, "the worker ended; another one begins");
@@ -95,7 +99,9 @@ pub fn run(socket_path: &Path, arguments: &[OsString]) -> Result<ExitCode, Super
         } else {
             0
         };
-        if short_lives >= SHORT_LIVES {
+        if misconfigured {
+            std::thread::sleep(CONFIG_PAUSE);
+        } else if short_lives >= SHORT_LIVES {
             std::thread::sleep(PAUSE);
         }
     }

@@ -129,7 +129,7 @@ fn metrics_and_health_follow_the_report() {
         let (events, inbox) = channel();
         play(inbox, report);
         let listener = runtime
-            .block_on(metrics::bind(([127, 0, 0, 1], 0).into()))
+            .block_on(tokio::net::TcpListener::bind(("127.0.0.1", 0)))
             .expect("bind");
         let port = listener.local_addr().expect("an address").port();
         runtime.spawn(metrics::serve(listener, events));

@@ -123,6 +123,13 @@ pub fn credentials(options: &ApiOptions) -> Vec<PathBuf> {
     files
 }
 
+/// The servers that a kubeconfig names; none when it cannot be read, which is said when a client is made of it.
+pub fn servers(kubeconfig: &Path) -> Vec<String> {
+    let read = Kubeconfig::read_from(kubeconfig).unwrap_or_default();
+    let clusters = read.clusters.into_iter().filter_map(|one| one.cluster);
+    clusters.filter_map(|cluster| cluster.server).collect()
+}
+
 /// What a watch reports.
 #[derive(Clone, Debug)]
 pub enum Report {
@@ -289,7 +296,7 @@ impl Backoff for Pauses {
     }
 }
 
-/// Whether a server has answered, and refuses whoever asks: by a status, or already by an alert of TLS.
+/// Whether a server has answered, and one of the two refuses the other: by a status, or already in the handshake of TLS.
 fn refuses(error: &watcher::Error) -> bool {
     use watcher::Error::{
         InitialListFailed, NoResourceVersion, WatchError, WatchFailed, WatchStartFailed,
@@ -304,7 +311,13 @@ fn refuses(error: &watcher::Error) -> bool {
         InitialListFailed(error) | WatchStartFailed(error) | WatchFailed(error) => {
             let error: &(dyn std::error::Error + 'static) = error;
             let mut causes = std::iter::successors(Some(error), |error| error.source());
-            causes.any(|cause| cause.to_string().contains("received fatal alert"))
+            // An alert of the server's, or a server that whoever asks does not take for its own: the authority is another by now.
+            causes.any(|cause| {
+                let words = cause.to_string();
+                ["received fatal alert", "invalid peer certificate"]
+                    .iter()
+                    .any(|refusal| words.contains(refusal))
+            })
         }
     }
 }

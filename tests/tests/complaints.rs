@@ -285,3 +285,82 @@ fn a_pod_reaches_api_server_and_services_from_its_first_moment() {
         }
     }
 }
+
+/// Two nodes, the first of which is told `flags`.
+fn told(test: &str, flags: impl FnOnce(&std::path::Path) -> Vec<String>) -> Option<Lab> {
+    if !is_root(test) {
+        return None;
+    }
+    let sandbox = Sandbox::enter().expect("a sandbox");
+    let dir = tempfile::tempdir().expect("a folder");
+    let flags = flags(dir.path());
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    let (cluster, nodes) = two_dual_stack_nodes(&sandbox, dir.path(), &flags).expect("two nodes");
+    cluster.write(&[]).expect("the cluster's file");
+    Some(Lab {
+        cluster,
+        nodes,
+        dir,
+        _sandbox: sandbox,
+    })
+}
+
+/// An agent that ends because somebody has its port takes the node's network with it, for numbers.
+#[test]
+fn an_agent_whose_port_for_metrics_is_taken_works_and_has_it_later() {
+    let test = "an_agent_whose_port_for_metrics_is_taken";
+    let metrics = "127.0.0.1:9555";
+    let Some(mut lab) = told(test, |_| vec!["--metrics".into(), metrics.into()]) else {
+        return;
+    };
+    let [node, _] = &mut lab.nodes;
+    let taken = node.host.run(|| TcpListener::bind(metrics));
+    let taken = taken.expect("a listener");
+    node.start().expect("an agent that is ready");
+    drop(taken);
+    until("metrics", || {
+        let answer = node.host.run(|| -> Result<String> {
+            let mut stream = TcpStream::connect(metrics)?;
+            stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+            stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            Ok(answer)
+        });
+        Ok(answer.ok().filter(|answer| answer.contains("keelway_")))
+    })
+    .expect("metrics");
+    assert_eq!(node.report().expect("a report")["restarts"], 0);
+}
+
+/// A configuration that becomes wrong while the agent runs ends it no sooner than before, and no worker of it leaves the node alone.
+#[test]
+fn a_configuration_that_becomes_wrong_is_read_again_until_it_is_right() {
+    let test = "a_configuration_that_becomes_wrong";
+    let right = "pools: [{name: link, addresses: [198.18.0.200/29]}]";
+    let with_pools = |dir: &std::path::Path| {
+        let pools = dir.join("pools.yaml");
+        fs::write(&pools, right).expect("pools");
+        let path = pools.to_str().expect("a path").to_owned();
+        vec!["--load-balancer-config".to_owned(), path]
+    };
+    let Some(mut lab) = told(test, with_pools) else {
+        return;
+    };
+    let pools = lab.dir.path().join("pools.yaml");
+    let [node, _] = &mut lab.nodes;
+    node.start().expect("an agent");
+    fs::write(&pools, "pools: what").expect("a file");
+    node.kill_worker().expect("another worker");
+    // The second one has ended by itself when there is a third.
+    let second = node.worker().ok();
+    until("a worker that reads it again", || {
+        Ok(node.worker().ok().filter(|now| Some(*now) != second))
+    })
+    .expect("a third worker");
+    fs::write(&pools, right).expect("pools");
+    node.wait("ready", |report| {
+        report["ready"] == true && report["restarts"].as_u64() >= Some(2)
+    })
+    .expect("it is right again");
+}

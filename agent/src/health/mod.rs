@@ -15,7 +15,7 @@ use cluster_model::{ServiceKey, Snapshot};
 
 pub use book::{Book, HealthCheck, HealthOp, plan};
 pub use proxy::{HealthAnswer, ProxyHealth};
-pub use servers::{Complaint, Servers, serve_proxy};
+pub use servers::{Complaint, Servers, listen, serve_proxy};
 
 /// The health checks of this node: wishes, servers, and what went wrong.
 #[derive(Default)]

@@ -235,20 +235,25 @@ impl ServiceAnswers {
     }
 }
 
-/// Serves the proxy's own `/healthz` and `/livez` until the process ends; a port that is taken is tried for again.
-pub async fn serve_proxy(address: SocketAddr, health: Arc<ProxyHealth>, measures: Measures) {
+/// Binds the address as soon as it can be had. `what` is to be served there, for the log.
+pub async fn listen(what: &'static str, address: SocketAddr) -> TcpListener {
     let mut complained = false;
-    let listener = loop {
+    loop {
         match TcpListener::bind(address).await {
-            Ok(listener) => break listener,
+            Ok(listener) => return listener,
             Err(error) if !complained => {
                 complained = true;
-                tracing::warn!(%address, %error, "health: cannot listen; it is tried again");
+                tracing::warn!(%address, %error, what, "cannot listen; it is tried again");
             }
             Err(_) => {}
         }
         tokio::time::sleep(RETRY).await;
-    };
+    }
+}
+
+/// Serves the proxy's own `/healthz` and `/livez` until the process ends; a port that is taken is tried for again.
+pub async fn serve_proxy(address: SocketAddr, health: Arc<ProxyHealth>, measures: Measures) {
+    let listener = listen("health", address).await;
     accept(listener, move |request| {
         std::future::ready(proxy_answer(request.uri().path(), &health, &measures))
     })

@@ -6,7 +6,6 @@ mod render;
 pub use measures::{Extent, Measures};
 
 use std::convert::Infallible;
-use std::net::SocketAddr;
 use std::sync::mpsc::{Sender, sync_channel};
 use std::time::Duration;
 
@@ -47,11 +46,6 @@ pub async fn serve(listener: TcpListener, events: Sender<Event>) {
             }
         });
     }
-}
-
-/// Binds the address, with the reason when it cannot be had.
-pub async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
-    TcpListener::bind(address).await
 }
 
 async fn answer(

@@ -2,6 +2,7 @@
 
 pub(crate) mod answer;
 mod filter;
+mod follow;
 pub mod iptables;
 mod kernel;
 mod message;
@@ -15,6 +16,7 @@ mod shape;
 mod sys;
 
 pub use filter::{Direction, Filter};
+pub use follow::AddressNews;
 pub use kernel::{Kernel, Link, Uplink};
 pub use netlink::{Netlink, NetlinkError};
 pub use overlay::{OVERLAY, OverlayPeer, overhead, overlay_link_local, overlay_mac};

@@ -12,7 +12,7 @@ use keelway_cni::{
 use nix::errno::Errno;
 
 use super::background::in_background;
-use super::{Pods, ToWire, Wiring, now};
+use super::{ADDRESSES, Pods, ToWire, Wiring, now};
 use crate::addresses::{Ask, host_interface};
 use crate::event::{Event, Reply};
 use crate::net::{Kernel, Limits, Link, Netlink, PodWire, everything, pod_gateway, wire_pod};
@@ -124,7 +124,7 @@ impl Pods {
             self.pool.release(&one.wire.host_interface);
             self.unsaved = true;
             let error = CniError::new(Code::Io, "the pod's address cannot be written down")
-                .with_details(self.problem.as_deref().unwrap_or_default());
+                .with_details(self.problems.get(ADDRESSES).map_or("", String::as_str));
             self.respond("ADD", &one.reply, Response::Error(error));
         }
     }

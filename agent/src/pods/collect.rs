@@ -7,7 +7,7 @@ use std::time::Instant;
 use keelway_cni::protocol::Response;
 use keelway_cni::{Attachment, CniError, Code, spool};
 
-use super::{Pods, now, pod_links, remove_pod};
+use super::{BURYING, DELETIONS, INTERFACES, Pods, now, pod_links, remove_pod};
 use crate::event::Reply;
 use crate::net::{Kernel, Link};
 use crate::node::{Node, NodeError};
@@ -95,12 +95,19 @@ impl Pods {
     pub fn upkeep(&mut self, kernel: &mut Kernel, mut node: Option<&mut Node>) {
         match spool::list(&self.spool) {
             Ok(waiting) => {
+                self.problems.remove(DELETIONS);
                 for attachment in waiting {
                     tracing::info!(%attachment, "doing a deletion that waited");
                     self.delete(attachment, None, kernel, node.as_deref_mut());
                 }
             }
-            Err(error) => self.problem = Some(format!("{}: {error}", self.spool.display())),
+            Err(error) => {
+                let why = format!("{}: {error}", self.spool.display());
+                self.problems.insert(DELETIONS, why);
+            }
+        }
+        if self.problems.contains_key(BURYING) {
+            self.start_burying(true);
         }
         let Some(node) = node else { return };
         let compared = kernel.links().map_err(NodeError::from).and_then(|links| {
@@ -109,8 +116,9 @@ impl Pods {
             node.apply(&remove_pod(&gone))?;
             self.keep_routes(&links_of_pods, kernel, node)
         });
-        if let Err(error) = compared {
-            self.problem = Some(reason(&error));
+        match compared {
+            Ok(()) => drop(self.problems.remove(INTERFACES)),
+            Err(error) => drop(self.problems.insert(INTERFACES, reason(&error))),
         }
     }
 

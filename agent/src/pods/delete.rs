@@ -8,7 +8,7 @@ use keelway_cni::protocol::Response;
 use keelway_cni::{Attachment, CniError, Code, spool};
 
 use super::background::in_background;
-use super::{Deletion, Pods, now};
+use super::{ADDRESSES, BURYING, DELETIONS, Deletion, Pods, now};
 use crate::addresses::host_interface;
 use crate::event::{Event, Reply};
 use crate::net::{Kernel, Netlink};
@@ -90,11 +90,12 @@ impl Pods {
         for one in std::mem::take(&mut self.deletions) {
             let response = if saved {
                 if let Err(error) = spool::remove(&self.spool, &one.attachment) {
-                    self.problem = Some(format!("{}: {error}", self.spool.display()));
+                    let why = format!("{}: {error}", self.spool.display());
+                    self.problems.insert(DELETIONS, why);
                 }
                 Response::Done
             } else {
-                let why = self.problem.as_deref().unwrap_or_default();
+                let why = self.problems.get(ADDRESSES).map_or("", String::as_str);
                 Response::Error(
                     CniError::new(Code::Io, "the deletion cannot be written down")
                         .with_details(why),
@@ -106,9 +107,10 @@ impl Pods {
         }
     }
 
-    /// Begins to remove the interfaces of deleted pods, all that there are, unless some are being removed.
-    pub(super) fn start_burying(&mut self) {
-        if !self.burying.is_empty() {
+    /// Begins to remove the interfaces of deleted pods, all that there are, unless some are being removed. Those that could not be
+    /// removed are tried `again` with the upkeep.
+    pub(super) fn start_burying(&mut self, again: bool) {
+        if !self.burying.is_empty() || (!again && self.problems.contains_key(BURYING)) {
             return;
         }
         let names: Vec<String> = self.pool.dying_interfaces().map(str::to_owned).collect();
@@ -129,6 +131,7 @@ impl Pods {
         let names = std::mem::take(&mut self.burying);
         match outcome {
             Ok(()) => {
+                self.problems.remove(BURYING);
                 for name in &names {
                     self.unsaved |= self.pool.buried(name, now());
                     self.indexes.remove(name);
@@ -137,7 +140,7 @@ impl Pods {
             Err(error) => {
                 let why = reason(&error);
                 tracing::warn!(?names, why, "interfaces of deleted pods are left");
-                self.problem = Some(format!("interfaces of deleted pods are left: {why}"));
+                self.problems.insert(BURYING, why);
             }
         }
     }

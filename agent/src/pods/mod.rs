@@ -32,6 +32,15 @@ use crate::node::{Node, NodeError};
 use crate::plan::{ServicePlan, host_ports_key, plan_host_ports};
 use crate::report::Report;
 
+/// Parts that something may be wrong with: what is written down of pods,
+const ADDRESSES: &str = "addresses";
+/// deletions that wait in the spool,
+const DELETIONS: &str = "deletions";
+/// interfaces of pods that are there,
+const INTERFACES: &str = "interfaces";
+/// and those of pods that are gone.
+const BURYING: &str = "interfaces of deleted pods";
+
 /// The pods of this node and their addresses.
 pub struct Pods {
     pool: Pool,
@@ -59,7 +68,8 @@ pub struct Pods {
     collect_after: Duration,
     /// The pool changed since it was written.
     unsaved: bool,
-    problem: Option<String>,
+    /// What is wrong now, by the part that is concerned.
+    problems: BTreeMap<&'static str, String>,
     requests: BTreeMap<String, u64>,
     add_last_us: u64,
 }
@@ -89,14 +99,14 @@ impl Pods {
     /// The pods that an earlier agent wrote down.
     pub fn load(config: &Config, events: Sender<Event>) -> Self {
         let file = AddressFile::new(&config.state_dir);
-        let mut problem = None;
+        let mut problems = BTreeMap::new();
         let pool = file.load().unwrap_or_else(|error| {
             // The interfaces of this node say the same; only names of pods are lost.
             let aside = file
                 .set_aside()
                 .map(|path| format!("; it is kept as {}", path.display()))
                 .unwrap_or_default();
-            problem = Some(format!("{error}{aside}"));
+            problems.insert(ADDRESSES, format!("{error}{aside}"));
             Pool::default()
         });
         Self {
@@ -115,7 +125,7 @@ impl Pods {
             orphans: HashMap::new(),
             collect_after: config.collect_after,
             unsaved: false,
-            problem,
+            problems,
             requests: BTreeMap::new(),
             add_last_us: 0,
         }
@@ -243,7 +253,7 @@ impl Pods {
         let saved = self.save();
         self.answer_deletions(saved);
         if saved {
-            self.start_burying();
+            self.start_burying(false);
             self.start_wiring();
         } else {
             self.refuse_waiting();
@@ -293,12 +303,12 @@ impl Pods {
         match self.file.save(&self.pool) {
             Ok(()) => {
                 self.unsaved = false;
-                self.problem = None;
+                self.problems.remove(ADDRESSES);
                 true
             }
             Err(error) => {
                 tracing::error!(%error, "addresses cannot be written down");
-                self.problem = Some(error.to_string());
+                self.problems.insert(ADDRESSES, error.to_string());
                 false
             }
         }
@@ -336,9 +346,10 @@ impl Pods {
         report.interfaces_to_remove = self.pool.dying_interfaces().count();
         report.cni_requests.clone_from(&self.requests);
         report.cni_add_last_us = self.add_last_us;
+        let problems = self.problems.iter();
         report
             .problems
-            .extend(self.problem.iter().map(|why| format!("addresses: {why}")));
+            .extend(problems.map(|(part, why)| format!("{part}: {why}")));
     }
 }
 

@@ -49,6 +49,7 @@ impl Worker {
             }
             Event::Verified => self.verified = true,
             Event::PathsChanged => self.routes_due = true,
+            Event::AddressesChanged => self.addresses_due = true,
             Event::Report { reply } => {
                 let _ = reply.send(Box::new(self.current_report()));
             }

@@ -84,6 +84,8 @@ pub struct Worker {
     routes: Routes,
     /// The ways to other nodes are to be looked at.
     routes_due: bool,
+    /// The node's own addresses are to be looked at.
+    addresses_due: bool,
     /// Services have been planned and applied at least once since this process began.
     services_applied: bool,
     /// The last batch failed: what the maps lack is tried again with the next upkeep.
@@ -141,6 +143,7 @@ impl Worker {
             pods,
             routes,
             routes_due: false,
+            addresses_due: false,
             services_applied: false,
             retry: false,
             datagrams_due: false,
@@ -194,6 +197,7 @@ impl Worker {
             // What is taken up to here is in the batch; what comes in from now on waits for the next.
             let taken = Instant::now();
             self.settle_node()?;
+            self.settle_host_addresses();
             self.settle_services(taken, false);
             if std::mem::take(&mut self.verified) {
                 self.hang();
@@ -293,6 +297,21 @@ impl Worker {
         self.settle_node_ports(true);
         self.settle_names(true);
         Ok(())
+    }
+
+    /// Follows the node's own addresses: each has its node ports.
+    fn settle_host_addresses(&mut self) {
+        if !std::mem::take(&mut self.addresses_due) {
+            return;
+        }
+        // A node that is yet to be set up finds them then.
+        let Some(node) = self.node.as_mut() else {
+            return;
+        };
+        if let Err(error) = node.settle_host_addresses(&mut self.kernel) {
+            // The next upkeep tries again.
+            self.problem("upkeep", reason(&error));
+        }
     }
 
     /// A Service whose address is in none of the ranges that this agent was told: the host's own packets do not find it.
