@@ -26,8 +26,12 @@ pub type Reply<T> = SyncSender<T>;
 /// One thing that happened. The loop in [`crate::worker`] takes them in order, many at a time.
 #[derive(Debug)]
 pub enum Event {
-    /// The cluster changed, or could not be watched; with the time at which this process learnt it.
-    Cluster { report: WatchReport, seen: Instant },
+    /// The cluster changed, or could not be watched; with the time at which this process learnt it. What changed at once is told at
+    /// once, so that no plan is made of half of it.
+    Cluster {
+        reports: Vec<WatchReport>,
+        seen: Instant,
+    },
     /// A request came by the agent's socket, with the network namespace for an ADD or a CHECK.
     Request {
         request: Request,

@@ -31,10 +31,10 @@ pub struct Feed {
 }
 
 impl Feed {
-    /// False when nobody listens any more.
-    fn send(&self, report: Report) -> bool {
+    /// Tells what happened at once. False when nobody listens any more.
+    fn send(&self, reports: Vec<Report>) -> bool {
         let seen = Instant::now();
-        let concerns_maps = match &report {
+        let concerns_maps = |report: &Report| match report {
             Report::Change(Change::Upsert(object)) => concerns_maps(object.kind()),
             Report::Change(Change::Remove(gone)) => concerns_maps(gone.kind),
             Report::Change(Change::Replace(kind, _)) => concerns_maps(*kind),
@@ -43,10 +43,10 @@ impl Feed {
             | Report::Refused
             | Report::Failed { .. } => false,
         };
-        if concerns_maps {
+        if reports.iter().any(concerns_maps) {
             self.health.queued(seen);
         }
-        self.events.send(Event::Cluster { report, seen }).is_ok()
+        self.events.send(Event::Cluster { reports, seen }).is_ok()
     }
 }
 
@@ -76,7 +76,7 @@ pub async fn feed(source: Source, feed: Feed) {
                             kind: Kind::Node,
                             error: error.to_string(),
                         };
-                        if !feed.send(report) {
+                        if !feed.send(vec![report]) {
                             return;
                         }
                     }
@@ -93,7 +93,7 @@ pub async fn feed(source: Source, feed: Feed) {
                     // The loop has ended already when this fails.
                     let _ = feed.events.send(Event::CredentialsReplaced);
                 }
-                if !feed.send(report) {
+                if !feed.send(vec![report]) {
                     break;
                 }
             }
@@ -127,7 +127,8 @@ impl Credentials {
     }
 }
 
-/// Reads the file now and whenever it changes. A file that cannot be read changes nothing.
+/// Reads the file now and whenever it changes. A file that cannot be read changes nothing. All kinds of one reading are one event: Services
+/// whose endpoints come with the next would refuse their clients in between.
 fn follow(path: &Path, feed: &Feed) -> Result<(), FollowError> {
     let failed = |what, errno: nix::errno::Errno| FollowError {
         path: path.into(),
@@ -152,10 +153,8 @@ fn follow(path: &Path, feed: &Feed) -> Result<(), FollowError> {
                 error,
             }],
         };
-        for report in reports {
-            if !feed.send(report) {
-                return Ok(());
-            }
+        if !feed.send(reports) {
+            return Ok(());
         }
         loop {
             let changed = inotify
@@ -195,4 +194,51 @@ fn read(path: &Path) -> Result<Vec<Change>, String> {
         .into_iter()
         .map(|kind| Change::Replace(kind, of(kind)))
         .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn all_that_a_file_says_comes_as_one_event() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("cluster.json");
+        let empty = r#"{"kind": "List", "apiVersion": "v1", "items": []}"#;
+        let write = || {
+            let partial = path.with_extension("new");
+            std::fs::write(&partial, empty).expect("a file");
+            std::fs::rename(partial, &path).expect("in its place");
+        };
+        write();
+        let (events, heard) = mpsc::channel();
+        let feed = Feed {
+            events,
+            health: Arc::default(),
+        };
+        let followed = path.clone();
+        let following = thread::spawn(move || follow(&followed, &feed));
+        let next = || match heard.recv().expect("an event") {
+            Event::Cluster { reports, .. } => {
+                let kind = |report: &Report| match report {
+                    Report::Change(Change::Replace(kind, _)) => *kind,
+                    other => panic!("{other:?}"),
+                };
+                reports.iter().map(kind).collect::<Vec<_>>()
+            }
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(next(), KINDS);
+        write();
+        assert_eq!(next(), KINDS);
+        drop(heard);
+        write();
+        following
+            .join()
+            .expect("no panic")
+            .expect("it ends with its listener");
+    }
 }

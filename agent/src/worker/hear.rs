@@ -15,7 +15,11 @@ use crate::record::{Happening, chosen};
 impl Worker {
     pub(super) fn take(&mut self, event: Event) {
         match event {
-            Event::Cluster { report, seen } => self.hear(report, seen),
+            Event::Cluster { reports, seen } => {
+                for report in reports {
+                    self.hear(report, seen);
+                }
+            }
             Event::Request {
                 request,
                 netns,
