@@ -452,7 +452,9 @@ fn apply(state: &mut State, batch: &Batch) {
             Op::RemoveVip { addr } => {
                 state.vips.remove(addr).expect("was there");
             }
-            Op::RenewService { id } => assert!(state.services.contains_key(id)),
+            Op::RenewService { id, backends } => {
+                assert_eq!(state.services.get(id), Some(backends), "as it is");
+            }
             other => panic!("{other:?} is not about Services"),
         }
         for (frontend, lead) in &state.frontends {

@@ -186,9 +186,11 @@ pub enum Op {
         id: ServiceId,
     },
     /// Gives a service port's backends another generation, by which flows of datagrams look whether what they asked leads there still:
-    /// after frontends that led to it lead elsewhere. Comes after all frontends of its batch. Of one that is gone nothing is renewed.
+    /// after frontends that led to it lead elsewhere. Comes after all frontends of its batch, and has the backends that are wished: with what
+    /// the maps hold, a table that had no room would be forgotten. Of one that is gone nothing is renewed.
     RenewService {
         id: ServiceId,
+        backends: ServiceBackends,
     },
     /// Sets all ranges from which clients may come to a service port by guarded frontends; none lets nobody in.
     SetSources {

@@ -293,10 +293,9 @@ impl<M: MapIo> Tables<M> {
         self.io.set_frontends(&set)?;
         self.io.remove_frontends(&removed)?;
         self.io.remove_ranges(stale_ranges)?;
-        for id in &batch.renewed {
+        for (id, wished) in &batch.renewed {
             if self.placed.contains_key(id) && !matches!(batch.services.get(id), Some(None)) {
-                let backends = self.backends(*id);
-                self.place(*id, &backends, now)?;
+                self.renew(*id, wished, now)?;
             }
         }
         for (id, backends) in &batch.services {
@@ -313,6 +312,17 @@ impl<M: MapIo> Tables<M> {
             frontends: batch.frontends.len() as u32,
             local_addresses: batch.locals.len() as u32,
         })
+    }
+
+    /// Gives a service another generation, with the backends that are wished; where there is no room for them, with those that it has.
+    fn renew(&mut self, id: u32, wished: &ServiceBackends, now: Instant) -> Result<(), Error> {
+        match self.place(id, wished, now) {
+            Err(error) if error.is_limit() => {
+                let held = self.backends(id);
+                self.place(id, &held, now)
+            }
+            placed => placed,
+        }
     }
 
     /// Writes a service's backends to a new extent, leads the service there, and lets the old one rest.
@@ -477,7 +487,7 @@ pub(super) fn frontend_of(key: &FrontendKey, lead: &RawLead) -> Option<(Frontend
 #[derive(Default)]
 struct Batch {
     services: BTreeMap<u32, Option<ServiceBackends>>,
-    renewed: BTreeSet<u32>,
+    renewed: BTreeMap<u32, ServiceBackends>,
     ranges: BTreeMap<u32, BTreeSet<RangeKey>>,
     frontends: BTreeMap<FrontendKey, Option<RawLead>>,
     locals: BTreeMap<Addr, Option<LocalAddress>>,
@@ -495,8 +505,8 @@ impl Batch {
                 Op::RemoveService { id } => {
                     batch.services.insert(checked(*id)?, None);
                 }
-                Op::RenewService { id } => {
-                    batch.renewed.insert(checked(*id)?);
+                Op::RenewService { id, backends } => {
+                    batch.renewed.insert(checked(*id)?, backends.clone());
                 }
                 Op::SetSources { id, sources } => {
                     let id = checked(*id)?;

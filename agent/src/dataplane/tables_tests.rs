@@ -279,7 +279,11 @@ fn a_renewed_service_is_the_same_in_another_generation_after_all_frontends() {
     let gone = Op::RemoveFrontend {
         frontend: frontend("10.96.0.1:443"),
     };
-    let ops = [Op::RenewService { id }, gone.clone()];
+    let renew = || Op::RenewService {
+        id,
+        backends: had.clone(),
+    };
+    let ops = [renew(), gone.clone()];
     tables.apply(&ops, Instant::now()).unwrap();
     assert!(tables.io.service(1).generation > before.generation);
     assert_eq!(tables.backends(1), had);
@@ -290,10 +294,7 @@ fn a_renewed_service_is_the_same_in_another_generation_after_all_frontends() {
         tables.io.log
     );
     // One that goes in the same batch, or is gone, comes to nothing.
-    for ops in [
-        vec![Op::RenewService { id }, Op::RemoveService { id }],
-        vec![Op::RenewService { id }],
-    ] {
+    for ops in [vec![renew(), Op::RemoveService { id }], vec![renew()]] {
         tables.apply(&ops, Instant::now()).unwrap();
         assert_eq!(tables.io.service(1), ServiceRef::default());
     }
@@ -715,6 +716,43 @@ fn a_table_without_room_leaves_its_service_served_and_is_told() {
     tables.maglev.blocks = 0;
     tables.apply(once, Instant::now()).unwrap();
     assert_eq!(tables.maglev().refused, 0);
+}
+
+#[test]
+fn a_renewed_service_gets_the_table_that_had_no_room() {
+    let mut tables = Tables::adopt(Memory::default()).unwrap();
+    let now = Instant::now();
+    tables.maglev.blocks = limits::MAGLEV_BLOCKS - 1;
+    let set = by_table(&["10.0.0.1:80", "10.0.0.2:80"]);
+    let Op::SetService { id, backends } = set.clone() else {
+        panic!("{set:?}");
+    };
+    let wished = ServiceBackends {
+        direct: true,
+        ..backends
+    };
+    tables.apply(&[set], now).unwrap();
+    assert_eq!(tables.backends(id.0).maglev, 0);
+    tables.maglev.blocks = 0;
+    let renew = Op::RenewService {
+        id,
+        backends: wished.clone(),
+    };
+    tables.apply(&[renew], now).unwrap();
+    assert_eq!(tables.backends(id.0), wished);
+    assert_eq!(tables.maglev().refused, 0);
+    // Without room for what is wished it is renewed all the same.
+    let before = tables.io.service(id.0).generation;
+    let many = Op::RenewService {
+        id,
+        backends: ServiceBackends {
+            active: vec![wished.active[0]; limits::BACKENDS_PER_SERVICE as usize + 1],
+            ..wished.clone()
+        },
+    };
+    tables.apply(&[many], now).unwrap();
+    assert!(tables.io.service(id.0).generation > before);
+    assert_eq!(tables.backends(id.0), wished);
 }
 
 #[test]

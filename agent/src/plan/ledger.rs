@@ -48,6 +48,9 @@ struct Touched {
     ids: BTreeSet<ServiceId>,
     frontends: BTreeSet<Frontend>,
     vips: BTreeSet<IpAddr>,
+    /// Service ports that something led to which leads elsewhere now. Held until that is told in the maps: once the frontends are there,
+    /// nothing else says so.
+    left: BTreeSet<ServiceId>,
 }
 
 impl Touched {
@@ -56,6 +59,7 @@ impl Touched {
         self.ids.extend(other.ids);
         self.frontends.extend(other.frontends);
         self.vips.extend(other.vips);
+        self.left.extend(other.left);
     }
 }
 
@@ -308,17 +312,27 @@ impl Ledger {
             }
         }
         let (mut set_frontends, mut removed_frontends) = (Vec::new(), Vec::new());
-        // Service ports that something leads to no longer.
-        let mut left = BTreeSet::new();
+        let mut left = Vec::new();
         for frontend in &self.touched.frontends {
             let (wish, held) = (
                 self.wished_lead(frontend),
                 self.held.frontends.get(frontend),
             );
-            if let Some(held) = held {
+            // Until it has a frontend of its own, an address of the node is led by that of all of them.
+            let every = || {
+                let every = frontend.on_every_address();
+                let held = self.held.frontends.get(&every).copied();
+                held.into_iter().chain(self.wished_lead(&every))
+            };
+            let shadowed = wish.filter(|_| held.is_none()).map(|_| every());
+            for had in held
+                .copied()
+                .into_iter()
+                .chain(shadowed.into_iter().flatten())
+            {
                 let ends = [
-                    (held.internal, wish.map(|wish| wish.internal)),
-                    (held.external, wish.map(|wish| wish.external)),
+                    (had.internal, wish.map(|wish| wish.internal)),
+                    (had.external, wish.map(|wish| wish.external)),
                 ];
                 let ends = ends.into_iter().filter(|(had, has)| *has != Some(*had));
                 left.extend(ends.map(|(had, _)| had));
@@ -345,8 +359,12 @@ impl Ledger {
                 }));
             }
         }
-        left.retain(|id| self.wished(*id).is_some());
-        let renewed = left.into_iter().map(|id| Op::RenewService { id }).collect();
+        self.touched.left.extend(left);
+        let renewed = self.touched.left.iter().filter_map(|id| {
+            let backends = self.wished(*id)?.backends.clone();
+            Some(Op::RenewService { id: *id, backends })
+        });
+        let renewed = renewed.collect();
         // A marker comes after the frontends of its address and goes before them: between the two a port would be
         // rejected that has a Service.
         let order = [
@@ -375,7 +393,9 @@ impl Ledger {
                 let wished: HashSet<&SocketAddr> = backends.all().collect();
                 held.any(|backend| !wished.contains(backend))
             }
-            Op::SetFrontend { frontend, .. } => self.held.frontends.contains_key(frontend),
+            Op::SetFrontend { frontend, .. } => [*frontend, frontend.on_every_address()]
+                .iter()
+                .any(|led| self.held.frontends.contains_key(led)),
             Op::RemoveService { .. } | Op::RemoveFrontend { .. } => true,
             _ => false,
         })

@@ -31,7 +31,7 @@ fn renewed(ledger: &mut Ledger, state: &mut State, services: Vec<Service>) -> Ve
         .iter()
         .enumerate()
         .filter_map(|(at, op)| match op {
-            Op::RenewService { id } => {
+            Op::RenewService { id, .. } => {
                 assert!(Some(at) > last, "before what it is for");
                 Some(*id)
             }
@@ -64,6 +64,99 @@ fn a_service_that_loses_an_address_and_goes_on_is_renewed() {
     };
     assert_eq!(turn(vec![exposed(TrafficPolicy::Cluster)]), []);
     assert_eq!(turn(vec![exposed(TrafficPolicy::Local)]), [a]);
+}
+
+/// A Service with a node port, or with an address of a node and the same port.
+fn at_node(name: &str, ip: u8, every: bool, external: &[u8]) -> Service {
+    Service {
+        service_type: ServiceType::NodePort,
+        ports: vec![ServicePort {
+            node_port: every.then_some(30080),
+            ..service_port("http", Protocol::Tcp, 30080)
+        }],
+        ..reached(name, ip, external)
+    }
+}
+
+#[test]
+fn a_frontend_of_an_address_renews_what_it_shadows_at_all_of_them() {
+    let (mut ledger, mut state) = (Ledger::adopt(State::default()), State::default());
+    let mut turn = |services: Vec<Service>| renewed(&mut ledger, &mut state, services);
+    let every = || at_node("a", 1, true, &[]);
+    assert_eq!(turn(vec![every()]), []);
+    let a = ServiceId(1);
+    assert_eq!(turn(vec![every(), at_node("b", 2, false, &[7])]), [a]);
+    // One more that it shadows for itself changes nothing; one that goes has what it shadowed asked again.
+    let both = vec![at_node("a", 1, true, &[8]), at_node("b", 2, false, &[7])];
+    assert_eq!(turn(both), []);
+    let b = at_node("b", 2, false, &[]);
+    assert_eq!(turn(vec![at_node("a", 1, true, &[8]), b]).len(), 1);
+}
+
+/// Which service ports have clients by now that are to look where they are led, after each operation of a batch.
+fn owe(owed: &mut BTreeSet<ServiceId>, state: &State, op: &Op) {
+    let lead = |frontend: &dataplane::Frontend| {
+        let led = state.frontends.get(frontend);
+        led.or_else(|| state.frontends.get(&frontend.on_every_address()))
+    };
+    match op {
+        Op::SetFrontend { frontend, lead: to } => {
+            let had = lead(frontend)
+                .map(|had| [(had.internal, to.internal), (had.external, to.external)]);
+            let left = had.into_iter().flatten().filter(|(had, to)| had != to);
+            owed.extend(left.map(|(had, _)| had));
+        }
+        Op::RemoveFrontend { frontend } => {
+            let had = state.frontends.get(frontend).expect("was there");
+            owed.extend([had.internal, had.external]);
+        }
+        Op::RenewService { id, .. } | Op::RemoveService { id } => {
+            owed.remove(id);
+        }
+        _ => {}
+    }
+}
+
+proptest! {
+    #[test]
+    fn whoever_was_led_elsewhere_looks_again_whatever_fails_on_the_way(
+        // Of each turn: who has which addresses, how much of its batch comes into the maps, and whether it waits for room then.
+        turns in prop::collection::vec((0u8..4, 0u8..4, any::<bool>(), 0usize..12, any::<bool>()), 1..8),
+    ) {
+        let (mut ledger, mut state) = (Ledger::adopt(State::default()), State::default());
+        let mut owed = BTreeSet::new();
+        let mut apply_some = |ledger: &mut Ledger, state: &mut State, count: usize, parks: bool| {
+            let batch = ledger.diff();
+            for op in batch.ops.iter().take(count) {
+                owe(&mut owed, state, op);
+                let one = Batch { ops: vec![op.clone()], refusals: vec![] };
+                apply(state, &one);
+            }
+            if count >= batch.ops.len() {
+                ledger.applied(&batch);
+            } else {
+                ledger.hold(state.clone());
+                if parks {
+                    ledger.park();
+                }
+            }
+            owed.clone()
+        };
+        for (a, b, every, count, parks) in turns {
+            let external = |bits: u8| -> Vec<u8> {
+                [7u8, 8].into_iter().zip([1, 2]).filter(|(_, bit)| bits & bit != 0).map(|(ip, _)| ip).collect()
+            };
+            let services = vec![at_node("a", 1, every, &external(a)), at_node("b", 2, false, &external(b))];
+            let cluster = snapshot(services, vec![]);
+            for service in cluster.services() {
+                ledger.set(&service.key, plan(&cluster, &service.key, &here()));
+            }
+            apply_some(&mut ledger, &mut state, count, parks);
+        }
+        ledger.resume();
+        let still = apply_some(&mut ledger, &mut state, usize::MAX, false);
+        prop_assert_eq!(still, BTreeSet::new());
+    }
 }
 
 fn mapping(host_port: u16) -> keelway_cni::PortMapping {

@@ -196,7 +196,11 @@ fn datagrams_leave_a_service_that_lost_what_they_ask_and_connections_stay() {
                 }),
             );
         }
-        ops.push(Op::RenewService { id: first });
+        let renew = |id, backend| Op::RenewService {
+            id,
+            backends: family.backends(&[backend], &[]),
+        };
+        ops.push(renew(first, old));
         fresh.dataplane.apply(&ops).unwrap();
         assert_eq!(asks(&fresh, PodIngress, pod, vip), led(pod, new));
         assert_eq!(
@@ -214,7 +218,7 @@ fn datagrams_leave_a_service_that_lost_what_they_ask_and_connections_stay() {
                 protocol: Protocol::Udp,
             },
         };
-        let ops = [gone, Op::RenewService { id: second }];
+        let ops = [gone, renew(second, new)];
         fresh.dataplane.apply(&ops).unwrap();
         let (_, refusal) = asks(&fresh, PodIngress, pod, vip);
         assert_eq!(
