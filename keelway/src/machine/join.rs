@@ -93,14 +93,9 @@ pub struct JoinFlags {
     /// Become a control plane too, by a token for that
     #[arg(long, requires = "certificate_key")]
     control_plane: bool,
-    /// Key of the cluster's keys, as `keelway token create --control-plane` prints it
-    #[arg(
-        long,
-        value_name = "KEY",
-        requires = "control_plane",
-        env = "KEELWAY_CERTIFICATE_KEY",
-        hide_env_values = true
-    )]
+    /// File with the key of the cluster's keys, as `keelway token create --control-plane` prints it; `-` reads it from standard input,
+    /// after a token that comes from there
+    #[arg(long, value_name = "FILE", requires = "control_plane")]
     certificate_key: Option<String>,
     /// Another address or name that clients reach this API server by, for its certificate
     #[arg(long = "tls-san", value_name = "NAME", requires = "control_plane")]
@@ -251,6 +246,8 @@ pub async fn run(
     program: &Path,
 ) -> Result<(), MachineError> {
     let token: Token = read_token(&flags.token)?.parse()?;
+    let key = flags.certificate_key.as_deref();
+    let key = key.map(SealingKey::read).transpose()?;
     let hash: CaHash = flags.ca_hash.parse()?;
     let node = node_name(flags.node.node_name.as_deref())?;
     let own = own_addresses(&flags.node.node_ip)?;
@@ -262,20 +259,20 @@ pub async fn run(
         let step = progress.step(format!("cluster known, by {address}"));
         let cluster = discovery::discover(address, &token, &hash).await?;
         let facts = ask(&cluster, &token, &node, &own).await?;
-        let role = match flags.certificate_key {
+        let role = match key {
             Some(_) => Role::ControlPlane,
             None => Role::Worker,
         };
         let mut known = MachineState::new(&facts.name, &node, role, &own);
         dir.write(&known)?;
-        let control_plane = match &flags.certificate_key {
+        let control_plane = match &key {
             Some(_) if facts.store == "embedded" => {
                 return Err(MachineError::Refused(share::NOT_SHARED.to_owned()));
             }
             Some(key) => {
                 let config = with_token(&format!("https://{address}"), &cluster.ca, &token);
                 let client = ClusterApi::new(&config).await?.client();
-                let shared = Shared::fetch(client, &key.parse::<SealingKey>()?).await?;
+                let shared = Shared::fetch(client, key).await?;
                 let mut made = as_control_plane(&dir, flags, (&facts, &own), &shared)?;
                 if shared.brings_members() {
                     member::check(machine)?;

@@ -56,6 +56,10 @@ pub enum ShareError {
         "{0:?} is no key of certificates: one is of 64 hexadecimal digits, as `keelway token create --control-plane` prints it"
     )]
     Key(String),
+    #[error(
+        "a key of certificates is no argument, which everybody on the machine can read: --certificate-key names a file with it, or `-` for standard input"
+    )]
+    Told,
     #[error("this machine has no randomness, or its keys cannot be sealed")]
     Seal,
     #[error(
@@ -108,6 +112,23 @@ impl FromStr for SealingKey {
 }
 
 impl SealingKey {
+    /// Reads the key from a file, or from the next line of standard input, which `-` stands for.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn read(from: &str) -> Result<Self, ShareError> {
+        if from.parse::<Self>().is_ok() {
+            return Err(ShareError::Told);
+        }
+        let mut text = String::new();
+        let read = match from {
+            "-" => std::io::stdin().read_line(&mut text).map(drop),
+            path => fs::read_to_string(path).map(|read| text = read),
+        };
+        read.map_err(|error| ShareError::Read(from.to_owned(), error))?;
+        text.trim().parse()
+    }
+
     fn new() -> Result<Self, ShareError> {
         let mut bytes = [0; 32];
         let filled = SystemRandom::new().fill(&mut bytes);
@@ -345,5 +366,11 @@ mod tests {
         for bad in ["", "zz", &"g".repeat(64), &"a".repeat(63)] {
             assert!(bad.parse::<SealingKey>().is_err());
         }
+        let told = SealingKey::read(&key.to_string());
+        assert!(matches!(told, Err(ShareError::Told)));
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        fs::write(file.path(), format!("{key}\n")).expect("written");
+        let path = file.path().display().to_string();
+        assert!(SealingKey::read(&path).expect("a key") == key);
     }
 }

@@ -51,13 +51,10 @@ fn a_second_control_plane_joins_on_etcd_and_takes_over() {
         .refused();
     assert!(refused.contains("keelway store migrate"), "{refused}");
     let mut plain = joining(&first.keelway(&["token", "create"]).ok());
-    let key = "a".repeat(64);
-    plain.extend([
-        "--control-plane".to_owned(),
-        "--certificate-key".to_owned(),
-        key,
-    ]);
-    let refused = second.keelway(&second.join(&plain)).refused();
+    plain.extend(["--control-plane", "--certificate-key", "-"].map(str::to_owned));
+    let refused = second
+        .keelway_with_input(&second.join(&plain), &"a".repeat(64))
+        .refused();
     assert!(refused.contains("keelway store migrate"), "{refused}");
     assert!(!second.state.exists(), "something is left");
 
@@ -82,10 +79,16 @@ fn a_second_control_plane_joins_on_etcd_and_takes_over() {
             Err(made.stderr)
         }
     });
-    let joins = joining(&offered);
-    let other = changed(&joins, "--certificate-key", &"b".repeat(64));
-    let refused = second.keelway(&second.join(&other)).refused();
+    let joins = first.take_offer(&offered);
+    let other = changed(&joins, "--certificate-key", "-");
+    let refused = second
+        .keelway_with_input(&second.join(&other), &"b".repeat(64))
+        .refused();
     assert!(refused.contains("cannot be opened"), "{refused}");
+    // As an argument it would be everybody's on the machine.
+    let told = changed(&joins, "--certificate-key", &"b".repeat(64));
+    let refused = second.keelway(&second.join(&told)).refused();
+    assert!(refused.contains("is no argument"), "{refused}");
     let mut arguments = second.join(&joins);
     arguments.push("--foreground");
     let joined = second.keelway_running(&arguments);
@@ -122,8 +125,7 @@ pub fn begin(machines: &[Machine]) -> Vec<Running> {
 /// Makes a machine another control plane of the first one's cluster.
 #[track_caller]
 pub fn come(first: &Machine, machine: &Machine) -> Running {
-    let offered = first.keelway(&["token", "create", "--control-plane"]);
-    let joins = joining(&offered.ok());
+    let joins = first.offer();
     let mut arguments = machine.join(&joins);
     arguments.push("--foreground");
     let joined = machine.keelway_running(&arguments);

@@ -81,6 +81,11 @@ impl Machine {
     /// Runs `keelway` on the machine, to its end.
     #[track_caller]
     pub fn keelway(&self, arguments: &[&str]) -> Finished {
+        self.keelway_with_input(arguments, "")
+    }
+
+    #[track_caller]
+    pub fn keelway_with_input(&self, arguments: &[&str], input: &str) -> Finished {
         let keelway = keelway().display().to_string();
         let command = [&[keelway.as_str()], arguments].concat();
         let environment = self.environment();
@@ -88,7 +93,8 @@ impl Machine {
             .iter()
             .map(|(name, value)| (name.as_str(), value.as_str()))
             .collect();
-        self.network.run(|| run(&command, &environment, 170))
+        self.network
+            .run(|| run_with_input(&command, &environment, 170, input))
     }
 
     /// Runs `keelway` in the foreground: with the test, what it made ends too.
@@ -136,6 +142,23 @@ impl Machine {
         let mut arguments: Vec<&str> = join.iter().map(String::as_str).collect();
         arguments.extend(["--node-name", &self.name, "--node-ip", &self.address]);
         arguments
+    }
+
+    /// Has a control plane offer the cluster's keys; gives the words of the command by which another one joins.
+    #[track_caller]
+    pub fn offer(&self) -> Vec<String> {
+        let offered = self.keelway(&["token", "create", "--control-plane"]);
+        self.take_offer(&offered.ok())
+    }
+
+    /// The same words of a line that offers that. The key is in a file.
+    #[track_caller]
+    pub fn take_offer(&self, line: &str) -> Vec<String> {
+        let key = line.split_whitespace().skip_while(|word| *word != "echo");
+        let file = self.state.with_extension("key");
+        std::fs::write(&file, key.take(2).last().expect("a key")).expect("written");
+        let file = file.display().to_string();
+        changed(&joining(line), "--certificate-key", &file)
     }
 
     /// What is written down of it as a node; null before there is anything.

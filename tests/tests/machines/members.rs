@@ -12,7 +12,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore};
 
 use crate::control_planes::{begin, voters};
-use crate::machine::{CHANGE_TIMEOUT, Cluster, Machine, UP_TIMEOUT, joining, sandbox};
+use crate::machine::{CHANGE_TIMEOUT, Cluster, Machine, UP_TIMEOUT, sandbox};
 
 const CLIENTS: u16 = 2379;
 const PEERS: u16 = 2380;
@@ -176,7 +176,7 @@ fn every_control_plane_knows_all_members_and_renews_its_own() {
 /// Has a machine join as a control plane, and kills that as soon as its member of etcd has a vote.
 #[track_caller]
 fn join_and_die(first: &Machine, machine: &Machine) -> Vec<String> {
-    let joins = joining(&first.keelway(&["token", "create", "--control-plane"]).ok());
+    let joins = first.offer();
     let mut arguments = machine.join(&joins);
     arguments.push("--foreground");
     let joining = machine.keelway_running(&arguments);

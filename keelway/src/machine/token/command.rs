@@ -108,7 +108,11 @@ pub async fn run(command: &TokenCommand, state: &StateDir) -> anyhow::Result<()>
             if *control_plane {
                 let shared = Shared::of(&MachineDir::of(state))?;
                 let key = shared.offer(client, &token, description).await?;
-                println!("{} --control-plane --certificate-key {key}", joins?);
+                // By the shell's own word, so that no program has the key as an argument.
+                println!(
+                    "echo {key} | {} --control-plane --certificate-key -",
+                    joins?
+                );
                 return Ok(());
             }
             create(client, &token, life, (description, &[GROUP])).await?;
