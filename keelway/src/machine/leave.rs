@@ -55,7 +55,7 @@ pub async fn run(
     machine: &Machine,
     state: &StateDir,
 ) -> Result<(), MachineError> {
-    let (dir, known, lock) = run::claim(state)?;
+    let (dir, mut known, lock) = run::claim(state)?;
     let progress = Progress::default();
     let by_force = |told: Result<(), MachineError>| match told {
         Err(error) if flags.force => {
@@ -67,6 +67,9 @@ pub async fn run(
     let mut others = Vec::new();
     by_force(farewell(flags, &dir, &known, (&mut others, &progress)).await)?;
     by_force(part(flags, &dir, &known, (others, &progress)).await)?;
+    // The cluster counts on it no more: what is left is of this machine, and goes whoever answers.
+    (known.complete, known.etcd) = (false, None);
+    dir.write(&known)?;
     systemd::remove().await?;
     let step = progress.step("node ended, and what it left removed");
     remove(&dir, machine)?;
@@ -262,8 +265,7 @@ pub(super) fn remove(dir: &MachineDir, machine: &Machine) -> Result<(), MachineE
     }
     machine.hierarchies.kill(&dir.0.name, PATIENCE)?;
     machine.hierarchies.remove(&dir.0.name, PATIENCE)?;
-    dir.0.remove()?;
-    Ok(())
+    dir.remove()
 }
 
 /// Takes the agent's interfaces, routes and rules off the machine; the agent of the same build lies beside this program.

@@ -150,7 +150,7 @@ pub struct MachineState {
     pub node: String,
     pub role: Role,
     pub addresses: Vec<IpAddr>,
-    /// It has been a node once; what is written down before that is of an attempt.
+    /// The cluster counts on it as a node; what is written down before that, and after, is of an attempt to join or to leave.
     pub complete: bool,
     /// Its PID 1.
     pub init: Option<Process>,
@@ -276,6 +276,26 @@ impl MachineDir {
         fs::rename(&new, &path).map_err(file("replace", &path))?;
         let folder = fs::File::open(self.path()).and_then(|folder| folder.sync_all());
         folder.map_err(file("sync", self.path()))
+    }
+
+    /// Removes the folder, what is written down last: while anything is left, it is known that there is.
+    fn remove(&self) -> Result<(), MachineError> {
+        let entries = match fs::read_dir(self.path()) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(file("read", self.path())(error)),
+        };
+        for entry in entries {
+            let entry = entry.map_err(file("read", self.path()))?;
+            let (path, kind) = (entry.path(), entry.file_type());
+            let removed = match kind.map_err(file("look at", &path))? {
+                _ if entry.file_name() == STATE_FILE => Ok(()),
+                kind if kind.is_dir() => fs::remove_dir_all(&path),
+                _ => fs::remove_file(&path),
+            };
+            removed.map_err(file("remove", &path))?;
+        }
+        Ok(self.0.remove()?)
     }
 
     fn snapshotter(&self) -> Snapshotter {

@@ -2,6 +2,7 @@
 //! machines. Each has its own state folder, as a machine has its /var.
 
 mod control_planes;
+mod cut_off;
 mod ipv6;
 mod joining;
 mod machine;

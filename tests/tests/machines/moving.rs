@@ -36,6 +36,7 @@ impl Cut {
     }
 }
 
+/// Whether an etcd of its own is part of its node, as that is described.
 fn is_decided(machine: &Machine) -> bool {
     let spec = std::fs::read(machine.node_file("node.json")).expect("a description");
     let spec: Value = serde_json::from_slice(&spec).expect("JSON");
@@ -44,21 +45,26 @@ fn is_decided(machine: &Machine) -> bool {
 }
 
 fn is_copying(machine: &Machine) -> bool {
+    is_at(machine, "migrate\0")
+}
+
+/// Whether a program with such words among its arguments works on the machine's state.
+pub fn is_at(machine: &Machine, words: &str) -> bool {
     let state = machine.state.display().to_string();
     let processes = std::fs::read_dir("/proc").expect("/proc").flatten();
     let mut lines = processes.map(|entry| {
         let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
         String::from_utf8_lossy(&line).into_owned()
     });
-    lines.any(|line| line.contains("migrate\0") && line.contains(&state))
+    lines.any(|line| line.contains(words) && line.contains(&state))
 }
 
 /// Waits without a pause: what is waited for is short.
 #[track_caller]
-fn await_cut(cut: Cut, machine: &Machine) {
+pub fn await_at_once(what: &str, mut is_reached: impl FnMut() -> bool) {
     let deadline = Instant::now() + UP_TIMEOUT;
-    while !cut.is_reached(machine) {
-        assert!(Instant::now() < deadline, "{cut:?} is not reached");
+    while !is_reached() {
+        assert!(Instant::now() < deadline, "{what} is not reached");
         std::thread::yield_now();
     }
 }
@@ -187,7 +193,7 @@ fn a_state_moves_into_an_etcd_of_its_own_wherever_that_is_cut_off() {
     {
         // The first one finds the node running, as the user would have it.
         let moving = start(&first, &MOVE);
-        await_cut(cut, &first);
+        await_at_once(&format!("{cut:?}"), || cut.is_reached(&first));
         if round == 3 {
             std::thread::sleep(Duration::from_millis(20));
         }
