@@ -25,6 +25,9 @@ plain!(NameKey, 16, { words: 0 });
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct NameAddresses {
+    /// The second word of its key: by it, and by `end`, whoever has read what is between them knows whose that was. The kernel gives an
+    /// element that is removed or replaced to the next key at once, and writes it from one end to the other.
+    pub begin: u64,
     /// The first [`NameAddresses::v4_count`] are set, each as the memory of its four bytes in network order.
     pub v4: [u32; DNS_ADDRESSES],
     /// The first [`NameAddresses::v6_count`] are set.
@@ -35,21 +38,38 @@ pub struct NameAddresses {
     pub name_bytes: u8,
     /// Bytes of the name before the cluster's domain.
     pub before: u8,
-    pub pad: [u8; 4],
+    /// The lower half of `begin`.
+    pub end: u32,
 }
-plain!(NameAddresses, 88, { v4: 0, v6: 16, v4_count: 80, v6_count: 81, name_bytes: 82, before: 83, pad: 84 });
+plain!(NameAddresses, 96, { begin: 0, v4: 8, v6: 24, v4_count: 88, v6_count: 89, name_bytes: 90, before: 91, end: 92 });
 
 impl NameAddresses {
     /// Of a name that has none yet.
     pub const NONE: Self = Self {
+        begin: 0,
         v4: [0; DNS_ADDRESSES],
         v6: [Addr { words: [0, 0] }; DNS_ADDRESSES],
         v4_count: 0,
         v6_count: 0,
         name_bytes: 0,
         before: 0,
-        pad: [0; 4],
+        end: 0,
     };
+
+    /// The same as they lie in the map, under their key.
+    pub const fn under(self, key: &NameKey) -> Self {
+        Self {
+            begin: key.words[1],
+            end: key.words[1] as u32,
+            ..self
+        }
+    }
+
+    /// Whether what was read under a key is of that key.
+    #[inline(always)]
+    pub const fn is_under(&self, key: &NameKey) -> bool {
+        self.begin == key.words[1] && self.end == key.words[1] as u32
+    }
 }
 
 /// What answers have in common. It changes while nothing is answered, but for the serial.

@@ -36,7 +36,7 @@ pub use service::{
 };
 
 /// Version of everything in this crate; part of the pin directory's name.
-pub const ABI_VERSION: u32 = 8;
+pub const ABI_VERSION: u32 = 9;
 
 /// Sizes of maps and what relates them.
 pub mod limits {

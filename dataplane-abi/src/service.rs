@@ -1,4 +1,4 @@
-use crate::{Addr, layout::plain};
+use crate::{Addr, layout::plain, limits};
 
 /// An address and port under which a service port is reached.
 ///
@@ -45,6 +45,16 @@ impl FrontendKey {
         self.port == VIP_PORT && self.proto == VIP_PROTO
     }
 
+    /// A hash of the key, by which whoever reads its value knows whose that is; see [`Lead::sealed`].
+    #[inline(always)]
+    pub const fn digest(&self) -> u64 {
+        // Odd, and of as many ones as zeros in no order: the golden ratio's first digits.
+        const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
+        let ports = (self.port as u64) << 8 | self.proto as u64;
+        let hash = (self.addr.words[1] ^ ports << 32).wrapping_mul(FACTOR);
+        (hash ^ hash >> 32 ^ self.addr.words[0]).wrapping_mul(FACTOR)
+    }
+
     /// The key of the same port on every address of the node, for a packet to one of them.
     #[inline(always)]
     pub const fn on_every_address(&self) -> Self {
@@ -63,9 +73,10 @@ pub struct Lead {
     pub external: u32,
     /// [`LEAD_GUARDED`].
     pub flags: u32,
-    pub pad: u32,
+    /// In the map, half of what the lead is sealed by; else 0.
+    pub seal: u32,
 }
-plain!(Lead, 16, { internal: 0, external: 4, flags: 8, pad: 12 });
+plain!(Lead, 16, { internal: 0, external: 4, flags: 8, seal: 12 });
 
 /// [`Lead::flags`]: only clients in the service's ranges (RANGES) may come by this frontend.
 pub const LEAD_GUARDED: u32 = 1;
@@ -82,10 +93,51 @@ impl Lead {
             internal,
             external,
             flags,
-            pad: 0,
+            seal: 0,
         }
     }
+
+    /// The lead as it lies in the map, under its key: each of its two words says whose it is, in bits that ids leave free. The kernel gives
+    /// an element that is deleted or replaced to the next key at once, and a program that found it just before reads what is there then.
+    pub const fn sealed(self, key: &FrontendKey) -> Self {
+        let digest = key.digest();
+        Self {
+            internal: self.internal | (digest as u32) << Self::ID_BITS,
+            external: self.external | ((digest >> 16) as u32) << Self::ID_BITS,
+            flags: self.flags,
+            seal: (digest >> 32) as u32,
+        }
+    }
+
+    /// Whether what was read under a key of this digest is of that key.
+    #[inline(always)]
+    pub const fn is_sealed_by(&self, digest: u64) -> bool {
+        let differs = (self.internal ^ (digest as u32) << Self::ID_BITS)
+            | (self.external ^ ((digest >> 16) as u32) << Self::ID_BITS);
+        differs >> Self::ID_BITS == 0 && self.seal == (digest >> 32) as u32
+    }
+
+    /// The lead without what it is sealed by.
+    #[inline(always)]
+    pub const fn bare(self) -> Self {
+        Self::new(
+            self.internal & (limits::SERVICES - 1),
+            self.external & (limits::SERVICES - 1),
+            self.flags,
+        )
+    }
+
+    /// The words of a map's value, each of which was read at once.
+    #[inline(always)]
+    pub const fn of_words(words: [u64; 2]) -> Self {
+        // SAFETY: both are sixteen plain bytes.
+        unsafe { core::mem::transmute(words) }
+    }
+
+    const ID_BITS: u32 = limits::SERVICES.trailing_zeros();
 }
+
+const _: () = assert!(limits::SERVICES.is_power_of_two());
 
 /// A range of addresses with a meaning: sources that may come to a service's guarded frontends, or, for service 0, destinations
 /// to which pods keep their addresses. A key of a longest-prefix-match trie.
@@ -417,4 +469,44 @@ plain!(SocketPeers, 200, { peers: 0, next: 192, epoch: 196 });
 impl SocketPeers {
     /// A resolver asks a handful of servers from one socket; 4 covers resolv.conf's three.
     pub const SLOTS: usize = 4;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lead_is_known_by_its_key_and_by_no_other() {
+        let lead = Lead::new(limits::SERVICES - 1, 7, LEAD_GUARDED);
+        let key = |last: u32, port: u16, proto| {
+            FrontendKey::new(Addr::from_v4_be(last.to_be()), port.to_be(), proto)
+        };
+        let all = || (0..40).flat_map(|last| (0..40).map(move |port| key(last, port, 6)));
+        for own in all().chain([
+            key(1, 80, 17),
+            FrontendKey::marker(Addr { words: [0xfd, 1] }),
+        ]) {
+            let sealed = lead.sealed(&own);
+            assert!(sealed.is_sealed_by(own.digest()));
+            assert_eq!(sealed.bare(), lead);
+            for other in all().filter(|other| *other != own) {
+                let theirs = lead.sealed(&other);
+                // Either word alone says so: one may be another's already.
+                let [first, second] = [sealed, theirs];
+                let torn = Lead {
+                    internal: second.internal,
+                    external: second.external,
+                    ..first
+                };
+                assert!(!theirs.is_sealed_by(own.digest()), "{own:?} {other:?}");
+                assert!(!torn.is_sealed_by(own.digest()), "{own:?} {other:?}");
+                let torn = Lead {
+                    flags: second.flags,
+                    seal: second.seal,
+                    ..first
+                };
+                assert!(!torn.is_sealed_by(own.digest()), "{own:?} {other:?}");
+            }
+        }
+    }
 }

@@ -649,3 +649,33 @@ mod outside;
 
 #[path = "hook_sctp_tests.rs"]
 mod sctp;
+
+#[test]
+fn a_client_who_asks_while_an_address_changes_hands_is_led_to_its_new_service() {
+    fn hand_over(tables: &Memory) {
+        tables.set_service(2, &["10.0.0.12:9090"], &[]);
+        for protocol in [proto::TCP, proto::UDP] {
+            tables.set_frontend("10.96.0.1:80", protocol, 2);
+        }
+        tables.services.borrow_mut().remove(&1);
+    }
+    for packet in [
+        tcp("10.0.0.11:4000", "10.96.0.1:80", SYN, b""),
+        udp("10.0.0.11:4000", "10.96.0.1:80", b"x"),
+    ] {
+        let tables = node(&["10.0.0.12:8080"]);
+        *tables.meanwhile.borrow_mut() = Some(hand_over);
+        let (verdict, out) = from_pod(&tables, A, packet);
+        assert_eq!(verdict, Verdict::Peer(B));
+        assert_eq!(u16::from_be_bytes([out[36], out[37]]), 9090);
+        assert_eq!(tables.counted(Reason::NoBackend), 0);
+    }
+    // With the address itself gone there is nobody.
+    let tables = node(&["10.0.0.12:8080"]);
+    *tables.meanwhile.borrow_mut() = Some(|tables| {
+        tables.services.borrow_mut().remove(&1);
+    });
+    let packet = udp("10.0.0.11:4000", "10.96.0.1:80", b"x");
+    assert_eq!(from_pod(&tables, A, packet).0, Verdict::Peer(A));
+    assert_eq!(tables.counted(Reason::NoBackend), 1);
+}

@@ -103,6 +103,8 @@ pub struct Memory {
     pub counters: RefCell<HashMap<Reason, u64>>,
     pub random_state: Mutable<u64>,
     pub clock_s: Mutable<u32>,
+    /// What another CPU does just before a service is looked up.
+    pub meanwhile: RefCell<Option<fn(&Self)>>,
 }
 
 impl Default for Memory {
@@ -124,6 +126,7 @@ impl Default for Memory {
             counters: RefCell::default(),
             random_state: Mutable::new(0x9e37_79b9_7f4a_7c15),
             clock_s: Mutable::new(1000),
+            meanwhile: RefCell::default(),
         }
     }
 }
@@ -288,6 +291,10 @@ impl Tables for Memory {
     }
 
     fn service(&self, id: u32) -> Option<ServiceRef> {
+        let meanwhile = self.meanwhile.borrow_mut().take();
+        if let Some(change) = meanwhile {
+            change(self);
+        }
         self.services.borrow().get(&id).copied()
     }
 

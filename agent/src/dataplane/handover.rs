@@ -88,7 +88,7 @@ pub fn inherited(root: &Path, own: &Path) -> Result<Inherited, Error> {
             let entries = entries.map_err(failed("read", map::FRONTENDS))?;
             let leads = entries
                 .iter()
-                .filter_map(|(key, lead)| frontend_of(key, lead));
+                .filter_map(|(key, lead)| frontend_of(key, &lead.bare()));
             found.leads.extend(leads);
         }
     }

@@ -69,11 +69,16 @@ fn written(map: &'static str, limit: u32) -> impl Fn(io::Error) -> Error {
 
 impl MapIo for PinnedMaps {
     fn frontends(&self) -> Result<Vec<(FrontendKey, Lead)>, Error> {
-        sys::entries(self.frontends.as_fd()).map_err(failed("read", map::FRONTENDS))
+        let entries = sys::entries::<FrontendKey, Lead>(self.frontends.as_fd());
+        let entries = entries.map_err(failed("read", map::FRONTENDS))?;
+        let bare = |(key, lead): (FrontendKey, Lead)| (key, lead.bare());
+        Ok(entries.into_iter().map(bare).collect())
     }
 
     fn set_frontends(&mut self, entries: &[(FrontendKey, Lead)]) -> Result<(), Error> {
-        sys::update_batch(self.frontends.as_fd(), entries)
+        let sealed = |(key, lead): &(FrontendKey, Lead)| (*key, lead.sealed(key));
+        let entries: Vec<(FrontendKey, Lead)> = entries.iter().map(sealed).collect();
+        sys::update_batch(self.frontends.as_fd(), &entries)
             .map_err(written(map::FRONTENDS, limits::FRONTENDS))
     }
 

@@ -83,7 +83,8 @@ pub fn plan_names(domains: &Domains, snapshot: &Snapshot, key: &ServiceKey) -> N
                 before,
                 ..addresses
             };
-            names.insert(domains.key(&name), found);
+            let key = domains.key(&name);
+            names.insert(key, found.under(&key));
         }
     }
     names

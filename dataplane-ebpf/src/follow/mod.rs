@@ -263,7 +263,12 @@ fn flow_of<const V6: bool, P: Packet, T: Tables>(
     let asking = Asking::new(side, at_host, features.by_overlay, seen);
     let mut opened = Opened::Directly;
     if side != Side::Direct {
-        let asking = asking.answered(tables.ask(features, notes, asking.0));
+        let mut answer = tables.ask(features, notes, asking.0);
+        if answer == balance::NONE {
+            // What had the frontend may have gone since that was looked up, which leads to another by now.
+            answer = tables.ask(features, notes, asking.0);
+        }
+        let asking = asking.answered(answer);
         opened = Opened::of(tables.open::<V6>(features, notes, asking.0));
     }
     if matches!(opened, Opened::Directly) {

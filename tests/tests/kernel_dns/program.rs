@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use cluster_model::{Change, Dirty, Kind, ObjectRef, ServiceKey};
+use dataplane_abi::{DnsZone, FrontendKey, NameAddresses, NameKey, name_key, proto};
 use keelway_agent::dataplane::{Config, Dataplane, PacketProgram, Run};
 use keelway_agent::names::KernelNames;
 use keelway_agent::offers::Terms;
@@ -262,4 +263,66 @@ fn where_it_is_off_it_costs_no_instruction() {
     assert_ne!(run(&dataplane, &four).verdict, REDIRECT);
     assert_eq!(names.counts().expect("counters"), [0; 4]);
     let _ = SERVER;
+}
+
+#[test]
+fn what_lies_under_a_name_and_is_anothers_is_for_the_server_to_say() {
+    if !is_root("kernel_dns") {
+        return;
+    }
+    let sandbox = Sandbox::enter().expect("namespaces");
+    let mut dataplane = dataplane(&sandbox, true);
+    let mut tables = dataplane.load_names().expect("the program loads");
+    let seed = [7, 9];
+    let key = |name: &[u8]| {
+        let word = |at: usize| {
+            let mut bytes = [0; 8];
+            let rest = name.get(at * 8..).unwrap_or_default();
+            let taken = rest.len().min(8);
+            bytes[..taken].copy_from_slice(&rest[..taken]);
+            u64::from_le_bytes(bytes)
+        };
+        name_key(seed, name.len(), word, |_| {})
+    };
+    let [four, few] = [FOUR, FEW].map(key);
+    let zone = DnsZone {
+        seed,
+        ttl_s: 5,
+        udp_bytes: 1232,
+        ..DnsZone::default()
+    };
+    let server = FrontendKey::new(SERVER.into(), 53_u16.to_be(), proto::UDP);
+    let one = NameAddresses {
+        v4: [u32::from_ne_bytes([10, 0, 0, 1]), 0, 0, 0],
+        v4_count: 1,
+        name_bytes: FOUR.len() as u8,
+        before: 14,
+        ..NameAddresses::NONE
+    };
+    tables.set_zone(&zone).expect("the map is written");
+    tables.set_servers(&[server]).expect("the map is written");
+    tables.turn_on().expect("the map is written");
+    let question = asked(&plain(FOUR), false);
+    let is_answered = |lies: NameAddresses| {
+        tables
+            .set_names(&[(four, lies)])
+            .expect("the map is written");
+        run(&dataplane, &question).verdict == REDIRECT
+    };
+    assert!(is_answered(one.under(&four)));
+    // As a program finds it whose element has gone to another name, whole or in part.
+    let other: &NameKey = &few;
+    let [own, others] = [one.under(&four), one.under(other)];
+    let begun = NameAddresses {
+        begin: others.begin,
+        ..own
+    };
+    let from_the_end = NameAddresses {
+        end: others.end,
+        ..own
+    };
+    for lies in [others, begun, from_the_end] {
+        assert!(!is_answered(lies));
+    }
+    assert!(is_answered(own));
 }

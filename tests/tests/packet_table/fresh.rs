@@ -81,6 +81,12 @@ impl Fresh {
         flows.try_into().unwrap()
     }
 
+    /// Where frontends lead, as it lies in the map: keys and what is under each, in words.
+    pub fn frontends(&self) -> HashMap<MapData, [u32; 6], [u32; 4]> {
+        let frontends = Map::HashMap(self.pinned(map::FRONTENDS));
+        frontends.try_into().unwrap()
+    }
+
     pub fn pin_root(&self) -> PathBuf {
         self.sandbox.pin_root()
     }

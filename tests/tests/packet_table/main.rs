@@ -5,6 +5,7 @@ mod family;
 mod flows;
 mod fresh;
 mod random;
+mod reused;
 mod rows;
 mod rows_sctp;
 mod rows_v4;

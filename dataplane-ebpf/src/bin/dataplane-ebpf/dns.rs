@@ -50,6 +50,9 @@ pub static DNS_COUNTS: PerCpuArray<u64, { DnsCount::COUNT as usize }> = PerCpuAr
 /// Room for one question on each CPU: the stack is too small for it.
 #[btf_map]
 static DNS_TEXT: PerCpuArray<Text, 1> = PerCpuArray::new();
+/// What a name has, of the question that is looked at.
+#[btf_map]
+static DNS_FOUND: PerCpuArray<NameAddresses, 1> = PerCpuArray::new();
 #[btf_map]
 static DNS_ASIDE: PerCpuArray<u64, 1> = PerCpuArray::new();
 
@@ -170,13 +173,34 @@ fn answer(skb: &mut Skb, packet_bytes: usize) -> Option<bool> {
     // Both families go one way from here, until headers are written.
     envelope.message_at = aside.below(MESSAGE_AT_LIMIT, envelope.message_at);
     let server = FrontendKey::new(envelope.server, DNS_PORT, proto::UDP);
-    // SAFETY: not preallocated, so that the value is not reused while the program runs.
-    unsafe { DNS_SERVERS.get(&server) }?;
+    // Whether it is there is all that is asked.
+    DNS_SERVERS.get_ptr(&server)?;
     let answered = answer_for_server(skb, &envelope, &aside);
     if answered.is_none() {
         add(DnsCount::Left);
     }
     answered
+}
+
+/// What a name has, in memory of this CPU. The answer is written record by record, and the element may go to another name meanwhile, or
+/// just now: the words at both its ends are read after all between them, and whoever writes it anew begins with one of them.
+#[inline(always)]
+fn copied(found: *const NameAddresses) -> Option<&'static NameAddresses> {
+    const WORDS: usize = size_of::<NameAddresses>() / size_of::<u64>();
+    let copy = DNS_FOUND.get_ptr_mut(0)?;
+    let (from, to) = (found.cast::<u64>(), copy.cast::<u64>());
+    let mut word = WORDS;
+    // SAFETY: whole words of two values, aligned: the one is memory of its map while the program runs, the other this CPU's own.
+    unsafe {
+        while word > 1 {
+            word -= 1;
+            to.add(word).write(from.add(word).read_volatile());
+        }
+        to.write(from.read_volatile());
+        let last = WORDS - 1;
+        to.add(last).write(from.add(last).read_volatile());
+        Some(&*copy)
+    }
 }
 
 #[inline(always)]
@@ -210,9 +234,8 @@ fn answer_for_server(skb: &mut Skb, envelope: &Envelope, aside: &Aside) -> Optio
     // SAFETY: both are whole values.
     let name_sum = unsafe { dns_key(text, &mut key, name_bytes as u32) };
     let name_bytes = aside.below(NAME_LIMIT, name_bytes);
-    // SAFETY: not preallocated, so that the value is not reused while the program runs.
-    let found = unsafe { DNS_NAMES.get(&key) }?;
-    if found.name_bytes as usize != name_bytes {
+    let found = copied(DNS_NAMES.get_ptr(&key)?)?;
+    if !found.is_under(&key) || found.name_bytes as usize != name_bytes {
         return None;
     }
     let answer = Answer {

@@ -22,7 +22,10 @@ use dataplane_ebpf::{
 };
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
-/// A preallocated element is recycled at once when it is deleted, and a program that still reads it would see its next owner.
+/// Memory for what is there, and no more. It keeps no element from its next owner: from Linux 6.1 on the kernel gives one that was deleted
+/// or replaced to the next key that the same CPU inserts, at once, as it does with those that are made beforehand. A program that found it
+/// just before reads what is there then. So a value says whose it is (FRONTENDS, DNS_NAMES), or a stranger's does no harm; it is said
+/// below, where each is read.
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 
 const BPF_ANY: u64 = 0;
@@ -111,8 +114,10 @@ pub struct Entry(*mut Flow);
 impl FlowEntry for Entry {
     #[inline(always)]
     fn get(&self) -> &Flow {
-        // SAFETY: a non-null value of a flow table, valid while the program runs (RCU). Another CPU may change its words or, in
-        // the unreplied table, evict and reuse it; each word is right by itself, and a flow that was evicted is lost anyway.
+        // SAFETY: a non-null value of a flow table, memory of which stays one while the program runs (RCU). Another CPU may change its
+        // words, or forget the flow and give the element to another: what is asked of that one is another flow's way, for the packet that
+        // is under way here. It takes that the flow is ended, evicted or collected while a packet of it is looked at, and that the same CPU
+        // enters another within that time; the receiver knows no connection of that packet's. docs/services.md says that it can be.
         unsafe { &*self.0 }
     }
 
@@ -157,8 +162,15 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn frontend(&self, key: &FrontendKey) -> Option<Lead> {
-        // SAFETY: the map is not preallocated, so that the value is not reused while the program runs.
-        unsafe { FRONTENDS.get(key) }.copied()
+        let lead = sealed_lead(key)?;
+        if lead.is_sealed_by(key.digest()) {
+            return Some(lead.bare());
+        }
+        let found = lead_again(key);
+        if found == 0 {
+            return None;
+        }
+        Some(lead_of(found))
     }
 
     #[inline(always)]
@@ -182,7 +194,7 @@ impl Tables for Maps {
         if at >= MaglevBlock::ENTRIES {
             return None;
         }
-        // SAFETY: within the value, of a map that is not preallocated, as above.
+        // SAFETY: within the value. Of another table's entries each is a backend of this service or none, which is looked at.
         Some(unsafe { slots.cast::<u16>().add(at as usize).read() })
     }
 
@@ -194,7 +206,8 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn local(&self, addr: &Addr) -> Option<LocalAddress> {
-        // SAFETY: not preallocated, as above.
+        // SAFETY: memory of a value while the program runs. Copied at once; an element goes to another address when the agent's next batch
+        // enters one after a pod's was taken away, which is one packet of a pod that is gone.
         unsafe { LOCAL.get(addr) }.copied()
     }
 
@@ -349,6 +362,47 @@ impl Tables for Maps {
     fn now_s(&self) -> u32 {
         now_s()
     }
+}
+
+/// What a frontend's element holds, each word of it read at once.
+#[inline(always)]
+fn sealed_lead(key: &FrontendKey) -> Option<Lead> {
+    let words = FRONTENDS.get_ptr(key)?.cast::<u64>();
+    // SAFETY: the two words of a value, aligned, memory of one while the program runs.
+    Some(Lead::of_words(unsafe {
+        [words.read_volatile(), words.add(1).read_volatile()]
+    }))
+}
+
+/// A lead in a register, and 0 for none.
+const LEAD_FOUND: u64 = 1 << 63;
+const EXTERNAL_SHIFT: u32 = 20;
+const FLAGS_SHIFT: u32 = 40;
+
+/// Looks a frontend up whose element went to another key as it was read: it has another element by now, or none. Rare, and so a function of
+/// its own.
+#[inline(never)]
+fn lead_again(key: &FrontendKey) -> u64 {
+    match sealed_lead(key) {
+        Some(lead) if lead.is_sealed_by(key.digest()) => {
+            let lead = lead.bare();
+            LEAD_FOUND
+                | lead.internal as u64
+                | (lead.external as u64) << EXTERNAL_SHIFT
+                | (lead.flags as u64) << FLAGS_SHIFT
+        }
+        _ => 0,
+    }
+}
+
+#[inline(always)]
+const fn lead_of(found: u64) -> Lead {
+    const ID: u64 = limits::SERVICES as u64 - 1;
+    Lead::new(
+        (found & ID) as u32,
+        (found >> EXTERNAL_SHIFT & ID) as u32,
+        (found >> FLAGS_SHIFT & 0xff) as u32,
+    )
 }
 
 /// [`flow::enter`] as a global function: the verifier judges it once, by itself, where it would walk any other anew on each path that
