@@ -164,6 +164,8 @@ pub struct Node {
     /// What of it is so.
     xdp: Xdp,
     hangs: bool,
+    /// At the last upkeep the overlay had been set down, and was set up again.
+    pub overlay_was_down: bool,
     service_veth: ServiceVeth,
     service_ranges: Vec<IpNetwork>,
     routing: Routing,
@@ -254,6 +256,7 @@ impl Node {
             xdp: Xdp::Off,
             hangs: false,
             service_veth: pair,
+            overlay_was_down: false,
             service_ranges: config.service_ranges.clone(),
             routing: config.routing,
         };
@@ -362,9 +365,10 @@ impl Node {
         Ok(repaired)
     }
 
-    /// Fails when the uplink was made anew, or the overlay is not as it was made: programs, neighbours and routes went with it, and another
-    /// worker makes all of them. An uplink that is away is waited for.
-    fn stands_on_its_interfaces(&self, kernel: &mut Kernel) -> Result<(), NodeError> {
+    /// Fails when the uplink or the overlay was made anew, or the overlay is gone: programs, neighbours and routes went with it, and another
+    /// worker makes all of them. An uplink that is away is waited for. An overlay that somebody has set down is set up, which brings back
+    /// neither its neighbours nor its routes: [`Self::overlay_was_down`].
+    fn stands_on_its_interfaces(&mut self, kernel: &mut Kernel) -> Result<(), NodeError> {
         let there = kernel.links()?;
         let now = |own: &Link| there.iter().find(|link| link.name == own.name);
         let is_another = |own: &Link, now: &Link| (now.index, now.mac) != (own.index, own.mac);
@@ -372,7 +376,7 @@ impl Node {
             return Err(NodeError::Remade(self.uplink.link.name.clone()));
         }
         if let Some(own) = &self.overlay
-            && now(own).is_none_or(|now| is_another(own, now) || !now.up)
+            && now(own).is_none_or(|now| is_another(own, now))
         {
             return Err(NodeError::Remade(own.name.clone()));
         }
@@ -385,6 +389,14 @@ impl Node {
         if net::service_veth_is_whole(kernel, &self.service_veth, &self.service_ranges)? {
             let there = kernel.addresses()?;
             let missing = self
+        let is_down = |own: &&Link| now(own).is_some_and(|now| !now.up);
+        let down = self.overlay.as_ref().filter(is_down);
+        let down = down.map(|own| own.index);
+        self.overlay_was_down = down.is_some();
+        if let Some(index) = down {
+            tracing::warn!("the overlay was set down; it is up again");
+            kernel.set_up(index)?;
+        }
                 .reserved
                 .iter()
                 .flat_map(|own| [own.host, own.probe])

@@ -320,16 +320,30 @@ fn an_overlay_that_somebody_takes_down_or_away_is_made_again() {
     };
     serve(&topology, &[topology.web()]);
     let node = &topology.nodes[0];
-    for (restarts, done) in (1..).zip(["set keelway-vx down", "del keelway-vx"]) {
+    let take = |what: &str| {
         node.host
-            .run(|| ip(&format!("link {done}")))
+            .run(|| ip(&format!("link {what} keelway-vx")))
             .expect("the interface");
-        node.wait("another worker that is ready", |report| {
-            report["ready"] == true && report["restarts"].as_u64() >= Some(restarts)
+    };
+    // Whoever does it time and again ends no worker.
+    for _ in 0..2 {
+        take("set down dev");
+        node.wait("what somebody does", |report| {
+            problems(report).contains("sets it down")
         })
         .expect("it");
         is_served(&topology, "both endpoints again");
     }
+    let report = node
+        .wait("no problem", |report| report["problems"] == json!([]))
+        .expect("none");
+    assert_eq!(report["restarts"], 0, "{report}");
+    take("del dev");
+    node.wait("another worker that is ready", |report| {
+        report["ready"] == true && report["restarts"] == 1
+    })
+    .expect("it");
+    is_served(&topology, "both endpoints again");
 }
 
 #[test]

@@ -85,6 +85,11 @@ impl Routes {
         }
     }
 
+    /// Has the overlay's entries made anew: with the interface, somebody took them down.
+    pub fn forget_peers(&mut self) {
+        self.peers_known = false;
+    }
+
     /// How many ways there are.
     pub fn count(&self) -> usize {
         self.plan.routes.len()

@@ -287,6 +287,14 @@ impl Worker {
             let proc = Path::new("/proc");
             self.report.notes = surroundings::look(&links, &self.config.cni_conf_dir, proc);
             let outside = self.outside_service_ranges();
+        if self.node.as_ref().is_some_and(|node| node.overlay_was_down) {
+            // Told for as long as it goes on.
+            self.routes.forget_peers();
+            let why = "somebody sets it down; it is set up again";
+            self.problem("overlay", why.into());
+        } else {
+            self.problems.remove("overlay");
+        }
             self.report.notes.extend(outside);
         }
         self.settle_routes(true);
