@@ -231,6 +231,7 @@ impl Node {
                 .as_ref()
                 .filter(|_| config.balancing.dsr != Dsr::Off)
                 .map(|overlay| overlay.index),
+            overlay_link: overlay.as_ref().map(|overlay| overlay.index),
             kernel_dns: config.kernel_dns,
             early: early.is_asked(config.xdp),
         };

@@ -177,6 +177,8 @@ pub mod global {
     pub const MASQUERADE: &str = "MASQUERADE";
     /// u32, interface index of the overlay, by which packets are dispatched to other nodes as they came; 0 where none are.
     pub const OVERLAY: &str = "OVERLAY";
+    /// u32, interface index of the overlay, whatever goes by it; 0 without one.
+    pub const OVERLAY_LINK: &str = "OVERLAY_LINK";
     /// u64, the uplink's hardware address as its six bytes lie in the memory of a little-endian word; 0 where its driver runs no
     /// program of ours.
     pub const UPLINK_MAC: &str = "UPLINK_MAC";

@@ -6,8 +6,9 @@ use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use keelway_tests::agents::Service;
-use keelway_tests::nodes::{self, asking};
+use keelway_tests::agents::{Service, dual_stack_segment};
+use keelway_tests::nodes::{self, ECHO_PORT, asking};
+use keelway_tests::sandbox::{Sandbox, is_root};
 use keelway_tests::topology::{Topology, web};
 use serde_json::json;
 
@@ -105,5 +106,85 @@ fn the_hosts_connected_datagram_sockets_leave_backends_that_are_gone_by_every_ad
         hear("connection aborted");
         client.kill().expect("its end");
         client.wait().expect("its end");
+    }
+}
+
+#[test]
+fn datagrams_from_outside_that_fill_a_packet_reach_endpoints_behind_the_overlay() {
+    let test = "datagrams_from_outside_that_fill_a_packet_reach_endpoints_behind_the_overlay";
+    if !is_root(test) {
+        return;
+    }
+    let sandbox = Sandbox::enter().expect("a sandbox");
+    let dir = tempfile::tempdir().expect("a folder");
+    let ranges = ["10.96.0.0/16", "fd00:96::/112"];
+    let mut flags = vec!["--routing", "vxlan"];
+    flags.extend(ranges.iter().flat_map(|range| ["--service-cidr", range]));
+    let mut segment = dual_stack_segment(&sandbox, dir.path(), &flags).expect("a segment");
+    segment.cluster.write(&[]).expect("the cluster's file");
+    for node in &mut segment.nodes {
+        node.start().expect("an agent");
+    }
+    let pod = segment.nodes[1].add_pod("c").expect("a pod");
+    let objects = |number: usize, family: &str, ip: &str| {
+        let port =
+            json!({"name": "udp", "port": 80, "protocol": "UDP", "nodePort": 30080 + number});
+        let name = format!("long-{number}");
+        [
+            json!({
+                "apiVersion": "v1", "kind": "Service", "metadata": {"namespace": "default", "name": name},
+                "spec": {
+                    "type": "NodePort", "clusterIP": ip, "clusterIPs": [ip], "ipFamilies": [family], "ports": [port],
+                },
+            }),
+            json!({
+                "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": family,
+                "metadata": {
+                    "namespace": "default", "name": format!("{name}-1"), "labels": {"kubernetes.io/service-name": name},
+                },
+                "ports": [{"name": "udp", "port": ECHO_PORT, "protocol": "UDP"}],
+                "endpoints": [
+                    {"addresses": [pod.addresses[number]], "nodeName": "node-2", "conditions": {"ready": true}},
+                ],
+            }),
+        ]
+    };
+    let services = [
+        objects(0, "IPv4", "10.96.0.7"),
+        objects(1, "IPv6", "fd00:96::7"),
+    ];
+    segment
+        .cluster
+        .write_with(&[], services.as_flattened())
+        .expect("the cluster's file");
+    for node in &segment.nodes {
+        node.wait("every Service", |report| report["servicePorts"] == 2)
+            .expect("them");
+    }
+    for (at, any, headers, seen) in [
+        ("198.18.0.1:30080", "0.0.0.0:0", 28, "c 198.18.0.1"),
+        ("[fd00:198:18::1]:30081", "[::]:0", 48, "c fd00:198:18::1"),
+    ] {
+        let socket = segment
+            .client
+            .run(|| UdpSocket::bind(any))
+            .expect("a socket");
+        socket.connect(at).expect("an address");
+        socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        // A packet of the link, of pods' own, and the longest that these take: none is lost.
+        for packet in [1500, 1451, 1450, 1430, 100] {
+            let question = vec![b'x'; packet - headers];
+            socket.send(&question).expect("it fits the link");
+            let mut answer = [0; 256];
+            let len = socket.recv(&mut answer).unwrap_or_else(|error| {
+                let report = segment.nodes[0].report().expect("a report");
+                panic!("{packet} bytes to {at}: {error}: {}", report["counters"])
+            });
+            assert_eq!(
+                String::from_utf8_lossy(&answer[..len]),
+                seen,
+                "{packet} bytes to {at}"
+            );
+        }
     }
 }

@@ -17,6 +17,7 @@ pub(super) struct Constants {
     kernel_dns: u32,
     host_netns: u64,
     overlay: u32,
+    overlay_link: u32,
     uplink_mac: u64,
 }
 
@@ -34,6 +35,7 @@ impl Constants {
             kernel_dns: u32::from(config.kernel_dns),
             host_netns: sys::netns_cookie().map_err(|source| Error::Netns { source })?,
             overlay: config.overlay.unwrap_or(0),
+            overlay_link: config.overlay_link.unwrap_or(0),
             uplink_mac: config.uplink_mac.map_or(0, word_of),
         })
     }
@@ -52,6 +54,7 @@ impl Constants {
             .override_global(global::KERNEL_DNS, &self.kernel_dns, true)
             .override_global(global::HOST_NETNS, &self.host_netns, true)
             .override_global(global::OVERLAY, &self.overlay, true)
+            .override_global(global::OVERLAY_LINK, &self.overlay_link, true)
             .override_global(global::UPLINK_MAC, &self.uplink_mac, true);
     }
 }

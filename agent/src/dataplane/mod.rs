@@ -86,6 +86,8 @@ pub struct Config {
     /// Interface index of the overlay, where clients outside may be answered by other nodes directly; the hook of uplinks is to hang on
     /// it too. It carries to the nodes that [`Op::SetPeers`] names.
     pub overlay: Option<u32>,
+    /// The interface of the overlay, whatever goes by it.
+    pub overlay_link: Option<u32>,
     /// Questions for cluster names may be answered at pods' interfaces; see [`Dataplane::load_names`].
     pub kernel_dns: bool,
     /// An uplink's driver may be asked to run our program ([`EarlyUplink::is_asked`]). Without, the kernel has not to verify it.
@@ -105,6 +107,7 @@ impl Config {
             masquerade: false,
             uplink_mac: None,
             overlay: None,
+            overlay_link: None,
             kernel_dns: false,
             early: true,
         }

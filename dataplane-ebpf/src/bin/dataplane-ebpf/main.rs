@@ -43,6 +43,8 @@ static UPLINK_MAC: Global<u64> = Global::new(0);
 #[unsafe(no_mangle)]
 static OVERLAY: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
+static OVERLAY_LINK: Global<u32> = Global::new(0);
+#[unsafe(no_mangle)]
 static KERNEL_DNS: Global<u32> = Global::new(0);
 
 #[inline(always)]

@@ -4,8 +4,8 @@ use aya_ebpf::{
     EbpfContext as _,
     bindings::{
         __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
-        BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, TC_ACT_SHOT,
-        bpf_fib_lookup as FibLookup, bpf_redir_neigh as NextHop,
+        BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS,
+        TC_ACT_SHOT, bpf_fib_lookup as FibLookup, bpf_redir_neigh as NextHop,
     },
     helpers::generated::{
         bpf_fib_lookup, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer,
@@ -23,7 +23,7 @@ use dataplane_ebpf::{
     translate::translate,
 };
 
-use crate::{OVERLAY, SERVICE_VETH, maps::Maps};
+use crate::{OVERLAY, OVERLAY_LINK, SERVICE_VETH, maps::Maps};
 
 /// TCX_NEXT, and TC_ACT_UNSPEC where there is no tcx: the next program, then the stack.
 pub const NEXT: i32 = -1;
@@ -325,8 +325,10 @@ fn route<const V6: bool>(skb: &mut Skb) -> i32 {
         }
         let result =
             bpf_fib_lookup(skb.0.cast(), &mut fib, size_of::<FibLookup>() as i32, 0) as u32;
+        // What is longer than the overlay takes of pods is cut below it, in packets of the underlay. The route is known then.
+        let is_cut = result == BPF_FIB_LKUP_RET_FRAG_NEEDED && fib.ifindex == OVERLAY_LINK.load();
         // Without a neighbour the route is known all the same, and the redirect resolves it.
-        if result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH {
+        if result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH && !is_cut {
             Maps.count(Reason::NoRoute);
             return TC_ACT_SHOT;
         }
