@@ -256,8 +256,8 @@ impl Node {
             xdp_mode: config.xdp,
             xdp: Xdp::Off,
             hangs: false,
-            service_veth: pair,
             overlay_was_down: false,
+            service_veth: pair,
             service_ranges: config.service_ranges.clone(),
             routing: config.routing,
         };
@@ -346,6 +346,13 @@ impl Node {
         Err(error.into())
     }
 
+    /// Gives service ports the tables for which there was no room when they were written.
+    fn fill_tables(&mut self) -> Result<(), NodeError> {
+        let fitting = self.dataplane.tables_with_room().into_iter();
+        let ops: Vec<Op> = fitting.filter_map(|id| self.ledger.renewal(id)).collect();
+        self.apply(&ops)
+    }
+
     /// Hangs on again what somebody took off, collects flows whose time is up, and follows the machine's own addresses. Gives the
     /// names of what was hung on again.
     pub fn upkeep(&mut self, kernel: &mut Kernel, pods: &[u32]) -> Result<Vec<String>, NodeError> {
@@ -361,6 +368,7 @@ impl Node {
             }
         }
         self.settle_host_addresses(kernel)?;
+        self.fill_tables()?;
         // A pin that somebody removed took its link along, and left nothing to be found.
         self.attach()?;
         Ok(repaired)
@@ -381,6 +389,14 @@ impl Node {
         {
             return Err(NodeError::Remade(own.name.clone()));
         }
+        let is_down = |own: &&Link| now(own).is_some_and(|now| !now.up);
+        let down = self.overlay.as_ref().filter(is_down);
+        let down = down.map(|own| own.index);
+        self.overlay_was_down = down.is_some();
+        if let Some(index) = down {
+            tracing::warn!("the overlay was set down; it is up again");
+            kernel.set_up(index)?;
+        }
         Ok(())
     }
 
@@ -390,14 +406,6 @@ impl Node {
         if net::service_veth_is_whole(kernel, &self.service_veth, &self.service_ranges)? {
             let there = kernel.addresses()?;
             let missing = self
-        let is_down = |own: &&Link| now(own).is_some_and(|now| !now.up);
-        let down = self.overlay.as_ref().filter(is_down);
-        let down = down.map(|own| own.index);
-        self.overlay_was_down = down.is_some();
-        if let Some(index) = down {
-            tracing::warn!("the overlay was set down; it is up again");
-            kernel.set_up(index)?;
-        }
                 .reserved
                 .iter()
                 .flat_map(|own| [own.host, own.probe])
@@ -476,6 +484,8 @@ impl Node {
         let held = self.ledger.held();
         let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
         let frontends = held.frontends.len() + held.vips.len();
+        let sources: usize = held.sources.values().map(BTreeSet::len).sum();
+        let ranges = sources + self.unmasqueraded.len();
         [
             (
                 map::SERVICES,
@@ -484,6 +494,8 @@ impl Node {
             ),
             (map::FRONTENDS, count(frontends), limits::FRONTENDS),
             (map::BACKENDS, self.dataplane.cells_used(), limits::CELLS),
+            (map::RANGES, count(ranges), limits::RANGES),
+            (map::PEERS, count(self.peers.len()), limits::PEERS),
             (map::FLOWS, self.flows, self.dataplane.flows_max()),
             (
                 map::MAGLEV,

@@ -365,6 +365,12 @@ impl Dataplane {
         self.tables.maglev()
     }
 
+    /// Service ports that choose at random for want of room for their table, for which there is some by now: they get it by
+    /// [`Op::RenewService`].
+    pub fn tables_with_room(&self) -> Vec<ServiceId> {
+        self.tables.tables_with_room()
+    }
+
     /// Removes flows whose time is up; to be called every ten seconds or so. The fuller the table was left, the shorter
     /// flows may idle. Takes 140 ns per entry (measured) on the calling CPU.
     pub fn collect_flows(&mut self) -> Result<Collected, Error> {

@@ -393,6 +393,11 @@ impl<M: MapIo> Tables<M> {
         self.maglev.usage()
     }
 
+    /// Service ports that choose at random for want of room for their table, for which there is some by now.
+    pub fn tables_with_room(&self) -> Vec<ServiceId> {
+        self.maglev.with_room().into_iter().map(ServiceId).collect()
+    }
+
     /// Makes the ranges of other nodes these.
     fn settle_peers(&mut self, wished: &BTreeMap<PeerKey, u64>) -> Result<(), Error> {
         let held: BTreeMap<PeerKey, u64> = self.io.peers()?.into_iter().collect();
@@ -421,7 +426,7 @@ impl<M: MapIo> Tables<M> {
             .map(drop)
     }
 
-    /// Cells that services have, and those that rest.
+    /// Cells that services have. Those that rest are free again in a moment.
     pub fn cells_used(&self) -> u32 {
         limits::CELLS - self.extents.available()
     }

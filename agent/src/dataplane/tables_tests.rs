@@ -713,9 +713,12 @@ fn a_table_without_room_leaves_its_service_served_and_is_told() {
     let state = tables.state().unwrap();
     let held = &state.services[&ServiceId(3)];
     assert_eq!((held.active.len(), held.maglev), (2, 0));
+    assert_eq!(tables.tables_with_room(), []);
     tables.maglev.blocks = 0;
+    assert_eq!(tables.tables_with_room(), [ServiceId(3)]);
     tables.apply(once, Instant::now()).unwrap();
     assert_eq!(tables.maglev().refused, 0);
+    assert_eq!(tables.tables_with_room(), []);
 }
 
 #[test]

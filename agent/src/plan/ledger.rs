@@ -360,11 +360,8 @@ impl Ledger {
             }
         }
         self.touched.left.extend(left);
-        let renewed = self.touched.left.iter().filter_map(|id| {
-            let backends = self.wished(*id)?.backends.clone();
-            Some(Op::RenewService { id: *id, backends })
-        });
-        let renewed = renewed.collect();
+        let renewed = self.touched.left.iter();
+        let renewed = renewed.filter_map(|id| self.renewal(*id)).collect();
         // A marker comes after the frontends of its address and goes before them: between the two a port would be
         // rejected that has a Service.
         let order = [
@@ -382,6 +379,12 @@ impl Ledger {
             ops: order.into_iter().flatten().collect(),
             refusals,
         }
+    }
+
+    /// What renews a service port with all that is wished for it.
+    pub fn renewal(&self, id: ServiceId) -> Option<Op> {
+        let backends = self.wished(id)?.backends.clone();
+        Some(Op::RenewService { id, backends })
     }
 
     /// Whether a batch that is not in the maps yet takes a backend from clients that have it.

@@ -7,6 +7,7 @@
 
 mod hear;
 mod host_ports;
+mod node_addresses;
 mod settle;
 mod tell;
 
@@ -17,6 +18,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
+use self::node_addresses::NodeAddresses;
 use cluster_model::{Dirty, ObjectRef, Rejected, ServiceKey, Snapshot};
 
 use crate::announce::Announcements;
@@ -71,6 +73,8 @@ pub struct Worker {
     kernel: Kernel,
     snapshot: Snapshot,
     dirty: Dirty,
+    /// Of all nodes of the cluster.
+    node_addresses: NodeAddresses,
     here: Here,
     identity_file: IdentityFile,
     identity: Option<Identity>,
@@ -130,6 +134,7 @@ impl Worker {
             kernel: Kernel::new(Netlink::open()?),
             snapshot: Snapshot::default(),
             dirty: Dirty::default(),
+            node_addresses: NodeAddresses::default(),
             here: Here {
                 node: config.node_name.as_str().into(),
                 zone: None,
@@ -282,11 +287,6 @@ impl Worker {
                 }
             }
         }
-        self.pods.upkeep(&mut self.kernel, self.node.as_mut());
-        if let Ok(links) = self.kernel.links() {
-            let proc = Path::new("/proc");
-            self.report.notes = surroundings::look(&links, &self.config.cni_conf_dir, proc);
-            let outside = self.outside_service_ranges();
         if self.node.as_ref().is_some_and(|node| node.overlay_was_down) {
             // Told for as long as it goes on.
             self.routes.forget_peers();
@@ -295,6 +295,11 @@ impl Worker {
         } else {
             self.problems.remove("overlay");
         }
+        self.pods.upkeep(&mut self.kernel, self.node.as_mut());
+        if let Ok(links) = self.kernel.links() {
+            let proc = Path::new("/proc");
+            self.report.notes = surroundings::look(&links, &self.config.cni_conf_dir, proc);
+            let outside = self.outside_service_ranges();
             self.report.notes.extend(outside);
         }
         self.settle_routes(true);

@@ -29,7 +29,7 @@ impl Worker {
     /// Learns who this node is, sets it up once that is known, and keeps its routes.
     pub(super) fn settle_node(&mut self) -> Result<(), WorkerError> {
         let dirty: Vec<Arc<str>> = std::mem::take(&mut self.dirty.nodes).into_iter().collect();
-        if !dirty.is_empty() {
+        if self.node_addresses.take(&self.snapshot, &dirty) {
             // Whether a balanced address is a Service's alone depends on the nodes' own.
             let balanced = self.snapshot.services();
             let balanced = balanced.filter(|service| !service.load_balancer_ips.is_empty());

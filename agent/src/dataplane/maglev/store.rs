@@ -1,6 +1,6 @@
 //! Which services have a Maglev table in the maps, and how much of the room is used.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use dataplane_abi::{MaglevBlock, MaglevKey, limits};
 
@@ -36,8 +36,8 @@ pub struct MaglevStore {
     held: HashMap<u32, Held>,
     /// Blocks of all of them.
     pub(in crate::dataplane) blocks: u32,
-    /// Services whose table found no room.
-    refused: BTreeSet<u32>,
+    /// Services whose table found no room, and the blocks that it asks for.
+    refused: BTreeMap<u32, u32>,
 }
 
 impl MaglevStore {
@@ -79,7 +79,7 @@ impl MaglevStore {
         }
         let wanted = MaglevBlock::count(entries);
         if self.blocks + wanted > limits::MAGLEV_BLOCKS {
-            self.refused.insert(id);
+            self.refused.insert(id, wanted);
             return Ok(0);
         }
         let table = table(&backends.active, entries);
@@ -135,6 +135,19 @@ impl MaglevStore {
         io.remove_maglev(&gone)?;
         self.blocks = self.blocks.saturating_sub(gone.len() as u32);
         Ok(())
+    }
+
+    /// Of the services whose table found no room, those for which there is some by now.
+    pub fn with_room(&self) -> Vec<u32> {
+        let mut free = limits::MAGLEV_BLOCKS.saturating_sub(self.blocks);
+        let mut fitting = Vec::new();
+        for (id, wanted) in &self.refused {
+            if *wanted <= free {
+                free -= wanted;
+                fitting.push(*id);
+            }
+        }
+        fitting
     }
 
     pub fn usage(&self) -> MaglevUse {
