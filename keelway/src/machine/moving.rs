@@ -1,6 +1,8 @@
 //! `keelway start --store etcd`: the state of this machine's control plane moves out of the embedded store into an etcd that it begins,
 //! so that others can join it.
 //!
+//! Or, by `--store etcd:URL`, the node is to find its state in an etcd elsewhere, which has it by then.
+//!
 //! One rename decides: until the node's new description is in the place of the old one, the state is the embedded store's, which is only
 //! read; from then on it is etcd's. What an attempt that was cut off has left before that goes with the next start.
 
@@ -23,6 +25,10 @@ use crate::progress::Progress;
 
 /// The description of the node as it is to be.
 const NEXT: &str = "node.next.json";
+/// What ends the name of a credential that comes with that description, beside the one that it is to replace.
+const BESIDE: &str = ".next";
+/// The credentials by which an etcd is reached, its own or one elsewhere.
+const REACHED_BY: [&str; 3] = [etcd::CA, etcd::CLIENT[0], etcd::CLIENT[1]];
 /// The folders of both states, in the node's own.
 const EMBEDDED: &str = "var/lib/keelway/controlplane";
 const ETCD: &str = "var/lib/etcd";
@@ -61,6 +67,7 @@ pub(super) fn tidy(
     known: &mut MachineState,
     spec: &NodeSpec,
 ) -> Result<(), MachineError> {
+    settle(dir)?;
     match home(spec) {
         // It came as far as the rename.
         Some(Home::Own) if known.moving => {
@@ -97,13 +104,57 @@ fn clear(dir: &MachineDir) -> Result<(), MachineError> {
     if data.exists() {
         fs::remove_dir_all(&data).map_err(file("remove", &data))?;
     }
-    let credentials = [etcd::CA, CA_KEY].into_iter();
-    let credentials = credentials.chain(etcd::CLIENT).chain(etcd::MEMBER);
+    let credentials = [CA_KEY].into_iter();
+    let credentials = credentials.chain(REACHED_BY).chain(etcd::MEMBER);
     let files = credentials.map(|name| dir.credentials().join(name));
+    let files = REACHED_BY
+        .map(|name| beside(dir, name))
+        .into_iter()
+        .chain(files);
     for path in files.chain([dir.node().join(NEXT)]) {
         if path.exists() {
             fs::remove_file(&path).map_err(file("remove", &path))?;
         }
+    }
+    Ok(())
+}
+
+fn beside(dir: &MachineDir, credential: &str) -> PathBuf {
+    dir.credentials().join(format!("{credential}{BESIDE}"))
+}
+
+/// Keeps the credentials of an etcd elsewhere beside those that they replace once the node is described as it is to be.
+///
+/// # Errors
+/// When one cannot be read or written.
+pub(super) fn bring(dir: &MachineDir, files: &[(&Path, &'static str)]) -> Result<(), MachineError> {
+    for (from, name) in files {
+        let text = fs::read_to_string(from).map_err(file("read", from))?;
+        let path = beside(dir, name);
+        share::write(&path, &text)?;
+        sync(&path)?;
+    }
+    Ok(())
+}
+
+/// Puts the credentials in their place that came with the description that the node has, and removes those of one that it has not got: it
+/// lies there as long as nothing is decided.
+fn settle(dir: &MachineDir) -> Result<(), MachineError> {
+    let next = dir.node().join(NEXT);
+    let is_decided = !next.exists();
+    for name in REACHED_BY {
+        let (given, path) = (beside(dir, name), dir.credentials().join(name));
+        if !given.exists() {
+            continue;
+        }
+        if is_decided {
+            fs::rename(&given, &path).map_err(file("replace", &path))?;
+        } else {
+            fs::remove_file(&given).map_err(file("remove", &given))?;
+        }
+    }
+    if !is_decided {
+        fs::remove_file(&next).map_err(file("remove", &next))?;
     }
     Ok(())
 }
@@ -221,7 +272,14 @@ pub(super) fn describe(dir: &MachineDir, spec: &NodeSpec) -> Result<PathBuf, Mac
     let text = serde_json::to_vec_pretty(spec);
     let text = text.map_err(|error| file("write", &next)(error.into()))?;
     fs::write(&next, text).map_err(file("write", &next))?;
+    sync(&next)?;
+    sync(&dir.node())?;
     Ok(next)
+}
+
+fn sync(path: &Path) -> Result<(), MachineError> {
+    let synced = File::open(path).and_then(|file| file.sync_all());
+    synced.map_err(file("sync", path))
 }
 
 /// Puts a description of the node in the place of the one that it has, on disk.
@@ -229,10 +287,63 @@ pub(super) fn describe(dir: &MachineDir, spec: &NodeSpec) -> Result<PathBuf, Mac
 /// # Errors
 /// When it cannot be put there.
 pub(super) fn decide(dir: &MachineDir, next: &Path) -> Result<(), MachineError> {
-    let (path, folder) = (dir.spec(), dir.node());
-    let synced = File::open(next).and_then(|file| file.sync_all());
-    synced.map_err(file("sync", next))?;
+    let path = dir.spec();
     fs::rename(next, &path).map_err(file("replace", &path))?;
-    let synced = File::open(&folder).and_then(|folder| folder.sync_all());
-    synced.map_err(file("sync", &folder))
+    sync(&dir.node())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::StateDir;
+
+    /// A machine whose etcd is its own, with a description and credentials of one elsewhere beside, as `start` has brought them.
+    fn moving(folder: &Path) -> MachineDir {
+        let dir = MachineDir::of(&StateDir::at(folder));
+        fs::create_dir_all(dir.credentials()).expect("a folder");
+        fs::write(dir.spec(), "ours").expect("written");
+        fs::write(dir.node().join(NEXT), "theirs").expect("written");
+        let theirs = folder.join("theirs");
+        fs::write(&theirs, "theirs").expect("written");
+        for name in REACHED_BY {
+            fs::write(dir.credentials().join(name), "ours").expect("written");
+        }
+        bring(&dir, &REACHED_BY.map(|name| (theirs.as_path(), name))).expect("brought");
+        dir
+    }
+
+    /// What the credentials are that lie there; nothing but those that belong there may.
+    fn credentials(dir: &MachineDir) -> Vec<String> {
+        let folder = fs::read_dir(dir.credentials()).expect("a folder");
+        assert_eq!(folder.count(), REACHED_BY.len());
+        let read = |name| fs::read_to_string(dir.credentials().join(name)).expect("there");
+        REACHED_BY.map(read).into()
+    }
+
+    #[test]
+    fn credentials_of_another_etcd_take_their_place_with_the_description_and_not_before() {
+        for cut in 0..REACHED_BY.len() {
+            let folder = tempfile::tempdir().expect("a folder");
+            // Cut off before it was decided, in the middle of what was brought.
+            let dir = moving(folder.path());
+            for name in &REACHED_BY[cut..] {
+                fs::remove_file(beside(&dir, name)).expect("there");
+            }
+            settle(&dir).expect("settled");
+            assert_eq!(credentials(&dir), ["ours"; 3], "{cut}");
+            assert_eq!(fs::read_to_string(dir.spec()).expect("there"), "ours");
+            assert!(!dir.node().join(NEXT).exists());
+
+            // Cut off after that, in the middle of what takes its place.
+            let dir = moving(folder.path());
+            decide(&dir, &dir.node().join(NEXT)).expect("decided");
+            for name in &REACHED_BY[..cut] {
+                fs::rename(beside(&dir, name), dir.credentials().join(name)).expect("renamed");
+            }
+            settle(&dir).expect("settled");
+            assert_eq!(credentials(&dir), ["theirs"; 3], "{cut}");
+            settle(&dir).expect("settled");
+            assert_eq!(fs::read_to_string(dir.spec()).expect("there"), "theirs");
+        }
+    }
 }

@@ -130,13 +130,10 @@ pub async fn start(
         moving::check_there(&store.named()).await?;
         share::change_store(&mut spec, &flags)?;
         member::leave_out(&mut spec);
-        for (from, name) in files {
-            let text = fs::read_to_string(from).map_err(file("read", from))?;
-            share::write(&dir.credentials().join(name), &text)?;
-        }
         known.unannounced = true;
         dir.write(&known)?;
         let next = moving::describe(&dir, &spec)?;
+        moving::bring(&dir, &files)?;
         moving::decide(&dir, &next)?;
         moving::tidy(&dir, &mut known, &spec)?;
     }

@@ -37,7 +37,7 @@ impl Cut {
 }
 
 /// Whether an etcd of its own is part of its node, as that is described.
-fn is_decided(machine: &Machine) -> bool {
+pub fn is_decided(machine: &Machine) -> bool {
     let spec = std::fs::read(machine.node_file("node.json")).expect("a description");
     let spec: Value = serde_json::from_slice(&spec).expect("JSON");
     let services = spec["services"].as_array().expect("services");
@@ -71,7 +71,7 @@ pub fn await_at_once(what: &str, mut is_reached: impl FnMut() -> bool) {
 
 /// The ConfigMaps that the test made, as name and data.
 #[track_caller]
-fn maps(cluster: &Cluster<'_>) -> Vec<(String, String)> {
+pub fn maps(cluster: &Cluster<'_>) -> Vec<(String, String)> {
     let all = eventually("the API server answers", CHANGE_TIMEOUT, || {
         let got = cluster.kubectl(&["get", "configmaps", "--output", "json"]);
         got.success.then_some(got.stdout).ok_or(got.stderr)
@@ -91,7 +91,7 @@ fn map(name: &str) -> Value {
 }
 
 #[track_caller]
-fn make(cluster: &Cluster<'_>, names: impl Iterator<Item = String>) {
+pub fn make(cluster: &Cluster<'_>, names: impl Iterator<Item = String>) {
     let items: Vec<Value> = names.map(|name| map(&name)).collect();
     let list = json!({"apiVersion": "v1", "kind": "List", "items": items});
     let made = cluster.kubectl_with_input(&["create", "--filename", "-"], &list.to_string());
@@ -99,7 +99,7 @@ fn make(cluster: &Cluster<'_>, names: impl Iterator<Item = String>) {
 }
 
 #[track_caller]
-fn start(machine: &Machine, more: &[&str]) -> Running {
+pub fn start(machine: &Machine, more: &[&str]) -> Running {
     machine.keelway_running(&[&["start", "--foreground"], more].concat())
 }
 
