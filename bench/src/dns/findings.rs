@@ -87,7 +87,10 @@ impl Findings {
         self.push(what, place, (2, "p50"), "us", open.p50_us);
         self.push(what, place, (3, "p99"), "us", open.p99_us);
         self.push(what, place, P99_TO_P50, "", open.p99_us / open.p50_us);
-        self.push(what, place, SLICE_P99_TO_P50, "", open.slice_p99_to_p50);
+        // Where the generator saw too little of every slice, nothing is held, and nothing kept.
+        if let Some(ratio) = open.slice_p99_to_p50 {
+            self.push(what, place, SLICE_P99_TO_P50, "", ratio);
+        }
     }
 
     /// What the machine did meanwhile: how late the generator was, and how much of a CPU's time the hypervisor kept.

@@ -43,8 +43,8 @@ pub struct Sample {
     /// Of a hundred questions at a rate, those of which it is not known how long clients would have waited: the generator was not
     /// running while they were under way, or sent them with all that it had to make up for.
     pub unseen_percent: f64,
-    /// p99 to p50 within a slice of an open load, in the middle one of all slices.
-    pub slice_p99_to_p50: f64,
+    /// p99 to p50 within a slice of an open load, in the middle one of those that were seen; `None` where none was.
+    pub slice_p99_to_p50: Option<f64>,
     pub answered: u64,
     pub lost: u64,
     /// Answers with another code than the first.
@@ -267,13 +267,10 @@ impl Slices {
         self.nanos.reset();
     }
 
-    fn middle_p99_to_p50(mut self) -> f64 {
+    fn middle_p99_to_p50(mut self) -> Option<f64> {
         self.end();
         self.ratios.sort_by(f64::total_cmp);
-        self.ratios
-            .get(self.ratios.len() / 2)
-            .copied()
-            .unwrap_or_default()
+        self.ratios.get(self.ratios.len() / 2).copied()
     }
 }
 
@@ -340,5 +337,24 @@ impl Inbox {
             }
         }
         Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slice_that_was_hardly_seen_says_nothing() {
+        let like = Histogram::new_with_max(10_000_000_000, 3).expect("bounds");
+        let of = |answers: u64| {
+            let mut slices = Slices::new(&like);
+            for i in 0..answers {
+                slices.record(SLICE / 2, if i % 50 == 0 { 90_000 } else { 10_000 });
+            }
+            slices.middle_p99_to_p50()
+        };
+        assert_eq!(of(999), None);
+        assert!(of(1000).is_some_and(|ratio| (8.9..9.1).contains(&ratio)));
     }
 }
