@@ -151,7 +151,10 @@ impl Members {
             Ok(Err(error)) => error.to_string(),
             Err(_) => format!("no answer within {PATIENCE:?}"),
         };
-        self.leave(turn);
+        // Of room, all have the same.
+        if !is_full(&reason) {
+            self.leave(turn);
+        }
         Err(StoreError::Unavailable { operation, reason })
     }
 
@@ -167,20 +170,30 @@ impl Members {
     {
         let begun = Instant::now();
         loop {
+            let members = self.known().clients.len();
             let mut outcome = self.ask(operation, &request).await;
-            let others = self.known().clients.len() - 1;
-            for _ in 0..others {
-                if outcome.is_ok() {
+            for _ in 1..members {
+                if !is_to_ask_again(&outcome) {
                     break;
                 }
                 outcome = self.ask(operation, &request).await;
             }
-            if outcome.is_ok() || begun.elapsed() >= ELECTION {
+            if !is_to_ask_again(&outcome) || begun.elapsed() >= ELECTION {
                 return outcome;
             }
             sleep(ROUND_PAUSE).await;
         }
     }
+}
+
+fn is_to_ask_again<T>(outcome: &Result<T, StoreError>) -> bool {
+    matches!(outcome, Err(StoreError::Unavailable { reason, .. }) if !is_full(reason))
+}
+
+/// Whether etcd has refused what takes room: its quota is used up, of which an alarm tells until it is taken off. What reached it before the
+/// alarm may have happened all the same.
+fn is_full(reason: &str) -> bool {
+    reason.contains("database space exceeded")
 }
 
 /// A client per endpoint.

@@ -1,6 +1,7 @@
 //! The contract on a real etcd, and what only happens with servers: two of us, restarts, lost members, compaction.
 
 mod credentials;
+mod full;
 mod known;
 mod losses;
 mod moves;
