@@ -57,15 +57,7 @@ pub async fn write(store: &Etcd, next: &mut usize, answered: &mut Vec<(usize, Re
 /// Holds what was answered, in order of revision, against what a watch tells from before the first of it, and both against a list.
 pub async fn check(store: &Etcd, mut watch: Box<dyn WatchStream>, answered: &[(usize, Revision)]) {
     let last = *answered.last().expect("writes were answered");
-    let mut seen: Vec<(String, Revision)> = Vec::new();
-    while seen.last().is_none_or(|(_, revision)| *revision < last.1) {
-        let events = watch.next().await.unwrap();
-        seen.extend(
-            events
-                .iter()
-                .map(|e| (e.record.key.to_string(), e.record.revision)),
-        );
-    }
+    let seen = told_until(last.1, &mut *watch).await;
     assert!(
         seen.windows(2).all(|w| w[0].1 < w[1].1),
         "in order, and once"

@@ -32,6 +32,39 @@ fn pod(i: usize) -> String {
     format!("/core/pods/default/{i:04}")
 }
 
+/// What a watch tells of, up to the first that is as new as the last one: keys and revisions.
+async fn told_until(last: Revision, watch: &mut dyn WatchStream) -> Vec<(String, Revision)> {
+    let mut seen: Vec<(String, Revision)> = Vec::new();
+    while seen.last().is_none_or(|(_, revision)| *revision < last) {
+        let events = watch.next().await.unwrap();
+        let told = events
+            .iter()
+            .map(|event| (event.record.key.to_string(), event.record.revision));
+        seen.extend(told);
+    }
+    seen
+}
+
+impl Etcd {
+    /// Does nothing of its own accord any more: what etcd has from now on is not heard of.
+    async fn stop_following(&mut self) {
+        self._tasks.abort_all();
+        while self._tasks.join_next().await.is_some() {}
+    }
+
+    /// Begins to follow where that was stopped.
+    fn follow_again(&mut self) {
+        let follower = Follower {
+            members: self.members.clone(),
+            space: self.space.clone(),
+            replica: self.replica.clone(),
+            doubt: self.doubt.clone(),
+            lineage: self.lineage.clone(),
+        };
+        self._tasks.spawn(follower.run());
+    }
+}
+
 #[tokio::test]
 async fn what_one_of_us_was_answered_another_one_reads() {
     let (ours, server) = fresh().await;
@@ -119,17 +152,8 @@ async fn while_etcd_is_away_writes_fail_and_watches_lose_nothing() {
     }
     let last = store.put(&pod(99), value(0), Expect::Any).await.unwrap();
     answered.push(last.revision);
-    let mut seen: Vec<Revision> = Vec::new();
-    while seen.last() != Some(&last.revision) {
-        seen.extend(
-            watch
-                .next()
-                .await
-                .unwrap()
-                .iter()
-                .map(|e| e.record.revision),
-        );
-    }
+    let told = told_until(last.revision, &mut *watch).await;
+    let seen: Vec<Revision> = told.into_iter().map(|(_, revision)| revision).collect();
     assert_eq!(seen, answered);
 }
 
@@ -139,8 +163,7 @@ async fn a_follower_whose_history_was_compacted_reads_anew_and_says_so() {
     let theirs = server.connect().await;
     store.put(&pod(1), value(1), Expect::Any).await.unwrap();
     let mut watch = store.watch("/core/pods/", store.revision()).await.unwrap();
-    store._tasks.abort_all();
-    while store._tasks.join_next().await.is_some() {}
+    store.stop_following().await;
     for i in 0..20 {
         theirs
             .put(&pod(i), value(i + 1), Expect::Any)
@@ -155,14 +178,7 @@ async fn a_follower_whose_history_was_compacted_reads_anew_and_says_so() {
             .await
     };
     store.members.ask("compact", compact).await.unwrap();
-    let follower = Follower {
-        members: store.members.clone(),
-        space: store.space.clone(),
-        replica: store.replica.clone(),
-        doubt: store.doubt.clone(),
-        lineage: store.lineage.clone(),
-    };
-    store._tasks.spawn(follower.run());
+    store.follow_again();
     assert!(matches!(
         watch.next().await,
         Err(StoreError::Compacted { .. })

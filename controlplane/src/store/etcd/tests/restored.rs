@@ -44,8 +44,7 @@ async fn an_etcd_that_went_back_and_on_is_noticed() {
     for i in 0..3 {
         store.put(&pod(i), value(1), Expect::Any).await.unwrap();
     }
-    store._tasks.abort_all();
-    while store._tasks.join_next().await.is_some() {}
+    store.stop_following().await;
     server.process.put_back("before");
     server.process.restart();
     let theirs = server.connect().await;
@@ -53,14 +52,7 @@ async fn an_etcd_that_went_back_and_on_is_noticed() {
         theirs.put(&pod(i), value(2), Expect::Any).await.unwrap();
     }
     assert!(theirs.revision() > store.replica.revision());
-    let follower = Follower {
-        members: store.members.clone(),
-        space: store.space.clone(),
-        replica: store.replica.clone(),
-        doubt: store.doubt.clone(),
-        lineage: store.lineage.clone(),
-    };
-    store._tasks.spawn(follower.run());
+    store.follow_again();
     assert!(is_over(&store).await);
 }
 

@@ -75,17 +75,7 @@ async fn a_user_with_the_rights_that_are_named_is_enough_and_others_are_refused(
         .put(&pod(0), value(9), Expect::Revision(last.revision))
         .await
         .unwrap();
-    let mut seen = Vec::new();
-    while seen.last().is_none_or(|revision| *revision < last.revision) {
-        seen.extend(
-            watch
-                .next()
-                .await
-                .unwrap()
-                .iter()
-                .map(|e| e.record.revision),
-        );
-    }
+    let seen = told_until(last.revision, &mut *watch).await;
     assert_eq!(seen.len(), 1 + 2 * 5 + 1, "{seen:?}");
 
     for user in ["other", "nobody"] {
