@@ -19,8 +19,9 @@ use crate::dataplane::{
     Xdp, XdpMode,
 };
 use crate::net::{self, Kernel, Link, NetlinkError, Uplink};
-use crate::plan::{Dsr, Ledger, Routing};
+use crate::plan::{Batch, Dsr, Ledger, Routing};
 use crate::report::Fill;
+use crate::worker::reason;
 
 /// What a node must know of itself before pods can have a network.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -137,6 +138,13 @@ impl NodeError {
     pub fn is_limit(&self) -> bool {
         matches!(self, Self::Dataplane(error) if error.is_limit())
     }
+}
+
+/// What became of a batch.
+pub struct Brought {
+    pub outcome: Result<(), NodeError>,
+    /// Whether the ledger knows what the maps hold now.
+    pub known: bool,
 }
 
 /// A node whose data plane is up.
@@ -344,6 +352,29 @@ impl Node {
             }
         }
         Err(error.into())
+    }
+
+    /// Brings the maps to what the ledger wishes. A batch that failed may be in them in part: they are read back, and what found no
+    /// room waits apart for some.
+    pub fn bring(&mut self, batch: &Batch) -> Brought {
+        let outcome = self.apply(&batch.ops);
+        let mut known = true;
+        match &outcome {
+            Ok(()) => self.ledger.applied(batch),
+            Err(failed) => match self.dataplane.state() {
+                Ok(held) => {
+                    self.ledger.hold(held);
+                    if failed.is_limit() {
+                        self.ledger.park();
+                    }
+                }
+                Err(error) => {
+                    known = false;
+                    tracing::error!(error = reason(&error), "the maps cannot be read back");
+                }
+            },
+        }
+        Brought { outcome, known }
     }
 
     /// Gives service ports the tables for which there was no room when they were written.

@@ -1,7 +1,7 @@
 //! Ports of the node that pods ask for, while it is not known what else asks for them.
 
+use super::settle::is_sound;
 use super::{Worker, reason};
-use crate::plan::check;
 
 impl Worker {
     /// Brings the maps to the pods' ports of the node while Services are not known, an API server being away: what an earlier agent
@@ -12,12 +12,12 @@ impl Worker {
         };
         let mut waiting = Vec::new();
         for (key, wish) in self.pods.take_host_ports() {
-            match check(&wish) {
-                Ok(()) if node.ledger.is_free_for(&wish) => node.ledger.set(&key, wish),
-                Ok(()) => waiting.push(key),
-                Err(violation) => {
-                    tracing::error!(%key, %violation, "a plan is unsound and is not applied")
-                }
+            if !is_sound(&key, &wish) {
+                continue;
+            }
+            match node.ledger.is_free_for(&wish) {
+                true => node.ledger.set(&key, wish),
+                false => waiting.push(key),
             }
         }
         for key in &waiting {
@@ -27,25 +27,9 @@ impl Worker {
         if batch.ops.is_empty() {
             return;
         }
-        match node.apply(&batch.ops) {
-            Ok(()) => {
-                node.ledger.applied(&batch);
-                self.problems.remove("host ports");
-            }
-            Err(error) => {
-                match node.dataplane.state() {
-                    Ok(held) => {
-                        node.ledger.hold(held);
-                        if error.is_limit() {
-                            node.ledger.park();
-                        }
-                    }
-                    Err(error) => {
-                        tracing::error!(error = reason(&error), "the maps cannot be read back")
-                    }
-                }
-                self.problem("host ports", reason(&error));
-            }
+        match node.bring(&batch).outcome {
+            Ok(()) => drop(self.problems.remove("host ports")),
+            Err(error) => self.problem("host ports", reason(&error)),
         }
     }
 }

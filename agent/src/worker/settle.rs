@@ -13,7 +13,7 @@ use crate::event::Event;
 use crate::install;
 use crate::metrics::Extent;
 use crate::names::KernelNames;
-use crate::node::{Identity, Node, NodeError};
+use crate::node::{Brought, Identity, Node, NodeError};
 use crate::node_ports::{NodePort, listeners};
 use crate::plan::{
     Dsr, Refusal, ServicePlan, check, held_lifeline, is_lifeline, keep_backends, lifeline, plan,
@@ -323,14 +323,9 @@ impl Worker {
             let before = before.unwrap_or_default();
             let new = complaints.into_iter().filter(|one| !before.contains(one));
             left_out.extend(new.map(|(reason, words)| (key.clone(), reason, words)));
-            match check(&wish) {
-                Ok(()) => {
-                    self.node_ports.replan(&key, &wish);
-                    node.ledger.set(&key, wish);
-                }
-                Err(violation) => {
-                    tracing::error!(%key, %violation, "a plan is unsound and is not applied")
-                }
+            if is_sound(&key, &wish) {
+                self.node_ports.replan(&key, &wish);
+                node.ledger.set(&key, wish);
             }
         }
         if first
@@ -342,11 +337,8 @@ impl Worker {
             node.ledger.set(&key, wish);
         }
         for (key, wish) in host_ports {
-            match check(&wish) {
-                Ok(()) => node.ledger.set(&key, wish),
-                Err(violation) => {
-                    tracing::error!(%key, %violation, "a plan is unsound and is not applied")
-                }
+            if is_sound(&key, &wish) {
+                node.ledger.set(&key, wish);
             }
         }
         self.health_checks.settle();
@@ -364,22 +356,8 @@ impl Worker {
         self.retry = false;
         // Judged by what clients have now; of a batch that fails, part may be in the maps.
         let loses_backends = first || self.datagrams_due || node.ledger.loses_backends(&batch);
-        let outcome = node.apply(&batch.ops);
-        match &outcome {
-            Ok(()) => node.ledger.applied(&batch),
-            Err(failed) => match node.dataplane.state() {
-                Ok(held) => {
-                    node.ledger.hold(held);
-                    if failed.is_limit() {
-                        node.ledger.park();
-                    }
-                }
-                Err(error) => {
-                    self.retry = true;
-                    tracing::error!(error = reason(&error), "the maps cannot be read back")
-                }
-            },
-        }
+        let Brought { outcome, known } = node.bring(&batch);
+        self.retry |= !known;
         let ended = loses_backends.then(|| node.end_stale_datagrams());
         // What fits is served; who waits for room does so for its own sake only.
         let applied = outcome.as_ref().err().is_none_or(NodeError::is_limit);
@@ -467,6 +445,15 @@ impl Worker {
         }
         self.invite_pods();
     }
+}
+
+/// Whether a plan may be applied. One that may not is a fault of ours.
+pub(super) fn is_sound(key: &ServiceKey, wish: &ServicePlan) -> bool {
+    check(wish)
+        .inspect_err(
+            |violation| tracing::error!(%key, %violation, "a plan is unsound and is not applied"),
+        )
+        .is_ok()
 }
 
 /// The Service of the API server as an earlier worker left it, if the cluster has none.
