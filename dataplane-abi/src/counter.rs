@@ -81,7 +81,7 @@ reasons! {
     FlowPortsExhausted = "flow_ports_exhausted", Drop;
     /// The unreplied table refused a flow.
     FlowRefused = "flow_refused", Drop;
-    /// A service's backends changed twice while they were read.
+    /// A service's backends changed twice while they were read, or its frontend was replaced as it was looked up.
     ServiceTorn = "service_torn", Drop;
     /// The address is in the Service range, but is no Service's.
     UnknownServiceAddress = "unknown_service_address", Drop;

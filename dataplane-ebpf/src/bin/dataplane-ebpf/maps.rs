@@ -379,20 +379,27 @@ const LEAD_FOUND: u64 = 1 << 63;
 const EXTERNAL_SHIFT: u32 = 20;
 const FLAGS_SHIFT: u32 = 40;
 
+/// How often a frontend is looked up anew whose element went to another key as it was read. Where one is written without a pause, one look in
+/// a thousand finds that.
+const LOOKS_AGAIN_MAX: u32 = 3;
+
 /// Looks a frontend up whose element went to another key as it was read: it has another element by now, or none. Rare, and so a function of
 /// its own.
 #[inline(never)]
 fn lead_again(key: &FrontendKey) -> u64 {
-    match sealed_lead(key) {
-        Some(lead) if lead.is_sealed_by(key.digest()) => {
+    for _ in 0..LOOKS_AGAIN_MAX {
+        let Some(lead) = sealed_lead(key) else {
+            return 0;
+        };
+        if lead.is_sealed_by(key.digest()) {
             let lead = lead.bare();
-            LEAD_FOUND
+            return LEAD_FOUND
                 | lead.internal as u64
                 | (lead.external as u64) << EXTERNAL_SHIFT
-                | (lead.flags as u64) << FLAGS_SHIFT
+                | (lead.flags as u64) << FLAGS_SHIFT;
         }
-        _ => 0,
     }
+    0
 }
 
 #[inline(always)]
