@@ -205,9 +205,26 @@ impl Hierarchies {
     /// # Errors
     /// When some process has not ended within `timeout`.
     pub fn kill(&self, cluster: &str, timeout: Duration) -> Result<(), CgroupError> {
+        self.kill_below(Path::new(cluster), timeout)
+    }
+
+    /// The same for the groups of one node.
+    ///
+    /// # Errors
+    /// As [`Hierarchies::kill`].
+    pub fn kill_node(
+        &self,
+        cluster: &str,
+        node: &str,
+        timeout: Duration,
+    ) -> Result<(), CgroupError> {
+        self.kill_below(&Path::new(cluster).join(node), timeout)
+    }
+
+    fn kill_below(&self, folder: &Path, timeout: Duration) -> Result<(), CgroupError> {
         let deadline = Instant::now() + timeout;
         if let Some(v2) = self.v2() {
-            let group = v2.mount.join(self.root).join(cluster);
+            let group = v2.mount.join(self.root).join(folder);
             if group.is_dir() {
                 // cgroup.kill is from Linux 5.14, below our floor.
                 let path = group.join("cgroup.kill");
@@ -221,7 +238,7 @@ impl Hierarchies {
             .iter()
             .filter(|hierarchy| hierarchy.kind != Kind::V2)
         {
-            let group = hierarchy.mount.join(self.root).join(cluster);
+            let group = hierarchy.mount.join(self.root).join(folder);
             loop {
                 let pids = pids_below(&group);
                 if pids.is_empty() {
@@ -401,26 +418,32 @@ mod tests {
         hierarchies
             .create(&cluster, "node-1")
             .expect("making again is fine");
-        let mut child = std::process::Command::new("/bin/sleep")
-            .arg("1000")
-            .spawn()
-            .expect("sleep starts");
+        let started = || {
+            let sleep = std::process::Command::new("/bin/sleep").arg("1000").spawn();
+            sleep.expect("sleep starts")
+        };
+        hierarchies.create(&cluster, "node-2").expect("made");
+        let mut children = [started(), started()];
         for hierarchy in &hierarchies.found {
-            let procs = hierarchy
-                .mount
-                .join(hierarchies.root)
-                .join(&cluster)
-                .join("node-1")
-                .join(SYSTEM)
-                .join("cgroup.procs");
-            fs::write(procs, child.id().to_string()).expect("the process is moved");
+            let group = hierarchy.mount.join(hierarchies.root).join(&cluster);
+            for (node, child) in ["node-1", "node-2"].iter().zip(&children) {
+                let procs = group.join(node).join(SYSTEM).join("cgroup.procs");
+                fs::write(procs, child.id().to_string()).expect("the process is moved");
+            }
         }
-        assert_eq!(hierarchies.pids(&cluster), [child.id()]);
+        let mut pids = children.each_ref().map(std::process::Child::id);
+        pids.sort_unstable();
+        assert_eq!(hierarchies.pids(&cluster), pids);
         assert!(hierarchies.clusters().contains(&cluster));
+        hierarchies
+            .kill_node(&cluster, "node-1", Duration::from_secs(5))
+            .expect("killed");
+        children[0].wait().expect("reaped");
+        assert_eq!(hierarchies.pids(&cluster), [children[1].id()]);
         hierarchies
             .kill(&cluster, Duration::from_secs(5))
             .expect("killed");
-        child.wait().expect("reaped");
+        children[1].wait().expect("reaped");
         hierarchies
             .remove(&cluster, Duration::from_secs(5))
             .expect("removed");

@@ -68,6 +68,9 @@ pub struct NodeState {
     pub control_plane: bool,
     /// Its PID 1, as the machine numbers it.
     pub init: Option<Process>,
+    /// A command has begun to replace it and has not come to the end of that: what runs of it may be about to end.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unsettled: bool,
 }
 
 impl NodeState {
@@ -80,6 +83,11 @@ impl NodeState {
 
     pub fn is_running(&self) -> bool {
         self.init.is_some_and(|init| init.is_alive())
+    }
+
+    /// Whether it runs and will go on, whatever becomes of the command that started it.
+    pub fn is_settled(&self) -> bool {
+        !self.unsettled && self.is_running()
     }
 }
 

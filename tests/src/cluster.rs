@@ -111,6 +111,13 @@ impl Cluster {
         &self.kubeconfig
     }
 
+    /// Where its state is on this machine.
+    pub fn folder(&self) -> PathBuf {
+        let all = std::env::var_os("KEELWAY_STATE_DIR");
+        let all = all.map_or_else(|| "/var/lib/keelway".into(), PathBuf::from);
+        all.join("clusters").join(&self.name)
+    }
+
     /// `keelway down`.
     pub fn down(&self) -> Finished {
         let keelway = keelway().display().to_string();

@@ -96,6 +96,14 @@ pub enum UpError {
         "{node} has not come back within {patience:?}; the others run. `keelway upgrade` goes on with it, by this build or another"
     )]
     NotBack { node: String, patience: Duration },
+    #[error(
+        "{node} is left as it is, since the cluster would not go on without it: {needed} other control planes have to serve, and of them do: {serving}. `keelway status` tells what does not run; `keelway upgrade` goes on when they serve"
+    )]
+    Needed {
+        node: String,
+        serving: String,
+        needed: usize,
+    },
     #[error("cannot listen on 127.0.0.1:{port}: {source}")]
     Listen { port: u16, source: io::Error },
     #[error("cannot write {path}: {source}")]
@@ -262,6 +270,7 @@ impl Plan<'_> {
                 address: addresses[0],
                 second_address: addresses.get(1).copied(),
                 init: None,
+                unsettled: false,
             }
         };
         let beside_workers = switch.into_iter().chain(control_planes.iter().cloned());

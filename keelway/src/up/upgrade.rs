@@ -1,10 +1,14 @@
 //! `keelway upgrade`: the control planes of a running cluster are replaced by this build, one after another, while the others serve.
 //!
 //! Each takes leave of its clients, gives back what it leads, ends with its member of etcd, and comes back as another process on the same
-//! state. The next one goes when the cluster leads clients to that one again. The socket of 127.0.0.1 that all of them accept from is
+//! state. The next one goes when enough of the others serve to do without it. The socket of 127.0.0.1 that all of them accept from is
 //! handed on: no connection to it is refused.
+//!
+//! Before a control plane is ended, it is written down that it is unsettled, and when its new PID 1 goes on by itself, that it is no more.
+//! A command that is killed takes the PID 1 with it that it has started, but not at once: whether one runs says nothing of whether it stays.
 
 use std::fs;
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
@@ -25,7 +29,7 @@ use crate::family::IpFamily;
 use crate::machine::balancer;
 use crate::network;
 use crate::node::launch::Nodes;
-use crate::node::{BIN_DIR, NodeSpec};
+use crate::node::{BIN_DIR, NodeSpec, ServiceStatus};
 use crate::process::STOP_PATIENCE;
 use crate::progress::Progress;
 use crate::state::{ClusterDir, ClusterState, NodeState, StateDir};
@@ -34,6 +38,10 @@ use crate::sys;
 
 /// How often it is asked whom the cluster leads clients to.
 const LOOK_PERIOD: Duration = Duration::from_millis(200);
+/// A server that has lost its store may never answer.
+const REQUEST_PATIENCE: Duration = Duration::from_secs(5);
+/// How long clients are led to a server that took no leave: until its lease ends, and another server has seen that.
+const LED_TO_MAX: Duration = Duration::from_secs(20);
 /// PID 1 keeps the listening socket as its standard output.
 const LISTENER: i32 = 1;
 
@@ -122,12 +130,15 @@ impl Upgrade<'_> {
         if !all.iter().any(NodeState::is_running) {
             return Err(UpError::NotRunning(self.state.name.clone()));
         }
-        // One that is down, perhaps since an attempt that was cut off, comes first: it costs nobody anything.
-        all.sort_by_key(NodeState::is_running);
+        // One that is down, or that an attempt which was cut off has left, comes first: it costs nobody anything, and the others need it.
+        all.sort_by_key(NodeState::is_settled);
         let mut replaced = 0;
         for node in all {
-            if node.is_running() && self.is_of_this_build(&node) {
+            if node.is_settled() && self.is_of_this_build(&node) {
                 continue;
+            }
+            if node.is_settled() {
+                self.await_spare(&node).await?;
             }
             let step = self.progress.step(format!("{} replaced", node.name));
             let limit = tokio::time::timeout(self.patience, self.replace(&node));
@@ -167,34 +178,78 @@ impl Upgrade<'_> {
         ]
     }
 
+    /// Waits until enough other control planes serve for the cluster to go on without this one.
+    async fn await_spare(&self, node: &NodeState) -> Result<(), UpError> {
+        let all = self.control_planes();
+        let needed = needed_beside(all.len());
+        let others: Vec<NodeState> = all.into_iter().filter(|o| o.name != node.name).collect();
+        let mut serving = Vec::new();
+        let enough = self.await_served(|served| {
+            let serves = |other: &&NodeState| {
+                served.contains(&other.address) && other.is_settled() && self.has_its_store(other)
+            };
+            let names = others.iter().filter(serves).map(|other| other.name.clone());
+            serving = names.collect();
+            serving.len() >= needed
+        });
+        match tokio::time::timeout(self.patience, enough).await {
+            Ok(()) => Ok(()),
+            Err(_) => Err(UpError::Needed {
+                node: node.name.clone(),
+                serving: match serving.is_empty() {
+                    true => "none".to_owned(),
+                    false => serving.join(", "),
+                },
+                needed,
+            }),
+        }
+    }
+
+    /// Whether a control plane's member of the store runs: its server answers by those of others, too.
+    fn has_its_store(&self, node: &NodeState) -> bool {
+        let text = fs::read(self.dir.node(&node.name).join("services.json"));
+        let services: Option<Vec<ServiceStatus>> = text
+            .ok()
+            .and_then(|text| serde_json::from_slice(&text).ok());
+        let mut services = services.into_iter().flatten();
+        services.all(|service| service.name != etcd::SERVICE || service.pid.is_some())
+    }
+
+    /// Ends what runs of a control plane, by whichever command it was started.
+    async fn end(&self, node: &NodeState) -> Result<(), UpError> {
+        let (hierarchies, init) = (self.machine.hierarchies.clone(), node.init);
+        let (cluster, name) = (self.state.name.clone(), node.name.clone());
+        let ended = tokio::task::spawn_blocking(move || {
+            match init.map(|init| init.signal_and_wait(Signal::SIGTERM, STOP_PATIENCE)) {
+                // It has had its time, and is ended with the rest.
+                Some(Err(error)) if error.kind() == io::ErrorKind::TimedOut => {}
+                Some(Err(source)) => return Err(UpError::Stop { node: name, source }),
+                Some(Ok(())) | None => {}
+            }
+            // A command that was killed may have started a PID 1 and not written it down.
+            hierarchies.kill_node(&cluster, &name, STOP_PATIENCE)?;
+            Ok(())
+        });
+        ended.await.map_err(|_| UpError::Panicked)?
+    }
+
+    /// Writes down how it is with a node.
+    fn note(&mut self, node: &NodeState, note: impl Fn(&mut NodeState)) -> Result<(), UpError> {
+        let nodes = self.state.nodes.iter_mut();
+        nodes.filter(|known| known.name == node.name).for_each(note);
+        Ok(self.dir.write(&self.state)?)
+    }
+
     /// Ends a control plane, if it runs, and starts it again from this build.
     async fn replace(&mut self, node: &NodeState) -> Result<(), UpError> {
-        let others: Vec<IpAddr> = self
-            .control_planes()
-            .iter()
-            .filter(|other| other.name != node.name && other.is_running())
-            .map(|other| other.address)
-            .collect();
-        // One that is down costs nobody anything; without it there may be no quorum, and then nobody answers.
-        if node.is_running() {
-            self.await_served(|served| others.iter().all(|other| served.contains(other)))
-                .await;
-        }
         let listener = self.listener()?;
-        if let Some(init) = node.init {
-            let ended = tokio::task::spawn_blocking(move || {
-                init.signal_and_wait(Signal::SIGTERM, STOP_PATIENCE)
-            });
-            let ended = ended.await.map_err(|_| UpError::Panicked)?;
-            ended.map_err(|source| UpError::Stop {
-                node: node.name.clone(),
-                source,
-            })?;
-        }
-        // What is waited for below is the new one. Of two, the other one has no quorum now, and answers nothing.
-        if others.len() * 2 > self.control_planes().len() {
-            self.await_served(|served| !served.contains(&node.address))
-                .await;
+        self.note(node, |known| known.unsettled = true)?;
+        self.end(node).await?;
+        // What is waited for below is the new one. Where the others have no quorum now, nobody is led anywhere.
+        let all = self.control_planes();
+        if all.iter().filter(|other| other.is_settled()).count() * 2 > all.len() {
+            let left = self.await_served(|served| !served.contains(&node.address));
+            let _ = tokio::time::timeout(LED_TO_MAX, left).await;
         }
         let spec = self.describe(node)?;
         self.machine
@@ -204,12 +259,7 @@ impl Upgrade<'_> {
         let file = spec.dir.join("node.json");
         nodes.start(&self.binaries.keelway, &spec, &file, Some(listener))?;
         let init = nodes.wait(|board| board.init(&node.name)).await?;
-        for known in &mut self.state.nodes {
-            if known.name == node.name {
-                known.init = Some(init);
-            }
-        }
-        self.dir.write(&self.state)?;
+        self.note(node, |known| known.init = Some(init))?;
         self.connect(node, init.pid).await?;
         nodes
             .wait(|board| board.is_booted(&node.name).then_some(()))
@@ -231,7 +281,7 @@ impl Upgrade<'_> {
         nodes.while_well(serves).await?;
         converge::route_pods(&self.api, &self.state.nodes, init.pid).await?;
         nodes.detach().await?;
-        Ok(())
+        self.note(node, |known| known.unsettled = false)
     }
 
     /// The description of a node, with the programs of this build. What else it says stays.
@@ -272,7 +322,7 @@ impl Upgrade<'_> {
         // One that is about to end may have let go of it.
         let all = self.control_planes();
         let mut copies = all.iter().filter(|node| node.is_running()).filter_map(copy);
-        let none = || std::io::Error::other("no control plane's PID 1 has the socket");
+        let none = || io::Error::other("no control plane's PID 1 has the socket");
         copies.next().ok_or_else(|| failed(none()))
     }
 
@@ -295,10 +345,11 @@ impl Upgrade<'_> {
     }
 
     /// Waits until the addresses that the cluster leads clients to are as they should be. While a request is not answered, nothing is known.
-    async fn await_served(&self, wanted: impl Fn(&[IpAddr]) -> bool) {
+    async fn await_served(&self, mut wanted: impl FnMut(&[IpAddr]) -> bool) {
         let endpoints: Api<Endpoints> = Api::namespaced(self.api.client(), "default");
         loop {
-            if let Ok(found) = endpoints.get("kubernetes").await {
+            let asked = tokio::time::timeout(REQUEST_PATIENCE, endpoints.get("kubernetes"));
+            if let Ok(Ok(found)) = asked.await {
                 let served = balancer::addresses(&found);
                 let served: Vec<IpAddr> = served.iter().map(SocketAddr::ip).collect();
                 if wanted(&served) {
@@ -306,6 +357,25 @@ impl Upgrade<'_> {
                 }
             }
             tokio::time::sleep(LOOK_PERIOD).await;
+        }
+    }
+}
+
+/// How many others have to serve before one of `all` control planes is taken: with them the store has its quorum. Of two, the other one has
+/// none, but is what there is.
+fn needed_beside(all: usize) -> usize {
+    let quorum = all / 2 + 1;
+    quorum.min(all.saturating_sub(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_control_plane_is_spared_when_the_others_are_a_quorum() {
+        for (all, needed) in [(2, 1), (3, 2), (4, 3), (5, 3)] {
+            assert_eq!(needed_beside(all), needed, "of {all}");
         }
     }
 }

@@ -8,12 +8,15 @@ use std::time::{Duration, Instant};
 use futures::TryStreamExt;
 use k8s_openapi::api::core::v1::ConfigMap;
 use keelway_tests::cluster::{Cluster, program};
+use keelway_tests::machine::processes;
 use keelway_tests::process::{Running, eventually};
 use kube::api::{Api, ListParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Client, Config, ResourceExt};
-use serde_json::json;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -128,6 +131,73 @@ fn upgrading(cluster: &Cluster, build: &Path) -> Running {
     Running::start(&command, &[])
 }
 
+/// What is written down of a control plane.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Control {
+    pid: i64,
+    unsettled: bool,
+}
+
+fn controls(cluster: &Cluster) -> Vec<Control> {
+    let text = std::fs::read(cluster.folder().join("cluster.json")).expect("the cluster is known");
+    let state: Value = serde_json::from_slice(&text).expect("replaced as a whole");
+    let nodes = state["nodes"].as_array().expect("nodes").iter();
+    let mine = nodes.filter(|node| node["controlPlane"] == true && node["name"] != "switch");
+    mine.map(|node| Control {
+        pid: node["init"]["pid"].as_i64().expect("it was started"),
+        unsettled: node["unsettled"] == true,
+    })
+    .collect()
+}
+
+/// An upgrade that is killed once it has come as far as `there` says of how it was before, and is now.
+fn cut_off(cluster: &Cluster, build: &Path, there: impl Fn(&[Control], &[Control]) -> bool) {
+    let before = controls(cluster);
+    let upgrade = upgrading(cluster, build);
+    eventually("the upgrade has come there", UPGRADE_SECONDS_MAX, || {
+        let now = controls(cluster);
+        let there = there(&before, &now);
+        there.then_some(()).ok_or(format!("{now:?}"))
+    });
+    drop(upgrade);
+}
+
+/// Whether a signal was sent to a process and has not reached it.
+fn is_pending(pid: i64, signal: Signal) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let mut lines = status.lines();
+    let sent = lines.find_map(|line| line.strip_prefix("ShdPnd:"));
+    let sent = u64::from_str_radix(sent.unwrap_or_default().trim(), 16).unwrap_or_default();
+    sent & 1 << (signal as u64 - 1) != 0
+}
+
+/// An upgrade that is killed, and the next one, which finds the PID 1 that the first one started: stopped, so that it ends only when that one
+/// has seen it.
+fn lingers(cluster: &Cluster, build: &Path) {
+    let before = controls(cluster);
+    let upgrade = upgrading(cluster, build);
+    let pid = eventually("the first one is started", UPGRADE_SECONDS_MAX, || {
+        let now = controls(cluster)[0].pid;
+        let is_new = now != before[0].pid;
+        is_new.then_some(now).ok_or("it is not".to_owned())
+    });
+    let pid_1 = Pid::from_raw(i32::try_from(pid).expect("a pid"));
+    // Its programs are in place, so that by those it is of this build.
+    eventually("its file systems are made", UPGRADE_SECONDS_MAX, || {
+        let program = format!("/proc/{pid}/root/opt/keelway/bin/keelway-controlplane");
+        std::fs::metadata(program).map_err(|error| error.to_string())
+    });
+    kill(pid_1, Signal::SIGSTOP).expect("stopped");
+    drop(upgrade);
+    let next = upgrading(cluster, build);
+    eventually("the next one sees to its end", UPGRADE_SECONDS_MAX, || {
+        let told = is_pending(pid, Signal::SIGTERM);
+        told.then_some(()).ok_or_else(|| "it is let be".to_owned())
+    });
+    drop(next);
+    kill(pid_1, Signal::SIGCONT).expect("it goes on, to its end");
+}
+
 fn pids(cluster: &Cluster) -> Vec<Option<i64>> {
     let all = control_planes(cluster);
     all.iter().map(|(_, node)| node["pid"].as_i64()).collect()
@@ -174,31 +244,31 @@ fn control_planes_are_replaced_by_another_build_while_clients_work() {
     assert!(said.contains("0 of 3"), "{said}");
     assert_eq!(pids(&cluster), after);
 
-    // One that is killed in the middle takes the control plane with it that it worked on; the next one goes on from there.
+    // Wherever one is killed, the next one goes on from there: before its first control plane has ended, while the new one begins and once
+    // it runs, with its PID 1 still there as the next one looks, and when it has come to the second control plane.
     let third = another_build();
-    let cut_off = upgrading(&cluster, third.path());
-    eventually(
-        "one control plane is being replaced",
-        UPGRADE_SECONDS_MAX,
-        || {
-            let now = pids(&cluster);
-            (now != after).then_some(()).ok_or(format!("{now:?}"))
-        },
-    );
-    drop(cut_off);
+    cut_off(&cluster, third.path(), |_, now| now[0].unsettled);
+    let is_new = |before: &[Control], now: &[Control]| now[0].pid != before[0].pid;
+    cut_off(&cluster, third.path(), is_new);
+    cut_off(&cluster, third.path(), |before, now| {
+        let group = format!("{}/control-plane", cluster.name);
+        is_new(before, now) && !processes(&group, "etcd").is_empty()
+    });
+    lingers(&cluster, third.path());
+    cut_off(&cluster, third.path(), |_, now| {
+        !now[0].unsettled && now[1].unsettled
+    });
     let said = upgrading(&cluster, third.path())
         .finish(UPGRADE_SECONDS_MAX)
         .concat();
-    assert!(
-        said.contains("of 3 control planes") && !said.contains("0 of 3"),
-        "{said}"
-    );
+    assert!(said.contains("2 of 3 control planes"), "{said}");
     let inode = std::fs::metadata(third.path().join("keelway-controlplane"))
         .expect("a file")
         .ino();
     for pid in pids(&cluster) {
         assert_eq!(runs(pid.expect("it runs")), inode);
     }
+    assert!(controls(&cluster).iter().all(|control| !control.unsettled));
 
     stop.send_replace(true);
     let (mut made, mut again, mut slowest) = (BTreeSet::new(), 0, Duration::ZERO);
