@@ -57,6 +57,10 @@ pub struct RunFlags {
     /// tc by itself, and `status` says so.
     #[arg(long, value_enum, default_value_t = XdpMode::Auto)]
     xdp: XdpMode,
+    /// Interface by which clients outside and other nodes come, beside the one that has the node's address; may be given more than once.
+    /// By default all that have an address of the machine's for others, or a default route.
+    #[arg(long, value_name = "INTERFACE")]
+    uplink: Vec<String>,
     /// Range of Service addresses, IPv4 or IPv6; may be given more than once.
     #[arg(long, default_value = "10.96.0.0/16")]
     service_cidr: Vec<IpNetwork>,
@@ -146,6 +150,8 @@ pub struct Config {
     pub packet_lb: bool,
     pub balancing: Balancing,
     pub xdp: XdpMode,
+    /// The uplinks beside the node's own, where they are not to be found out.
+    pub uplinks: Vec<String>,
     pub service_ranges: Vec<IpNetwork>,
     pub routing: Routing,
     /// What nodes get their ranges out of, where the cluster gives them none.
@@ -300,6 +306,7 @@ impl RunFlags {
             socket_lb,
             packet_lb,
             xdp: if packet_lb { self.xdp } else { XdpMode::Off },
+            uplinks: self.uplink,
             balancing: Balancing {
                 maglev: self.balancing == BalancingFlag::Maglev,
                 table_size: self.maglev_table_size,

@@ -51,7 +51,7 @@ pub enum Event {
     Verified,
     /// Probes have found that a way to another node is direct, or is not any more.
     PathsChanged,
-    /// The node may have addresses that it did not have before, or not those any more.
+    /// The node may have addresses or uplinks that it did not have before, or not those any more.
     AddressesChanged,
     /// Somebody asks how the agent is.
     Report { reply: Reply<Box<Report>> },

@@ -222,7 +222,7 @@ fn work(flags: RunFlags) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Tells the loop whenever the node's addresses may have changed. What cannot be followed is looked at every 10 s all the same.
+/// Tells the loop whenever the node's addresses or default routes may have changed. What cannot be followed is looked at every 10 s all the same.
 fn follow_addresses(events: mpsc::Sender<Event>) {
     let follow = move || -> Result<(), NetlinkError> {
         let news = AddressNews::open()?;

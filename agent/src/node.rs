@@ -1,5 +1,7 @@
 //! This node: who it is, and its data plane once that is known.
 
+mod uplinks;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs;
@@ -151,7 +153,12 @@ pub struct Brought {
 pub struct Node {
     pub dataplane: Dataplane,
     pub ledger: Ledger,
+    /// The interface that has the node's address: other nodes' overlays lead to it.
     pub uplink: Uplink,
+    /// All by which other machines are reached, that one first.
+    uplinks: Vec<Link>,
+    /// Which they are to be beside the first, unless that is found out.
+    named_uplinks: Vec<String>,
     /// What the maps held of pods when the node was set up; taken by whoever knows the pods.
     pub found: State,
     /// The overlay's interface, unless all routes are direct.
@@ -196,8 +203,8 @@ impl Node {
         if identity.ranges.iter().any(IpNetwork::is_ipv4) {
             switch_on(Path::new("/proc/sys/net/ipv4/ip_forward"))?;
         }
+        let uplinks = uplinks::survey(kernel, &uplink, &config.uplinks)?;
         if ipv6 {
-            keep_router_advertisements(&uplink.link.name)?;
             switch_on(Path::new("/proc/sys/net/ipv6/conf/all/forwarding"))?;
         }
         let pair = net::make_service_veth(
@@ -216,6 +223,7 @@ impl Node {
             kernel.add_own_address(pair.outer, own.probe)?;
         }
         let overlay = make_overlay(config.routing, &uplink, kernel)?;
+        uplinks::prepare(&uplinks, ipv6, overlay.is_some())?;
         let early = EarlyUplink {
             ifindex: uplink.link.index,
             is_veth: kernel.is_veth(&uplink.link.name)?,
@@ -254,6 +262,8 @@ impl Node {
             peers: found.peers.clone(),
             dataplane,
             uplink,
+            uplinks,
+            named_uplinks: config.uplinks.clone(),
             found,
             overlay,
             reserved,
@@ -293,10 +303,7 @@ impl Node {
             self.dataplane.attach_cgroup(cgroup)?;
         }
         self.dataplane.attach_service_veth()?;
-        self.dataplane.attach_uplink(self.uplink.link.index)?;
-        if let Some(overlay) = &self.overlay {
-            self.dataplane.attach_uplink(overlay.index)?;
-        }
+        self.attach_uplinks()?;
         let xdp = self.dataplane.attach_early(&self.early, self.xdp_mode)?;
         if xdp != self.xdp {
             tracing::info!(
@@ -394,11 +401,12 @@ impl Node {
         self.flows = collected.left;
         self.keep_service_veth(kernel)?;
         if self.overlay.is_some() {
-            for interface in [self.uplink.link.name.as_str(), net::OVERLAY, net::OUTER] {
+            for interface in [net::OVERLAY, net::OUTER] {
                 loosen_reverse_path_filter(interface)?;
             }
         }
         self.settle_host_addresses(kernel)?;
+        self.settle_uplinks(kernel)?;
         self.fill_tables()?;
         // A pin that somebody removed took its link along, and left nothing to be found.
         self.attach()?;
@@ -596,11 +604,7 @@ fn make_overlay(
         return Ok(None);
     };
     let overlay = kernel.make_overlay(underlay, pod_mtu(routing, uplink))?;
-    // While two nodes do not agree yet on the way between them, packets come by the other one. A strict filter would drop them;
-    // pods cannot send from addresses that are not theirs in any case.
-    for interface in [uplink.link.name.as_str(), net::OVERLAY] {
-        loosen_reverse_path_filter(interface)?;
-    }
+    loosen_reverse_path_filter(net::OVERLAY)?;
     Ok(Some(overlay))
 }
 

@@ -40,7 +40,10 @@ pub struct Report {
     /// By what programs hang on interfaces that are no pods': `tcx`, or `filter` where the kernel has none. Pods' are filters.
     #[serde(default)]
     pub hung_by: String,
-    /// Where packets of the uplink are looked at first: its driver (`native`), the kernel's stand-in for one (`generic`), or `tc`.
+    /// The interfaces by which other machines are reached, the one with the node's address first.
+    #[serde(default)]
+    pub uplinks: Vec<String>,
+    /// Where packets of the first uplink are looked at first: its driver (`native`), the kernel's stand-in for one (`generic`), or `tc`.
     #[serde(default)]
     pub xdp: String,
     /// Why it is tc, where something else was wished for.
@@ -177,7 +180,13 @@ impl fmt::Display for Report {
         if !self.xdp.is_empty() {
             let why_not = self.xdp_why_not.as_deref();
             let why_not = why_not.map_or(String::new(), |why| format!(", not XDP: {why}"));
-            writeln!(f, "Uplink:    {}{why_not}", self.xdp)?;
+            let (first, others) = self.uplinks.split_first().unzip();
+            let first = first.map_or("", String::as_str);
+            write!(f, "Uplinks:   {first} ({}{why_not})", self.xdp)?;
+            for other in others.into_iter().flatten() {
+                write!(f, ", {other} (tc)")?;
+            }
+            writeln!(f)?;
         }
         writeln!(
             f,

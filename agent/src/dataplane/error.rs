@@ -83,6 +83,15 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether an interface that a program was to hang on is not there.
+    pub fn is_gone(&self) -> bool {
+        match self {
+            Self::Attach { source, .. } => source.raw_os_error() == Some(libc::ENODEV),
+            Self::Filters { source, .. } => source.errno() == Some(nix::errno::Errno::ENODEV),
+            _ => false,
+        }
+    }
+
     /// Whether there is no room for what was asked; all else that was may be done.
     pub fn is_limit(&self) -> bool {
         matches!(self, Self::Full { .. } | Self::TooManyBackends { .. })

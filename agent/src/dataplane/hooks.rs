@@ -1,7 +1,10 @@
 //! Programs on interfaces as filters of traffic control, which come and go with their interface and outlive the agent: those of pods,
 //! and where the kernel has no tcx those of all interfaces. Other hooks are pinned links.
 
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::{
+    collections::BTreeSet,
+    os::fd::{AsFd as _, OwnedFd},
+};
 
 use nix::errno::Errno;
 
@@ -56,6 +59,19 @@ impl FilterHooks {
             }
         }
         Ok(found)
+    }
+
+    /// Takes the programs off all interfaces but these.
+    pub(super) fn keep(&self, kept: &BTreeSet<u32>) -> Result<(), Error> {
+        let names: Vec<&str> = self.programs.iter().map(|(one, _)| one.name()).collect();
+        let attached = self.attached()?.into_iter();
+        let mut kernel = kernel()?;
+        for ifindex in attached.filter(|ifindex| !kept.contains(ifindex)) {
+            kernel
+                .remove_filters(ifindex, &names)
+                .map_err(at(ifindex))?;
+        }
+        Ok(())
     }
 
     /// Hangs on again what is missing on these interfaces, and gives its names. Those that are gone need nothing.

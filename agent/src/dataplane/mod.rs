@@ -277,6 +277,18 @@ impl Dataplane {
         self.attach_packet(PacketProgram::UplinkIngress, ifindex)
     }
 
+    /// Takes the packet hook off interfaces by which other nodes are not reached any more: all but these.
+    pub fn keep_uplinks(&mut self, kept: &BTreeSet<u32>) -> Result<(), Error> {
+        let program = PacketProgram::UplinkIngress;
+        if self.programs.has_tcx() {
+            return self.programs.keep_packet(program, kept);
+        }
+        self.programs.filters(&[program])?.keep(kept)?;
+        self.filtered
+            .retain(|(other, ifindex)| *other != program || kept.contains(ifindex));
+        Ok(())
+    }
+
     /// Hangs the program on an uplink's driver, as far as that can be; to be called again when it may have become possible. Gives what
     /// is so.
     pub fn attach_early(&mut self, uplink: &EarlyUplink, mode: XdpMode) -> Result<Xdp, Error> {

@@ -1,6 +1,7 @@
 //! The eBPF programs: loading them over pinned maps, and the pinned links that hang them on interfaces and control groups.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
@@ -269,6 +270,24 @@ impl Programs {
             ifindex,
             LinkTarget::Interface(ifindex),
         )
+    }
+
+    /// Takes a packet program off all interfaces but these, where it hangs by links.
+    pub fn keep_packet(&self, program: PacketProgram, kept: &BTreeSet<u32>) -> Result<(), Error> {
+        let kept: BTreeSet<String> = kept.iter().map(|ifindex| program.pin(*ifindex)).collect();
+        for path in self.pinned()? {
+            let is_kept = |name: &str| kept.contains(name);
+            let name = path.file_name().and_then(|name| name.to_str());
+            if program_of(&path) != Some(program.name()) || name.is_some_and(is_kept) {
+                continue;
+            }
+            if let Ok(link) = sys::open_pinned(&path) {
+                // One whose interface is gone hangs nowhere already.
+                let _gone = sys::detach_link(link.as_fd());
+            }
+            unlink(&path)?;
+        }
+        Ok(())
     }
 
     /// Hangs the socket programs on a control group of the v2 hierarchy.

@@ -8,7 +8,7 @@ use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::link::{
-    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
@@ -28,6 +28,28 @@ pub struct Link {
     pub mac: Option<[u8; 6]>,
     pub mtu: u32,
     pub up: bool,
+}
+
+/// An interface, with what says whether it can lead to other machines.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interface {
+    pub link: Link,
+    pub kind: InterfaceKind,
+    /// It is a part of another one, as a bridge's port is: packets come by that one.
+    pub is_port: bool,
+}
+
+/// Where an interface leads, as far as its kind says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InterfaceKind {
+    /// Out of the machine: hardware, and what is made of it (bonds, VLANs, MACVLANs).
+    Outer,
+    /// To another network namespace, of a container or of whoever plays a machine.
+    Veth,
+    /// To containers and virtual machines, or out of the machine by one of its ports.
+    Bridge,
+    /// Nowhere by itself: overlays, loopback, dummies. Also what has no Ethernet header, which programs read.
+    Inner,
 }
 
 /// One end of a veth pair to be made.
@@ -68,6 +90,15 @@ impl Kernel {
             RouteNetlinkMessage::GetLink(LinkMessage::default()),
         )?;
         Ok(messages.iter().filter_map(read_link).collect())
+    }
+
+    /// All interfaces, with their kinds.
+    pub fn interfaces(&mut self) -> Result<Vec<Interface>, NetlinkError> {
+        let messages = self.netlink.dump(
+            || "list interfaces".into(),
+            RouteNetlinkMessage::GetLink(LinkMessage::default()),
+        )?;
+        Ok(messages.iter().filter_map(read_interface).collect())
     }
 
     /// Interfaces with a queueing discipline of this kind.
@@ -334,6 +365,52 @@ pub(super) fn pod_steps(
             ]
         })
         .collect()
+}
+
+fn read_interface(message: &RouteNetlinkMessage) -> Option<Interface> {
+    let link = read_link(message)?;
+    let RouteNetlinkMessage::NewLink(message) = message else {
+        return None;
+    };
+    let (mut kind, mut is_port) = (InterfaceKind::Outer, false);
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::LinkInfo(infos) => {
+                let known = infos.iter().find_map(|info| match info {
+                    LinkInfo::Kind(kind) => Some(kind_of(kind)),
+                    _ => None,
+                });
+                kind = known.unwrap_or(kind);
+            }
+            LinkAttribute::Controller(of) => is_port = *of != 0,
+            _ => {}
+        }
+    }
+    if message.header.link_layer_type != LinkLayerType::Ether {
+        kind = InterfaceKind::Inner;
+    }
+    Some(Interface {
+        link,
+        kind,
+        is_port,
+    })
+}
+
+fn kind_of(kind: &InfoKind) -> InterfaceKind {
+    match kind {
+        InfoKind::Vlan
+        | InfoKind::Bond
+        | InfoKind::Team
+        | InfoKind::MacVlan
+        | InfoKind::IpVlan
+        | InfoKind::MacSec
+        | InfoKind::Dsa
+        | InfoKind::Wwan => InterfaceKind::Outer,
+        InfoKind::Veth => InterfaceKind::Veth,
+        // Open vSwitch's are bridges too, and virtual machines' taps have one end in the machine.
+        InfoKind::Bridge | InfoKind::Tun | InfoKind::Other(_) => InterfaceKind::Bridge,
+        _ => InterfaceKind::Inner,
+    }
 }
 
 fn read_link(message: &RouteNetlinkMessage) -> Option<Link> {

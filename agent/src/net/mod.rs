@@ -17,7 +17,7 @@ mod sys;
 
 pub use filter::{Direction, Filter};
 pub use follow::AddressNews;
-pub use kernel::{Kernel, Link, Uplink};
+pub use kernel::{Interface, InterfaceKind, Kernel, Link, Uplink};
 pub use netlink::{Netlink, NetlinkError};
 pub use overlay::{OVERLAY, OverlayPeer, overhead, overlay_link_local, overlay_mac};
 pub use pod::{PodWire, check_pod, everything, pod_gateway, pod_mac, wire_pod};

@@ -108,6 +108,26 @@ impl Kernel {
         Ok(routes.iter().filter_map(read).collect())
     }
 
+    /// The interfaces by which default routes lead.
+    pub fn default_interfaces(&mut self) -> Result<BTreeSet<u32>, NetlinkError> {
+        let routes = self.all_routes()?;
+        let defaults = routes.iter().filter(|route| is_default(route));
+        let by = |route: &RouteMessage| {
+            let mut by = Vec::new();
+            for attribute in &route.attributes {
+                match attribute {
+                    RouteAttribute::Oif(oif) => by.push(*oif),
+                    RouteAttribute::MultiPath(hops) => {
+                        by.extend(hops.iter().map(|hop| hop.interface_index));
+                    }
+                    _ => {}
+                }
+            }
+            by
+        };
+        Ok(defaults.flat_map(by).collect())
+    }
+
     /// Where routes of ours lead: ranges, and interfaces that they name.
     pub fn leads(&mut self) -> Result<BTreeSet<(IpNetwork, u32)>, NetlinkError> {
         let routes = self.our_routes()?;
@@ -178,6 +198,11 @@ impl Kernel {
         };
         Ok(messages.into_iter().filter_map(main).collect())
     }
+}
+
+/// Whether a route leads to whatever no other does.
+pub(super) fn is_default(route: &RouteMessage) -> bool {
+    route.header.destination_prefix_length == 0 && route.header.kind == RouteType::Unicast
 }
 
 fn node_route(wished: NodeRoute, here: &Node) -> RouteMessage {

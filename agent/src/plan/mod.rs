@@ -12,6 +12,7 @@ mod peers;
 mod routes;
 mod service;
 mod unmasqueraded;
+mod uplinks;
 
 pub use host_ports::{collide, host_ports_key, plan_host_ports};
 pub use ledger::{Batch, Ledger, Refusal};
@@ -24,3 +25,4 @@ pub use service::{
     Balancing, Dsr, Here, Policy, PortKey, PortPlan, Route, ServicePlan, Violation, check, plan,
 };
 pub use unmasqueraded::plan_unmasqueraded;
+pub use uplinks::{Surveyed, missing_uplinks, plan_uplinks};

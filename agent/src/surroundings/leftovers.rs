@@ -24,6 +24,13 @@ const INTERFACES: [(&str, &str); 14] = [
     ("weave", "Weave Net"),
 ];
 
+/// Whether an interface is another network plugin's or proxy's.
+pub fn is_foreign(name: &str) -> bool {
+    INTERFACES
+        .iter()
+        .any(|(beginning, _)| name.starts_with(beginning))
+}
+
 /// What interfaces of others are there, in words.
 pub fn foreign_interfaces<'a>(names: impl IntoIterator<Item = &'a str>) -> Vec<String> {
     let mut found: Vec<String> = Vec::new();

@@ -14,7 +14,7 @@ use crate::net::{Link, NetlinkError};
 
 pub use daemons::{Daemon, daemons};
 pub use filter::{Opening, plan_openings};
-pub use leftovers::{earlier_configurations, foreign_interfaces, foreign_rules};
+pub use leftovers::{earlier_configurations, foreign_interfaces, foreign_rules, is_foreign};
 pub use ports::own_connections;
 
 /// Looks around, lets pods pass where a filter would drop them, and says in words what was found.

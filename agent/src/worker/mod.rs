@@ -88,7 +88,7 @@ pub struct Worker {
     routes: Routes,
     /// The ways to other nodes are to be looked at.
     routes_due: bool,
-    /// The node's own addresses are to be looked at.
+    /// The node's own addresses and its uplinks are to be looked at.
     addresses_due: bool,
     /// Services have been planned and applied at least once since this process began.
     services_applied: bool,
@@ -301,6 +301,8 @@ impl Worker {
             self.report.notes = surroundings::look(&links, &self.config.cni_conf_dir, proc);
             let outside = self.outside_service_ranges();
             self.report.notes.extend(outside);
+            let missing = self.node.as_ref().map(Node::missing_uplinks);
+            self.report.notes.extend(missing.into_iter().flatten());
         }
         self.settle_routes(true);
         let is_short = |node: &Node| node.ledger.is_short_of_room();
@@ -312,7 +314,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Follows the node's own addresses: each has its node ports.
+    /// Follows the node's own addresses, each of which has its node ports, and the interfaces that they come by.
     fn settle_host_addresses(&mut self) {
         if !std::mem::take(&mut self.addresses_due) {
             return;
@@ -321,7 +323,9 @@ impl Worker {
         let Some(node) = self.node.as_mut() else {
             return;
         };
-        if let Err(error) = node.settle_host_addresses(&mut self.kernel) {
+        let settled = node.settle_host_addresses(&mut self.kernel);
+        let settled = settled.and_then(|()| node.settle_uplinks(&mut self.kernel));
+        if let Err(error) = settled {
             // The next upkeep tries again.
             self.problem("upkeep", reason(&error));
         }

@@ -127,6 +127,7 @@ impl Worker {
                 .sum();
             let has_tcx = node.dataplane.has_tcx();
             report.hung_by = if has_tcx { "tcx" } else { "filter" }.into();
+            report.uplinks = node.uplink_names().map(str::to_owned).collect();
             let xdp = node.xdp();
             report.xdp = xdp.name().into();
             report.xdp_why_not = xdp.why_not().map(str::to_owned);
