@@ -5,7 +5,12 @@ use dataplane_abi::{
     SERVICE_SILENT, ServiceRef, limits,
 };
 
-use crate::{follow::lead, packet::word, tables::Tables};
+use crate::{
+    follow::lead,
+    hook::same,
+    packet::word,
+    tables::{Tables, Turn},
+};
 
 /// A backend and where it was found.
 #[derive(Clone, Copy, Debug)]
@@ -407,23 +412,17 @@ fn search<T: Tables>(
     } else {
         slot.saturating_sub(FIND_MAX / 2)
     };
-    let mut turn = 0;
-    while turn < FIND_MAX {
-        let slot = first.wrapping_add(turn);
-        if slot >= header.total {
-            break;
-        }
-        let Some(cell) = tables.cell(reference.extent.wrapping_add(1).wrapping_add(slot)) else {
-            return NOT_FOUND;
-        };
-        let backend = Backend::from(cell);
-        let same = backend.port == port
-            && backend.addr.words[0] == addr.words[0]
-            && backend.addr.words[1] == addr.words[1];
-        if same {
-            return backend.slot;
-        }
-        turn += 1;
+    let cells = reference.extent.wrapping_add(1);
+    let mut near = Near {
+        wanted: Addr { words: addr.words },
+        cell: cells.wrapping_add(first),
+        left: header.total.saturating_sub(first),
+        slot: NOT_FOUND,
+        port,
+    };
+    tables.repeat(FIND_MAX, &mut near);
+    if near.slot != NOT_FOUND {
+        return near.slot;
     }
     if header.total <= FIND_MAX {
         return NOT_FOUND;
@@ -438,8 +437,7 @@ fn search<T: Tables>(
             2 => header.active.wrapping_add(header.near_terminating as u32),
             _ => header.total,
         };
-        let cell = reference.extent.wrapping_add(1);
-        let (low, high) = (cell.wrapping_add(first), cell.wrapping_add(end));
+        let (low, high) = (cells.wrapping_add(first), cells.wrapping_add(end));
         let slot = tables.bisect(low, high, addr, port);
         if slot != NOT_FOUND {
             return slot;
@@ -450,41 +448,93 @@ fn search<T: Tables>(
     NOT_FOUND
 }
 
+/// Looking for a backend from one place on.
+struct Near {
+    wanted: Addr,
+    cell: u32,
+    left: u32,
+    /// Where it is, once that is known.
+    slot: u32,
+    port: u16,
+}
+
+impl<T: Tables> Turn<T> for Near {
+    #[inline(always)]
+    fn turn(&mut self, tables: &T) -> bool {
+        if self.left == 0 {
+            return false;
+        }
+        let Some(cell) = tables.cell(self.cell) else {
+            return false;
+        };
+        let backend = Backend::from(cell);
+        if backend.port == self.port && same(&backend.addr, &self.wanted) {
+            self.slot = backend.slot;
+            return false;
+        }
+        self.cell = self.cell.wrapping_add(1);
+        self.left -= 1;
+        true
+    }
+}
+
 /// The slot of a backend among cells from `low` to before `high`, which are in ascending order; [`NOT_FOUND`] when it is not there. For
 /// [`Tables::bisect`] alone, as above.
 #[inline(always)]
-pub fn bisect<T: Tables>(tables: &T, mut low: u32, mut high: u32, addr: &Addr, port: u16) -> u32 {
-    let wanted = (
-        u64::from_be(addr.words[0]),
-        u64::from_be(addr.words[1]),
+pub fn bisect<T: Tables>(tables: &T, low: u32, high: u32, addr: &Addr, port: u16) -> u32 {
+    let mut halves = Halves {
+        wanted: order(addr, port),
+        low,
+        high,
+        slot: NOT_FOUND,
+    };
+    tables.repeat(HALVES_MAX, &mut halves);
+    halves.slot
+}
+
+/// By what backends are in ascending order.
+#[inline(always)]
+const fn order(addr: &Addr, port: u16) -> (u64, u64, u16) {
+    let [first, second] = addr.words;
+    (
+        u64::from_be(first),
+        u64::from_be(second),
         u16::from_be(port),
-    );
-    let mut turn = 0;
-    while turn < HALVES_MAX {
-        turn += 1;
-        if low >= high {
-            break;
+    )
+}
+
+/// Looking for a backend in what is left of cells in ascending order.
+struct Halves {
+    wanted: (u64, u64, u16),
+    low: u32,
+    high: u32,
+    /// Where it is, once that is known.
+    slot: u32,
+}
+
+impl<T: Tables> Turn<T> for Halves {
+    #[inline(always)]
+    fn turn(&mut self, tables: &T) -> bool {
+        if self.low >= self.high {
+            return false;
         }
-        let middle = low.wrapping_add(high) >> 1;
+        let middle = self.low.wrapping_add(self.high) >> 1;
         let Some(cell) = tables.cell(middle) else {
-            break;
+            return false;
         };
         let backend = Backend::from(cell);
-        let there = (
-            u64::from_be(backend.addr.words[0]),
-            u64::from_be(backend.addr.words[1]),
-            u16::from_be(backend.port),
-        );
-        if there == wanted {
-            return backend.slot;
+        let there = order(&backend.addr, backend.port);
+        if there == self.wanted {
+            self.slot = backend.slot;
+            return false;
         }
-        if there < wanted {
-            low = middle.wrapping_add(1);
+        if there < self.wanted {
+            self.low = middle.wrapping_add(1);
         } else {
-            high = middle;
+            self.high = middle;
         }
+        true
     }
-    NOT_FOUND
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use dataplane_abi::{
 use crate::{
     balance::Picked,
     packet::{Ip, Packet, tcp_flag},
-    tables::{FlowEntry, Refused, Tables},
+    tables::{FlowEntry, Refused, Tables, Turn},
     trace,
 };
 
@@ -276,16 +276,17 @@ pub fn enter<T: Tables>(
     if is_taken || fresh_port != 0 {
         answers.dport = random_port(tables);
     }
-    let mut attempt = 0;
-    while !tables.claim(answers, entry) {
+    if !tables.claim(answers, entry) {
         if fresh_port == 0 {
             entered = ENTERED_BY_ANOTHER_PORT;
         }
-        answers.dport = random_port(tables);
-        attempt += 1;
-        // Last in a turn: kernels before Linux 6.8 take a loop only when the way back is a jump, and without a condition here the
-        // compiler lets the end of the turn fall into its beginning.
-        if attempt > PORT_ATTEMPTS {
+        let mut claiming = Claiming {
+            answers: &mut *answers,
+            entry: &*entry,
+            is_claimed: false,
+        };
+        tables.repeat(PORT_ATTEMPTS, &mut claiming);
+        if !claiming.is_claimed {
             return NO_PORT;
         }
     }
@@ -298,6 +299,22 @@ pub fn enter<T: Tables>(
     match tables.insert_unreplied(key, entry, true) {
         Ok(()) => entered,
         Err(_) => REFUSED,
+    }
+}
+
+/// Taking a tuple with whichever port.
+struct Claiming<'a> {
+    answers: &'a mut FlowKey,
+    entry: &'a Flow,
+    is_claimed: bool,
+}
+
+impl<T: Tables> Turn<T> for Claiming<'_> {
+    #[inline(always)]
+    fn turn(&mut self, tables: &T) -> bool {
+        self.answers.dport = random_port(tables);
+        self.is_claimed = tables.claim(self.answers, self.entry);
+        !self.is_claimed
     }
 }
 

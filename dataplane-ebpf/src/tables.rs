@@ -31,6 +31,12 @@ pub trait FlowEntry {
     fn locate(&self, generation: u32, slot: u32);
 }
 
+/// A loop: what it carries from turn to turn.
+pub trait Turn<T> {
+    /// Takes a turn. Whether there is to be another.
+    fn turn(&mut self, tables: &T) -> bool;
+}
+
 /// The maps. Lookups are by value or by reference to what the map holds; nothing allocates.
 pub trait Tables: Sized {
     type Entry: FlowEntry;
@@ -123,6 +129,15 @@ pub trait Tables: Sized {
 
     fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts>;
     fn insert_fragment(&self, key: &FragmentKey, ports: &FragmentPorts);
+
+    /// Takes at most so many turns of a loop. A kernel's verifier judges one of them for all, where it would walk each.
+    fn repeat<L: Turn<Self>>(&self, turns: u32, state: &mut L) {
+        for _ in 0..turns {
+            if !state.turn(self) {
+                break;
+            }
+        }
+    }
 
     fn count(&self, reason: Reason);
     fn random(&self) -> u32;

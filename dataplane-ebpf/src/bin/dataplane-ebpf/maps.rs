@@ -5,9 +5,10 @@ use aya_ebpf::{
     btf_maps::{
         Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SkStorage, lpm_trie::Key as PrefixKey,
     },
-    helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns},
+    helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_loop},
     macros::btf_map,
 };
+use core::{ffi::c_void, hint::black_box};
 use dataplane_abi::{
     Addr, Affinity, AffinityKey, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey,
     Lead, LocalAddress, MaglevBlock, MaglevKey, PeerKey, RangeKey, Reason, ServiceRef, SocketPeer,
@@ -17,7 +18,7 @@ use dataplane_ebpf::{
     balance::{self, Picked},
     flow,
     hook::Notes,
-    tables::{FlowEntry, Refused, Tables},
+    tables::{FlowEntry, Refused, Tables, Turn},
     trace,
 };
 
@@ -260,6 +261,14 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
+    fn repeat<L: Turn<Self>>(&self, turns: u32, state: &mut L) {
+        // SAFETY: the callback is what the helper asks for, and the state outlives the call.
+        unsafe {
+            bpf_loop(turns, turn::<L> as *mut c_void, (&raw mut *state).cast(), 0);
+        }
+    }
+
+    #[inline(always)]
     fn choose(&self, service: u32, key: &FlowKey, outside: bool, picked: &mut Picked) -> u32 {
         choose_backend(service, key, outside as u32, picked)
     }
@@ -364,6 +373,15 @@ impl Tables for Maps {
     }
 }
 
+/// One turn of a loop, for the helper that takes them. Ends it by 1.
+#[inline(never)]
+unsafe extern "C" fn turn<L: Turn<Maps>>(_index: u64, state: *mut L) -> i64 {
+    // SAFETY: the loop's own, for as long as it lasts.
+    let goes_on = unsafe { &mut *state }.turn(&Maps);
+    // The compiler knows that a global function gives 0 or 1, and the verifier does not: it is to see that it is compared.
+    (black_box(goes_on as u32) == 0) as i64
+}
+
 /// What a frontend's element holds, each word of it read at once.
 #[inline(always)]
 fn sealed_lead(key: &FrontendKey) -> Option<Lead> {
@@ -383,10 +401,15 @@ const FLAGS_SHIFT: u32 = 40;
 /// a thousand finds that.
 const LOOKS_AGAIN_MAX: u32 = 3;
 
-/// Looks a frontend up whose element went to another key as it was read: it has another element by now, or none. Rare, and so a function of
-/// its own.
+/// Looks a frontend up whose element went to another key as it was read: it has another element by now, or none. Rare, and so a global
+/// function, as those below.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn lead_again(key: &FrontendKey) -> u64 {
+extern "C" fn lead_again(key: *const FrontendKey) -> u64 {
+    // SAFETY: as below.
+    let Some(key) = (unsafe { key.as_ref() }) else {
+        return 0;
+    };
     for _ in 0..LOOKS_AGAIN_MAX {
         let Some(lead) = sealed_lead(key) else {
             return 0;
