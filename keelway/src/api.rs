@@ -7,7 +7,9 @@ use std::time::Duration;
 use futures::future::try_join_all;
 use ipnetwork::IpNetwork;
 use k8s_openapi::api::apps::v1::DaemonSet;
+use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::api::{ListParams, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::{ApiResource, DynamicObject, GroupVersionKind};
@@ -130,6 +132,18 @@ impl ClusterApi {
     /// # Errors
     /// What the server has against it.
     pub async fn create(&self, object: &DynamicObject) -> Result<(), ApiError> {
+        self.bring(object, false).await
+    }
+
+    /// Creates an object, or makes it in all that this one says what this one says.
+    ///
+    /// # Errors
+    /// What the server has against it.
+    pub async fn apply(&self, object: &DynamicObject) -> Result<(), ApiError> {
+        self.bring(object, true).await
+    }
+
+    async fn bring(&self, object: &DynamicObject, anew: bool) -> Result<(), ApiError> {
         let types = object.types.as_ref().ok_or(ApiError::Nameless)?;
         let name = object.metadata.name.clone().ok_or(ApiError::Nameless)?;
         let gvk = GroupVersionKind::try_from(types).map_err(|_| ApiError::Nameless)?;
@@ -138,9 +152,25 @@ impl ClusterApi {
             Some(namespace) => Api::namespaced_with(self.client.clone(), namespace, &resource),
             None => Api::all_with(self.client.clone(), &resource),
         };
-        match api.create(&PostParams::default(), object).await {
+        // Before creating, which an address that a Service has already is refused by.
+        let mut outcome = match anew {
+            true => {
+                api.patch(&name, &PatchParams::default(), &Patch::Merge(object))
+                    .await
+            }
+            false => api.create(&PostParams::default(), object).await,
+        };
+        match &outcome {
+            Err(kube::Error::Api(status)) if !anew && status.reason == "AlreadyExists" => {
+                return Ok(());
+            }
+            Err(kube::Error::Api(status)) if anew && status.reason == "NotFound" => {
+                outcome = api.create(&PostParams::default(), object).await;
+            }
+            _ => {}
+        }
+        match outcome {
             Ok(_) => Ok(()),
-            Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => Ok(()),
             Err(source) => Err(ApiError::Create {
                 kind: types.kind.clone(),
                 name,
@@ -186,6 +216,33 @@ impl ClusterApi {
         while await_condition(api.clone(), name, ready).await.is_err() {
             tokio::time::sleep(RETRY).await;
         }
+    }
+
+    /// Whether all pods of a DaemonSet of kube-system are what it says now, and ready.
+    ///
+    /// # Errors
+    /// When the server does not answer or has no such set.
+    pub async fn is_rolled_out(&self, name: &str) -> Result<bool, ApiError> {
+        let api: Api<DaemonSet> = Api::namespaced(self.client.clone(), SYSTEM_NAMESPACE);
+        let set = api.get(name).await.map_err(request("read a DaemonSet"))?;
+        Ok(is_rolled_out(Some(&set)))
+    }
+
+    /// Waits until they are.
+    pub async fn rolled_out(&self, name: &str) {
+        let api: Api<DaemonSet> = Api::namespaced(self.client.clone(), SYSTEM_NAMESPACE);
+        while await_condition(api.clone(), name, is_rolled_out)
+            .await
+            .is_err()
+        {
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    /// When a node's kubelet has renewed its lease last; None when the server does not answer.
+    pub async fn lease_of_node(&self, name: &str) -> Option<MicroTime> {
+        let api: Api<Lease> = Api::namespaced(self.client.clone(), "kube-node-lease");
+        api.get(name).await.ok()?.spec?.renew_time
     }
 
     /// The nodes, each with whether it is Ready.
@@ -311,6 +368,18 @@ impl ClusterApi {
 
 fn http_get(path: &str) -> Result<http::Request<Vec<u8>>, http::Error> {
     http::Request::get(path).body(Vec::new())
+}
+
+/// Whether a DaemonSet's controller has seen what it says now, and made all pods so.
+fn is_rolled_out(set: Option<&DaemonSet>) -> bool {
+    let Some((set, status)) = set.and_then(|set| Some((set, set.status.as_ref()?))) else {
+        return false;
+    };
+    let wanted = status.desired_number_scheduled;
+    status.observed_generation >= set.metadata.generation
+        && status.updated_number_scheduled.unwrap_or_default() >= wanted
+        && status.number_ready >= wanted
+        && status.number_unavailable.unwrap_or_default() == 0
 }
 
 /// Whether a node says that it is Ready.

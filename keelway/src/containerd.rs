@@ -1,11 +1,14 @@
 //! containerd in a node: its configuration, and images put into it.
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read, Seek};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use nix::sys::statfs::{FsType, statfs};
+use serde_json::Value;
 use tokio::process::Command;
 
 /// Where containerd listens in a node.
@@ -14,6 +17,8 @@ pub const SOCKET: &str = "/run/containerd/containerd.sock";
 pub const CONFIG: &str = "/etc/keelway-containerd.toml";
 /// Where it finds what is special about a registry: a folder with a hosts.toml for each.
 pub const REGISTRIES: &str = "/etc/containerd/certs.d";
+/// The index of an archive has a line for each of its images.
+const INDEX_BYTES_MAX: u64 = 1 << 20;
 /// containerd's name space for what the kubelet runs.
 const NAMESPACE: &str = "k8s.io";
 
@@ -27,6 +32,10 @@ pub enum ImageError {
         node: String,
         message: String,
     },
+    #[error("images of {node} cannot be listed: {message}")]
+    List { node: String, message: String },
+    #[error("cannot read {archive}: {source}")]
+    Archive { archive: PathBuf, source: io::Error },
 }
 
 /// How containerd keeps images and containers on a disk.
@@ -130,6 +139,59 @@ disabled_plugins = [
     )
 }
 
+/// Names of the images in an OCI archive, each with its digest; none of a Docker archive.
+///
+/// # Errors
+/// When the file cannot be read.
+pub fn images_in(archive: &Path) -> Result<BTreeMap<String, String>, ImageError> {
+    let index = index_of(archive).map_err(|source| ImageError::Archive {
+        archive: archive.to_owned(),
+        source,
+    })?;
+    let manifests = index["manifests"].as_array().into_iter().flatten();
+    let named = manifests.filter_map(|manifest| {
+        let name = manifest["annotations"]["io.containerd.image.name"].as_str()?;
+        Some((name.to_owned(), manifest["digest"].as_str()?.to_owned()))
+    });
+    Ok(named.collect())
+}
+
+/// The same of all archives that can be read.
+pub fn digests(archives: &[PathBuf]) -> BTreeMap<String, String> {
+    let images = archives
+        .iter()
+        .filter_map(|archive| images_in(archive).ok());
+    images.flatten().collect()
+}
+
+/// The file `index.json` of a tar archive (POSIX ustar: headers of 512 bytes, contents in blocks of as many); null when there is none.
+fn index_of(archive: &Path) -> io::Result<Value> {
+    const BLOCK: u64 = 512;
+    let mut file = File::open(archive)?;
+    let mut header = [0_u8; BLOCK as usize];
+    loop {
+        match file.read_exact(&mut header) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(Value::Null),
+            read => read?,
+        }
+        let text = |from: usize, to: usize| {
+            let field = header[from..to].split(|byte| *byte == 0).next();
+            String::from_utf8_lossy(field.unwrap_or_default())
+                .trim()
+                .to_owned()
+        };
+        let length = u64::from_str_radix(&text(124, 136), 8).unwrap_or_default();
+        if text(0, 100).trim_start_matches("./") == "index.json" {
+            let mut contents = Vec::new();
+            file.take(length.min(INDEX_BYTES_MAX))
+                .read_to_end(&mut contents)?;
+            return Ok(serde_json::from_slice(&contents)?);
+        }
+        let blocks = length.div_ceil(BLOCK);
+        file.seek_relative(i64::try_from(blocks * BLOCK).map_err(io::Error::other)?)?;
+    }
+}
+
 /// A node's containerd, reached from outside the node: through the root folder of its PID 1.
 #[derive(Debug, Clone)]
 pub struct Containerd {
@@ -146,6 +208,39 @@ impl Containerd {
             socket,
             snapshotter,
         }
+    }
+
+    /// Names of the images that pods can use, each with its digest.
+    ///
+    /// # Errors
+    /// What ctr has to say.
+    pub async fn images(&self) -> Result<BTreeMap<String, String>, ImageError> {
+        let socket = self.socket.as_os_str();
+        let arguments: [&OsStr; 6] = [
+            "--address".as_ref(),
+            socket,
+            "--namespace".as_ref(),
+            NAMESPACE.as_ref(),
+            "images".as_ref(),
+            "list".as_ref(),
+        ];
+        let mut command = Command::new("ctr");
+        let command = command.args(arguments).stdin(Stdio::null());
+        let output = command.kill_on_drop(true).output().await;
+        let output = output.map_err(ImageError::Run)?;
+        if !output.status.success() {
+            return Err(ImageError::List {
+                node: self.node.clone(),
+                message: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+            });
+        }
+        // REF TYPE DIGEST SIZE ..., below a line that says so.
+        let text = String::from_utf8_lossy(&output.stdout);
+        let image = |line: &str| {
+            let mut words = line.split_whitespace();
+            Some((words.next()?.to_owned(), words.nth(1)?.to_owned()))
+        };
+        Ok(text.lines().skip(1).filter_map(image).collect())
     }
 
     /// Imports an OCI or Docker archive, so that pods can use its images.
@@ -195,6 +290,31 @@ mod tests {
             config.contains(r#"snapshotter = "overlayfs""#)
                 && config.contains("snapshotter.v1.native")
         );
+    }
+
+    #[test]
+    fn an_archive_tells_its_images_and_their_digests() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let index = r#"{"manifests":[{"digest":"sha256:1","annotations":{"io.containerd.image.name":"a/b:1"}}]}"#;
+        let archive = |files: &[(&str, &str)]| {
+            let mut bytes = Vec::new();
+            for (name, contents) in files {
+                let mut header = [0_u8; 512];
+                header[..name.len()].copy_from_slice(name.as_bytes());
+                header[124..136].copy_from_slice(format!("{:011o}\0", contents.len()).as_bytes());
+                bytes.extend(header);
+                bytes.extend(contents.as_bytes());
+                bytes.resize(bytes.len().next_multiple_of(512), 0);
+            }
+            bytes.resize(bytes.len() + 1024, 0);
+            let path = folder.path().join("archive.tar");
+            std::fs::write(&path, bytes).expect("written");
+            images_in(&path).expect("it can be read")
+        };
+        let found = archive(&[("oci-layout", "{}"), ("index.json", index)]);
+        assert_eq!(found, BTreeMap::from([("a/b:1".into(), "sha256:1".into())]));
+        assert_eq!(archive(&[("manifest.json", "[]")]), BTreeMap::new());
+        assert!(images_in(&folder.path().join("none.tar")).is_err());
     }
 
     #[test]

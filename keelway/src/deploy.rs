@@ -7,6 +7,8 @@ use serde_json::Value;
 
 const AGENT: &str = include_str!("../../deploy/keelway.yaml");
 const DNS: &str = include_str!("../../deploy/dns.yaml");
+/// Of pods: the digest of their image.
+const BUILD: &str = "keelway.io/build";
 const JOIN: &str = include_str!("../../deploy/join.yaml");
 
 #[derive(Debug, thiserror::Error)]
@@ -24,7 +26,8 @@ pub enum DeployError {
 }
 
 /// What the manifests' variables stand for.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Settings {
     /// URL of the API server, reachable from every node without a Service.
     pub api_server: String,
@@ -34,6 +37,9 @@ pub struct Settings {
     pub cluster_domain: String,
     pub agent_args: Vec<String>,
     pub dns_args: Vec<String>,
+    /// Digests of images by their names: a DaemonSet whose image is another one rolls out, also when its name is the same.
+    #[serde(skip)]
+    pub builds: BTreeMap<String, String>,
 }
 
 /// The objects to create, in order.
@@ -60,6 +66,9 @@ pub fn objects(settings: &Settings) -> Result<Vec<DynamicObject>, DeployError> {
         &variables,
         &settings.dns_args,
     )?);
+    for object in &mut all {
+        tell_build(&mut object.data, &settings.builds);
+    }
     Ok(all)
 }
 
@@ -98,6 +107,19 @@ fn add_args(document: &mut Value, extra: &[String]) {
         .and_then(Value::as_array_mut)
     {
         args.extend(extra.iter().map(|arg| Value::from(arg.as_str())));
+    }
+}
+
+/// Writes the digest of a DaemonSet's image into its pods.
+fn tell_build(document: &mut Value, builds: &BTreeMap<String, String>) {
+    let image = document.pointer("/spec/template/spec/containers/0/image");
+    let digest = image
+        .and_then(Value::as_str)
+        .and_then(|image| builds.get(image));
+    if let Some(digest) = digest.cloned()
+        && let Some(metadata) = document.pointer_mut("/spec/template/metadata")
+    {
+        metadata["annotations"][BUILD] = digest.into();
     }
 }
 
@@ -140,6 +162,7 @@ mod tests {
             cluster_domain: "cluster.local".into(),
             agent_args: vec!["--socket-lb=off".into()],
             dns_args: vec!["--upstream=1.2.3.4:53".into()],
+            builds: BTreeMap::new(),
         }
     }
 
@@ -187,6 +210,19 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn another_image_of_the_same_name_is_another_template() {
+        let image = concat!("localhost/keelway/dns:", env!("CARGO_PKG_VERSION"));
+        let mut settings = settings();
+        settings.builds = BTreeMap::from([(image.to_owned(), "sha256:1".to_owned())]);
+        let objects = objects(&settings).expect("they parse");
+        let told = objects.iter().filter_map(|object| {
+            let metadata = object.data.pointer("/spec/template/metadata")?;
+            Some(metadata["annotations"][BUILD].as_str())
+        });
+        assert_eq!(told.collect::<Vec<_>>(), [None, Some("sha256:1")]);
     }
 
     #[test]

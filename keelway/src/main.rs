@@ -38,7 +38,7 @@ struct Cli {
 enum Command {
     /// Make a cluster, and select its context keelway-NAME for kubectl
     Up(UpFlags),
-    /// Replace the control planes of a running cluster by this build, one after another, while the others serve
+    /// Make a running cluster this build's: its control planes one after another while the others serve, then its workers under their pods
     Upgrade(UpgradeFlags),
     /// Take a cluster away, with everything that belongs to it
     Down {

@@ -31,6 +31,19 @@ impl Process {
         })
     }
 
+    /// Its number in the pid namespace of another process; None when it is in another one.
+    pub fn number_within(&self, of: &Process) -> Option<u32> {
+        let namespace = |pid| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
+        if namespace(self.pid)? != namespace(of.pid)? {
+            return None;
+        }
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid)).ok()?;
+        let numbers = status
+            .lines()
+            .find_map(|line| line.strip_prefix("NSpid:"))?;
+        numbers.split_whitespace().last()?.parse().ok()
+    }
+
     /// Whether it is still there; a zombie is not.
     pub fn is_alive(&self) -> bool {
         let Ok(stat) = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)) else {
@@ -113,6 +126,12 @@ mod tests {
         let stat = "7 (a) R (b) S 1 7 7 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4242 1000 10";
         assert_eq!(start_ticks(stat), Some(4242));
         assert_eq!(state(stat), Some('S'));
+    }
+
+    #[test]
+    fn a_process_has_its_number_in_the_namespace_that_it_is_in() {
+        let own = Process::now(std::process::id()).expect("it is there");
+        assert_eq!(own.number_within(&own), Some(std::process::id()));
     }
 
     #[test]

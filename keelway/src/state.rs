@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
+use crate::deploy::Settings;
 use crate::network::{SUBNETS, Subnet};
 use crate::process::Process;
 
@@ -54,6 +55,9 @@ pub struct ClusterState {
     /// `up` has come to its end.
     pub complete: bool,
     pub nodes: Vec<NodeState>,
+    /// What agent and DNS were given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deployed: Option<Settings>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -283,6 +287,7 @@ mod tests {
             kubeconfig: None,
             complete: false,
             nodes: Vec::new(),
+            deployed: None,
         }
     }
 

@@ -65,6 +65,46 @@ pub fn pidfd_getfd(process: &OwnedFd, number: i32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
+/// A mount of a file or folder of the caller's, that is nowhere yet.
+///
+/// # Errors
+/// When there is no such file, or the caller may not mount.
+pub fn open_tree(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
+    // SAFETY: the path ends with a zero byte; the other arguments are integers.
+    let fd = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel just returned this descriptor, and nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Puts a mount that is nowhere over a file or folder, in the mount namespace of the calling thread.
+///
+/// # Errors
+/// When there is no such file, or the caller may not mount.
+pub fn move_mount(tree: &OwnedFd, to: &Path) -> io::Result<()> {
+    let to = CString::new(to.as_os_str().as_bytes())?;
+    // SAFETY: both paths end with a zero byte, and the descriptor is open for the length of the call.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_FDCWD,
+            to.as_ptr(),
+            libc::MOVE_MOUNT_F_EMPTY_PATH,
+        )
+    };
+    if done < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
 /// Lets this process have as many open files as it may ask for.
 ///
 /// # Errors

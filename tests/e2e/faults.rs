@@ -6,10 +6,10 @@ use std::time::Duration;
 use keelway_tests::cluster::Cluster;
 use keelway_tests::machine::{Process, processes};
 use keelway_tests::process::eventually;
+use keelway_tests::request_loop::RequestLoop;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::rollout::RequestLoop;
 use crate::services::{a_service_answers_by_name_from_every_replica, replicas};
 
 /// One request whose body takes ten seconds to send, over one connection to the Service.

@@ -10,6 +10,7 @@ pub mod lists;
 pub mod machine;
 pub mod nodes;
 pub mod process;
+pub mod request_loop;
 pub mod requests;
 pub mod sandbox;
 #[cfg(target_arch = "x86_64")]

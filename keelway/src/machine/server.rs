@@ -376,6 +376,7 @@ impl Prepared<'_> {
             cluster_domain: self.facts.cluster_domain.clone(),
             agent_args,
             dns_args,
+            builds: Default::default(),
         }
     }
 

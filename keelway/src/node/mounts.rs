@@ -6,13 +6,16 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::unistd::{chdir, pivot_root};
 
 use super::{Bind, NodeSpec};
+use crate::sys;
 
 /// Folders of the machine that hold programs and what they need to run.
 const PROGRAM_FOLDERS: [&str; 9] = [
@@ -64,6 +67,8 @@ pub enum MountError {
     },
     #[error("cannot make the node's root the root: {0}")]
     Pivot(nix::Error),
+    #[error("cannot enter the node's file systems: {0}")]
+    Enter(nix::Error),
 }
 
 fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MountError {
@@ -318,6 +323,64 @@ fn bind(from: &Path, to: &Path, recursive: bool, read_only: bool) -> Result<(), 
         mount(None::<&str>, to, None::<&str>, flags, None::<&str>).map_err(failed)?;
     }
     Ok(())
+}
+
+/// Has a node that runs, by the number of its PID 1, see other files of the machine in the place of those that it was given. What runs goes on
+/// with the file that it was started from.
+///
+/// # Errors
+/// As [`enter`]; doing it again mends what was done in part.
+pub fn replace(init: u32, binds: &[Bind]) -> Result<(), MountError> {
+    let trees = binds.iter().map(|bind| {
+        let tree = sys::open_tree(&bind.from);
+        Ok((bind, tree.map_err(file("open", &bind.from))?))
+    });
+    let trees: Vec<_> = trees.collect::<Result<_, MountError>>()?;
+    let path = PathBuf::from(format!("/proc/{init}/ns/mnt"));
+    let namespace = fs::File::open(&path).map_err(file("open", &path))?;
+    let put = || {
+        // A thread may only go where no other one shares its root and working folder.
+        unshare(CloneFlags::CLONE_FS)
+            .and_then(|()| setns(&namespace, CloneFlags::CLONE_NEWNS))
+            .map_err(MountError::Enter)?;
+        trees
+            .iter()
+            .try_for_each(|(bind, tree)| put_over(bind, tree))
+    };
+    std::thread::scope(|scope| match scope.spawn(put).join() {
+        Ok(outcome) => outcome,
+        Err(_) => Err(MountError::Enter(nix::Error::ECANCELED)),
+    })
+}
+
+/// Puts a mount where the calling thread sees another one, or none.
+fn put_over(
+    Bind {
+        from,
+        to,
+        read_only,
+    }: &Bind,
+    tree: &OwnedFd,
+) -> Result<(), MountError> {
+    let failed = |source| MountError::Mount {
+        what: from.display().to_string(),
+        at: to.clone(),
+        source,
+    };
+    match umount2(to, MntFlags::MNT_DETACH) {
+        // Not a mount: an attempt before this one has ended here.
+        Ok(()) | Err(nix::Error::EINVAL) => {}
+        Err(error) => return Err(failed(error)),
+    }
+    sys::move_mount(tree, to).map_err(file("mount at", to))?;
+    // Whatever is mounted over the machine's file later is none of the node's business.
+    let mut settings = vec![MsFlags::MS_PRIVATE];
+    if *read_only {
+        settings.push(MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY);
+    }
+    settings.into_iter().try_for_each(|flags| {
+        mount(None::<&str>, to, None::<&str>, flags, None::<&str>).map_err(failed)
+    })
 }
 
 fn mount_at(

@@ -9,6 +9,7 @@ use super::{
     API, CLUSTER_DOMAIN, CONTROL_PLANE, FORWARDER, IMAGES, Plan, UpError, is_control_plane,
 };
 use crate::api::ClusterApi;
+use crate::containerd;
 use crate::deploy;
 use crate::network::{self, PodRoute};
 use crate::node::launch::Nodes;
@@ -127,7 +128,7 @@ impl Plan<'_> {
         Ok(())
     }
 
-    fn settings(&self) -> deploy::Settings {
+    pub(super) fn settings(&self) -> deploy::Settings {
         // The agent's pod has the machine's /sys/fs/cgroup at /host/cgroup.
         let v2 = self.machine.hierarchies.v2_mount();
         let beside_v1 = v2.strip_prefix("/sys/fs/cgroup").unwrap_or(Path::new(""));
@@ -166,6 +167,7 @@ impl Plan<'_> {
             cluster_domain: CLUSTER_DOMAIN.into(),
             agent_args,
             dns_args,
+            builds: containerd::digests(&self.config.archives),
         }
     }
 }

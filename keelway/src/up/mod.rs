@@ -18,12 +18,13 @@ use crate::api::{ApiError, ClusterApi};
 use crate::cgroup::CgroupError;
 use crate::checks::{CheckError, Machine};
 use crate::config::{ClusterConfig, ConfigError, StoreKind};
-use crate::containerd::Snapshotter;
+use crate::containerd::{ImageError, Snapshotter};
 use crate::deploy::DeployError;
 use crate::down::{self, DownError};
 use crate::kubeconfig::{self, KubeconfigError};
 use crate::network::{self, NetworkError, Subnet, Underlay};
 use crate::node::launch::{LaunchError, Nodes};
+use crate::node::mounts::MountError;
 use crate::pki::{ClusterPki, EtcdPki, PkiError, Subjects};
 use crate::progress::Progress;
 use crate::seed::SeedError;
@@ -32,6 +33,11 @@ use crate::state::{ClusterDir, ClusterState, NodeState, StateDir, StateError};
 pub const CONTROL_PLANE: &str = "control-plane";
 /// The node that holds the bridge when there are several control planes: none of them may be the one that all need.
 const SWITCH: &str = "switch";
+
+fn workers_of(state: &ClusterState) -> Vec<NodeState> {
+    let nodes = state.nodes.iter().filter(|node| !node.control_plane);
+    nodes.cloned().collect()
+}
 
 /// Whether a node is a control plane's, and not only the one that connects them.
 fn is_control_plane(node: &NodeState) -> bool {
@@ -69,11 +75,15 @@ pub enum UpError {
     #[error(transparent)]
     Deploy(#[from] DeployError),
     #[error(transparent)]
+    Image(#[from] ImageError),
+    #[error(transparent)]
+    Mounts(#[from] MountError),
+    #[error(transparent)]
     Kubeconfig(#[from] KubeconfigError),
     #[error(transparent)]
     Down(#[from] DownError),
     #[error(
-        "cluster `{0}` is up already; `keelway upgrade --name {0}` replaces its control planes by this build, `keelway down --name {0}` takes it down"
+        "cluster `{0}` is up already; `keelway upgrade --name {0}` makes it this build's, `keelway down --name {0}` takes it down"
     )]
     AlreadyUp(String),
     #[error(
@@ -87,11 +97,17 @@ pub enum UpError {
     #[error("cluster `{0}` is not up; `keelway up --name {0}` makes it")]
     NotUp(String),
     #[error(
-        "cluster `{0}` has one control plane, without which it is none: `keelway down` and `up` make another cluster. One of several is replaced while the others serve: `keelway up --control-planes 3 --store etcd`"
+        "cluster `{0}` has one control plane, without which it is none: `keelway down` and `up` make another cluster. One of several is replaced while the others serve: `keelway up --control-planes 3 --store etcd`. Its workers get this build's programs by `keelway upgrade --only workers`"
     )]
     OnlyOne(String),
     #[error("cannot end control plane {node}: {source}")]
     Stop { node: String, source: io::Error },
+    #[error("cannot end {service} on {node}: {source}")]
+    StopService {
+        service: String,
+        node: String,
+        source: io::Error,
+    },
     #[error(
         "{node} has not come back within {patience:?}; the others run. `keelway upgrade` goes on with it, by this build or another"
     )]
@@ -150,6 +166,7 @@ pub async fn run(
             kubeconfig: Some(user_files.for_writing().to_owned()),
             complete: false,
             nodes: Vec::new(),
+            deployed: None,
         };
         let subnet = state_dir.claim_subnet(&dir, &mut state)?;
         let snapshotter = Snapshotter::for_folder(&dir.path);
@@ -360,6 +377,7 @@ impl Plan<'_> {
         let api = ClusterApi::new(&admin).await?;
         nodes.while_well(self.converge(&api, nodes)).await?;
 
+        self.state.deployed = Some(self.settings());
         self.state.complete = true;
         self.dir.write(&self.state)?;
         kubeconfig::merge_into(user_file, &admin)?;

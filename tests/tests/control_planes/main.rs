@@ -1,6 +1,7 @@
 //! A cluster of three control planes on an etcd of three members: any one of them can go.
 
 mod upgrade;
+mod workers;
 
 use std::time::{Duration, Instant};
 

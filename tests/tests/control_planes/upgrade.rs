@@ -26,7 +26,7 @@ use crate::{REQUEST, control_planes, works};
 const CLIENTS: usize = 8;
 /// How long after a request that was not answered it is sent again.
 const RETRY: Duration = Duration::from_millis(100);
-const UPGRADE_SECONDS_MAX: Duration = Duration::from_secs(150);
+pub const UPGRADE_SECONDS_MAX: Duration = Duration::from_secs(150);
 
 /// What one client did.
 #[derive(Default)]
@@ -99,7 +99,7 @@ async fn follow(maps: Api<ConfigMap>) -> BTreeSet<String> {
 }
 
 /// A build that differs from the one that runs: the same programs, as other files.
-fn another_build() -> tempfile::TempDir {
+pub fn another_build() -> tempfile::TempDir {
     let folder = tempfile::tempdir().expect("a folder");
     for name in ["keelway", "keelway-controlplane", "keelway-kubelet"] {
         let to = folder.path().join(name);
@@ -115,6 +115,11 @@ fn runs(pid: i64) -> u64 {
 }
 
 fn upgrading(cluster: &Cluster, build: &Path) -> Running {
+    upgrading_with(cluster, build, &["--only", "control-planes"])
+}
+
+/// `keelway upgrade` by a build, with flags of the test's. It is killed with the test.
+pub fn upgrading_with(cluster: &Cluster, build: &Path, flags: &[&str]) -> Running {
     let keelway = build.join("keelway").display().to_string();
     let folder = build.display().to_string();
     let command = [
@@ -128,7 +133,14 @@ fn upgrading(cluster: &Cluster, build: &Path) -> Running {
         "--bin-dir",
         &folder,
     ];
-    Running::start(&command, &[])
+    Running::start(&[&command, flags].concat(), &[])
+}
+
+/// What is written down of the nodes of a cluster.
+pub fn written(cluster: &Cluster) -> Vec<Value> {
+    let text = std::fs::read(cluster.folder().join("cluster.json")).expect("the cluster is known");
+    let state: Value = serde_json::from_slice(&text).expect("replaced as a whole");
+    state["nodes"].as_array().expect("nodes").clone()
 }
 
 /// What is written down of a control plane.
@@ -139,9 +151,7 @@ struct Control {
 }
 
 fn controls(cluster: &Cluster) -> Vec<Control> {
-    let text = std::fs::read(cluster.folder().join("cluster.json")).expect("the cluster is known");
-    let state: Value = serde_json::from_slice(&text).expect("replaced as a whole");
-    let nodes = state["nodes"].as_array().expect("nodes").iter();
+    let nodes = written(cluster).into_iter();
     let mine = nodes.filter(|node| node["controlPlane"] == true && node["name"] != "switch");
     mine.map(|node| Control {
         pid: node["init"]["pid"].as_i64().expect("it was started"),
@@ -228,10 +238,11 @@ fn control_planes_are_replaced_by_another_build_while_clients_work() {
     let inode = std::fs::metadata(build.path().join("keelway-controlplane"))
         .expect("a file")
         .ino();
-    let said = upgrading(&cluster, build.path())
+    let said = upgrading_with(&cluster, build.path(), &[])
         .finish(UPGRADE_SECONDS_MAX)
         .concat();
-    assert!(said.contains("3 of 3 control planes"), "{said}");
+    let all = "3 of 3 control planes and 1 of 1 workers";
+    assert!(said.contains(all), "{said}");
     let after = pids(&cluster);
     for (before, after) in before.iter().zip(&after) {
         assert!(before != after, "{before:?} was not replaced");
@@ -315,6 +326,7 @@ fn a_cluster_of_one_control_plane_is_not_upgraded_under_its_users() {
     };
     let refused = upgrade(&name).refused();
     assert!(refused.contains("has one control plane"), "{refused}");
+    assert!(refused.contains("upgrade --only workers"), "{refused}");
     let refused = upgrade("nobody").refused();
     assert!(refused.contains("is not up"), "{refused}");
     let again = cluster.up(&[]).refused();

@@ -1,18 +1,13 @@
-//! `keelway upgrade`: the control planes of a running cluster are replaced by this build, one after another, while the others serve.
+//! Control planes are replaced one after another, while the others serve.
 //!
 //! Each takes leave of its clients, gives back what it leads, ends with its member of etcd, and comes back as another process on the same
 //! state. The next one goes when enough of the others serve to do without it. The socket of 127.0.0.1 that all of them accept from is
 //! handed on: no connection to it is refused.
-//!
-//! Before a control plane is ended, it is written down that it is unsettled, and when its new PID 1 goes on by itself, that it is no more.
-//! A command that is killed takes the PID 1 with it that it has started, but not at once: whether one runs says nothing of whether it stays.
 
 use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Endpoints;
@@ -20,24 +15,18 @@ use kube::Api;
 use nix::sys::signal::Signal;
 use nix::sys::socket::{getsockopt, sockopt};
 
-use super::{API, IMAGES, NETWORK, SWITCH, UpError, converge, failure, is_control_plane};
-use crate::api::ClusterApi;
-use crate::checks::Machine;
-use crate::config::{self, Binaries, ClusterName};
+use super::{LOOK_PERIOD, Upgrade};
 use crate::etcd;
 use crate::family::IpFamily;
 use crate::machine::balancer;
 use crate::network;
+use crate::node::ServiceStatus;
 use crate::node::launch::Nodes;
-use crate::node::{BIN_DIR, NodeSpec, ServiceStatus};
 use crate::process::STOP_PATIENCE;
-use crate::progress::Progress;
-use crate::state::{ClusterDir, ClusterState, NodeState, StateDir};
-use crate::status::kubeconfig_of;
+use crate::state::NodeState;
 use crate::sys;
+use crate::up::{API, IMAGES, NETWORK, SWITCH, UpError, converge};
 
-/// How often it is asked whom the cluster leads clients to.
-const LOOK_PERIOD: Duration = Duration::from_millis(200);
 /// A server that has lost its store may never answer.
 const REQUEST_PATIENCE: Duration = Duration::from_secs(5);
 /// How long clients are led to a server that took no leave: until its lease ends, and another server has seen that.
@@ -45,91 +34,10 @@ const LED_TO_MAX: Duration = Duration::from_secs(20);
 /// PID 1 keeps the listening socket as its standard output.
 const LISTENER: i32 = 1;
 
-/// The flags of `keelway upgrade`.
-#[derive(Debug, Clone, clap::Args)]
-pub struct UpgradeFlags {
-    /// Name of the cluster
-    #[arg(long, default_value = "default")]
-    name: ClusterName,
-    /// Folder with keelway-controlplane [default: that of this program]
-    #[arg(long, value_name = "DIR", env = "KEELWAY_BIN_DIR")]
-    bin_dir: Option<PathBuf>,
-    /// Seconds that each control plane has to come back
-    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
-    timeout: u64,
-}
-
-/// Replaces the control planes of a cluster.
-///
-/// # Errors
-/// Names the control plane that did not come back; the others run, and trying again goes on where this ended.
-pub async fn run(
-    flags: &UpgradeFlags,
-    machine: &Machine,
-    state_dir: &StateDir,
-    program: &Path,
-) -> Result<(), UpError> {
-    let name = flags.name.as_ref();
-    let dir = state_dir.cluster(name);
-    let _lock = dir.lock()?.ok_or_else(|| UpError::NotUp(name.into()))?;
-    let state = dir.read().filter(|state| state.complete);
-    let state = state.ok_or_else(|| UpError::NotUp(name.into()))?;
-    let admin = kubeconfig_of(&dir).ok_or_else(|| UpError::NotUp(name.into()))?;
-    let mut upgrade = Upgrade {
-        binaries: config::binaries(flags.bin_dir.as_deref(), program)?,
-        api: ClusterApi::new(&admin).await?,
-        progress: Progress::default(),
-        patience: Duration::from_secs(flags.timeout),
-        dir,
-        state,
-        machine,
-    };
-    let outcome = tokio::select! {
-        outcome = upgrade.all() => outcome,
-        _ = tokio::signal::ctrl_c() => Err(UpError::Interrupted),
-    };
-    let replaced = match outcome {
-        Err(error) => {
-            failure::explain(&upgrade.dir).await;
-            return Err(error);
-        }
-        Ok(replaced) => replaced,
-    };
-    println!(
-        "{replaced} of {} control planes of cluster {name} were replaced, in {:.2} s.",
-        upgrade.control_planes().len(),
-        upgrade.progress.elapsed().as_secs_f64()
-    );
-    Ok(())
-}
-
-struct Upgrade<'a> {
-    binaries: Binaries,
-    api: ClusterApi,
-    progress: Progress,
-    /// How long one control plane may take.
-    patience: Duration,
-    dir: ClusterDir,
-    state: ClusterState,
-    machine: &'a Machine,
-}
-
 impl Upgrade<'_> {
-    fn control_planes(&self) -> Vec<NodeState> {
-        let nodes = self.state.nodes.iter();
-        let found = nodes.filter(|node| is_control_plane(node));
-        found.cloned().collect()
-    }
-
     /// Gives how many were replaced: those of this build stay.
-    async fn all(&mut self) -> Result<usize, UpError> {
+    pub(super) async fn all_control_planes(&mut self) -> Result<usize, UpError> {
         let mut all = self.control_planes();
-        if all.len() < 2 {
-            return Err(UpError::OnlyOne(self.state.name.clone()));
-        }
-        if !all.iter().any(NodeState::is_running) {
-            return Err(UpError::NotRunning(self.state.name.clone()));
-        }
         // One that is down, or that an attempt which was cut off has left, comes first: it costs nobody anything, and the others need it.
         all.sort_by_key(NodeState::is_settled);
         let mut replaced = 0;
@@ -155,27 +63,6 @@ impl Upgrade<'_> {
             replaced += 1;
         }
         Ok(replaced)
-    }
-
-    /// Whether a node that runs has the programs that it would get. It sees them as bound files, which stay what they are when a build
-    /// puts others in their place.
-    fn is_of_this_build(&self, node: &NodeState) -> bool {
-        let file = |path: &Path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
-        let Some(init) = node.init else { return false };
-        let root = PathBuf::from(format!("/proc/{}/root", init.pid));
-        let bin = root.join(BIN_DIR.trim_start_matches('/'));
-        self.programs().into_iter().all(|(name, new)| {
-            let now = file(&bin.join(name));
-            now.is_some() && now == file(new)
-        })
-    }
-
-    /// The programs of a control plane's node.
-    fn programs(&self) -> [(&'static str, &Path); 2] {
-        [
-            ("keelway", &self.binaries.keelway),
-            ("keelway-controlplane", &self.binaries.controlplane),
-        ]
     }
 
     /// Waits until enough other control planes serve for the cluster to go on without this one.
@@ -233,13 +120,6 @@ impl Upgrade<'_> {
         ended.await.map_err(|_| UpError::Panicked)?
     }
 
-    /// Writes down how it is with a node.
-    fn note(&mut self, node: &NodeState, note: impl Fn(&mut NodeState)) -> Result<(), UpError> {
-        let nodes = self.state.nodes.iter_mut();
-        nodes.filter(|known| known.name == node.name).for_each(note);
-        Ok(self.dir.write(&self.state)?)
-    }
-
     /// Ends a control plane, if it runs, and starts it again from this build.
     async fn replace(&mut self, node: &NodeState) -> Result<(), UpError> {
         let listener = self.listener()?;
@@ -282,29 +162,6 @@ impl Upgrade<'_> {
         converge::route_pods(&self.api, &self.state.nodes, init.pid).await?;
         nodes.detach().await?;
         self.note(node, |known| known.unsettled = false)
-    }
-
-    /// The description of a node, with the programs of this build. What else it says stays.
-    fn describe(&self, node: &NodeState) -> Result<NodeSpec, UpError> {
-        let path = self.dir.node(&node.name).join("node.json");
-        let failed = |source| UpError::Write {
-            path: path.clone(),
-            source,
-        };
-        let text = fs::read(&path).map_err(failed)?;
-        let mut spec: NodeSpec =
-            serde_json::from_slice(&text).map_err(|error| failed(error.into()))?;
-        for (name, new) in self.programs() {
-            let to = Path::new(BIN_DIR).join(name);
-            for bind in spec.binds.iter_mut().filter(|bind| bind.to == to) {
-                bind.from = new.to_owned();
-            }
-        }
-        let next = path.with_extension("next.json");
-        let text = serde_json::to_vec_pretty(&spec).map_err(|error| failed(error.into()))?;
-        fs::write(&next, text).map_err(failed)?;
-        fs::rename(&next, &path).map_err(failed)?;
-        Ok(spec)
     }
 
     /// A copy of the socket that all control planes accept from, by one that runs.
