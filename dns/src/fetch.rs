@@ -10,9 +10,7 @@ use tokio::time::timeout;
 use crate::answer::Rcode;
 use crate::cache::{Entry, Found, Key};
 use crate::forward::{ForwardError, Question};
-use crate::log::type_name;
 use crate::metrics::Metrics;
-use crate::name::Name;
 use crate::settings::{Block, Outcome};
 use crate::shares::Place;
 
@@ -120,9 +118,7 @@ async fn ask(
     let joined = join(block, metrics, question, key, client);
     // Here, where nothing is locked: whoever reads the log may be slow.
     let mut waiting = joined.map_err(|error| {
-        if let Some(others) = block.tell_refusal(Instant::now()) {
-            say_why(block, question, &error, others);
-        }
+        block.failures.tell(question, &error, Instant::now());
         Arc::new(error)
     })?;
     match waiting.wait_for(Option::is_some).await {
@@ -164,15 +160,6 @@ fn join(
     Ok(waiting)
 }
 
-/// A line for the operator about a question that could not be asked, and about so many others of which nothing was said.
-fn say_why(block: &Block, question: &Question, error: &ForwardError, others: u64) {
-    if block.spec.log.errors {
-        let name = Name::from_wire(&question.name);
-        let others = (others > 0).then_some(others);
-        tracing::warn!(%name, rtype = %type_name(question.rtype), %error, others, "forwarding");
-    }
-}
-
 struct Flight {
     block: Arc<Block>,
     key: Key,
@@ -202,7 +189,7 @@ impl Flight {
             }
         });
         if let Err(error) = &outcome {
-            say_why(&self.block, &question, error, 0);
+            self.block.failures.tell(&question, error, Instant::now());
         }
         // Dropped after the outcome is told: whoever comes next finds the cache filled.
         self.tell.send_replace(Some(outcome));
@@ -239,6 +226,8 @@ mod tests {
     use super::*;
     use crate::config::spec::{BlockSpec, RouteSpec, ServerSpec, Spec};
     use crate::forward::ForwardRules;
+    use crate::log::ErrorRules;
+    use crate::name::Name;
     use crate::query::rtype;
     use crate::settings::Settings;
     use crate::zone::ZoneSettings;
@@ -272,7 +261,7 @@ mod tests {
             }
         });
         let mut block = BlockSpec::of(vec![Name::root()]);
-        block.log.errors = true;
+        block.log.errors = Some(ErrorRules::default());
         block.routes.push(RouteSpec {
             zone: Name::root(),
             except: Vec::new(),

@@ -13,6 +13,7 @@ mod bytemap;
 pub mod cache;
 pub mod config;
 mod explain;
+mod failures;
 pub mod feed;
 mod fetch;
 pub mod forward;

@@ -8,6 +8,8 @@ use std::thread;
 use std::time::Duration;
 
 use prometheus_client::metrics::counter::Counter;
+use regex::Regex;
+use tracing::Level;
 
 use crate::answer::{Rcode, Transport};
 use crate::name::{Name, in_any_or_all};
@@ -61,13 +63,38 @@ impl LogRule {
     }
 }
 
+/// How failures are logged.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ErrorRules {
+    /// Failures that have a line for so many of them. The first that is about a failure decides.
+    pub consolidated: Vec<Consolidate>,
+}
+
+/// Failures that are counted for a while from the first one on, and told of with their number then.
+#[derive(Clone, Debug)]
+pub struct Consolidate {
+    /// Found in what is said of them here, or in how CoreDNS words the same.
+    pub like: Regex,
+    pub during: Duration,
+    pub level: Level,
+    /// The first one has a line at once, and the others one together.
+    pub shows_first: bool,
+}
+
+impl PartialEq for Consolidate {
+    fn eq(&self, other: &Self) -> bool {
+        // Regular expressions are equal when they read alike.
+        format!("{self:?}") == format!("{other:?}")
+    }
+}
+
 /// What is logged.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct LogRules {
     /// The first that is about a name decides.
     pub queries: Vec<LogRule>,
-    /// Why a query could not be forwarded.
-    pub errors: bool,
+    /// Why queries could not be forwarded; `None` where nobody wants to know.
+    pub errors: Option<ErrorRules>,
 }
 
 /// Lines that may wait for whoever reads standard output.

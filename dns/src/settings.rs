@@ -3,13 +3,13 @@
 use std::collections::HashMap;
 use std::ops::Deref;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
 
 use ipnetwork::IpNetwork;
 use tokio::sync::watch;
 
 use crate::cache::Entry;
 use crate::config::spec::{BlockSpec, RouteSpec, Spec};
+use crate::failures::Failures;
 use crate::forward::{ForwardError, Forwarder, Tls, TlsError, Upstream};
 use crate::metrics::Metrics;
 use crate::rules::{BlockRules, Rules};
@@ -37,34 +37,14 @@ pub struct Block {
     routes: Vec<Route>,
     /// Questions that are being asked: whoever comes later waits for the same answer.
     pub flights: Mutex<Flights>,
-    refusals: Mutex<Refusals>,
-}
-
-/// When a refusal was logged last, and how many have not been since: they come by the hundred thousand and say the same.
-#[derive(Debug, Default)]
-struct Refusals {
-    told: Option<Instant>,
-    untold: u64,
+    /// What became of those that came to nothing.
+    pub failures: Failures,
 }
 
 /// Where names of a zone are asked for.
 pub struct Route {
     pub spec: RouteSpec,
     pub forwarder: Forwarder,
-}
-
-impl Refusals {
-    /// Whether this one is to be logged, and with how many others.
-    fn tell(&mut self, now: Instant) -> Option<u64> {
-        const EVERY: Duration = Duration::from_secs(1);
-        let since = self.told.map(|told| now.saturating_duration_since(told));
-        if since.is_some_and(|since| since < EVERY) {
-            self.untold += 1;
-            return None;
-        }
-        self.told = Some(now);
-        Some(std::mem::take(&mut self.untold))
-    }
 }
 
 impl Deref for Block {
@@ -196,7 +176,7 @@ impl Block {
             rules: rules.clone(),
             routes,
             flights: Mutex::default(),
-            refusals: Mutex::default(),
+            failures: Failures::by(rules.spec.log.errors.as_ref()),
         })
     }
 
@@ -205,32 +185,11 @@ impl Block {
         self.routes.get(self.rules.route(name)?)
     }
 
-    /// Whether a refusal is to be logged, and how many others have not been since the last that was.
-    pub fn tell_refusal(&self, now: Instant) -> Option<u64> {
-        let mut refusals = self.refusals.lock().unwrap_or_else(PoisonError::into_inner);
-        refusals.tell(now)
-    }
-
     /// Questions in flight.
     pub fn in_flight(&self) -> usize {
         self.flights
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .len()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn of_refusals_one_a_second_is_told_with_the_number_of_the_others() {
-        let (mut refusals, begun) = (Refusals::default(), Instant::now());
-        let at = |millis| begun + Duration::from_millis(millis);
-        assert_eq!(refusals.tell(at(0)), Some(0));
-        assert!((1..1000).all(|millis| refusals.tell(at(millis)).is_none()));
-        assert_eq!(refusals.tell(at(1000)), Some(999));
-        assert_eq!(refusals.tell(at(2500)), Some(0));
     }
 }

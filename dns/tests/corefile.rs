@@ -93,7 +93,7 @@ fn the_corefile_of_kubeadm_is_taken_as_it_is() {
     for share in [&cache.success, &cache.denial] {
         assert_eq!(share.except, [name("cluster.local")]);
     }
-    assert!(block.log.errors && !block.log.is_on());
+    assert!(block.log.errors.is_some() && !block.log.is_on());
 }
 
 #[test]
@@ -190,7 +190,7 @@ fn files_beside_it_are_imported_in_their_order() {
     let mut files = Files::default();
     let spec = read_spec_of(&path, &mut files).expect("a Corefile");
     assert_eq!(spec.blocks.len(), 2);
-    assert!(spec.blocks[1].log.errors && spec.blocks[1].cache.is_some());
+    assert!(spec.blocks[1].log.errors.is_some() && spec.blocks[1].cache.is_some());
     assert_eq!(files.paths().count(), 4, "{files:?}");
 }
 
@@ -236,7 +236,7 @@ fn a_change_is_seen_wherever_it_is_also_after_an_error() {
         (spec.map_err(|error| error.to_string()), files)
     };
     let (spec, files) = read();
-    assert!(spec.is_ok_and(|spec| !spec.blocks[0].log.errors) && !files.have_changed());
+    assert!(spec.is_ok_and(|spec| spec.blocks[0].log.errors.is_none()) && !files.have_changed());
     // A file that was not there, by a pattern.
     let new = write(&custom, "a.override", "errors {\n");
     assert!(files.have_changed());
@@ -247,7 +247,7 @@ fn a_change_is_seen_wherever_it_is_also_after_an_error() {
     write(&custom, "a.override", "errors\n");
     assert!(files.have_changed());
     let (spec, files) = read();
-    assert!(spec.is_ok_and(|spec| spec.blocks[0].log.errors) && !files.have_changed());
+    assert!(spec.is_ok_and(|spec| spec.blocks[0].log.errors.is_some()) && !files.have_changed());
     write(folder.path(), "resolv.conf", "nameserver 192.0.2.2\n");
     assert!(files.have_changed());
     let (_, files) = read();
@@ -270,6 +270,8 @@ fn what_changes_no_answer_is_named_and_all_else_is_done() {
         . {
             errors {
                 consolidate 5m \".* i/o timeout$\" warning
+                consolidate 30s \"^Failed to .+\" show_first
+                stacktrace
             }
             ready {
                 monitor until-ready
@@ -292,7 +294,7 @@ fn what_changes_no_answer_is_named_and_all_else_is_done() {
     let spec = spec.expect("a Corefile");
     let told = spec.warnings.join(" ");
     assert!(
-        told.contains("consolidate") && told.contains("until-ready"),
+        told.contains("stacktrace") && told.contains("until-ready"),
         "{told}"
     );
     let [first, block] = &spec.blocks[..] else {
@@ -312,6 +314,16 @@ fn what_changes_no_answer_is_named_and_all_else_is_done() {
         block.log.queries[0].zones,
         [name("example.org"), name("corp.example")]
     );
+    let errors = block.log.errors.as_ref().expect("errors");
+    let [timeouts, others] = &errors.consolidated[..] else {
+        panic!("two rules")
+    };
+    assert_eq!(
+        (timeouts.during, timeouts.level, timeouts.shows_first),
+        (Duration::from_secs(300), tracing::Level::WARN, false)
+    );
+    assert_eq!(others.like.as_str(), "^Failed to .+");
+    assert!(others.level == tracing::Level::ERROR && others.shows_first);
     assert_eq!(block.rewrites.len(), 1);
     assert!(!block.rewrites[0].goes_on);
     let cluster = block.cluster.as_ref().expect("a cluster");
@@ -373,6 +385,19 @@ fn what_is_wrong_is_told_with_its_line() {
             ":2: example.org: is no zone of kubernetes",
         ),
         (". {\n errors {\n  else\n }\n}", ":3: else: errors knows"),
+        (". {\n errors file\n}", ":2: file: is not known"),
+        (
+            ". {\n errors {\n  consolidate 5m\n }\n}",
+            ":3: consolidate: takes a duration",
+        ),
+        (
+            ". {\n errors {\n  consolidate 5m (\n }\n}",
+            ":3: (: regex parse error",
+        ),
+        (
+            ". {\n errors {\n  consolidate 5m . loud\n }\n}",
+            ":3: loud: is not warning",
+        ),
         (". {\n autopath @file\n}", ":2: @file: is not @kubernetes"),
         (". {\n hosts {\n  here a.example\n }\n}", ":3: here"),
         (

@@ -18,7 +18,7 @@ use cluster_model::watch::ApiOptions;
 
 use crate::cache::CacheRules;
 use crate::forward::ForwardRules;
-use crate::log::{LogRule, LogRules};
+use crate::log::{ErrorRules, LogRule, LogRules};
 use crate::name::{BadName, Name};
 use crate::server::rates::BYTES_S;
 use crate::zone::{Pods, ZoneSettings};
@@ -188,7 +188,7 @@ fn spec_of(flags: &Flags, files: &mut Files) -> Result<Spec, ConfigError> {
     });
     block.log = LogRules {
         queries: flags.log.then(LogRule::all).into_iter().collect(),
-        errors: true,
+        errors: Some(ErrorRules::default()),
     };
     block.cache = (!flags.no_cache).then(CacheRules::default);
     let mut servers = Vec::new();

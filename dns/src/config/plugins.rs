@@ -6,11 +6,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use ipnetwork::IpNetwork;
+use regex::Regex;
+use tracing::Level;
 
 use super::corefile::{Block, Directive, SyntaxError, Word, read};
 use super::files::Files;
 use super::spec::{BlockSpec, ClusterSpec, Spec};
-use crate::log::{Classes, LogRule};
+use crate::log::{Classes, Consolidate, ErrorRules, LogRule};
 use crate::name::Name;
 use crate::zone::{Pods, ZoneSettings};
 
@@ -245,18 +247,7 @@ impl Reading<'_> {
             "autopath" => self.autopath(name, args),
             "transfer" => self.transfer(directive),
             "log" => self.log(args, lines),
-            "errors" => {
-                self.block.log.errors = true;
-                for line in lines {
-                    match line[0].text.as_str() {
-                        "consolidate" | "stacktrace" => {
-                            self.unused(&line[0], "each error has its line");
-                        }
-                        _ => return Err(line[0].bad("errors knows consolidate and stacktrace only")),
-                    }
-                }
-                Ok(())
-            }
+            "errors" => self.errors(args, lines),
             "bufsize" => {
                 let bytes: usize = args.first().map_or(Ok(1232), number)?;
                 if !(512..=4096).contains(&bytes) {
@@ -425,6 +416,24 @@ impl Reading<'_> {
 }
 
 impl Reading<'_> {
+    fn errors(&mut self, args: &[Word], lines: &[Vec<Word>]) -> Result<(), SyntaxError> {
+        let rest = match args {
+            [place, rest @ ..] if place.text == "stdout" => rest,
+            rest => rest,
+        };
+        Self::nothing_more(rest)?;
+        let mut rules = ErrorRules::default();
+        for line in lines {
+            match line[0].text.as_str() {
+                "consolidate" => rules.consolidated.push(consolidate(line)?),
+                "stacktrace" => self.unused(&line[0], "a panic is told of with its place"),
+                _ => return Err(line[0].bad("errors knows consolidate and stacktrace only")),
+            }
+        }
+        self.block.log.errors = Some(rules);
+        Ok(())
+    }
+
     /// `log [NAMES...] [FORMAT]`, with the classes in its braces.
     fn log(&mut self, args: &[Word], lines: &[Vec<Word>]) -> Result<(), SyntaxError> {
         let names = match args {
@@ -443,6 +452,34 @@ impl Reading<'_> {
         self.block.log.queries.push(rule);
         Ok(())
     }
+}
+
+/// `consolidate DURATION EXPRESSION [LEVEL] [show_first]`.
+fn consolidate(line: &[Word]) -> Result<Consolidate, SyntaxError> {
+    const EXPRESSION_BYTES_MAX: usize = 10_000;
+    let [key, during, like, rest @ ..] = line else {
+        return Err(line[0].bad("takes a duration and an expression"));
+    };
+    if like.text.len() > EXPRESSION_BYTES_MAX {
+        return Err(key.bad("has an expression of more than 10000 bytes"));
+    }
+    let mut rule = Consolidate {
+        like: Regex::new(&like.text).map_err(|error| like.bad(error.to_string()))?,
+        during: duration(during)?,
+        level: Level::ERROR,
+        shows_first: false,
+    };
+    for word in rest {
+        match word.text.as_str() {
+            "warning" => rule.level = Level::WARN,
+            "error" => rule.level = Level::ERROR,
+            "info" => rule.level = Level::INFO,
+            "debug" => rule.level = Level::DEBUG,
+            "show_first" => rule.shows_first = true,
+            _ => return Err(word.bad("is not warning, error, info, debug or show_first")),
+        }
+    }
+    Ok(rule)
 }
 
 fn classes(lines: &[Vec<Word>]) -> Result<Classes, SyntaxError> {

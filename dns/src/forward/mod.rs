@@ -5,7 +5,7 @@ mod rules;
 mod upstream;
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -15,6 +15,7 @@ use futures::stream::FuturesUnordered;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::answer::Rcode;
+use crate::config::spec::DNS_PORT;
 use crate::message::{BadReply, Reply};
 use crate::metrics::Forwarding;
 use crate::shares::{Place, Shares};
@@ -50,6 +51,32 @@ pub enum ForwardError {
     NoRoute,
     #[error("every upstream leads back to this server")]
     Loop,
+}
+
+impl ForwardError {
+    /// The upstream that it is about.
+    pub fn server(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Io { server, .. } | Self::Reply { server, .. } => Some(*server),
+            _ => None,
+        }
+    }
+
+    /// How CoreDNS words such a failure, which is what expressions in Corefiles look for. Which ports were used is not known any more.
+    pub fn as_coredns_has_it(&self) -> String {
+        let read = |server: SocketAddr, why: &str| format!("read udp 0.0.0.0:0->{server}: {why}");
+        match self {
+            Self::Io { server, source } => match source.kind() {
+                io::ErrorKind::TimedOut => read(*server, "i/o timeout"),
+                io::ErrorKind::ConnectionRefused => read(*server, "read: connection refused"),
+                _ => read(*server, &source.to_string()),
+            },
+            Self::Silence(_) => read((Ipv4Addr::UNSPECIFIED, DNS_PORT).into(), "i/o timeout"),
+            Self::Busy(most) => format!("concurrent queries exceeded maximum {most}"),
+            Self::Loop => "no healthy proxies".into(),
+            Self::Reply { .. } | Self::NoRoute => self.to_string(),
+        }
+    }
 }
 
 /// Upstream servers; never empty.
