@@ -228,7 +228,8 @@ impl Answering<'_> {
         let mut node = node;
         let mut owner = QUESTION;
         let mut aliased = false;
-        for _ in 0..CNAMES_MAX {
+        let mut passed: [&[u8]; CNAMES_MAX] = [&[]; CNAMES_MAX];
+        for at in 0..CNAMES_MAX {
             let target = node.records().find_map(|record| match record {
                 Told::Cname(target) => Some((record, target)),
                 _ => None,
@@ -236,6 +237,11 @@ impl Answering<'_> {
             let Some((record, target)) = target else {
                 break;
             };
+            // An alias that leads back leads to no data, and is told once: a record twice is none (RFC 2181, 5).
+            if passed[..at].contains(&target) {
+                break;
+            }
+            passed[at] = target;
             let target_at = writer.record(owner, self.domain(), record, ttl_s);
             if self.rtype == rtype::CNAME {
                 return writer.finish(Rcode::NoError);

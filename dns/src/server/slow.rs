@@ -154,7 +154,13 @@ impl Slow {
     async fn look_up(&self, question: Question) -> Result<Looked, Arc<ForwardError>> {
         let mut whole: Option<Looked> = None;
         let mut question = question;
+        let mut passed = Vec::new();
         for _ in 0..CNAMES_MAX {
+            if passed.contains(&question.name) {
+                // An alias that leads back: all of it has been told.
+                break;
+            }
+            passed.push(question.name.clone());
             let (part, next) = match self.look_up_here(&question) {
                 Some(found) => found,
                 None => {

@@ -74,6 +74,29 @@ async fn an_alias_to_a_name_that_hosts_or_others_know_is_answered_by_them() {
 }
 
 #[tokio::test]
+async fn an_alias_that_leads_back_is_told_once() {
+    let targets = aliases(&[
+        ("itself", "itself.prod.svc.cluster.local"),
+        ("there", "back.prod.svc.cluster.local"),
+        ("back", "there.prod.svc.cluster.local"),
+    ]);
+    // Hosts that may know where an alias leads have it followed step by step.
+    let mut stepwise = spec(&[]);
+    let mut hosts = Hosts::new(60);
+    hosts.add("192.0.2.9", &[BOX]).expect("an entry");
+    hosts.fallthrough = vec![name(".")];
+    stepwise.blocks[0].hosts = Some(hosts);
+    for spec in [spec(&[]), stepwise] {
+        let (_, server) = serve(spec, &snapshot(&targets)).await;
+        for (asked, records) in [("itself", 1), ("there", 2)] {
+            let answer = udp(server, &alias(asked)).await;
+            assert_eq!(answer.metadata.response_code, ResponseCode::NoError);
+            assert_eq!(answer.answers.len(), records, "{answer}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn an_alias_to_a_pod_is_not_denied_before_pods_are_known() {
     let mut snapshot = Snapshot::default();
     let mut dirty = Dirty::default();
