@@ -295,23 +295,25 @@ pub async fn start(
     Ok(address)
 }
 
-/// How often port 0 is tried: the port that the kernel gives to UDP may be another's by TCP.
+/// How often port 0 is tried: the port that the kernel gives to TCP may be another's by UDP.
 const PORT_TRIES: usize = 16;
 
-/// One socket of each transport on one port.
+/// One socket of each transport on one port. TCP first: only that says that another server is there already, of whose datagrams a socket
+/// for UDP would have a part.
 async fn bind(wanted: SocketAddr) -> Result<(UdpSocket, TcpListener, SocketAddr), ServerError> {
     let mut tries = 0;
     loop {
         tries += 1;
-        let udp = sys::bind(wanted).map_err(refused("udp", wanted))?;
-        let address = udp.local_addr().map_err(refused("udp", wanted))?;
-        match TcpListener::bind(address).await {
-            Ok(tcp) => return Ok((udp, tcp, address)),
+        let tcp = TcpListener::bind(wanted).await;
+        let tcp = tcp.map_err(refused("tcp", wanted))?;
+        let address = tcp.local_addr().map_err(refused("tcp", wanted))?;
+        match sys::bind(address) {
+            Ok(udp) => return Ok((udp, tcp, address)),
             Err(error)
                 if wanted.port() == 0
                     && error.kind() == io::ErrorKind::AddrInUse
                     && tries < PORT_TRIES => {}
-            Err(error) => return Err(refused("tcp", address)(error)),
+            Err(error) => return Err(refused("udp", address)(error)),
         }
     }
 }

@@ -10,7 +10,7 @@ use hickory_proto::rr::{RData, Record, RecordType};
 use keelway_dns::answer::Transport;
 use keelway_dns::metrics::Metrics;
 use keelway_dns::server::at_once::{Outcome, at_once};
-use keelway_dns::server::{REPLY_BYTES_MAX, Shared};
+use keelway_dns::server::{self, REPLY_BYTES_MAX, Shared};
 use keelway_dns::settings::Settings;
 use keelway_dns::zone::{Pods, Zone, ZoneSettings};
 use proptest::prelude::*;
@@ -399,4 +399,22 @@ async fn a_server_at_all_addresses_answers_both_families() {
     let (bytes, from) = six.recv_from(&mut reply).await.expect("an answer");
     let answer = Message::from_vec(&reply[..bytes]).expect("a message");
     assert_eq!((data(&answer), from), (vec!["10.96.0.7".to_owned()], to));
+}
+
+#[tokio::test]
+async fn a_server_whose_port_is_anothers_takes_no_datagram_of_it() {
+    // Sockets for UDP may share a port with the other server's, so that one that is opened first has a part of what comes until the server
+    // ends. Here nobody shares, so that whichever is tried first fails.
+    let (_udp, _tcp, address) = loop {
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = tcp.local_addr().expect("an address");
+        if let Ok(udp) = std::net::UdpSocket::bind(address) {
+            break (udp, tcp, address);
+        }
+    };
+    let metrics = Metrics::default();
+    let settings = Settings::build(spec(&[]), &metrics, None).expect("settings");
+    let error = server::start(&Shared::new(settings, metrics), address, 1).await;
+    let error = error.expect_err("a port of others").to_string();
+    assert!(error.starts_with("tcp"), "{error}");
 }
