@@ -12,6 +12,8 @@ use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrIn, recvmmsg, sendmmsg};
 use super::pin;
 
 pub const BARE: &str = "bare";
+/// The same at 70 % of what it can do itself.
+pub const BARE_ALONE: &str = "bare, at 70 % of its own";
 
 /// Datagrams of one system call, as our server takes them.
 const BATCH: usize = 32;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::bare::BARE;
+use super::bare::{BARE, BARE_ALONE};
 use super::dnsperf;
 use super::load::Sample;
 use super::pods::IN_KERNEL;
@@ -120,7 +120,26 @@ impl Findings {
             subject: KEELWAY,
             ..place
         };
-        self.push(what, place, P99_TO_BARE, "", open.p99_us / bare.p99_us);
+        // Of slices: in half a second, a pause of the machine decides.
+        if let (Some(ours), Some(bare)) = (open.slice_p99_us, bare.slice_p99_us) {
+            self.push(what, place, P99_TO_BARE, "", ours / bare);
+        }
+    }
+
+    /// How often the server's CPU ran nobody right after, and what that alone makes of p99 to p50.
+    pub fn pauses(
+        &mut self,
+        place: Place,
+        workload: &'static str,
+        long_per_second: f64,
+        p99_to_p50: Option<f64>,
+    ) {
+        let what = (MACHINE, workload);
+        let quantity = (4, "pauses over 20 us");
+        self.push(what, place, quantity, "/s", long_per_second);
+        if let Some(ratio) = p99_to_p50 {
+            self.push(what, place, (5, "p99/p50 of those alone"), "", ratio);
+        }
     }
 
     pub fn dnsperf(
@@ -184,7 +203,7 @@ impl Findings {
             };
             // What the machine did is nobody's doing.
             let is_machines = case.section == MACHINE && case.quantity != P99_TO_BARE;
-            let is_others = [COREDNS, BARE].contains(&case.subject);
+            let is_others = [COREDNS, BARE, BARE_ALONE].contains(&case.subject);
             let figure = figure.of_others(is_others || is_machines);
             let compared = [PER_CORE, AFTER_LOAD, ONE].contains(&case.quantity);
             let other = self.0.get(&Case {
@@ -204,7 +223,7 @@ impl Findings {
 const PER_CORE: (usize, &str) = (0, "per core");
 const P99_TO_P50: (usize, &str) = (4, "p99/p50");
 const SLICE_P99_TO_P50: (usize, &str) = (5, "p99/p50 of the middle 50 ms");
-const P99_TO_BARE: (usize, &str) = (3, "p99 to bare");
+const P99_TO_BARE: (usize, &str) = (3, "p99 to bare, middle 50 ms");
 const ONE: (usize, &str) = (1, "one at a time");
 const AFTER_LOAD: (usize, &str) = (2, "after load");
 

@@ -4,6 +4,7 @@ mod bare;
 mod dnsperf;
 mod findings;
 mod load;
+mod pauses;
 mod pods;
 mod subject;
 mod workload;
@@ -21,9 +22,10 @@ use nix::unistd::Pid;
 
 use crate::machine::Machine;
 use crate::report::{Output, Report};
-use bare::BARE;
+use bare::{BARE, BARE_ALONE};
 use findings::{Findings, Place};
 use load::{Pace, Sample, run as ask};
+use pauses::Pauses;
 use subject::{KEELWAY, Subject, Surroundings};
 use workload::{Workload, question, service_name, upstream};
 
@@ -260,27 +262,36 @@ fn measure_once(
         closed.answered,
         closed.odd
     );
-    let pace = Pace::Open(closed.per_second * LOAD);
-    let open = |address| -> Result<(Sample, f64)> {
+    let open = |address, rate: f64| -> Result<(Sample, f64)> {
         let before = stolen();
+        let pace = Pace::Open(rate * LOAD);
         let sample = ask(address, &questions, pace, extent.duration)?;
         Ok((
             sample,
             100.0 * stolen().saturating_sub(before).as_secs_f64() / extent.duration.as_secs_f64(),
         ))
     };
-    let (sample, stolen) = open(subject.address)?;
+    let (sample, stolen) = open(subject.address, closed.per_second)?;
     findings.round(place, workload.name(), &closed, cpu, &sample);
     findings.machine(place, workload.name(), &sample, stolen);
     if subject.name == KEELWAY && workload == Workload::Cluster {
-        let (floor, stolen) = open(bare)?;
-        let place = Place {
-            subject: BARE,
-            ..place
-        };
-        findings.open(place, workload.name(), &floor);
-        findings.machine(place, workload.name(), &floor, stolen);
+        let (floor, stolen) = open(bare, closed.per_second)?;
         findings.beside_bare(place, workload.name(), &sample, &floor);
+        let bare_closed = ask(bare, &questions, Pace::Closed(WINDOW), extent.duration)?;
+        let (alone, alone_stolen) = open(bare, bare_closed.per_second)?;
+        for (subject, sample, stolen) in
+            [(BARE, &floor, stolen), (BARE_ALONE, &alone, alone_stolen)]
+        {
+            let place = Place { subject, ..place };
+            findings.open(place, workload.name(), sample);
+            findings.machine(place, workload.name(), sample, stolen);
+        }
+        // The first CPU is the server's.
+        let pauses = Pauses::watch(0, extent.duration)?;
+        let service = Duration::from_secs_f64(1.0 / closed.per_second);
+        let p50 = Duration::from_secs_f64(sample.p50_us / 1e6);
+        let ratio = pauses.p99_to_p50(service, LOAD, p50);
+        findings.pauses(place, workload.name(), pauses.long_per_second(), ratio);
     }
     if extent.dnsperf && matches!(workload, Workload::Cluster | Workload::SearchPath) {
         let before = subject.cpu();
