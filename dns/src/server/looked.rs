@@ -5,7 +5,10 @@ use hickory_proto::rr::{DNSClass, Name as ProtoName, RData, Record, rdata::CNAME
 
 use crate::answer::{Policy, Rcode, Transport, Verdict, failure, room};
 use crate::name::Name;
-use crate::query::Query;
+use crate::query::{HEADER_BYTES, Query};
+
+/// Where a header has the numbers of records behind the question.
+const ANSWER_COUNT: usize = 6;
 
 /// An answer in parts, as it is put together.
 pub struct Looked {
@@ -68,7 +71,10 @@ impl Looked {
             _ => Rcode::ServFail,
         };
         let room = room(query, policy, transport, out);
-        let Ok(client) = Message::from_vec(asked) else {
+        // Of the query its question alone: what else the client says has been looked at, and nothing of it is repeated.
+        let mut plain = asked[..HEADER_BYTES + query.question.len()].to_vec();
+        plain[ANSWER_COUNT..HEADER_BYTES].fill(0);
+        let Ok(client) = Message::from_vec(&plain) else {
             return failure(policy, asked, Rcode::FormErr, out);
         };
         let mut message = self.message;

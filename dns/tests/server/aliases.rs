@@ -3,6 +3,7 @@
 use cluster_model::{Change, Dirty, Kind, Snapshot, read_manifest};
 use hickory_proto::op::ResponseCode;
 use hickory_proto::rr::RecordType;
+use hickory_proto::rr::rdata::opt::EdnsOption;
 use keelway_dns::hosts::Hosts;
 use keelway_dns::zone::Pods;
 use std::time::Duration;
@@ -93,6 +94,22 @@ async fn an_alias_that_leads_back_is_told_once() {
             assert_eq!(answer.metadata.response_code, ResponseCode::NoError);
             assert_eq!(answer.answers.len(), records, "{answer}");
         }
+    }
+}
+
+#[tokio::test]
+async fn what_a_client_says_beside_its_question_is_the_same_to_an_alias_and_to_an_address() {
+    let upstream = willing(60, [192, 0, 2, 7]).await;
+    let (_, server) = serve(spec(&[upstream.address]), &cluster(0)).await;
+    for asked in [WEB, "out.prod.svc.cluster.local."] {
+        let mut message = edns(asked, RecordType::A, 1232);
+        // The network of a client, of a family that there is not (RFC 7871).
+        let subnet = EdnsOption::Unknown(8, vec![0, 9, 0, 0]);
+        let opt = message.edns.as_mut().expect("EDNS");
+        opt.options_mut().insert(subnet);
+        let answer = udp(server, &message).await;
+        assert_eq!(answer.metadata.response_code, ResponseCode::NoError);
+        assert!(!answer.answers.is_empty() && answer.edns.is_some());
     }
 }
 
