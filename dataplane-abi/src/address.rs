@@ -14,6 +14,15 @@ pub struct Addr {
 plain!(Addr, 16, { words: 0 });
 
 impl Addr {
+    /// The same address, word by word: where one may overlap the other, a copy of the whole is a loop over bytes.
+    #[inline(always)]
+    pub const fn again(&self) -> Self {
+        let [first, second] = self.words;
+        Self {
+            words: [first, second],
+        }
+    }
+
     /// The IPv4 address whose four bytes in network order are the memory of `be`.
     #[inline(always)]
     pub const fn from_v4_be(be: u32) -> Self {

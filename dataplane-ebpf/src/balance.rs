@@ -280,7 +280,7 @@ fn draw<T: Tables>(
         return false;
     };
     let backend = Backend::from(cell);
-    picked.addr = backend.addr;
+    picked.addr = backend.addr.again();
     picked.port = backend.port;
     picked.generation = reference.generation;
     picked.slot = backend.slot;
@@ -308,7 +308,7 @@ fn choose_again<T: Tables>(
     if let Some(had) = tables.affinity(&key)
         && now_s.wrapping_sub(had.last_seen_s) <= header.affinity_timeout_s
     {
-        picked.addr = had.backend;
+        picked.addr = had.backend.again();
         picked.port = had.port;
         picked.generation = reference.generation;
         picked.direct = false;
@@ -321,7 +321,7 @@ fn choose_again<T: Tables>(
         return TORN;
     }
     let affinity = Affinity {
-        backend: picked.addr,
+        backend: picked.addr.again(),
         port: picked.port,
         pad: 0,
         last_seen_s: now_s,
@@ -414,7 +414,7 @@ fn search<T: Tables>(
     };
     let cells = reference.extent.wrapping_add(1);
     let mut near = Near {
-        wanted: Addr { words: addr.words },
+        wanted: addr.again(),
         cell: cells.wrapping_add(first),
         left: header.total.saturating_sub(first),
         slot: NOT_FOUND,

@@ -10,6 +10,7 @@ use aya_ebpf::{
     macros::xdp,
     programs::XdpContext,
 };
+use core::mem::MaybeUninit;
 use dataplane_abi::{FlowKey, Hook, Plain, Reason};
 use dataplane_ebpf::{
     early::{self, Early},
@@ -23,7 +24,7 @@ use crate::{
     UPLINK_MAC, features,
     maps::{Maps, notes},
     monitor::{Told, Watched, tell},
-    packets::{AF_INET, AF_INET6, crc32c_change},
+    packets::{AF_INET, AF_INET6, blank, crc32c_change},
 };
 
 /// A frame as it lies in the driver's memory.
@@ -204,7 +205,8 @@ fn leads_back<const V6: bool>(ctx: *mut xdp_md, notes: &Notes, macs: &mut [u16; 
     let (to, ip) = (&notes.to, &notes.ip);
     // SAFETY: a plain struct of integers, for which zero is valid; a valid context; the helper gets the struct's true size.
     unsafe {
-        let mut fib: FibLookup = core::mem::zeroed();
+        let mut fib = MaybeUninit::uninit();
+        let fib: &mut FibLookup = blank(&mut fib);
         let ingress = (*ctx).ingress_ifindex;
         fib.ifindex = ingress;
         fib.l4_protocol = to.proto;
@@ -222,7 +224,7 @@ fn leads_back<const V6: bool>(ctx: *mut xdp_md, notes: &Notes, macs: &mut [u16; 
             fib.__bindgen_anon_3.ipv4_src = src;
             fib.__bindgen_anon_4.ipv4_dst = dst;
         }
-        let result = bpf_fib_lookup(ctx.cast(), &mut fib, size_of::<FibLookup>() as i32, 0) as u32;
+        let result = bpf_fib_lookup(ctx.cast(), fib, size_of::<FibLookup>() as i32, 0) as u32;
         if result != BPF_FIB_LKUP_RET_SUCCESS || fib.ifindex != ingress {
             return false;
         }

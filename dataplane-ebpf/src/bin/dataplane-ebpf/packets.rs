@@ -13,6 +13,7 @@ use aya_ebpf::{
     },
     programs::TcContext,
 };
+use core::mem::MaybeUninit;
 use dataplane_abi::{FlowKey, HOST_VETH_MAC, Plain, Reason, proto};
 use dataplane_ebpf::{
     crc32c,
@@ -296,7 +297,8 @@ fn route_apart(skb: &mut Skb) -> i32 {
 fn route<const V6: bool>(skb: &mut Skb) -> i32 {
     // SAFETY: plain structs of integers, for which zero is valid; the helpers get their true sizes.
     unsafe {
-        let mut fib: FibLookup = core::mem::zeroed();
+        let mut fib = MaybeUninit::uninit();
+        let fib: &mut FibLookup = blank(&mut fib);
         fib.ifindex = skb.ifindex();
         let known = if V6 {
             fib.family = AF_INET6;
@@ -323,8 +325,7 @@ fn route<const V6: bool>(skb: &mut Skb) -> i32 {
             Maps.count(Reason::Malformed);
             return TC_ACT_SHOT;
         }
-        let result =
-            bpf_fib_lookup(skb.0.cast(), &mut fib, size_of::<FibLookup>() as i32, 0) as u32;
+        let result = bpf_fib_lookup(skb.0.cast(), fib, size_of::<FibLookup>() as i32, 0) as u32;
         // What is longer than the overlay takes of pods is cut below it, in packets of the underlay. The route is known then.
         let is_cut = result == BPF_FIB_LKUP_RET_FRAG_NEEDED && fib.ifindex == OVERLAY_LINK.load();
         // Without a neighbour the route is known all the same, and the redirect resolves it.
@@ -337,6 +338,24 @@ fn route<const V6: bool>(skb: &mut Skb) -> i32 {
         hop.nh_family = fib.family as u32;
         hop.__bindgen_anon_1.ipv6_nh = fib.__bindgen_anon_4.ipv6_dst;
         bpf_redirect_neigh(fib.ifindex, &mut hop, size_of::<NextHop>() as i32, 0) as i32
+    }
+}
+
+/// A plain struct of 32-bit words, all of them zero. For one that is zeroed as a whole the compiler calls a loop over its bytes.
+///
+/// # Safety
+/// Zero is a valid value of each of its fields.
+#[inline(always)]
+pub unsafe fn blank<T>(place: &mut MaybeUninit<T>) -> &mut T {
+    let words = place.as_mut_ptr().cast::<u32>();
+    let mut at = 0;
+    // SAFETY: within the struct; all of it is written, and by the caller's word that is a value.
+    unsafe {
+        while at < size_of::<T>() / size_of::<u32>() {
+            words.add(at).write_volatile(0);
+            at += 1;
+        }
+        place.assume_init_mut()
     }
 }
 
