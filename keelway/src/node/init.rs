@@ -262,7 +262,7 @@ impl Init {
                 channel.send(&Event::Ready {
                     service: service.clone(),
                 });
-                self.services.happened(service);
+                self.services.is_ready(service);
             }
             if !self.detached {
                 self.take_orders(channel)?;

@@ -110,4 +110,7 @@ pub struct ServiceStatus {
     /// Its process, as the node numbers it.
     pub pid: Option<u32>,
     pub restarts: u32,
+    /// Of one that tells: whether this process has said that it is ready.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ready: Option<bool>,
 }

@@ -55,6 +55,8 @@ struct Service {
     failures: u32,
     /// It was asked to end, as the node is to.
     told: bool,
+    /// The process that runs has said that it is ready.
+    ready: bool,
 }
 
 /// The services of a node, and what has happened so far.
@@ -87,6 +89,7 @@ impl Services {
                 restarts: 0,
                 failures: 0,
                 told: false,
+                ready: false,
             })
             .collect();
         Services {
@@ -133,6 +136,15 @@ impl Services {
     /// Records that something has happened that services may wait for.
     pub fn happened(&mut self, name: String) {
         self.happened.insert(name);
+    }
+
+    /// A service has said that it is ready; others may have waited for that.
+    pub fn is_ready(&mut self, name: String) {
+        let named = self.services.iter_mut().find(|s| s.spec.name == name);
+        if let Some(service) = named {
+            service.ready = true;
+        }
+        self.happened(name);
     }
 
     /// Starts all services that can start at `now`; failures to start are reported, and tried again.
@@ -210,6 +222,7 @@ impl Services {
                     None
                 },
                 restarts: service.restarts,
+                ready: service.spec.notifies.then_some(service.ready),
             })
             .collect()
     }
@@ -224,6 +237,7 @@ impl Service {
         self.state = State::Resting {
             until: now + rest(self.failures),
         };
+        self.ready = false;
         self.failures += 1;
         self.restarts += 1;
         Event::Exited {
@@ -389,6 +403,27 @@ mod tests {
         children[0].wait().expect("now the other one does");
         services.ended(children[0].id(), "ended".into(), now);
         assert!(services.have_stopped(now));
+    }
+
+    #[test]
+    fn a_process_is_ready_when_it_has_said_so_and_the_next_one_is_not() {
+        let told = ServiceSpec {
+            notifies: true,
+            ..spec("etcd", &[])
+        };
+        let specs = vec![told, spec("controlplane", &["etcd"])];
+        let mut services = Services::new(specs, String::new(), Handed::default());
+        let ready = |services: &Services| {
+            let all = services.status().into_iter();
+            all.map(|service| service.ready).collect::<Vec<_>>()
+        };
+        assert_eq!(ready(&services), [Some(false), None]);
+        services.is_ready("etcd".into());
+        assert_eq!(ready(&services), [Some(true), None]);
+        let (pid, since) = (4711, Instant::now());
+        services.services[0].state = State::Running { pid, since };
+        services.ended(pid, "exit status 1".into(), since);
+        assert_eq!(ready(&services), [Some(false), None]);
     }
 
     #[test]

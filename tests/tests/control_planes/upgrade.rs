@@ -314,6 +314,62 @@ fn control_planes_are_replaced_by_another_build_while_clients_work() {
     works(&cluster, 4);
 }
 
+/// With a member of etcd down, the other two are what the cluster lives by.
+#[test]
+fn no_control_plane_is_taken_while_the_etcd_of_another_one_fails() {
+    let name = format!("spare-{}", std::process::id());
+    let arguments = ["--nodes", "1", "--control-planes", "3", "--store", "etcd"];
+    let Some(cluster) = Cluster::own(&name, &arguments) else {
+        return;
+    };
+    // Its data are out of its reach: it ends as often as PID 1 starts it. Its API server goes on by the other members.
+    let node = cluster.folder().join("control-plane-2");
+    let (data, away) = (node.join("var/lib/etcd"), node.join("var/lib/away"));
+    std::fs::rename(&data, &away).expect("moved");
+    std::fs::write(&data, "").expect("written");
+    for etcd in processes(&format!("{name}/control-plane-2"), "etcd") {
+        kill(Pid::from_raw(etcd.pid), Signal::SIGKILL).expect("killed");
+    }
+    eventually("it has failed again and again", REQUEST, || {
+        let text = std::fs::read_to_string(node.join("services.json")).unwrap_or_default();
+        let services: Value = serde_json::from_str(&text).unwrap_or_default();
+        let mut services = services.as_array().into_iter().flatten();
+        let etcd = services.find(|service| service["name"] == "etcd");
+        let fails = etcd.is_some_and(|etcd| etcd["restarts"].as_i64() > Some(2));
+        fails.then_some(()).ok_or(text)
+    });
+
+    let before = pids(&cluster);
+    let build = another_build();
+    let keelway = build.path().join("keelway").display().to_string();
+    let folder = build.path().display().to_string();
+    let command = [
+        keelway.as_str(),
+        "upgrade",
+        "--name",
+        &name,
+        "--bin-dir",
+        &folder,
+    ];
+    let only = ["--only", "control-planes"];
+    let refused = cluster.run(&[&command[..], &only].concat(), &[]).refused();
+    assert!(
+        refused.contains("node control-plane-2: etcd has failed"),
+        "{refused}"
+    );
+    let now = pids(&cluster);
+    assert_eq!((now[0], now[2]), (before[0], before[2]), "{refused}");
+    cluster.kubectl(&["create", "configmap", "answered"]).ok();
+
+    std::fs::remove_file(&data).expect("removed");
+    std::fs::rename(&away, &data).expect("moved back");
+    let said = upgrading(&cluster, build.path())
+        .finish(UPGRADE_SECONDS_MAX)
+        .concat();
+    assert!(said.contains("3 of 3 control planes"), "{said}");
+    cluster.kubectl(&["get", "configmap", "answered"]).ok();
+}
+
 #[test]
 fn a_cluster_of_one_control_plane_is_not_upgraded_under_its_users() {
     let name = format!("single-{}", std::process::id());

@@ -39,7 +39,7 @@ impl Upgrade<'_> {
     pub(super) async fn all_control_planes(&mut self) -> Result<usize, UpError> {
         let mut all = self.control_planes();
         // One that is down, or that an attempt which was cut off has left, comes first: it costs nobody anything, and the others need it.
-        all.sort_by_key(NodeState::is_settled);
+        all.sort_by_key(|node| node.is_settled() && self.has_its_store(node));
         let mut replaced = 0;
         for node in all {
             if node.is_settled() && self.is_of_this_build(&node) {
@@ -92,14 +92,17 @@ impl Upgrade<'_> {
         }
     }
 
-    /// Whether a control plane's member of the store runs: its server answers by those of others, too.
+    /// Whether a control plane's member of the store is one of its quorum: its server answers by those of others, too.
     fn has_its_store(&self, node: &NodeState) -> bool {
         let text = fs::read(self.dir.node(&node.name).join("services.json"));
         let services: Option<Vec<ServiceStatus>> = text
             .ok()
             .and_then(|text| serde_json::from_slice(&text).ok());
         let mut services = services.into_iter().flatten();
-        services.all(|service| service.name != etcd::SERVICE || service.pid.is_some())
+        services.all(|service| {
+            // A PID 1 of before does not say what is ready.
+            service.name != etcd::SERVICE || service.pid.is_some() && service.ready != Some(false)
+        })
     }
 
     /// Ends what runs of a control plane, by whichever command it was started.
