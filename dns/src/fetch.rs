@@ -188,11 +188,15 @@ impl Flight {
                 None => Arc::new(Entry::fleeting(reply, now)),
             }
         });
-        if let Err(error) = &outcome {
-            self.block.failures.tell(&question, error, Instant::now());
-        }
+        let failure = outcome.as_ref().err().cloned();
         // Dropped after the outcome is told: whoever comes next finds the cache filled.
         self.tell.send_replace(Some(outcome));
+        let block = self.block.clone();
+        drop(self);
+        // Last: nobody waits for whoever reads the log.
+        if let Some(error) = failure {
+            block.failures.tell(&question, &error, Instant::now());
+        }
     }
 }
 
@@ -219,6 +223,7 @@ pub fn code_of(error: &ForwardError) -> Rcode {
 #[cfg(test)]
 mod tests {
     use std::io;
+    use std::net::SocketAddr;
     use std::sync::Mutex;
 
     use tokio::net::UdpSocket;
@@ -247,19 +252,8 @@ mod tests {
         }
     }
 
-    /// A block that asks an upstream, which knows names that begin with a w and is silent about all others.
-    async fn block() -> Arc<Block> {
-        let socket = UdpSocket::bind("127.0.0.1:0").await.expect("a socket");
-        let address = socket.local_addr().expect("an address");
-        tokio::spawn(async move {
-            let mut message = [0; 1500];
-            while let Ok((bytes, peer)) = socket.recv_from(&mut message).await {
-                if message[13].eq_ignore_ascii_case(&b'w') {
-                    message[2] |= 0x80;
-                    let _ = socket.send_to(&message[..bytes], peer).await;
-                }
-            }
-        });
+    /// A block that asks one upstream.
+    fn block_of(address: SocketAddr) -> Arc<Block> {
         let mut block = BlockSpec::of(vec![Name::root()]);
         block.log.errors = Some(ErrorRules::default());
         block.routes.push(RouteSpec {
@@ -281,6 +275,22 @@ mod tests {
         };
         let settings = Settings::build(spec, &Metrics::default(), None).expect("settings");
         settings.blocks().next().expect("one block").clone()
+    }
+
+    /// A block that asks an upstream, which knows names that begin with a w and is silent about all others.
+    async fn block() -> Arc<Block> {
+        let socket = UdpSocket::bind("127.0.0.1:0").await.expect("a socket");
+        let address = socket.local_addr().expect("an address");
+        tokio::spawn(async move {
+            let mut message = [0; 1500];
+            while let Ok((bytes, peer)) = socket.recv_from(&mut message).await {
+                if message[13].eq_ignore_ascii_case(&b'w') {
+                    message[2] |= 0x80;
+                    let _ = socket.send_to(&message[..bytes], peer).await;
+                }
+            }
+        });
+        block_of(address)
     }
 
     #[tokio::test]
@@ -331,5 +341,27 @@ mod tests {
             !free.is_empty() && free.iter().all(|free| *free),
             "{free:?}"
         );
+    }
+
+    #[tokio::test]
+    async fn clients_hear_of_a_failure_before_the_log_does() {
+        let gone = UdpSocket::bind("127.0.0.1:0").await.expect("a socket");
+        let address = gone.local_addr().expect("an address");
+        drop(gone);
+        let (block, metrics) = (block_of(address), Arc::new(Metrics::default()));
+        let flying: Arc<Mutex<Vec<usize>>> = Arc::default();
+        let (seen, asked) = (flying.clone(), block.clone());
+        let log = tracing_subscriber::fmt().with_writer(move || {
+            seen.lock().expect("no panic").push(asked.in_flight());
+            io::sink()
+        });
+        let _log = tracing::subscriber::set_default(log.finish());
+        let client = IpAddr::from([10, 0, 0, 1]);
+        let outcome = fetch(&block, &metrics, &question("www.example.org"), client).await;
+        assert!(outcome.is_err());
+        while flying.lock().expect("no panic").is_empty() {
+            tokio::task::yield_now().await;
+        }
+        assert!(flying.lock().expect("no panic").iter().all(|now| *now == 0));
     }
 }
