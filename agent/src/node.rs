@@ -157,6 +157,8 @@ pub struct Node {
     pub uplink: Uplink,
     /// All by which other machines are reached, that one first.
     uplinks: Vec<Link>,
+    /// Answers of the node's own processes are looked at as they leave: clients outside keep, or kept, their addresses there.
+    answers: bool,
     /// Which they are to be beside the first, unless that is found out.
     named_uplinks: Vec<String>,
     /// What the maps held of pods when the node was set up; taken by whoever knows the pods.
@@ -242,6 +244,7 @@ impl Node {
                 IpAddr::V6(v6) => Some(*v6),
             }),
             masquerade: config.masquerade,
+            uplink: Some(uplink.link.index),
             uplink_mac: uplink.link.mac,
             overlay: overlay
                 .as_ref()
@@ -264,6 +267,7 @@ impl Node {
             uplink,
             uplinks,
             named_uplinks: config.uplinks.clone(),
+            answers: false,
             found,
             overlay,
             reserved,
@@ -292,6 +296,9 @@ impl Node {
     /// Hangs the programs, once the kernel has verified them, on what is not a pod's.
     pub fn hang(&mut self) -> Result<(), NodeError> {
         self.dataplane.finish()?;
+        let held = self.ledger.held().services.values();
+        let asked = self.ask_answers(held);
+        self.answers |= asked || self.dataplane.has_answers()?;
         self.attach()?;
         self.hangs = true;
         Ok(())
@@ -364,7 +371,10 @@ impl Node {
     /// Brings the maps to what the ledger wishes. A batch that failed may be in them in part: they are read back, and what found no
     /// room waits apart for some.
     pub fn bring(&mut self, batch: &Batch) -> Brought {
-        let outcome = self.apply(&batch.ops);
+        // Before the first client comes.
+        let outcome = self
+            .settle_answers(batch)
+            .and_then(|()| self.apply(&batch.ops));
         let mut known = true;
         match &outcome {
             Ok(()) => self.ledger.applied(batch),
@@ -573,7 +583,11 @@ impl Node {
             .map(|addr| Op::RemoveHostAddress { addr: *addr });
         let ops: Vec<Op> = set.chain(gone).collect();
         self.apply(&ops)?;
+        let are_more = !now.is_subset(&self.host_addresses);
         self.host_addresses = now;
+        if are_more && self.ask_answers(self.ledger.held().services.values()) {
+            self.look_at_answers()?;
+        }
         Ok(())
     }
 }

@@ -16,9 +16,9 @@ use crate::net::{Direction, Kernel, Link, Netlink, NetlinkError, OUTER, OVERLAY}
 use crate::{supervisor, surroundings};
 
 /// Programs of ours that filters may have.
-const PROGRAMS: [&str; 4] = {
-    let [a, b, c, d] = PacketProgram::ALL;
-    [a.name(), b.name(), c.name(), d.name()]
+const PROGRAMS: [&str; 5] = {
+    let [a, b, c, d, e] = PacketProgram::ALL;
+    [a.name(), b.name(), c.name(), d.name(), e.name()]
 };
 
 /// Where an agent has left what is to go.

@@ -53,16 +53,18 @@ pub enum Hook {
     Socket,
     /// The uplink's driver, before the stack.
     UplinkEarly,
+    UplinkEgress,
 }
 
 impl Hook {
-    pub const ALL: [Hook; 6] = [
+    pub const ALL: [Hook; 7] = [
         Hook::PodIngress,
         Hook::PodEgress,
         Hook::UplinkIngress,
         Hook::ServiceIngress,
         Hook::Socket,
         Hook::UplinkEarly,
+        Hook::UplinkEgress,
     ];
 
     /// Name of the program.
@@ -74,6 +76,7 @@ impl Hook {
             Hook::ServiceIngress => "service_ingress",
             Hook::Socket => "socket",
             Hook::UplinkEarly => "uplink_early",
+            Hook::UplinkEgress => "uplink_egress",
         }
     }
 }

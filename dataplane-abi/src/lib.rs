@@ -30,9 +30,10 @@ pub use flow::{
 };
 pub use layout::Plain;
 pub use service::{
-    Affinity, AffinityKey, Backend, Cell, ExtentHeader, FrontendKey, LEAD_GUARDED, Lead,
-    MARKER_EXTERNAL, MaglevBlock, MaglevKey, PeerKey, RangeKey, SERVICE_DIRECT, SERVICE_SILENT,
-    ServiceRef, SocketPeer, SocketPeers, VIP_PORT, VIP_PROTO,
+    Affinity, AffinityKey, Backend, Cell, ExtentHeader, FrontendKey, KeptPorts, LEAD_GUARDED, Lead,
+    MARKER_EXTERNAL, MaglevBlock, MaglevKey, PeerKey, RangeKey, SERVICE_DIRECT,
+    SERVICE_KEEPS_CLIENTS, SERVICE_SILENT, ServiceRef, SocketPeer, SocketPeers, VIP_PORT,
+    VIP_PROTO,
 };
 
 /// Version of everything in this crate; part of the pin directory's name.
@@ -64,6 +65,8 @@ pub mod limits {
     pub const FRAGMENTS: u32 = 1 << 12;
     /// Traces of datagrams' tuples, which share them by a hash: half a megabyte.
     pub const TRACES: u32 = 1 << 15;
+    /// All ports of three protocols: a quarter of a megabyte.
+    pub const KEPT_PORTS: u32 = 3 * super::KeptPorts::OF_A_PROTOCOL;
     /// Connected datagram sockets of the host whose backend is remembered, forgotten least recently connected first.
     pub const DATAGRAMS: u32 = 1 << 12;
     /// Ports of the node that it gives to others' flows: the first of them, and how many. Below NodePorts (30000) and the kernel's ephemeral
@@ -120,6 +123,8 @@ pub mod map {
     pub const FRAGMENTS: &str = "FRAGMENTS";
     /// [`crate::Trace`]s by a hash of tuples; array.
     pub const TRACES: &str = "TRACES";
+    /// [`crate::KeptPorts`] by [`crate::KeptPorts::place`]; array.
+    pub const KEPT_PORTS: &str = "KEPT_PORTS";
     /// [`crate::Reason`] to packets, u64; per-CPU array.
     pub const COUNTERS: &str = "COUNTERS";
     /// [`crate::PacketEvent`]s; ring.
@@ -135,7 +140,7 @@ pub mod map {
 
     /// Maps that tell of traffic rather than of the cluster. They outlive the version that made them, and have the size that it gave
     /// them.
-    pub const OF_TRAFFIC: [&str; 7] = [
+    pub const OF_TRAFFIC: [&str; 8] = [
         FLOWS,
         FLOWS_UNREPLIED,
         AFFINITY,
@@ -143,6 +148,7 @@ pub mod map {
         SOCKET_PEERS,
         SOCKET_PEER,
         TRACES,
+        KEPT_PORTS,
     ];
 
     // Not pinned: who answers for the cluster must know it, so answers end with the agent.
@@ -175,6 +181,8 @@ pub mod global {
     pub const HOST_NETNS: &str = "HOST_NETNS";
     /// u32, 1 when pods take the node's address for destinations outside RANGES.
     pub const MASQUERADE: &str = "MASQUERADE";
+    /// u32, interface index of the uplink that has the node's address; 0 where that is not known.
+    pub const UPLINK: &str = "UPLINK";
     /// u32, interface index of the overlay, by which packets are dispatched to other nodes as they came; 0 where none are.
     pub const OVERLAY: &str = "OVERLAY";
     /// u32, interface index of the overlay, whatever goes by it; 0 without one.

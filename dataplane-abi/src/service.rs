@@ -1,4 +1,4 @@
-use crate::{Addr, layout::plain, limits};
+use crate::{Addr, layout::plain, limits, proto};
 
 /// An address and port under which a service port is reached.
 ///
@@ -300,7 +300,7 @@ pub struct ExtentHeader {
     pub active: u32,
     /// Active and terminating backends. Terminating ones are used only when `active` is 0.
     pub total: u32,
-    /// [`SERVICE_SILENT`], [`SERVICE_DIRECT`].
+    /// [`SERVICE_SILENT`], [`SERVICE_DIRECT`], [`SERVICE_KEEPS_CLIENTS`].
     pub flags: u32,
     /// ClientIP affinity; 0 is none.
     pub affinity_timeout_s: u32,
@@ -350,6 +350,38 @@ impl MaglevBlock {
 
 /// [`ExtentHeader::flags`]: clients outside are answered by their backend's node directly (DSR). Every node chooses alike.
 pub const SERVICE_DIRECT: u32 = 2;
+
+/// [`ExtentHeader::flags`]: clients outside keep their addresses also where the backend is a process of the node itself, whose answers
+/// pass a hook as they leave.
+pub const SERVICE_KEEPS_CLIENTS: u32 = 4;
+
+/// Ports of one protocol, next to each other: at which a process of the node has been asked by clients that kept their addresses.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct KeptPorts {
+    /// By the port's last bits; not 0 for one that was. Each a byte of its own, so that CPUs may set several at once.
+    pub ports: [u8; Self::PORTS as usize],
+}
+plain!(KeptPorts, 64, { ports: 0 });
+
+impl KeptPorts {
+    pub const PORTS: u32 = 64;
+    /// How many hold all ports of a protocol.
+    pub const OF_A_PROTOCOL: u32 = (1 << 16) / Self::PORTS;
+
+    /// Where a port, network order, is: which of them, and the place in it. Of a protocol without ports it is beyond the last.
+    #[inline(always)]
+    pub const fn place(protocol: u8, port: u16) -> (u32, u32) {
+        let first = match protocol {
+            proto::TCP => 0,
+            proto::UDP => Self::OF_A_PROTOCOL,
+            proto::SCTP => 2 * Self::OF_A_PROTOCOL,
+            _ => u32::MAX - Self::OF_A_PROTOCOL,
+        };
+        let port = u16::from_be(port) as u32;
+        (first + port / Self::PORTS, port % Self::PORTS)
+    }
+}
 
 /// A range of addresses on another node. A key of a longest-prefix-match trie; the value is the hardware address of that node's end of
 /// the overlay, its six bytes as they lie in the memory of a little-endian word.

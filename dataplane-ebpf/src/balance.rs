@@ -2,7 +2,7 @@
 
 use dataplane_abi::{
     Addr, Affinity, AffinityKey, Backend, ExtentHeader, Flow, FlowKey, Reason, SERVICE_DIRECT,
-    SERVICE_SILENT, ServiceRef, limits,
+    SERVICE_KEEPS_CLIENTS, SERVICE_SILENT, ServiceRef, limits,
 };
 
 use crate::{
@@ -22,6 +22,8 @@ pub struct Picked {
     pub slot: u32,
     /// Its node may answer clients outside directly.
     pub direct: bool,
+    /// A process of the node is to see clients outside as they are.
+    pub keeps_clients: bool,
 }
 
 impl Picked {
@@ -32,6 +34,7 @@ impl Picked {
         generation: 0,
         slot: 0,
         direct: false,
+        keeps_clients: false,
     };
 
     /// Where a packet goes anyway, for a flow of no service.
@@ -42,6 +45,7 @@ impl Picked {
         self.generation = 0;
         self.slot = 0;
         self.direct = false;
+        self.keeps_clients = false;
     }
 
     /// None yet.
@@ -53,6 +57,7 @@ impl Picked {
             generation: 0,
             slot: 0,
             direct: false,
+            keeps_clients: false,
         }
     }
 }
@@ -285,6 +290,7 @@ fn draw<T: Tables>(
     picked.generation = reference.generation;
     picked.slot = backend.slot;
     picked.direct = header.flags & SERVICE_DIRECT != 0;
+    picked.keeps_clients = header.flags & SERVICE_KEEPS_CLIENTS != 0;
     true
 }
 
@@ -312,6 +318,7 @@ fn choose_again<T: Tables>(
         picked.port = had.port;
         picked.generation = reference.generation;
         picked.direct = false;
+        picked.keeps_clients = header.flags & SERVICE_KEEPS_CLIENTS != 0;
         picked.slot = search(tables, reference, header, &had.backend, had.port, had.slot);
         kept = picked.slot < candidates;
     }
@@ -358,6 +365,7 @@ pub fn seek<T: Tables>(tables: &T, flow: &Flow, asked: &FlowKey, came: u32) -> u
         generation: flow.generation,
         slot: flow.slot,
         direct: false,
+        keeps_clients: false,
     };
     match find(tables, flow.service, &known) {
         Some(found)
@@ -733,6 +741,7 @@ mod tests {
             generation: tables.service(7).unwrap().generation,
             slot: 1,
             direct: false,
+            keeps_clients: false,
         };
         tables.set_service(7, &["10.0.0.2:80", "10.0.0.3:80"], &[]);
         assert_eq!(find(&tables, 7, &known).map(|p| p.slot), Some(0));
@@ -759,6 +768,7 @@ mod tests {
                 generation,
                 slot,
                 direct: false,
+                keeps_clients: false,
             };
             set(&all);
             assert_eq!(find(&tables, 7, &known).map(|p| p.slot), Some(slot));
@@ -794,6 +804,7 @@ mod tests {
                 // Anywhere: it was there before very many came or went.
                 slot: (number * 31) % 3000,
                 direct: false,
+                keeps_clients: false,
             };
             let wanted = slots.iter().position(|one| **one == name);
             let found = find(&tables, 7, &known).map(|picked| picked.slot as usize);

@@ -137,23 +137,24 @@ fn enter_early<const V6: bool, T: Tables>(
     seen: u32,
 ) -> Early {
     let backend = &notes.aside.picked;
-    let source = seen_by::<V6, T>(tables, features, &notes.ip, Side::Outside, backend);
-    if is_zero(&source.addr) {
+    let source = &mut notes.to.src;
+    let is_node = seen_by::<V6, T>(tables, features, &notes.ip, Side::Outside, backend, source);
+    if is_zero(source) {
         return Early::Leave;
     }
     let opening = flow::Opening {
         key: &notes.ip.key,
         service,
         backend,
-        src: source.addr,
-        fresh_port: source.is_node,
+        src: *source,
+        fresh_port: is_node,
         seen,
     };
     let (answers, entry) = (&mut notes.aside.about, &mut notes.aside.entry);
     if flow::open(tables, &opening, answers, entry).is_err() {
         return Early::Leave;
     }
-    if !source.is_node {
+    if !is_node {
         return Early::Leave;
     }
     tables.count(Reason::SourceNat);

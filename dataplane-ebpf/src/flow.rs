@@ -408,6 +408,7 @@ mod tests {
             generation: 1,
             slot: 0,
             direct: false,
+            keeps_clients: false,
         };
         let (mut answers, mut entry) = (FlowKey::NONE, Flow::NONE);
         let opening = Opening {

@@ -10,7 +10,7 @@ use crate::{
     balance::Picked,
     follow::{Followed, Side, follow},
     icmp::Quoted,
-    packet::{Ip, Packet, Parsed, parse},
+    packet::{ETH_LEN, IPV6_LEN, Ip, Packet, Parsed, has_ports, parse},
     tables::Tables,
 };
 
@@ -211,7 +211,7 @@ pub fn pod_ingress<const V6: bool, P: Packet, T: Tables>(
             Followed::ToClient
                 if same(&notes.to.src, &notes.ip.key.src)
                     && same(&notes.to.dst, &notes.ip.key.dst) => {}
-            Followed::ToClient => return onward(tables, &notes.to, features),
+            Followed::ToClient => return onward(tables, &notes.to, features.service_veth),
             Followed::Rejected => return Verdict::Peer(ifindex),
             Followed::Dispatched | Followed::Dropped => return Verdict::Drop,
         }
@@ -228,6 +228,18 @@ pub fn pod_egress<const V6: bool, P: Packet, T: Tables>(
     features: &Features,
     notes: &mut Notes,
 ) -> Verdict {
+    answer::<V6, P, T>(packet, tables, features, notes)
+}
+
+/// Packets that leave the node, of which [`may_be_answer`] does not say that they are none: egress of an uplink or of the overlay. Answers
+/// of the host's own backends to clients that kept their addresses are translated back here.
+#[inline(always)]
+pub fn answer<const V6: bool, P: Packet, T: Tables>(
+    packet: &mut P,
+    tables: &T,
+    features: &Features,
+    notes: &mut Notes,
+) -> Verdict {
     if !features.packet_lb {
         return Verdict::Pass;
     }
@@ -237,6 +249,33 @@ pub fn pod_egress<const V6: bool, P: Packet, T: Tables>(
     match follow::<V6, P, T>(packet, tables, features, notes, Side::Answers, false) {
         Followed::Dropped => Verdict::Drop,
         _ => Verdict::Pass,
+    }
+}
+
+/// Whether a packet may be of a process of the node that clients have been led to with their addresses kept: by the port that it comes from,
+/// or because that cannot be told (errors about a flow, later fragments, extension headers). What leaves the node pays for this look alone.
+#[inline(always)]
+pub fn may_be_answer<const V6: bool, P: Packet, T: Tables>(packet: &P, tables: &T) -> bool {
+    let (protocol, l4) = if V6 {
+        match packet.read::<[u8; 2]>(ETH_LEN + 6) {
+            Some([next, _hop_limit]) => (next, ETH_LEN + IPV6_LEN),
+            None => return true,
+        }
+    } else {
+        let header = packet.read::<[u16; 5]>(ETH_LEN).unwrap_or([0; 5]);
+        let [words, _tos] = header[0].to_ne_bytes();
+        let [_ttl, protocol] = header[4].to_ne_bytes();
+        if u16::from_be(header[3]) & 0x1fff != 0 {
+            return true;
+        }
+        (protocol, ETH_LEN + (words as usize & 15) * 4)
+    };
+    if !has_ports(protocol) {
+        return true;
+    }
+    match packet.read::<u16>(l4) {
+        Some(port) => tables.is_kept_port(protocol, port),
+        None => true,
     }
 }
 
@@ -266,12 +305,16 @@ pub fn uplink_ingress<const V6: bool, P: Packet, T: Tables>(
         };
         match followed {
             Followed::Untouched => {}
-            Followed::ToBackend => return onward(tables, &notes.to, features),
+            Followed::ToBackend => {
+                // A client that the node's own process is to see comes in as if it had asked that directly: the stack judges whether it may.
+                let is_seen = same(&notes.to.src, &notes.ip.key.src);
+                return onward(tables, &notes.to, features.service_veth && !is_seen);
+            }
             Followed::ToClient => {
                 if at.is_pod() && same(&notes.to.dst, &notes.ip.key.dst) {
                     return deliver(tables, &at);
                 }
-                return onward(tables, &notes.to, features);
+                return onward(tables, &notes.to, features.service_veth);
             }
             Followed::Rejected => return Verdict::Route,
             Followed::Dispatched => return Verdict::Overlay,
@@ -299,8 +342,8 @@ pub fn service_ingress<const V6: bool, P: Packet, T: Tables>(
         // The host looks for others and joins groups at the interface, as at any.
         Followed::Untouched if is_of_link(&notes.ip.key.dst) => pass(tables),
         Followed::Untouched => drop(tables, Reason::UnknownServiceAddress),
-        Followed::ToBackend => onward(tables, &notes.to, features),
-        Followed::ToClient => onward(tables, &notes.to, features),
+        Followed::ToBackend => onward(tables, &notes.to, features.service_veth),
+        Followed::ToClient => onward(tables, &notes.to, features.service_veth),
         Followed::Rejected => Verdict::Host,
         Followed::Dispatched | Followed::Dropped => Verdict::Drop,
     }
@@ -328,14 +371,14 @@ fn into_pod(at: &Place) -> Verdict {
 /// source, and reverse path filtering one with a Service's: the host takes these from the interface that its routes lead to Services
 /// by, and others go out without it.
 #[inline(always)]
-fn onward<T: Tables>(tables: &T, to: &FlowKey, features: &Features) -> Verdict {
+fn onward<T: Tables>(tables: &T, to: &FlowKey, by_service_veth: bool) -> Verdict {
     let there = Place::of(tables, &to.dst);
     if there.is_pod() {
         tables.count(Reason::Delivered);
         return into_pod(&there);
     }
     if there.is_host() {
-        return if features.service_veth {
+        return if by_service_veth {
             Verdict::Host
         } else {
             pass(tables)

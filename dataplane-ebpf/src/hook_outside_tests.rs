@@ -95,6 +95,136 @@ fn a_client_outside_reaches_the_hosts_own_backend_by_the_hairpin_address() {
     );
 }
 
+/// What the host sends to others.
+fn leaves(tables: &Memory, bytes: Vec<u8>) -> (Verdict, Vec<u8>) {
+    let mut packet = Bytes(bytes);
+    let verdict = hooks::uplink_egress(&mut packet, tables, &FEATURES);
+    (verdict, packet.0)
+}
+
+#[test]
+fn the_hosts_own_backend_sees_a_client_that_its_service_keeps_and_answers_as_the_node_port() {
+    for (client, asked, backend) in [
+        (CLIENT, "198.18.0.1:30080", "198.18.0.1:6443"),
+        (
+            "[2001:db8:9::9]:5000",
+            "[fd00:18::1]:30080",
+            "[fd00:18::1]:6443",
+        ),
+    ] {
+        let tables = exposed(&[], &[backend]);
+        tables.set_keeps_clients(2);
+        // Of what leaves nothing is looked at before.
+        let early = tcp(backend, client, SYN | ACK, b"");
+        assert_eq!(leaves(&tables, early.clone()), (Verdict::Pass, early));
+        let segment = |src: &str, dst: &str, flags| tcp(src, dst, flags, b"");
+        let datagram = |src: &str, dst: &str, _: u8| udp(src, dst, b"x");
+        for packet in [&segment as &dyn Fn(&str, &str, u8) -> Vec<u8>, &datagram] {
+            let (verdict, out) = from_uplink(&tables, packet(client, asked, SYN));
+            assert_eq!(
+                (verdict, out),
+                (Verdict::Pass, packet(client, backend, SYN))
+            );
+            assert_eq!(
+                leaves(&tables, packet(backend, client, SYN | ACK)),
+                (Verdict::Pass, packet(asked, client, SYN | ACK))
+            );
+            let (_, again) = from_uplink(&tables, packet(client, asked, ACK));
+            assert_eq!(again, packet(client, backend, ACK));
+        }
+        // Who asks it directly, from a port by which it is asked through the Service, is told apart.
+        let (verdict, out) = from_uplink(&tables, segment(client, backend, SYN));
+        assert_eq!(verdict, Verdict::Pass);
+        let at = if client == CLIENT { 34 } else { 54 };
+        let port = u16::from_be_bytes([out[at], out[at + 1]]);
+        let (own, _) = client.rsplit_once(':').expect("a port");
+        let other = format!("{own}:{port}");
+        assert_ne!(other, client);
+        assert_eq!(out, segment(&other, backend, SYN));
+        assert_eq!(
+            leaves(&tables, segment(backend, &other, SYN | ACK)),
+            (Verdict::Pass, segment(backend, client, SYN | ACK))
+        );
+        // So much for that port: another process's answers, and its own to others, are as they are.
+        for other in [
+            tcp(&backend.replace("6443", "22"), client, ACK, b"x"),
+            tcp(backend, &client.replace("5000", "5001"), ACK, b"x"),
+        ] {
+            assert_eq!(leaves(&tables, other.clone()), (Verdict::Pass, other));
+        }
+        assert_eq!(tables.counted(Reason::ReplyTranslated), 3);
+        assert_eq!(tables.counted(Reason::PortTranslated), 1);
+    }
+}
+
+/// An answer to a datagram has the address of the interface by which it leaves: with another than the backend's it would be nobody's.
+#[test]
+fn datagrams_whose_answers_have_another_address_come_by_the_hairpin_one() {
+    let tables = exposed(&[], &["198.18.0.1:6443"]);
+    tables.set_keeps_clients(2);
+    let client = ip("203.0.113.9");
+    for (own, kept) in [("198.18.0.1", true), ("198.19.0.1", false)] {
+        tables
+            .sources
+            .borrow_mut()
+            .insert(client, (ip(own), crate::tables::BY_ANOTHER));
+        for (port, is_datagram) in [(5001, false), (5002, true)] {
+            let port = port + 10 * u16::from(kept);
+            let packet = |src: &str, dst: &str| match is_datagram {
+                true => udp(src, dst, b"x"),
+                false => tcp(src, dst, SYN, b""),
+            };
+            let client = format!("203.0.113.9:{port}");
+            let out = from_uplink(&tables, packet(&client, "198.18.0.1:30080"));
+            let wished = match kept || !is_datagram {
+                true => (Verdict::Pass, packet(&client, "198.18.0.1:6443")),
+                false => (
+                    Verdict::Host,
+                    packet(&format!("169.254.77.77:{port}"), "198.18.0.1:6443"),
+                ),
+            };
+            assert_eq!(out, wished);
+        }
+    }
+}
+
+#[test]
+fn who_leaves_by_another_interface_has_the_nodes_address_there() {
+    let tables = in_a_cluster();
+    tables.set_service(2, &["10.0.1.13:8080"], &[]);
+    for (there, by, node) in [
+        ("192.0.2.98", crate::tables::BY_FIRST_UPLINK, "198.18.0.1"),
+        ("192.0.2.99", crate::tables::BY_ANOTHER, "198.19.0.1"),
+    ] {
+        tables
+            .sources
+            .borrow_mut()
+            .insert(ip(there), (ip("198.19.0.1"), by));
+        let there = format!("{there}:443");
+        let (verdict, out) = masqueraded(&tables, tcp("10.0.0.11:4000", &there, SYN, b""));
+        let port = u16::from_be_bytes([out[34], out[35]]);
+        let node = format!("{node}:{port}");
+        assert_eq!(
+            (verdict, &out),
+            (Verdict::Route, &tcp(&node, &there, SYN, b""))
+        );
+        assert_eq!(
+            back(&tables, tcp(&there, &node, SYN | ACK, b"")),
+            (
+                Verdict::Peer(A),
+                tcp(&there, "10.0.0.11:4000", SYN | ACK, b"")
+            )
+        );
+    }
+    // So has a client outside whose backend is reached by it.
+    let backend = (ip("198.19.0.1"), crate::tables::BY_ANOTHER);
+    tables.sources.borrow_mut().insert(ip("10.0.1.13"), backend);
+    let (_, out) = from_uplink(&tables, tcp(CLIENT, "198.18.0.1:30080", SYN, b""));
+    let port = u16::from_be_bytes([out[34], out[35]]);
+    let node = format!("198.19.0.1:{port}");
+    assert_eq!(out, tcp(&node, "10.0.1.13:8080", SYN, b""));
+}
+
 #[test]
 fn a_pod_reaches_a_node_port_of_its_node_by_what_clients_here_get() {
     let tables = exposed(&["10.0.0.12:8080"], &[]);

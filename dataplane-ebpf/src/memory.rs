@@ -2,7 +2,7 @@
 
 use core::cell::{Cell as Mutable, RefCell};
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     rc::Rc,
     vec::Vec,
@@ -10,14 +10,14 @@ use std::{
 
 use dataplane_abi::{
     Addr, Affinity, AffinityKey, Backend, Cell, ExtentHeader, Flow, FlowKey, FragmentKey,
-    FragmentPorts, FrontendKey, Lead, LocalAddress, Plain, Reason, SERVICE_DIRECT, SERVICE_SILENT,
-    ServiceRef, Trace, proto,
+    FragmentPorts, FrontendKey, Lead, LocalAddress, Plain, Reason, SERVICE_DIRECT,
+    SERVICE_KEEPS_CLIENTS, SERVICE_SILENT, ServiceRef, Trace, proto,
 };
 
 use crate::{
     flow::noted,
     packet::{ChecksumChange, Ip, Packet, Parsed, is_ipv6, parse},
-    tables::{FlowEntry, Refused, Tables},
+    tables::{FlowEntry, Refused, SOURCE_UNKNOWN, Tables},
 };
 
 /// A packet as a vector.
@@ -95,6 +95,10 @@ pub struct Memory {
     /// Single addresses on other nodes.
     pub peers: RefCell<HashMap<Addr, u64>>,
     pub local: RefCell<HashMap<Addr, LocalAddress>>,
+    /// The node's addresses, and by what they leave, by where they lead.
+    pub sources: RefCell<HashMap<Addr, (Addr, u32)>>,
+    /// Protocols and ports, network order.
+    pub kept_ports: RefCell<HashSet<(u8, u16)>>,
     pub flows: FlowTable,
     pub flows_max: usize,
     pub unreplied: FlowTable,
@@ -118,6 +122,8 @@ impl Default for Memory {
             maglev: RefCell::default(),
             peers: RefCell::default(),
             local: RefCell::default(),
+            sources: RefCell::default(),
+            kept_ports: RefCell::default(),
             flows: RefCell::default(),
             flows_max: usize::MAX,
             unreplied: RefCell::default(),
@@ -214,6 +220,11 @@ impl Memory {
     /// Lets clients outside be answered directly, until a service's backends are set anew.
     pub fn set_direct(&self, id: u32) {
         self.change_header(id, |header| header.flags |= SERVICE_DIRECT);
+    }
+
+    /// Lets clients outside keep their addresses at processes of the node, until a service's backends are set anew.
+    pub fn set_keeps_clients(&self, id: u32) {
+        self.change_header(id, |header| header.flags |= SERVICE_KEEPS_CLIENTS);
     }
 
     /// Makes a service silent without backends, until these are set anew.
@@ -313,6 +324,24 @@ impl Tables for Memory {
 
     fn local(&self, addr: &Addr) -> Option<LocalAddress> {
         self.local.borrow().get(addr).copied()
+    }
+
+    fn source_towards<const V6: bool>(&self, _src: &Addr, dst: &Addr, source: &mut Addr) -> u32 {
+        match self.sources.borrow().get(dst) {
+            Some((found, by)) => {
+                *source = *found;
+                *by
+            }
+            None => SOURCE_UNKNOWN,
+        }
+    }
+
+    fn is_kept_port(&self, protocol: u8, port: u16) -> bool {
+        self.kept_ports.borrow().contains(&(protocol, port))
+    }
+
+    fn keep_port(&self, protocol: u8, port: u16) {
+        self.kept_ports.borrow_mut().insert((protocol, port));
     }
 
     fn flow(&self, key: &FlowKey) -> Option<MemoryEntry> {
@@ -594,6 +623,19 @@ pub mod hooks {
         pod_ingress(ifindex: u32);
         pod_egress();
         uplink_ingress();
+        answer();
         service_ingress();
+    }
+
+    /// As the program has it, which looks at few packets.
+    pub fn uplink_egress(packet: &mut Bytes, tables: &Memory, features: &Features) -> Verdict {
+        let may_be_answer = match is_ipv6(packet) {
+            true => hook::may_be_answer::<true, _, _>(packet, tables),
+            false => hook::may_be_answer::<false, _, _>(packet, tables),
+        };
+        match may_be_answer {
+            true => answer(packet, tables, features),
+            false => Verdict::Pass,
+        }
     }
 }

@@ -90,6 +90,7 @@ pub fn destination<T: Tables>(
                 generation: peer.generation,
                 slot: peer.slot,
                 direct: false,
+                keeps_clients: false,
             };
             balance::find(tables, service, &known)
         }

@@ -20,6 +20,12 @@ pub enum Refused {
     Full,
 }
 
+/// What [`Tables::source_towards`] comes to: it is not known, and nothing written; by the uplink that has the node's address, or the overlay;
+/// by another.
+pub const SOURCE_UNKNOWN: u32 = 0;
+pub const BY_FIRST_UPLINK: u32 = 1;
+pub const BY_ANOTHER: u32 = 2;
+
 /// An entry of a flow table that can be kept up to date in place.
 ///
 /// Fields are written one by one and read by others while they are: each is a word that is right at any time by itself.
@@ -49,6 +55,12 @@ pub trait Tables: Sized {
     /// The hardware address of the overlay's end on the other node that has an address, as a word; see [`dataplane_abi::PeerKey`].
     fn peer(&self, addr: &Addr) -> Option<u64>;
     fn local(&self, addr: &Addr) -> Option<LocalAddress>;
+    /// The address that the node's routes give what it sends itself to `dst`, written down in `source`, and by what it leaves: one of the numbers
+    /// below. `src` counts for rules by source.
+    fn source_towards<const V6: bool>(&self, src: &Addr, dst: &Addr, source: &mut Addr) -> u32;
+    /// Whether a process of the node has been asked at a port, network order, by clients that kept their addresses.
+    fn is_kept_port(&self, protocol: u8, port: u16) -> bool;
+    fn keep_port(&self, protocol: u8, port: u16);
     /// Whether an address lies in one of the ranges of a service or, for service 0, of destinations without masquerade.
     fn in_range(&self, service: u32, addr: &Addr) -> bool;
 

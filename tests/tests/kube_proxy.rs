@@ -259,6 +259,9 @@ fn maps(state: &State) -> Memory {
         if backends.silent {
             tables.set_silent(id.0);
         }
+        if backends.keeps_clients {
+            tables.set_keeps_clients(id.0);
+        }
     }
     for (frontend, lead) in &state.frontends {
         let at = SocketAddr::new(frontend.addr, frontend.port).to_string();

@@ -1,13 +1,14 @@
 //! Nodes that are reached by more than one interface: clients outside come by any of them, and agents follow which there are.
 
 use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::fs;
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use keelway_tests::agents::{AgentNode, ClusterFile, Pod, two_dual_stack_nodes, until};
-use keelway_tests::nodes::ECHO_PORT;
+use keelway_tests::nodes::{ECHO_PORT, echo};
 use keelway_tests::sandbox::{Network, Sandbox, ip, is_root};
 use serde_json::{Value, json};
 
@@ -25,13 +26,13 @@ struct Second {
     a: Pod,
     c: Pod,
     client: Network,
-    _cluster: ClusterFile,
+    cluster: ClusterFile,
     _dir: tempfile::TempDir,
     _sandbox: Sandbox,
 }
 
-/// A Service of both families at a NodePort and an external address, which leads to these endpoints.
-fn service(endpoints: &[IpAddr]) -> Vec<Value> {
+/// A Service of both families at a NodePort and an external address, which leads to these endpoints of nodes.
+fn service(policy: &str, endpoints: &[(IpAddr, &str)]) -> Vec<Value> {
     let ports = ["TCP", "UDP"].map(|protocol| {
         json!({"name": protocol.to_lowercase(), "port": 80, "protocol": protocol, "nodePort": NODE_PORT})
     });
@@ -39,8 +40,9 @@ fn service(endpoints: &[IpAddr]) -> Vec<Value> {
         json!({"name": protocol.to_lowercase(), "port": ECHO_PORT, "protocol": protocol})
     });
     let slice = |ipv4: bool| {
-        let own = endpoints.iter().filter(|ip| ip.is_ipv4() == ipv4);
-        let own: Vec<Value> = own.map(|ip| json!({"addresses": [ip]})).collect();
+        let own = endpoints.iter().filter(|(ip, _)| ip.is_ipv4() == ipv4);
+        let own = own.map(|(ip, node)| json!({"addresses": [ip], "nodeName": node}));
+        let own: Vec<Value> = own.collect();
         let family = if ipv4 { "IPv4" } else { "IPv6" };
         json!({
             "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": family, "ports": target, "endpoints": own,
@@ -53,6 +55,7 @@ fn service(endpoints: &[IpAddr]) -> Vec<Value> {
     let spec = json!({
         "type": "NodePort", "clusterIP": "10.96.0.7", "clusterIPs": ["10.96.0.7", "fd00:10:96::7"],
         "ipFamilies": ["IPv4", "IPv6"], "externalIPs": [EXTERNAL], "ports": ports,
+        "externalTrafficPolicy": policy,
     });
     let service = json!({
         "apiVersion": "v1", "kind": "Service", "metadata": {"namespace": "default", "name": "web"}, "spec": spec,
@@ -90,21 +93,28 @@ impl Second {
         }
         let a = nodes[0].add_pod("a").expect("a pod");
         let c = nodes[1].add_pod("c").expect("a pod");
-        let of_host = ["198.18.0.1", "fd00:198:18::1"].map(|ip| ip.parse().expect("an address"));
-        let endpoints = [&a.addresses[..], &c.addresses, &of_host].concat();
-        let objects = service(&endpoints);
-        cluster
-            .write_with(&[], &objects)
-            .expect("the cluster's file");
         Some(Self {
             nodes,
             a,
             c,
             client: Network::new().expect("a network"),
-            _cluster: cluster,
+            cluster,
             _dir: dir,
             _sandbox: sandbox,
         })
+    }
+
+    /// Leads the Service to a pod of each node and to the first one's own process, or to that alone.
+    fn serve(&self, policy: &str, with_pods: bool) {
+        let of_host = ["198.18.0.1", "fd00:198:18::1"].map(|ip| ip.parse().expect("an address"));
+        let mut endpoints: Vec<(IpAddr, &str)> = of_host.map(|ip| (ip, "node-1")).into();
+        if with_pods {
+            endpoints.extend(self.a.addresses.iter().map(|ip| (*ip, "node-1")));
+            endpoints.extend(self.c.addresses.iter().map(|ip| (*ip, "node-2")));
+        }
+        let objects = service(policy, &endpoints);
+        let written = self.cluster.write_with(&[], &objects);
+        written.expect("the cluster's file");
     }
 
     /// Wires the client to a second interface of the first node: 198.19.0.1 and fd00:198:19::1, the client being .9 there.
@@ -163,10 +173,10 @@ fn send(from: &Network, at: SocketAddr) -> std::io::Result<String> {
 }
 
 /// What each server is called and takes its client to be, over so many questions that each is asked.
-fn answers(second: &Second, at: SocketAddr) -> BTreeSet<String> {
+fn answers(client: &Network, at: SocketAddr) -> BTreeSet<String> {
     let mut answers = BTreeSet::new();
     for how in [ask, send] {
-        let asked = (0..40).map(|_| how(&second.client, at));
+        let asked = (0..40).map(|_| how(client, at));
         answers.extend(asked.map(|answer| answer.expect("an answer")));
     }
     answers
@@ -178,6 +188,7 @@ fn clients_reach_services_by_a_second_uplink_which_may_come_and_go() {
     let Some(second) = Second::start(test, &[]) else {
         return;
     };
+    second.serve("Cluster", true);
     second.wait_for_uplinks(&["eth0"]);
     second.wire();
     let report = second.wait_for_uplinks(&["eth0", "eth1"]);
@@ -193,7 +204,7 @@ fn clients_reach_services_by_a_second_uplink_which_may_come_and_go() {
     for (address, port) in addresses {
         let at = SocketAddr::new(address, port);
         until("an answer", || Ok(ask(&second.client, at).ok())).expect("an answer");
-        let answers = answers(&second, at);
+        let answers = answers(&second.client, at);
         let names: BTreeSet<&str> = answers
             .iter()
             .filter_map(|answer| answer.split(' ').next())
@@ -227,7 +238,7 @@ fn clients_reach_services_by_a_second_uplink_which_may_come_and_go() {
     second.wait_for_uplinks(&["eth0", "eth1"]);
     let at = SocketAddr::from(([198, 19, 0, 1], NODE_PORT));
     until("an answer", || Ok(ask(&second.client, at).ok())).expect("an answer");
-    assert_eq!(answers(&second, at).len(), 3);
+    assert_eq!(answers(&second.client, at).len(), 3);
     let again = SocketAddr::from((second.c.address, ECHO_PORT));
     assert!(
         ask(&second.a.network, again)
@@ -242,6 +253,7 @@ fn an_interface_that_is_no_uplink_any_more_has_no_program() {
     let Some(second) = Second::start(test, &[]) else {
         return;
     };
+    second.serve("Cluster", true);
     second.wire();
     second.wait_for_uplinks(&["eth0", "eth1"]);
     let at = SocketAddr::from((EXTERNAL, 80));
@@ -283,4 +295,130 @@ fn named_uplinks_are_the_only_ones_beside_the_nodes_own() {
         ip("link set eth7 up").expect("up");
     });
     second.wait_for_uplinks(&["eth0", "eth7"]);
+}
+
+#[test]
+fn clients_keep_their_addresses_at_the_nodes_own_endpoints_with_policy_local() {
+    let test = "clients_keep_their_addresses_at_the_nodes_own_endpoints_with_policy_local";
+    let Some(mut second) = Second::start(test, &[]) else {
+        return;
+    };
+    second.wire();
+    second.wait_for_uplinks(&["eth0", "eth1"]);
+    // What leaves the node is looked at where that is needed, and only there.
+    let looked_at = |node: &AgentNode| {
+        let versions = fs::read_dir(node.pin_root()).expect("the pins").flatten();
+        let links = versions.filter_map(|version| fs::read_dir(version.path().join("links")).ok());
+        let names = links.flatten().flatten().map(|link| link.file_name());
+        let is_look = |name: &OsString| name.to_string_lossy().starts_with("uplink_egress-");
+        names.filter(is_look).count()
+    };
+    assert_eq!(looked_at(&second.nodes[0]), 0);
+    second.serve("Local", false);
+    let v6 = |ip: &str| ip.parse::<IpAddr>().expect("an address");
+    let other = &second.nodes[1].host.try_clone().expect("a network");
+    let pod = &second.c;
+    let check = || {
+        // From the other node, from its pod by the overlay or without, and by the second uplink. There datagrams' answers would have that
+        // uplink's address, which is not the endpoint's.
+        for (client, address, port, own, datagrams) in [
+            (
+                other,
+                v6("198.18.0.1"),
+                NODE_PORT,
+                "198.18.0.2",
+                "198.18.0.2",
+            ),
+            (
+                other,
+                v6("fd00:198:18::1"),
+                NODE_PORT,
+                "fd00:198:18::2",
+                "fd00:198:18::2",
+            ),
+            (
+                &second.client,
+                v6("198.19.0.1"),
+                NODE_PORT,
+                "198.19.0.9",
+                "169.254.77.77",
+            ),
+            (
+                &second.client,
+                EXTERNAL.into(),
+                80,
+                "198.19.0.9",
+                "169.254.77.77",
+            ),
+            (
+                &second.client,
+                v6("fd00:198:19::1"),
+                NODE_PORT,
+                "fd00:198:19::9",
+                "fd6b:7700::77:77",
+            ),
+        ] {
+            let at = SocketAddr::new(address, port);
+            until("an answer", || Ok(ask(client, at).ok())).expect("an answer");
+            let wished = [own, datagrams].map(|client| format!("node-1 {client}"));
+            assert_eq!(answers(client, at), BTreeSet::from(wished), "{at}");
+        }
+        let at = SocketAddr::from(([198, 18, 0, 1], NODE_PORT));
+        let of_pod = ask(&pod.network, at).expect("an answer");
+        assert_eq!(of_pod, format!("node-1 {}", pod.address));
+        send(&pod.network, at).expect("an answer to a datagram");
+        // What is asked directly is none of the Service's.
+        let direct = SocketAddr::from(([198, 18, 0, 1], ECHO_PORT));
+        assert_eq!(ask(other, direct).expect("an answer"), "node-1 198.18.0.2");
+    };
+    check();
+    assert_eq!([0, 1].map(|node| looked_at(&second.nodes[node])), [3, 0]);
+    // The answers of a connection that lives leave as they did, whoever else the Service leads to, and whatever becomes of the agent.
+    let at = SocketAddr::from(([198, 18, 0, 1], NODE_PORT));
+    let mut stream = other
+        .run(|| TcpStream::connect_timeout(&at, TIMEOUT))
+        .expect("it");
+    stream.set_read_timeout(Some(TIMEOUT)).expect("a timeout");
+    let mut buffer = [0; 256];
+    let mut goes_on = || {
+        stream.write_all(b"hello").expect("sent");
+        assert!(stream.read(&mut buffer).expect("an answer") > 0);
+    };
+    goes_on();
+    second.serve("Cluster", false);
+    until("another source", || {
+        let answer = ask(other, at)?;
+        Ok((answer == "node-1 169.254.77.77").then_some(()))
+    })
+    .expect("another source");
+    goes_on();
+    second.nodes[0].stop().expect("the agent's end");
+    second.nodes[0].start().expect("an agent");
+    goes_on();
+}
+
+#[test]
+fn pods_leave_the_cluster_as_the_node_by_whichever_uplink() {
+    let test = "pods_leave_the_cluster_as_the_node_by_whichever_uplink";
+    let Some(second) = Second::start(test, &["--masquerade", "on"]) else {
+        return;
+    };
+    second.wire();
+    second.wait_for_uplinks(&["eth0", "eth1"]);
+    echo(&second.client, "outside").expect("a server");
+    for (there, node) in [
+        ("198.19.0.9", "198.19.0.1"),
+        ("fd00:198:19::9", "fd00:198:19::1"),
+    ] {
+        let at = SocketAddr::new(there.parse().expect("an address"), ECHO_PORT);
+        for how in [ask, send] {
+            let wished = format!("outside {node}");
+            until("an answer to the node", || {
+                Ok(how(&second.a.network, at)
+                    .ok()
+                    .filter(|seen| *seen == wished))
+            })
+            .expect("an answer");
+        }
+    }
 }

@@ -16,6 +16,7 @@ pub(super) struct Constants {
     masquerade: u32,
     kernel_dns: u32,
     host_netns: u64,
+    uplink: u32,
     overlay: u32,
     overlay_link: u32,
     uplink_mac: u64,
@@ -34,6 +35,7 @@ impl Constants {
             masquerade: u32::from(config.masquerade),
             kernel_dns: u32::from(config.kernel_dns),
             host_netns: sys::netns_cookie().map_err(|source| Error::Netns { source })?,
+            uplink: config.uplink.unwrap_or(0),
             overlay: config.overlay.unwrap_or(0),
             overlay_link: config.overlay_link.unwrap_or(0),
             uplink_mac: config.uplink_mac.map_or(0, word_of),
@@ -53,6 +55,7 @@ impl Constants {
             .override_global(global::MASQUERADE, &self.masquerade, true)
             .override_global(global::KERNEL_DNS, &self.kernel_dns, true)
             .override_global(global::HOST_NETNS, &self.host_netns, true)
+            .override_global(global::UPLINK, &self.uplink, true)
             .override_global(global::OVERLAY, &self.overlay, true)
             .override_global(global::OVERLAY_LINK, &self.overlay_link, true)
             .override_global(global::UPLINK_MAC, &self.uplink_mac, true);

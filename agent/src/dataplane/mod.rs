@@ -81,6 +81,8 @@ pub struct Config {
     pub node_v6: Option<Ipv6Addr>,
     /// Pods take the node's address for destinations that [`Op::SetUnmasqueraded`] does not name.
     pub masquerade: bool,
+    /// Interface index of the uplink that has the node's address. By others, what is sent on for others has theirs.
+    pub uplink: Option<u32>,
     /// Hardware address of the uplink whose driver shall run our program ([`Dataplane::attach_early`]): other frames are not for us.
     pub uplink_mac: Option<[u8; 6]>,
     /// Interface index of the overlay, where clients outside may be answered by other nodes directly; the hook of uplinks is to hang on
@@ -105,6 +107,7 @@ impl Config {
             node_v4: None,
             node_v6: None,
             masquerade: false,
+            uplink: None,
             uplink_mac: None,
             overlay: None,
             overlay_link: None,
@@ -277,15 +280,32 @@ impl Dataplane {
         self.attach_packet(PacketProgram::UplinkIngress, ifindex)
     }
 
-    /// Takes the packet hook off interfaces by which other nodes are not reached any more: all but these.
-    pub fn keep_uplinks(&mut self, kept: &BTreeSet<u32>) -> Result<(), Error> {
-        let program = PacketProgram::UplinkIngress;
+    /// Hangs the hook at such an interface by which the node's own processes answer clients that kept their addresses
+    /// ([`ServiceBackends::keeps_clients`]).
+    pub fn attach_answers(&mut self, ifindex: u32) -> Result<(), Error> {
+        self.attach_packet(PacketProgram::UplinkEgress, ifindex)
+    }
+
+    /// Whether that hook hangs anywhere: there may be flows that need it.
+    pub fn has_answers(&self) -> Result<bool, Error> {
+        let program = PacketProgram::UplinkEgress;
         if self.programs.has_tcx() {
-            return self.programs.keep_packet(program, kept);
+            return self.programs.hangs_packet(program);
         }
-        self.programs.filters(&[program])?.keep(kept)?;
-        self.filtered
-            .retain(|(other, ifindex)| *other != program || kept.contains(ifindex));
+        Ok(!self.programs.filters(&[program])?.attached()?.is_empty())
+    }
+
+    /// Takes the packet hooks off interfaces by which other nodes are not reached any more: all but these.
+    pub fn keep_uplinks(&mut self, kept: &BTreeSet<u32>) -> Result<(), Error> {
+        for program in [PacketProgram::UplinkIngress, PacketProgram::UplinkEgress] {
+            if self.programs.has_tcx() {
+                self.programs.keep_packet(program, kept)?;
+            } else {
+                self.programs.filters(&[program])?.keep(kept)?;
+            }
+            self.filtered
+                .retain(|(other, ifindex)| *other != program || kept.contains(ifindex));
+        }
         Ok(())
     }
 

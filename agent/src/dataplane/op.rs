@@ -148,6 +148,8 @@ pub struct ServiceBackends {
     /// Clients outside are answered by their backend's node directly, where all nodes can choose alike: with a Maglev table, or one
     /// backend. Read back, false also where there was no room for the table.
     pub direct: bool,
+    /// Clients outside keep their addresses also at backends that are processes of the node itself: [`super::Dataplane::attach_answers`].
+    pub keeps_clients: bool,
 }
 
 impl ServiceBackends {

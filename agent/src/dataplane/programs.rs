@@ -23,14 +23,16 @@ pub enum PacketProgram {
     PodIngress,
     PodEgress,
     UplinkIngress,
+    UplinkEgress,
     ServiceIngress,
 }
 
 impl PacketProgram {
-    pub const ALL: [Self; 4] = [
+    pub const ALL: [Self; 5] = [
         Self::PodIngress,
         Self::PodEgress,
         Self::UplinkIngress,
+        Self::UplinkEgress,
         Self::ServiceIngress,
     ];
 
@@ -40,6 +42,7 @@ impl PacketProgram {
             Self::PodIngress => "pod_ingress",
             Self::PodEgress => "pod_egress",
             Self::UplinkIngress => "uplink_ingress",
+            Self::UplinkEgress => "uplink_egress",
             Self::ServiceIngress => "service_ingress",
         }
     }
@@ -52,7 +55,7 @@ impl PacketProgram {
     /// Which packets of its interface it sees.
     pub(super) fn direction(self) -> Direction {
         match self {
-            Self::PodEgress => Direction::Egress,
+            Self::PodEgress | Self::UplinkEgress => Direction::Egress,
             _ => Direction::Ingress,
         }
     }
@@ -272,6 +275,13 @@ impl Programs {
         )
     }
 
+    /// Whether a packet program hangs anywhere by a link.
+    pub fn hangs_packet(&self, program: PacketProgram) -> Result<bool, Error> {
+        let pinned = self.pinned()?;
+        let mut programs = pinned.iter().filter_map(|path| program_of(path));
+        Ok(programs.any(|name| name == program.name()))
+    }
+
     /// Takes a packet program off all interfaces but these, where it hangs by links.
     pub fn keep_packet(&self, program: PacketProgram, kept: &BTreeSet<u32>) -> Result<(), Error> {
         let kept: BTreeSet<String> = kept.iter().map(|ifindex| program.pin(*ifindex)).collect();
@@ -473,7 +483,11 @@ pub(super) fn program_of(path: &Path) -> Option<&'static str> {
     if name == early::PIN {
         return Some(early::PROGRAM);
     }
-    let packet = [PacketProgram::UplinkIngress, PacketProgram::ServiceIngress];
+    let packet = [
+        PacketProgram::UplinkIngress,
+        PacketProgram::UplinkEgress,
+        PacketProgram::ServiceIngress,
+    ];
     packet
         .map(PacketProgram::name)
         .into_iter()

@@ -4,8 +4,8 @@ use std::{io, os::fd::AsFd as _, path::Path};
 
 use dataplane_abi::{
     Addr, Affinity, AffinityKey, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey,
-    Lead, LocalAddress, MONITOR_WORDS, MaglevBlock, MaglevKey, PeerKey, RangeKey, Reason,
-    SocketPeer, SocketPeers, Trace, limits, map,
+    KeptPorts, Lead, LocalAddress, MONITOR_WORDS, MaglevBlock, MaglevKey, PeerKey, RangeKey,
+    Reason, SocketPeer, SocketPeers, Trace, limits, map,
 };
 
 use super::{
@@ -14,7 +14,7 @@ use super::{
 };
 
 /// What each map of the object is made like.
-pub(super) fn shapes() -> [(&'static str, MapShape); 18] {
+pub(super) fn shapes() -> [(&'static str, MapShape); 19] {
     const HASH: u32 = 1;
     const ARRAY: u32 = 2;
     const PERCPU_ARRAY: u32 = 6;
@@ -137,6 +137,10 @@ pub(super) fn shapes() -> [(&'static str, MapShape); 18] {
         (
             map::TRACES,
             MapShape::new(ARRAY, word, size_of::<Trace>(), limits::TRACES, 0),
+        ),
+        (
+            map::KEPT_PORTS,
+            MapShape::new(ARRAY, word, size_of::<KeptPorts>(), limits::KEPT_PORTS, 0),
         ),
         (
             map::COUNTERS,

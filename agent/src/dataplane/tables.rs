@@ -11,7 +11,7 @@ use std::{
 use dataplane_abi::{
     Addr, Backend, Cell, ExtentHeader, FROM_HOST, FROM_POD, FrontendKey, LEAD_GUARDED,
     Lead as RawLead, LocalAddress, MARKER_EXTERNAL, MaglevBlock, MaglevKey, PeerKey, QUEUED,
-    RangeKey, SERVICE_DIRECT, SERVICE_SILENT, ServiceRef, limits,
+    RangeKey, SERVICE_DIRECT, SERVICE_KEEPS_CLIENTS, SERVICE_SILENT, ServiceRef, limits,
 };
 use ipnetwork::IpNetwork;
 
@@ -224,6 +224,7 @@ impl<M: MapIo> Tables<M> {
             affinity_timeout_s: header.affinity_timeout_s,
             maglev: header.maglev,
             direct: header.flags & SERVICE_DIRECT != 0,
+            keeps_clients: header.flags & SERVICE_KEEPS_CLIENTS != 0,
         }
     }
 
@@ -354,7 +355,12 @@ impl<M: MapIo> Tables<M> {
         // Nodes that do not choose alike would send clients' packets to nodes that send them on.
         let direct = backends.direct && (entries != 0 || backends.active.len() == 1);
         let flags = if backends.silent { SERVICE_SILENT } else { 0 }
-            | if direct { SERVICE_DIRECT } else { 0 };
+            | if direct { SERVICE_DIRECT } else { 0 }
+            | if backends.keeps_clients {
+                SERVICE_KEEPS_CLIENTS
+            } else {
+                0
+            };
         let header = ExtentHeader {
             service: id,
             generation,

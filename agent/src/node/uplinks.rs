@@ -2,11 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::net::SocketAddr;
 
 use super::{Node, NodeError, keep_router_advertisements, loosen_reverse_path_filter};
 use crate::addresses::is_host_interface;
+use crate::dataplane::{Op, ServiceBackends};
 use crate::net::{self, Kernel, Link, Uplink};
-use crate::plan::{Surveyed, missing_uplinks, plan_uplinks};
+use crate::plan::{Batch, Surveyed, missing_uplinks, plan_uplinks};
 use crate::surroundings;
 
 /// The uplinks that the machine has now.
@@ -78,13 +80,48 @@ impl Node {
         Ok(())
     }
 
-    /// Hangs the program on every uplink and on the overlay, and takes it off all else. Idempotent.
+    /// Whether one of these service ports has clients outside keep their addresses at a process of this node.
+    pub(super) fn ask_answers<'a>(
+        &self,
+        mut services: impl Iterator<Item = &'a ServiceBackends>,
+    ) -> bool {
+        let is_here = |at: &SocketAddr| self.host_addresses.contains(&at.ip());
+        !self.answers && services.any(|one| one.keeps_clients && one.all().any(is_here))
+    }
+
+    /// Has the node's answers looked at where a batch brings a service port that needs it.
+    pub(super) fn settle_answers(&mut self, batch: &Batch) -> Result<(), NodeError> {
+        let services = batch.ops.iter().filter_map(|op| match op {
+            Op::SetService { backends, .. } | Op::RenewService { backends, .. } => Some(backends),
+            _ => None,
+        });
+        if self.ask_answers(services) {
+            self.look_at_answers()?;
+        }
+        Ok(())
+    }
+
+    /// Has the node's answers looked at from now on. That stays: when the last Service that asked for it is gone, its flows go on.
+    pub(super) fn look_at_answers(&mut self) -> Result<(), NodeError> {
+        self.answers = true;
+        if self.hangs {
+            tracing::info!("clients outside keep their addresses at processes of this node");
+            self.attach_uplinks()?;
+        }
+        Ok(())
+    }
+
+    /// Hangs the programs on every uplink and on the overlay, and takes them off all else. Idempotent.
     pub(super) fn attach_uplinks(&mut self) -> Result<(), NodeError> {
         let overlay = self.overlay.as_ref().map(|overlay| overlay.index);
         let first = self.uplink.link.index;
         let mut hung = BTreeSet::new();
         for index in self.uplinks.iter().map(|link| link.index).chain(overlay) {
-            match self.dataplane.attach_uplink(index) {
+            let mut hangs = Ok(());
+            if self.answers {
+                hangs = self.dataplane.attach_answers(index);
+            }
+            match hangs.and_then(|()| self.dataplane.attach_uplink(index)) {
                 Ok(()) => drop(hung.insert(index)),
                 // It has just gone, of which there will be news.
                 Err(error) if error.is_gone() && index != first => {}

@@ -85,6 +85,7 @@ impl<'a> Endpoints<'a> {
             affinity_timeout_s: service.affinity_timeout_s.unwrap_or(0),
             maglev: 0,
             direct: false,
+            keeps_clients: false,
         }
     }
 

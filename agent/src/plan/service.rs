@@ -338,6 +338,7 @@ fn plan_ports(
             backends.maglev = here.balancing.entries(service, count, direct);
             // Where nobody is left but who terminates, every node chooses for itself.
             backends.direct = direct && count > 0;
+            backends.keeps_clients = key.policy == Policy::Local;
         }
         let ranges = service.load_balancer_source_ranges.iter();
         let sources = ranges

@@ -8,7 +8,7 @@ use crate::{
     flow,
     hook::{Aside, Features, Notes, Place, hairpin, same},
     packet::{Echo, Ip},
-    tables::Tables,
+    tables::{BY_ANOTHER, SOURCE_UNKNOWN, Tables},
 };
 
 /// What became of a packet of no flow, before it is rewritten: that takes room on the stack, too. As a number it comes back from a
@@ -187,10 +187,10 @@ fn open_asked<const V6: bool, T: Tables>(
     let backend = &mut notes.aside.picked;
     let joining = is_joining(features, ip, side, at_host);
     let mut dispatched = false;
-    let mut source = Source {
-        addr: features.node::<V6>(),
-        is_node: true,
-    };
+    // In memory, since the stack has no room for it.
+    let source = &mut notes.to.src;
+    *source = features.node::<V6>();
+    let mut is_node = true;
     let answer = asking.answer();
     if answer != NO_FRONTEND {
         service = notes.service;
@@ -202,17 +202,15 @@ fn open_asked<const V6: bool, T: Tables>(
             GUARDED => return lost(Reason::SourceRange),
             _ => return lost(Reason::ServiceTorn),
         }
-        source = seen_by::<V6, T>(tables, features, ip, side, backend);
-        dispatched = source.is_node && is_dispatched(tables, features, ip, side, backend);
+        is_node = seen_by::<V6, T>(tables, features, ip, side, backend, source);
+        dispatched = is_node && is_dispatched(tables, features, ip, side, backend);
         if dispatched {
-            source = Source {
-                addr: ip.key.src,
-                is_node: false,
-            };
+            *source = ip.key.src;
+            is_node = false;
         } else if joining {
             return Opened::Nothing;
         }
-        if is_zero(&source.addr) {
+        if is_zero(source) {
             return lost(Reason::NoNodeAddress);
         }
     } else {
@@ -232,16 +230,28 @@ fn open_asked<const V6: bool, T: Tables>(
         let leaves = features.masquerade && side == Side::Pod && !at_host;
         // Without an address of the family there is nothing to give; an echo's answer opens nothing.
         let is_answer = matches!(ip.echo, Echo::Reply);
-        if !leaves || is_zero(&source.addr) || is_answer || keeps_source(tables, &ip.key.dst) {
-            if side == Side::Pod && ip.may_be_first() {
+        if !leaves
+            || is_zero(&features.node::<V6>())
+            || is_answer
+            || keeps_source(tables, &ip.key.dst)
+        {
+            // So may be what asks a process of the node from a port by which a Service's flow leads to it, with its client's address.
+            let asks_directly = side == Side::Pod
+                || (side == Side::Outside
+                    && at_host
+                    && tables.is_kept_port(ip.key.proto, ip.key.dport));
+            if asks_directly && ip.may_be_first() {
                 return Opened::Directly;
             }
             return Opened::Nothing;
         }
         backend.go_directly(&ip.key);
     }
-    if source.is_node {
+    if is_node {
         tables.count(Reason::SourceNat);
+        if tables.source_towards::<V6>(&ip.key.src, &backend.addr, source) != BY_ANOTHER {
+            *source = features.node::<V6>();
+        }
     }
     // What the client's flow has met that was just forgotten.
     let met = notes.aside.entry.seen & SEEN_TAKEN;
@@ -249,8 +259,8 @@ fn open_asked<const V6: bool, T: Tables>(
         key: &ip.key,
         service,
         backend,
-        src: source.addr,
-        fresh_port: source.is_node || is_from_any_port(ip, side),
+        src: *source,
+        fresh_port: is_node || is_from_any_port(ip, side),
         seen: seen | met | if dispatched { SEEN_DISPATCHED } else { 0 },
     };
     let (answers, entry) = (&mut notes.aside.about, &mut notes.aside.entry);
@@ -288,16 +298,12 @@ fn keeps_source<T: Tables>(tables: &T, dst: &Addr) -> bool {
     is_group || tables.in_range(NO_SERVICE, dst)
 }
 
-/// The source that a backend is to see.
-pub(crate) struct Source {
-    /// Zero when it should be the node's and there is none of the family.
-    pub addr: Addr,
-    /// The node's own address, whose ports are shared by all that it sends on.
-    pub is_node: bool,
-}
-
-/// The client's own address where the answers pass a hook anyway; the hairpin address where a backend would answer its client
-/// without (a pod itself, the host the host, the host a client outside); the node's where the answers would go elsewhere.
+/// Writes down the source that a backend is to see, zero when it should be the node's and there is none of the family; and gives whether it is
+/// that, whose ports are shared by all that it sends on.
+///
+/// It is the client's own address where the answers pass a hook anyway; the hairpin address where a backend would answer its client
+/// without (a pod itself, the host the host, the host a client outside); the node's where the answers would go elsewhere. A client outside
+/// keeps its own at the host where its Service asks for that, which has a hook at the uplinks' egress.
 #[inline(always)]
 pub(crate) fn seen_by<const V6: bool, T: Tables>(
     tables: &T,
@@ -305,33 +311,51 @@ pub(crate) fn seen_by<const V6: bool, T: Tables>(
     ip: &Ip,
     side: Side,
     backend: &Picked,
-) -> Source {
-    let kept = Source {
-        addr: ip.key.src,
-        is_node: false,
-    };
-    let hairpinned = Source {
-        addr: hairpin::<V6>(),
-        is_node: false,
-    };
+    source: &mut Addr,
+) -> bool {
     if side == Side::Pod {
         if same(&backend.addr, &ip.key.src) {
-            return hairpinned;
+            *source = hairpin::<V6>();
+            return false;
         }
         // An endpoint outside the cluster is like any other destination there.
         if !features.masquerade || keeps_source(tables, &backend.addr) {
-            return kept;
+            *source = ip.key.src;
+            return false;
         }
     }
     let there = Place::of(tables, &backend.addr);
-    if there.is_host() && side != Side::Pod {
-        hairpinned
+    if there.is_host()
+        && side == Side::Outside
+        && backend.keeps_clients
+        && is_answered_by::<V6, T>(tables, ip, backend, source)
+    {
+        // Its answers are looked at as they leave from now on.
+        tables.keep_port(ip.key.proto, backend.port);
+        *source = ip.key.src;
+        false
+    } else if there.is_host() && side != Side::Pod {
+        *source = hairpin::<V6>();
+        false
     } else if side == Side::Host || there.kind != 0 {
-        kept
+        *source = ip.key.src;
+        false
     } else {
-        Source {
-            addr: features.node::<V6>(),
-            is_node: true,
-        }
+        *source = features.node::<V6>();
+        true
     }
+}
+
+/// Whether what the host answers a client comes from the backend's address. A datagram's answer has that of the interface by which it leaves,
+/// unless the process names another.
+#[inline(always)]
+fn is_answered_by<const V6: bool, T: Tables>(
+    tables: &T,
+    ip: &Ip,
+    backend: &Picked,
+    room: &mut Addr,
+) -> bool {
+    ip.is_of_connection()
+        || tables.source_towards::<V6>(&backend.addr, &ip.key.src, room) == SOURCE_UNKNOWN
+        || same(room, &backend.addr)
 }

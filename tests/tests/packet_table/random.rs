@@ -9,7 +9,7 @@ use dataplane_ebpf::{
     memory::{Bytes, Memory, addr, hooks},
 };
 use keelway_agent::dataplane::{
-    PacketProgram::{self, PodEgress, PodIngress, ServiceIngress, UplinkIngress},
+    PacketProgram::{self, PodEgress, PodIngress, ServiceIngress, UplinkEgress, UplinkIngress},
     Protocol, Run,
 };
 use keelway_tests::sandbox::{Sandbox, is_root};
@@ -22,7 +22,7 @@ use crate::{
     state,
 };
 
-const PACKETS: usize = 4_000;
+const PACKETS: usize = 6_000;
 
 /// Numbers that are the same in every run (xorshift).
 struct Numbers(u64);
@@ -134,6 +134,7 @@ fn on_the_host(
         PodIngress => hooks::pod_ingress(&mut packet, tables, features, A),
         PodEgress => hooks::pod_egress(&mut packet, tables, features),
         UplinkIngress => hooks::uplink_ingress(&mut packet, tables, features),
+        UplinkEgress => hooks::uplink_egress(&mut packet, tables, features),
         ServiceIngress => hooks::service_ingress(&mut packet, tables, features),
     };
     (verdict, packet.0)

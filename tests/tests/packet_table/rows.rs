@@ -2,7 +2,7 @@
 
 use dataplane_abi::Reason;
 use keelway_agent::dataplane::{
-    PacketProgram::{self, PodEgress, PodIngress, ServiceIngress, UplinkIngress},
+    PacketProgram::{self, PodEgress, PodIngress, ServiceIngress, UplinkEgress, UplinkIngress},
     ServiceBackends,
 };
 use keelway_tests::packets::tcp_flag::{ACK, FIN, RST, SYN};
@@ -37,7 +37,110 @@ pub fn rows(family: Family) -> Vec<Row> {
     let fragment = |part, id| family.fragment(part, id);
     let to = |active: &[&str]| family.backends(active, &[]);
     let terminating = |list: &[&str]| family.backends(&[], list);
+    let kept = |active: &[&str]| ServiceBackends {
+        keeps_clients: true,
+        ..family.backends(active, &[])
+    };
     vec![
+        Row {
+            name: "the host's own endpoint sees a client that its Service keeps, and answers as what was asked",
+            backends: kept(&["198.18.0.1:8080"]),
+            steps: vec![
+                Step(
+                    UplinkIngress,
+                    tcp("203.0.113.9:5000", "198.18.0.1:30080", SYN, b""),
+                    PASS,
+                    Some(tcp("203.0.113.9:5000", "198.18.0.1:8080", SYN, b"")),
+                ),
+                Step(
+                    UplinkEgress,
+                    tcp("198.18.0.1:8080", "203.0.113.9:5000", SYN | ACK, b""),
+                    PASS,
+                    Some(tcp("198.18.0.1:30080", "203.0.113.9:5000", SYN | ACK, b"")),
+                ),
+                Step(
+                    UplinkIngress,
+                    tcp("203.0.113.9:5000", "198.18.0.1:30080", ACK, b"odd"),
+                    PASS,
+                    Some(tcp("203.0.113.9:5000", "198.18.0.1:8080", ACK, b"odd")),
+                ),
+                Step(
+                    UplinkIngress,
+                    udp("203.0.113.9:5000", "192.0.2.1:80", b"odd"),
+                    PASS,
+                    Some(udp("203.0.113.9:5000", "198.18.0.1:8080", b"odd")),
+                ),
+                Step(
+                    UplinkEgress,
+                    udp("198.18.0.1:8080", "203.0.113.9:5000", b"even"),
+                    PASS,
+                    Some(udp("192.0.2.1:80", "203.0.113.9:5000", b"even")),
+                ),
+                // Nobody listens any more.
+                Step(
+                    UplinkEgress,
+                    error(
+                        "198.18.0.1:0",
+                        &tcp("203.0.113.9:5000", "198.18.0.1:8080", ACK, b"odd"),
+                    ),
+                    PASS,
+                    Some(error(
+                        "198.18.0.1:0",
+                        &tcp("203.0.113.9:5000", "198.18.0.1:30080", ACK, b"odd"),
+                    )),
+                ),
+                // Whoever else leaves the node is left alone.
+                Step(
+                    UplinkEgress,
+                    udp("198.18.0.1:8081", "203.0.113.9:5000", b"x"),
+                    PASS,
+                    Some(udp("198.18.0.1:8081", "203.0.113.9:5000", b"x")),
+                ),
+                Step(
+                    UplinkEgress,
+                    tcp("198.18.0.1:8080", "203.0.113.8:5000", SYN, b""),
+                    PASS,
+                    Some(tcp("198.18.0.1:8080", "203.0.113.8:5000", SYN, b"")),
+                ),
+            ],
+            counters: &[
+                (ServiceTranslated, 3),
+                (ReplyTranslated, 2),
+                (FlowCreated, 2),
+                (FlowReplied, 2),
+                (IcmpTranslated, 1),
+                (SourceNat, 0),
+            ],
+        },
+        Row {
+            name: "who asks the host's own endpoint directly, from a port that a kept client has, is told apart",
+            backends: kept(&["198.18.0.1:8080"]),
+            steps: vec![
+                Step(
+                    UplinkIngress,
+                    tcp("203.0.113.9:5000", "198.18.0.1:30080", SYN, b""),
+                    PASS,
+                    Some(tcp("203.0.113.9:5000", "198.18.0.1:8080", SYN, b"")),
+                ),
+                Step(
+                    UplinkIngress,
+                    tcp("203.0.113.9:5000", "198.18.0.1:8080", SYN, b""),
+                    PASS,
+                    None,
+                ),
+                Step(
+                    UplinkIngress,
+                    tcp("203.0.113.8:5000", "198.18.0.1:8080", SYN, b""),
+                    PASS,
+                    Some(tcp("203.0.113.8:5000", "198.18.0.1:8080", SYN, b"")),
+                ),
+            ],
+            counters: &[
+                (ServiceTranslated, 1),
+                (PortTranslated, 1),
+                (FlowCreated, 2),
+            ],
+        },
         Row {
             name: "a pod reaches a pod of its node through a Service, and back",
             backends: to(&["10.0.0.12:8080"]),

@@ -244,7 +244,7 @@ fn leads_back<const V6: bool>(ctx: *mut xdp_md, notes: &Notes, macs: &mut [u16; 
 
 /// Two 64-bit words of memory as four of 32 bits.
 #[inline(always)]
-const fn halves(words: &[u64; 2]) -> [u32; 4] {
+pub const fn halves(words: &[u64; 2]) -> [u32; 4] {
     #[cfg(target_endian = "little")]
     return [
         words[0] as u32,

@@ -11,12 +11,14 @@ mod monitor;
 mod packets;
 mod sockets;
 
-use aya_ebpf::{Global, bindings::TC_ACT_SHOT, macros::classifier, programs::TcContext};
+use aya_ebpf::{
+    EbpfContext as _, Global, bindings::TC_ACT_SHOT, macros::classifier, programs::TcContext,
+};
 use dataplane_abi::{Addr, Hook};
 use dataplane_ebpf::hook::{self, Features};
 
 use crate::{
-    maps::notes,
+    maps::{Maps, notes},
     monitor::Watched,
     packets::{Skb, act, is_for_another, is_ipv6},
 };
@@ -40,6 +42,8 @@ static HOST_NETNS: Global<u64> = Global::new(0);
 static MASQUERADE: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 static UPLINK_MAC: Global<u64> = Global::new(0);
+#[unsafe(no_mangle)]
+static UPLINK: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
 static OVERLAY: Global<u32> = Global::new(0);
 #[unsafe(no_mangle)]
@@ -178,6 +182,44 @@ fn from_outside<const V6: bool>(ctx: &TcContext) -> i32 {
         return packets::to_peer(&mut skb, notes.peer);
     }
     act::<V6>(&mut skb, verdict)
+}
+
+/// Egress of an uplink or of the overlay: what leaves the node. It hangs only where processes of the node are endpoints that are to see
+/// clients as they are.
+#[classifier]
+pub fn uplink_egress(ctx: TcContext) -> i32 {
+    if PACKET_LB.load() == 0 {
+        return packets::NEXT;
+    }
+    let skb = Skb::of(ctx.as_ptr().cast());
+    match is_ipv6(&ctx) {
+        true if hook::may_be_answer::<true, _, _>(&skb, &Maps) => uplink_egress_v6(&ctx),
+        false if hook::may_be_answer::<false, _, _>(&skb, &Maps) => uplink_egress_v4(&ctx),
+        _ => packets::NEXT,
+    }
+}
+
+#[inline(never)]
+fn uplink_egress_v4(ctx: &TcContext) -> i32 {
+    from_host::<false>(ctx)
+}
+
+#[inline(never)]
+fn uplink_egress_v6(ctx: &TcContext) -> i32 {
+    from_host::<true>(ctx)
+}
+
+#[inline(always)]
+fn from_host<const V6: bool>(ctx: &TcContext) -> i32 {
+    let Some(notes) = notes() else {
+        return TC_ACT_SHOT;
+    };
+    let mut skb = Skb::new::<V6>(ctx);
+    let tables = Watched::new(skb.raw(), Hook::UplinkEgress);
+    match hook::answer::<V6, _, _>(&mut skb, &tables, &features(), notes) {
+        hook::Verdict::Drop => TC_ACT_SHOT,
+        _ => packets::NEXT,
+    }
 }
 
 /// Ingress of the inner end of the service veth pair: what the host routed to a Service address.

@@ -11,14 +11,14 @@ use aya_ebpf::{
 use core::{ffi::c_void, hint::black_box};
 use dataplane_abi::{
     Addr, Affinity, AffinityKey, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey,
-    Lead, LocalAddress, MaglevBlock, MaglevKey, PeerKey, RangeKey, Reason, ServiceRef, SocketPeer,
-    SocketPeers, Trace, limits,
+    KeptPorts, Lead, LocalAddress, MaglevBlock, MaglevKey, PeerKey, RangeKey, Reason, ServiceRef,
+    SocketPeer, SocketPeers, Trace, limits,
 };
 use dataplane_ebpf::{
     balance::{self, Picked},
     flow,
     hook::Notes,
-    tables::{FlowEntry, Refused, Tables, Turn},
+    tables::{FlowEntry, Refused, SOURCE_UNKNOWN, Tables, Turn},
     trace,
 };
 
@@ -71,6 +71,8 @@ pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, { limits::FRAGMENTS
     LruHashMap::new();
 #[btf_map]
 static TRACES: Array<Trace, { limits::TRACES as usize }> = Array::new();
+#[btf_map]
+static KEPT_PORTS: Array<KeptPorts, { limits::KEPT_PORTS as usize }> = Array::new();
 #[btf_map]
 pub static COUNTERS: PerCpuArray<u64, { Reason::COUNT as usize }> = PerCpuArray::new();
 /// Not pinned, since nothing outlives its packet.
@@ -210,6 +212,22 @@ impl Tables for Maps {
         // SAFETY: memory of a value while the program runs. Copied at once; an element goes to another address when the agent's next batch
         // enters one after a pod's was taken away, which is one packet of a pod that is gone.
         unsafe { LOCAL.get(addr) }.copied()
+    }
+
+    /// Asked with a packet: [`crate::monitor::Told::source_towards`].
+    #[inline(always)]
+    fn source_towards<const V6: bool>(&self, _: &Addr, _: &Addr, _: &mut Addr) -> u32 {
+        SOURCE_UNKNOWN
+    }
+
+    #[inline(always)]
+    fn is_kept_port(&self, protocol: u8, port: u16) -> bool {
+        is_port_kept(protocol as u32, port as u32) != 0
+    }
+
+    #[inline(always)]
+    fn keep_port(&self, protocol: u8, port: u16) {
+        keep_port(protocol as u32, port as u32);
     }
 
     #[inline(always)]
@@ -380,6 +398,33 @@ unsafe extern "C" fn turn<L: Turn<Maps>>(_index: u64, state: *mut L) -> i64 {
     let goes_on = unsafe { &mut *state }.turn(&Maps);
     // The compiler knows that a global function gives 0 or 1, and the verifier does not: it is to see that it is compared.
     (black_box(goes_on as u32) == 0) as i64
+}
+
+/// Whether clients keep their addresses at a port. Functions of their own, for the stack: each has a key on it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn is_port_kept(protocol: u32, port: u32) -> u32 {
+    let (block, at) = KeptPorts::place(protocol as u8, port as u16);
+    match KEPT_PORTS.get_ptr(block) {
+        // SAFETY: a byte within an element of the array; it only ever goes from 0 to 1.
+        Some(ports) => unsafe {
+            let at = (at % KeptPorts::PORTS) as usize;
+            ports.cast::<u8>().add(at).read_volatile() as u32
+        },
+        None => 0,
+    }
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn keep_port(protocol: u32, port: u32) -> u32 {
+    let (block, at) = KeptPorts::place(protocol as u8, port as u16);
+    if let Some(ports) = KEPT_PORTS.get_ptr_mut(block) {
+        let at = (at % KeptPorts::PORTS) as usize;
+        // SAFETY: as above.
+        unsafe { ports.cast::<u8>().add(at).write_volatile(1) };
+    }
+    0
 }
 
 /// What a frontend's element holds, each word of it read at once.

@@ -21,13 +21,13 @@ use dataplane_ebpf::{
     follow::{self, Asking, Followed},
     hook::{Features, Notes},
     packet::Packet,
-    tables::{Refused, Tables},
+    tables::{Refused, SOURCE_UNKNOWN, Tables},
 };
 
 use crate::{
     features,
     maps::{Entry, Maps},
-    packets::Skb,
+    packets::{Skb, source_towards_v4, source_towards_v6},
 };
 
 #[btf_map]
@@ -60,6 +60,12 @@ pub trait Told: Sized {
     #[inline(always)]
     fn open_directly(tables: &Watched<Self>, notes: &mut Notes, _asking: u32) -> u32 {
         follow::open_directly(tables, notes)
+    }
+
+    /// [`Tables::source_towards`] of this packet. What a driver sends on leaves by the uplink that it came by, which is the first.
+    #[inline(always)]
+    fn source_towards<const V6: bool>(&self, _: &Addr, _: &Addr, _: &mut Addr) -> u32 {
+        SOURCE_UNKNOWN
     }
 
     /// [`Tables::portless`] of this packet.
@@ -112,6 +118,8 @@ impl<P: Told> Tables for Watched<P> {
         maglev(generation: u32, position: u32) -> Option<u16>;
         peer(addr: &Addr) -> Option<u64>;
         local(addr: &Addr) -> Option<LocalAddress>;
+        is_kept_port(protocol: u8, port: u16) -> bool;
+        keep_port(protocol: u8, port: u16);
         in_range(service: u32, addr: &Addr) -> bool;
         affinity(key: &AffinityKey) -> Option<Affinity>;
         set_affinity(key: &AffinityKey, affinity: &Affinity);
@@ -136,6 +144,11 @@ impl<P: Told> Tables for Watched<P> {
         insert_fragment(key: &FragmentKey, ports: &FragmentPorts);
         random() -> u32;
         now_s() -> u32;
+    }
+
+    #[inline(always)]
+    fn source_towards<const V6: bool>(&self, src: &Addr, dst: &Addr, source: &mut Addr) -> u32 {
+        self.packet.source_towards::<V6>(src, dst, source)
     }
 
     #[inline(always)]
@@ -217,6 +230,14 @@ impl Told for *mut __sk_buff {
     fn open_directly(tables: &Watched<Self>, notes: &mut Notes, asking: u32) -> u32 {
         let asking = asking | tables.hook << HOOK_SHIFT;
         open_direct_flow(tables.packet, notes, asking)
+    }
+
+    #[inline(always)]
+    fn source_towards<const V6: bool>(&self, src: &Addr, dst: &Addr, source: &mut Addr) -> u32 {
+        match V6 {
+            true => source_towards_v6(*self, src, dst, source),
+            false => source_towards_v4(*self, src, dst, source),
+        }
     }
 
     #[inline(always)]

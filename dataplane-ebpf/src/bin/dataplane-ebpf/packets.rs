@@ -5,7 +5,8 @@ use aya_ebpf::{
     bindings::{
         __sk_buff, BPF_F_INGRESS, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_F_RECOMPUTE_CSUM,
         BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS,
-        TC_ACT_SHOT, bpf_fib_lookup as FibLookup, bpf_redir_neigh as NextHop,
+        BPF_FIB_LOOKUP_SKIP_NEIGH, BPF_FIB_LOOKUP_SRC, TC_ACT_SHOT, bpf_fib_lookup as FibLookup,
+        bpf_redir_neigh as NextHop,
     },
     helpers::generated::{
         bpf_fib_lookup, bpf_l4_csum_replace, bpf_redirect, bpf_redirect_neigh, bpf_redirect_peer,
@@ -14,17 +15,17 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use core::mem::MaybeUninit;
-use dataplane_abi::{FlowKey, HOST_VETH_MAC, Plain, Reason, proto};
+use dataplane_abi::{Addr, FROM_HOST, FlowKey, HOST_VETH_MAC, Plain, Reason, proto};
 use dataplane_ebpf::{
     crc32c,
     hook::Verdict,
     packet::{ChecksumChange, ETH_LEN, Ip, Packet, word},
     reject::reject,
-    tables::Tables as _,
+    tables::{BY_ANOTHER, BY_FIRST_UPLINK, SOURCE_UNKNOWN, Tables as _},
     translate::translate,
 };
 
-use crate::{OVERLAY, OVERLAY_LINK, SERVICE_VETH, maps::Maps};
+use crate::{OVERLAY, OVERLAY_LINK, SERVICE_VETH, UPLINK, early::halves, maps::Maps};
 
 /// TCX_NEXT, and TC_ACT_UNSPEC where there is no tcx: the next program, then the stack.
 pub const NEXT: i32 = -1;
@@ -368,4 +369,94 @@ fn words(halves: &[u16; 8]) -> [u32; 4] {
         word(halves[4], halves[5]),
         word(halves[6], halves[7]),
     ]
+}
+
+/// [`Tables::source_towards`] as a global function of each family, as those above.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub fn source_towards_v4(
+    skb: *mut __sk_buff,
+    src: *const Addr,
+    dst: *const Addr,
+    source: *mut Addr,
+) -> u32 {
+    // SAFETY: as above.
+    match unsafe { (src.as_ref(), dst.as_ref(), source.as_mut()) } {
+        (Some(src), Some(dst), Some(source)) => source_towards::<false>(skb, src, dst, source),
+        _ => 0,
+    }
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub fn source_towards_v6(
+    skb: *mut __sk_buff,
+    src: *const Addr,
+    dst: *const Addr,
+    source: *mut Addr,
+) -> u32 {
+    // SAFETY: as above.
+    match unsafe { (src.as_ref(), dst.as_ref(), source.as_mut()) } {
+        (Some(src), Some(dst), Some(source)) => source_towards::<true>(skb, src, dst, source),
+        _ => 0,
+    }
+}
+
+/// Asks the host's routes. Kernels before Linux 6.7 do not say.
+#[inline(always)]
+fn source_towards<const V6: bool>(
+    skb: *mut __sk_buff,
+    src: &Addr,
+    dst: &Addr,
+    source: &mut Addr,
+) -> u32 {
+    // SAFETY: a valid context; a plain struct of integers, for which zero is valid; the helper gets its true size.
+    let (by, found) = unsafe {
+        let mut fib = MaybeUninit::uninit();
+        let fib: &mut FibLookup = blank(&mut fib);
+        fib.ifindex = (*skb).ifindex;
+        if V6 {
+            fib.family = AF_INET6;
+            fib.__bindgen_anon_3.ipv6_src = halves(&src.words);
+            fib.__bindgen_anon_4.ipv6_dst = halves(&dst.words);
+        } else {
+            let (Some(src), Some(dst)) = (src.v4_be(), dst.v4_be()) else {
+                return SOURCE_UNKNOWN;
+            };
+            fib.family = AF_INET;
+            fib.__bindgen_anon_3.ipv4_src = src;
+            fib.__bindgen_anon_4.ipv4_dst = dst;
+        }
+        let flags = BPF_FIB_LOOKUP_SRC | BPF_FIB_LOOKUP_SKIP_NEIGH;
+        let size = size_of::<FibLookup>() as i32;
+        let result = bpf_fib_lookup(skb.cast(), fib, size, flags) as u32;
+        if result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_FRAG_NEEDED {
+            return SOURCE_UNKNOWN;
+        }
+        let found = if V6 {
+            let [a, b, c, d] = fib.__bindgen_anon_3.ipv6_src;
+            Addr {
+                words: [a as u64 | (b as u64) << 32, c as u64 | (d as u64) << 32],
+            }
+        } else {
+            Addr::from_v4_be(fib.__bindgen_anon_3.ipv4_src)
+        };
+        let is_first = fib.ifindex == UPLINK.load() || fib.ifindex == OVERLAY_LINK.load();
+        (
+            if is_first {
+                BY_FIRST_UPLINK
+            } else {
+                BY_ANOTHER
+            },
+            found,
+        )
+    };
+    // Where an interface has no address, the kernel gives that of another, which may be none for other machines.
+    match Maps.local(&found) {
+        Some(at) if at.kind == FROM_HOST => {
+            *source = found;
+            by
+        }
+        _ => SOURCE_UNKNOWN,
+    }
 }
