@@ -219,20 +219,9 @@ pub fn pod_ingress<const V6: bool, P: Packet, T: Tables>(
     deliver(tables, &at)
 }
 
-/// Packets that the host sends to a pod: egress of the host's side of its veth. Answers of the host's own backends are
-/// translated back here.
-#[inline(always)]
-pub fn pod_egress<const V6: bool, P: Packet, T: Tables>(
-    packet: &mut P,
-    tables: &T,
-    features: &Features,
-    notes: &mut Notes,
-) -> Verdict {
-    answer::<V6, P, T>(packet, tables, features, notes)
-}
-
-/// Packets that leave the node, of which [`may_be_answer`] does not say that they are none: egress of an uplink or of the overlay. Answers
-/// of the host's own backends to clients that kept their addresses are translated back here.
+/// Packets that the host sends to a pod: egress of the host's side of its veth; and those that leave the node, of which [`may_be_answer`]
+/// does not say that they are no answers: egress of an uplink or of the overlay. Answers of the host's own backends are translated back here,
+/// of the latter those to clients that kept their addresses.
 #[inline(always)]
 pub fn answer<const V6: bool, P: Packet, T: Tables>(
     packet: &mut P,

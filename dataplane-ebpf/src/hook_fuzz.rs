@@ -224,7 +224,7 @@ proptest! {
             let mut packet = Bytes(before.clone());
             let verdict = match hook {
                 0 => hooks::pod_ingress(&mut packet, &tables, &features, A),
-                1 => hooks::pod_egress(&mut packet, &tables, &features),
+                1 => hooks::answer(&mut packet, &tables, &features),
                 2 => hooks::uplink_ingress(&mut packet, &tables, &features),
                 _ => hooks::service_ingress(&mut packet, &tables, &features),
             };

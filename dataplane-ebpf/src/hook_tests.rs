@@ -251,10 +251,7 @@ fn a_pod_reaches_the_hosts_own_backend_and_the_answer_is_translated_on_its_way_o
         )
     );
     let mut back = Bytes(tcp("198.18.0.1:6443", "10.0.0.11:4000", SYN | ACK, b""));
-    assert_eq!(
-        hooks::pod_egress(&mut back, &tables, &FEATURES),
-        Verdict::Pass
-    );
+    assert_eq!(hooks::answer(&mut back, &tables, &FEATURES), Verdict::Pass);
     assert_eq!(
         back.0,
         tcp("10.96.0.1:80", "10.0.0.11:4000", SYN | ACK, b"")

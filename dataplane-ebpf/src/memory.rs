@@ -621,7 +621,6 @@ pub mod hooks {
     }
     of_either_family! {
         pod_ingress(ifindex: u32);
-        pod_egress();
         uplink_ingress();
         answer();
         service_ingress();

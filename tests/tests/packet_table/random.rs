@@ -132,7 +132,7 @@ fn on_the_host(
     let mut packet = Bytes(packet.to_vec());
     let verdict = match program {
         PodIngress => hooks::pod_ingress(&mut packet, tables, features, A),
-        PodEgress => hooks::pod_egress(&mut packet, tables, features),
+        PodEgress => hooks::answer(&mut packet, tables, features),
         UplinkIngress => hooks::uplink_ingress(&mut packet, tables, features),
         UplinkEgress => hooks::uplink_egress(&mut packet, tables, features),
         ServiceIngress => hooks::service_ingress(&mut packet, tables, features),

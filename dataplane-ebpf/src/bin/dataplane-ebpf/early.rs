@@ -24,7 +24,7 @@ use crate::{
     UPLINK_MAC, features,
     maps::{Maps, notes},
     monitor::{Told, Watched, tell},
-    packets::{AF_INET, AF_INET6, blank, crc32c_change},
+    packets::{blank, crc32c_change, set_ends},
 };
 
 /// A frame as it lies in the driver's memory.
@@ -212,17 +212,8 @@ fn leads_back<const V6: bool>(ctx: *mut xdp_md, notes: &Notes, macs: &mut [u16; 
         fib.l4_protocol = to.proto;
         // With a length the route's own MTU is asked.
         fib.__bindgen_anon_1.tot_len = ip.total_len as u16;
-        if V6 {
-            fib.family = AF_INET6;
-            fib.__bindgen_anon_3.ipv6_src = halves(&to.src.words);
-            fib.__bindgen_anon_4.ipv6_dst = halves(&to.dst.words);
-        } else {
-            let (Some(src), Some(dst)) = (to.src.v4_be(), to.dst.v4_be()) else {
-                return false;
-            };
-            fib.family = AF_INET;
-            fib.__bindgen_anon_3.ipv4_src = src;
-            fib.__bindgen_anon_4.ipv4_dst = dst;
+        if !set_ends::<V6>(fib, &to.src, &to.dst) {
+            return false;
         }
         let result = bpf_fib_lookup(ctx.cast(), fib, size_of::<FibLookup>() as i32, 0) as u32;
         if result != BPF_FIB_LKUP_RET_SUCCESS || fib.ifindex != ingress {
@@ -240,23 +231,4 @@ fn leads_back<const V6: bool>(ctx: *mut xdp_md, notes: &Notes, macs: &mut [u16; 
         ];
         true
     }
-}
-
-/// Two 64-bit words of memory as four of 32 bits.
-#[inline(always)]
-pub const fn halves(words: &[u64; 2]) -> [u32; 4] {
-    #[cfg(target_endian = "little")]
-    return [
-        words[0] as u32,
-        (words[0] >> 32) as u32,
-        words[1] as u32,
-        (words[1] >> 32) as u32,
-    ];
-    #[cfg(target_endian = "big")]
-    return [
-        (words[0] >> 32) as u32,
-        words[0] as u32,
-        (words[1] >> 32) as u32,
-        words[1] as u32,
-    ];
 }

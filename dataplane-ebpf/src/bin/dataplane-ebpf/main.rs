@@ -125,22 +125,23 @@ pub fn pod_egress(ctx: TcContext) -> i32 {
 
 #[inline(never)]
 fn pod_egress_v4(ctx: &TcContext) -> i32 {
-    to_pod::<false>(ctx)
+    answer::<false>(ctx, Hook::PodEgress)
 }
 
 #[inline(never)]
 fn pod_egress_v6(ctx: &TcContext) -> i32 {
-    to_pod::<true>(ctx)
+    answer::<true>(ctx, Hook::PodEgress)
 }
 
+/// Translates answers back on their way to a client.
 #[inline(always)]
-fn to_pod<const V6: bool>(ctx: &TcContext) -> i32 {
+fn answer<const V6: bool>(ctx: &TcContext, hook: Hook) -> i32 {
     let Some(notes) = notes() else {
         return TC_ACT_SHOT;
     };
     let mut skb = Skb::new::<V6>(ctx);
-    let tables = Watched::new(skb.raw(), Hook::PodEgress);
-    match hook::pod_egress::<V6, _, _>(&mut skb, &tables, &features(), notes) {
+    let tables = Watched::new(skb.raw(), hook);
+    match hook::answer::<V6, _, _>(&mut skb, &tables, &features(), notes) {
         hook::Verdict::Drop => TC_ACT_SHOT,
         _ => packets::NEXT,
     }
@@ -201,25 +202,12 @@ pub fn uplink_egress(ctx: TcContext) -> i32 {
 
 #[inline(never)]
 fn uplink_egress_v4(ctx: &TcContext) -> i32 {
-    from_host::<false>(ctx)
+    answer::<false>(ctx, Hook::UplinkEgress)
 }
 
 #[inline(never)]
 fn uplink_egress_v6(ctx: &TcContext) -> i32 {
-    from_host::<true>(ctx)
-}
-
-#[inline(always)]
-fn from_host<const V6: bool>(ctx: &TcContext) -> i32 {
-    let Some(notes) = notes() else {
-        return TC_ACT_SHOT;
-    };
-    let mut skb = Skb::new::<V6>(ctx);
-    let tables = Watched::new(skb.raw(), Hook::UplinkEgress);
-    match hook::answer::<V6, _, _>(&mut skb, &tables, &features(), notes) {
-        hook::Verdict::Drop => TC_ACT_SHOT,
-        _ => packets::NEXT,
-    }
+    answer::<true>(ctx, Hook::UplinkEgress)
 }
 
 /// Ingress of the inner end of the service veth pair: what the host routed to a Service address.

@@ -25,7 +25,7 @@ use dataplane_ebpf::{
     translate::translate,
 };
 
-use crate::{OVERLAY, OVERLAY_LINK, SERVICE_VETH, UPLINK, early::halves, maps::Maps};
+use crate::{OVERLAY, OVERLAY_LINK, SERVICE_VETH, UPLINK, maps::Maps};
 
 /// TCX_NEXT, and TC_ACT_UNSPEC where there is no tcx: the next program, then the stack.
 pub const NEXT: i32 = -1;
@@ -40,10 +40,10 @@ const HEADERS_MAX: u32 = 14 + 60 + 60;
 const IPV6_NEXT_HEADER: usize = 6;
 /// Protocol of a buffer, as it lies in memory.
 const ETH_P_IPV6: u32 = u16::from_ne_bytes([0x86, 0xdd]) as u32;
-pub const AF_INET: u8 = 2;
+const AF_INET: u8 = 2;
 /// `PACKET_OTHERHOST`: the frame names another machine's hardware address.
 const FOR_ANOTHER: u32 = 3;
-pub const AF_INET6: u8 = 10;
+const AF_INET6: u8 = 10;
 
 /// Whether a buffer's protocol is IPv6.
 #[inline(always)]
@@ -360,6 +360,43 @@ pub unsafe fn blank<T>(place: &mut MaybeUninit<T>) -> &mut T {
     }
 }
 
+/// Says between which addresses a way is asked for. False where they are not of the family.
+#[inline(always)]
+pub fn set_ends<const V6: bool>(fib: &mut FibLookup, src: &Addr, dst: &Addr) -> bool {
+    if V6 {
+        fib.family = AF_INET6;
+        fib.__bindgen_anon_3.ipv6_src = halves(&src.words);
+        fib.__bindgen_anon_4.ipv6_dst = halves(&dst.words);
+        return true;
+    }
+    let (Some(src), Some(dst)) = (src.v4_be(), dst.v4_be()) else {
+        return false;
+    };
+    fib.family = AF_INET;
+    fib.__bindgen_anon_3.ipv4_src = src;
+    fib.__bindgen_anon_4.ipv4_dst = dst;
+    true
+}
+
+/// Two 64-bit words of memory as four of 32 bits.
+#[inline(always)]
+const fn halves(words: &[u64; 2]) -> [u32; 4] {
+    #[cfg(target_endian = "little")]
+    return [
+        words[0] as u32,
+        (words[0] >> 32) as u32,
+        words[1] as u32,
+        (words[1] >> 32) as u32,
+    ];
+    #[cfg(target_endian = "big")]
+    return [
+        (words[0] >> 32) as u32,
+        words[0] as u32,
+        (words[1] >> 32) as u32,
+        words[1] as u32,
+    ];
+}
+
 /// Eight 16-bit words of memory as four of 32 bits.
 #[inline(always)]
 fn words(halves: &[u16; 8]) -> [u32; 4] {
@@ -380,11 +417,7 @@ pub fn source_towards_v4(
     dst: *const Addr,
     source: *mut Addr,
 ) -> u32 {
-    // SAFETY: as above.
-    match unsafe { (src.as_ref(), dst.as_ref(), source.as_mut()) } {
-        (Some(src), Some(dst), Some(source)) => source_towards::<false>(skb, src, dst, source),
-        _ => 0,
-    }
+    source_towards::<false>(skb, src, dst, source)
 }
 
 #[unsafe(no_mangle)]
@@ -395,37 +428,32 @@ pub fn source_towards_v6(
     dst: *const Addr,
     source: *mut Addr,
 ) -> u32 {
-    // SAFETY: as above.
-    match unsafe { (src.as_ref(), dst.as_ref(), source.as_mut()) } {
-        (Some(src), Some(dst), Some(source)) => source_towards::<true>(skb, src, dst, source),
-        _ => 0,
-    }
+    source_towards::<true>(skb, src, dst, source)
 }
 
 /// Asks the host's routes. Kernels before Linux 6.7 do not say.
 #[inline(always)]
 fn source_towards<const V6: bool>(
     skb: *mut __sk_buff,
-    src: &Addr,
-    dst: &Addr,
-    source: &mut Addr,
+    src: *const Addr,
+    dst: *const Addr,
+    source: *mut Addr,
 ) -> u32 {
+    // SAFETY: as above.
+    let (Some(src), Some(dst)) = (unsafe { (src.as_ref(), dst.as_ref()) }) else {
+        return SOURCE_UNKNOWN;
+    };
+    // SAFETY: as above.
+    let Some(source) = (unsafe { source.as_mut() }) else {
+        return SOURCE_UNKNOWN;
+    };
     // SAFETY: a valid context; a plain struct of integers, for which zero is valid; the helper gets its true size.
     let (by, found) = unsafe {
         let mut fib = MaybeUninit::uninit();
         let fib: &mut FibLookup = blank(&mut fib);
         fib.ifindex = (*skb).ifindex;
-        if V6 {
-            fib.family = AF_INET6;
-            fib.__bindgen_anon_3.ipv6_src = halves(&src.words);
-            fib.__bindgen_anon_4.ipv6_dst = halves(&dst.words);
-        } else {
-            let (Some(src), Some(dst)) = (src.v4_be(), dst.v4_be()) else {
-                return SOURCE_UNKNOWN;
-            };
-            fib.family = AF_INET;
-            fib.__bindgen_anon_3.ipv4_src = src;
-            fib.__bindgen_anon_4.ipv4_dst = dst;
+        if !set_ends::<V6>(fib, src, dst) {
+            return SOURCE_UNKNOWN;
         }
         let flags = BPF_FIB_LOOKUP_SRC | BPF_FIB_LOOKUP_SKIP_NEIGH;
         let size = size_of::<FibLookup>() as i32;
