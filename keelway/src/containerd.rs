@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, Read, Seek};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
@@ -164,32 +164,16 @@ pub fn digests(archives: &[PathBuf]) -> BTreeMap<String, String> {
     images.flatten().collect()
 }
 
-/// The file `index.json` of a tar archive (POSIX ustar: headers of 512 bytes, contents in blocks of as many); null when there is none.
+/// The file `index.json` of an archive; null when there is none, or it is packed in another way.
 fn index_of(archive: &Path) -> io::Result<Value> {
-    const BLOCK: u64 = 512;
-    let mut file = File::open(archive)?;
-    let mut header = [0_u8; BLOCK as usize];
-    loop {
-        match file.read_exact(&mut header) {
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(Value::Null),
-            read => read?,
-        }
-        let text = |from: usize, to: usize| {
-            let field = header[from..to].split(|byte| *byte == 0).next();
-            String::from_utf8_lossy(field.unwrap_or_default())
-                .trim()
-                .to_owned()
-        };
-        let length = u64::from_str_radix(&text(124, 136), 8).unwrap_or_default();
-        if text(0, 100).trim_start_matches("./") == "index.json" {
-            let mut contents = Vec::new();
-            file.take(length.min(INDEX_BYTES_MAX))
-                .read_to_end(&mut contents)?;
-            return Ok(serde_json::from_slice(&contents)?);
-        }
-        let blocks = length.div_ceil(BLOCK);
-        file.seek_relative(i64::try_from(blocks * BLOCK).map_err(io::Error::other)?)?;
-    }
+    let mut archive = tar::Archive::new(File::open(archive)?);
+    let files = archive.entries_with_seek()?.map_while(Result::ok);
+    let is_index = |path: &Path| path.strip_prefix(".").unwrap_or(path) == Path::new("index.json");
+    let mut files = files.filter(|file| file.path().is_ok_and(|path| is_index(&path)));
+    let Some(index) = files.next() else {
+        return Ok(Value::Null);
+    };
+    Ok(serde_json::from_reader(index.take(INDEX_BYTES_MAX))?)
 }
 
 /// A node's containerd, reached from outside the node: through the root folder of its PID 1.
@@ -215,27 +199,12 @@ impl Containerd {
     /// # Errors
     /// What ctr has to say.
     pub async fn images(&self) -> Result<BTreeMap<String, String>, ImageError> {
-        let socket = self.socket.as_os_str();
-        let arguments: [&OsStr; 6] = [
-            "--address".as_ref(),
-            socket,
-            "--namespace".as_ref(),
-            NAMESPACE.as_ref(),
-            "images".as_ref(),
-            "list".as_ref(),
-        ];
-        let mut command = Command::new("ctr");
-        let command = command.args(arguments).stdin(Stdio::null());
-        let output = command.kill_on_drop(true).output().await;
-        let output = output.map_err(ImageError::Run)?;
-        if !output.status.success() {
-            return Err(ImageError::List {
-                node: self.node.clone(),
-                message: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
-            });
-        }
+        let listed = self.ctr(&["list".as_ref()]).await?;
+        let text = listed.map_err(|message| ImageError::List {
+            node: self.node.clone(),
+            message,
+        })?;
         // REF TYPE DIGEST SIZE ..., below a line that says so.
-        let text = String::from_utf8_lossy(&output.stdout);
         let image = |line: &str| {
             let mut words = line.split_whitespace();
             Some((words.next()?.to_owned(), words.nth(1)?.to_owned()))
@@ -248,32 +217,33 @@ impl Containerd {
     /// # Errors
     /// What ctr has to say.
     pub async fn import(&self, archive: &Path) -> Result<(), ImageError> {
-        let arguments: [&OsStr; 8] = [
-            "--address".as_ref(),
-            self.socket.as_os_str(),
-            "--namespace".as_ref(),
-            NAMESPACE.as_ref(),
-            "images".as_ref(),
+        let arguments: [&OsStr; 4] = [
             "import".as_ref(),
             "--snapshotter".as_ref(),
             self.snapshotter.name().as_ref(),
+            archive.as_os_str(),
         ];
-        let output = Command::new("ctr")
-            .args(arguments)
-            .arg(archive)
-            .stdin(Stdio::null())
-            .kill_on_drop(true)
-            .output()
-            .await
-            .map_err(ImageError::Run)?;
-        if output.status.success() {
-            return Ok(());
-        }
-        let message = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-        Err(ImageError::Import {
+        let imported = self.ctr(&arguments).await?;
+        let failed = |message| ImageError::Import {
             archive: archive.to_owned(),
             node: self.node.clone(),
             message,
+        };
+        imported.map(drop).map_err(failed)
+    }
+
+    /// A command about images: what it prints, or what it has to say against it.
+    async fn ctr(&self, arguments: &[&OsStr]) -> Result<Result<String, String>, ImageError> {
+        let mut command = Command::new("ctr");
+        command.arg("--address").arg(&self.socket);
+        command.args(["--namespace", NAMESPACE, "images"]);
+        command.args(arguments).stdin(Stdio::null());
+        let output = command.kill_on_drop(true).output().await;
+        let output = output.map_err(ImageError::Run)?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Ok(match output.status.success() {
+            true => Ok(text(&output.stdout)),
+            false => Err(text(&output.stderr).trim().to_owned()),
         })
     }
 }
@@ -297,18 +267,16 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let index = r#"{"manifests":[{"digest":"sha256:1","annotations":{"io.containerd.image.name":"a/b:1"}}]}"#;
         let archive = |files: &[(&str, &str)]| {
-            let mut bytes = Vec::new();
-            for (name, contents) in files {
-                let mut header = [0_u8; 512];
-                header[..name.len()].copy_from_slice(name.as_bytes());
-                header[124..136].copy_from_slice(format!("{:011o}\0", contents.len()).as_bytes());
-                bytes.extend(header);
-                bytes.extend(contents.as_bytes());
-                bytes.resize(bytes.len().next_multiple_of(512), 0);
-            }
-            bytes.resize(bytes.len() + 1024, 0);
             let path = folder.path().join("archive.tar");
-            std::fs::write(&path, bytes).expect("written");
+            let mut archive = tar::Builder::new(File::create(&path).expect("made"));
+            for (name, contents) in files {
+                let mut header = tar::Header::new_ustar();
+                header.set_size(contents.len() as u64);
+                let contents = contents.as_bytes();
+                let put = archive.append_data(&mut header, name, contents);
+                put.expect("written");
+            }
+            archive.finish().expect("written");
             images_in(&path).expect("it can be read")
         };
         let found = archive(&[("oci-layout", "{}"), ("index.json", index)]);

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::deploy::Settings;
 use crate::network::{SUBNETS, Subnet};
+use crate::node::{SERVICES_FILE, ServiceStatus};
 use crate::process::Process;
 
 const STATE_DIR: &str = "/var/lib/keelway";
@@ -254,6 +255,13 @@ impl ClusterDir {
     /// The folder of a node.
     pub fn node(&self, node: &str) -> PathBuf {
         self.path.join(node)
+    }
+
+    /// What a node's PID 1 has written down of its services; none when it has not, or it cannot be read.
+    pub fn services(&self, node: &str) -> Vec<ServiceStatus> {
+        let text = fs::read(self.node(node).join(SERVICES_FILE)).ok();
+        let services = text.and_then(|text| serde_json::from_slice(&text).ok());
+        services.unwrap_or_default()
     }
 
     /// The kubeconfig of the cluster's administrator.

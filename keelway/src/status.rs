@@ -121,7 +121,6 @@ pub fn kubeconfig_of(dir: &ClusterDir) -> Option<Value> {
 }
 
 fn node_status(dir: &ClusterDir, node: &NodeState, known: &[(String, bool)]) -> NodeStatus {
-    let services = std::fs::read(dir.node(&node.name).join("services.json")).ok();
     let running = node.is_running();
     let ready = known
         .iter()
@@ -139,9 +138,7 @@ fn node_status(dir: &ClusterDir, node: &NodeState, known: &[(String, bool)]) -> 
             Some(ready.unwrap_or(false))
         },
         pid: node.init.filter(|_| running).map(|init| init.pid),
-        services: services
-            .and_then(|text| serde_json::from_slice(&text).ok())
-            .unwrap_or_default(),
+        services: dir.services(&node.name),
     }
 }
 

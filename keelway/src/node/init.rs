@@ -23,7 +23,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, sethostname};
 
 use super::services::{Handed, NOTIFY_SOCKET, Services};
-use super::{Event, NodeSpec, Order, mounts};
+use super::{Event, NodeSpec, Order, SERVICES_FILE, mounts};
 use crate::cgroup::{CgroupError, Hierarchies};
 use crate::network::{self, NetworkError};
 
@@ -353,7 +353,7 @@ fn read_notifications(socket: &UnixDatagram, services: &Services) -> Vec<String>
     }
 }
 
-/// `services.json` in the node's folder. Replaced by rename, so a reader never sees half of it.
+/// [`SERVICES_FILE`]. Replaced by rename, so a reader never sees half of it.
 struct StatusFile {
     folder: OwnedFd,
     last: String,
@@ -397,7 +397,7 @@ impl StatusFile {
             &self.folder,
             "services.json.new",
             &self.folder,
-            "services.json",
+            SERVICES_FILE,
         )?)
     }
 }

@@ -102,7 +102,10 @@ pub enum Order {
     Stop,
 }
 
-/// The state of one service, in `services.json` of the node's folder.
+/// Where PID 1 writes down its services, in the node's folder.
+pub const SERVICES_FILE: &str = "services.json";
+
+/// The state of one service, in [`SERVICES_FILE`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ServiceStatus {

@@ -5,7 +5,6 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::api::ClusterApi;
-use crate::node::ServiceStatus;
 use crate::state::{ClusterDir, NodeState};
 
 /// Lines of a failed service's log that are shown.
@@ -26,10 +25,7 @@ pub(super) async fn explain(dir: &ClusterDir) {
     for node in &state.nodes {
         let folder = dir.node(&node.name);
         show_end("PID 1", &node.name, &folder.join("init.log"));
-        let services: Vec<ServiceStatus> = fs::read(folder.join("services.json"))
-            .ok()
-            .and_then(|text| serde_json::from_slice(&text).ok())
-            .unwrap_or_default();
+        let services = dir.services(&node.name);
         for service in services.iter().filter(|service| service.restarts > 0) {
             show_end(
                 &service.name,

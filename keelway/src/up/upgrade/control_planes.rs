@@ -4,7 +4,6 @@
 //! state. The next one goes when enough of the others serve to do without it. The socket of 127.0.0.1 that all of them accept from is
 //! handed on: no connection to it is refused.
 
-use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
@@ -15,12 +14,11 @@ use kube::Api;
 use nix::sys::signal::Signal;
 use nix::sys::socket::{getsockopt, sockopt};
 
-use super::{LOOK_PERIOD, Upgrade};
+use super::{LOOK_PERIOD, Upgrade, within};
 use crate::etcd;
 use crate::family::IpFamily;
 use crate::machine::balancer;
 use crate::network;
-use crate::node::ServiceStatus;
 use crate::node::launch::Nodes;
 use crate::process::STOP_PATIENCE;
 use crate::state::NodeState;
@@ -49,16 +47,7 @@ impl Upgrade<'_> {
                 self.await_spare(&node).await?;
             }
             let step = self.progress.step(format!("{} replaced", node.name));
-            let limit = tokio::time::timeout(self.patience, self.replace(&node));
-            match limit.await {
-                Ok(outcome) => outcome?,
-                Err(_) => {
-                    return Err(UpError::NotBack {
-                        node: node.name,
-                        patience: self.patience,
-                    });
-                }
-            }
+            within(self.patience, &node.name, self.replace(&node)).await?;
             step.done();
             replaced += 1;
         }
@@ -94,12 +83,8 @@ impl Upgrade<'_> {
 
     /// Whether a control plane's member of the store is one of its quorum: its server answers by those of others, too.
     fn has_its_store(&self, node: &NodeState) -> bool {
-        let text = fs::read(self.dir.node(&node.name).join("services.json"));
-        let services: Option<Vec<ServiceStatus>> = text
-            .ok()
-            .and_then(|text| serde_json::from_slice(&text).ok());
-        let mut services = services.into_iter().flatten();
-        services.all(|service| {
+        let services = self.dir.services(&node.name);
+        services.iter().all(|service| {
             // A PID 1 of before does not say what is ready.
             service.name != etcd::SERVICE || service.pid.is_some() && service.ready != Some(false)
         })

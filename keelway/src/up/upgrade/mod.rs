@@ -7,6 +7,7 @@ mod control_planes;
 mod workers;
 
 use std::fs;
+use std::future::Future;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -196,4 +197,17 @@ impl Upgrade<'_> {
         fs::rename(&next, &path).map_err(failed)?;
         Ok(spec)
     }
+}
+
+/// Gives a task of a node, or of a part of the cluster, its time.
+async fn within<T>(
+    patience: Duration,
+    node: &str,
+    task: impl Future<Output = Result<T, UpError>>,
+) -> Result<T, UpError> {
+    let late = |_| UpError::NotBack {
+        node: node.to_owned(),
+        patience,
+    };
+    tokio::time::timeout(patience, task).await.map_err(late)?
 }

@@ -4,17 +4,15 @@
 //! to start again. Then the agent and the cluster DNS roll out, as any DaemonSet; with the agent comes the CNI plugin.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::future::Future;
 use std::path::{Path, PathBuf};
 
 use nix::sys::signal::Signal;
 
-use super::{LOOK_PERIOD, Upgrade};
+use super::{LOOK_PERIOD, Upgrade, within};
 use crate::config;
 use crate::containerd::{self, Containerd, Snapshotter};
 use crate::deploy;
-use crate::node::{BIN_DIR, NodeSpec, ServiceStatus, mounts};
+use crate::node::{BIN_DIR, NodeSpec, mounts};
 use crate::process::{Process, STOP_PATIENCE};
 use crate::state::NodeState;
 use crate::up::{UpError, workers_of};
@@ -61,35 +59,21 @@ impl Upgrade<'_> {
                 eprintln!("{} does not run, and stays as it is", node.name);
                 continue;
             };
-            self.within_patience(&node, self.import(&node, init, images))
-                .await?;
+            let (patience, name) = (self.patience, node.name.as_str());
+            within(patience, name, self.import(&node, init, images)).await?;
             if node.is_settled() && self.is_of_this_build(&node) {
                 continue;
             }
             let step = self.progress.step(format!("{} replaced", node.name));
             let spec = self.describe(&node)?;
             self.note(&node, |known| known.unsettled = true)?;
-            self.within_patience(&node, self.replace_programs(&node, init, &spec))
-                .await?;
+            within(patience, name, self.replace_programs(&node, init, &spec)).await?;
             self.note(&node, |known| known.unsettled = false)?;
             step.done();
             replaced += 1;
         }
         self.roll_out(images).await?;
         Ok(replaced)
-    }
-
-    async fn within_patience<T>(
-        &self,
-        node: &NodeState,
-        task: impl Future<Output = Result<T, UpError>>,
-    ) -> Result<T, UpError> {
-        let late = |_| UpError::NotBack {
-            node: node.name.clone(),
-            patience: self.patience,
-        };
-        let limit = tokio::time::timeout(self.patience, task);
-        limit.await.map_err(late)?
     }
 
     /// Brings a node the images that it lacks, or has of another build.
@@ -181,10 +165,8 @@ impl Upgrade<'_> {
 
     /// The process of a service, as its node numbers it.
     fn pid_of(&self, node: &NodeState, service: &str) -> Option<u32> {
-        let text = fs::read(self.dir.node(&node.name).join("services.json")).ok()?;
-        let services: Vec<ServiceStatus> = serde_json::from_slice(&text).ok()?;
-        let found = services.into_iter().find(|known| known.name == service);
-        found?.pid
+        let mut services = self.dir.services(&node.name).into_iter();
+        services.find(|known| known.name == service)?.pid
     }
 
     /// The process that the node of this PID 1 knows by a number.
@@ -220,11 +202,11 @@ impl Upgrade<'_> {
                 continue;
             }
             let step = self.progress.step(format!("{part} replaced on every node"));
-            let rolled = tokio::time::timeout(patience, self.api.rolled_out(name));
-            rolled.await.map_err(|_| UpError::NotBack {
-                node: name.to_owned(),
-                patience,
-            })?;
+            let rolled = async {
+                self.api.rolled_out(name).await;
+                Ok(())
+            };
+            within(patience, name, rolled).await?;
             step.done();
         }
         Ok(())
