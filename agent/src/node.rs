@@ -21,7 +21,7 @@ use crate::dataplane::{
     Xdp, XdpMode,
 };
 use crate::net::{self, Kernel, Link, NetlinkError, Uplink};
-use crate::plan::{Batch, Dsr, Ledger, Routing};
+use crate::plan::{Batch, Dsr, Ledger, Routing, is_reachable};
 use crate::report::Fill;
 use crate::worker::reason;
 
@@ -564,10 +564,7 @@ impl Node {
     /// The node's own addresses: backends at them are processes of the host.
     pub fn settle_host_addresses(&mut self, kernel: &mut Kernel) -> Result<(), NodeError> {
         let ipv6 = self.ipv6;
-        let own = |ip: &IpAddr| match ip {
-            IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
-            IpAddr::V6(v6) => ipv6 && !v6.is_loopback() && !v6.is_unicast_link_local(),
-        };
+        let own = |ip: &IpAddr| is_reachable(*ip) && (ipv6 || ip.is_ipv4());
         let now: BTreeSet<IpAddr> = kernel
             .addresses()?
             .into_iter()

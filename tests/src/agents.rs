@@ -164,6 +164,14 @@ pub fn two_nodes(
     lay(sandbox, dir, flags, false)
 }
 
+/// The ranges of Service addresses of a cluster of both families, as flags.
+pub const DUAL_STACK_RANGES: [&str; 4] = [
+    "--service-cidr",
+    "10.96.0.0/16",
+    "--service-cidr",
+    "fd00:10:96::/112",
+];
+
 /// Two nodes with addresses and pods of both families.
 pub fn two_dual_stack_nodes(
     sandbox: &Sandbox,

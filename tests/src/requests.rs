@@ -80,6 +80,17 @@ pub fn tcp(at: SocketAddr) -> io::Result<String> {
     ))
 }
 
+/// The answer of the server of a connection: its name, and whom it takes the client to be.
+pub fn exchange(stream: &mut TcpStream) -> io::Result<String> {
+    stream.set_read_timeout(Some(TIMEOUT))?;
+    stream.write_all(b"hello")?;
+    let mut buffer = [0; 256];
+    match stream.read(&mut buffer)? {
+        0 => Err(io::ErrorKind::UnexpectedEof.into()),
+        len => Ok(String::from_utf8_lossy(&buffer[..len]).into_owned()),
+    }
+}
+
 fn any(at: SocketAddr) -> &'static str {
     if at.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }
 }

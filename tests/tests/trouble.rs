@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{ErrorKind, Read as _, Write as _};
+use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 use dataplane_abi::limits;
 use keelway_agent::dataplane::held;
 use keelway_tests::agents::{Service, agent_run, cni_result, until};
+use keelway_tests::requests::{TIMEOUT, exchange};
 use keelway_tests::sandbox::{Network, ip};
 use keelway_tests::topology::{Topology, WEB};
 use serde_json::{Value, json};
 
-const TIMEOUT: Duration = Duration::from_secs(2);
 /// How often clients ask while the API server is away, and a worker is killed.
 const ASKED_EVERY: Duration = Duration::from_secs(1);
 const KILLED_EVERY: Duration = Duration::from_secs(60);
@@ -58,16 +58,6 @@ fn ask(from: &Network, at: (Ipv4Addr, u16)) -> std::io::Result<String> {
 fn whole_answer(from: &Network, at: (Ipv4Addr, u16)) -> std::io::Result<String> {
     let stream = from.run(|| TcpStream::connect_timeout(&SocketAddr::from(at), TIMEOUT));
     exchange(&mut stream?)
-}
-
-fn exchange(stream: &mut TcpStream) -> std::io::Result<String> {
-    stream.set_read_timeout(Some(TIMEOUT))?;
-    stream.write_all(b"hello")?;
-    let mut buffer = [0; 256];
-    match stream.read(&mut buffer)? {
-        0 => Err(ErrorKind::UnexpectedEof.into()),
-        len => Ok(String::from_utf8_lossy(&buffer[..len]).into_owned()),
-    }
 }
 
 fn problems(report: &Value) -> String {

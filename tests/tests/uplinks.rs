@@ -3,16 +3,17 @@
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
-use std::io::{ErrorKind, Read as _, Write as _};
+use std::io::{Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
-use std::time::Duration;
 
-use keelway_tests::agents::{AgentNode, ClusterFile, Pod, two_dual_stack_nodes, until};
+use keelway_tests::agents::{
+    AgentNode, ClusterFile, DUAL_STACK_RANGES, Pod, two_dual_stack_nodes, until,
+};
 use keelway_tests::nodes::{ECHO_PORT, echo};
+use keelway_tests::requests::{TIMEOUT, exchange};
 use keelway_tests::sandbox::{Network, Sandbox, ip, is_root};
 use serde_json::{Value, json};
 
-const TIMEOUT: Duration = Duration::from_secs(2);
 const NODE_PORT: u16 = 30080;
 /// Of the second interface, and of the client's.
 const MAC: &str = "02:00:00:00:00:01";
@@ -71,13 +72,7 @@ impl Second {
         }
         let sandbox = Sandbox::enter().expect("a sandbox");
         let dir = tempfile::tempdir().expect("a folder");
-        let ranges = [
-            "--service-cidr",
-            "10.96.0.0/16",
-            "--service-cidr",
-            "fd00:10:96::/112",
-        ];
-        let flags = [&ranges[..], flags].concat();
+        let flags = [&DUAL_STACK_RANGES[..], flags].concat();
         let (cluster, mut nodes) =
             two_dual_stack_nodes(&sandbox, dir.path(), &flags).expect("two nodes");
         cluster.write(&[]).expect("the cluster's file");
@@ -151,13 +146,7 @@ impl Second {
 /// The name of the server that answers a connection of its own, and whom it takes the client to be.
 fn ask(from: &Network, at: SocketAddr) -> std::io::Result<String> {
     let mut stream = from.run(|| TcpStream::connect_timeout(&at, TIMEOUT))?;
-    stream.set_read_timeout(Some(TIMEOUT))?;
-    stream.write_all(b"hello")?;
-    let mut buffer = [0; 256];
-    match stream.read(&mut buffer)? {
-        0 => Err(ErrorKind::UnexpectedEof.into()),
-        len => Ok(String::from_utf8_lossy(&buffer[..len]).into_owned()),
-    }
+    exchange(&mut stream)
 }
 
 /// The same by a datagram.

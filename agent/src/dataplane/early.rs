@@ -4,7 +4,7 @@ use std::{fs, io, os::fd::AsFd as _, path::PathBuf};
 
 use super::{
     Error,
-    programs::{Programs, unlink},
+    programs::{Programs, take_off},
     sys::{self, LinkTarget},
 };
 
@@ -130,11 +130,7 @@ impl Programs {
             if !is_early || name == kept {
                 continue;
             }
-            if let Ok(link) = sys::open_pinned(&path) {
-                // One whose interface is gone hangs nowhere already.
-                let _gone = sys::detach_link(link.as_fd());
-            }
-            unlink(&path)?;
+            take_off(&path)?;
         }
         Ok(())
     }

@@ -291,11 +291,7 @@ impl Programs {
             if program_of(&path) != Some(program.name()) || name.is_some_and(is_kept) {
                 continue;
             }
-            if let Ok(link) = sys::open_pinned(&path) {
-                // One whose interface is gone hangs nowhere already.
-                let _gone = sys::detach_link(link.as_fd());
-            }
-            unlink(&path)?;
+            take_off(&path)?;
         }
         Ok(())
     }
@@ -493,6 +489,15 @@ pub(super) fn program_of(path: &Path) -> Option<&'static str> {
         .into_iter()
         .chain(SOCKET_PROGRAMS.iter().map(|(socket, _)| *socket))
         .find(|known| *known == name)
+}
+
+/// Takes a program off where a pinned link hangs it, at once: the kernel takes its time with a link that only loses its pin.
+pub(super) fn take_off(path: &Path) -> Result<(), Error> {
+    if let Ok(link) = sys::open_pinned(path) {
+        // One whose interface is gone hangs nowhere already.
+        let _gone = sys::detach_link(link.as_fd());
+    }
+    unlink(path)
 }
 
 pub(super) fn unlink(path: &Path) -> Result<(), Error> {

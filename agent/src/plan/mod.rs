@@ -25,4 +25,4 @@ pub use service::{
     Balancing, Dsr, Here, Policy, PortKey, PortPlan, Route, ServicePlan, Violation, check, plan,
 };
 pub use unmasqueraded::plan_unmasqueraded;
-pub use uplinks::{Surveyed, missing_uplinks, plan_uplinks};
+pub use uplinks::{Surveyed, is_reachable, missing_uplinks, plan_uplinks};

@@ -65,7 +65,7 @@ pub fn missing_uplinks(uplinks: &[Link], named: &[String]) -> Vec<String> {
 }
 
 /// Whether other machines may reach an address.
-fn is_reachable(ip: IpAddr) -> bool {
+pub fn is_reachable(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local() && !v4.is_unspecified(),
         IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local() && !v6.is_unspecified(),

@@ -281,10 +281,14 @@ impl Slices {
 
     /// Of the slices that had enough answers, the middle one by some number.
     fn middle(&self, number: impl Fn(&Slice) -> f64) -> Option<f64> {
-        let mut numbers: Vec<f64> = self.ended.iter().map(number).collect();
-        numbers.sort_by(f64::total_cmp);
-        numbers.get(numbers.len() / 2).copied()
+        middle(self.ended.iter().map(number).collect())
     }
+}
+
+/// The middle one of some numbers; of an even count the upper one.
+pub fn middle(mut numbers: Vec<f64>) -> Option<f64> {
+    numbers.sort_by(f64::total_cmp);
+    numbers.get(numbers.len() / 2).copied()
 }
 
 /// Sends one without more work than that takes: what the generator spends is in the waiting times.

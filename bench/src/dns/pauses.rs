@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
-use super::load::SLICE;
+use super::load::{SLICE, middle};
 use super::pin;
 
 /// Shorter ones are the look at the clock itself.
@@ -65,8 +65,7 @@ impl Pauses {
             took.sort_by(f64::total_cmp);
             ratios.push(took[took.len() * 99 / 100] / took[took.len() / 2]);
         }
-        ratios.sort_by(f64::total_cmp);
-        ratios.get(ratios.len() / 2).copied()
+        middle(ratios)
     }
 }
 

@@ -15,7 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use keelway_tests::agents::{dual_stack_segment, until};
+use keelway_tests::agents::{DUAL_STACK_RANGES, dual_stack_segment, until};
 use keelway_tests::dice::{Dice, soak};
 use keelway_tests::nodes::{self, ask};
 use keelway_tests::sandbox::{Network, Sandbox, is_root};
@@ -37,13 +37,8 @@ fn whatever_changes_and_whoever_is_killed_no_request_fails() {
     let (seconds, seed) = soak(25);
     let sandbox = Sandbox::enter().expect("a sandbox");
     let dir = tempfile::tempdir().expect("a folder");
-    let ranges = [
-        "--service-cidr",
-        "10.96.0.0/16",
-        "--service-cidr",
-        "fd00:10:96::/112",
-    ];
-    let mut segment = dual_stack_segment(&sandbox, dir.path(), &ranges).expect("a segment");
+    let mut segment =
+        dual_stack_segment(&sandbox, dir.path(), &DUAL_STACK_RANGES).expect("a segment");
     segment.cluster.write(&[]).expect("the cluster's file");
     for node in &mut segment.nodes {
         node.start().expect("an agent");
