@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod authorities;
 pub mod backoff;
 pub mod certificates;
 pub mod cgroup;

@@ -1,5 +1,6 @@
 //! node: the Node object, its Ready condition, and its lease.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use kube::api::{Api, Patch, PatchParams, PostParams};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use crate::authorities::ANNOTATION;
 use crate::backoff::Quick;
 use crate::cluster::{EventKind, Note, Recorder};
 use crate::config::Config;
@@ -75,11 +77,13 @@ pub struct Registration {
     pub config: Arc<Config>,
     pub machine: Machine,
     pub recorder: Recorder,
+    /// By which authorities the node goes; None where nobody says.
+    pub goes_by: watch::Receiver<Option<String>>,
 }
 
 impl Registration {
     /// Registers the node and keeps its status and lease for ever.
-    pub async fn run(self, mut status: watch::Receiver<RuntimeStatus>) {
+    pub async fn run(mut self, mut status: watch::Receiver<RuntimeStatus>) {
         let mut retry = Quick::default();
         let mut known: Option<Node> = None;
         let mut reported: Option<Instant> = None;
@@ -134,6 +138,7 @@ impl Registration {
                     }
                     reported = None;
                 }
+                Ok(()) = self.goes_by.changed() => reported = None,
                 () = tokio::time::sleep_until(wake) => {}
             }
         }
@@ -157,17 +162,16 @@ impl Registration {
                 api.create(&PostParams::default(), &node).await?
             }
         };
-        let missing = |wanted: &ObjectMeta| {
-            let has = node.metadata.labels.clone().unwrap_or_default();
-            wanted
-                .labels
-                .iter()
-                .flatten()
-                .any(|(key, value)| has.get(key) != Some(value))
-        };
         let metadata = self.metadata();
-        if missing(&metadata) {
-            let patch = serde_json::json!({"metadata": {"labels": metadata.labels}});
+        let missing = |wanted: &Option<BTreeMap<String, String>>, has: &Option<BTreeMap<_, _>>| {
+            let mut wanted = wanted.iter().flatten();
+            wanted.any(|(key, value)| has.as_ref().and_then(|has| has.get(key)) != Some(value))
+        };
+        if missing(&metadata.labels, &node.metadata.labels)
+            || missing(&metadata.annotations, &node.metadata.annotations)
+        {
+            let patch = serde_json::json!({"metadata": {"labels": metadata.labels,
+                "annotations": metadata.annotations}});
             api.patch(name, &PatchParams::default(), &Patch::Merge(patch))
                 .await?;
         }
@@ -189,8 +193,10 @@ impl Registration {
         let own = labels
             .into_iter()
             .map(|(key, value)| (key.to_owned(), value.to_owned()));
+        let goes_by = self.goes_by.borrow().clone();
         ObjectMeta {
             name: Some(name.clone()),
+            annotations: goes_by.map(|by| BTreeMap::from([(ANNOTATION.to_owned(), by)])),
             labels: Some(own.chain(self.config.labels.iter().cloned()).collect()),
             ..Default::default()
         }

@@ -1,10 +1,13 @@
 //! run: puts the parts together and keeps them running.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use futures::future::join_all;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
@@ -15,6 +18,7 @@ use kube::{Api, Client};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{broadcast, watch};
 
+use crate::authorities::Authorities;
 use crate::backoff::Quick;
 use crate::certificates::{Certificates, Held};
 use crate::cgroup::Cgroups;
@@ -27,7 +31,7 @@ use crate::pod::operations::Context;
 use crate::pod::status::NodeFacts;
 use crate::pods::{Dispatcher, Registry, watch_changes};
 use crate::runtime::{CriRuntime, ExitSource, Runtime, RuntimeStatus};
-use crate::server::{self, Gate, Reviews, Server};
+use crate::server::{self, Gate, Reviews, Server, Tls};
 
 /// Announcements of the runtime that may wait for the dispatcher.
 const CHANGES_MAX: usize = 4096;
@@ -44,7 +48,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     }
     let cgroups = Cgroups::discover(&config.cgroup_root)?;
     cgroups.make_classes()?;
-    let (client, tls, own) = credentials(&config).await?;
+    let Access { client, tls, own } = access(&config).await?;
 
     let mut https = Vec::new();
     for ip in &config.node_ips {
@@ -95,6 +99,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         config: config.clone(),
         machine,
         recorder: cluster.recorder(),
+        goes_by: goes_by(own.as_ref()),
     };
 
     let kept = client.clone();
@@ -116,15 +121,23 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The client of the API server, TLS of our own server, and the certificates that are to be renewed.
-async fn credentials(
-    config: &Config,
-) -> anyhow::Result<(Client, Arc<rustls::ServerConfig>, Option<Certificates>)> {
+struct Access {
+    client: Client,
+    tls: Arc<Tls>,
+    /// Certificates that are to be renewed, and the authorities that they go by, where one stands for servers and clients.
+    own: Option<(Certificates, Option<Arc<Authorities>>)>,
+}
+
+/// The client of the API server, and TLS of our own server.
+async fn access(config: &Config) -> anyhow::Result<Access> {
     let ca = &config.client_ca;
     let (dir, bootstrap) = match &config.credentials {
         Credentials::Given { cert, key } => {
-            let tls = server::server_config(server::given(cert, key)?, ca)?;
-            return Ok((connect(config, None).await?, tls, None));
+            return Ok(Access {
+                client: connect(config, None, None).await?,
+                tls: Arc::new(Tls::new(server::given(cert, key)?, ca)?),
+                own: None,
+            });
         }
         Credentials::Own { dir, bootstrap } => (dir, bootstrap),
     };
@@ -132,25 +145,66 @@ async fn credentials(
     if own.client.life().is_none() || !config.kubeconfig.exists() {
         own.bootstrap(bootstrap, &config.kubeconfig).await?;
     }
-    let client = connect(config, Some(own.client.clone())).await?;
-    let tls = server::server_config(own.serving.clone(), ca)?;
-    Ok((client, tls, Some(own)))
+    let authorities = authorities(dir, config)?;
+    let ca = authorities.as_ref().map_or(ca.as_path(), |all| all.path());
+    let tls = Arc::new(Tls::new(own.serving.clone(), ca)?);
+    let client = connect(config, Some(own.client.clone()), authorities.clone()).await?;
+    let own = Some((own, authorities));
+    Ok(Access { client, tls, own })
 }
 
-async fn renew(own: Option<Certificates>, client: Client) {
+/// The cluster's authorities, as it says which there are. None where clients are of another one than the API server: of those nobody tells.
+fn authorities(dir: &Path, config: &Config) -> anyhow::Result<Option<Arc<Authorities>>> {
+    let path = dir.join("ca.crt");
+    let given = std::fs::read_to_string(&config.client_ca);
+    let given = given.with_context(|| format!("cannot read {}", config.client_ca.display()))?;
+    let of_server = server_authorities(&config.kubeconfig)?;
+    if !path.exists() && of_server.as_deref() != Some(given.as_bytes()) {
+        return Ok(None);
+    }
+    Ok(Some(Authorities::read(path, &given)?))
+}
+
+/// What a kubeconfig holds of the API server's authorities.
+fn server_authorities(kubeconfig: &Path) -> anyhow::Result<Option<Vec<u8>>> {
+    let failed = || format!("cannot use {}", kubeconfig.display());
+    let read = Kubeconfig::read_from(kubeconfig).with_context(failed)?;
+    let cluster = read.clusters.into_iter().next();
+    let data = cluster.and_then(|named| named.cluster?.certificate_authority_data);
+    data.map(|data| BASE64_STANDARD.decode(data).with_context(failed))
+        .transpose()
+}
+
+/// By which authorities the node goes, where these are followed.
+fn goes_by(
+    own: Option<&(Certificates, Option<Arc<Authorities>>)>,
+) -> watch::Receiver<Option<String>> {
+    let authorities = own.and_then(|(_, authorities)| authorities.as_ref());
+    authorities.map_or_else(|| watch::channel(None).1, |all| all.goes_by())
+}
+
+async fn renew(own: Option<(Certificates, Option<Arc<Authorities>>)>, client: Client) {
     match own {
-        Some(own) => own.keep(client).await,
+        Some((own, authorities)) => own.keep(client, authorities).await,
         None => std::future::pending().await,
     }
 }
 
-/// A client that shows the certificate that is current at each new connection; without one, that of the kubeconfig.
-fn client_of(config: kube::Config, certificate: Option<Arc<Held>>) -> Result<Client, kube::Error> {
+/// A client that shows the certificate that is current at each new connection; without one, that of the kubeconfig. So it is with the
+/// authorities that it knows the server by.
+fn client_of(
+    config: kube::Config,
+    certificate: Option<Arc<Held>>,
+    authorities: Option<Arc<Authorities>>,
+) -> Result<Client, kube::Error> {
     let Some(certificate) = certificate else {
         return Client::try_from(config);
     };
     let mut tls = config.rustls_client_config()?;
     tls.client_auth_cert_resolver = certificate;
+    if let Some(authorities) = authorities {
+        tls.dangerous().set_certificate_verifier(authorities);
+    }
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
     tcp.set_nodelay(true);
@@ -173,7 +227,11 @@ fn client_of(config: kube::Config, certificate: Option<Arc<Held>>) -> Result<Cli
     Ok(Client::new(service, config.default_namespace))
 }
 
-async fn connect(config: &Config, certificate: Option<Arc<Held>>) -> anyhow::Result<Client> {
+async fn connect(
+    config: &Config,
+    certificate: Option<Arc<Held>>,
+    authorities: Option<Arc<Authorities>>,
+) -> anyhow::Result<Client> {
     let path = &config.kubeconfig;
     let kubeconfig =
         Kubeconfig::read_from(path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -188,7 +246,7 @@ async fn connect(config: &Config, certificate: Option<Arc<Held>>) -> anyhow::Res
     client_config
         .headers
         .push((http::header::USER_AGENT, agent));
-    let client = client_of(client_config, certificate)
+    let client = client_of(client_config, certificate, authorities)
         .with_context(|| format!("cannot use {}", path.display()))?;
     // Not fatal: the API server may come up later, and pods that run go on meanwhile.
     if let Err(error) = Api::<Node>::all(client.clone())

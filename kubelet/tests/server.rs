@@ -12,7 +12,7 @@ use http::{Request, StatusCode};
 use http_body_util::{BodyExt, Empty};
 use hyper_util::rt::TokioIo;
 use keelway_kubelet::pods::Registry;
-use keelway_kubelet::server::{self, Authority, AuthorityError, Caller, Gate, Right, Server};
+use keelway_kubelet::server::{self, Authority, AuthorityError, Caller, Gate, Right, Server, Tls};
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
     Issuer, KeyPair, KeyUsagePurpose, SanType,
@@ -116,7 +116,7 @@ struct Kubelet {
     address: SocketAddr,
     authority: Issued,
     asked: Arc<AtomicUsize>,
-    _files: tempfile::TempDir,
+    files: tempfile::TempDir,
 }
 
 async fn kubelet() -> Kubelet {
@@ -132,7 +132,7 @@ async fn kubelet() -> Kubelet {
         &write("kubelet.crt", &certificate),
         &write("kubelet.key", &key),
     );
-    let tls = server::server_config(given.unwrap(), &write("ca.crt", &authority.pem)).unwrap();
+    let tls = Tls::new(given.unwrap(), &write("ca.crt", &authority.pem)).unwrap();
     let rules = Rules::default();
     let asked = rules.0.clone();
     let clock = Arc::new(fake::JumpingClock::new());
@@ -145,12 +145,12 @@ async fn kubelet() -> Kubelet {
     });
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    tokio::spawn(server::serve(server, listener, tls));
+    tokio::spawn(server::serve(server, listener, Arc::new(tls)));
     Kubelet {
         address,
         authority,
         asked,
-        _files: files,
+        files,
     }
 }
 
@@ -330,4 +330,27 @@ async fn a_caller_in_a_loop_is_not_asked_about_each_time() {
         .hold(None, scraper, &["GET /metrics"; 5], Some(200))
         .await;
     assert_eq!(kubelet.asked.load(Ordering::Relaxed), 2, "who, and whether");
+}
+
+#[tokio::test]
+async fn clients_are_of_the_authorities_that_are_in_the_file_now() {
+    let kubelet = kubelet().await;
+    let next = Issued::new();
+    let [old, new] = [&kubelet.authority, &next].map(|by| by.leaf("looker", "", CLIENT));
+    let put = |text: &str| {
+        let file = kubelet.files.path().join("new");
+        std::fs::write(&file, text).unwrap();
+        std::fs::rename(file, kubelet.files.path().join("ca.crt")).unwrap();
+    };
+    let looks = ["GET /pods"];
+    kubelet.hold(Some(&old), None, &looks, Some(200)).await;
+    kubelet.hold(Some(&new), None, &looks, None).await;
+    put(&format!("{}{}", kubelet.authority.pem, next.pem));
+    kubelet.hold(Some(&old), None, &looks, Some(200)).await;
+    kubelet.hold(Some(&new), None, &looks, Some(200)).await;
+    put("nonsense");
+    kubelet.hold(Some(&old), None, &looks, Some(200)).await;
+    put(&next.pem);
+    kubelet.hold(Some(&old), None, &looks, None).await;
+    kubelet.hold(Some(&new), None, &looks, Some(200)).await;
 }

@@ -40,7 +40,7 @@ pub async fn run(api: &Api) -> Result<(), Status> {
 }
 
 /// By what extension servers know their callers, as this one does; who may read it, a Role of Kubernetes says.
-async fn extension_authentication(api: &Api) -> Result<(), Status> {
+pub async fn extension_authentication(api: &Api) -> Result<(), Status> {
     let client_ca = api.config.pki_dir.join("ca.crt");
     let client_ca = std::fs::read_to_string(client_ca).map_err(Status::internal)?;
     let mut data = match &api.proxies {

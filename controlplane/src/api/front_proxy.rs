@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 
 use http::{HeaderMap, HeaderName};
-use rustls::RootCertStore;
 use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::ClientCertVerifier;
@@ -17,6 +16,7 @@ use super::Peer;
 use super::listener::{TlsError, roots};
 use super::request::percent_decode;
 use crate::auth::{Identity, common_name};
+use crate::pki::Following;
 
 /// What proxies are known by, and the headers in which they say whom they speak for.
 #[derive(Debug, Clone)]
@@ -36,10 +36,12 @@ pub struct FrontProxyConfig {
 pub struct FrontProxies {
     config: FrontProxyConfig,
     headers: Headers,
+    verifiers: Arc<Following<Verifiers>>,
+}
+
+struct Verifiers {
     clients: Arc<dyn ClientCertVerifier>,
     proxies: Arc<dyn ClientCertVerifier>,
-    /// Of clients and proxies together: what TLS lets in.
-    roots: RootCertStore,
 }
 
 struct Headers {
@@ -123,24 +125,27 @@ impl FrontProxies {
     /// # Errors
     /// When a header cannot be one, or an authority cannot be read.
     pub fn new(config: FrontProxyConfig, client_ca: &Path) -> Result<Self, TlsError> {
-        let verifier = |roots: RootCertStore| {
-            let built = WebPkiClientVerifier::builder(Arc::new(roots)).build();
+        let (client_ca, proxy_ca) = (client_ca.to_owned(), config.ca_file.clone());
+        let files = vec![client_ca.clone(), proxy_ca.clone()];
+        let verifier = |path: &Path| -> Result<Arc<dyn ClientCertVerifier>, TlsError> {
+            let built = WebPkiClientVerifier::builder(Arc::new(roots(path)?)).build();
             built.map_err(|error| TlsError::Config(error.to_string()))
         };
-        let (of_clients, of_proxies) = (roots(client_ca)?, roots(&config.ca_file)?);
-        let mut both = of_clients.clone();
-        both.extend(of_proxies.roots.iter().cloned());
+        let verifiers = Following::new(files, move || {
+            Ok::<_, TlsError>(Verifiers {
+                clients: verifier(&client_ca)?,
+                proxies: verifier(&proxy_ca)?,
+            })
+        })?;
         Ok(Self {
             headers: Headers::of(&config)?,
-            clients: verifier(of_clients)?,
-            proxies: verifier(of_proxies)?,
-            roots: both,
+            verifiers,
             config,
         })
     }
 
-    pub fn roots(&self) -> RootCertStore {
-        self.roots.clone()
+    pub fn ca_file(&self) -> &Path {
+        &self.config.ca_file
     }
 
     /// The other end of a connection, by what it has shown: TLS took either authority's certificates, and what one has signed says
@@ -151,10 +156,11 @@ impl FrontProxies {
             by.verify_client_cert(first, rest, UnixTime::now()).ok()?;
             Some(first.to_vec())
         };
-        let name = signed(&self.proxies).and_then(|certificate| common_name(&certificate));
+        let verifiers = self.verifiers.current();
+        let name = signed(&verifiers.proxies).and_then(|certificate| common_name(&certificate));
         let names = &self.config.names;
         Peer {
-            certificate: signed(&self.clients),
+            certificate: signed(&verifiers.clients),
             proxy: name.filter(|name| names.is_empty() || names.contains(name)),
             address,
             ..Peer::default()

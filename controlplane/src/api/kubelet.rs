@@ -17,14 +17,14 @@ use super::fields::Fields;
 use super::listener::{self, TlsError};
 use super::status::{Status, Subject};
 use super::unverified::any_certificate;
-use crate::pki::{Reloading, Source};
+use crate::pki::{Following, Reloading, Source};
 
 const KUBELET_PORT: i64 = 10250;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The API server's credentials towards kubelets.
 pub struct Kubelets {
-    tls: TlsConnector,
+    verified: Arc<Following<ClientConfig>>,
     unverified: TlsConnector,
 }
 
@@ -44,12 +44,14 @@ impl std::fmt::Display for KubeletAddress {
 impl Kubelets {
     pub fn new(pki_dir: &Path) -> Result<Self, TlsError> {
         let own = Reloading::new(Source::files(pki_dir, "apiserver-kubelet-client"))?;
-        let roots = listener::roots(&pki_dir.join("ca.crt"))?;
-        let verified = ClientConfig::builder().with_root_certificates(roots);
-        let verified = verified.with_client_cert_resolver(own.clone());
-        let unverified = any_certificate().with_client_cert_resolver(own);
+        let unverified = any_certificate().with_client_cert_resolver(own.clone());
+        let ca = pki_dir.join("ca.crt");
+        let verified = Following::new(vec![ca.clone()], move || {
+            let verified = ClientConfig::builder().with_root_certificates(listener::roots(&ca)?);
+            Ok::<_, TlsError>(verified.with_client_cert_resolver(own.clone()))
+        })?;
         Ok(Self {
-            tls: TlsConnector::from(Arc::new(verified)),
+            verified,
             unverified: TlsConnector::from(Arc::new(unverified)),
         })
     }
@@ -60,7 +62,10 @@ impl Kubelets {
         kubelet: KubeletAddress,
         verify: bool,
     ) -> Result<TlsStream<TcpStream>, Status> {
-        let tls = if verify { &self.tls } else { &self.unverified };
+        let tls = match verify {
+            true => TlsConnector::from(self.verified.current()),
+            false => self.unverified.clone(),
+        };
         let failed = |why: String| {
             Status::new(
                 StatusCode::BAD_GATEWAY,

@@ -8,18 +8,20 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::GracefulShutdown;
-use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::WebPkiClientVerifier;
+use rustls::server::danger::ClientCertVerifier;
 use rustls::{RootCertStore, ServerConfig};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
 use super::Api;
 use super::front_proxy::FrontProxies;
 use super::unread::Unread;
-use crate::pki::{PkiError, Reloading, Source};
+use crate::pki::{Following, LOOK_PERIOD, PkiError, Reloading, Source};
 
 /// A client must finish its TLS handshake within this.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -70,43 +72,90 @@ pub fn roots(path: &Path) -> Result<RootCertStore, TlsError> {
     Ok(roots)
 }
 
-/// The server's side of TLS: a client certificate is asked for, checked when given, and not needed.
+/// The server's side of TLS, and what it checks client certificates by.
+pub struct ServerTls {
+    config: Arc<ServerConfig>,
+    verifier: Arc<dyn ClientCertVerifier>,
+}
+
+/// The server's side of TLS: a client certificate is asked for, checked when given, and not needed. When the authorities change it is
+/// another one, and with it what sessions could be taken up again: nobody stays known by what has not been checked since.
 pub fn server_tls(
     pki_dir: &Path,
     proxies: Option<&FrontProxies>,
-) -> Result<ServerConfig, TlsError> {
-    let config_error = |error: &dyn std::fmt::Display| TlsError::Config(error.to_string());
-    let known = match proxies {
-        Some(proxies) => proxies.roots(),
-        None => roots(&pki_dir.join("ca.crt"))?,
+) -> Result<Arc<Following<ServerTls>>, TlsError> {
+    let shown = Reloading::new(Source::files(pki_dir, "apiserver"))?;
+    let mut files = vec![pki_dir.join("ca.crt")];
+    files.extend(proxies.map(|proxies| proxies.ca_file().to_owned()));
+    let read = files.clone();
+    Following::new(files, move || {
+        let mut known = RootCertStore::empty();
+        for file in &read {
+            known.extend(roots(file)?.roots);
+        }
+        let verifier = WebPkiClientVerifier::builder(Arc::new(known))
+            .allow_unauthenticated()
+            .build()
+            .map_err(|error| TlsError::Config(error.to_string()))?;
+        let mut config = ServerConfig::builder()
+            .with_client_cert_verifier(verifier.clone())
+            .with_cert_resolver(shown.clone());
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        let config = Arc::new(config);
+        Ok::<_, TlsError>(ServerTls { config, verifier })
+    })
+}
+
+/// Tells whenever the authorities have changed, for as long as somebody listens.
+async fn tell_changes(tls: Arc<Following<ServerTls>>, changes: watch::Sender<()>) {
+    let mut known = tls.current();
+    while !changes.is_closed() {
+        tokio::time::sleep(LOOK_PERIOD).await;
+        let now = tls.current();
+        if !Arc::ptr_eq(&known, &now) {
+            known = now;
+            changes.send_replace(());
+        }
+    }
+}
+
+/// Waits until no authority vouches any more for what a client has shown.
+async fn disowned(
+    tls: &Following<ServerTls>,
+    chain: &[CertificateDer<'static>],
+    mut changes: watch::Receiver<()>,
+) {
+    let Some((first, rest)) = chain.split_first() else {
+        return std::future::pending().await;
     };
-    let verifier = WebPkiClientVerifier::builder(Arc::new(known))
-        .allow_unauthenticated()
-        .build()
-        .map_err(|error| config_error(&error))?;
-    let mut config = ServerConfig::builder()
-        .with_client_cert_verifier(verifier)
-        .with_cert_resolver(Reloading::new(Source::files(pki_dir, "apiserver"))?);
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    Ok(config)
+    while changes.changed().await.is_ok() {
+        let verifier = tls.current().verifier.clone();
+        let vouched = verifier.verify_client_cert(first, rest, UnixTime::now());
+        if vouched.is_err() {
+            return;
+        }
+    }
+    std::future::pending().await
 }
 
 /// Serves the API on every listener until `stop` fires, then lets requests finish for a moment.
 pub async fn serve(
     api: Arc<Api>,
-    tls: Arc<ServerConfig>,
+    tls: Arc<Following<ServerTls>>,
     listeners: Vec<TcpListener>,
     stop: CancellationToken,
 ) {
-    let acceptor = TlsAcceptor::from(tls);
     let graceful = GracefulShutdown::new();
+    let (tell, changes) = watch::channel(());
+    tokio::spawn(tell_changes(tls.clone(), tell));
     let (connections, mut accepted) = tokio::sync::mpsc::channel::<TcpStream>(64);
     for listener in listeners {
         tokio::spawn(accept(listener, connections.clone(), stop.clone()));
     }
     drop(connections);
     while let Some(stream) = accepted.recv().await {
-        let (api, acceptor) = (api.clone(), acceptor.clone());
+        let (api, tls, changes) = (api.clone(), tls.clone(), changes.clone());
+        let acceptor = TlsAcceptor::from(tls.current().config.clone());
         let watcher = graceful.watcher();
         tokio::spawn(async move {
             let Ok(Ok(stream)) =
@@ -114,10 +163,11 @@ pub async fn serve(
             else {
                 return; // Probes and clients that do not trust us end here; there is nobody to tell.
             };
-            let (tcp, tls) = stream.get_ref();
-            let chain = tls.peer_certificates().unwrap_or_default();
+            let (tcp, session) = stream.get_ref();
+            let chain: Vec<CertificateDer<'static>> =
+                session.peer_certificates().unwrap_or_default().to_vec();
             let peer_address = tcp.peer_addr().ok();
-            let peer = Arc::new(api.peer(chain, peer_address));
+            let peer = Arc::new(api.peer(&chain, peer_address));
             let unread = Arc::new(Unread::default());
             let answers = unread.clone();
             let service = service_fn(move |request| {
@@ -146,6 +196,9 @@ pub async fn serve(
                 _ = watcher.watch(connection) => {}
                 () = unread.for_longer_than(UNREAD_MAX) => {
                     tracing::debug!(?peer_address, "cut off: it does not read its answer");
+                }
+                () = disowned(&tls, &chain, changes) => {
+                    tracing::debug!(?peer_address, "cut off: its certificate is of an authority of before");
                 }
             }
         });

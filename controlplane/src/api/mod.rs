@@ -67,6 +67,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::auth::{AuthError, Identity, TokenKeys};
+use crate::pki;
 use crate::registry::{self, Resource};
 use crate::store::{Store, StoreError};
 use crate::streams;
@@ -210,14 +211,12 @@ impl Api {
 
     /// Serves until the stop token fires, or the state is another one than what was read: then all is to start anew.
     pub async fn serve(self: Arc<Self>, listeners: Vec<TcpListener>) -> Result<(), StartError> {
-        let tls = Arc::new(listener::server_tls(
-            &self.config.pki_dir,
-            self.proxies.as_ref(),
-        )?);
+        let tls = listener::server_tls(&self.config.pki_dir, self.proxies.as_ref())?;
         let stop = self.stop.clone();
         let announced = tokio::spawn(self.clone().stay_announced());
         tokio::spawn(self.clone().forget_unused_encodings());
         tokio::spawn(self.clone().keep_allocations());
+        tokio::spawn(self.clone().tell_authorities());
         let store = self.store.clone();
         tokio::select! {
             () = listener::serve(self, tls, listeners, stop) => {}
@@ -226,6 +225,33 @@ impl Api {
         // A panic there is in the log, and nothing that is served here depends on it.
         let _ = announced.await;
         Ok(())
+    }
+
+    /// Tells extension servers of the authorities of callers once more, whenever these have changed.
+    async fn tell_authorities(self: Arc<Self>) {
+        let mut files = vec![self.config.pki_dir.join("ca.crt")];
+        let proxies = self.proxies.as_ref();
+        files.extend(proxies.map(|proxies| proxies.ca_file().to_owned()));
+        let mut told = pki::Stamp::of(&files);
+        loop {
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                () = tokio::time::sleep(pki::LOOK_PERIOD) => {}
+            }
+            let now = pki::Stamp::of(&files);
+            if now == told {
+                continue;
+            }
+            match bootstrap::extension_authentication(&self).await {
+                Ok(()) => told = now,
+                Err(status) => {
+                    tracing::warn!(
+                        error = status.message,
+                        "extension servers know the authorities of before"
+                    );
+                }
+            }
+        }
     }
 
     /// Gives memory back when nobody lists in protobuf any more.

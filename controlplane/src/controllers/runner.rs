@@ -5,12 +5,13 @@
 //! can make it do the same thing twice.
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
 use k8s_openapi::jiff::Timestamp;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -21,11 +22,12 @@ use super::execute::{Outcome, execute};
 use super::intake::Intake;
 use super::lease::work_while_leading;
 use super::nodeipam::Pool;
-use super::object::{Key, Kind, ResourceType};
+use super::object::{Key, Kind, Object, ResourceType};
 use super::plan::{Action, Keys, Note, Plan, View, Write};
 use super::snapshot::Change;
 use super::watch::{Api, Feed, follow};
 use super::{ALL, Config, Error, Settings};
+use crate::pki::{LOOK_PERIOD, Stamp};
 
 /// Upstream's name, so that an upstream controller manager waits while this one leads.
 const LEASE: &str = "kube-controller-manager";
@@ -40,32 +42,67 @@ const DISCOVERY_EVERY: Duration = Duration::from_secs(30);
 
 /// Runs the controllers whenever this control plane leads, until `stop` fires or they cannot run at all.
 pub async fn run(config: Config, stop: CancellationToken) -> Result<(), Error> {
-    let root_ca = std::fs::read_to_string(&config.ca_file).map_err(|source| Error::RootCa {
-        path: config.ca_file.clone(),
+    let pools = config.cluster_cidrs.iter().copied().map(Pool::new);
+    let pools = pools.collect::<Result<Vec<_>, _>>()?;
+    let files = [config.ca_file.clone(), config.ca_key_file.clone()];
+    let stamp = Stamp::of(&files);
+    let first = read_settings(&files, pools.clone())?;
+    let (settings, followed) = watch::channel(Arc::new(first));
+    let api = Api::from_kubeconfig(&config.kubeconfig, "kube-controller-manager").await?;
+    let work = || Runner::new(api.clone(), followed.clone()).run();
+    tokio::select! {
+        () = work_while_leading(&api, LEASE, &config.identity, &stop, work) => {}
+        () = follow_settings(&files, stamp, pools, settings) => {}
+    }
+    Ok(())
+}
+
+/// What plans depend on beside the snapshot, as the files of the authority say.
+fn read_settings([ca_file, key_file]: &[PathBuf; 2], pools: Vec<Pool>) -> Result<Settings, Error> {
+    let root_ca = std::fs::read_to_string(ca_file).map_err(|source| Error::RootCa {
+        path: ca_file.clone(),
         source,
     })?;
-    let pools = config.cluster_cidrs.into_iter().map(Pool::new);
-    let pools = pools.collect::<Result<Vec<_>, _>>()?;
-    let authority = match std::fs::read_to_string(&config.ca_key_file) {
+    let authority = match std::fs::read_to_string(key_file) {
         Ok(key) => Some(Arc::new(Authority::new(&root_ca, &key)?)),
         // Not every control plane is trusted with it.
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
         Err(source) => {
             return Err(Error::CaKey {
-                path: config.ca_key_file,
+                path: key_file.clone(),
                 source,
             });
         }
     };
-    let settings = Settings {
+    Ok(Settings {
         authority,
         pools,
         root_ca,
-    };
-    let api = Api::from_kubeconfig(&config.kubeconfig, "kube-controller-manager").await?;
-    let work = || Runner::new(api.clone(), settings.clone()).run();
-    work_while_leading(&api, LEASE, &config.identity, &stop, work).await;
-    Ok(())
+    })
+}
+
+/// Reads the files again for ever, whenever they have changed. While one does not fit the other, what was there before stays.
+async fn follow_settings(
+    files: &[PathBuf; 2],
+    mut known: Stamp,
+    pools: Vec<Pool>,
+    settings: watch::Sender<Arc<Settings>>,
+) {
+    loop {
+        tokio::time::sleep(LOOK_PERIOD).await;
+        let stamp = Stamp::of(files);
+        if stamp == known {
+            continue;
+        }
+        match read_settings(files, pools.clone()) {
+            Ok(new) => {
+                tracing::info!("the authorities have changed");
+                known = stamp;
+                settings.send_replace(Arc::new(new));
+            }
+            Err(error) => tracing::warn!(%error, "the authorities of before stay in use"),
+        }
+    }
 }
 
 /// A key of one controller, by the controller's place in `ALL`.
@@ -83,7 +120,7 @@ struct Failed {
 
 struct Runner {
     api: Api,
-    settings: Settings,
+    settings: watch::Receiver<Arc<Settings>>,
     intake: Intake,
     recorder: Recorder,
     tasks: JoinSet<()>,
@@ -103,7 +140,7 @@ struct Runner {
 }
 
 impl Runner {
-    fn new(api: Api, settings: Settings) -> Self {
+    fn new(api: Api, settings: watch::Receiver<Arc<Settings>>) -> Self {
         let (feed, news) = mpsc::channel(NEWS_MAX);
         let (done, finished) = mpsc::unbounded_channel();
         let mut tasks = JoinSet::new();
@@ -146,6 +183,7 @@ impl Runner {
             tokio::select! {
                 Some(feed) = self.news.recv() => self.take_in(feed),
                 Some(done) = self.finished.recv() => self.finish(done),
+                Ok(()) = self.settings.changed() => self.touch_those_of_settings(),
                 () = wake => {}
             }
             for _ in 0..NEWS_MAX {
@@ -201,6 +239,21 @@ impl Runner {
         }
     }
 
+    /// Has those planned again that hold the authorities: namespaces have a ConfigMap with them, tokens of accounts a copy.
+    fn touch_those_of_settings(&mut self) {
+        let snapshot = &self.intake.snapshot;
+        let namespaces = snapshot.namespaces.values().cloned();
+        let secrets = snapshot.secrets.values().cloned();
+        let holders: Vec<Object> = namespaces
+            .map(Object::Namespace)
+            .chain(secrets.map(Object::Secret))
+            .collect();
+        for object in holders {
+            let new = Some(object);
+            self.touch(&Change { old: None, new });
+        }
+    }
+
     fn enqueue(&mut self, job: Job) {
         if let Some(again) = self.running.get_mut(&job) {
             *again = true;
@@ -212,13 +265,14 @@ impl Runner {
     }
 
     fn plan_queued(&mut self) {
+        let settings = self.settings.borrow().clone();
         while let Some(job) = self.queue.pop_front() {
             self.queued.remove(&job);
             self.clear_timer(&job);
             let now = Timestamp::now();
             let view = View {
                 snapshot: &self.intake.snapshot,
-                settings: &self.settings,
+                settings: &settings,
                 now,
                 last_failure: self
                     .failed

@@ -13,7 +13,7 @@ use kube::client::{Body, ConfigExt};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use tokio::sync::mpsc;
 
-use crate::pki::{Reloading, Source};
+use crate::pki::{Reloading, Source, TrustedServers};
 
 use super::object::{Key, Listed, Object, ResourceType, WatchLine};
 
@@ -96,7 +96,8 @@ impl Api {
         }
         // A certificate in the file itself may be renewed there; what is named by it is read once.
         let renewed = Reloading::new(Source::Kubeconfig(path.into())).ok();
-        let client = connect(config, renewed).map_err(|source| ClientError::Client {
+        let trusted = TrustedServers::of_kubeconfig(path);
+        let client = connect(config, renewed, trusted).map_err(|source| ClientError::Client {
             path: path.into(),
             source,
         })?;
@@ -202,6 +203,7 @@ impl Api {
 fn connect(
     config: kube::Config,
     renewed: Option<Arc<Reloading>>,
+    trusted: Option<TrustedServers>,
 ) -> Result<kube::Client, kube::Error> {
     let mut tcp = HttpConnector::new();
     tcp.enforce_http(false);
@@ -210,6 +212,10 @@ fn connect(
     let mut tls = config.rustls_client_config()?;
     if let Some(renewed) = renewed {
         tls.client_auth_cert_resolver = renewed;
+    }
+    if let Some(trusted) = trusted.filter(|_| !config.accept_invalid_certs) {
+        let mut tls = tls.dangerous();
+        tls.set_certificate_verifier(Arc::new(trusted));
     }
     let tls = hyper_rustls::HttpsConnectorBuilder::new()
         .with_tls_config(tls)

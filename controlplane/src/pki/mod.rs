@@ -1,10 +1,14 @@
 //! The certificates of a control plane, in its folder of credentials: which there are and until when, renewed by the authority whose
 //! key lies beside them, and taken up by what runs without a restart.
 
+mod authorities;
+mod following;
 mod leaf;
 mod reload;
 mod renewal;
 
+pub use authorities::{TrustedServers, signing};
+pub use following::{Following, LOOK_PERIOD, Stamp};
 pub use leaf::{Leaf, Life};
 pub use reload::{Reloading, Source};
 pub use renewal::{finish, keep, known, renew};

@@ -2,8 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::Arc;
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
@@ -14,10 +13,8 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 
+use super::following::Following;
 use super::{PkiError, file};
-
-/// How often it is looked whether files have changed, when connections are made.
-const LOOK_PERIOD: Duration = Duration::from_secs(2);
 
 /// Where certificate and key are, both PEM.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -103,72 +100,31 @@ impl Source {
         let provider = rustls::crypto::ring::default_provider();
         CertifiedKey::from_der(chain, key, &provider).map_err(|error| unusable(error.to_string()))
     }
-
-    /// What changes when a file is replaced.
-    fn stamp(&self) -> Vec<Option<SystemTime>> {
-        let of = |path: &Path| fs::metadata(path).and_then(|meta| meta.modified()).ok();
-        self.paths().into_iter().map(of).collect()
-    }
 }
 
 /// What TLS asks for a certificate.
 #[derive(Debug)]
-pub struct Reloading {
-    source: Source,
-    state: Mutex<State>,
-}
-
-#[derive(Debug)]
-struct State {
-    current: Arc<CertifiedKey>,
-    stamp: Vec<Option<SystemTime>>,
-    looked: Instant,
-}
+pub struct Reloading(Arc<Following<CertifiedKey>>);
 
 impl Reloading {
     /// # Errors
     /// When there is no usable certificate yet.
     pub fn new(source: Source) -> Result<Arc<Self>, PkiError> {
-        let stamp = source.stamp();
-        let current = Arc::new(source.certified()?);
-        let state = Mutex::new(State {
-            current,
-            stamp,
-            looked: Instant::now(),
-        });
-        Ok(Arc::new(Self { source, state }))
-    }
-
-    fn current(&self) -> Arc<CertifiedKey> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if state.looked.elapsed() >= LOOK_PERIOD {
-            state.looked = Instant::now();
-            let stamp = self.source.stamp();
-            if stamp != state.stamp {
-                match self.source.certified() {
-                    Ok(new) => {
-                        tracing::info!(source = ?self.source, "a new certificate is used");
-                        state.current = Arc::new(new);
-                        state.stamp = stamp;
-                    }
-                    // Half of a pair may be replaced already: it is looked at again soon.
-                    Err(error) => tracing::warn!(%error, "the old certificate stays in use"),
-                }
-            }
-        }
-        state.current.clone()
+        let files = source.paths().into_iter().map(Path::to_owned).collect();
+        let following = Following::new(files, move || source.certified())?;
+        Ok(Arc::new(Self(following)))
     }
 }
 
 impl ResolvesServerCert for Reloading {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        Some(self.current())
+        Some(self.0.current())
     }
 }
 
 impl ResolvesClientCert for Reloading {
     fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
-        Some(self.current())
+        Some(self.0.current())
     }
 
     fn has_certs(&self) -> bool {

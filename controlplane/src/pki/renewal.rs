@@ -12,6 +12,7 @@ use jiff::Timestamp;
 use rcgen::{Issuer, KeyPair};
 use serde_json::Value;
 
+use super::authorities::signing;
 use super::leaf::Leaf;
 use super::reload::Source;
 use super::{PkiError, file};
@@ -122,12 +123,10 @@ fn issuer(folder: &Path, signer: &str) -> Result<Issuer<'static, KeyPair>, PkiEr
         return Err(PkiError::NoKey(key));
     }
     let read = |path: &Path| fs::read_to_string(path).map_err(file("read", path));
-    let unusable = |error: rcgen::Error| PkiError::Unusable {
+    signing(&read(&certificate)?, &read(&key)?).map_err(|reason| PkiError::Unusable {
         path: key.clone(),
-        reason: error.to_string(),
-    };
-    let pair = KeyPair::from_pem(&read(&key)?).map_err(unusable)?;
-    Issuer::from_ca_cert_pem(&read(&certificate)?, pair).map_err(unusable)
+        reason,
+    })
 }
 
 /// Renews those named; when none is, all but the authorities and what another etcd's authority signs, whose key is elsewhere. Gives the

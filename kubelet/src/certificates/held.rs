@@ -14,6 +14,7 @@ use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use tokio::sync::watch;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::CertificateError;
@@ -24,6 +25,7 @@ pub struct Held {
     /// The file with chain and key, PEM.
     pub path: PathBuf,
     current: RwLock<Option<Current>>,
+    changed: watch::Sender<()>,
 }
 
 #[derive(Debug, Clone)]
@@ -58,6 +60,7 @@ impl Held {
         let held = Self {
             path,
             current: RwLock::default(),
+            changed: watch::Sender::new(()),
         };
         match fs::read(&held.path) {
             Ok(pem) => match parse(&pem) {
@@ -90,6 +93,17 @@ impl Held {
 
     fn set(&self, current: Current) {
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = Some(current);
+        self.changed.send_replace(());
+    }
+
+    /// Fires when there is another certificate.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.changed.subscribe()
+    }
+
+    /// The certificate itself; None while there is none.
+    pub fn leaf(&self) -> Option<CertificateDer<'static>> {
+        self.get()?.key.cert.first().cloned()
     }
 
     fn get(&self) -> Option<Current> {

@@ -20,8 +20,9 @@ use kube::runtime::wait::await_condition;
 use kube::{Api, Client};
 use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair, SanType};
 
-pub use held::{Held, Life};
+pub use held::{Held, Life, write_private};
 
+use crate::authorities::Authorities;
 use crate::backoff::Quick;
 use crate::config::Config;
 
@@ -128,35 +129,65 @@ impl Certificates {
             tokio::time::sleep(retry.wait()).await;
         }
         let own = own_kubeconfig(shown, &self.client.path).map_err(unusable)?;
-        let written = held::write_private(kubeconfig, own.as_bytes());
+        let written = write_private(kubeconfig, own.as_bytes());
         written.map_err(|source| CertificateError::Write {
             path: kubeconfig.to_owned(),
             source,
         })
     }
 
-    /// Renews both certificates for ever, each before it expires; the first for serving is asked for at once.
-    pub async fn keep(self, client: Client) {
-        let (as_client, as_server) = (self.clone(), self);
-        let to = client.clone();
+    /// Renews both certificates for ever, each before it expires; the first for serving is asked for at once. When the cluster says that
+    /// another authority signs now, that is a reason too.
+    pub async fn keep(self, client: Client, authorities: Option<Arc<Authorities>>) {
+        let of_cluster = authorities.as_deref();
+        let both = [&*self.client, &*self.serving];
+        let follow = async {
+            if let Some(authorities) = of_cluster {
+                tokio::join!(authorities.follow(client.clone()), authorities.settle(both));
+            }
+        };
         tokio::join!(
-            as_client.keep_one(&to, &as_client.client, &AS_CLIENT),
-            as_server.keep_one(&client, &as_server.serving, &AS_SERVER),
+            self.keep_one(&client, &self.client, &AS_CLIENT, of_cluster),
+            self.keep_one(&client, &self.serving, &AS_SERVER, of_cluster),
+            follow,
         );
     }
 
-    async fn keep_one(&self, client: &Client, held: &Held, purpose: &Purpose) {
+    async fn keep_one(
+        &self,
+        client: &Client,
+        held: &Held,
+        purpose: &Purpose,
+        authorities: Option<&Authorities>,
+    ) {
         let mut retry = Quick::default();
+        let mut changes = authorities.map(Authorities::changes);
         loop {
+            let is_of_before = authorities.zip(held.leaf());
+            let is_of_before = is_of_before.is_some_and(|(now, leaf)| !now.has_signed(&leaf));
             let rest = held.rest(&self.node, Timestamp::now());
-            if !rest.is_zero() {
-                tokio::time::sleep(rest.min(LOOK_PERIOD)).await;
+            if !rest.is_zero() && !is_of_before {
+                retry.clear();
+                let changed = async {
+                    match &mut changes {
+                        Some(changes) => drop(changes.changed().await),
+                        None => std::future::pending().await,
+                    }
+                };
+                tokio::select! {
+                    () = tokio::time::sleep(rest.min(LOOK_PERIOD)) => {}
+                    () = changed => {}
+                }
                 continue;
             }
             match self.renew(client, held, purpose).await {
                 Ok(()) => {
                     tracing::info!(signer = purpose.signer, "a new certificate is used");
-                    retry.clear();
+                    let signed = authorities.zip(held.leaf());
+                    if signed.is_some_and(|(now, leaf)| !now.has_signed(&leaf)) {
+                        // Whoever signs has yet to hear of it.
+                        tokio::time::sleep(retry.wait()).await;
+                    }
                 }
                 Err(error) => {
                     tracing::warn!(%error, "no new certificate; trying again");

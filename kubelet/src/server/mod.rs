@@ -31,7 +31,7 @@ use tokio_rustls::TlsAcceptor;
 
 pub use access::{Authority, AuthorityError, Caller, Gate, Right};
 pub use reviews::Reviews;
-pub use tls::{TlsError, given, server_config};
+pub use tls::{Tls, TlsError, given};
 
 use crate::logs::{Ended, Output, Selection, stream};
 use crate::pod::sandbox::log_directory_name;
@@ -93,8 +93,7 @@ pub struct Server {
 }
 
 /// Serves HTTPS for ever.
-pub async fn serve(server: Arc<Server>, listener: TcpListener, tls: Arc<rustls::ServerConfig>) {
-    let acceptor = TlsAcceptor::from(tls);
+pub async fn serve(server: Arc<Server>, listener: TcpListener, tls: Arc<Tls>) {
     loop {
         let (stream, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
@@ -105,7 +104,7 @@ pub async fn serve(server: Arc<Server>, listener: TcpListener, tls: Arc<rustls::
                 continue;
             }
         };
-        let (server, acceptor) = (server.clone(), acceptor.clone());
+        let (server, acceptor) = (server.clone(), TlsAcceptor::from(tls.current()));
         tokio::spawn(async move {
             let _ = stream.set_nodelay(true);
             match tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {

@@ -1,7 +1,9 @@
 //! tls: the server's certificate, and the authority that clients' certificates must be signed by.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
 
 use rustls::server::{ResolvesServerCert, WebPkiClientVerifier};
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
@@ -44,8 +46,53 @@ pub fn given(cert: &Path, key: &Path) -> Result<Arc<dyn ResolvesServerCert>, Tls
     Ok(Arc::new(SingleCertAndKey::from(certified)))
 }
 
-/// The TLS side of the server: TLS 1.2 or 1.3. A client may come without a certificate, to show a token; not with a bad one.
-pub fn server_config(
+/// The TLS side of the server: TLS 1.2 or 1.3. A client may come without a certificate, to show a token; not with a bad one. The file with
+/// the authorities may be replaced: what is in it then counts from the next connection on.
+pub struct Tls {
+    shown: Arc<dyn ResolvesServerCert>,
+    client_ca: PathBuf,
+    state: Mutex<(Stamp, Arc<ServerConfig>)>,
+}
+
+/// What changes when a file is replaced.
+type Stamp = Option<(SystemTime, u64, u64)>;
+
+fn stamp(path: &Path) -> Stamp {
+    let meta = std::fs::metadata(path).ok()?;
+    Some((meta.modified().ok()?, meta.ino(), meta.len()))
+}
+
+impl Tls {
+    /// # Errors
+    /// When the authorities cannot be used.
+    pub fn new(shown: Arc<dyn ResolvesServerCert>, client_ca: &Path) -> Result<Self, TlsError> {
+        let stamp = stamp(client_ca);
+        let config = server_config(shown.clone(), client_ca)?;
+        Ok(Self {
+            shown,
+            client_ca: client_ca.to_owned(),
+            state: Mutex::new((stamp, config)),
+        })
+    }
+
+    pub fn current(&self) -> Arc<ServerConfig> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = stamp(&self.client_ca);
+        if now != state.0 {
+            state.0 = now;
+            match server_config(self.shown.clone(), &self.client_ca) {
+                Ok(config) => {
+                    tracing::info!(file = %self.client_ca.display(), "clients are of other authorities now");
+                    state.1 = config;
+                }
+                Err(error) => tracing::warn!(%error, "clients stay of the authorities of before"),
+            }
+        }
+        state.1.clone()
+    }
+}
+
+fn server_config(
     shown: Arc<dyn ResolvesServerCert>,
     client_ca: &Path,
 ) -> Result<Arc<ServerConfig>, TlsError> {

@@ -12,6 +12,7 @@ use rcgen::{
 use sha2::{Digest, Sha256};
 
 use crate::auth::MASTERS;
+use crate::pki::signing;
 
 /// Clocks of others may be behind by this much.
 const BACKDATED_SECONDS: i64 = 300;
@@ -62,7 +63,7 @@ pub enum Error {
     #[error("unable to sign csr: {0}")]
     Sign(rcgen::Error),
     #[error("unable to use the CA's certificate and key: {0}")]
-    Authority(rcgen::Error),
+    Authority(String),
 }
 
 impl Request {
@@ -181,9 +182,9 @@ impl fmt::Debug for Authority {
 }
 
 impl Authority {
-    pub fn new(certificate_pem: &str, key_pem: &str) -> Result<Self, Error> {
-        let key = KeyPair::from_pem(key_pem).map_err(Error::Authority)?;
-        let issuer = Issuer::from_ca_cert_pem(certificate_pem, key).map_err(Error::Authority)?;
+    /// Of the authorities in a PEM text the one whose key this is.
+    pub fn new(authorities_pem: &str, key_pem: &str) -> Result<Self, Error> {
+        let issuer = signing(authorities_pem, key_pem).map_err(Error::Authority)?;
         Ok(Self { issuer })
     }
 

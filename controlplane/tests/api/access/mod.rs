@@ -1,5 +1,6 @@
 //! Attempts to get in, or to reach further than one may: each is refused, and what is allowed works.
 
+mod authorities;
 mod joining;
 mod nodes;
 mod proxies;
