@@ -22,6 +22,8 @@ mod ledger;
 mod moves;
 #[path = "plan/nodes.rs"]
 mod nodes;
+#[path = "plan/order.rs"]
+mod order;
 #[path = "plan/reached.rs"]
 mod reached;
 

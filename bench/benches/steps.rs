@@ -118,6 +118,49 @@ fn steps(criterion: &mut Criterion) {
     }
 }
 
+/// One Service with very many endpoints, one of which comes and goes.
+fn many_endpoints(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("one of many endpoints");
+    for size in SIZES {
+        let manifest = Value::from(lists::services(1, size).concat()).to_string();
+        let all = read_manifest(manifest.as_bytes()).expect("a cluster");
+        let (mut cluster, mut dirty) = (Snapshot::default(), Dirty::default());
+        for object in all {
+            cluster.apply(Change::Upsert(object), &mut dirty);
+        }
+        for kind in [Kind::Service, Kind::EndpointSlice] {
+            assert!(cluster.count(kind) > 0, "{kind:?}");
+        }
+        let key = dirty.services.first().expect("a Service").clone();
+        let here = here();
+        let (whole, mut fewer) = (plan(&cluster, &key, &here), plan(&cluster, &key, &here));
+        for (_, port) in fewer.ports.iter_mut() {
+            assert_eq!(port.backends.active.len(), size);
+            port.backends.active.remove(size / 2);
+        }
+        group.throughput(Throughput::Elements(size as u64));
+        group.bench_function(BenchmarkId::new("plan", size), |b| {
+            b.iter(|| plan(black_box(&cluster), &key, &here));
+        });
+        group.bench_function(BenchmarkId::new("check", size), |b| {
+            b.iter(|| check(black_box(&whole)).is_ok());
+        });
+        let mut ledger = Ledger::adopt(State::default());
+        group.bench_function(BenchmarkId::new("diff", size), |b| {
+            // Gone and back: two changes of the ledger, two batches.
+            b.iter(|| {
+                for plan in [&whole, &fewer] {
+                    ledger.set(&key, plan.clone());
+                    let batch = ledger.diff();
+                    black_box(ledger.loses_backends(&batch));
+                    ledger.applied(&batch);
+                }
+            });
+        });
+    }
+    group.finish();
+}
+
 /// Batches into maps of the kernel, as root only.
 fn batches(criterion: &mut Criterion) {
     if !keelway_tests::sandbox::is_root("batches") {
@@ -140,6 +183,6 @@ fn batches(criterion: &mut Criterion) {
 criterion_group! {
     name = all;
     config = Criterion::default().sample_size(20);
-    targets = steps, batches
+    targets = steps, many_endpoints, batches
 }
 criterion_main!(all);

@@ -260,7 +260,7 @@ impl<M: MapIo> Tables<M> {
         self.generation
     }
 
-    fn carry_out(&mut self, batch: &Batch, now: Instant) -> Result<Applied, Error> {
+    fn carry_out(&mut self, batch: &Batch<'_>, now: Instant) -> Result<Applied, Error> {
         for (id, backends) in &batch.services {
             if let Some(backends) = backends {
                 self.place(*id, backends, now)?;
@@ -280,7 +280,7 @@ impl<M: MapIo> Tables<M> {
     /// What clients are led by, and what nothing leads to any more.
     fn lead(
         &mut self,
-        batch: &Batch,
+        batch: &Batch<'_>,
         stale_ranges: &[RangeKey],
         now: Instant,
     ) -> Result<Applied, Error> {
@@ -496,28 +496,28 @@ pub(super) fn frontend_of(key: &FrontendKey, lead: &RawLead) -> Option<(Frontend
 
 /// What a batch leaves each key with; nothing where it is to be removed.
 #[derive(Default)]
-struct Batch {
-    services: BTreeMap<u32, Option<ServiceBackends>>,
-    renewed: BTreeMap<u32, ServiceBackends>,
+struct Batch<'a> {
+    services: BTreeMap<u32, Option<&'a ServiceBackends>>,
+    renewed: BTreeMap<u32, &'a ServiceBackends>,
     ranges: BTreeMap<u32, BTreeSet<RangeKey>>,
     frontends: BTreeMap<FrontendKey, Option<RawLead>>,
     locals: BTreeMap<Addr, Option<LocalAddress>>,
     peers: Option<BTreeMap<PeerKey, u64>>,
 }
 
-impl Batch {
-    fn collect(ops: &[Op]) -> Result<Self, Error> {
+impl<'a> Batch<'a> {
+    fn collect(ops: &'a [Op]) -> Result<Self, Error> {
         let mut batch = Self::default();
         for op in ops {
             match op {
                 Op::SetService { id, backends } => {
-                    batch.services.insert(checked(*id)?, Some(backends.clone()));
+                    batch.services.insert(checked(*id)?, Some(backends));
                 }
                 Op::RemoveService { id } => {
                     batch.services.insert(checked(*id)?, None);
                 }
                 Op::RenewService { id, backends } => {
-                    batch.renewed.insert(checked(*id)?, backends.clone());
+                    batch.renewed.insert(checked(*id)?, backends);
                 }
                 Op::SetSources { id, sources } => {
                     let id = checked(*id)?;

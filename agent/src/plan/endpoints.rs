@@ -1,6 +1,7 @@
 //! Which endpoints serve a service port on this node, and in what order.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::borrow::Cow;
+use std::collections::{BTreeSet, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -65,22 +66,26 @@ impl<'a> Endpoints<'a> {
     ///
     /// With policy Local hints have no say. Endpoints of this node come first among the active ones.
     pub fn by(&self, policy: Policy, service: &Service, here: &Here) -> ServiceBackends {
-        let local = |list: &[(SocketAddr, &'a Endpoint)]| -> Vec<(SocketAddr, &'a Endpoint)> {
+        let local = |list: &[(SocketAddr, &'a Endpoint)]| -> Cow<'_, [(SocketAddr, &'a Endpoint)]> {
             let here = |(_, endpoint): &&(SocketAddr, &Endpoint)| is_here(endpoint, here);
             list.iter().filter(here).copied().collect()
         };
-        let (ready, mut terminating) = match policy {
-            Policy::Cluster => (self.hinted(here), self.terminating.clone()),
+        let (ready, terminating) = match policy {
+            Policy::Cluster => (self.hinted(here), Cow::from(&self.terminating)),
             Policy::Local => (local(&self.ready), local(&self.terminating)),
         };
         let active = local_first(&ready, here);
+        let mut terminating = local_first(&terminating, here);
         // The same address may be in two slices while an endpoint moves between them.
-        terminating.retain(|(address, _)| !active.contains(address));
+        if !terminating.is_empty() {
+            let active: HashSet<&SocketAddr> = active.iter().collect();
+            terminating.retain(|address| !active.contains(address));
+        }
         let any_elsewhere = !self.ready.is_empty() || !self.terminating.is_empty();
         let silent = active.is_empty() && terminating.is_empty() && any_elsewhere;
         ServiceBackends {
-            terminating: local_first(&terminating, here),
             active,
+            terminating,
             silent,
             affinity_timeout_s: service.affinity_timeout_s.unwrap_or(0),
             maglev: 0,
@@ -91,10 +96,10 @@ impl<'a> Endpoints<'a> {
 
     /// The ready endpoints that hints lead this node to, as kube-proxy reads them (KEP-2433, KEP-3015): hints for nodes count before those
     /// for zones, and either only when every ready endpoint has one, and one of them is for this node. Else there are all.
-    fn hinted(&self, here: &Here) -> Vec<(SocketAddr, &'a Endpoint)> {
+    fn hinted(&self, here: &Here) -> Cow<'_, [(SocketAddr, &'a Endpoint)]> {
         let meant = |is_meant: &dyn Fn(&Endpoint) -> bool| {
             let meant = self.ready.iter().filter(|(_, one)| is_meant(one));
-            meant.copied().collect::<Vec<_>>()
+            meant.copied().collect::<Cow<'_, [_]>>()
         };
         let (by_node, by_zone) = self.are_hinted();
         if by_node {
@@ -109,7 +114,7 @@ impl<'a> Endpoints<'a> {
                 return near;
             }
         }
-        self.ready.clone()
+        Cow::from(&self.ready)
     }
 
     /// Whether every ready endpoint says which nodes it is for, and which zones.
@@ -139,15 +144,16 @@ fn is_reachable(address: IpAddr) -> bool {
 
 /// The addresses, each once: this node's first, then by number.
 fn local_first(endpoints: &[(SocketAddr, &Endpoint)], here: &Here) -> Vec<SocketAddr> {
-    let mut local: BTreeMap<SocketAddr, bool> = BTreeMap::new();
-    for (address, endpoint) in endpoints {
-        *local.entry(*address).or_default() |= is_here(endpoint, here);
-    }
-    let (near, far): (Vec<_>, Vec<_>) = local.into_iter().partition(|(_, local)| *local);
-    near.into_iter()
-        .chain(far)
-        .map(|(address, _)| address)
-        .collect()
+    let mut all: Vec<(SocketAddr, bool)> = endpoints
+        .iter()
+        .map(|(address, endpoint)| (*address, !is_here(endpoint, here)))
+        .collect();
+    // Slices are mostly in order already, of which this sort makes use. An address that is near in one of them is near.
+    all.sort();
+    all.dedup_by_key(|(address, _)| *address);
+    let near = all.iter().filter(|(_, far)| !far);
+    let far = all.iter().filter(|(_, far)| *far);
+    near.chain(far).map(|(address, _)| *address).collect()
 }
 
 fn is_here(endpoint: &Endpoint, here: &Here) -> bool {

@@ -395,10 +395,8 @@ impl Ledger {
     pub fn loses_backends(&self, batch: &Batch) -> bool {
         batch.ops.iter().any(|op| match op {
             Op::SetService { id, backends } => {
-                let held = self.held.services.get(id).into_iter();
-                let mut held = held.flat_map(ServiceBackends::all);
-                let wished: HashSet<&SocketAddr> = backends.all().collect();
-                held.any(|backend| !wished.contains(backend))
+                let held = self.held.services.get(id);
+                held.is_some_and(|held| !holds_all(backends, held))
             }
             Op::SetFrontend { frontend, .. } => [*frontend, frontend.on_every_address()]
                 .iter()
@@ -582,6 +580,19 @@ impl Ledger {
         }
         None
     }
+}
+
+/// Whether what a service port shall have is among others all that it has. Both are mostly in order, of which the sorts make use.
+fn holds_all(wished: &ServiceBackends, held: &ServiceBackends) -> bool {
+    let sorted = |backends: &ServiceBackends| {
+        let mut all: Vec<SocketAddr> = backends.all().copied().collect();
+        all.sort();
+        all
+    };
+    let mut wished = sorted(wished).into_iter();
+    sorted(held)
+        .iter()
+        .all(|backend| wished.any(|one| one == *backend))
 }
 
 /// For which clients of a frontend a service port is.

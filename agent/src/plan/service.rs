@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use cluster_model::{Service, ServiceKey, ServicePort, ServiceType, Snapshot, TrafficPolicy};
@@ -364,9 +364,9 @@ pub enum Violation {
     #[error("{0}: no frontend leads there")]
     Unreached(PortKey),
     #[error("{0}: backend {1} is of another address family")]
-    BackendFamily(PortKey, std::net::SocketAddr),
+    BackendFamily(PortKey, SocketAddr),
     #[error("{0}: backend {1} is there twice")]
-    BackendTwice(PortKey, std::net::SocketAddr),
+    BackendTwice(PortKey, SocketAddr),
     #[error("{0}: {1} backends are more than a service port can have")]
     TooManyBackends(PortKey, usize),
     #[error("{0}: {1} backends have a table of {2} entries")]
@@ -391,27 +391,22 @@ pub fn check(plan: &ServicePlan) -> Result<(), Violation> {
         if !reached.contains(key) {
             return Err(Violation::Unreached(key.clone()));
         }
-        let mut seen = BTreeSet::new();
-        for backend in port
-            .backends
-            .active
-            .iter()
-            .chain(&port.backends.terminating)
-        {
-            if backend.is_ipv4() != key.ipv4 {
-                return Err(Violation::BackendFamily(key.clone(), *backend));
-            }
-            if !seen.insert(backend) {
-                return Err(Violation::BackendTwice(key.clone(), *backend));
-            }
+        let mut all: Vec<SocketAddr> = port.backends.all().copied().collect();
+        if let Some(other) = all.iter().find(|backend| backend.is_ipv4() != key.ipv4) {
+            return Err(Violation::BackendFamily(key.clone(), *other));
+        }
+        // What is mostly in order is sorted in no time; a tree of thousands is not made so.
+        all.sort();
+        if let Some(twice) = all.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(Violation::BackendTwice(key.clone(), twice[0]));
         }
         let (active, entries) = (port.backends.active.len(), port.backends.maglev);
         let is_good = maglev::SIZES.contains(&entries) && (2..entries as usize).contains(&active);
         if entries != 0 && !is_good {
             return Err(Violation::Table(key.clone(), active, entries));
         }
-        if seen.len() > limits::BACKENDS_PER_SERVICE as usize {
-            return Err(Violation::TooManyBackends(key.clone(), seen.len()));
+        if all.len() > limits::BACKENDS_PER_SERVICE as usize {
+            return Err(Violation::TooManyBackends(key.clone(), all.len()));
         }
     }
     Ok(())
