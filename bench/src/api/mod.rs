@@ -1,5 +1,6 @@
 //! `keelway-bench api`: what API servers can do, side by side, each given by a kubeconfig.
 
+mod beside;
 mod connection;
 mod endpoint;
 mod fleet;
@@ -9,6 +10,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use hdrhistogram::Histogram;
 use indicatif::ProgressBar;
 
 use crate::machine::Machine;
@@ -234,7 +236,16 @@ async fn measure_mixes(
                 WRITE_P99,
                 ms(mixed.writes.value_at_quantile(0.99)),
             );
-            findings.push(case, READ_P99, ms(mixed.reads.value_at_quantile(0.99)));
+            findings.push(
+                case.clone(),
+                READ_P99,
+                ms(mixed.reads.value_at_quantile(0.99)),
+            );
+            if let Some(beside) = &mixed.beside {
+                let p99 = |times: &Histogram<u64>| ms(times.value_at_quantile(0.99));
+                findings.push(case.clone(), VERSION_P99, p99(&beside.version));
+                findings.push(case, BARE_P99, p99(&beside.bare));
+            }
         }
     }
     Ok(())
@@ -291,6 +302,8 @@ const WRITES: Quantity = ("writes", "/s", Better::Higher);
 const READS: Quantity = ("reads", "/s", Better::Higher);
 const WRITE_P99: Quantity = ("write p99", "ms", Better::Lower);
 const READ_P99: Quantity = ("read p99", "ms", Better::Lower);
+const VERSION_P99: Quantity = ("/version p99", "ms", Better::Lower);
+const BARE_P99: Quantity = ("bare exchange p99", "ms", Better::Lower);
 const CORES: Quantity = ("cores", "", Better::Lower);
 const EVENTS: Quantity = ("events", "", Better::Higher);
 const FAILED: Quantity = ("failed", "", Better::Lower);

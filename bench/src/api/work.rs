@@ -11,6 +11,7 @@ use http::Method;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
+use super::beside::{Beside, read_beside};
 use super::endpoint::{Caller, Endpoint};
 
 pub const NAMESPACE: &str = "bench-api";
@@ -247,26 +248,12 @@ pub async fn fan_out(endpoint: &Endpoint, watchers: usize, changes: u64) -> Resu
     })
 }
 
-/// Reads one object again and again. From a thread of its own: what reads wait for is to be the server, not the clients that
-/// write.
-fn read_beside(caller: &Caller, until: Instant) -> Result<Histogram<u64>> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    runtime.block_on(async {
-        let mut reads = Histogram::new(3)?;
-        while Instant::now() < until {
-            let answer = caller.get(&format!("{PODS}/p-1")).await?;
-            reads.record(u64::try_from(answer.took.as_micros())?)?;
-        }
-        Ok(reads)
-    })
-}
-
 /// Reads and writes of some connections for a while.
 pub struct Mixed {
     pub reads: Histogram<u64>,
     pub writes: Histogram<u64>,
+    /// What the reader beside them has seen, if there was one. Its reads are in the others.
+    pub beside: Option<Beside>,
     pub took: Duration,
     pub cpu: Option<Duration>,
 }
@@ -316,25 +303,31 @@ pub async fn mixed(endpoint: &Endpoint, mix: Mix, duration: Duration) -> Result<
     });
     let beside = async {
         if !mix.reader_beside {
-            return histogram();
+            return anyhow::Ok(None);
         }
         let caller = endpoint.caller()?;
-        tokio::task::spawn_blocking(move || read_beside(&caller, until)).await?
+        let path = format!("{PODS}/p-1");
+        let reader = tokio::task::spawn_blocking(move || read_beside(&caller, &path, until));
+        reader.await?.map(Some)
     };
-    let (of_connections, mut reads) = tokio::try_join!(try_join_all(connections), beside)?;
+    let (of_connections, beside) = tokio::try_join!(try_join_all(connections), beside)?;
     let took = began.elapsed();
     let used = endpoint
         .cpu()?
         .zip(cpu)
         .map(|(after, before)| after - before);
-    let mut writes = histogram()?;
+    let (mut reads, mut writes) = (histogram()?, histogram()?);
     for (of_reads, of_writes) in of_connections {
         reads.add(of_reads)?;
         writes.add(of_writes)?;
     }
+    if let Some(beside) = &beside {
+        reads.add(&beside.reads)?;
+    }
     Ok(Mixed {
         reads,
         writes,
+        beside,
         took,
         cpu: used,
     })
