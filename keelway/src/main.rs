@@ -3,6 +3,7 @@
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand, ValueEnum};
@@ -16,6 +17,7 @@ use keelway::machine::balancer::{self, BalanceArguments};
 use keelway::machine::join::{self, JoinFlags};
 use keelway::machine::leave::{self, LeaveFlags};
 use keelway::machine::member;
+use keelway::machine::rotation::{self, Step};
 use keelway::machine::server::{self, ServerFlags, StoreFlags};
 use keelway::machine::token::command::{self as token, TokenCommand};
 use keelway::node::init::{self, InitArguments};
@@ -158,6 +160,14 @@ enum CertsCommand {
         /// Names as `list` has them; all when none is given
         names: Vec<String>,
     },
+    /// Put another authority in the place of the cluster's, step by step, while the cluster runs; without a step, say where that stands
+    RotateCa {
+        #[arg(value_enum)]
+        step: Option<Step>,
+        /// How long to wait until all nodes and namespaces know of the change
+        #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+        timeout: u64,
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -268,8 +278,17 @@ fn certs(command: &CertsCommand) -> anyhow::Result<()> {
             arguments.insert(0, "renew".to_owned());
             arguments.extend(others);
         }
+        CertsCommand::RotateCa { step, timeout } => {
+            return rotate_ca(*step, Duration::from_secs(*timeout));
+        }
     }
     Err(controlplane("certs", &arguments))
+}
+
+#[tokio::main]
+async fn rotate_ca(step: Option<Step>, patience: Duration) -> anyhow::Result<()> {
+    checks::root("certs rotate-ca")?;
+    Ok(rotation::run(step, patience, &StateDir::from_environment()).await?)
 }
 
 #[tokio::main]

@@ -187,8 +187,7 @@ async fn learn(arguments: &BalanceArguments, servers: Servers) {
 async fn ask(arguments: &BalanceArguments) -> anyhow::Result<Vec<SocketAddr>> {
     let mut config = Config::new(format!("https://{}", arguments.listen).parse()?);
     config.proxy_url = None;
-    let ca = CertificateDer::from_pem_file(&arguments.ca)?;
-    config.root_cert = Some(vec![ca.to_vec()]);
+    config.root_cert = Some(authorities(arguments)?);
     let certificate = arguments.certificate.display().to_string();
     config.auth_info = AuthInfo {
         client_certificate: Some(certificate.clone()),
@@ -197,6 +196,15 @@ async fn ask(arguments: &BalanceArguments) -> anyhow::Result<Vec<SocketAddr>> {
     };
     let api: Api<Endpoints> = Api::namespaced(Client::try_from(config)?, "default");
     Ok(addresses(&api.get("kubernetes").await?))
+}
+
+/// Those that there are now. What the cluster has told the kubelet of them is beside the node's certificate.
+fn authorities(arguments: &BalanceArguments) -> anyhow::Result<Vec<Vec<u8>>> {
+    let told = arguments.certificate.with_file_name("ca.crt");
+    let path = if told.exists() { &told } else { &arguments.ca };
+    let all = CertificateDer::pem_file_iter(path)?;
+    let all = all.map(|certificate| Ok(certificate?.to_vec()));
+    all.collect()
 }
 
 /// Where API servers are, as `default/kubernetes` says, in order.

@@ -17,11 +17,12 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use super::API_PORT;
 use super::token::Token;
 use crate::forward::names::{self, NameError};
+use crate::pki::succession::believed;
 
 /// The object that anybody may read.
 pub const NAMESPACE: &str = "kube-public";
 pub const NAME: &str = "cluster-info";
-const CONTENT: &str = "kubeconfig";
+pub const CONTENT: &str = "kubeconfig";
 /// How long a token may take to sign what a cluster tells of itself; a machine may read that, and may not watch it.
 const SIGNING_TIMEOUT: Duration = Duration::from_secs(5);
 const SIGNING_RETRY: Duration = Duration::from_millis(200);
@@ -176,10 +177,10 @@ async fn discover_once(
 ) -> Result<Known, DiscoveryError> {
     // Whoever answers can say anything: it is checked by what it says.
     let seen = ask(address, None).await?;
-    let ca = verify(&seen, address, token, hash)?;
+    let meant = verify(&seen, address, token, hash)?.meant;
     // Once more, from one who holds the key of a certificate that this authority has signed.
-    let again = ask(address, Some(&ca)).await?;
-    verify(&again, address, token, hash)?;
+    let again = ask(address, Some(&meant)).await?;
+    let ca = verify(&again, address, token, hash)?.all;
     Ok(Known { address, ca })
 }
 
@@ -190,9 +191,9 @@ async fn ask(address: SocketAddr, ca: Option<&str>) -> Result<ConfigMap, Discove
     config.proxy_url = None;
     match ca {
         Some(pem) => {
-            let der = CertificateDer::from_pem_slice(pem.as_bytes());
-            let der = der.map_err(|error| unusable(&error))?;
-            config.root_cert = Some(vec![der.to_vec()]);
+            let all = CertificateDer::pem_slice_iter(pem.as_bytes());
+            let all: Result<Vec<_>, _> = all.map(|der| der.map(|der| der.to_vec())).collect();
+            config.root_cert = Some(all.map_err(|error| unusable(&error))?);
         }
         None => config.accept_invalid_certs = true,
     }
@@ -204,13 +205,20 @@ async fn ask(address: SocketAddr, ca: Option<&str>) -> Result<ConfigMap, Discove
     })
 }
 
-/// The authority that `cluster-info` names, when it is the one that was meant.
+/// The authorities that `cluster-info` names, PEM.
+struct Authorities {
+    all: String,
+    /// The one that was meant, with what it has signed for: there are several while one takes the place of another.
+    meant: String,
+}
+
+/// The authorities that `cluster-info` names, when the one that was meant is among them.
 fn verify(
     info: &ConfigMap,
     address: SocketAddr,
     token: &Token,
     hash: &CaHash,
-) -> Result<String, DiscoveryError> {
+) -> Result<Authorities, DiscoveryError> {
     let unusable = |reason: &str| DiscoveryError::Unusable(reason.to_owned());
     let data = info.data.as_ref().ok_or_else(|| unusable("it is empty"))?;
     let content = data
@@ -230,14 +238,16 @@ fn verify(
         .and_then(|data| BASE64_STANDARD.decode(data).ok())
         .and_then(|pem| String::from_utf8(pem).ok())
         .ok_or_else(|| unusable("its kubeconfig names no authority"))?;
-    let found = CaHash::of_pem(&ca)?;
-    if found != *hash {
+    let meant = believed(&ca, |der| {
+        CaHash::of_der(der).is_ok_and(|found| found == *hash)
+    });
+    if meant.is_empty() {
         return Err(DiscoveryError::OtherAuthority {
             address,
-            found: found.to_string(),
+            found: CaHash::of_pem(&ca)?.to_string(),
         });
     }
-    Ok(ca)
+    Ok(Authorities { all: ca, meant })
 }
 
 /// Whether a detached JSON Web Signature (RFC 7515) is the token's, over the content.
@@ -284,17 +294,14 @@ mod tests {
     #[test]
     fn an_authority_of_another_hash_is_refused() {
         let address = "10.0.0.1:6443".parse().expect("an address");
-        let ca = Authority::new("test", 1)
-            .expect("made")
-            .credential
-            .certificate;
-        let other = Authority::new("test", 1)
-            .expect("made")
-            .credential
-            .certificate;
+        let [ca, second, other] = [(); 3].map(|()| {
+            let made = Authority::new("test", 1).expect("made");
+            made.credential.certificate
+        });
+        let all = ca.clone() + &second;
         let content = format!(
             r#"{{"clusters":[{{"cluster":{{"certificate-authority-data":"{}"}}}}]}}"#,
-            BASE64_STANDARD.encode(&ca)
+            BASE64_STANDARD.encode(&all)
         );
         let header = BASE64_URL_SAFE_NO_PAD.encode(r#"{"alg":"HS256","kid":"abcdef"}"#);
         let key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, b"0123456789abcdef");
@@ -314,7 +321,12 @@ mod tests {
             ..ConfigMap::default()
         };
         let hash = CaHash::of_pem(&ca).expect("a hash");
-        assert_eq!(verify(&info, address, &token(), &hash).expect("good"), ca);
+        // Either may be meant; what the other one signs is not believed for that.
+        for meant in [&ca, &second] {
+            let hash = CaHash::of_pem(meant).expect("a hash");
+            let found = verify(&info, address, &token(), &hash).expect("good");
+            assert_eq!((&found.all, &found.meant), (&all, meant));
+        }
         let wrong = CaHash::of_pem(&other).expect("a hash");
         assert!(matches!(
             verify(&info, address, &token(), &wrong),

@@ -443,7 +443,7 @@ pub(super) async fn own_api(dir: &MachineDir, server: String) -> Result<ClusterA
     while !pem.exists() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    let ca = dir.credentials().join("ca.crt");
+    let ca = dir.authorities();
     let config = serde_json::json!({
         "apiVersion": "v1", "kind": "Config", "current-context": "node",
         "clusters": [{"name": "node", "cluster": {"server": format!("https://{server}"), "certificate-authority": ca}}],

@@ -10,6 +10,7 @@ pub mod join;
 pub mod leave;
 pub mod member;
 mod moving;
+pub mod rotation;
 pub mod run;
 pub mod server;
 pub mod share;
@@ -236,6 +237,16 @@ impl MachineDir {
     pub fn kubelet_certificates(&self) -> [PathBuf; 2] {
         let folder = self.node().join("var/lib/kubelet/pki");
         ["kubelet-client.pem", "kubelet-serving.pem"].map(|name| folder.join(name))
+    }
+
+    /// The authorities of the cluster: as it has told the kubelet of them, where it has, which may be others than those that the machine
+    /// joined with.
+    pub fn authorities(&self) -> PathBuf {
+        let told = self.node().join("var/lib/kubelet/pki/ca.crt");
+        match told.exists() {
+            true => told,
+            false => self.credentials().join("ca.crt"),
+        }
     }
 
     /// What is written down; None when nothing is, or it cannot be read.

@@ -8,3 +8,4 @@ mod joining;
 mod machine;
 mod members;
 mod moving;
+mod rotation;

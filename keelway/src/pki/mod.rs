@@ -2,6 +2,8 @@
 //!
 //! Names follow kubeadm's where clients or authorizers look at them: `system:masters`, `system:nodes`, `system:node:<name>`.
 
+pub mod succession;
+
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use jiff::ToSpan;
@@ -11,6 +13,7 @@ use rcgen::{
 };
 
 use crate::kubeconfig;
+use succession::signing;
 
 /// A development cluster lives for days; its certificates must not be what ends it. So does an authority, which is not renewed.
 const YEARS: i64 = 10;
@@ -22,6 +25,8 @@ pub enum PkiError {
         subject: String,
         source: rcgen::Error,
     },
+    #[error("the key of the authority is of none of its certificates")]
+    Stranger,
 }
 
 fn make(subject: &str) -> impl FnOnce(rcgen::Error) -> PkiError {
@@ -59,13 +64,7 @@ impl Authority {
     pub fn new(cluster: &str, years: i64) -> Result<Self, PkiError> {
         let name = format!("keelway-{cluster}-ca");
         let key = KeyPair::generate().map_err(make(&name))?;
-        let mut params = params(&name, None, &Names::default(), YEARS).map_err(make(&name))?;
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![
-            KeyUsagePurpose::KeyCertSign,
-            KeyUsagePurpose::CrlSign,
-            KeyUsagePurpose::DigitalSignature,
-        ];
+        let params = authority(&name).map_err(make(&name))?;
         let certificate = params.self_signed(&key).map_err(make(&name))?;
         let credential = Credential {
             certificate: certificate.pem(),
@@ -78,15 +77,12 @@ impl Authority {
         })
     }
 
-    /// One that is kept elsewhere too.
+    /// One that is kept elsewhere too; of several certificates the one counts whose key this is.
     ///
     /// # Errors
-    /// When the two are not a certificate and its key.
+    /// When the key is of none of them.
     pub fn load(credential: Credential, years: i64) -> Result<Self, PkiError> {
-        let subject = "another control plane";
-        let key = KeyPair::from_pem(&credential.key).map_err(make(subject))?;
-        let issuer =
-            Issuer::from_ca_cert_pem(&credential.certificate, key).map_err(make(subject))?;
+        let issuer = signing(&credential)?;
         Ok(Authority {
             issuer,
             years,
@@ -189,6 +185,17 @@ fn params(
         )
     };
     (params.not_before, params.not_after) = (date(from), date(to));
+    Ok(params)
+}
+
+fn authority(name: &str) -> Result<CertificateParams, rcgen::Error> {
+    let mut params = params(name, None, &Names::default(), YEARS)?;
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.key_usages = vec![
+        KeyUsagePurpose::KeyCertSign,
+        KeyUsagePurpose::CrlSign,
+        KeyUsagePurpose::DigitalSignature,
+    ];
     Ok(params)
 }
 
