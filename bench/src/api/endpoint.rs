@@ -206,10 +206,15 @@ impl Caller {
             .await
     }
 
-    /// Reads a watch, and calls `event` for each line of it, until that says that it is enough.
-    pub async fn watch(&self, path: &str, mut event: impl FnMut() -> bool) -> Result<()> {
+    /// Reads a watch, and calls `event` for each one of it, until that says that it is enough.
+    pub async fn watch(
+        &self,
+        path: &str,
+        mut events: Events,
+        mut event: impl FnMut() -> bool,
+    ) -> Result<()> {
         let request = Request::get(path)
-            .header(http::header::ACCEPT, "application/json")
+            .header(http::header::ACCEPT, events.media_type())
             .body(Full::default())?;
         let mut connection = self.connection().await?;
         let response = self.connector.ask(&mut connection, request).await?;
@@ -218,10 +223,9 @@ impl Caller {
             "a watch: {}",
             response.status()
         );
-        let mut frames = response.into_body().into_data_stream();
-        while let Some(frame) = frames.next().await {
-            let lines = frame?.iter().filter(|byte| **byte == b'\n').count();
-            for _ in 0..lines {
+        let mut chunks = response.into_body().into_data_stream();
+        while let Some(chunk) = chunks.next().await {
+            for _ in 0..events.ended_in(&chunk?) {
                 if !event() {
                     return Ok(());
                 }
@@ -231,9 +235,77 @@ impl Caller {
     }
 }
 
+/// How the events of a watch are told apart.
+pub enum Events {
+    /// JSON, each on a line.
+    Lines,
+    /// Protobuf, as informers of Kubernetes' own components ask for it: each behind four bytes of its length.
+    Frames(Frame),
+}
+
+/// How much of the present frame has come.
+#[derive(Default)]
+pub struct Frame {
+    head: Vec<u8>,
+    left: usize,
+}
+
+impl Events {
+    fn media_type(&self) -> &'static str {
+        match self {
+            Self::Lines => "application/json",
+            Self::Frames(_) => "application/vnd.kubernetes.protobuf;stream=watch",
+        }
+    }
+
+    /// How many events end in the next bytes.
+    fn ended_in(&mut self, mut bytes: &[u8]) -> usize {
+        let frame = match self {
+            Self::Lines => return bytes.iter().filter(|byte| **byte == b'\n').count(),
+            Self::Frames(frame) => frame,
+        };
+        let mut ended = 0;
+        while !bytes.is_empty() {
+            if frame.head.len() < 4 {
+                let taken = bytes.len().min(4 - frame.head.len());
+                frame.head.extend_from_slice(&bytes[..taken]);
+                bytes = &bytes[taken..];
+                if let Ok(length) = <[u8; 4]>::try_from(frame.head.as_slice()) {
+                    frame.left = u32::from_be_bytes(length) as usize;
+                }
+                continue;
+            }
+            let taken = bytes.len().min(frame.left);
+            frame.left -= taken;
+            bytes = &bytes[taken..];
+            if frame.left == 0 {
+                ended += 1;
+                frame.head.clear();
+            }
+        }
+        ended
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn events_are_counted_however_they_are_cut() {
+        let lines = b"{}\n{\"a\": 1}\n";
+        assert_eq!(Events::Lines.ended_in(lines), 2);
+        let mut frames = Vec::new();
+        for length in [1_u32, 300, 2] {
+            frames.extend_from_slice(&length.to_be_bytes());
+            frames.extend(std::iter::repeat_n(b'\n', length as usize));
+        }
+        for size in [1, 3, 5, 7, 100, 1000] {
+            let mut events = Events::Frames(Frame::default());
+            let ended = frames.chunks(size).map(|chunk| events.ended_in(chunk));
+            assert_eq!(ended.sum::<usize>(), 3, "chunks of {size}");
+        }
+    }
 
     #[test]
     fn flags_name_endpoints() {

@@ -13,7 +13,7 @@ use serde_json::json;
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 
-use super::endpoint::{Caller, Endpoint};
+use super::endpoint::{Caller, Endpoint, Events, Frame};
 use super::work::NAMESPACE;
 
 /// As kubelets have it: nodeLeaseDurationSeconds / 4, and nodeStatusReportFrequency.
@@ -56,8 +56,19 @@ struct Shared {
 }
 
 /// Makes the nodes with all that is theirs, lets their kubelets live for a while, and measures.
-pub async fn run(endpoint: &Endpoint, size: Size, duration: Duration) -> Result<Times> {
+pub async fn run(
+    endpoint: &Endpoint,
+    size: Size,
+    duration: Duration,
+    say: impl Fn(String),
+) -> Result<Times> {
+    let pods = size.nodes * size.pods_per_node;
+    say(format!(
+        "making {} nodes, {pods} pods and {} Services",
+        size.nodes, size.services
+    ));
     make(endpoint, size).await?;
+    say(format!("{} watches begin", 2 * size.nodes));
     let shared = Arc::new(Shared::default());
     let mut kubelets = JoinSet::new();
     let stop = tokio_stop();
@@ -89,6 +100,7 @@ pub async fn run(endpoint: &Endpoint, size: Size, duration: Duration) -> Result<
         times.lock().await.clear();
     }
     shared.failed.store(0, Ordering::Relaxed);
+    say(format!("measuring for {} s", duration.as_secs()));
     let (cpu, began) = (endpoint.cpu()?, Instant::now());
     tokio::time::sleep(duration).await;
     let used = endpoint
@@ -209,7 +221,11 @@ async fn live(
                 left = left.saturating_sub(1);
                 true
             };
-            if caller.watch(&path, count).await.is_err() {
+            if caller
+                .watch(&path, Events::Frames(Frame::default()), count)
+                .await
+                .is_err()
+            {
                 shared.failed.fetch_add(1, Ordering::Relaxed);
             }
             std::future::pending::<()>().await;

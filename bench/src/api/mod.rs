@@ -89,8 +89,8 @@ async fn measure(flags: &Flags, report: &mut Report) -> Result<Findings> {
     let mut findings = Findings::default();
     if let Some(nodes) = flags.fleet {
         for endpoint in &endpoints {
-            crate::say(&progress, format!("{}: a fleet of {nodes}", endpoint.name));
-            measure_fleet(flags, nodes, endpoint, &mut findings).await?;
+            let say = |stage| crate::say(&progress, format!("{}: {stage}", endpoint.name));
+            measure_fleet(flags, nodes, endpoint, (&say, &mut findings)).await?;
         }
         return Ok(findings);
     }
@@ -255,7 +255,7 @@ async fn measure_fleet(
     flags: &Flags,
     nodes: usize,
     endpoint: &Endpoint,
-    findings: &mut Findings,
+    (say, findings): (&dyn Fn(String), &mut Findings),
 ) -> Result<()> {
     work::fill(endpoint, 0, 0).await?;
     let size = fleet::Size {
@@ -263,7 +263,8 @@ async fn measure_fleet(
         pods_per_node: flags.fleet_pods,
         services: flags.fleet_services,
     };
-    let times = fleet::run(endpoint, size, Duration::from_secs(flags.fleet_seconds)).await?;
+    let duration = Duration::from_secs(flags.fleet_seconds);
+    let times = fleet::run(endpoint, size, duration, say).await?;
     let whole = Case::new(FLEET, endpoint, format!("{nodes} nodes"));
     let seconds = times.took.as_secs_f64();
     if let Some(cpu) = times.cpu {

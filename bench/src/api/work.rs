@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 use super::beside::{Beside, read_beside};
-use super::endpoint::{Caller, Endpoint};
+use super::endpoint::{Caller, Endpoint, Events};
 
 pub const NAMESPACE: &str = "bench-api";
 const PODS: &str = "/api/v1/namespaces/bench-api/pods";
@@ -198,7 +198,7 @@ pub async fn fan_out(endpoint: &Endpoint, watchers: usize, changes: u64) -> Resu
         tasks.spawn(async move {
             let mut left = changes + 1;
             caller
-                .watch(&path, || {
+                .watch(&path, Events::Lines, || {
                     // The first change tells that the watch is open.
                     match open.take() {
                         Some(open) => drop(open.send(())),

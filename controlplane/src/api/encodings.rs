@@ -1,4 +1,5 @@
-//! Objects as protobuf, kept between the lists that they are part of: an informer that comes costs a copy of bytes.
+//! Objects as protobuf, kept between the lists that they are part of, and the watches that begin with them: an informer that comes
+//! costs a copy of bytes.
 //!
 //! What is kept is bounded, and goes when nobody lists it any more. What a list brings never pushes out what lists still ask for:
 //! one that is longer than all that may be kept would find nothing of itself when it comes again.
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use super::object;
-use crate::codec::transcode;
+use crate::codec::transcode::{self, Frames};
 use crate::registry::Resource;
 use crate::store::{Record, Revision};
 
@@ -22,6 +23,8 @@ const OBJECT_BYTES: usize = 160;
 pub(super) const UNUSED_MAX: Duration = Duration::from_secs(300);
 /// How often what is unused is looked for when there is no room.
 const SWEEP_PAUSE: Duration = Duration::from_secs(10);
+/// What a frame has around a message, about.
+const FRAME_BYTES: usize = 64;
 /// Records that are looked up in one go, while others wait.
 const LOOK_UPS: usize = 256;
 
@@ -89,6 +92,17 @@ impl Encodings {
             }
         }
         Some(messages)
+    }
+
+    /// Such records as events of a watch, one frame after the other. None when one does not fit its type.
+    pub fn frames(&self, resource: &Resource, records: &[Record], event: &str) -> Option<Vec<u8>> {
+        let messages = self.messages(resource, records)?;
+        let frames = Frames::new(&resource.api_version(), resource.kind);
+        let mut out = Vec::with_capacity(messages.iter().map(|one| one.len() + FRAME_BYTES).sum());
+        for message in &messages {
+            frames.write(&mut out, event, message)?;
+        }
+        Some(out)
     }
 
     /// Lets go of what has been part of no list for a while.
@@ -215,6 +229,22 @@ mod tests {
         assert_eq!(newer[0].as_ptr(), again[0].as_ptr());
         assert_eq!(encodings.kept().objects.len(), 2);
         bytes(&encodings);
+    }
+
+    #[test]
+    fn a_watch_begins_with_what_lists_have_kept() {
+        let encodings = Encodings::default();
+        let records = [record("x", 5, "one"), record("y", 6, "two")];
+        let frames = encodings.frames(maps(), &records, "ADDED");
+        let whole = records.iter().map(|record| {
+            let mut json = Vec::new();
+            object::write(&mut json, record, record.revision, "ConfigMap", "v1");
+            transcode::watch_frame("ADDED", &json).expect("a frame")
+        });
+        assert_eq!(frames.expect("frames"), whole.collect::<Vec<_>>().concat());
+        assert_eq!(encodings.kept().objects.len(), 2);
+        let none = encodings.frames(maps(), &[], "ADDED");
+        assert_eq!(none, Some(Vec::new()));
     }
 
     #[test]

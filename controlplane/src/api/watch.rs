@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::encodings::Encodings;
 use super::reply::Answer;
 use super::request::{Encoding, Form, ListOptions, Target};
 use super::selection::Selectable;
@@ -297,12 +298,12 @@ impl Api {
             rests: Instant::now(),
             counted: self.metrics.watching(call.target.resource),
         };
-        let events = self.events.clone();
+        let (events, encodings) = (self.events.clone(), self.encodings.clone());
         let chunks = futures::stream::unfold(Some(watcher), move |watcher| {
-            let events = events.clone();
+            let (events, encodings) = (events.clone(), encodings.clone());
             async move {
                 let mut watcher = watcher?;
-                match watcher.next(&events).await {
+                match watcher.next(&events, &encodings).await {
                     Some(Ok(chunk)) => Some((chunk, Some(watcher))),
                     Some(Err(status)) => Some((error_event(&status, encoding), None)),
                     None => None,
@@ -424,18 +425,29 @@ fn rest(watches: u32) -> Duration {
 
 impl Watcher {
     /// Some more of what was there when the watch began; None when all of it has been sent.
-    fn next_initial(&mut self) -> Result<Option<Bytes>, Status> {
-        let (target, form) = (&self.target, self.form);
+    fn next_initial(&mut self, encodings: &Encodings) -> Result<Option<Bytes>, Status> {
+        let (target, form, added) = (&self.target, self.form, Kind::Added);
+        let records = self.initial.by_ref().take(INITIAL_EVENTS_PER_CHUNK);
+        let records: Vec<Record> = records.collect();
+        let plain = plain(form.0, target);
+        // After a start of the server each informer of the cluster comes for what is there.
+        let kept = (plain && form.1 == Encoding::Protobuf)
+            .then(|| encodings.frames(target.resource, &records, added.name()));
         let mut chunk = Vec::new();
-        for record in self.initial.by_ref().take(INITIAL_EVENTS_PER_CHUNK) {
-            let event = match plain(form.0, target) {
-                true => from_record(Kind::Added, &record, record.revision, target, form.1),
-                false => {
-                    let object = target.decode(&record)?;
-                    shaped(Kind::Added, object, form, target, &mut self.headed)
+        match kept.flatten() {
+            Some(frames) => chunk = frames,
+            None => {
+                for record in &records {
+                    let event = match plain {
+                        true => from_record(added, record, record.revision, target, form.1),
+                        false => {
+                            let object = target.decode(record)?;
+                            shaped(added, object, form, target, &mut self.headed)
+                        }
+                    };
+                    chunk.extend_from_slice(&event);
                 }
-            };
-            chunk.extend_from_slice(&event);
+            }
         }
         if self.initial.as_slice().is_empty() {
             // The watch may live on for an hour: without the room that the records had.
@@ -450,8 +462,12 @@ impl Watcher {
     }
 
     /// The next chunk of the body; None when the watch is over.
-    async fn next(&mut self, events: &EncodedEvents) -> Option<Result<Bytes, Status>> {
-        if let Some(chunk) = self.next_initial().transpose() {
+    async fn next(
+        &mut self,
+        events: &EncodedEvents,
+        encodings: &Encodings,
+    ) -> Option<Result<Bytes, Status>> {
+        if let Some(chunk) = self.next_initial(encodings).transpose() {
             return Some(chunk);
         }
         loop {

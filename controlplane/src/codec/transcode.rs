@@ -103,30 +103,62 @@ fn envelope(api_version: &str, kind: &str, out: &mut Writer) {
     });
 }
 
-/// One event of a watch: four bytes of length (big endian), then a `WatchEvent` {1: type, 2: RawExtension {1: object}}
-/// without an envelope of its own. None as for [`transcode`].
-pub fn watch_frame(event_type: &str, json: &[u8]) -> Option<Vec<u8>> {
-    let mut frame = Writer {
-        out: Vec::with_capacity(json.len() + 32),
-    };
-    frame.out.extend_from_slice(&[0; 4]);
-    frame.bytes(1, event_type.as_bytes());
-    frame.nested(2, |extension| {
-        extension.nested(1, |object| write_object(json, object))
-    })?;
-    let length = u32::try_from(frame.out.len() - 4).ok()?;
-    frame.out[..4].copy_from_slice(&length.to_be_bytes());
-    Some(frame.out)
+/// Frames is what stands around the objects of a kind in the events of a watch: four bytes of length (big endian), then a
+/// `WatchEvent` {1: type, 2: RawExtension {1: object with its envelope}} without an envelope of its own.
+pub struct Frames {
+    envelope: Vec<u8>,
 }
 
-fn write_object(json: &[u8], out: &mut Writer) -> Option<()> {
+impl Frames {
+    pub fn new(api_version: &str, kind: &str) -> Self {
+        let mut out = Writer::default();
+        envelope(api_version, kind, &mut out);
+        Self { envelope: out.out }
+    }
+
+    /// Appends the event of an object, which is a [`message`]. None for one that is longer than a frame can be.
+    pub fn write(&self, out: &mut Vec<u8>, event_type: &str, message: &[u8]) -> Option<()> {
+        let object =
+            self.envelope.len() + Writer::bytes_length(2, message.len()) + List::TAIL.len();
+        let extension = Writer::bytes_length(1, object);
+        let event = Writer::bytes_length(1, event_type.len()) + Writer::bytes_length(2, extension);
+        let length = u32::try_from(event).ok()?;
+        let mut frame = Writer {
+            out: std::mem::take(out),
+        };
+        frame.out.extend_from_slice(&length.to_be_bytes());
+        frame.bytes(1, event_type.as_bytes());
+        frame.prefix(2, extension);
+        frame.prefix(1, object);
+        frame.out.extend_from_slice(&self.envelope);
+        frame.bytes(2, message);
+        frame.out.extend_from_slice(List::TAIL);
+        *out = frame.out;
+        Some(())
+    }
+}
+
+/// One event of a watch, as [`Frames`] has it. None as for [`transcode`].
+pub fn watch_frame(event_type: &str, json: &[u8]) -> Option<Vec<u8>> {
+    let (head, ty) = typed(json)?;
+    let mut frame = Vec::new();
+    Frames::new(head.api_version, head.kind).write(&mut frame, event_type, &message(ty, json)?)?;
+    Some(frame)
+}
+
+/// What an object says it is, and its type.
+fn typed(json: &[u8]) -> Option<(Head<'_>, &'static Type)> {
     let head: Head<'_> = serde_json::from_slice(json).ok()?;
     let (group, version) = split_api_version(head.api_version);
     let ty = type_of(group, version, head.kind)?;
+    Some((head, ty))
+}
+
+fn write_object(json: &[u8], out: &mut Writer) -> Option<()> {
+    let (head, ty) = typed(json)?;
     envelope(head.api_version, head.kind, out);
     out.nested(2, |raw| write_message(ty, json, raw))?;
-    out.bytes(3, b"");
-    out.bytes(4, b"");
+    out.out.extend_from_slice(List::TAIL);
     Some(())
 }
 
