@@ -6,9 +6,10 @@ use dataplane_abi::{
 };
 
 use crate::{
-    follow::lead,
+    follow::{NO_SERVICE, is_vip, lead},
     hook::same,
     packet::word,
+    socket::epoch,
     tables::{Tables, Turn},
 };
 
@@ -356,9 +357,15 @@ fn leads_to<T: Tables>(tables: &T, asked: &FlowKey, came: u32, service: u32) -> 
 /// Where the backend of a client's flow is now: generation, which is never 0, and slot in one number, since only such come back from a
 /// function in a register; 0 when it is not among the service's backends any more, or what the client asked, under `asked`, leads to
 /// another service by now. The agent gives a service another generation when either changes, so that nothing is looked up while neither
-/// does. For [`Tables::seek`] alone, as above.
+/// does. A flow of no service has the epoch for a generation, and 0 for its place. For [`Tables::seek`] alone, as above.
 #[inline(always)]
 pub fn seek<T: Tables>(tables: &T, flow: &Flow, asked: &FlowKey, came: u32) -> u64 {
+    if flow.service == NO_SERVICE {
+        // Before what is looked up: see the function.
+        let epoch = epoch(tables);
+        let asks = is_vip(tables, &asked.dst) || lead(tables, asked, came & AT_HOST != 0).is_some();
+        return if asks { 0 } else { (epoch as u64) << 32 };
+    }
     let known = Picked {
         addr: flow.other.src,
         port: flow.other.sport,

@@ -12,6 +12,7 @@ use crate::{
     balance, flow,
     hook::{Aside, Features, Notes, same},
     packet::{Fragment, Ip, Packet},
+    socket::epoch,
     tables::{FlowEntry as _, Tables},
 };
 
@@ -318,7 +319,8 @@ pub(crate) const fn came(outside: bool, at_host: bool) -> u32 {
 }
 
 /// Whether a client's flow may go on. A datagram's backend must still be one of what its sender asks: nothing else tells that
-/// it is gone. An established connection is left to end by itself; a new one needs a backend that is one.
+/// it is gone. An established connection is left to end by itself; a new one needs a backend that is one. What asked no Service must ask
+/// none now, which is looked up when frontends have changed.
 #[inline(always)]
 pub(crate) fn resume<T: Tables>(
     tables: &T,
@@ -329,7 +331,7 @@ pub(crate) fn resume<T: Tables>(
 ) -> bool {
     let flow = entry.get();
     if !ip.is_of_connection() || ip.is_syn() {
-        if flow.service != NO_SERVICE {
+        if flow.service != NO_SERVICE || flow.generation != epoch(tables) {
             let place = tables.seek(flow, &ip.key, came);
             let (generation, slot) = ((place >> 32) as u32, place as u32);
             if generation == 0 {
@@ -349,7 +351,7 @@ pub(crate) fn resume<T: Tables>(
 }
 
 #[inline(always)]
-fn is_vip<T: Tables>(tables: &T, addr: &Addr) -> bool {
+pub(crate) fn is_vip<T: Tables>(tables: &T, addr: &Addr) -> bool {
     tables.frontend(&FrontendKey::marker(*addr)).is_some()
 }
 

@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use dataplane_abi::{Reason, limits};
 use keelway_agent::dataplane::{
-    Frontend, Lead, Op,
+    Dataplane, Frontend, Lead, Op,
     PacketProgram::{PodIngress, UplinkIngress},
-    Protocol, ServiceId,
+    Protocol, ServiceId, Vip,
 };
 use keelway_tests::{
     packets::{
@@ -16,7 +16,13 @@ use keelway_tests::{
     sandbox::{Sandbox, is_root},
 };
 
-use crate::{family::Family, fresh::Fresh, hex, opened, rows::REDIRECT, run, source_port, state};
+use crate::{
+    family::Family,
+    fresh::Fresh,
+    hex, opened,
+    rows::{DROP, REDIRECT},
+    run, source_port, state,
+};
 
 #[test]
 fn ports_that_are_taken_on_two_cpus_at_once_are_never_the_same() {
@@ -283,4 +289,84 @@ fn a_flood_of_answered_openings_on_a_full_table_is_counted_and_ends_no_flow() {
     }
     open(&fresh, "203.1.0.1:5000");
     assert_eq!(fresh.counters()[&Reason::FlowReplied], replied + 1);
+}
+
+#[test]
+fn datagrams_to_an_address_outside_go_by_the_service_that_gets_it_and_out_again_when_that_is_gone()
+{
+    if !is_root("an address outside that becomes a Service's") {
+        return;
+    }
+    for family in Family::ALL {
+        let sandbox = Sandbox::enter().unwrap();
+        let mut dataplane = opened(&sandbox, true);
+        let backends = family.backends(&["10.0.0.12:8080"], &[]);
+        dataplane.apply(&state(family, &backends)).unwrap();
+        let (pod, there, other) = ("10.0.0.11:4000", "198.51.100.1:53", "198.51.100.1:54");
+        let [asks, _] = family.echo_kinds();
+        let echo = family.icmp(pod, there, asks, &[1, 2, 0, 7]);
+        let at = family.at(there);
+        let vip = at.ip();
+        let frontend = Frontend {
+            addr: vip,
+            port: at.port(),
+            protocol: Protocol::Udp,
+        };
+        // Before and after the first answer.
+        for is_answered in [false, true] {
+            let ask = |dataplane: &Dataplane, asked: &str| {
+                run(dataplane, PodIngress, &family.udp(pod, asked, b"x"))
+            };
+            let leaves = |dataplane: &Dataplane, asked: &str| {
+                let (verdict, out) = ask(dataplane, asked);
+                assert_eq!(verdict, REDIRECT);
+                let node = format!("198.18.0.1:{}", source_port(family, &out));
+                assert_eq!(hex(&out), hex(&family.udp(&node, asked, b"x")));
+                if is_answered {
+                    let answer = family.udp(asked, &node, b"answer");
+                    let (verdict, heard) = run(dataplane, UplinkIngress, &answer);
+                    assert_eq!(verdict, REDIRECT);
+                    assert_eq!(hex(&heard), hex(&family.udp(asked, pod, b"answer")));
+                }
+                node
+            };
+            for asked in [there, other] {
+                let node = leaves(&dataplane, asked);
+                // The flow is one.
+                assert_eq!(leaves(&dataplane, asked), node);
+            }
+            assert_eq!(run(&dataplane, PodIngress, &echo).0, REDIRECT);
+            let given = [
+                Op::SetFrontend {
+                    frontend,
+                    lead: Lead::to(ServiceId(1)),
+                },
+                Op::SetVip {
+                    addr: vip,
+                    kind: Vip::External,
+                },
+            ];
+            dataplane.apply(&given).unwrap();
+            for _ in 0..2 {
+                let (verdict, out) = ask(&dataplane, there);
+                assert_eq!(verdict, REDIRECT);
+                assert_eq!(hex(&out), hex(&family.udp(pod, "10.0.0.12:8080", b"x")));
+            }
+            // Its other ports are nobody's, and it has no echo.
+            let datagram = family.udp(pod, other, b"x");
+            let (_, refusal) = run(&dataplane, PodIngress, &datagram);
+            assert_eq!(hex(&refusal), hex(&family.refusal(&datagram)));
+            assert_eq!(run(&dataplane, PodIngress, &echo).0, DROP);
+            let taken = [Op::RemoveVip { addr: vip }, Op::RemoveFrontend { frontend }];
+            let renewed = Op::RenewService {
+                id: ServiceId(1),
+                backends: backends.clone(),
+            };
+            dataplane.apply(&[&taken[..], &[renewed]].concat()).unwrap();
+            for asked in [there, other] {
+                leaves(&dataplane, asked);
+            }
+            assert_eq!(run(&dataplane, PodIngress, &echo).0, REDIRECT);
+        }
+    }
 }
