@@ -217,8 +217,26 @@ impl Rotation {
             }
         }
         self.spread(&progress).await?;
+        self.shown(signing, &progress).await?;
         self.put_certificates(signing)?;
         self.spread(&progress).await
+    }
+
+    /// Waits until the API server shows a certificate of this authority: from then on those are served who trust no other.
+    async fn shown(&self, authority: &str, progress: &Progress) -> Result<(), MachineError> {
+        let step = progress.step("the API server shows a certificate of the new authority");
+        let mut admin = read_kubeconfig(&self.dir.kubeconfig())?;
+        set_authorities(&mut admin, authority);
+        let client = ClusterApi::new(&admin).await?.client();
+        let until = Instant::now() + self.patience;
+        while let Err(error) = client.apiserver_version().await {
+            if Instant::now() > until {
+                return Err(asking(error));
+            }
+            tokio::time::sleep(ASK_PERIOD).await;
+        }
+        step.done();
+        Ok(())
     }
 
     fn put_certificates(&self, text: &str) -> Result<(), MachineError> {
