@@ -18,6 +18,7 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use tokio::net::{TcpListener, TcpStream};
 
+use super::known_authorities;
 use crate::forward::accepted;
 use crate::node::{BIN_DIR, ServiceSpec};
 use crate::up::specs;
@@ -187,7 +188,10 @@ async fn learn(arguments: &BalanceArguments, servers: Servers) {
 async fn ask(arguments: &BalanceArguments) -> anyhow::Result<Vec<SocketAddr>> {
     let mut config = Config::new(format!("https://{}", arguments.listen).parse()?);
     config.proxy_url = None;
-    config.root_cert = Some(authorities(arguments)?);
+    let ca = known_authorities(&arguments.certificate, arguments.ca.clone());
+    let all = CertificateDer::pem_file_iter(ca)?;
+    let all = all.map(|certificate| Ok(certificate?.to_vec()));
+    config.root_cert = Some(all.collect::<anyhow::Result<_>>()?);
     let certificate = arguments.certificate.display().to_string();
     config.auth_info = AuthInfo {
         client_certificate: Some(certificate.clone()),
@@ -196,15 +200,6 @@ async fn ask(arguments: &BalanceArguments) -> anyhow::Result<Vec<SocketAddr>> {
     };
     let api: Api<Endpoints> = Api::namespaced(Client::try_from(config)?, "default");
     Ok(addresses(&api.get("kubernetes").await?))
-}
-
-/// Those that there are now. What the cluster has told the kubelet of them is beside the node's certificate.
-fn authorities(arguments: &BalanceArguments) -> anyhow::Result<Vec<Vec<u8>>> {
-    let told = arguments.certificate.with_file_name("ca.crt");
-    let path = if told.exists() { &told } else { &arguments.ca };
-    let all = CertificateDer::pem_file_iter(path)?;
-    let all = all.map(|certificate| Ok(certificate?.to_vec()));
-    all.collect()
 }
 
 /// Where API servers are, as `default/kubernetes` says, in order.

@@ -105,10 +105,16 @@ impl CaHash {
             DiscoveryError::Unusable(format!("its authority's certificate: {error}"))
         };
         let (_, certificate) = X509Certificate::from_der(der).map_err(|error| bad(&error))?;
-        let digest = ring::digest::digest(&ring::digest::SHA256, certificate.public_key().raw);
-        let digits = digest.as_ref().iter().map(|byte| format!("{byte:02x}"));
-        Ok(CaHash(format!("sha256:{}", digits.collect::<String>())))
+        let digits = sha256(certificate.public_key().raw);
+        Ok(CaHash(format!("sha256:{digits}")))
     }
+}
+
+/// In hexadecimal digits.
+pub fn sha256(bytes: &[u8]) -> String {
+    let digest = ring::digest::digest(&ring::digest::SHA256, bytes);
+    let digits = digest.as_ref().iter();
+    digits.map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// What is known of a cluster once it is trusted.

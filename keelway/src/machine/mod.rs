@@ -126,6 +126,12 @@ pub enum MachineError {
     Interrupted,
 }
 
+/// Has a file, or the names in a folder, on disk.
+fn sync(path: &Path) -> Result<(), MachineError> {
+    let synced = fs::File::open(path).and_then(|file| file.sync_all());
+    synced.map_err(file("sync", path))
+}
+
 fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MachineError {
     let path = path.to_owned();
     move |source| MachineError::File {
@@ -204,6 +210,16 @@ impl MachineState {
 #[derive(Debug, Clone)]
 pub struct MachineDir(ClusterDir);
 
+/// The authorities of the cluster: as it has told the kubelet of them, beside its certificate, where it has. They may be others than those
+/// that the machine joined with.
+fn known_authorities(certificate: &Path, joined_with: PathBuf) -> PathBuf {
+    let told = certificate.with_file_name("ca.crt");
+    match told.exists() {
+        true => told,
+        false => joined_with,
+    }
+}
+
 impl MachineDir {
     pub fn of(state: &StateDir) -> Self {
         MachineDir(state.machine())
@@ -239,14 +255,10 @@ impl MachineDir {
         ["kubelet-client.pem", "kubelet-serving.pem"].map(|name| folder.join(name))
     }
 
-    /// The authorities of the cluster: as it has told the kubelet of them, where it has, which may be others than those that the machine
-    /// joined with.
+    /// The authorities of the cluster.
     pub fn authorities(&self) -> PathBuf {
-        let told = self.node().join("var/lib/kubelet/pki/ca.crt");
-        match told.exists() {
-            true => told,
-            false => self.credentials().join("ca.crt"),
-        }
+        let [client, _] = self.kubelet_certificates();
+        known_authorities(&client, self.credentials().join("ca.crt"))
     }
 
     /// What is written down; None when nothing is, or it cannot be read.
@@ -285,8 +297,7 @@ impl MachineDir {
         };
         write().map_err(file("write", &new))?;
         fs::rename(&new, &path).map_err(file("replace", &path))?;
-        let folder = fs::File::open(self.path()).and_then(|folder| folder.sync_all());
-        folder.map_err(file("sync", self.path()))
+        sync(self.path())
     }
 
     /// Removes the folder, what is written down last: while anything is left, it is known that there is.

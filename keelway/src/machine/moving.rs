@@ -6,7 +6,7 @@
 //! One rename decides: until the node's new description is in the place of the old one, the state is the embedded store's, which is only
 //! read; from then on it is etcd's. What an attempt that was cut off has left before that goes with the next start.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use nix::sys::signal::Signal;
 use super::member::{self, CA_KEY, OwnMember, VOTE};
 use super::run;
 use super::share;
-use super::{EtcdState, MachineDir, MachineError, MachineState, file, systemd};
+use super::{EtcdState, MachineDir, MachineError, MachineState, file, sync, systemd};
 use crate::checks::Machine;
 use crate::etcd::{self, Member, client_url};
 use crate::node::NodeSpec;
@@ -275,11 +275,6 @@ pub(super) fn describe(dir: &MachineDir, spec: &NodeSpec) -> Result<PathBuf, Mac
     sync(&next)?;
     sync(&dir.node())?;
     Ok(next)
-}
-
-fn sync(path: &Path) -> Result<(), MachineError> {
-    let synced = File::open(path).and_then(|file| file.sync_all());
-    synced.map_err(file("sync", path))
 }
 
 /// Puts a description of the node in the place of the one that it has, on disk.

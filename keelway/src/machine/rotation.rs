@@ -5,7 +5,7 @@
 //! `ca.crt` has more than one authority from the first to the third. Everything else is made after them, and follows them.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -22,7 +22,7 @@ use super::discovery;
 use super::leave::read_kubeconfig;
 use super::run::claim;
 use super::share::write;
-use super::{MachineDir, MachineError, MachineState, Role, file};
+use super::{MachineDir, MachineError, MachineState, Role, file, sync};
 use crate::api::ClusterApi;
 use crate::kubeconfig;
 use crate::pki::Credential;
@@ -406,9 +406,7 @@ async fn behind(client: &Client, authorities: &str) -> Result<Vec<String>, Machi
         .filter(|name| !told.contains(name))
         .map(|name| format!("namespace {name}"))
         .collect();
-    let digest = ring::digest::digest(&ring::digest::SHA256, authorities.as_bytes());
-    let digest = digest.as_ref().iter().map(|byte| format!("{byte:02x}"));
-    let digest: String = digest.collect();
+    let digest = discovery::sha256(authorities.as_bytes());
     let nodes: Api<Node> = Api::all(client.clone());
     for node in nodes.list(&all).await.map_err(asking)?.items {
         let said = node.metadata.annotations.unwrap_or_default();
@@ -429,9 +427,4 @@ fn replace(path: &Path, text: &str) -> Result<(), MachineError> {
     sync(&new)?;
     fs::rename(&new, path).map_err(file("replace", path))?;
     path.parent().map_or(Ok(()), sync)
-}
-
-fn sync(path: &Path) -> Result<(), MachineError> {
-    let synced = File::open(path).and_then(|file| file.sync_all());
-    synced.map_err(file("sync", path))
 }
