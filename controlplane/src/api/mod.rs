@@ -234,14 +234,10 @@ impl Api {
         files.extend(proxies.map(|proxies| proxies.ca_file().to_owned()));
         let mut told = pki::Stamp::of(&files);
         loop {
-            tokio::select! {
+            let now = tokio::select! {
                 () = self.stop.cancelled() => return,
-                () = tokio::time::sleep(pki::LOOK_PERIOD) => {}
-            }
-            let now = pki::Stamp::of(&files);
-            if now == told {
-                continue;
-            }
+                now = told.changed(&files) => now,
+            };
             match bootstrap::extension_authentication(&self).await {
                 Ok(()) => told = now,
                 Err(status) => {

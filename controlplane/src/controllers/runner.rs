@@ -27,7 +27,7 @@ use super::plan::{Action, Keys, Note, Plan, View, Write};
 use super::snapshot::Change;
 use super::watch::{Api, Feed, follow};
 use super::{ALL, Config, Error, Settings};
-use crate::pki::{LOOK_PERIOD, Stamp};
+use crate::pki::Stamp;
 
 /// Upstream's name, so that an upstream controller manager waits while this one leads.
 const LEASE: &str = "kube-controller-manager";
@@ -89,11 +89,7 @@ async fn follow_settings(
     settings: watch::Sender<Arc<Settings>>,
 ) {
     loop {
-        tokio::time::sleep(LOOK_PERIOD).await;
-        let stamp = Stamp::of(files);
-        if stamp == known {
-            continue;
-        }
+        let stamp = known.changed(files).await;
         match read_settings(files, pools.clone()) {
             Ok(new) => {
                 tracing::info!("the authorities have changed");

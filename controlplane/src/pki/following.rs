@@ -22,6 +22,17 @@ impl Stamp {
         };
         Self(files.iter().map(of).collect())
     }
+
+    /// Waits until one of the files is another, and gives how they are then.
+    pub async fn changed<P: AsRef<Path>>(&self, files: &[P]) -> Self {
+        loop {
+            tokio::time::sleep(LOOK_PERIOD).await;
+            let now = Self::of(files);
+            if now != *self {
+                return now;
+            }
+        }
+    }
 }
 
 type Make<T> = Box<dyn Fn() -> Result<T, String> + Send + Sync>;

@@ -17,6 +17,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::client::TlsStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::{Error as WebSocketError, Message};
@@ -37,9 +38,9 @@ fn pem(server: &Server, name: &str) -> (Vec<CertificateDer<'static>>, PrivateKey
 
 fn roots(server: &Server) -> Arc<rustls::RootCertStore> {
     let mut roots = rustls::RootCertStore::empty();
-    roots
-        .add(CertificateDer::from_pem_file(server.path("ca.crt")).expect("the CA"))
-        .expect("a root");
+    for root in CertificateDer::pem_file_iter(server.path("ca.crt")).expect("authorities") {
+        roots.add(root.expect("one")).expect("a root");
+    }
     Arc::new(roots)
 }
 
@@ -289,21 +290,29 @@ async fn a_kubelet_that_nobody_vouches_for_is_asked_only_when_the_caller_insists
     assert!(certificate > 0, "the API server still shows who it is");
 }
 
-/// A connection of the administrator to the API server, and its address.
-pub async fn connected(server: &Server) -> (tokio_rustls::client::TlsStream<TcpStream>, String) {
+/// What the administrator's client is made of; it takes sessions up again where the server lets it.
+pub fn administrator(server: &Server) -> Arc<rustls::ClientConfig> {
     let (certificates, key) = pem(server, "admin");
     let config = rustls::ClientConfig::builder()
         .with_root_certificates(roots(server))
-        .with_client_auth_cert(certificates, key)
-        .expect("a configuration");
-    let address = server.url().trim_start_matches("https://").to_owned();
-    let stream = TcpStream::connect(&address).await.expect("connected");
+        .with_client_auth_cert(certificates, key);
+    Arc::new(config.expect("a configuration"))
+}
+
+pub async fn connect(
+    address: &str,
+    config: Arc<rustls::ClientConfig>,
+) -> std::io::Result<TlsStream<TcpStream>> {
+    let stream = TcpStream::connect(address).await?;
     let name = ServerName::try_from("127.0.0.1").expect("a name");
-    let stream = TlsConnector::from(Arc::new(config))
-        .connect(name, stream)
-        .await
-        .expect("TLS");
-    (stream, address)
+    TlsConnector::from(config).connect(name, stream).await
+}
+
+/// A connection of the administrator to the API server, and its address.
+pub async fn connected(server: &Server) -> (TlsStream<TcpStream>, String) {
+    let address = server.address();
+    let stream = connect(&address, administrator(server)).await;
+    (stream.expect("connected"), address)
 }
 
 /// What comes over a WebSocket until the server closes it.
@@ -334,10 +343,7 @@ async fn websocket(server: &Server, path: &str, protocol: Option<&'static str>) 
 }
 
 /// Asks the API server to upgrade an exec, and returns the connection and the first line of the answer.
-async fn upgrade(
-    server: &Server,
-    protocol: &str,
-) -> (tokio_rustls::client::TlsStream<TcpStream>, String) {
+async fn upgrade(server: &Server, protocol: &str) -> (TlsStream<TcpStream>, String) {
     let (mut stream, address) = connected(server).await;
     let path = "/api/v1/namespaces/default/pods/talker/exec?container=c&command=sh&command=-c&command=a%20b&stdin=true&stdout=true";
     let request = format!(

@@ -231,7 +231,11 @@ impl Server {
     }
 
     pub fn url(&self) -> String {
-        format!("https://127.0.0.1:{}", self.port)
+        format!("https://{}", self.address())
+    }
+
+    pub fn address(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
     }
 
     /// Runs kubectl (or what `KUBECTL` names) as the administrator, with some text as its input.
@@ -391,21 +395,36 @@ pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
+pub fn named(name: &str, organization: Option<&str>) -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::CommonName, name);
+    if let Some(organization) = organization {
+        params
+            .distinguished_name
+            .push(DnType::OrganizationName, organization);
+    }
+    params
+}
+
+/// A certificate for the loopback, and its key, both PEM.
+pub fn signed(
+    mut params: CertificateParams,
+    usage: ExtendedKeyUsagePurpose,
+    issuer: &Issuer<'_, KeyPair>,
+) -> [String; 2] {
+    let key = KeyPair::generate().expect("a key");
+    params.extended_key_usages = vec![usage];
+    let loopback = SanType::IpAddress(std::net::Ipv4Addr::LOCALHOST.into());
+    params.subject_alt_names.push(loopback);
+    let signed = params.signed_by(&key, issuer).expect("a certificate");
+    [signed.pem(), key.serialize_pem()]
+}
+
 /// What `keelway up` makes for a real cluster, as far as the API server needs it.
 fn write_credentials(dir: &Path, port: u16) {
     let write = |name: &str, text: String| {
         std::fs::write(dir.join(name), text).expect("a file in a temporary directory")
-    };
-    let named = |name: &str, organization: Option<&str>| {
-        let mut params = CertificateParams::default();
-        params.distinguished_name = DistinguishedName::new();
-        params.distinguished_name.push(DnType::CommonName, name);
-        if let Some(organization) = organization {
-            params
-                .distinguished_name
-                .push(DnType::OrganizationName, organization);
-        }
-        params
     };
     let ca_key = KeyPair::generate().expect("a key");
     let mut ca = named("test-ca", None);
@@ -416,20 +435,10 @@ fn write_credentials(dir: &Path, port: u16) {
     ];
     write("ca.crt", ca.self_signed(&ca_key).expect("a CA").pem());
     let issuer = Issuer::new(ca, ca_key);
-    let leaf = |file: &str, mut params: CertificateParams, usage: ExtendedKeyUsagePurpose| {
-        let key = KeyPair::generate().expect("a key");
-        params.extended_key_usages = vec![usage];
-        params
-            .subject_alt_names
-            .push(SanType::IpAddress(std::net::Ipv4Addr::LOCALHOST.into()));
-        write(
-            &format!("{file}.crt"),
-            params
-                .signed_by(&key, &issuer)
-                .expect("a certificate")
-                .pem(),
-        );
-        write(&format!("{file}.key"), key.serialize_pem());
+    let leaf = |file: &str, params: CertificateParams, usage: ExtendedKeyUsagePurpose| {
+        let [certificate, key] = signed(params, usage, &issuer);
+        write(&format!("{file}.crt"), certificate);
+        write(&format!("{file}.key"), key);
     };
     leaf(
         "apiserver",

@@ -1,68 +1,21 @@
 //! The authority of the cluster's certificates, replaced while the API server runs.
 
-use std::sync::Arc;
-
-use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyPair, SanType,
-};
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use crate::server::Server;
+use crate::kubelet::{administrator, connect};
+use crate::server::{Server, named, signed};
 use crate::wire::eventually;
 
 const PATH: &str = "/api/v1/namespaces/default";
-
-fn named(name: &str, organization: &str) -> CertificateParams {
-    let mut params = CertificateParams::default();
-    params.distinguished_name = DistinguishedName::new();
-    let said = [
-        (DnType::CommonName, name),
-        (DnType::OrganizationName, organization),
-    ];
-    for (kind, value) in said {
-        params.distinguished_name.push(kind, value);
-    }
-    params
-}
 
 /// Replaces a file of the server's credentials, whole or not at all.
 fn put(server: &Server, name: &str, text: &str) {
     let new = server.path("put");
     std::fs::write(&new, text).expect("a file");
     std::fs::rename(&new, server.path(name)).expect("in its place");
-}
-
-/// What the administrator's client is made of; it takes sessions up again where the server lets it.
-fn client(server: &Server) -> Arc<rustls::ClientConfig> {
-    let mut roots = rustls::RootCertStore::empty();
-    for root in CertificateDer::pem_file_iter(server.path("ca.crt")).expect("authorities") {
-        roots.add(root.expect("one")).expect("an authority");
-    }
-    let chain = CertificateDer::pem_file_iter(server.path("admin.crt")).expect("a certificate");
-    let chain = chain.collect::<Result<Vec<_>, _>>().expect("a chain");
-    let key = PrivateKeyDer::from_pem_file(server.path("admin.key")).expect("a key");
-    let config = rustls::ClientConfig::builder()
-        .with_root_certificates(roots)
-        .with_client_auth_cert(chain, key);
-    Arc::new(config.expect("a configuration"))
-}
-
-async fn connect(
-    server: &Server,
-    config: &Arc<rustls::ClientConfig>,
-) -> std::io::Result<TlsStream<TcpStream>> {
-    let address = server.url().trim_start_matches("https://").to_owned();
-    let stream = TcpStream::connect(address).await?;
-    let name = ServerName::try_from("127.0.0.1").expect("a name");
-    TlsConnector::from(config.clone())
-        .connect(name, stream)
-        .await
 }
 
 /// Asks, and gives the first line of the answer; the connection stays open.
@@ -87,20 +40,16 @@ async fn ask(stream: &mut TlsStream<TcpStream>) -> std::io::Result<String> {
 async fn the_authority_is_replaced_while_the_server_runs() {
     let server = Server::start_with("api,controllers");
     let key = KeyPair::generate().expect("a key");
-    let mut authority = named("new-ca", "test");
+    let mut authority = named("new-ca", Some("test"));
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let new = authority.self_signed(&key).expect("an authority").pem();
     let issuer = Issuer::new(authority, key);
-    let sign = |file: &str, mut params: CertificateParams, usage: ExtendedKeyUsagePurpose| {
-        params.extended_key_usages = vec![usage];
-        let loopback = SanType::IpAddress(std::net::Ipv4Addr::LOCALHOST.into());
-        params.subject_alt_names.push(loopback);
-        let key = KeyPair::generate().expect("a key");
-        let signed = params.signed_by(&key, &issuer).expect("a certificate");
-        put(&server, &format!("{file}.key"), &key.serialize_pem());
-        put(&server, &format!("{file}.crt"), &signed.pem());
+    let sign = |file: &str, params: CertificateParams, usage: ExtendedKeyUsagePurpose| {
+        let [certificate, key] = signed(params, usage, &issuer);
+        put(&server, &format!("{file}.key"), &key);
+        put(&server, &format!("{file}.crt"), &certificate);
     };
-    let masters = named("admin", "system:masters");
+    let masters = named("admin", Some("system:masters"));
     sign("of-new", masters, ExtendedKeyUsagePurpose::ClientAuth);
     let code = |user: &str| server.curl_as(user, &[], PATH).0;
     assert_eq!((code("admin"), code("of-new")), (200, 0));
@@ -113,8 +62,10 @@ async fn the_authority_is_replaced_while_the_server_runs() {
         code("of-new") == 200
     });
     assert_eq!(code("admin"), 200);
-    let held = client(&server);
-    let mut open = connect(&server, &held).await.expect("connected");
+    let held = administrator(&server);
+    let mut open = connect(&server.address(), held.clone())
+        .await
+        .expect("connected");
     assert_eq!(ask(&mut open).await.expect("an answer"), "http/1.1 200 ok");
     let told = |namespace: &str, map: &str, field: &str| {
         let map = server.object(&format!("configmap --namespace {namespace} {map}"));
@@ -130,9 +81,11 @@ async fn the_authority_is_replaced_while_the_server_runs() {
     });
 
     // The old one is dropped: it lets nobody in, neither anew nor by what a session remembers, and who is in is put out.
-    let serving = named("kube-apiserver", "test");
+    let serving = named("kube-apiserver", Some("test"));
     sign("apiserver", serving, ExtendedKeyUsagePurpose::ServerAuth);
-    let mut again = connect(&server, &held).await.expect("still taken");
+    let mut again = connect(&server.address(), held.clone())
+        .await
+        .expect("still taken");
     assert_eq!(ask(&mut again).await.expect("an answer"), "http/1.1 200 ok");
     put(&server, "ca.crt", &new);
     eventually("the old authority's certificates are refused", || {
@@ -141,7 +94,7 @@ async fn the_authority_is_replaced_while_the_server_runs() {
     let mut rest = Vec::new();
     // Closed or reset: it ends.
     let _ = open.read_to_end(&mut rest).await;
-    let refused = match connect(&server, &held).await {
+    let refused = match connect(&server.address(), held.clone()).await {
         Ok(mut stream) => ask(&mut stream).await,
         Err(error) => Err(error),
     };
