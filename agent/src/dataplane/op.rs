@@ -157,6 +157,20 @@ impl ServiceBackends {
     pub fn all(&self) -> impl Iterator<Item = &SocketAddr> {
         self.active.iter().chain(&self.terminating)
     }
+
+    /// All of them by number. They are mostly in order already, of which the sort makes use.
+    pub fn sorted(&self) -> Vec<SocketAddr> {
+        let mut all: Vec<SocketAddr> = self.all().copied().collect();
+        all.sort();
+        all
+    }
+
+    /// Whether all that others are is among them.
+    pub fn holds_all(&self, others: &Self) -> bool {
+        let mut own = self.sorted().into_iter();
+        let others = others.sorted();
+        others.iter().all(|other| own.any(|one| one == *other))
+    }
 }
 
 /// The ranges from which clients may come to a service port by its guarded frontends.

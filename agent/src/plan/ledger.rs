@@ -8,7 +8,7 @@ use dataplane_abi::limits;
 use litemap::LiteMap;
 
 use super::{PortKey, PortPlan, Route, ServicePlan};
-use crate::dataplane::{Frontend, Lead, Op, ServiceBackends, ServiceId, Sources, State, Vip};
+use crate::dataplane::{Frontend, Lead, Op, ServiceId, Sources, State, Vip};
 
 /// Books of every service port: its plan, its id, and what the maps hold. Costs per change, not per cluster.
 ///
@@ -396,7 +396,7 @@ impl Ledger {
         batch.ops.iter().any(|op| match op {
             Op::SetService { id, backends } => {
                 let held = self.held.services.get(id);
-                held.is_some_and(|held| !holds_all(backends, held))
+                held.is_some_and(|held| !backends.holds_all(held))
             }
             Op::SetFrontend { frontend, .. } => [*frontend, frontend.on_every_address()]
                 .iter()
@@ -580,19 +580,6 @@ impl Ledger {
         }
         None
     }
-}
-
-/// Whether what a service port shall have is among others all that it has. Both are mostly in order, of which the sorts make use.
-fn holds_all(wished: &ServiceBackends, held: &ServiceBackends) -> bool {
-    let sorted = |backends: &ServiceBackends| {
-        let mut all: Vec<SocketAddr> = backends.all().copied().collect();
-        all.sort();
-        all
-    };
-    let mut wished = sorted(wished).into_iter();
-    sorted(held)
-        .iter()
-        .all(|backend| wished.any(|one| one == *backend))
 }
 
 /// For which clients of a frontend a service port is.

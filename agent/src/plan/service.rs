@@ -391,12 +391,11 @@ pub fn check(plan: &ServicePlan) -> Result<(), Violation> {
         if !reached.contains(key) {
             return Err(Violation::Unreached(key.clone()));
         }
-        let mut all: Vec<SocketAddr> = port.backends.all().copied().collect();
-        if let Some(other) = all.iter().find(|backend| backend.is_ipv4() != key.ipv4) {
+        let mut backends = port.backends.all();
+        if let Some(other) = backends.find(|backend| backend.is_ipv4() != key.ipv4) {
             return Err(Violation::BackendFamily(key.clone(), *other));
         }
-        // What is mostly in order is sorted in no time; a tree of thousands is not made so.
-        all.sort();
+        let all = port.backends.sorted();
         if let Some(twice) = all.windows(2).find(|pair| pair[0] == pair[1]) {
             return Err(Violation::BackendTwice(key.clone(), twice[0]));
         }
