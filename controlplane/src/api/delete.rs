@@ -195,7 +195,10 @@ impl Api {
         options: &DeleteOptions,
     ) -> Result<Deleted, Status> {
         strategy::of(target.resource).check_delete(target)?;
-        for _ in 0..CONFLICT_RETRIES {
+        let key = target.key()?;
+        let mut place = self.contention.place(&key);
+        for attempt in 0..CONFLICT_RETRIES {
+            place.wait(attempt > 0).await;
             let record = self.record(target).await?;
             let old = target.decode(&record)?;
             options.check(target, &old)?;

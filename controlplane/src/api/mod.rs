@@ -18,6 +18,7 @@ mod components;
 mod compression;
 mod config;
 mod connect;
+mod contention;
 mod conversion;
 mod delete;
 mod documents;
@@ -96,6 +97,7 @@ pub struct Api {
     metrics: metrics::Metrics,
     fairness: fairness::Fairness,
     turns: turns::Turns,
+    contention: contention::Contention,
     audit: Option<audit::Audit>,
     proxies: Option<front_proxy::FrontProxies>,
     documents: documents::Documents,
@@ -185,6 +187,7 @@ impl Api {
         let api = Arc::new(Self {
             fairness: fairness::Fairness::new(config.requests_max),
             turns: turns::Turns::new(tokio::runtime::Handle::current().metrics().num_workers()),
+            contention: contention::Contention::default(),
             audit,
             proxies,
             services: allocation::ServiceAllocator::new(config.service_cidrs.clone()),

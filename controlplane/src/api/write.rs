@@ -372,7 +372,10 @@ impl Api {
         mut change: impl FnMut(&Value) -> Result<Value, Status>,
     ) -> Result<Outcome, Status> {
         let target = write.target;
-        for _ in 0..CONFLICT_RETRIES {
+        let key = target.key()?;
+        let mut place = self.contention.place(&key);
+        for attempt in 0..CONFLICT_RETRIES {
+            place.wait(attempt > 0).await;
             let record = self.record(target).await?;
             let old = target.decode(&record)?;
             let mut new = change(&old)?;

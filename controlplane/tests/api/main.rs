@@ -2,6 +2,7 @@
 
 mod access;
 mod admission;
+mod contention;
 mod discovery;
 mod durability;
 mod encodings;

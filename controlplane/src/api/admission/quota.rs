@@ -81,7 +81,9 @@ async fn charge_one(
         return Ok(());
     };
     let key = object::key(resource, target.namespace.as_deref(), quota);
-    for _ in 0..CONFLICT_RETRIES {
+    let mut place = api.contention.place(&key);
+    for attempt in 0..CONFLICT_RETRIES {
+        place.wait(attempt > 0).await;
         let Some(record) = api.store.get(&key).await? else {
             return Ok(());
         };
