@@ -15,6 +15,7 @@ use clap::{Parser, ValueEnum};
 use ipnetwork::IpNetwork;
 use keelway_controlplane::{api, controllers, pki, scheduler, sys};
 use tokio::net::TcpListener;
+use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -82,8 +83,8 @@ struct Flags {
     front_proxies: front_proxies::FrontProxyFlags,
 }
 
-/// After so many tasks it is looked what has come from the network. A write is many times the work that tokio's own figure (61)
-/// is made for: what comes meanwhile would not even be seen.
+/// After so many tasks it is looked what has come from the network. A part of a list is many times the work that tokio's own figure
+/// (61) is made for: what comes meanwhile would not even be seen.
 const EVENT_INTERVAL: u32 = 4;
 
 #[global_allocator]
@@ -135,7 +136,18 @@ fn main() -> Result<()> {
         flags.advertise_address,
         flags.service_cidr[0]
     );
-    runtime.block_on(run(flags, passed))
+    let write_threads = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(write_threads())
+        .thread_name("writes")
+        .enable_all()
+        .build()?;
+    runtime.block_on(run(flags, passed, write_threads.handle()))
+}
+
+/// How many threads do writes: for half of the processors, so that reads find another one.
+fn write_threads() -> usize {
+    let processors = std::thread::available_parallelism();
+    (processors.map_or(1, std::num::NonZero::get) / 2).max(1)
 }
 
 /// One range, or one of each family, of prefixes that make sense: at most so long with IPv4, so long with IPv6.
@@ -170,14 +182,18 @@ fn check_ranges(
     Ok(())
 }
 
-async fn run(flags: Flags, passed: Vec<std::net::TcpListener>) -> Result<()> {
+async fn run(
+    flags: Flags,
+    passed: Vec<std::net::TcpListener>,
+    write_threads: &Handle,
+) -> Result<()> {
     // The API server goes on until its own clients have ended: they give their leases back by it.
     let (stop, last) = (CancellationToken::new(), CancellationToken::new());
     tokio::spawn(stop_on_signal(stop.clone())?);
     let mut parts = tokio::task::JoinSet::new();
     pki::finish(&flags.pki_dir);
     if flags.components.contains(&Component::Api) {
-        let (server, listeners) = start_api(&flags, passed, &last).await?;
+        let (server, listeners) = start_api(&flags, passed, write_threads, &last).await?;
         parts.spawn(async move { server.serve(listeners).await.context("the API server") });
     }
     tokio::spawn(pki::keep(flags.pki_dir.clone()));
@@ -242,6 +258,7 @@ async fn run(flags: Flags, passed: Vec<std::net::TcpListener>) -> Result<()> {
 async fn start_api(
     flags: &Flags,
     passed: Vec<std::net::TcpListener>,
+    write_threads: &Handle,
     stop: &CancellationToken,
 ) -> Result<(Arc<api::Api>, Vec<TcpListener>)> {
     let store = flags.state.open().await?;
@@ -259,6 +276,7 @@ async fn start_api(
             AuthorizationMode::AlwaysAllow => api::Authorization::AlwaysAllow,
         },
         requests_max: flags.max_requests_inflight,
+        write_threads: write_threads.clone(),
         front_proxies: flags.front_proxies.config()?,
         audit: flags
             .audit_policy_file

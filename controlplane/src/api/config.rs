@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use ipnetwork::IpNetwork;
+use tokio::runtime::Handle;
 
 /// The issuer and the default audience of ServiceAccount tokens.
 pub const TOKEN_ISSUER: &str = "https://kubernetes.default.svc.cluster.local";
@@ -29,6 +30,8 @@ pub struct Config {
     pub authorization: Authorization,
     /// Requests that are worked on at a time, of all callers but administrators.
     pub requests_max: usize,
+    /// The runtime whose threads do writes, and nothing else.
+    pub write_threads: Handle,
     pub audit: Option<AuditFiles>,
     /// Proxies that say whom they speak for; none, unless they are known.
     pub front_proxies: Option<super::FrontProxyConfig>,

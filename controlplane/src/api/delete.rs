@@ -1,7 +1,7 @@
 //! Deletion: at once, after a grace period, or when the last finalizer is gone.
 
+use bytes::Bytes;
 use http::{StatusCode, request::Parts};
-use hyper::body::Incoming;
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
@@ -129,11 +129,10 @@ impl Api {
         &self,
         call: &Call,
         parts: &Parts,
-        body: Incoming,
+        body: Bytes,
     ) -> Result<Answer, Status> {
         let form = Form::negotiate(&parts.headers, &call.query)?;
-        let bytes = body::read_body(parts, body).await?;
-        let options = DeleteOptions::parse(parts, &bytes, &call.query)?;
+        let options = DeleteOptions::parse(parts, &body, &call.query)?;
         match self.delete_object(&call.target, &options).await? {
             Deleted::Waiting(object) => {
                 Ok(reply::object(StatusCode::OK, &call.target, form, object))
@@ -157,10 +156,9 @@ impl Api {
         &self,
         call: &Call,
         parts: &Parts,
-        body: Incoming,
+        body: Bytes,
     ) -> Result<Answer, Status> {
-        let bytes = body::read_body(parts, body).await?;
-        let options = DeleteOptions::parse(parts, &bytes, &call.query)?;
+        let options = DeleteOptions::parse(parts, &body, &call.query)?;
         let selected = ListOptions::parse(&call.query, call.target.resource)?;
         strategy::check_selectable(&call.target, &selected.fields)?;
         let listing = self.select(&call.target, &selected).await?;

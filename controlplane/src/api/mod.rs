@@ -1,7 +1,7 @@
 //! The API server: one resource router over the store, driven by the registry's tables.
 //!
 //! A request goes: [`listener`] (TLS) -> [`Api::handle`] (who and what: [`authenticate`], [`request`]; may they:
-//! [`authorize`]) -> [`read`], [`watch`], [`write`], [`delete`] or a
+//! [`authorize`]) -> [`read`], [`watch`], or on other threads ([`write_threads`]) [`write`], [`delete`] or a
 //! [`subresource`] -> [`reply`]. What is special to a kind is in [`strategy`] and [`table`], and nowhere else.
 
 mod admission;
@@ -49,17 +49,18 @@ mod storing;
 mod strategy;
 mod subresource;
 mod table;
-mod turns;
 mod unread;
 mod unverified;
 mod watch;
 mod write;
+mod write_threads;
 
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
+use bytes::Bytes;
 use futures::FutureExt;
 use http::{Method, StatusCode, request::Parts};
 use hyper::body::Incoming;
@@ -96,7 +97,6 @@ pub struct Api {
     kubelets: kubelet::Kubelets,
     metrics: metrics::Metrics,
     fairness: fairness::Fairness,
-    turns: turns::Turns,
     contention: contention::Contention,
     audit: Option<audit::Audit>,
     proxies: Option<front_proxy::FrontProxies>,
@@ -186,7 +186,6 @@ impl Api {
         let served = served();
         let api = Arc::new(Self {
             fairness: fairness::Fairness::new(config.requests_max),
-            turns: turns::Turns::new(tokio::runtime::Handle::current().metrics().num_workers()),
             contention: contention::Contention::default(),
             audit,
             proxies,
@@ -280,10 +279,10 @@ impl Api {
     async fn answer(self: Arc<Self>, peer: Arc<Peer>, request: http::Request<Incoming>) -> Answer {
         let gone = CancellationToken::new();
         if self.audit.is_none() {
-            return self.handle_in_turn(&peer, request, &gone).await;
+            return self.handle(&peer, request, &gone).await;
         }
         let _hangs_up = gone.clone().drop_guard();
-        let handled = tokio::spawn(async move { self.handle_in_turn(&peer, request, &gone).await });
+        let handled = tokio::spawn(async move { self.handle(&peer, request, &gone).await });
         match handled.await {
             Ok(answer) => answer,
             Err(_) => {
@@ -297,25 +296,10 @@ impl Api {
         }
     }
 
-    /// Answers one request; what is not only read waits for its turn.
-    async fn handle_in_turn(
-        &self,
-        peer: &Peer,
-        request: http::Request<Incoming>,
-        gone: &CancellationToken,
-    ) -> Answer {
-        let reads = matches!(*request.method(), Method::GET | Method::HEAD);
-        let handled = self.handle(peer, request, gone);
-        match reads {
-            true => handled.await,
-            false => self.turns.take(handled).await,
-        }
-    }
-
     /// Answers one request. Failures become `Status` objects; a panic becomes one too, and is logged. When its client is `gone`, a
     /// write is done to its end, since it may be done already; nobody reads what else there is, nor ends what it leads to.
     async fn handle(
-        &self,
+        self: &Arc<Self>,
         peer: &Peer,
         request: http::Request<Incoming>,
         gone: &CancellationToken,
@@ -381,7 +365,7 @@ impl Api {
     }
 
     async fn route(
-        &self,
+        self: &Arc<Self>,
         (peer, trail): (&Peer, &audit::Trail),
         mut parts: Parts,
         (path, query): (&str, Query),
@@ -442,45 +426,63 @@ impl Api {
             let upgrade = parts.extensions.remove::<hyper::upgrade::OnUpgrade>();
             return self.connect(call, parts, upgrade, body).await;
         }
-        if call.target.subresource.is_some() {
-            return self.subresource(call, parts, body).await;
-        }
         if review::is_review(call.target.resource) {
             return self.review(call, parts, body).await;
-        }
-        if call.target.resource.kind == "Binding" {
-            return self.bind(&call, &parts, body).await;
         }
         if call.target.resource.plural == "componentstatuses" {
             return self.component_statuses(&call, &parts).await;
         }
+        if matches!(parts.method, Method::GET | Method::HEAD) {
+            return self.read(call, parts).await;
+        }
+        let body = body::read_body(&parts, body).await?;
+        let api = self.clone();
+        let written = async move { api.write(call, parts, body).await };
+        let written = write_threads::run(&self.config.write_threads, written).await;
+        written.unwrap_or_else(|| Err(Status::unavailable("the server is stopping")))
+    }
+
+    /// What is there, or what becomes of it.
+    async fn read(&self, call: Call, mut parts: Parts) -> Result<Answer, Status> {
+        if call.target.subresource.is_some() {
+            return self.subresource(call, parts, Bytes::new()).await;
+        }
+        let named = call.target.name.is_some();
+        if named && !call.query.flag("watch") {
+            return self.get(&call, &parts).await;
+        }
+        let form = Form::negotiate(&parts.headers, &call.query)?;
+        let mut options = ListOptions::parse(&call.query, call.target.resource)?;
+        if named {
+            let name = call.target.object_name()?;
+            options.fields =
+                crate::selector::FieldSelector::parse(&format!("metadata.name={name}"))
+                    .map_err(|error| Status::bad_request(error.to_string()))?;
+        }
+        strategy::check_selectable(&call.target, &options.fields)?;
+        if options.watch && forward::asks_for_websocket(&parts.headers) {
+            let upgrade = parts.extensions.remove::<hyper::upgrade::OnUpgrade>();
+            let events = self.watch(&call, (form, Encoding::Json), options).await?;
+            let framing = (streams::Framing::Lines, None);
+            forward::over_websocket(events, &parts, upgrade, framing, &self.stop)
+        } else if options.watch {
+            let encoding = Encoding::negotiate_stream(&parts.headers, &call.query)?;
+            self.watch(&call, (form, encoding), options).await
+        } else {
+            let encoding = Encoding::negotiate(&parts.headers, &call.query)?;
+            self.list(&call, (form, encoding), options).await
+        }
+    }
+
+    /// Changes what is there.
+    async fn write(&self, call: Call, parts: Parts, body: Bytes) -> Result<Answer, Status> {
+        if call.target.subresource.is_some() {
+            return self.subresource(call, parts, body).await;
+        }
+        if call.target.resource.kind == "Binding" {
+            return self.bind(&call, &parts, body).await;
+        }
         match (parts.method.clone(), call.target.name.is_some()) {
-            (Method::GET | Method::HEAD, true) if !call.query.flag("watch") => {
-                self.get(&call, &parts).await
-            }
-            (Method::GET | Method::HEAD, named) => {
-                let form = Form::negotiate(&parts.headers, &call.query)?;
-                let mut options = ListOptions::parse(&call.query, call.target.resource)?;
-                if named {
-                    let name = call.target.object_name()?;
-                    options.fields =
-                        crate::selector::FieldSelector::parse(&format!("metadata.name={name}"))
-                            .map_err(|error| Status::bad_request(error.to_string()))?;
-                }
-                strategy::check_selectable(&call.target, &options.fields)?;
-                if options.watch && forward::asks_for_websocket(&parts.headers) {
-                    let upgrade = parts.extensions.remove::<hyper::upgrade::OnUpgrade>();
-                    let events = self.watch(&call, (form, Encoding::Json), options).await?;
-                    let framing = (streams::Framing::Lines, None);
-                    forward::over_websocket(events, &parts, upgrade, framing, &self.stop)
-                } else if options.watch {
-                    let encoding = Encoding::negotiate_stream(&parts.headers, &call.query)?;
-                    self.watch(&call, (form, encoding), options).await
-                } else {
-                    let encoding = Encoding::negotiate(&parts.headers, &call.query)?;
-                    self.list(&call, (form, encoding), options).await
-                }
-            }
             (Method::POST, false) => self.create(&call, &parts, body).await,
             (Method::PUT, true) => self.update(&call, &parts, body).await,
             (Method::PATCH, true) => self.patch(&call, &parts, body).await,

@@ -6,13 +6,13 @@
 
 use std::borrow::Cow;
 
+use bytes::Bytes;
 use http::{StatusCode, request::Parts};
-use hyper::body::Incoming;
 use rand::RngExt;
 use serde_json::{Value, json};
 
 use super::allocation::{self, Reservation};
-use super::body::{decode, read_body, require_name, settle_namespace};
+use super::body::{decode, require_name, settle_namespace};
 use super::change::{
     carry_over, check_identity, check_lifetime, check_preconditions, check_revision_given,
     drop_empty, finished, spec_differs,
@@ -96,12 +96,11 @@ impl Api {
         &self,
         call: &Call,
         parts: &Parts,
-        body: Incoming,
+        body: Bytes,
     ) -> Result<Answer, Status> {
         let form = Form::negotiate(&parts.headers, &call.query)?;
         let options = call.write_options(parts)?;
         let resource = call.target.resource;
-        let body = read_body(parts, body).await?;
         let decoded = decode(
             parts,
             &body,
@@ -121,7 +120,7 @@ impl Api {
         &self,
         call: &Call,
         parts: &Parts,
-        body: Incoming,
+        body: Bytes,
     ) -> Result<Answer, Status> {
         self.update_part(call, parts, body, Part::Main).await
     }
@@ -130,13 +129,12 @@ impl Api {
         &self,
         call: &Call,
         parts: &Parts,
-        body: Incoming,
+        body: Bytes,
         part: Part,
     ) -> Result<Answer, Status> {
         let form = Form::negotiate(&parts.headers, &call.query)?;
         let options = call.write_options(parts)?;
         let resource = call.target.resource;
-        let body = read_body(parts, body).await?;
         let decoded = decode(
             parts,
             &body,
@@ -181,7 +179,7 @@ impl Api {
         &self,
         call: &Call,
         parts: &Parts,
-        body: Incoming,
+        body: Bytes,
     ) -> Result<Answer, Status> {
         self.patch_part(call, parts, body, Part::Main).await
     }
@@ -190,13 +188,13 @@ impl Api {
         &self,
         call: &Call,
         parts: &Parts,
-        body: Incoming,
+        body: Bytes,
         part: Part,
     ) -> Result<Answer, Status> {
         let form = Form::negotiate(&parts.headers, &call.query)?;
         let options = call.write_options(parts)?;
         let target = &call.target;
-        let patch = Patch::parse(parts, &read_body(parts, body).await?, target, &options)?;
+        let patch = Patch::parse(parts, &body, target, &options)?;
         let mut warnings = patch.warnings().to_vec();
         let applies = patch.applies();
         let write = match Write::new(target, &options, part) {

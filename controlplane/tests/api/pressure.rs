@@ -194,3 +194,45 @@ fn a_client_without_end_waits_and_kubelets_do_not() {
         assert!(began.elapsed() < PATIENCE, "seats are given back");
     }
 }
+
+#[test]
+fn writes_have_threads_of_their_own_which_nothing_else_wakes() {
+    let server = Server::start();
+    let post = |object: &'static str| {
+        let json = ["--header", "content-type: application/json", "--data"];
+        [&json[..], &[object]].concat()
+    };
+    // Whether those threads have gone to sleep once more with a request: the last of a few tries, since one may just be on its way there.
+    let wakes = |arguments: &[&str], path: &str, expected: bool| {
+        let seen = (0..10).find(|_| {
+            let before = server.sleeps_of("writes");
+            let (code, ..) = server.curl(arguments, path);
+            assert!((200..300).contains(&code), "{path}: {code}");
+            (server.sleeps_of("writes") > before) == expected
+        });
+        assert!(seen.is_some(), "{arguments:?} {path}");
+    };
+    let maps = "/api/v1/namespaces/default/configmaps";
+    let map = r#"{"metadata": {"generateName": "a-"}}"#;
+    wakes(&post(map), maps, true);
+    let review = r#"{"spec": {"resourceAttributes": {"verb": "get", "resource": "pods"}}}"#;
+    let reviews = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews";
+    wakes(&post(review), reviews, false);
+    wakes(&[], maps, false);
+    wakes(
+        &[],
+        "/api/v1/namespaces/default/configmaps?watch=1&timeoutSeconds=1",
+        false,
+    );
+    wakes(&[], "/version", false);
+    let status = r#"{"status": {"phase": "Active"}}"#;
+    let merge = [
+        "--request",
+        "PATCH",
+        "--header",
+        "content-type: application/merge-patch+json",
+    ];
+    let merge = [&merge[..], &["--data", status]].concat();
+    wakes(&merge, "/api/v1/namespaces/default/status", true);
+    wakes(&["--request", "DELETE"], maps, true);
+}

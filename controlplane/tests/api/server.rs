@@ -219,6 +219,25 @@ impl Server {
         (status.success(), asked.elapsed())
     }
 
+    /// How often its threads of a name have gone to sleep. One that has nothing to do is not woken.
+    pub fn sleeps_of(&self, threads: &str) -> u64 {
+        let process = self.process.lock().expect("process");
+        let pid = process.as_ref().expect("a running server").id();
+        let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).expect("its threads");
+        let sleeps = tasks.filter_map(|task| {
+            let read =
+                |file: &str| std::fs::read_to_string(task.as_ref().ok()?.path().join(file)).ok();
+            let is_of = read("comm")?.trim_end() == threads;
+            let status = read("status").filter(|_| is_of)?;
+            let mut lines = status.lines();
+            let count = lines.find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+            Some(count?.trim().parse::<u64>().expect("a number"))
+        });
+        let sleeps: Vec<u64> = sleeps.collect();
+        assert!(!sleeps.is_empty(), "there is no thread {threads}");
+        sleeps.iter().sum()
+    }
+
     /// Waits until the process ends by itself, and returns whether that was as it should be.
     pub fn ended(&self) -> bool {
         let child = self.process.lock().expect("process").take();

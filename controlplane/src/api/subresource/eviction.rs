@@ -1,11 +1,11 @@
 //! `eviction`: deleting a pod on behalf of whoever drains its node, as far as disruption budgets allow it.
 
+use bytes::Bytes;
 use http::request::Parts;
-use hyper::body::Incoming;
 use serde_json::{Value, json};
 
 use super::success;
-use crate::api::body::{decode, read_body};
+use crate::api::body::decode;
 use crate::api::fields::{self, Fields};
 use crate::api::reply::Answer;
 use crate::api::request::{Target, WriteOptions};
@@ -24,10 +24,9 @@ impl Api {
         &self,
         call: &Call,
         parts: &Parts,
-        body: Incoming,
+        body: Bytes,
     ) -> Result<Answer, Status> {
         let mut options = call.write_options(parts)?;
-        let body = read_body(parts, body).await?;
         let eviction = decode(parts, &body, "policy/v1", "Eviction", options.validation)?.value;
         let target = &call.target;
         let name = target.object_name()?;

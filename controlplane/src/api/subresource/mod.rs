@@ -8,11 +8,11 @@ mod pod;
 mod scale;
 mod token;
 
+use bytes::Bytes;
 use http::{Method, StatusCode, request::Parts};
-use hyper::body::Incoming;
 use serde_json::{Value, json};
 
-use super::body::{check_name, decode, read_body, settle_namespace};
+use super::body::{check_name, decode, settle_namespace};
 use super::change::check_preconditions;
 use super::fields::Fields;
 use super::patching::Patch;
@@ -30,7 +30,7 @@ impl Api {
         &self,
         call: Call,
         parts: Parts,
-        body: Incoming,
+        body: Bytes,
     ) -> Result<Answer, Status> {
         let resource = call.target.resource;
         let name = call.target.subresource.clone().unwrap_or_default();
@@ -91,14 +91,13 @@ impl Api {
         (name, rule): (&'static str, Rule),
         call: &Call,
         parts: &Parts,
-        body: Incoming,
+        body: Bytes,
     ) -> Result<Answer, Status> {
         let form = Form::negotiate(&parts.headers, &call.query)?;
         let options = call.write_options(parts)?;
         let target = &call.target;
         let resource = target.resource;
         let part = Part::Exact(name);
-        let body = read_body(parts, body).await?;
         let mut warnings = Vec::new();
         let sent = if parts.method == Method::PATCH {
             Sent::Patch(Patch::parse(parts, &body, target, &options)?)

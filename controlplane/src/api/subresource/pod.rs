@@ -1,11 +1,11 @@
 //! What is done to a pod that exists: binding it to a node, adding ephemeral containers, resizing.
 
+use bytes::Bytes;
 use http::request::Parts;
-use hyper::body::Incoming;
 use serde_json::{Value, json};
 
 use super::success;
-use crate::api::body::{decode, read_body};
+use crate::api::body::decode;
 use crate::api::fields::{self, Fields};
 use crate::api::reply::Answer;
 use crate::api::request::Target;
@@ -20,17 +20,10 @@ impl Api {
         &self,
         call: &Call,
         parts: &Parts,
-        body: Incoming,
+        body: Bytes,
     ) -> Result<Answer, Status> {
         let options = call.write_options(parts)?;
-        let binding = decode(
-            parts,
-            &read_body(parts, body).await?,
-            "v1",
-            "Binding",
-            options.validation,
-        )?
-        .value;
+        let binding = decode(parts, &body, "v1", "Binding", options.validation)?.value;
         // `bindings` takes what `pods/<name>/binding` takes, with the pod's name inside.
         let target = &match registry::resource("", "v1", "pods") {
             Some(pods) if call.target.resource.kind == "Binding" => Target {

@@ -1,10 +1,10 @@
 //! `scale`: the number of replicas, in the same form for every kind that has one.
 
+use bytes::Bytes;
 use http::{Method, StatusCode, request::Parts};
-use hyper::body::Incoming;
 use serde_json::{Value, json};
 
-use crate::api::body::{check_kind, check_name, content_type, decode, read_body, settle_namespace};
+use crate::api::body::{check_kind, check_name, content_type, decode, settle_namespace};
 use crate::api::fields::{self, Fields};
 use crate::api::patching::patch_failed;
 use crate::api::reply::{self, Answer};
@@ -22,7 +22,7 @@ impl Api {
         &self,
         call: &Call,
         parts: &Parts,
-        body: Incoming,
+        body: Bytes,
     ) -> Result<Answer, Status> {
         let target = &call.target;
         let answer = |object: &Value| reply::json(StatusCode::OK, &scale_of(object));
@@ -30,7 +30,6 @@ impl Api {
             return Ok(answer(&target.decode(&self.record(target).await?)?));
         }
         let options = call.write_options(parts)?;
-        let body = read_body(parts, body).await?;
         let wanted: ScaleChange = if parts.method == Method::PUT {
             let decoded = decode(parts, &body, "autoscaling/v1", "Scale", options.validation)?;
             Box::new(move |_| Ok(decoded.value.clone()))

@@ -1,9 +1,9 @@
 //! `token` of a ServiceAccount.
 
+use bytes::Bytes;
 use http::{StatusCode, request::Parts};
-use hyper::body::Incoming;
 
-use crate::api::body::{decode, read_body};
+use crate::api::body::decode;
 use crate::api::fields::Fields;
 use crate::api::reply::{self, Answer};
 use crate::api::status::{FieldError, Status, Subject};
@@ -16,10 +16,9 @@ impl Api {
         &self,
         call: &Call,
         parts: &Parts,
-        body: Incoming,
+        body: Bytes,
     ) -> Result<Answer, Status> {
         let options = call.write_options(parts)?;
-        let body = read_body(parts, body).await?;
         let request = decode(
             parts,
             &body,
