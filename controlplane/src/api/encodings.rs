@@ -24,7 +24,7 @@ pub(super) const UNUSED_MAX: Duration = Duration::from_secs(300);
 /// How often what is unused is looked for when there is no room.
 const SWEEP_PAUSE: Duration = Duration::from_secs(10);
 /// What a frame has around a message, about.
-const FRAME_BYTES: usize = 64;
+pub(super) const FRAME_BYTES: usize = 64;
 /// Records that are looked up in one go, while others wait.
 const LOOK_UPS: usize = 256;
 

@@ -94,6 +94,7 @@ pub struct Api {
     services: allocation::ServiceAllocator,
     events: Arc<watch::EncodedEvents>,
     encodings: Arc<encodings::Encodings>,
+    beginnings: watch::Beginnings,
     kubelets: kubelet::Kubelets,
     metrics: metrics::Metrics,
     fairness: fairness::Fairness,
@@ -194,6 +195,7 @@ impl Api {
             documents: documents::Documents::default(),
             events: Arc::default(),
             encodings: Arc::default(),
+            beginnings: watch::Beginnings::default(),
             metrics: metrics::Metrics::default(),
             store,
             config,
@@ -260,6 +262,7 @@ impl Api {
                 () = tokio::time::sleep(encodings::UNUSED_MAX) => {}
             }
             self.encodings.forget_unused(Instant::now());
+            self.beginnings.forget_unused(Instant::now());
         }
     }
 

@@ -1,5 +1,8 @@
 //! Watch: initial state, then every change, as selectors and the asked form have it.
 
+mod beginnings;
+mod event;
+
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -7,7 +10,7 @@ use bytes::Bytes;
 use futures::FutureExt;
 use http::{StatusCode, header};
 use rand::RngExt;
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -16,10 +19,12 @@ use super::reply::Answer;
 use super::request::{Encoding, Form, ListOptions, Target};
 use super::selection::Selectable;
 use super::status::Status;
-use super::{Api, Call, object, reply, table};
-use crate::codec::transcode;
+use super::{Api, Call, object, reply};
 use crate::registry::Resource;
 use crate::store::{Change, Record, Revision, StoreError, WatchEvent, WatchStream};
+use beginnings::Beginning;
+pub(super) use beginnings::Beginnings;
+use event::{Kind, bookmark, error_event, from_record, plain, shaped};
 
 /// A watch without timeoutSeconds ends after this to twice this, as upstream's min-request-timeout.
 const TIMEOUT_S_MIN: u64 = 1800;
@@ -38,26 +43,6 @@ const REST_PER_WATCH: Duration = Duration::from_micros(10);
 /// Shorter ones are not worth a timer.
 const REST_MIN: Duration = Duration::from_millis(2);
 const REST_MAX: Duration = Duration::from_millis(20);
-/// What marks the bookmark that ends the initial events (KEP-3157).
-const INITIAL_EVENTS_END: &str = "k8s.io/initial-events-end";
-
-/// What happened to an object from a watcher's view: it may enter and leave a selector.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Added,
-    Modified,
-    Deleted,
-}
-
-impl Kind {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Added => "ADDED",
-            Self::Modified => "MODIFIED",
-            Self::Deleted => "DELETED",
-        }
-    }
-}
 
 /// One change with what watchers of a resource have worked out about it: each part once for all of them.
 pub(super) struct Encoded {
@@ -189,60 +174,6 @@ impl Encoded {
     }
 }
 
-/// An event, from a record.
-fn from_record(
-    kind: Kind,
-    record: &Record,
-    revision: Revision,
-    target: &Target,
-    encoding: Encoding,
-) -> Bytes {
-    event(kind.name(), encoding, record.value.len() + 160, |out| {
-        object::write(
-            out,
-            record,
-            revision,
-            target.resource.kind,
-            &target.resource.api_version(),
-        )
-    })
-}
-
-/// An event, from an object.
-fn from_object(kind: &str, object: &Value, encoding: Encoding) -> Bytes {
-    let json = object.to_string();
-    event(kind, encoding, json.len() + 32, |out| {
-        out.extend_from_slice(json.as_bytes())
-    })
-}
-
-/// One event of the body: a line of JSON, or a frame of protobuf.
-fn event(
-    kind: &str,
-    encoding: Encoding,
-    size: usize,
-    write_object: impl FnOnce(&mut Vec<u8>),
-) -> Bytes {
-    let mut out = Vec::with_capacity(size);
-    if encoding == Encoding::Protobuf {
-        write_object(&mut out);
-        // What the tables do not fit was not stored by way of them. Other watchers must not lose theirs by it.
-        return transcode::watch_frame(kind, &out)
-            .unwrap_or_else(|| {
-                tracing::error!(kind, "an event has no protobuf form");
-                let status = Status::internal("an object has no protobuf form").to_value();
-                transcode::watch_frame("ERROR", status.to_string().as_bytes()).unwrap_or_default()
-            })
-            .into();
-    }
-    out.extend_from_slice(br#"{"type":""#);
-    out.extend_from_slice(kind.as_bytes());
-    out.extend_from_slice(br#"","object":"#);
-    write_object(&mut out);
-    out.extend_from_slice(b"}\n");
-    Bytes::from(out)
-}
-
 impl Api {
     pub(super) async fn watch(
         &self,
@@ -256,22 +187,31 @@ impl Api {
             Some(initial) => initial,
             None => options.resource_version.unwrap_or(0) == 0,
         };
-        let (records, from) = if initial {
-            let everything = ListOptions {
-                labels: options.labels.clone(),
-                fields: options.fields.clone(),
-                resource_version: options.resource_version,
-                ..ListOptions::default()
-            };
-            let listing = self.select(&call.target, &everything).await?;
-            (listing.records, listing.revision)
-        } else {
-            let from = options.resource_version;
-            self.reach(from).await?;
-            (Vec::new(), from.map_or(self.store.revision(), Revision))
+        // Most begin with everything, and thousands of them together.
+        let keeps = initial && options.selects_all() && encoding == Encoding::Protobuf;
+        let begun = match keeps && plain(form, &call.target) {
+            true => {
+                self.reach(options.resource_version).await?;
+                let parts = (&*self.store, &*self.encodings);
+                let begun = self.beginnings.begin(parts, call.target.resource, &prefix);
+                begun.await?
+            }
+            false => None,
         };
         let told = options.initial_events == Some(true) && options.bookmarks;
-        let stream = match self.store.watch(&prefix, from).await {
+        let (initial, from, stream) = match begun {
+            Some(begun) => (
+                Initial::Kept(begun.beginning, 0),
+                begun.from,
+                Ok(begun.stream),
+            ),
+            None => {
+                let (records, from) = self.initial(call, initial, &options).await?;
+                let stream = self.store.watch(&prefix, from).await;
+                (Initial::Records(records.into_iter()), from, stream)
+            }
+        };
+        let stream = match stream {
             Ok(stream) => stream,
             Err(error @ StoreError::Future { .. }) => return Err(error.into()),
             // Upstream tells of an expired revision inside the stream, and clients look for it there.
@@ -287,7 +227,7 @@ impl Api {
             target: call.target.clone(),
             form: (form, encoding),
             headed: false,
-            initial: records.into_iter(),
+            initial,
             initial_end: told.then_some(from),
             bookmarked: from,
             next_bookmark: Instant::now() + BOOKMARK_PERIOD,
@@ -312,6 +252,28 @@ impl Api {
         });
         Ok(events_answer(encoding, chunks))
     }
+
+    /// What a watch begins with, if with anything, and the revision that it goes on from.
+    async fn initial(
+        &self,
+        call: &Call,
+        initial: bool,
+        options: &ListOptions,
+    ) -> Result<(Vec<Record>, Revision), Status> {
+        if !initial {
+            let from = options.resource_version;
+            self.reach(from).await?;
+            return Ok((Vec::new(), from.map_or(self.store.revision(), Revision)));
+        }
+        let everything = ListOptions {
+            labels: options.labels.clone(),
+            fields: options.fields.clone(),
+            resource_version: options.resource_version,
+            ..ListOptions::default()
+        };
+        let listing = self.select(&call.target, &everything).await?;
+        Ok((listing.records, listing.revision))
+    }
 }
 
 fn events_answer(
@@ -331,68 +293,6 @@ fn events_answer(
     answer
 }
 
-fn error_event(status: &Status, encoding: Encoding) -> Bytes {
-    from_object("ERROR", &status.to_value(), encoding)
-}
-
-/// Whether objects go out as their stored bytes.
-fn plain(form: Form, target: &Target) -> bool {
-    form == Form::Object && !object::converts(target.resource)
-}
-
-/// An event of a decoded object, in the form asked for.
-fn shaped(
-    kind: Kind,
-    object: Value,
-    (form, encoding): (Form, Encoding),
-    target: &Target,
-    headed: &mut bool,
-) -> Bytes {
-    let object = object::from_stored(object, target.resource);
-    let shaped = match form {
-        Form::Object => object,
-        Form::Partial(version) => table::partial(&object, version),
-        Form::Table(version, include) => {
-            let printer = table::printer(target.resource.group, target.resource.kind);
-            let first = !std::mem::replace(headed, true);
-            let mut table = table::table(printer, version, [&object], include, first);
-            table["metadata"]["resourceVersion"] = object["metadata"]["resourceVersion"].clone();
-            table
-        }
-    };
-    from_object(kind.name(), &shaped, encoding)
-}
-
-/// An event that only says how far the watch has come.
-fn bookmark(
-    target: &Target,
-    (form, encoding): (Form, Encoding),
-    revision: Revision,
-    ends_initial: bool,
-) -> Bytes {
-    let mut metadata = json!({"resourceVersion": revision.to_string(), "creationTimestamp": null});
-    if ends_initial {
-        metadata["annotations"] = json!({ INITIAL_EVENTS_END: "true" });
-    }
-    let object = match form {
-        Form::Object => {
-            let resource = target.resource;
-            json!({"kind": resource.kind, "apiVersion": resource.api_version(), "metadata": metadata})
-        }
-        Form::Partial(version) => {
-            let api_version = format!("meta.k8s.io/{version}");
-            json!({"kind": "PartialObjectMetadata", "apiVersion": api_version, "metadata": metadata})
-        }
-        Form::Table(version, _) => {
-            let row = json!({"cells": [], "object": {"kind": "PartialObjectMetadata",
-                "apiVersion": format!("meta.k8s.io/{version}"), "metadata": metadata}});
-            json!({"kind": "Table", "apiVersion": format!("meta.k8s.io/{version}"), "columnDefinitions": [],
-                "metadata": {"resourceVersion": revision.to_string()}, "rows": [row]})
-        }
-    };
-    from_object("BOOKMARK", &object, encoding)
-}
-
 /// A running watch of one client.
 struct Watcher {
     target: Target,
@@ -400,8 +300,7 @@ struct Watcher {
     options: ListOptions,
     /// Whether a table's columns have been sent.
     headed: bool,
-    /// What was there when the watch began, encoded as it is sent: a slow client holds records that others hold too, not bytes.
-    initial: std::vec::IntoIter<Record>,
+    initial: Initial,
     /// The revision of the bookmark that ends it, where one was asked for.
     initial_end: Option<Revision>,
     stream: Box<dyn WatchStream>,
@@ -412,6 +311,14 @@ struct Watcher {
     rests: Instant,
     stop: CancellationToken,
     counted: super::metrics::Watching,
+}
+
+/// What was there when a watch began, as far as it has not been sent.
+enum Initial {
+    /// Encoded as it is sent: a slow client holds records that others hold too, not bytes.
+    Records(std::vec::IntoIter<Record>),
+    /// From a chunk on.
+    Kept(Arc<Beginning>, usize),
 }
 
 /// How long each of so many watches rests.
@@ -427,7 +334,17 @@ impl Watcher {
     /// Some more of what was there when the watch began; None when all of it has been sent.
     fn next_initial(&mut self, encodings: &Encodings) -> Result<Option<Bytes>, Status> {
         let (target, form, added) = (&self.target, self.form, Kind::Added);
-        let records = self.initial.by_ref().take(INITIAL_EVENTS_PER_CHUNK);
+        if let Initial::Kept(beginning, number) = &mut self.initial {
+            if let Some(chunk) = beginning.chunk(*number) {
+                *number += 1;
+                return Ok(Some(chunk));
+            }
+            self.initial = Initial::Records(Vec::new().into_iter());
+        }
+        let Initial::Records(initial) = &mut self.initial else {
+            return Ok(None);
+        };
+        let records = initial.by_ref().take(INITIAL_EVENTS_PER_CHUNK);
         let records: Vec<Record> = records.collect();
         let plain = plain(form.0, target);
         // After a start of the server each informer of the cluster comes for what is there.
@@ -449,9 +366,9 @@ impl Watcher {
                 }
             }
         }
-        if self.initial.as_slice().is_empty() {
+        if initial.as_slice().is_empty() {
             // The watch may live on for an hour: without the room that the records had.
-            self.initial = Vec::new().into_iter();
+            *initial = Vec::new().into_iter();
             if let Some(revision) = self.initial_end.take() {
                 chunk.extend_from_slice(&bookmark(target, form, revision, true));
             }
