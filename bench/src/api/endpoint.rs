@@ -206,12 +206,12 @@ impl Caller {
             .await
     }
 
-    /// Reads a watch, and calls `event` for each one of it, until that says that it is enough.
+    /// Reads a watch, and tells how many events have come, whenever some have, until the answer is that it is enough.
     pub async fn watch(
         &self,
         path: &str,
         mut events: Events,
-        mut event: impl FnMut() -> bool,
+        mut come: impl FnMut(u64) -> bool,
     ) -> Result<()> {
         let request = Request::get(path)
             .header(http::header::ACCEPT, events.media_type())
@@ -225,10 +225,9 @@ impl Caller {
         );
         let mut chunks = response.into_body().into_data_stream();
         while let Some(chunk) = chunks.next().await {
-            for _ in 0..events.ended_in(&chunk?) {
-                if !event() {
-                    return Ok(());
-                }
+            let ended = events.ended_in(&chunk?);
+            if ended > 0 && !come(ended) {
+                return Ok(());
             }
         }
         bail!("a watch ended")
@@ -259,9 +258,9 @@ impl Events {
     }
 
     /// How many events end in the next bytes.
-    fn ended_in(&mut self, mut bytes: &[u8]) -> usize {
+    fn ended_in(&mut self, mut bytes: &[u8]) -> u64 {
         let frame = match self {
-            Self::Lines => return bytes.iter().filter(|byte| **byte == b'\n').count(),
+            Self::Lines => return bytes.iter().map(|byte| u64::from(*byte == b'\n')).sum(),
             Self::Frames(frame) => frame,
         };
         let mut ended = 0;
@@ -303,7 +302,7 @@ mod tests {
         for size in [1, 3, 5, 7, 100, 1000] {
             let mut events = Events::Frames(Frame::default());
             let ended = frames.chunks(size).map(|chunk| events.ended_in(chunk));
-            assert_eq!(ended.sum::<usize>(), 3, "chunks of {size}");
+            assert_eq!(ended.sum::<u64>(), 3, "chunks of {size}");
         }
     }
 

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use futures::future::try_join_all;
 use hdrhistogram::Histogram;
 use http::Method;
 use serde_json::json;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Semaphore, oneshot};
 use tokio::task::JoinSet;
 
 use super::endpoint::{Caller, Endpoint, Events, Frame};
@@ -21,7 +21,9 @@ const LEASE_PERIOD: Duration = Duration::from_secs(10);
 const STATUS_PERIOD: Duration = Duration::from_secs(300);
 /// Changes of pods' states in a second, of all nodes together: what Kubernetes is measured with (thresholds of sig-scalability).
 const CHURN_PER_SECOND: f64 = 20.0;
-const MAKERS: usize = 16;
+const MAKERS: usize = 64;
+/// How many kubelets begin at a time. All of them at once would wait for each other's handshakes longer than a server waits for those.
+const BEGINNERS: usize = 64;
 /// How long all watches together may take to see what is there when they begin.
 const PATIENCE: Duration = Duration::from_secs(600);
 
@@ -51,8 +53,17 @@ struct Shared {
     reads: Mutex<Vec<u64>>,
     events: AtomicU64,
     failed: AtomicU64,
-    /// Watches that have seen all that was there when they began.
-    caught_up: tokio::sync::watch::Sender<usize>,
+    /// Kubelets whose watches have seen all that was there when they began.
+    begun: tokio::sync::watch::Sender<usize>,
+}
+
+/// How far the run is.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Stage {
+    /// Kubelets begin, and wait for each other.
+    Begins,
+    Lives,
+    Stops,
 }
 
 /// Makes the nodes with all that is theirs, lets their kubelets live for a while, and measures.
@@ -67,29 +78,46 @@ pub async fn run(
         "making {} nodes, {pods} pods and {} Services",
         size.nodes, size.services
     ));
+    let began = Instant::now();
     make(endpoint, size).await?;
-    say(format!("{} watches begin", 2 * size.nodes));
+    let made = began.elapsed();
+    say(format!(
+        "made in {} s; {} watches begin",
+        made.as_secs(),
+        2 * size.nodes
+    ));
     let shared = Arc::new(Shared::default());
+    let turns = Arc::new(Semaphore::new(BEGINNERS));
+    let stage = tokio::sync::watch::Sender::new(Stage::Begins);
     let mut kubelets = JoinSet::new();
-    let stop = tokio_stop();
+    let mut count = shared.begun.subscribe();
     for number in 0..size.nodes {
-        let (caller, shared, stop) = (endpoint.caller()?, shared.clone(), stop.1.clone());
-        let rest = LEASE_PERIOD.mul_f64(number as f64 / size.nodes as f64);
-        kubelets.spawn(async move { live(caller, number, size, rest, shared, stop).await });
+        let kubelet = Kubelet {
+            caller: endpoint.caller()?,
+            number,
+            size,
+            shared: shared.clone(),
+        };
+        let (turns, stage) = (turns.clone(), stage.subscribe());
+        kubelets.spawn(async move { kubelet.live(&turns, stage).await });
     }
-    // What it costs that all of them begin at once is not what is measured.
-    let mut caught_up = shared.caught_up.subscribe();
-    let all = caught_up.wait_for(|count| *count == 2 * size.nodes);
-    tokio::time::timeout(PATIENCE, all)
-        .await
-        .with_context(|| {
-            let count = *shared.caught_up.borrow();
-            format!(
-                "{count} of {} watches have seen what is there",
-                2 * size.nodes
-            )
-        })?
-        .context("the kubelets have ended")?;
+    // What it costs that all of them begin is not what is measured.
+    let all = count.wait_for(|count| *count == size.nodes);
+    tokio::select! {
+        all = tokio::time::timeout(PATIENCE, all) => drop(all.with_context(|| {
+            let count = *shared.begun.borrow();
+            format!("{count} of {} kubelets have seen what is there", size.nodes)
+        })?),
+        Some(ended) = kubelets.join_next() => {
+            ended?.context("a kubelet cannot begin")?;
+            bail!("a kubelet has ended");
+        }
+    }
+    let begun = began.elapsed() - made;
+    say(format!("all have begun in {} s", begun.as_secs()));
+    stage.send_replace(Stage::Lives);
+    // Until each has the connection that it asks on.
+    tokio::time::sleep(LEASE_PERIOD).await;
     shared.events.store(0, Ordering::Relaxed);
     for times in [
         &shared.leases,
@@ -108,9 +136,9 @@ pub async fn run(
         .zip(cpu)
         .map(|(after, before)| after - before);
     let (took, memory) = (began.elapsed(), endpoint.memory()?);
-    stop.0.send_replace(true);
+    stage.send_replace(Stage::Stops);
     while let Some(ended) = kubelets.join_next().await {
-        ended?;
+        ended??;
     }
     let histogram = async |times: &Mutex<Vec<u64>>| {
         let mut histogram = Histogram::<u64>::new(3).context("a histogram")?;
@@ -132,12 +160,6 @@ pub async fn run(
         cpu: used,
         memory,
     })
-}
-
-type Stop = tokio::sync::watch::Receiver<bool>;
-
-fn tokio_stop() -> (tokio::sync::watch::Sender<bool>, Stop) {
-    tokio::sync::watch::channel(false)
 }
 
 /// Nodes, leases, pods that are bound to them, and Services.
@@ -193,74 +215,98 @@ fn node(number: usize) -> String {
     format!("fleet-{number}")
 }
 
-/// One kubelet.
-async fn live(
+struct Kubelet {
     caller: Caller,
     number: usize,
     size: Size,
-    rest: Duration,
     shared: Arc<Shared>,
-    mut stop: Stop,
-) {
-    let name = node(number);
-    let own =
-        format!("/api/v1/pods?watch=1&fieldSelector=spec.nodeName%3D{name}&timeoutSeconds=3600");
-    let services = "/api/v1/services?watch=1&resourceVersion=0&timeoutSeconds=3600".to_owned();
-    let watch = |path: String, there: usize| {
-        let (caller, shared) = (caller.clone(), shared.clone());
-        async move {
-            let mut left = there;
-            if left == 0 {
-                shared.caught_up.send_modify(|count| *count += 1);
-            }
-            let count = || {
-                shared.events.fetch_add(1, Ordering::Relaxed);
-                if left == 1 {
-                    shared.caught_up.send_modify(|count| *count += 1);
-                }
-                left = left.saturating_sub(1);
-                true
-            };
-            if caller
-                .watch(&path, Events::Frames(Frame::default()), count)
-                .await
-                .is_err()
-            {
-                shared.failed.fetch_add(1, Ordering::Relaxed);
-            }
-            std::future::pending::<()>().await;
+}
+
+impl Kubelet {
+    /// Begins when it is its turn, lives when all do, until all stop.
+    async fn live(
+        &self,
+        turns: &Semaphore,
+        mut stage: tokio::sync::watch::Receiver<Stage>,
+    ) -> Result<()> {
+        let mut stops = stage.clone();
+        let turn = turns.acquire().await?;
+        let ((own, own_seen), (services, services_seen)) = (oneshot::channel(), oneshot::channel());
+        let work = async {
+            own_seen.await.context("its pods")?;
+            services_seen.await.context("the Services")?;
+            drop(turn);
+            self.shared.begun.send_modify(|count| *count += 1);
+            stage.wait_for(|stage| *stage >= Stage::Lives).await?;
+            self.work().await;
+            Ok(())
+        };
+        let name = node(self.number);
+        let of_node = format!("/api/v1/pods?watch=1&fieldSelector=spec.nodeName%3D{name}");
+        let of_all = "/api/v1/services?watch=1&resourceVersion=0";
+        tokio::select! {
+            ended = self.watch(&of_node, self.size.pods_per_node, own) => ended,
+            ended = self.watch(of_all, self.size.services, services) => ended,
+            ended = work => ended,
+            _ = stops.wait_for(|stage| *stage == Stage::Stops) => Ok(()),
         }
-    };
-    let work = async {
+    }
+
+    /// Watches, and tells when it has seen as many events as there are objects. One that ends before that has failed.
+    async fn watch(&self, path: &str, there: usize, seen: oneshot::Sender<()>) -> Result<()> {
+        let path = format!("{path}&timeoutSeconds=3600");
+        let mut left = u64::try_from(there)?;
+        let mut seen = Some(seen);
+        let mut come = |events: u64| {
+            self.shared.events.fetch_add(events, Ordering::Relaxed);
+            left = left.saturating_sub(events);
+            if left == 0
+                && let Some(seen) = seen.take()
+            {
+                // Who is not told any more has stopped.
+                let _ = seen.send(());
+            }
+            true
+        };
+        if there == 0 {
+            come(0);
+        }
+        let frames = Events::Frames(Frame::default());
+        let ended = self.caller.watch(&path, frames, come).await;
+        if seen.is_some() {
+            return ended;
+        }
+        self.shared.failed.fetch_add(1, Ordering::Relaxed);
+        std::future::pending().await
+    }
+
+    async fn work(&self) {
+        let (caller, shared, number) = (&self.caller, &self.shared, self.number);
+        let (name, nodes) = (node(number), self.size.nodes);
+        let rest = LEASE_PERIOD.mul_f64(number as f64 / nodes as f64);
         tokio::time::sleep(rest).await;
         let mut reported =
             Instant::now() - STATUS_PERIOD.mul_f64(rest.as_secs_f64() / LEASE_PERIOD.as_secs_f64());
         let mut turn = 0_u64;
         // So often does a pod of this node change, in renewals of the lease.
-        let churn = CHURN_PER_SECOND * LEASE_PERIOD.as_secs_f64() / size.nodes as f64;
-        let mut due = churn * (number as f64 / size.nodes as f64);
+        let churn = CHURN_PER_SECOND * LEASE_PERIOD.as_secs_f64() / nodes as f64;
+        let mut due = churn * (number as f64 / nodes as f64);
         loop {
             let began = Instant::now();
             turn += 1;
-            renew(&caller, &name, &shared).await;
+            renew(caller, &name, shared).await;
             if reported.elapsed() >= STATUS_PERIOD {
-                report(&caller, &name, turn, &shared).await;
+                report(caller, &name, turn, shared).await;
                 reported = Instant::now();
             }
             due += churn;
-            while due >= 1.0 && size.pods_per_node > 0 {
+            while due >= 1.0 && self.size.pods_per_node > 0 {
                 due -= 1.0;
-                let pod = turn as usize % size.pods_per_node;
-                change_pod(&caller, &format!("{name}-{pod}"), turn, &shared).await;
+                let pod = turn as usize % self.size.pods_per_node;
+                change_pod(caller, &format!("{name}-{pod}"), turn, shared).await;
             }
             tokio::time::sleep(LEASE_PERIOD.saturating_sub(began.elapsed())).await;
         }
-    };
-    tokio::select! {
-        () = watch(own, size.pods_per_node) => {}
-        () = watch(services, size.services) => {}
-        () = work => {}
-        _ = stop.wait_for(|stop| *stop) => {}
     }
 }
 

@@ -198,13 +198,14 @@ pub async fn fan_out(endpoint: &Endpoint, watchers: usize, changes: u64) -> Resu
         tasks.spawn(async move {
             let mut left = changes + 1;
             caller
-                .watch(&path, Events::Lines, || {
+                .watch(&path, Events::Lines, |come| {
                     // The first change tells that the watch is open.
-                    match open.take() {
-                        Some(open) => drop(open.send(())),
-                        None => count.send_modify(|count| *count += 1),
+                    let first = open.take().map(|open| open.send(()));
+                    let counted = come - u64::from(first.is_some());
+                    if counted > 0 {
+                        count.send_modify(|count| *count += counted);
                     }
-                    left -= 1;
+                    left -= come;
                     left > 0
                 })
                 .await
