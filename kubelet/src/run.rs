@@ -35,6 +35,8 @@ use crate::server::{self, Gate, Reviews, Server, Tls};
 
 /// Announcements of the runtime that may wait for the dispatcher.
 const CHANGES_MAX: usize = 4096;
+/// Where a node's log files are, whatever folder those of pods have.
+const NODE_LOG_DIR: &str = "/var/log";
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often a connection is tested, and how long the answer may take.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
@@ -92,6 +94,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         pods: registry.clone(),
         gate: Gate::new(Reviews::new(client.clone(), &config.node_name)),
         log_dir: config.log_dir.clone(),
+        node_log_dir: NODE_LOG_DIR.into(),
         changes: changes.clone(),
     });
     let registration = Registration {

@@ -141,6 +141,7 @@ async fn kubelet() -> Kubelet {
         pods: Registry::default(),
         gate: Gate::new(rules),
         log_dir: files.path().to_owned(),
+        node_log_dir: files.path().to_owned(),
         changes: broadcast::channel(1).0,
     });
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -220,7 +221,7 @@ impl Kubelet {
 const CLIENT: ExtendedKeyUsagePurpose = ExtendedKeyUsagePurpose::ClientAuth;
 
 /// A shell in a pod, in every spelling, and what else is here.
-const EVERYTHING: [&str; 13] = [
+const EVERYTHING: [&str; 15] = [
     "POST /exec/shop/web/c?command=sh",
     "GET /exec/shop/web/c?command=sh",
     "GET //exec/shop/web/c?command=sh",
@@ -234,6 +235,8 @@ const EVERYTHING: [&str; 13] = [
     "GET /metrics",
     "GET /healthz",
     "GET /nothing",
+    "GET /logs/",
+    "GET /logs/ca.crt",
 ];
 
 #[tokio::test]
@@ -309,10 +312,17 @@ async fn who_has_the_right_is_let_in_and_to_nothing_beside_it() {
     kubelet
         .hold(Some(&looker), None, &EVERYTHING[..5], Some(403))
         .await;
+    kubelet
+        .hold(Some(&looker), None, &EVERYTHING[13..], Some(403))
+        .await;
     for (user, group) in [(API_SERVER, ""), ("admin", "system:masters")] {
         let credentials = kubelet.authority.leaf(user, group, CLIENT);
         kubelet
             .hold(Some(&credentials), None, &looks, Some(200))
+            .await;
+        let logs = ["GET /logs", "GET /logs/", "GET /logs/ca.crt"];
+        kubelet
+            .hold(Some(&credentials), None, &logs, Some(200))
             .await;
         // There is no such pod here.
         let pods = [EVERYTHING[0], EVERYTHING[8]];

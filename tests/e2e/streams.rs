@@ -168,6 +168,8 @@ pub fn proxies_lead_to_pods_services_and_nodes(cluster: &Cluster) {
         raw(&format!("/api/v1/nodes/{node}/proxy/healthz")).ok(),
         "ok"
     );
+    let logs = raw(&format!("/api/v1/nodes/{node}:10250/proxy/logs/")).ok();
+    assert!(logs.contains("href=\"./pods/\""), "{logs}");
 
     let proxy = cluster.kubectl_running(&["proxy", "--port=0"]);
     let line = proxy.line_with("Starting to serve on ", Duration::from_secs(20));

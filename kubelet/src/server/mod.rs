@@ -4,12 +4,14 @@
 //! which tells nothing but "ok", is plain HTTP on the loopback.
 
 mod access;
+mod node_logs;
 mod query;
 mod reviews;
 mod tls;
 mod tunnel;
 
 use std::convert::Infallible;
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -38,6 +40,7 @@ use crate::pod::sandbox::log_directory_name;
 use crate::pod::{PodKey, container::log_path, find_container};
 use crate::pods::Registry;
 use crate::runtime::{ContainerPhase, Runtime, StreamRequest};
+use node_logs::Found;
 use query::{Query, decode};
 
 /// A TLS handshake that takes longer is given up.
@@ -88,6 +91,8 @@ pub struct Server {
     pub pods: Registry,
     pub gate: Gate,
     pub log_dir: std::path::PathBuf,
+    /// The folder of the node's own log files.
+    pub node_log_dir: std::path::PathBuf,
     /// Ids of containers that changed in the runtime.
     pub changes: broadcast::Sender<Arc<str>>,
 }
@@ -208,6 +213,7 @@ impl Server {
             (["containerLogs", namespace, pod, container], true) => {
                 self.logs(namespace, pod, container, &query).await
             }
+            (["logs", below @ ..], true) => self.node_logs(below, path.ends_with('/')).await,
             (["exec", namespace, pod, container] | ["exec", namespace, pod, _, container], _) => {
                 let pod = self.find(namespace, pod)?;
                 let container_id = self.running(&pod, container).await?;
@@ -345,6 +351,40 @@ impl Server {
              # HELP kubelet_running_pods Pods that are in phase Running.\n# TYPE kubelet_running_pods gauge\nkubelet_running_pods {running}\n",
             pods.len()
         )
+    }
+
+    async fn node_logs(&self, below: &[&str], slash: bool) -> Result<Response<Body>, ServeError> {
+        let root = self.node_log_dir.clone();
+        let below: Vec<String> = below.iter().map(|part| (*part).to_owned()).collect();
+        let found = tokio::task::spawn_blocking(move || {
+            let below: Vec<&str> = below.iter().map(String::as_str).collect();
+            node_logs::look(&root, &below, slash)
+        });
+        let found = found
+            .await
+            .map_err(|e| ServeError::Internal(e.to_string()))?
+            .map_err(|error| match error.kind() {
+                ErrorKind::NotFound => ServeError::NotFound("404 page not found".to_owned()),
+                ErrorKind::PermissionDenied => ServeError::Forbidden("403 Forbidden".to_owned()),
+                _ => ServeError::Internal(error.to_string()),
+            })?;
+        let (body, kind) = match found {
+            Found::Folder(page) => (full(page), "text/html; charset=utf-8"),
+            Found::File { file, text } => {
+                let body = StreamBody::new(node_logs::chunks(file).map_ok(Frame::data));
+                let kind = match text {
+                    true => "text/plain; charset=utf-8",
+                    false => "application/octet-stream",
+                };
+                (BodyExt::boxed(body), kind)
+            }
+        };
+        let mut answer = Response::new(body);
+        let kind = http::HeaderValue::from_static(kind);
+        answer
+            .headers_mut()
+            .insert(http::header::CONTENT_TYPE, kind);
+        Ok(answer)
     }
 
     async fn logs(
