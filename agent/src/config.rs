@@ -8,12 +8,15 @@ use std::time::Duration;
 use crate::balancer::Pools;
 use cluster_model::watch::{self, ApiOptions};
 use ipnetwork::IpNetwork;
+use keelway_dns::config::spec::everywhere;
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
 use crate::dataplane::{XdpMode, maglev};
 use crate::node_ranges::{ClusterRange, ClusterRangeError};
 use crate::plan::{Balancing, Dsr, Routing};
 
+/// kube-proxy's.
+const HEALTHZ_PORT: u16 = 10256;
 /// By which pods are told of the API server: its Service's address.
 const SERVICE_HOST: &str = "KUBERNETES_SERVICE_HOST";
 
@@ -89,9 +92,9 @@ pub struct RunFlags {
     /// Address for /metrics, /healthz and /readyz.
     #[arg(long)]
     metrics: Option<SocketAddr>,
-    /// Address for the proxy's own /healthz and /livez, as kube-proxy has them; empty for none.
-    #[arg(long, default_value = "0.0.0.0:10256", value_name = "ADDR")]
-    healthz_bind_address: String,
+    /// Address for the proxy's own /healthz and /livez, as kube-proxy has them; empty for none. Every address and port 10256 by default.
+    #[arg(long, value_name = "ADDR")]
+    healthz_bind_address: Option<String>,
     /// File with the pools of load balancers' addresses, instead of the ConfigMap kube-system/keelway-config.
     #[arg(long, value_name = "FILE")]
     load_balancer_config: Option<PathBuf>,
@@ -324,9 +327,10 @@ impl RunFlags {
                 .as_deref()
                 .map(pools)
                 .transpose()?,
-            healthz: match self.healthz_bind_address.as_str() {
-                "" => None,
-                text => Some(
+            healthz: match self.healthz_bind_address.as_deref() {
+                None => Some(everywhere(HEALTHZ_PORT)),
+                Some("") => None,
+                Some(text) => Some(
                     text.parse()
                         .map_err(|_| ConfigError::Healthz(text.into()))?,
                 ),

@@ -1,12 +1,15 @@
 //! Corefiles as clusters have them: what is taken from them, what is refused and how, and what a reload does.
 
+use std::ffi::OsStr;
 use std::fs;
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use clap::Parser as _;
 use keelway_dns::config::files::Files;
 use keelway_dns::config::spec::Spec;
-use keelway_dns::config::{read_spec_of, read_spec_on};
+use keelway_dns::config::{Config, Flags, read_spec_of, read_spec_on};
 use keelway_dns::forward::Order;
 use keelway_dns::name::Name;
 use keelway_dns::zone::Pods;
@@ -94,6 +97,38 @@ fn the_corefile_of_kubeadm_is_taken_as_it_is() {
         assert_eq!(share.except, [name("cluster.local")]);
     }
     assert!(block.log.errors.is_some() && !block.log.is_on());
+}
+
+#[test]
+fn what_a_corefile_gives_no_address_is_heard_in_both_families() {
+    if UdpSocket::bind("[::1]:0").is_err() {
+        return println!("skipped: needs IPv6");
+    }
+    #[derive(clap::Parser)]
+    struct Program {
+        #[command(flatten)]
+        flags: Flags,
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let text = ".:53 {\n health\n ready\n prometheus :9153\n kubernetes cluster.local\n}\n";
+    let file = write(folder.path(), "Corefile", text);
+    let configured = |flags: &[&str]| {
+        let flags = ["serve"].iter().chain(flags).map(OsStr::new);
+        let program = Program::parse_from(flags.chain([OsStr::new("--config"), file.as_os_str()]));
+        Config::try_from(program.flags).expect("a configuration")
+    };
+    // The flag and the Corefile may name one port; only one of them can have it.
+    assert_eq!(configured(&["--health", "0.0.0.0:8181"]).http.len(), 3);
+    let config = configured(&[]);
+    assert_eq!((config.listen.port(), config.http.len()), (53, 3));
+    for address in config.http.iter().chain([&config.listen]) {
+        let listener = TcpListener::bind((address.ip(), 0)).expect("a listener");
+        let port = listener.local_addr().expect("bound").port();
+        for client in ["127.0.0.1", "::1"] {
+            TcpStream::connect((client, port))
+                .unwrap_or_else(|error| panic!("{client} to {address}: {error}"));
+        }
+    }
 }
 
 #[test]

@@ -8,7 +8,7 @@ mod plugins;
 pub mod spec;
 
 use std::collections::HashSet;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::thread::available_parallelism;
@@ -26,18 +26,21 @@ use corefile::SyntaxError;
 use files::Files;
 pub use plugins::{read_spec, read_spec_of, read_spec_on};
 use spec::{
-    BlockSpec, ClusterSpec, DNS_PORT, ResolvConfError, RouteSpec, ServerSpec, Spec, nameservers,
+    BlockSpec, ClusterSpec, DNS_PORT, ResolvConfError, RouteSpec, ServerSpec, Spec, everywhere,
+    nameservers,
 };
+
+const HEALTH_PORT: u16 = 8181;
 
 /// Serve the cluster's names.
 #[derive(Debug, clap::Args)]
 pub struct Flags {
-    /// Address to serve on, UDP and TCP; 0.0.0.0 and the Corefile's port (53) by default.
+    /// Address to serve on, UDP and TCP; every address and the Corefile's port (53) by default.
     #[arg(long)]
     listen: Option<SocketAddr>,
-    /// Address for /healthz, /readyz, /metrics and /explain, beside those that a Corefile names.
-    #[arg(long, default_value = "0.0.0.0:8181")]
-    health: SocketAddr,
+    /// Address for /healthz, /readyz, /metrics and /explain, beside those that a Corefile names; every address and port 8181 by default.
+    #[arg(long)]
+    health: Option<SocketAddr>,
     /// Corefile to serve by, read again when it changes. Without one, the flags below say what is done.
     #[arg(long, env = "KEELWAY_DNS_CONFIG", conflicts_with_all = ["domains", "upstreams", "stubs", "ttl", "pods", "log", "no_cache"])]
     config: Option<PathBuf>,
@@ -144,8 +147,14 @@ impl TryFrom<Flags> for Config {
             None => spec_of(&flags, &mut files)?,
         };
         let port = spec.port.unwrap_or(DNS_PORT);
-        let mut http = vec![flags.health];
-        http.extend(spec.http.iter().filter(|address| **address != flags.health));
+        let health = flags.health.unwrap_or_else(|| everywhere(HEALTH_PORT));
+        let mut http = vec![health];
+        // What listens everywhere has the port alone.
+        let other = |address: &&SocketAddr| {
+            address.port() != health.port()
+                || (address.ip() != health.ip() && !health.ip().is_unspecified())
+        };
+        http.extend(spec.http.iter().filter(other));
         let lameduck = flags.lameduck.map(Duration::from_secs).or(spec.lameduck);
         let api = Source::Api {
             options: ApiOptions {
@@ -157,7 +166,7 @@ impl TryFrom<Flags> for Config {
                 .map(PathBuf::from),
         };
         Ok(Self {
-            listen: flags.listen.unwrap_or((Ipv4Addr::UNSPECIFIED, port).into()),
+            listen: flags.listen.unwrap_or_else(|| everywhere(port)),
             http,
             source: flags.snapshot.map_or(api, Source::File),
             threads: flags.threads.map_or_else(cpus, NonZeroUsize::get),

@@ -1,7 +1,7 @@
 //! What a Corefile means: its plugins, as far as there is a counterpart here. What has none is an error, never ignored, unless
 //! leaving it out changes no answer.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use tracing::Level;
 
 use super::corefile::{Block, Directive, SyntaxError, Word, read};
 use super::files::Files;
-use super::spec::{BlockSpec, ClusterSpec, Spec};
+use super::spec::{BlockSpec, ClusterSpec, Spec, everywhere};
 use crate::log::{Classes, Consolidate, ErrorRules, LogRule};
 use crate::name::Name;
 use crate::zone::{Pods, ZoneSettings};
@@ -300,13 +300,13 @@ impl Reading<'_> {
 
     fn http(&mut self, args: &[Word], port: u16) -> Result<(), SyntaxError> {
         let address = match args.first() {
-            None => SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)),
+            None => everywhere(port),
             Some(word) => {
-                let text = match word.text.strip_prefix(':') {
-                    Some(port) => format!("0.0.0.0:{port}"),
-                    None => word.text.replace("localhost:", "127.0.0.1:"),
+                let named = match word.text.strip_prefix(':') {
+                    Some(port) => port.parse().map(everywhere).ok(),
+                    None => word.text.replace("localhost:", "127.0.0.1:").parse().ok(),
                 };
-                text.parse().map_err(|_| word.bad("is not ADDRESS:PORT"))?
+                named.ok_or_else(|| word.bad("is not ADDRESS:PORT"))?
             }
         };
         if !self.spec.http.contains(&address) {

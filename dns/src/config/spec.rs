@@ -1,6 +1,6 @@
 //! What a configuration says, as plain data: the outcome of reading a Corefile or the command line.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -165,4 +165,13 @@ fn words_after<'t>(text: &'t str, keyword: &str) -> impl Iterator<Item = &'t str
         .map(str::split_whitespace)
         .filter_map(move |mut words| (words.next()? == keyword).then_some(words))
         .flatten()
+}
+
+/// Every address of this machine, of both families where the kernel has both.
+pub fn everywhere(port: u16) -> SocketAddr {
+    let both = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0)).is_ok();
+    match both {
+        true => (Ipv6Addr::UNSPECIFIED, port).into(),
+        false => (Ipv4Addr::UNSPECIFIED, port).into(),
+    }
 }
