@@ -41,6 +41,13 @@ impl FlowKey {
         Self::new(self.src, self.dst, self.sport, self.dport, self.proto)
     }
 
+    /// The same key as words of memory.
+    #[inline(always)]
+    const fn words(&self) -> &[u64; 5] {
+        // SAFETY: forty plain bytes, aligned as words are.
+        unsafe { &*core::ptr::from_ref(self).cast() }
+    }
+
     /// The key with source and destination exchanged.
     #[inline(always)]
     pub const fn mirrored(&self) -> Self {
@@ -67,10 +74,16 @@ pub const SEEN_TAKEN: u32 = 32;
 /// In the client's entry: the flow has been answered, and the client has not gone on. Addresses that are made up never do.
 pub const SEEN_OPENING: u32 = 64;
 
+/// The bits of [`Flow::seen`] that say what has been seen.
+pub const SEEN: u32 = 0xff;
+
 /// One direction of a translated flow. A flow has two entries that name each other: under the client's tuple, and under
 /// that of the backend's answers. A packet that arrives under an entry's key leaves as the mirror of `other`.
 ///
 /// Each entry holds what its own direction has seen, so that a packet costs one lookup; the collector reads both.
+///
+/// The kernel gives the element of an entry that is deleted or replaced to another key at once, and a program that found it just before
+/// reads what is there then, or half of it. So an entry is sealed: who has read one knows whose it is ([`Flow::is_under`]).
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Flow {
@@ -78,7 +91,7 @@ pub struct Flow {
     pub other: FlowKey,
     /// Seconds of the monotonic clock when this direction was last used.
     pub last_seen_s: u32,
-    /// SEEN_* bits.
+    /// SEEN_* bits. Those above [`SEEN`] are the entry's seal ([`Flow::seal`]): none of them in entries of versions before 10.
     pub seen: u32,
     /// Service id that the client asked.
     pub service: u32,
@@ -102,6 +115,47 @@ impl Flow {
         slot: 0,
         reply: 0,
     };
+
+    /// One word of each address of a key. They differ in their last bytes, and words that are multiplied leave those at the top: the second's are
+    /// brought down.
+    #[inline(always)]
+    const fn ends(words: &[u64; 5], at: usize) -> u64 {
+        words[at] ^ words[at + 2].swap_bytes()
+    }
+
+    /// What the entry of a flow under `key` that names `other` is sealed by: a hash of both, in the bits of [`Flow::seen`] above [`SEEN`], of
+    /// which the highest is always set.
+    #[inline(always)]
+    pub const fn seal(key: &FlowKey, other: &FlowKey) -> u32 {
+        // Odd, and of as many ones as zeros in no order: the golden ratio's first digits.
+        const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
+        let (key, other) = (key.words(), other.words());
+        let mut hash = key[4] ^ other[4] << 32;
+        hash = hash.wrapping_mul(FACTOR).swap_bytes() ^ Self::ends(key, 0);
+        hash = hash.wrapping_mul(FACTOR).swap_bytes() ^ Self::ends(key, 1);
+        hash = hash.wrapping_mul(FACTOR).swap_bytes() ^ Self::ends(other, 0);
+        hash = hash.wrapping_mul(FACTOR).swap_bytes() ^ Self::ends(other, 1);
+        (hash.wrapping_mul(FACTOR) >> 32) as u32 & !SEEN | 1 << 31
+    }
+
+    /// Seals the entry, which goes under `key`.
+    #[inline(always)]
+    pub const fn seal_under(&mut self, key: &FlowKey) {
+        self.seen = self.seen & SEEN | Self::seal(key, &self.other);
+    }
+
+    /// Whether what was read under `key` is of that key: one of another one in eight million is taken for it.
+    #[inline(always)]
+    pub const fn is_under(&self, key: &FlowKey) -> bool {
+        let seal = Self::seal(key, &self.other);
+        Self::have_one_seal(self.seen, seal) || self.seen & !SEEN == 0
+    }
+
+    /// Whether two words that may be [`Flow::seen`] are of one entry's.
+    #[inline(always)]
+    pub const fn have_one_seal(one: u32, other: u32) -> bool {
+        (one ^ other) & !SEEN == 0
+    }
 }
 
 /// A fragmented datagram: only its first fragment has ports.
@@ -171,6 +225,10 @@ pub const fn timeout_s(proto: u8, seen_client: u32, seen_backend: u32, pressure:
 
 #[cfg(test)]
 mod tests {
+    extern crate std;
+
+    use std::{collections::BTreeSet, vec::Vec};
+
     use super::*;
 
     #[test]
@@ -178,6 +236,54 @@ mod tests {
         let key = FlowKey::new(Addr::from_v4_be(1), Addr::from_v4_be(2), 3, 4, proto::UDP);
         assert_ne!(key, key.mirrored());
         assert_eq!(key, key.mirrored().mirrored());
+    }
+
+    #[test]
+    fn an_entry_is_sealed_for_its_own_key_and_other_alone() {
+        let addr = |last: u8| Addr::from_v4_be(u32::from_ne_bytes([10, 0, 0, last]));
+        let long = |last: u64| Addr {
+            words: [0xfd, last.to_be()],
+        };
+        let mut keys = Vec::new();
+        for (src, dst) in [(1, 2), (2, 1), (2, 2), (3, 1)] {
+            for (sport, dport) in [(1, 2), (2, 1), (2, 2), (3, 1)] {
+                let (sport, dport) = (u16::to_be(sport), u16::to_be(dport));
+                for proto in [proto::TCP, proto::UDP] {
+                    keys.push(FlowKey::new(addr(src), addr(dst), sport, dport, proto));
+                    let (src, dst) = (long(src.into()), long(dst.into()));
+                    keys.push(FlowKey::new(src, dst, sport, dport, proto));
+                }
+            }
+        }
+        let mut seals = BTreeSet::new();
+        for key in &keys {
+            // A flow's two sides are of one protocol.
+            for other in keys.iter().filter(|other| other.proto == key.proto) {
+                seals.insert(Flow::seal(key, other));
+                let mut flow = Flow {
+                    other: *other,
+                    seen: SEEN_FIN,
+                    ..Flow::NONE
+                };
+                // As programs of older versions leave it.
+                assert!(flow.is_under(key));
+                flow.seal_under(key);
+                assert!(flow.is_under(key));
+                assert_eq!(flow.seen & SEEN, SEEN_FIN);
+                for stranger in keys.iter().filter(|stranger| *stranger != key) {
+                    assert!(!flow.is_under(stranger), "{key:?} {stranger:?} {other:?}");
+                    // Half of it is another's already.
+                    let torn = Flow {
+                        other: *stranger,
+                        ..flow
+                    };
+                    let is_whole = stranger == other || stranger.proto != other.proto;
+                    assert!(is_whole || !torn.is_under(key), "{key:?} {stranger:?}");
+                }
+            }
+        }
+        let pairs = keys.len() * keys.len() / 2;
+        assert!(seals.len() > pairs - 2, "{} of {pairs}", seals.len());
     }
 
     #[test]

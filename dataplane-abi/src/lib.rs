@@ -4,7 +4,8 @@
 //! Everything here is `repr(C)` without implicit padding; the byte order of each number is named on its field.
 //! A change of a layout, of a limit that sizes a map, or of what a field means asks for a new [`ABI_VERSION`]:
 //! maps are pinned under a directory that carries it, and two versions share those of [`map::OF_TRAFFIC`] alone, for as long as the
-//! sizes of their keys and values agree: a [`Flow`] whose fields mean something else needs another size.
+//! sizes of their keys and values agree: a [`Flow`] whose fields mean something else needs another size. (The seal in [`Flow::seen`] does not:
+//! programs before version 10 look at the bits below it alone, and an entry without one is taken as it is.)
 
 mod address;
 mod counter;
@@ -25,8 +26,8 @@ pub use event::{
     Wanted,
 };
 pub use flow::{
-    Flow, FlowKey, FragmentKey, FragmentPorts, SEEN_DISPATCHED, SEEN_FIN, SEEN_OPENING, SEEN_REPLY,
-    SEEN_RST, SEEN_SYN, SEEN_TAKEN, Trace, timeout_s,
+    Flow, FlowKey, FragmentKey, FragmentPorts, SEEN, SEEN_DISPATCHED, SEEN_FIN, SEEN_OPENING,
+    SEEN_REPLY, SEEN_RST, SEEN_SYN, SEEN_TAKEN, Trace, timeout_s,
 };
 pub use layout::Plain;
 pub use service::{
@@ -37,7 +38,7 @@ pub use service::{
 };
 
 /// Version of everything in this crate; part of the pin directory's name.
-pub const ABI_VERSION: u32 = 9;
+pub const ABI_VERSION: u32 = 10;
 
 /// Sizes of maps and what relates them.
 pub mod limits {

@@ -48,7 +48,7 @@ pub fn uplink_early<const V6: bool, P: Packet, T: Tables>(
         return Early::Leave;
     }
     let seen = flow::seen(ip.key.proto, ip.tcp_flags);
-    if let Some(entry) = flow::lookup(tables, &ip.key) {
+    if let Some(entry) = flow::lookup(tables, &ip.key, &mut notes.flow) {
         return follow_early(tables, notes, &entry, seen, at.is_host());
     }
     // As at tc: only an opening may take a connection from the host's own listeners. One that ends what it opens is nobody's, and the
@@ -69,7 +69,7 @@ fn follow_early<T: Tables>(
     seen: u32,
     at_host: bool,
 ) -> Early {
-    let flow = entry.get();
+    let (ip, flow) = (&notes.ip, &notes.flow);
     // What goes by the overlay goes by tc, as does what has met another connection.
     if flow.service == NO_SERVICE || flow.seen & (SEEN_DISPATCHED | SEEN_TAKEN) != 0 {
         return Early::Leave;
@@ -78,22 +78,22 @@ fn follow_early<T: Tables>(
         // The client may be here, what may be an answer may be an opening, and what answers no opening may be of another connection.
         let answers_opening = (seen | flow.seen) & (SEEN_SYN | SEEN_RST | SEEN_REPLY) != 0;
         if is_here(tables, &flow.other.src)
-            || (seen & SEEN_SYN != 0 && flow::has_ended(tables, flow))
-            || (notes.ip.is_of_connection() && !answers_opening)
+            || (seen & SEEN_SYN != 0 && flow::has_ended(tables, &ip.key, flow))
+            || (ip.is_of_connection() && !answers_opening)
         {
             return Early::Leave;
         }
         notes.to = flow.other.mirrored();
         let is_first = flow.seen & SEEN_REPLY == 0;
-        entry.touch(tables.now_s(), seen);
+        entry.touch(flow.seen, tables.now_s(), seen);
         if is_first {
-            tables.promote(&notes.ip.key, flow, seen);
+            tables.promote(&ip.key, flow, seen);
         }
         return Early::Forward(Reason::ReplyTranslated);
     }
     // A flow that may not go on is forgotten at tc, and its packet chooses anew there.
     let came = came(true, at_host);
-    if is_here(tables, &flow.other.src) || !resume(tables, &notes.ip, entry, seen, came) {
+    if is_here(tables, &flow.other.src) || !resume(tables, ip, entry, flow, seen, came) {
         return Early::Leave;
     }
     notes.to = flow.other.mirrored();

@@ -5,8 +5,8 @@
 //! moves them to the replied one, which does not: a flood of openings cannot push out flows that live.
 
 use dataplane_abi::{
-    Flow, FlowKey, Reason, SEEN_FIN, SEEN_OPENING, SEEN_REPLY, SEEN_RST, SEEN_SYN, SEEN_TAKEN,
-    limits, proto,
+    Flow, FlowKey, Reason, SEEN, SEEN_FIN, SEEN_OPENING, SEEN_REPLY, SEEN_RST, SEEN_SYN,
+    SEEN_TAKEN, limits, proto,
 };
 
 use crate::{
@@ -49,38 +49,78 @@ pub const fn noted(before: u32, seen: u32) -> u32 {
     (before & (!(SEEN_RST | SEEN_OPENING) | kept)) | seen
 }
 
-/// Entry of a packet in either table, the replied one first.
+/// Entry of a packet in either table, the replied one first, and what it says.
 #[inline(always)]
-pub fn lookup<T: Tables>(tables: &T, key: &FlowKey) -> Option<T::Entry> {
+pub fn lookup<T: Tables>(tables: &T, key: &FlowKey, copy: &mut Flow) -> Option<T::Entry> {
+    let entry = find(tables, key)?;
+    if !entry.copy(key, copy) && !tables.copy_again(key, copy) {
+        return None;
+    }
+    // Where it was copied again it has another entry by now, and in the one that it had nothing is noted, which is another's.
+    Some(entry)
+}
+
+#[inline(always)]
+fn find<T: Tables>(tables: &T, key: &FlowKey) -> Option<T::Entry> {
     match tables.flow(key) {
         Some(entry) => Some(entry),
         None => tables.unreplied(key),
     }
 }
 
-/// Whether the flow of which `entry` is one side is closing or closed, so that its tuple may be used anew.
+/// How often an entry is looked up anew that was another's when it was read.
+const LOOKS_AGAIN_MAX: u32 = 3;
+
+/// Looks up what a flow's entry says that was another's when it was read: it has another entry by now, or none. For [`Tables::copy_again`]
+/// alone, which is what the verifier judges once.
 #[inline(always)]
-pub fn is_closing<T: Tables>(tables: &T, entry: &Flow) -> bool {
-    if entry.seen & (SEEN_FIN | SEEN_RST) != 0 {
-        return true;
+pub fn copy_again<T: Tables>(tables: &T, key: &FlowKey, copy: &mut Flow) -> bool {
+    for _ in 0..LOOKS_AGAIN_MAX {
+        match find(tables, key) {
+            Some(entry) if entry.copy(key, copy) => return true,
+            Some(_) => {}
+            None => return false,
+        }
     }
-    match lookup(tables, &entry.other) {
-        Some(other) => other.get().seen & (SEEN_FIN | SEEN_RST) != 0,
-        None => true,
-    }
+    false
 }
 
-/// Whether either side of the flow of which `entry` is one has been seen to end it.
+/// What came of looking for the side of a flow that is under a key: there is none, or it is of another flow.
+const NO_SIDE: u32 = 0;
+/// There is, with what it has seen.
+const SIDE: u32 = 1 << 31;
+
+/// What the side of a flow under `key` has seen whose other one is under `other`: [`SIDE`] and the bits, or [`NO_SIDE`]. For
+/// [`Tables::seen_of`] alone, as above.
 #[inline(always)]
-pub fn has_ended<T: Tables>(tables: &T, entry: &Flow) -> bool {
+pub fn seen_of<T: Tables>(tables: &T, key: &FlowKey, other: &FlowKey) -> u32 {
+    for _ in 0..LOOKS_AGAIN_MAX {
+        let Some(entry) = find(tables, key) else {
+            return NO_SIDE;
+        };
+        if let Some(seen) = entry.seen(key, other) {
+            return SIDE | (seen & SEEN);
+        }
+    }
+    NO_SIDE
+}
+
+/// Whether the flow of which `entry`, under `key`, is one side is closing or closed, so that its tuple may be used anew.
+#[inline(always)]
+pub fn is_closing<T: Tables>(tables: &T, key: &FlowKey, entry: &Flow) -> bool {
+    const CLOSING: u32 = SEEN_FIN | SEEN_RST;
+    entry.seen & CLOSING != 0
+        || match tables.seen_of(&entry.other, key) {
+            NO_SIDE => true,
+            seen => seen & CLOSING != 0,
+        }
+}
+
+/// Whether either side of the flow of which `entry`, under `key`, is one has been seen to end it.
+#[inline(always)]
+pub fn has_ended<T: Tables>(tables: &T, key: &FlowKey, entry: &Flow) -> bool {
     const ENDED: u32 = SEEN_FIN | SEEN_RST;
-    if entry.seen & ENDED != 0 {
-        return true;
-    }
-    match lookup(tables, &entry.other) {
-        Some(other) => other.get().seen & ENDED != 0,
-        None => false,
-    }
+    entry.seen & ENDED != 0 || tables.seen_of(&entry.other, key) & ENDED != 0
 }
 
 /// Whether the flow whose answers come by `answers`, of which `entry` is that side, may still pass packets: it has been reset by nobody, and
@@ -90,7 +130,7 @@ fn lives<T: Tables>(tables: &T, answers: &FlowKey, entry: &Flow) -> bool {
     if entry.seen & SEEN_RST != 0 {
         return false;
     }
-    match lookup(tables, &entry.other) {
+    match find(tables, &entry.other) {
         Some(client) => {
             let client = client.get();
             let has_ended = client.seen & SEEN_RST != 0 || client.seen & entry.seen & SEEN_FIN != 0;
@@ -101,19 +141,20 @@ fn lives<T: Tables>(tables: &T, answers: &FlowKey, entry: &Flow) -> bool {
 }
 
 /// Whether the opening that goes by `key`, which no flow has, would be taken for one of a flow that lives, since its answers would: they
-/// have the tuple of that flow's. `answers` is room for it.
+/// have the tuple of that flow's. `answers` is room for it, `flow` for its entry.
 ///
 /// One that has ended is forgotten: what the backend says from now on, that it remembers the old connection for instance, is for who opens
 /// this one. The old one's client may be waiting for stragglers still (TIME-WAIT), and would swallow it, time and again. So is what is left
 /// of one that was never answered, and whose client's side is gone: evicted, or of another flow.
 #[inline(always)]
-pub fn is_taken<T: Tables>(tables: &T, key: &FlowKey, answers: &mut FlowKey) -> bool {
+pub fn is_taken<T: Tables>(
+    tables: &T,
+    key: &FlowKey,
+    answers: &mut FlowKey,
+    flow: &mut Flow,
+) -> bool {
     *answers = key.mirrored();
-    let Some(entry) = lookup(tables, answers) else {
-        return false;
-    };
-    let flow = entry.get();
-    if flow.reply != 1 {
+    if lookup(tables, answers, flow).is_none() || flow.reply != 1 {
         return false;
     }
     if lives(tables, answers, flow) {
@@ -152,10 +193,13 @@ pub fn answered<P: Packet, T: Tables>(
     if (seen | flow.seen) & (SEEN_SYN | SEEN_RST) != 0 {
         return ANSWER;
     }
-    match tables.unreplied(&flow.other) {
-        Some(client) if client.get().seen & SEEN_SYN != 0 => {
-            let is_known = client.get().seen & SEEN_TAKEN != 0;
-            client.touch(tables.now_s(), SEEN_TAKEN);
+    let Some(client) = tables.unreplied(&flow.other) else {
+        return ANSWER;
+    };
+    match client.seen(&flow.other, &ip.key) {
+        Some(opened) if opened & SEEN_SYN != 0 => {
+            let is_known = opened & SEEN_TAKEN != 0;
+            client.touch(opened, tables.now_s(), SEEN_TAKEN);
             if !is_known && ip.is_bare_ack(packet) {
                 CHALLENGE
             } else {
@@ -180,6 +224,7 @@ pub fn advance<T: Tables>(tables: &T, key: &FlowKey, reply: &Flow, seen: u32) {
         reply: 0,
         ..*reply
     };
+    entry.seal_under(&reply.other);
     if tables.insert_flow(&reply.other, &entry).is_err() {
         tables.count(Reason::FlowTableFull);
         return;
@@ -187,6 +232,7 @@ pub fn advance<T: Tables>(tables: &T, key: &FlowKey, reply: &Flow, seen: u32) {
     entry.other = reply.other;
     entry.seen = seen | SEEN_REPLY;
     entry.reply = reply.reply;
+    entry.seal_under(key);
     if tables.insert_flow(key, &entry).is_err() {
         tables.remove_flow(&reply.other);
         tables.count(Reason::FlowTableFull);
@@ -282,7 +328,7 @@ pub fn enter<T: Tables>(
         }
         let mut claiming = Claiming {
             answers: &mut *answers,
-            entry: &*entry,
+            entry: &mut *entry,
             is_claimed: false,
         };
         tables.repeat(PORT_ATTEMPTS, &mut claiming);
@@ -296,6 +342,7 @@ pub fn enter<T: Tables>(
     entry.other = answers.again();
     entry.seen = seen;
     entry.reply = 0;
+    entry.seal_under(key);
     match tables.insert_unreplied(key, entry, true) {
         Ok(()) => entered,
         Err(_) => REFUSED,
@@ -305,7 +352,7 @@ pub fn enter<T: Tables>(
 /// Taking a tuple with whichever port.
 struct Claiming<'a> {
     answers: &'a mut FlowKey,
-    entry: &'a Flow,
+    entry: &'a mut Flow,
     is_claimed: bool,
 }
 
@@ -325,8 +372,12 @@ fn random_port<T: Tables>(tables: &T) -> u16 {
 }
 
 /// Takes the tuple of a flow's answers. False when another flow has it. For [`Tables::claim`] alone, as above.
+///
+/// What it finds it looks at where it lies: there is no room on the stack for more. Of an element that changes hands meanwhile the other side is
+/// of a flow that does not name `answers`, and stays.
 #[inline(always)]
-pub fn claim<T: Tables>(tables: &T, answers: &FlowKey, entry: &Flow) -> bool {
+pub fn claim<T: Tables>(tables: &T, answers: &FlowKey, entry: &mut Flow) -> bool {
+    entry.seal_under(answers);
     if let Some(taken) = tables.flow(answers) {
         let taken = taken.get();
         if taken.other != entry.other && lives(tables, answers, taken) {
@@ -368,12 +419,12 @@ fn forget_ended<T: Tables>(tables: &T, answers: &FlowKey, entry: &Flow) {
 #[inline(always)]
 pub fn forget<T: Tables>(tables: &T, key: &FlowKey, other: &FlowKey) {
     if let Some(entry) = tables.flow(other)
-        && entry.get().other == *key
+        && entry.seen(other, key).is_some()
     {
         tables.remove_flow(other);
     }
     if let Some(entry) = tables.unreplied(other)
-        && entry.get().other == *key
+        && entry.seen(other, key).is_some()
     {
         tables.remove_unreplied(other);
     }
@@ -382,195 +433,5 @@ pub fn forget<T: Tables>(tables: &T, key: &FlowKey, other: &FlowKey) {
 }
 
 #[cfg(test)]
-mod tests {
-    use dataplane_abi::timeout_s;
-
-    use super::*;
-    use crate::memory::{Memory, addr};
-
-    const CLIENT: [u8; 4] = [10, 0, 0, 1];
-    const BACKEND: [u8; 4] = [10, 0, 0, 2];
-
-    fn key(vip: u8) -> FlowKey {
-        FlowKey::new(
-            addr(CLIENT),
-            addr([10, 96, 0, vip]),
-            4000u16.to_be(),
-            80u16.to_be(),
-            proto::TCP,
-        )
-    }
-
-    fn opened(tables: &Memory, vip: u8) -> Result<FlowKey, Reason> {
-        let backend = Picked {
-            addr: addr(BACKEND),
-            port: 8080u16.to_be(),
-            generation: 1,
-            slot: 0,
-            direct: false,
-            keeps_clients: false,
-        };
-        let (mut answers, mut entry) = (FlowKey::NONE, Flow::NONE);
-        let opening = Opening {
-            key: &key(vip),
-            service: vip as u32,
-            backend: &backend,
-            src: addr(CLIENT),
-            fresh_port: false,
-            seen: SEEN_SYN,
-        };
-        open(tables, &opening, &mut answers, &mut entry).map(|()| answers)
-    }
-
-    fn answer(tables: &Memory, answers: &FlowKey, seen: u32) {
-        let reply = *lookup(tables, answers).unwrap().get();
-        tables.promote(answers, &reply, seen);
-    }
-
-    #[test]
-    fn a_flow_is_found_from_both_sides_and_answers_lead_back() {
-        let tables = Memory::default();
-        let answers = opened(&tables, 1).unwrap();
-        assert_eq!(
-            answers,
-            FlowKey::new(
-                addr(BACKEND),
-                addr(CLIENT),
-                8080u16.to_be(),
-                4000u16.to_be(),
-                proto::TCP
-            )
-        );
-        let reply = *lookup(&tables, &answers).unwrap().get();
-        assert_eq!((reply.other, reply.reply), (key(1), 1));
-        assert_eq!(lookup(&tables, &key(1)).unwrap().get().other, answers);
-    }
-
-    #[test]
-    fn the_first_answer_moves_a_flow_where_it_cannot_be_evicted() {
-        let tables = Memory::default();
-        let answers = opened(&tables, 1).unwrap();
-        answer(&tables, &answers, SEEN_SYN);
-        assert!(tables.unreplied(&answers).is_none() && tables.unreplied(&key(1)).is_none());
-        assert!(tables.flow(&answers).is_some() && tables.flow(&key(1)).is_some());
-        assert_eq!(tables.counted(Reason::FlowReplied), 1);
-    }
-
-    #[test]
-    fn a_full_table_is_counted_and_the_flow_goes_on() {
-        let tables = Memory {
-            flows_max: 1,
-            ..Memory::default()
-        };
-        let answers = opened(&tables, 1).unwrap();
-        answer(&tables, &answers, SEEN_SYN);
-        assert_eq!(tables.counted(Reason::FlowTableFull), 1);
-        assert!(tables.flow(&key(1)).is_none() && tables.flow(&answers).is_none());
-        assert!(lookup(&tables, &answers).is_some() && lookup(&tables, &key(1)).is_some());
-    }
-
-    #[test]
-    fn two_services_with_one_backend_and_one_client_port_do_not_share_a_tuple() {
-        let tables = Memory::default();
-        let first = opened(&tables, 1).unwrap();
-        answer(&tables, &first, SEEN_SYN);
-        for (vip, replied) in [(2, true), (3, false), (4, false)] {
-            let answers = opened(&tables, vip).unwrap();
-            assert_ne!(answers, first);
-            assert!(u16::from_be(answers.dport) >= limits::FLOW_PORT_FIRST);
-            assert_eq!(lookup(&tables, &answers).unwrap().get().other, key(vip));
-            if replied {
-                answer(&tables, &answers, SEEN_SYN);
-            }
-        }
-        assert_eq!(lookup(&tables, &first).unwrap().get().other, key(1));
-        assert_eq!(tables.counted(Reason::FlowPortChanged), 3);
-    }
-
-    #[test]
-    fn a_closed_flows_tuple_is_free_for_another() {
-        let tables = Memory::default();
-        let first = opened(&tables, 1).unwrap();
-        answer(&tables, &first, SEEN_RST);
-        assert_eq!(opened(&tables, 2).unwrap(), first);
-        assert_eq!(lookup(&tables, &first).unwrap().get().other, key(2));
-    }
-
-    #[test]
-    fn who_forgets_a_flow_leaves_what_another_has_taken_of_it() {
-        let tables = Memory::default();
-        let first = opened(&tables, 1).unwrap();
-        answer(&tables, &first, SEEN_RST);
-        let old = *lookup(&tables, &key(1)).unwrap().get();
-        assert_eq!(opened(&tables, 2).unwrap(), first);
-        // As if it had been there when the tuple was taken.
-        tables.insert_flow(&key(1), &old).unwrap();
-        tables.forget(&key(1), &first);
-        assert!(lookup(&tables, &key(1)).is_none());
-        assert_eq!(lookup(&tables, &first).unwrap().get().other, key(2));
-        tables.forget(&key(2), &first);
-        assert!(lookup(&tables, &first).is_none());
-    }
-
-    #[test]
-    fn a_client_that_has_only_opened_is_soon_forgotten() {
-        let tables = Memory::default();
-        let answers = opened(&tables, 1).unwrap();
-        answer(&tables, &answers, SEEN_SYN);
-        let timeout = || {
-            let seen = |key| lookup(&tables, key).unwrap().get().seen;
-            timeout_s(proto::TCP, seen(&key(1)), seen(&answers), 0)
-        };
-        assert_eq!(timeout(), 60);
-        lookup(&tables, &key(1)).unwrap().touch(1, SEEN_SYN);
-        lookup(&tables, &answers).unwrap().touch(1, SEEN_SYN);
-        assert_eq!(timeout(), 60);
-        lookup(&tables, &key(1)).unwrap().touch(1, 0);
-        assert_eq!(timeout(), 86_400);
-    }
-
-    #[test]
-    fn what_is_left_of_a_flow_that_was_never_answered_takes_no_direct_openings_answers() {
-        let tables = Memory::default();
-        let answers = opened(&tables, 1).unwrap();
-        let direct = answers.mirrored();
-        let taken = || is_taken(&tables, &direct, &mut FlowKey::NONE.again());
-        assert!(taken());
-        // As if others had needed the room, or another CPU had not yet entered it.
-        tables.remove_unreplied(&key(1));
-        assert!(!taken() && lookup(&tables, &answers).is_some());
-        tables.clock_s.set(tables.clock_s.get() + ENTERING_S + 1);
-        assert!(!taken() && lookup(&tables, &answers).is_none());
-        // The client's side is of another flow by now.
-        let first = opened(&tables, 1).unwrap();
-        let mut other = *lookup(&tables, &key(1)).unwrap().get();
-        other.other.dport = 1;
-        tables.insert_unreplied(&key(1), &other, true).unwrap();
-        tables.clock_s.set(tables.clock_s.get() + ENTERING_S + 1);
-        assert!(!taken() && lookup(&tables, &first).is_none());
-        assert!(lookup(&tables, &key(1)).is_some());
-    }
-
-    #[test]
-    fn a_flow_whose_client_may_still_hear_keeps_its_tuple() {
-        let tables = Memory::default();
-        let first = opened(&tables, 1).unwrap();
-        answer(&tables, &first, SEEN_SYN);
-        lookup(&tables, &key(1)).unwrap().touch(1, SEEN_FIN);
-        assert_ne!(opened(&tables, 2).unwrap(), first);
-        // Ended by both it is another's, and the first one's client cannot take it away.
-        lookup(&tables, &first).unwrap().touch(1, SEEN_FIN);
-        assert_eq!(opened(&tables, 3).unwrap(), first);
-        assert!(lookup(&tables, &key(1)).is_none());
-        assert_eq!(lookup(&tables, &first).unwrap().get().other, key(3));
-    }
-
-    #[test]
-    fn opening_the_same_flow_again_keeps_its_tuple() {
-        let tables = Memory::default();
-        let first = opened(&tables, 1).unwrap();
-        assert_eq!(opened(&tables, 1).unwrap(), first);
-        answer(&tables, &first, SEEN_SYN);
-        assert_eq!(opened(&tables, 1).unwrap(), first);
-    }
-}
+#[path = "flow_tests.rs"]
+mod tests;

@@ -63,6 +63,8 @@ pub struct Notes {
     pub ip: Ip,
     /// What the packet was translated to.
     pub to: FlowKey,
+    /// What the entry of its flow says; of one that is opened, what has the tuple that it is to get.
+    pub flow: Flow,
     /// The service of whose flow a client's packet is; 0 for none.
     pub service: u32,
     pub aside: Aside,
@@ -89,6 +91,7 @@ impl Notes {
     pub const NONE: Self = Self {
         ip: Ip::NONE,
         to: FlowKey::NONE,
+        flow: Flow::NONE,
         service: 0,
         aside: Aside {
             about: FlowKey::NONE,

@@ -141,7 +141,9 @@ fn a_reset_that_nobody_heeds_ends_no_flow() {
     let heard = |flags| from_pod(&tables, B, tcp(backend, pod, flags, b""));
     let entry = |src: &str, dst: &str| {
         let (_, ip) = crate::memory::parsed(&Bytes(tcp(src, dst, ACK, b"")));
-        *tables.flow(&ip.key).unwrap().get()
+        let mut copy = Flow::NONE;
+        assert!(tables.flow(&ip.key).unwrap().copy(&ip.key, &mut copy));
+        copy
     };
     let timeout_s = || {
         let (client, answers) = (entry(pod, service), entry(backend, pod));

@@ -51,31 +51,48 @@ impl Packet for Bytes {
     }
 }
 
-/// An entry of a flow table in memory: a copy to look at, and the original to change.
+/// An entry of a flow table in memory: as it was found, and the original.
 pub struct MemoryEntry {
-    copy: Flow,
+    found: Flow,
     original: Rc<Mutable<Flow>>,
+}
+
+impl MemoryEntry {
+    fn change(&self, sealed: u32, change: impl FnOnce(&mut Flow)) {
+        let mut flow = self.original.get();
+        if Flow::have_one_seal(flow.seen, sealed) {
+            change(&mut flow);
+            self.original.set(flow);
+        }
+    }
 }
 
 impl FlowEntry for MemoryEntry {
     fn get(&self) -> &Flow {
-        &self.copy
+        &self.found
     }
 
-    fn touch(&self, now_s: u32, seen: u32) {
+    fn copy(&self, key: &FlowKey, copy: &mut Flow) -> bool {
+        *copy = self.original.get();
+        copy.is_under(key)
+    }
+
+    fn seen(&self, key: &FlowKey, other: &FlowKey) -> Option<u32> {
         let flow = self.original.get();
-        self.original.set(Flow {
-            last_seen_s: now_s,
-            seen: noted(flow.seen, seen),
-            ..flow
+        (flow.is_under(key) && flow.other == *other).then_some(flow.seen)
+    }
+
+    fn touch(&self, sealed: u32, now_s: u32, seen: u32) {
+        self.change(sealed, |flow| {
+            flow.last_seen_s = now_s;
+            flow.seen = noted(flow.seen, seen);
         });
     }
 
-    fn locate(&self, generation: u32, slot: u32) {
-        self.original.set(Flow {
-            generation,
-            slot,
-            ..self.original.get()
+    fn locate(&self, sealed: u32, generation: u32, slot: u32) {
+        self.change(sealed, |flow| {
+            flow.generation = generation;
+            flow.slot = slot;
         });
     }
 }
@@ -273,7 +290,7 @@ impl Memory {
 
 fn entry(table: &FlowTable, key: &FlowKey) -> Option<MemoryEntry> {
     table.borrow().get(key).map(|original| MemoryEntry {
-        copy: original.get(),
+        found: original.get(),
         original: original.clone(),
     })
 }

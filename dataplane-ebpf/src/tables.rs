@@ -26,15 +26,21 @@ pub const SOURCE_UNKNOWN: u32 = 0;
 pub const BY_FIRST_UPLINK: u32 = 1;
 pub const BY_ANOTHER: u32 = 2;
 
-/// An entry of a flow table that can be kept up to date in place.
+/// An entry of a flow table, where it lies: it can be kept up to date in place, and may be given to another key at any moment. So it is
+/// copied, and what was copied says whose it is; and what is written is written to the entry of the flow whose seal ([`Flow::seen`]) is told.
 ///
 /// Fields are written one by one and read by others while they are: each is a word that is right at any time by itself.
 pub trait FlowEntry {
+    /// The entry as it lies there, whosever it is by now.
     fn get(&self) -> &Flow;
+    /// Copies the entry, which was found under `key`. False when it is another's.
+    fn copy(&self, key: &FlowKey, copy: &mut Flow) -> bool;
+    /// [`Flow::seen`] of the entry, which was found under `key`, where it names `other`.
+    fn seen(&self, key: &FlowKey, other: &FlowKey) -> Option<u32>;
     /// Notes a packet.
-    fn touch(&self, now_s: u32, seen: u32);
+    fn touch(&self, sealed: u32, now_s: u32, seen: u32);
     /// Notes where the backend was last found.
-    fn locate(&self, generation: u32, slot: u32);
+    fn locate(&self, sealed: u32, generation: u32, slot: u32);
 }
 
 /// A loop: what it carries from turn to turn.
@@ -68,7 +74,7 @@ pub trait Tables: Sized {
     fn affinity(&self, key: &AffinityKey) -> Option<Affinity>;
     fn set_affinity(&self, key: &AffinityKey, affinity: &Affinity);
 
-    /// Flows that have been answered.
+    /// Flows that have been answered. What is found may be another's by the time that it is looked at.
     fn flow(&self, key: &FlowKey) -> Option<Self::Entry>;
     fn insert_flow(&self, key: &FlowKey, flow: &Flow) -> Result<(), Refused>;
     fn remove_flow(&self, key: &FlowKey);
@@ -80,7 +86,8 @@ pub trait Tables: Sized {
     fn remove_unreplied(&self, key: &FlowKey);
 
     /// What follows are functions of the tables, so that a kernel's can be judged by themselves, once for all that call them:
-    /// [`balance::choose_for`], [`balance::seek`], [`balance::bisect`], [`flow::enter`], [`flow::claim`], [`flow::advance`] and [`flow::forget`].
+    /// [`balance::choose_for`], [`balance::seek`], [`balance::bisect`], [`flow::copy_again`], [`flow::seen_of`], [`flow::enter`],
+    /// [`flow::claim`], [`flow::advance`] and [`flow::forget`].
     fn choose(&self, service: u32, key: &FlowKey, outside: bool, picked: &mut Picked) -> u32 {
         balance::choose_for(self, service, key, outside, picked)
     }
@@ -99,8 +106,14 @@ pub trait Tables: Sized {
     ) -> u32 {
         flow::enter(self, key, answers, entry, fresh_port)
     }
-    fn claim(&self, answers: &FlowKey, entry: &Flow) -> bool {
+    fn claim(&self, answers: &FlowKey, entry: &mut Flow) -> bool {
         flow::claim(self, answers, entry)
+    }
+    fn copy_again(&self, key: &FlowKey, copy: &mut Flow) -> bool {
+        flow::copy_again(self, key, copy)
+    }
+    fn seen_of(&self, key: &FlowKey, other: &FlowKey) -> u32 {
+        flow::seen_of(self, key, other)
     }
     fn promote(&self, key: &FlowKey, reply: &Flow, seen: u32) {
         flow::advance(self, key, reply, seen);
@@ -135,8 +148,8 @@ pub trait Tables: Sized {
     fn leave_direct(&self, at: u32, tuple: u64, now_s: u32);
 
     /// [`trace::meets`], likewise.
-    fn meets(&self, key: &FlowKey, answers: &mut FlowKey) -> bool {
-        trace::meets(self, key, answers)
+    fn meets(&self, key: &FlowKey, answers: &mut FlowKey, met: &mut Flow) -> bool {
+        trace::meets(self, key, answers, met)
     }
 
     fn fragment(&self, key: &FragmentKey) -> Option<FragmentPorts>;

@@ -2,7 +2,7 @@
 //! second. So both leave a trace, by a hash of the tuple of their answers, and whoever comes to the other's takes another port: a direct
 //! datagram reads one word while no flow of a Service has its hash, a flow that is opened reads one too.
 
-use dataplane_abi::{Addr, FlowKey, limits, proto, timeout_s};
+use dataplane_abi::{Addr, Flow, FlowKey, limits, proto, timeout_s};
 
 use crate::{flow, tables::Tables};
 
@@ -46,18 +46,18 @@ fn digest_of(answers: &FlowKey) -> u64 {
 }
 
 /// Whether a packet that may be a flow's first, asks no Service and goes by `key` must take another port, since its answers would be taken
-/// for those of a Service's flow. A datagram that need not leaves its trace. `answers` is room for a key.
+/// for those of a Service's flow. A datagram that need not leaves its trace. `answers` is room for a key, `met` for an entry.
 #[inline(always)]
-pub fn meets<T: Tables>(tables: &T, key: &FlowKey, answers: &mut FlowKey) -> bool {
+pub fn meets<T: Tables>(tables: &T, key: &FlowKey, answers: &mut FlowKey, met: &mut Flow) -> bool {
     if key.proto != proto::UDP {
-        return flow::is_taken(tables, key, answers);
+        return flow::is_taken(tables, key, answers, met);
     }
     let tuple = digest(&key.dst, &key.src, key.dport, key.sport);
     let at = place(tuple);
     let trace = tables.trace(at);
     let now_s = tables.now_s();
     if trace.service_s != 0 {
-        if flow::is_taken(tables, key, answers) {
+        if flow::is_taken(tables, key, answers, met) {
             return true;
         }
         if now_s.wrapping_sub(trace.service_s) > SERVICE_S {
@@ -100,8 +100,6 @@ pub fn leave<T: Tables>(tables: &T, answers: &FlowKey, now_s: u32) {
 
 #[cfg(test)]
 mod tests {
-    use dataplane_abi::Flow;
-
     use super::*;
     use crate::{
         balance::Picked,
@@ -141,7 +139,8 @@ mod tests {
     }
 
     fn meets(tables: &Memory) -> bool {
-        super::meets(tables, &direct(), &mut FlowKey::NONE.again())
+        let (mut answers, mut met) = (FlowKey::NONE, Flow::NONE);
+        super::meets(tables, &direct(), &mut answers, &mut met)
     }
 
     fn at(seconds: u32) -> Memory {

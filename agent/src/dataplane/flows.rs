@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 
-use dataplane_abi::{ABI_VERSION, Flow, FlowKey, SEEN_REPLY, map, timeout_s};
+use dataplane_abi::{ABI_VERSION, Flow, FlowKey, SEEN, SEEN_REPLY, map, timeout_s};
 
 use super::{Error, sys};
 
@@ -38,8 +38,8 @@ impl FlowView {
             client: key,
             backend: flow.other,
             service: flow.service,
-            client_seen: flow.seen,
-            backend_seen: answers.map_or(0, |answers| answers.seen),
+            client_seen: flow.seen & SEEN,
+            backend_seen: answers.map_or(0, |answers| answers.seen & SEEN),
             last_seen_s: flow
                 .last_seen_s
                 .max(answers.map_or(0, |answers| answers.last_seen_s)),
@@ -92,7 +92,7 @@ impl FlowTables {
                     return ControlFlow::Continue(());
                 }
                 let answers = match sys::lookup(table.as_fd(), &flow.other) {
-                    Ok(answers) => answers,
+                    Ok(answers) => answers.filter(|found: &Flow| found.is_under(&flow.other)),
                     Err(error) => {
                         lost = Some(error);
                         return ControlFlow::Break(());
@@ -119,7 +119,8 @@ impl FlowTables {
         ] {
             let found: Option<Flow> =
                 sys::lookup(table.as_fd(), client).map_err(failed("read", name))?;
-            if let Some(flow) = found.filter(|flow| flow.reply == 0) {
+            let own = found.filter(|flow| flow.is_under(client) && flow.reply == 0);
+            if let Some(flow) = own {
                 return Ok(Some(FlowView::of(*client, flow, None, replied)));
             }
         }

@@ -4,8 +4,8 @@ mod opening;
 mod portless;
 
 use dataplane_abi::{
-    Addr, FlowKey, FragmentPorts, FrontendKey, Lead, Reason, SEEN_DISPATCHED, SEEN_REPLY, SEEN_RST,
-    SEEN_SYN, SEEN_TAKEN, proto,
+    Addr, Flow, FlowKey, FragmentPorts, FrontendKey, Lead, Reason, SEEN_DISPATCHED, SEEN_REPLY,
+    SEEN_RST, SEEN_SYN, SEEN_TAKEN, proto,
 };
 
 use crate::{
@@ -178,7 +178,7 @@ fn flow_of<const V6: bool, P: Packet, T: Tables>(
     side: Side,
     at_host: bool,
 ) -> Followed {
-    let ip = &mut notes.ip;
+    let (ip, flow) = (&mut notes.ip, &mut notes.flow);
     match ip.fragment {
         Fragment::Whole => {}
         Fragment::First => tables.insert_fragment(
@@ -197,12 +197,11 @@ fn flow_of<const V6: bool, P: Packet, T: Tables>(
         },
     }
     let seen = flow::seen(ip.key.proto, ip.tcp_flags);
-    if let Some(entry) = flow::lookup(tables, &ip.key) {
-        let flow = entry.get();
+    if let Some(entry) = flow::lookup(tables, &ip.key, flow) {
         if flow.reply == 1 {
             // An opening's answer on a flow that has ended belongs to a connection that came to the backend directly, by the
             // socket hook say, and from a port that the flow had: translated, it would be nobody's.
-            if seen & SEEN_SYN != 0 && flow::has_ended(tables, flow) {
+            if seen & SEEN_SYN != 0 && flow::has_ended(tables, &ip.key, flow) {
                 let client = &mut notes.aside.about;
                 *client = flow.other.again();
                 tables.forget(&ip.key, client);
@@ -219,7 +218,7 @@ fn flow_of<const V6: bool, P: Packet, T: Tables>(
             notes.to = flow.other.mirrored();
             if answers == flow::ANSWER {
                 // A flow for which the other table has no room stays here, answered.
-                entry.touch(tables.now_s(), seen);
+                entry.touch(flow.seen, tables.now_s(), seen);
                 if is_first {
                     tables.promote(&ip.key, flow, seen);
                 }
@@ -232,7 +231,7 @@ fn flow_of<const V6: bool, P: Packet, T: Tables>(
                 return dropped(tables, Reason::ResetHeld);
             }
             let came = came(side == Side::Outside, at_host);
-            if resume(tables, ip, &entry, seen, came) {
+            if resume(tables, ip, &entry, flow, seen, came) {
                 if side == Side::Outside && flow.seen & SEEN_DISPATCHED != 0 {
                     return dispatch(tables, &flow.other.src, &mut notes.peer);
                 }
@@ -273,7 +272,7 @@ fn flow_of<const V6: bool, P: Packet, T: Tables>(
         opened = Opened::of(tables.open::<V6>(features, notes, asking.0));
     }
     if matches!(opened, Opened::Directly) {
-        if !tables.meets(&notes.ip.key, &mut notes.aside.about) {
+        if !tables.meets(&notes.ip.key, &mut notes.aside.about, &mut notes.flow) {
             return Followed::Untouched;
         }
         opened = Opened::of(tables.open_directly(notes, asking.0));
@@ -318,7 +317,7 @@ pub(crate) const fn came(outside: bool, at_host: bool) -> u32 {
     (outside as u32 * balance::FROM_OUTSIDE) | (at_host as u32 * balance::AT_HOST)
 }
 
-/// Whether a client's flow may go on. A datagram's backend must still be one of what its sender asks: nothing else tells that
+/// Whether a client's flow, of which `flow` is what `entry` said, may go on. A datagram's backend must still be one of what its sender asks: nothing else tells that
 /// it is gone. An established connection is left to end by itself; a new one needs a backend that is one. What asked no Service must ask
 /// none now, which is looked up when frontends have changed.
 #[inline(always)]
@@ -326,10 +325,10 @@ pub(crate) fn resume<T: Tables>(
     tables: &T,
     ip: &Ip,
     entry: &T::Entry,
+    flow: &Flow,
     seen: u32,
     came: u32,
 ) -> bool {
-    let flow = entry.get();
     if !ip.is_of_connection() || ip.is_syn() {
         if flow.service != NO_SERVICE || flow.generation != epoch(tables) {
             let place = tables.seek(flow, &ip.key, came);
@@ -338,15 +337,16 @@ pub(crate) fn resume<T: Tables>(
                 return false;
             }
             if generation != flow.generation {
-                entry.locate(generation, slot);
+                entry.locate(flow.seen, generation, slot);
             }
         }
-        if ip.is_of_connection() && (flow.seen & SEEN_TAKEN != 0 || flow::is_closing(tables, flow))
+        if ip.is_of_connection()
+            && (flow.seen & SEEN_TAKEN != 0 || flow::is_closing(tables, &ip.key, flow))
         {
             return false;
         }
     }
-    entry.touch(tables.now_s(), seen);
+    entry.touch(flow.seen, tables.now_s(), seen);
     true
 }
 

@@ -1,6 +1,6 @@
 //! A packet of a protocol without ports: what it is to the flow that it is about.
 
-use dataplane_abi::{Addr, FlowKey, Reason};
+use dataplane_abi::{Addr, Flow, FlowKey, Reason};
 
 use super::{Asking, Followed, Side, dropped, is_vip};
 use crate::{
@@ -8,7 +8,7 @@ use crate::{
     hook::{Aside, Notes, same},
     icmp,
     packet::{Ip, Packet},
-    tables::{FlowEntry as _, Tables},
+    tables::Tables,
 };
 
 /// What becomes of a packet of a protocol without ports, which Services do not speak; but ICMP errors may be about what Services
@@ -32,8 +32,14 @@ fn without_ports<const V6: bool, P: Packet, T: Tables>(
     side: Side,
     at_host: bool,
 ) -> Followed {
-    let Notes { ip, to, aside, .. } = notes;
-    let about = about_flow::<V6, P, T>(packet, tables, ip, to, aside);
+    let Notes {
+        ip,
+        to,
+        flow,
+        aside,
+        ..
+    } = notes;
+    let about = about_flow::<V6, P, T>(packet, tables, ip, to, flow, aside);
     if about != NO_FLOW && !rewrite_error::<V6, P>(packet, ip, to, aside) {
         return dropped(tables, Reason::RewriteFailed);
     }
@@ -71,6 +77,7 @@ fn about_flow<const V6: bool, P: Packet, T: Tables>(
     tables: &T,
     ip: &Ip,
     to: &mut FlowKey,
+    flow: &mut Flow,
     aside: &mut Aside,
 ) -> u32 {
     let Aside {
@@ -84,11 +91,10 @@ fn about_flow<const V6: bool, P: Packet, T: Tables>(
         None => return NO_FLOW,
     }
     *about = quoted.mirrored();
-    let Some(entry) = flow::lookup(tables, about) else {
+    if flow::lookup(tables, about, flow).is_none() {
         return NO_FLOW;
-    };
-    let reply = entry.get().reply;
-    *about = entry.get().other.again();
+    }
+    *about = flow.other.again();
     // The outer addresses follow the inner ones that they equal; a router's own stays.
     let follows = |outer: &Addr, inner: &Addr, becomes: &Addr| {
         if same(outer, inner) { *becomes } else { *outer }
@@ -96,7 +102,7 @@ fn about_flow<const V6: bool, P: Packet, T: Tables>(
     let src = follows(&ip.key.src, &quoted.dst, &about.dst);
     let dst = follows(&ip.key.dst, &quoted.src, &about.src);
     *to = FlowKey::new(src, dst, 0, 0, ip.key.proto);
-    if reply == 1 {
+    if flow.reply == 1 {
         ABOUT_REQUEST
     } else {
         ABOUT_ANSWER

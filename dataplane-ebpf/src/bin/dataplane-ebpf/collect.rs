@@ -6,13 +6,16 @@ use aya_ebpf::{
     macros::classifier, programs::TcContext,
 };
 use core::ffi::c_void;
-use dataplane_abi::{Flow, FlowKey, SEEN_DISPATCHED, proto, timeout_s};
+use dataplane_abi::{Flow, FlowKey, SEEN, SEEN_DISPATCHED, proto, timeout_s};
 use dataplane_ebpf::{
     tables::{FlowEntry as _, Tables as _},
     trace,
 };
 
-use crate::maps::{FLOWS, FLOWS_UNREPLIED, Maps, now_s};
+use crate::{
+    entry::Entry,
+    maps::{FLOWS, FLOWS_UNREPLIED, Maps, now_s},
+};
 
 /// What the walk carries from entry to entry.
 #[repr(C)]
@@ -65,23 +68,30 @@ unsafe extern "C" fn visit(
     walk: *mut Walk,
 ) -> i64 {
     // SAFETY: the helper gives valid pointers; the walk is the caller's.
-    let (key, flow, walk) = unsafe { (&*key, &*flow, &mut *walk) };
+    let (key, walk) = unsafe { (&*key, &mut *walk) };
+    let (key, mut copy) = (key.again(), Flow::NONE);
+    if !Entry::of(flow).copy(&key, &mut copy) {
+        return 0;
+    }
+    let (key, flow) = (&key, &copy);
     let (mut last_s, mut seen_other) = (flow.last_seen_s, 0);
     // The other side may be of another flow by now, and this one left over.
-    let other = Maps.flow(&flow.other);
-    let other = other.as_ref().map(|other| other.get());
-    let other = other.filter(|other| other.other == *key);
-    let is_whole = other.is_some();
-    if let Some(other) = other {
-        seen_other = other.seen;
-        if other.last_seen_s > last_s {
-            last_s = other.last_seen_s;
+    let mut is_whole = false;
+    if let Some(other) = Maps.flow(&flow.other)
+        && let Some(seen) = other.seen(&flow.other, key)
+    {
+        is_whole = true;
+        seen_other = seen & SEEN;
+        let other_s = other.last_seen_s();
+        if other_s > last_s {
+            last_s = other_s;
         }
     }
+    let seen = flow.seen & SEEN;
     let (client, backend) = if flow.reply == 1 {
-        (seen_other, flow.seen)
+        (seen_other, seen)
     } else {
-        (flow.seen, seen_other)
+        (seen, seen_other)
     };
     if walk.now_s.saturating_sub(last_s) > timeout_s(key.proto, client, backend, walk.pressure) {
         if is_whole {
@@ -107,23 +117,30 @@ unsafe extern "C" fn visit_unreplied(
     flow: *mut Flow,
     walk: *mut Walk,
 ) -> i64 {
-    // SAFETY: as above. Who takes the entry over meanwhile has its trace left too early or too late, or another's.
-    let (key, flow, walk) = unsafe { (&*key, &*flow, &mut *walk) };
+    // SAFETY: as above.
+    let (key, walk) = unsafe { (&*key, &mut *walk) };
+    let (key, mut copy) = (key.again(), Flow::NONE);
+    if !Entry::of(flow).copy(&key, &mut copy) {
+        return 0;
+    }
+    let (key, flow) = (&key, &copy);
     let (mut last_s, mut seen_other) = (flow.last_seen_s, 0);
-    let other = Maps.unreplied(&flow.other);
-    let other = other.as_ref().map(|other| other.get());
-    let other = other.filter(|other| other.other == *key);
-    let is_whole = other.is_some();
-    if let Some(other) = other {
-        seen_other = other.seen;
-        if other.last_seen_s.wrapping_sub(last_s).cast_signed() > 0 {
-            last_s = other.last_seen_s;
+    let mut is_whole = false;
+    if let Some(other) = Maps.unreplied(&flow.other)
+        && let Some(seen) = other.seen(&flow.other, key)
+    {
+        is_whole = true;
+        seen_other = seen & SEEN;
+        let other_s = other.last_seen_s();
+        if other_s.wrapping_sub(last_s).cast_signed() > 0 {
+            last_s = other_s;
         }
     }
+    let seen = flow.seen & SEEN;
     let (client, backend) = if flow.reply == 1 {
-        (seen_other, flow.seen)
+        (seen_other, seen)
     } else {
-        (flow.seen, seen_other)
+        (seen, seen_other)
     };
     // What another node's backend answers directly is never answered here; and an answered flow stays where the other table is full.
     let stays = client & SEEN_DISPATCHED != 0 || backend != 0;

@@ -6,6 +6,7 @@
 mod collect;
 mod dns;
 mod early;
+mod entry;
 mod maps;
 mod monitor;
 mod packets;

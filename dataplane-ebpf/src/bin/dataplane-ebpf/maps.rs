@@ -18,14 +18,16 @@ use dataplane_ebpf::{
     balance::{self, Picked},
     flow,
     hook::Notes,
-    tables::{FlowEntry, Refused, SOURCE_UNKNOWN, Tables, Turn},
+    tables::{Refused, SOURCE_UNKNOWN, Tables, Turn},
     trace,
 };
+
+use crate::entry::Entry;
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 /// Memory for what is there, and no more. It keeps no element from its next owner: from Linux 6.1 on the kernel gives one that was deleted
 /// or replaced to the next key that the same CPU inserts, at once, as it does with those that are made beforehand. A program that found it
-/// just before reads what is there then. So a value says whose it is (FRONTENDS, DNS_NAMES), or a stranger's does no harm; it is said
+/// just before reads what is there then. So a value says whose it is (FRONTENDS, FLOWS, DNS_NAMES), or a stranger's does no harm; it is said
 /// below, where each is read.
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 
@@ -110,46 +112,6 @@ pub fn notes() -> Option<&'static mut Notes> {
 
 /// The maps above.
 pub struct Maps;
-
-/// A flow's entry in its map.
-pub struct Entry(*mut Flow);
-
-impl FlowEntry for Entry {
-    #[inline(always)]
-    fn get(&self) -> &Flow {
-        // SAFETY: a non-null value of a flow table, memory of which stays one while the program runs (RCU). Another CPU may change its
-        // words, or forget the flow and give the element to another: what is asked of that one is another flow's way, for the packet that
-        // is under way here. It takes that the flow is ended, evicted or collected while a packet of it is looked at, and that the same CPU
-        // enters another within that time; the receiver knows no connection of that packet's. docs/services.md says that it can be.
-        unsafe { &*self.0 }
-    }
-
-    #[inline(always)]
-    fn touch(&self, now_s: u32, seen: u32) {
-        // SAFETY: as above; aligned words, written only when they change, to leave the cache line shared.
-        unsafe {
-            let last = &raw mut (*self.0).last_seen_s;
-            if last.read_volatile() != now_s {
-                last.write_volatile(now_s);
-            }
-            let bits = &raw mut (*self.0).seen;
-            let old = bits.read_volatile();
-            let new = flow::noted(old, seen);
-            if new != old {
-                bits.write_volatile(new);
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn locate(&self, generation: u32, slot: u32) {
-        // SAFETY: as above. The slot is a hint, so that the two words need not change together.
-        unsafe {
-            (&raw mut (*self.0).slot).write_volatile(slot);
-            (&raw mut (*self.0).generation).write_volatile(generation);
-        }
-    }
-}
 
 #[inline(always)]
 fn refused(result: Result<(), i32>) -> Result<(), Refused> {
@@ -250,7 +212,7 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn flow(&self, key: &FlowKey) -> Option<Entry> {
-        FLOWS.get_ptr_mut(key).map(Entry)
+        FLOWS.get_ptr_mut(key).map(Entry::of)
     }
 
     #[inline(always)]
@@ -265,7 +227,7 @@ impl Tables for Maps {
 
     #[inline(always)]
     fn unreplied(&self, key: &FlowKey) -> Option<Entry> {
-        FLOWS_UNREPLIED.get_ptr_mut(key).map(Entry)
+        FLOWS_UNREPLIED.get_ptr_mut(key).map(Entry::of)
     }
 
     #[inline(always)]
@@ -313,8 +275,18 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn claim(&self, answers: &FlowKey, entry: &Flow) -> bool {
+    fn claim(&self, answers: &FlowKey, entry: &mut Flow) -> bool {
         claim_tuple(answers, entry) != 0
+    }
+
+    #[inline(always)]
+    fn copy_again(&self, key: &FlowKey, copy: &mut Flow) -> bool {
+        copy_flow_again(key, copy) != 0
+    }
+
+    #[inline(always)]
+    fn seen_of(&self, key: &FlowKey, other: &FlowKey) -> u32 {
+        seen_of_flow(key, other)
     }
 
     #[inline(always)]
@@ -346,8 +318,8 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn meets(&self, key: &FlowKey, answers: &mut FlowKey) -> bool {
-        meets_flow(key, answers) != 0
+    fn meets(&self, key: &FlowKey, answers: &mut FlowKey, met: &mut Flow) -> bool {
+        meets_flow(key, answers, met) != 0
     }
 
     #[inline(always)]
@@ -500,12 +472,34 @@ extern "C" fn enter_flow(
     }
 }
 
+/// [`flow::copy_again`], likewise.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn copy_flow_again(key: *const FlowKey, copy: *mut Flow) -> u32 {
+    // SAFETY: as above.
+    match unsafe { (key.as_ref(), copy.as_mut()) } {
+        (Some(key), Some(copy)) => flow::copy_again(&Maps, key, copy) as u32,
+        _ => 0,
+    }
+}
+
+/// [`flow::seen_of`], likewise.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn seen_of_flow(key: *const FlowKey, other: *const FlowKey) -> u32 {
+    // SAFETY: as above.
+    match unsafe { (key.as_ref(), other.as_ref()) } {
+        (Some(key), Some(other)) => flow::seen_of(&Maps, key, other),
+        _ => 0,
+    }
+}
+
 /// [`flow::claim`], likewise: each of many attempts costs the verifier a call.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn claim_tuple(answers: *const FlowKey, entry: *const Flow) -> u32 {
+extern "C" fn claim_tuple(answers: *const FlowKey, entry: *mut Flow) -> u32 {
     // SAFETY: as above.
-    match unsafe { (answers.as_ref(), entry.as_ref()) } {
+    match unsafe { (answers.as_ref(), entry.as_mut()) } {
         (Some(answers), Some(entry)) => flow::claim(&Maps, answers, entry) as u32,
         _ => 0,
     }
@@ -514,10 +508,10 @@ extern "C" fn claim_tuple(answers: *const FlowKey, entry: *const Flow) -> u32 {
 /// [`trace::meets`], likewise.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn meets_flow(key: *const FlowKey, answers: *mut FlowKey) -> u32 {
+extern "C" fn meets_flow(key: *const FlowKey, answers: *mut FlowKey, met: *mut Flow) -> u32 {
     // SAFETY: as above.
-    match unsafe { (key.as_ref(), answers.as_mut()) } {
-        (Some(key), Some(answers)) => trace::meets(&Maps, key, answers) as u32,
+    match unsafe { (key.as_ref(), answers.as_mut(), met.as_mut()) } {
+        (Some(key), Some(answers), Some(met)) => trace::meets(&Maps, key, answers, met) as u32,
         _ => 0,
     }
 }
@@ -540,7 +534,7 @@ fn choose_backend(service: u32, key: *const FlowKey, outside: u32, picked: *mut 
 #[unsafe(no_mangle)]
 #[inline(never)]
 fn seek_backend(flow: *const Flow, asked: *const FlowKey, came: u32) -> u64 {
-    // SAFETY: as above, or an entry of a flow table, valid while the program runs.
+    // SAFETY: as above.
     match unsafe { (flow.as_ref(), asked.as_ref()) } {
         (Some(flow), Some(asked)) => balance::seek(&Maps, flow, asked, came),
         _ => 0,

@@ -25,8 +25,9 @@ use dataplane_ebpf::{
 };
 
 use crate::{
+    entry::Entry,
     features,
-    maps::{Entry, Maps},
+    maps::Maps,
     packets::{Skb, source_towards_v4, source_towards_v6},
 };
 
@@ -132,12 +133,14 @@ impl<P: Told> Tables for Watched<P> {
         choose(service: u32, key: &FlowKey, outside: bool, picked: &mut Picked) -> u32;
         seek(flow: &Flow, asked: &FlowKey, came: u32) -> u64;
         bisect(low: u32, high: u32, addr: &Addr, port: u16) -> u32;
+        copy_again(key: &FlowKey, copy: &mut Flow) -> bool;
+        seen_of(key: &FlowKey, other: &FlowKey) -> u32;
         enter(key: &FlowKey, answers: &mut FlowKey, entry: &mut Flow, fresh_port: u32) -> u32;
-        claim(answers: &FlowKey, entry: &Flow) -> bool;
+        claim(answers: &FlowKey, entry: &mut Flow) -> bool;
         trace(at: u32) -> Trace;
         leave_service(at: u32, now_s: u32);
         leave_direct(at: u32, tuple: u64, now_s: u32);
-        meets(key: &FlowKey, answers: &mut FlowKey) -> bool;
+        meets(key: &FlowKey, answers: &mut FlowKey, met: &mut Flow) -> bool;
         promote(key: &FlowKey, reply: &Flow, seen: u32);
         forget(key: &FlowKey, other: &FlowKey);
         fragment(key: &FragmentKey) -> Option<FragmentPorts>;
