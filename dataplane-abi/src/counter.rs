@@ -101,6 +101,8 @@ reasons! {
     NoBackend = "no_backend", Reject;
     /// The address is a Service's, the port is none of its ports.
     NoSuchPort = "no_such_port", Reject;
+    /// A packet is longer than its way takes: its sender is told how long one may be.
+    TooBig = "too_big", Reject;
 }
 
 impl Reason {

@@ -70,6 +70,8 @@ pub struct Notes {
     pub aside: Aside,
     /// The hardware address of the node that [`Verdict::Overlay`] sends to, as a word.
     pub peer: u64,
+    /// 1 when the packet has become [`Notes::to`], else 0.
+    pub is_translated: u32,
 }
 
 /// Keys that are needed for a moment.
@@ -101,6 +103,7 @@ impl Notes {
             picked: Picked::NONE,
         },
         peer: 0,
+        is_translated: 0,
     };
 }
 
@@ -179,6 +182,7 @@ pub fn pod_ingress<const V6: bool, P: Packet, T: Tables>(
     notes: &mut Notes,
     ifindex: u32,
 ) -> Verdict {
+    notes.is_translated = 0;
     match parse::<V6, P>(packet, &mut notes.ip) {
         Parsed::Ip => {}
         Parsed::Other => return pass(tables),
@@ -280,6 +284,7 @@ pub fn uplink_ingress<const V6: bool, P: Packet, T: Tables>(
     features: &Features,
     notes: &mut Notes,
 ) -> Verdict {
+    notes.is_translated = 0;
     match parse::<V6, P>(packet, &mut notes.ip) {
         Parsed::Ip => {}
         // The stack judges what is not ours.
@@ -325,6 +330,7 @@ pub fn service_ingress<const V6: bool, P: Packet, T: Tables>(
     features: &Features,
     notes: &mut Notes,
 ) -> Verdict {
+    notes.is_translated = 0;
     match parse::<V6, P>(packet, &mut notes.ip) {
         Parsed::Ip => {}
         Parsed::Other => return pass(tables),

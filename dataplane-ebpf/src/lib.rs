@@ -5,7 +5,7 @@
 //!
 //! - [`packet`]: reading headers; [`checksum`], [`crc32c`]: what changing them does to sums
 //! - [`translate`]: rewriting a packet's addresses and ports; [`icmp`]: the same for an ICMP error and what it quotes;
-//!   [`reject`]: turning a packet into a reset or an ICMP error
+//!   [`reject`]: turning a packet into a reset or an ICMP error; [`too_big`]: into the one that says how long a packet may be
 //! - [`tables`]: the maps, as a trait; [`balance`]: choosing a backend; [`flow`]: conntrack
 //! - [`early`]: what an uplink does with a packet before the stack does, where there is XDP
 //! - [`trace`]: what datagrams leave behind, so that a port used directly and through a Service is told apart
@@ -26,6 +26,7 @@ pub mod packet;
 pub mod reject;
 pub mod socket;
 pub mod tables;
+pub mod too_big;
 pub mod trace;
 pub mod translate;
 

@@ -9,7 +9,7 @@ use crate::{
 };
 
 const TCP_LEN: usize = 20;
-const ICMP_LEN: usize = 8;
+pub(crate) const ICMP_LEN: usize = 8;
 /// What an ICMP error quotes: the IP header and eight bytes (RFC 792).
 const QUOTED_LEN: usize = IPV4_LEN + 8;
 /// The same of IPv6, where more could be quoted (RFC 4443), but nobody looks further than the ports.
@@ -117,7 +117,7 @@ fn port_unreachable_v6<P: Packet>(packet: &mut P, ip: &Ip) -> bool {
 
 /// An IPv6 header back to the sender.
 #[inline(always)]
-fn ipv6_header(ip: &Ip, protocol: u8, payload_len: usize) -> [u16; IPV6_LEN / 2] {
+pub(crate) fn ipv6_header(ip: &Ip, protocol: u8, payload_len: usize) -> [u16; IPV6_LEN / 2] {
     let (s, d) = (ip.key.dst.words, ip.key.src.words);
     let [s0, s1, s2, s3] = quarters(s[0]);
     let [s4, s5, s6, s7] = quarters(s[1]);
@@ -168,7 +168,7 @@ const fn quarters(word: u64) -> [u16; 4] {
 
 /// The sum over the pseudo header of what follows an IPv6 header (RFC 8200, 8.1).
 #[inline(always)]
-fn pseudo_v6(header: &[u16; IPV6_LEN / 2], protocol: u8, len: usize) -> u32 {
+pub(crate) fn pseudo_v6(header: &[u16; IPV6_LEN / 2], protocol: u8, len: usize) -> u32 {
     let addresses = !checksum::over(header, 0) as u32;
     // The header's own first words are not in it; in ones' complement, adding a complement takes away.
     let mut sum = addresses as u64;
@@ -204,7 +204,7 @@ fn port_unreachable<P: Packet>(packet: &mut P, ip: &Ip) -> bool {
 
 /// An IPv4 header back to the sender.
 #[inline(always)]
-fn ip_header(ip: &Ip, protocol: u8, payload_len: usize) -> Option<[u16; IPV4_LEN / 2]> {
+pub(crate) fn ip_header(ip: &Ip, protocol: u8, payload_len: usize) -> Option<[u16; IPV4_LEN / 2]> {
     let (src, dst) = (halves(ip.key.dst.v4_be()?), halves(ip.key.src.v4_be()?));
     let total_len = (IPV4_LEN + payload_len) as u16;
     let dont_fragment = 0x4000u16.to_be();

@@ -425,7 +425,18 @@ impl Dataplane {
         ifindex: u32,
         repeat: u32,
     ) -> Result<Run, Error> {
-        self.run_flagged(program, packet, ifindex, repeat, 0)
+        self.run_as(program, packet, ifindex, 0, repeat, 0)
+    }
+
+    /// As [`Dataplane::run`], once, on a packet that hardware is to cut, each with so many bytes behind its headers.
+    pub fn run_segmented(
+        &self,
+        program: PacketProgram,
+        packet: &[u8],
+        ifindex: u32,
+        segment: u32,
+    ) -> Result<Run, Error> {
+        self.run_as(program, packet, ifindex, segment, 1, 0)
     }
 
     /// As [`Dataplane::run`], once, on a packet whose sum hardware has told: an error (EBADMSG) when that is not the sum of what is left
@@ -437,20 +448,21 @@ impl Dataplane {
         ifindex: u32,
     ) -> Result<Run, Error> {
         let flags = sys::TEST_SKB_CHECKSUM_COMPLETE;
-        self.run_flagged(program, packet, ifindex, 1, flags)
+        self.run_as(program, packet, ifindex, 0, 1, flags)
     }
 
-    fn run_flagged(
+    fn run_as(
         &self,
         program: PacketProgram,
         packet: &[u8],
         ifindex: u32,
+        segment: u32,
         repeat: u32,
         flags: u32,
     ) -> Result<Run, Error> {
         let programs = &self.programs;
         let (verdict, packet, nanoseconds) =
-            programs.run(program, packet, ifindex, repeat, flags)?;
+            programs.run(program, packet, ifindex, segment, repeat, flags)?;
         Ok(Run {
             verdict,
             packet,

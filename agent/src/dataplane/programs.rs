@@ -375,18 +375,20 @@ impl Programs {
         pins_in(&self.links)
     }
 
-    /// Runs a packet program on a packet.
+    /// Runs a packet program on a packet, which hardware is to cut in segments of so many bytes where that is not 0.
     pub fn run(
         &self,
         program: PacketProgram,
         packet: &[u8],
         ifindex: u32,
+        segment: u32,
         repeat: u32,
         flags: u32,
     ) -> Result<(i32, Vec<u8>, u32), Error> {
         let mut skb = sys::SkBuff {
             ifindex,
             ingress_ifindex: ifindex,
+            segment,
             ..sys::SkBuff::default()
         };
         sys::test_run(self.fd(program.name())?, packet, &mut skb, repeat, flags).map_err(|source| {

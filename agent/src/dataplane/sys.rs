@@ -465,12 +465,17 @@ pub struct SkBuff {
     pub ifindex: u32,
     pub tc_index: u32,
     pub control: [u32; 5],
-    pub rest: [u32; 31],
+    pub after_control: [u32; 27],
+    /// Bytes behind the headers of each packet that hardware cuts the buffer into; 0 when it is one.
+    pub segment: u32,
+    pub rest: [u32; 3],
 }
 
 const _: () = assert!(size_of::<SkBuff>() == 192);
 const _: () = assert!(
-    std::mem::offset_of!(SkBuff, ifindex) == 40 && std::mem::offset_of!(SkBuff, control) == 48
+    std::mem::offset_of!(SkBuff, ifindex) == 40
+        && std::mem::offset_of!(SkBuff, control) == 48
+        && std::mem::offset_of!(SkBuff, segment) == 176
 );
 
 #[repr(C)]

@@ -155,6 +155,7 @@ pub(crate) fn follow<const V6: bool, P: Packet, T: Tables>(
     if !packet.translate::<V6>(&notes.ip, &notes.to) {
         return dropped(tables, Reason::RewriteFailed);
     }
+    notes.is_translated = 1;
     if matches!(followed, Followed::ToClient) {
         tables.count(Reason::ReplyTranslated);
     } else if notes.service != NO_SERVICE {

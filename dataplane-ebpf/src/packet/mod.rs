@@ -350,6 +350,21 @@ impl Ip {
         self.key.proto == proto::UDP || self.is_syn()
     }
 
+    /// Bytes of its headers, from the IP header on, where they are those of each packet that hardware cuts it into.
+    #[inline(always)]
+    pub fn headers_len<P: Packet>(&self, packet: &P) -> Option<u32> {
+        let transport = match self.key.proto {
+            proto::TCP => {
+                // Two bytes: see `icmp::is_discovery`. The upper half of the first counts words of the header.
+                let [words, _flags] = packet.read::<[u8; 2]>(self.l4() + TCP_WORDS)?;
+                (words as u32 & 0xf0) >> 2
+            }
+            proto::UDP => 8,
+            _ => return None,
+        };
+        Some((self.l4() - ETH_LEN) as u32 + transport)
+    }
+
     /// Whether it is a TCP segment that acknowledges, and does nothing else.
     #[inline(always)]
     pub fn is_bare_ack<P: Packet>(&self, packet: &P) -> bool {
@@ -359,12 +374,8 @@ impl Ip {
         {
             return false;
         }
-        // Two bytes: see `icmp::is_discovery`. The upper half of the first counts words of the header.
-        let Some([words, _flags]) = packet.read::<[u8; 2]>(self.l4() + TCP_WORDS) else {
-            return false;
-        };
-        let headers = (self.l4() - ETH_LEN) as u32 + ((words as u32 & 0xf0) >> 2);
-        matches!(self.fragment, Fragment::Whole) && self.total_len == headers
+        let headers = self.headers_len(packet);
+        matches!(self.fragment, Fragment::Whole) && headers == Some(self.total_len)
     }
 
     /// Whether it opens a connection.

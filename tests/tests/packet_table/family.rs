@@ -144,6 +144,16 @@ impl Family {
         self.as_programs_write(self.error(&receiver, &sender, datagram))
     }
 
+    /// What they answer to a packet that is longer than its way takes, with so much as they quote.
+    pub fn too_big(self, about: &[u8], mtu: u16) -> Vec<u8> {
+        let [sender, from] = self.ends(about);
+        let mtu = [&[0; 2][..], &mtu.to_be_bytes()].concat();
+        self.as_programs_write(match self {
+            Self::V4 => packets::icmp(&from, &sender, 3, 4, &[&mtu, &about[14..82]].concat()),
+            Self::V6 => packets::icmp(&from, &sender, 2, 0, &[&mtu, &about[14..94]].concat()),
+        })
+    }
+
     /// What they answer to a segment with SYN alone and no data, as RFC 9293 has it.
     pub fn reset(self, src: &str, dst: &str) -> Vec<u8> {
         let mut packet = self.tcp(src, dst, RST | ACK, b"");

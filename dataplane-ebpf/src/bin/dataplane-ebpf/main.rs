@@ -112,7 +112,8 @@ fn from_pod<const V6: bool>(ctx: &TcContext) -> i32 {
     let ifindex = skb.ifindex();
     let tables = Watched::new(skb.raw(), Hook::PodIngress);
     let verdict = hook::pod_ingress::<V6, _, _>(&mut skb, &tables, &features(), notes, ifindex);
-    act::<V6>(&mut skb, verdict)
+    let back = hook::Verdict::Peer(ifindex);
+    act::<V6, _>(&mut skb, &tables, verdict, notes, back)
 }
 
 /// Egress of the host's side of a pod's veth: what the host sends to the pod.
@@ -183,7 +184,8 @@ fn from_outside<const V6: bool>(ctx: &TcContext) -> i32 {
     if features.overlay && matches!(verdict, hook::Verdict::Overlay) {
         return packets::to_peer(&mut skb, notes.peer);
     }
-    act::<V6>(&mut skb, verdict)
+    let back = hook::Verdict::Route;
+    act::<V6, _>(&mut skb, &tables, verdict, notes, back)
 }
 
 /// Egress of an uplink or of the overlay: what leaves the node. It hangs only where processes of the node are endpoints that are to see
@@ -241,7 +243,8 @@ fn to_service<const V6: bool>(ctx: &TcContext) -> i32 {
     let mut skb = Skb::new::<V6>(ctx);
     let tables = Watched::new(skb.raw(), Hook::ServiceIngress);
     let verdict = hook::service_ingress::<V6, _, _>(&mut skb, &tables, &features(), notes);
-    act::<V6>(&mut skb, verdict)
+    let back = hook::Verdict::Host;
+    act::<V6, _>(&mut skb, &tables, verdict, notes, back)
 }
 
 #[cfg(not(test))]

@@ -18,14 +18,19 @@ use core::mem::MaybeUninit;
 use dataplane_abi::{Addr, FROM_HOST, FlowKey, HOST_VETH_MAC, Plain, Reason, proto};
 use dataplane_ebpf::{
     crc32c,
-    hook::Verdict,
+    hook::{Notes, Verdict},
     packet::{ChecksumChange, ETH_LEN, Ip, Packet, word},
     reject::reject,
     tables::{BY_ANOTHER, BY_FIRST_UPLINK, SOURCE_UNKNOWN, Tables as _},
+    too_big::{too_big, translate_back},
     translate::translate,
 };
 
-use crate::{OVERLAY, OVERLAY_LINK, SERVICE_VETH, UPLINK, maps::Maps};
+use crate::{
+    OVERLAY, OVERLAY_LINK, SERVICE_VETH, UPLINK,
+    maps::Maps,
+    monitor::{Told, Watched},
+};
 
 /// TCX_NEXT, and TC_ACT_UNSPEC where there is no tcx: the next program, then the stack.
 pub const NEXT: i32 = -1;
@@ -123,6 +128,27 @@ impl Skb {
     #[inline(always)]
     pub fn raw(&self) -> *mut __sk_buff {
         self.0
+    }
+
+    /// Bytes of the longest packet that this is or, when hardware is to cut it, becomes, from the IP header on; 0 where that is not known: of
+    /// SCTP, whose chunks are what it is cut by.
+    #[inline(always)]
+    fn longest(&self, ip: &Ip) -> u16 {
+        // SAFETY: a valid context.
+        let (len, segment) = unsafe { ((*self.0).len, (*self.0).gso_size) };
+        let longest = if segment == 0 {
+            len.wrapping_sub(ETH_LEN as u32)
+        } else {
+            match ip.headers_len(self) {
+                Some(headers) => headers + segment,
+                None => 0,
+            }
+        };
+        if longest > u16::MAX as u32 {
+            u16::MAX
+        } else {
+            longest as u16
+        }
     }
 
     #[inline(always)]
@@ -249,18 +275,45 @@ pub extern "C" fn crc32c_change(difference: u32, len: u32) -> u32 {
     crc32c::change(difference, len)
 }
 
-/// Carries out a verdict.
+/// Carries out a verdict. `back` is the one that leads to where the packet came from.
 #[inline(always)]
-pub fn act<const V6: bool>(skb: &mut Skb, verdict: Verdict) -> i32 {
+pub fn act<const V6: bool, P: Told>(
+    skb: &mut Skb,
+    tables: &Watched<P>,
+    verdict: Verdict,
+    notes: &mut Notes,
+    back: Verdict,
+) -> i32 {
+    let Verdict::Route = verdict else {
+        return act_here(skb, verdict);
+    };
+    let way = route::<V6>(skb, &notes.ip);
+    if way & TOO_BIG == 0 {
+        return way as i32;
+    }
+    tables.count(Reason::TooBig);
+    if !tell_sender::<V6>(skb, notes, way & !TOO_BIG) {
+        return TC_ACT_SHOT;
+    }
+    match back {
+        Verdict::Route => match route::<V6>(skb, &notes.ip) {
+            way if way & TOO_BIG == 0 => way as i32,
+            _ => TC_ACT_SHOT,
+        },
+        back => act_here(skb, back),
+    }
+}
+
+/// Carries out a verdict that asks no routes.
+#[inline(always)]
+fn act_here(skb: &mut Skb, verdict: Verdict) -> i32 {
     match verdict {
         Verdict::Pass => NEXT,
         // To other nodes the hook of the uplink alone sends, by a way of its own.
-        Verdict::Drop | Verdict::Overlay => TC_ACT_SHOT,
+        Verdict::Drop | Verdict::Overlay | Verdict::Route => TC_ACT_SHOT,
         // SAFETY: the helper has no memory arguments. The pod's own Ethernet header is not looked at by its stack.
         Verdict::Peer(ifindex) => unsafe { bpf_redirect_peer(ifindex, 0) as i32 },
         Verdict::Host => to_host(skb),
-        Verdict::Route if V6 => route_apart(skb),
-        Verdict::Route => route::<false>(skb),
     }
 }
 
@@ -287,15 +340,91 @@ pub fn to_peer(skb: &mut Skb, mac: u64) -> i32 {
     unsafe { bpf_redirect(OVERLAY.load(), 0) as i32 }
 }
 
-/// A function of its own, for the stack (see [`dataplane_ebpf::hook::Notes`]).
+/// What comes with the bytes that the way takes of a packet that is longer. Else it is a return value of a program's.
+const TOO_BIG: u32 = 1 << 31;
+
+#[inline(always)]
+fn route<const V6: bool>(skb: &mut Skb, ip: &Ip) -> u32 {
+    match V6 {
+        true => route_buffer_v6(skb.0, ip),
+        false => route_buffer_v4(skb.0, ip),
+    }
+}
+
+#[inline(always)]
+fn tell_sender<const V6: bool>(skb: &mut Skb, notes: &mut Notes, mtu: u32) -> bool {
+    if notes.is_translated != 0 {
+        let is_back = match V6 {
+            true => turn_back_v6(skb.0, notes),
+            false => turn_back_v4(skb.0, notes),
+        };
+        if is_back == 0 {
+            return false;
+        }
+    }
+    let told = match V6 {
+        true => tell_sender_v6(skb.0, &notes.ip, mtu),
+        false => tell_sender_v4(skb.0, &notes.ip, mtu),
+    };
+    told != 0
+}
+
+/// [`translate_back`] as a global function of each family, as those above.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn route_apart(skb: &mut Skb) -> i32 {
-    route::<true>(skb)
+fn turn_back_v4(skb: *mut __sk_buff, notes: *mut Notes) -> u32 {
+    // SAFETY: as above.
+    unsafe { notes.as_mut() }.is_some_and(|notes| translate_back::<false, _>(&mut Skb(skb), notes))
+        as u32
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+fn turn_back_v6(skb: *mut __sk_buff, notes: *mut Notes) -> u32 {
+    // SAFETY: as above.
+    unsafe { notes.as_mut() }.is_some_and(|notes| translate_back::<true, _>(&mut Skb(skb), notes))
+        as u32
+}
+
+/// [`too_big`], likewise.
+#[unsafe(no_mangle)]
+#[inline(never)]
+fn tell_sender_v4(skb: *mut __sk_buff, ip: *const Ip, mtu: u32) -> u32 {
+    // SAFETY: as above.
+    unsafe { ip.as_ref() }.is_some_and(|ip| too_big::<false, _>(&mut Skb(skb), ip, mtu)) as u32
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+fn tell_sender_v6(skb: *mut __sk_buff, ip: *const Ip, mtu: u32) -> u32 {
+    // SAFETY: as above.
+    unsafe { ip.as_ref() }.is_some_and(|ip| too_big::<true, _>(&mut Skb(skb), ip, mtu)) as u32
+}
+
+/// [`route_buffer`], likewise.
+#[unsafe(no_mangle)]
+#[inline(never)]
+fn route_buffer_v4(skb: *mut __sk_buff, ip: *const Ip) -> u32 {
+    // SAFETY: as above.
+    match unsafe { ip.as_ref() } {
+        Some(ip) => route_buffer::<false>(&mut Skb(skb), ip),
+        None => TC_ACT_SHOT as u32,
+    }
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+fn route_buffer_v6(skb: *mut __sk_buff, ip: *const Ip) -> u32 {
+    // SAFETY: as above.
+    match unsafe { ip.as_ref() } {
+        Some(ip) => route_buffer::<true>(&mut Skb(skb), ip),
+        None => TC_ACT_SHOT as u32,
+    }
 }
 
 /// Out by the host's routes. Its stack would refuse a packet that comes in with one of its own addresses as source.
 #[inline(always)]
-fn route<const V6: bool>(skb: &mut Skb) -> i32 {
+fn route_buffer<const V6: bool>(skb: &mut Skb, ip: &Ip) -> u32 {
     // SAFETY: plain structs of integers, for which zero is valid; the helpers get their true sizes.
     unsafe {
         let mut fib = MaybeUninit::uninit();
@@ -324,21 +453,38 @@ fn route<const V6: bool>(skb: &mut Skb) -> i32 {
         };
         if !known {
             Maps.count(Reason::Malformed);
-            return TC_ACT_SHOT;
+            return TC_ACT_SHOT as u32;
         }
-        let result = bpf_fib_lookup(skb.0.cast(), fib, size_of::<FibLookup>() as i32, 0) as u32;
-        // What is longer than the overlay takes of pods is cut below it, in packets of the underlay. The route is known then.
-        let is_cut = result == BPF_FIB_LKUP_RET_FRAG_NEEDED && fib.ifindex == OVERLAY_LINK.load();
+        // With a length the route's own MTU is asked, where it is locked, and what is known of the way to this destination.
+        fib.__bindgen_anon_1.tot_len = skb.longest(ip);
+        let size = size_of::<FibLookup>() as i32;
+        let mut result = bpf_fib_lookup(skb.0.cast(), fib, size, 0) as u32;
+        if result == BPF_FIB_LKUP_RET_FRAG_NEEDED {
+            let too_big = TOO_BIG | fib.__bindgen_anon_1.mtu_result as u32;
+            if OVERLAY_LINK.load() == 0 {
+                return too_big;
+            }
+            // What is longer than the overlay takes of pods is cut below it, in packets of the underlay. By what interface it would go, the
+            // kernel says when it is asked without a length.
+            fib.__bindgen_anon_1.tot_len = 0;
+            result = bpf_fib_lookup(skb.0.cast(), fib, size, 0) as u32;
+            if fib.ifindex != OVERLAY_LINK.load() {
+                return too_big;
+            }
+            if result == BPF_FIB_LKUP_RET_FRAG_NEEDED {
+                result = BPF_FIB_LKUP_RET_SUCCESS;
+            }
+        }
         // Without a neighbour the route is known all the same, and the redirect resolves it.
-        if result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH && !is_cut {
+        if result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH {
             Maps.count(Reason::NoRoute);
-            return TC_ACT_SHOT;
+            return TC_ACT_SHOT as u32;
         }
         let mut hop: NextHop = core::mem::zeroed();
         // The kernel says by which family the next hop is known, and puts it in the place of the destination.
         hop.nh_family = fib.family as u32;
         hop.__bindgen_anon_1.ipv6_nh = fib.__bindgen_anon_4.ipv6_dst;
-        bpf_redirect_neigh(fib.ifindex, &mut hop, size_of::<NextHop>() as i32, 0) as i32
+        bpf_redirect_neigh(fib.ifindex, &mut hop, size_of::<NextHop>() as i32, 0) as u32
     }
 }
 
