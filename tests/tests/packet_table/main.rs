@@ -13,6 +13,7 @@ mod rows_v6;
 mod same_port;
 mod size;
 mod sums;
+mod told;
 mod too_big;
 
 use std::{collections::BTreeMap, fs, net::IpAddr};

@@ -12,8 +12,8 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use dataplane_abi::{
-    DnsCount, DnsZone, FrontendKey, NameAddresses, NameKey, POD_DNS, POD_INGRESS, Reason, limits,
-    proto,
+    DnsCount, DnsZone, FrontendKey, Hook, NameAddresses, NameKey, POD_DNS, POD_INGRESS, Reason,
+    limits, proto,
 };
 use dataplane_ebpf::{
     dns::{self, Answer, Envelope, MESSAGE_AT_LIMIT, TEXT_BYTES, Text},
@@ -23,7 +23,7 @@ use dataplane_ebpf::{
 
 use crate::{
     KERNEL_DNS,
-    maps::Maps,
+    monitor::Watched,
     packets::{NEXT, Skb},
 };
 
@@ -102,7 +102,7 @@ pub fn pod_dns(ctx: TcContext) -> i32 {
             unsafe { bpf_redirect_peer(skb.ifindex(), 0) as i32 }
         }
         Some(false) => {
-            Maps.count(Reason::RewriteFailed);
+            Watched::new(skb.raw(), Hook::PodIngress).count(Reason::RewriteFailed);
             TC_ACT_SHOT
         }
         None => leave(&ctx),

@@ -190,7 +190,7 @@ fn from_driver<const V6: bool>(ctx: *mut xdp_md) -> u32 {
     }
     // From here on the frame is no longer what came, and what fails is lost.
     if !frame.translate::<V6>(&notes.ip, &notes.to) || !frame.write(0, &macs) {
-        Maps.count(Reason::RewriteFailed);
+        tables.count(Reason::RewriteFailed);
         return XDP_DROP;
     }
     Maps.count(reason);

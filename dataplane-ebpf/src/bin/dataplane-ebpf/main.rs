@@ -182,7 +182,7 @@ fn from_outside<const V6: bool>(ctx: &TcContext) -> i32 {
     features.by_overlay = features.overlay && skb.ifindex() == OVERLAY.load();
     let verdict = hook::uplink_ingress::<V6, _, _>(&mut skb, &tables, &features, notes);
     if features.overlay && matches!(verdict, hook::Verdict::Overlay) {
-        return packets::to_peer(&mut skb, notes.peer);
+        return packets::to_peer(&mut skb, &tables, notes.peer);
     }
     let back = hook::Verdict::Route;
     act::<V6, _>(&mut skb, &tables, verdict, notes, back)

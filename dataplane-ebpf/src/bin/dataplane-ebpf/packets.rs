@@ -285,43 +285,49 @@ pub fn act<const V6: bool, P: Told>(
     back: Verdict,
 ) -> i32 {
     let Verdict::Route = verdict else {
-        return act_here(skb, verdict);
+        return act_here(skb, tables, verdict);
     };
     let way = route::<V6>(skb, &notes.ip);
-    if way & TOO_BIG == 0 {
+    if way & (TOO_BIG | NO_WAY) == 0 {
         return way as i32;
     }
+    // Who listens is told of the packet that came, and its sender too.
+    let is_back = turn_back::<V6>(skb, notes);
+    if way & NO_WAY != 0 {
+        tables.count(Reason::NoRoute);
+        return TC_ACT_SHOT;
+    }
     tables.count(Reason::TooBig);
-    if !tell_sender::<V6>(skb, notes, way & !TOO_BIG) {
+    if !is_back || !tell_sender::<V6>(skb, &notes.ip, way & !TOO_BIG) {
         return TC_ACT_SHOT;
     }
     match back {
         Verdict::Route => match route::<V6>(skb, &notes.ip) {
-            way if way & TOO_BIG == 0 => way as i32,
+            way if way & (TOO_BIG | NO_WAY) == 0 => way as i32,
             _ => TC_ACT_SHOT,
         },
-        back => act_here(skb, back),
+        back => act_here(skb, tables, back),
     }
 }
 
 /// Carries out a verdict that asks no routes.
 #[inline(always)]
-fn act_here(skb: &mut Skb, verdict: Verdict) -> i32 {
+fn act_here<P: Told>(skb: &mut Skb, tables: &Watched<P>, verdict: Verdict) -> i32 {
     match verdict {
         Verdict::Pass => NEXT,
         // To other nodes the hook of the uplink alone sends, by a way of its own.
         Verdict::Drop | Verdict::Overlay | Verdict::Route => TC_ACT_SHOT,
         // SAFETY: the helper has no memory arguments. The pod's own Ethernet header is not looked at by its stack.
         Verdict::Peer(ifindex) => unsafe { bpf_redirect_peer(ifindex, 0) as i32 },
-        Verdict::Host => to_host(skb),
+        Verdict::Host => to_host(skb, tables),
     }
 }
 
 /// Into the host by the service veth pair. The packet is received there anew, so its Ethernet header must name the interface.
 #[inline(always)]
-fn to_host(skb: &mut Skb) -> i32 {
+fn to_host<P: Told>(skb: &mut Skb, tables: &Watched<P>) -> i32 {
     if !skb.write(0, &[HOST_VETH_MAC, HOST_VETH_MAC]) {
-        Maps.count(Reason::RewriteFailed);
+        tables.count(Reason::RewriteFailed);
         return TC_ACT_SHOT;
     }
     // SAFETY: no memory arguments.
@@ -330,18 +336,20 @@ fn to_host(skb: &mut Skb) -> i32 {
 
 /// To another node by the overlay, whose end there has this hardware address.
 #[inline(always)]
-pub fn to_peer(skb: &mut Skb, mac: u64) -> i32 {
+pub fn to_peer<P: Told>(skb: &mut Skb, tables: &Watched<P>, mac: u64) -> i32 {
     let mac = [mac as u16, (mac >> 16) as u16, (mac >> 32) as u16];
     if !skb.write(0, &mac) {
-        Maps.count(Reason::RewriteFailed);
+        tables.count(Reason::RewriteFailed);
         return TC_ACT_SHOT;
     }
     // SAFETY: no memory arguments.
     unsafe { bpf_redirect(OVERLAY.load(), 0) as i32 }
 }
 
-/// What comes with the bytes that the way takes of a packet that is longer. Else it is a return value of a program's.
+/// What comes with the bytes that the way takes of a packet that is longer, and what says that there is none. Else it is a return value of a
+/// program's.
 const TOO_BIG: u32 = 1 << 31;
+const NO_WAY: u32 = 1 << 30;
 
 #[inline(always)]
 fn route<const V6: bool>(skb: &mut Skb, ip: &Ip) -> u32 {
@@ -351,20 +359,24 @@ fn route<const V6: bool>(skb: &mut Skb, ip: &Ip) -> u32 {
     }
 }
 
+/// Makes a packet what it was when it came. False when it cannot be written.
 #[inline(always)]
-fn tell_sender<const V6: bool>(skb: &mut Skb, notes: &mut Notes, mtu: u32) -> bool {
-    if notes.is_translated != 0 {
-        let is_back = match V6 {
-            true => turn_back_v6(skb.0, notes),
-            false => turn_back_v4(skb.0, notes),
-        };
-        if is_back == 0 {
-            return false;
-        }
+fn turn_back<const V6: bool>(skb: &mut Skb, notes: &mut Notes) -> bool {
+    if notes.is_translated == 0 {
+        return true;
     }
+    let is_back = match V6 {
+        true => turn_back_v6(skb.0, notes),
+        false => turn_back_v4(skb.0, notes),
+    };
+    is_back != 0
+}
+
+#[inline(always)]
+fn tell_sender<const V6: bool>(skb: &mut Skb, ip: &Ip, mtu: u32) -> bool {
     let told = match V6 {
-        true => tell_sender_v6(skb.0, &notes.ip, mtu),
-        false => tell_sender_v4(skb.0, &notes.ip, mtu),
+        true => tell_sender_v6(skb.0, ip, mtu),
+        false => tell_sender_v4(skb.0, ip, mtu),
     };
     told != 0
 }
@@ -408,7 +420,7 @@ fn route_buffer_v4(skb: *mut __sk_buff, ip: *const Ip) -> u32 {
     // SAFETY: as above.
     match unsafe { ip.as_ref() } {
         Some(ip) => route_buffer::<false>(&mut Skb(skb), ip),
-        None => TC_ACT_SHOT as u32,
+        None => NO_WAY,
     }
 }
 
@@ -418,7 +430,7 @@ fn route_buffer_v6(skb: *mut __sk_buff, ip: *const Ip) -> u32 {
     // SAFETY: as above.
     match unsafe { ip.as_ref() } {
         Some(ip) => route_buffer::<true>(&mut Skb(skb), ip),
-        None => TC_ACT_SHOT as u32,
+        None => NO_WAY,
     }
 }
 
@@ -452,8 +464,7 @@ fn route_buffer<const V6: bool>(skb: &mut Skb, ip: &Ip) -> u32 {
             }
         };
         if !known {
-            Maps.count(Reason::Malformed);
-            return TC_ACT_SHOT as u32;
+            return NO_WAY;
         }
         // With a length the route's own MTU is asked, where it is locked, and what is known of the way to this destination.
         fib.__bindgen_anon_1.tot_len = skb.longest(ip);
@@ -477,8 +488,7 @@ fn route_buffer<const V6: bool>(skb: &mut Skb, ip: &Ip) -> u32 {
         }
         // Without a neighbour the route is known all the same, and the redirect resolves it.
         if result != BPF_FIB_LKUP_RET_SUCCESS && result != BPF_FIB_LKUP_RET_NO_NEIGH {
-            Maps.count(Reason::NoRoute);
-            return TC_ACT_SHOT as u32;
+            return NO_WAY;
         }
         let mut hop: NextHop = core::mem::zeroed();
         // The kernel says by which family the next hop is known, and puts it in the place of the destination.
