@@ -290,7 +290,7 @@ impl Kubelet {
         let mut turn = 0_u64;
         // So often does a pod of this node change, in renewals of the lease.
         let churn = CHURN_PER_SECOND * LEASE_PERIOD.as_secs_f64() / nodes as f64;
-        let mut due = churn * (number as f64 / nodes as f64);
+        let mut due = share_of_a_turn(number);
         loop {
             let began = Instant::now();
             turn += 1;
@@ -308,6 +308,14 @@ impl Kubelet {
             tokio::time::sleep(LEASE_PERIOD.saturating_sub(began.elapsed())).await;
         }
     }
+}
+
+/// How much of the way to its first change a node's pods have gone when it begins: evenly spread, also over nodes that renew their leases
+/// one soon after the other.
+fn share_of_a_turn(number: usize) -> f64 {
+    // Multiples of the golden ratio leave no gap for long (Weyl's equidistribution).
+    const GOLDEN: f64 = 0.618_033_988_749_895;
+    (number as f64 * GOLDEN).fract()
 }
 
 async fn timed(
@@ -383,4 +391,27 @@ async fn change_pod(caller: &Caller, pod: &str, turn: u64, shared: &Shared) {
         &shared.failed,
     )
     .await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pods_change_from_the_first_turn_on_and_at_one_rate() {
+        const NODES: usize = 5000;
+        let churn = CHURN_PER_SECOND * LEASE_PERIOD.as_secs_f64() / NODES as f64;
+        let mut due: Vec<f64> = (0..NODES).map(share_of_a_turn).collect();
+        for turn in 0..50 {
+            let mut changed = 0;
+            for due in &mut due {
+                *due += churn;
+                if *due >= 1.0 {
+                    *due -= 1.0;
+                    changed += 1;
+                }
+            }
+            assert!((190..=210).contains(&changed), "{changed} in turn {turn}");
+        }
+    }
 }
