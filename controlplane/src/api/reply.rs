@@ -255,20 +255,7 @@ pub fn stored(
 /// One object in the form asked for.
 pub fn object(code: StatusCode, target: &Target, form: Form, object: Value) -> Answer {
     let value = object::from_stored(object, target.resource);
-    let value = match form {
-        Form::Object => value,
-        Form::Partial(version) => table::partial(&value, version),
-        Form::Table(version, include) => {
-            let printer = table::printer(target.resource.group, target.resource.kind);
-            let revision = value
-                .pointer("/metadata/resourceVersion")
-                .cloned()
-                .unwrap_or_default();
-            let mut table = table::table(printer, version, [&value], include, true);
-            table["metadata"]["resourceVersion"] = revision;
-            table
-        }
-    };
+    let value = table::shaped(value, form, target.resource, true);
     json(code, &value)
 }
 

@@ -11,6 +11,9 @@ mod workload;
 
 use serde_json::{Value, json};
 
+use super::request::Form;
+use crate::registry::Resource;
+
 pub use age::{age, human_duration};
 
 /// One column of a table; wide columns have priority 1.
@@ -201,6 +204,20 @@ pub fn partial(object: &Value, version: &str) -> Value {
         "kind": "PartialObjectMetadata", "apiVersion": format!("meta.k8s.io/{version}"),
         "metadata": object["metadata"],
     })
+}
+
+/// One object in the form asked for. `headed` is false for all but the first event of a watch.
+pub fn shaped(object: Value, form: Form, resource: &Resource, headed: bool) -> Value {
+    match form {
+        Form::Object => object,
+        Form::Partial(version) => partial(&object, version),
+        Form::Table(version, include) => {
+            let printer = printer(resource.group, resource.kind);
+            let mut table = table(printer, version, [&object], include, headed);
+            table["metadata"]["resourceVersion"] = object["metadata"]["resourceVersion"].clone();
+            table
+        }
+    }
 }
 
 fn name(object: &Value) -> Value {

@@ -102,17 +102,8 @@ pub fn shaped(
     headed: &mut bool,
 ) -> Bytes {
     let object = object::from_stored(object, target.resource);
-    let shaped = match form {
-        Form::Object => object,
-        Form::Partial(version) => table::partial(&object, version),
-        Form::Table(version, include) => {
-            let printer = table::printer(target.resource.group, target.resource.kind);
-            let first = !std::mem::replace(headed, true);
-            let mut table = table::table(printer, version, [&object], include, first);
-            table["metadata"]["resourceVersion"] = object["metadata"]["resourceVersion"].clone();
-            table
-        }
-    };
+    let first = !std::mem::replace(headed, true);
+    let shaped = table::shaped(object, form, target.resource, first);
     from_object(kind.name(), &shaped, encoding)
 }
 
