@@ -197,7 +197,7 @@ impl Api {
         let mut place = self.contention.place(&key);
         for attempt in 0..CONFLICT_RETRIES {
             place.wait(attempt > 0).await;
-            let record = self.record(target).await?;
+            let record = self.record_at(&key, target).await?;
             let old = target.decode(&record)?;
             options.check(target, &old)?;
             let grace_s = strategy::of(target.resource).grace_s(&old, options.grace_s);

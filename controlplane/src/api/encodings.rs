@@ -62,12 +62,16 @@ impl Default for Encodings {
     }
 }
 
+/// What nearly everybody keeps sealed is not to lie around open.
+pub fn may_be_kept(resource: &Resource) -> bool {
+    resource.plural != "secrets"
+}
+
 impl Encodings {
     /// Records of a resource that is served as it is stored, each as its message. None when one does not fit its type.
     pub fn messages(&self, resource: &Resource, records: &[Record]) -> Option<Vec<Bytes>> {
         let now = Instant::now();
-        // What nearly everybody keeps sealed is not to lie around open.
-        let keeps = resource.plural != "secrets";
+        let keeps = may_be_kept(resource);
         let mut messages = Vec::with_capacity(records.len());
         let mut json = Vec::new();
         for records in records.chunks(LOOK_UPS) {

@@ -23,10 +23,13 @@ const REACH_PATIENCE: Duration = Duration::from_secs(3);
 impl Api {
     /// The stored record of the target, or 404.
     pub(super) async fn record(&self, target: &Target) -> Result<Record, Status> {
-        self.store
-            .get(&target.key()?)
-            .await?
-            .ok_or_else(|| Status::not_found(target.subject()))
+        self.record_at(&target.key()?, target).await
+    }
+
+    /// The same for who has the target's key already.
+    pub(super) async fn record_at(&self, key: &str, target: &Target) -> Result<Record, Status> {
+        let record = self.store.get(key).await?;
+        record.ok_or_else(|| Status::not_found(target.subject()))
     }
 
     pub(super) async fn get(&self, call: &Call, parts: &Parts) -> Result<Answer, Status> {

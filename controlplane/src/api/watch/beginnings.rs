@@ -14,7 +14,7 @@ use futures::FutureExt;
 use tokio::sync::Mutex as Gate;
 
 use super::INITIAL_EVENTS_PER_CHUNK;
-use crate::api::encodings::{Encodings, FRAME_BYTES, UNUSED_MAX};
+use crate::api::encodings::{Encodings, FRAME_BYTES, UNUSED_MAX, may_be_kept};
 use crate::registry::Resource;
 use crate::store::{Range, Record, Revision, Store, StoreError, WatchStream};
 
@@ -123,8 +123,7 @@ impl Beginnings {
         resource: &Resource,
         prefix: &str,
     ) -> Result<Option<Begun>, StoreError> {
-        // What nearly everybody keeps sealed is not to lie around open.
-        if resource.plural == "secrets" {
+        if !may_be_kept(resource) {
             return Ok(None);
         }
         let Some(gate) = self.gate(format!("{} {prefix}", resource.api_version())) else {
