@@ -362,13 +362,10 @@ impl Prepared<'_> {
         let mut agent_args: Vec<String> = ranges
             .map(|range| format!("--service-cidr={range}"))
             .collect();
-        let mut dns_args = Vec::new();
-        if self.own.iter().any(IpAddr::is_ipv6) {
-            agent_args.push("--healthz-bind-address=[::]:10256".to_owned());
-            dns_args.extend(["--listen=[::]:53", "--health=[::]:8181"].map(str::to_owned));
-        }
         agent_args.extend(self.flags.agent_arg.iter().cloned());
-        dns_args.extend(name_servers().map(|server| format!("--upstream={server}")));
+        let dns_args = name_servers()
+            .map(|server| format!("--upstream={server}"))
+            .collect();
         deploy::Settings {
             api_server: format!("https://{}", local_api(self.own[0])),
             cgroup: super::spec::CGROUP.to_owned(),

@@ -143,23 +143,12 @@ impl Plan<'_> {
             .iter()
             .map(|range| format!("--service-cidr={range}"))
             .collect();
-        let mut dns_args = Vec::new();
-        if family.has_v6() {
-            let flag = "--healthz-bind-address";
-            if !self
-                .config
-                .agent_args
-                .iter()
-                .any(|arg| arg.starts_with(flag))
-            {
-                agent_args.push(format!("{flag}=[::]:10256"));
-            }
-            dns_args.extend(["--listen=[::]:53", "--health=[::]:8181"].map(str::to_owned));
-        }
         agent_args.extend(self.config.agent_args.iter().cloned());
         // With a way out the nodes have a name server, which the manifest's own arguments lead to.
         let upstreams = self.config.dns_upstreams.iter();
-        dns_args.extend(upstreams.map(|server| format!("--upstream={server}")));
+        let dns_args = upstreams
+            .map(|server| format!("--upstream={server}"))
+            .collect();
         deploy::Settings {
             api_server: self.api_server(),
             cgroup: cgroup.display().to_string(),
