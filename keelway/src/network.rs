@@ -184,6 +184,7 @@ impl End<'_> {
             add_addresses(&handle, uplink, self.addresses).await?;
             answer_for_pods()?;
             tell_of_addresses()?;
+            take_the_links_address()?;
             up(&handle, uplink, UPLINK).await?;
             reach_pods(&handle, uplink, self.of_pods).await?;
             leave_by(&handle, uplink, gateways).await
@@ -337,6 +338,17 @@ fn tell_of_addresses() -> Result<(), NetworkError> {
         }
     }
     Ok(())
+}
+
+/// Lets the node use its uplink's link-local address as soon as it has one. Nobody else has it, and while the kernel asks around it looks
+/// for no neighbour on behalf of what the node forwards: pods of one node would not reach those of another for a second or two.
+fn take_the_links_address() -> Result<(), NetworkError> {
+    let path = "/proc/sys/net/ipv6/conf/eth0/accept_dad";
+    match std::fs::write(path, "0") {
+        // A machine without IPv6 has no such setting.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        written => written.map_err(system(format!("set {path} of a node"))),
+    }
 }
 
 async fn index(handle: &Handle, name: &str) -> Result<u32, NetworkError> {

@@ -298,6 +298,18 @@ async fn a_node_has_its_own_world_and_the_machine_keeps_its() {
     );
 }
 
+/// Flags of the link-local addresses of a node's uplink; none while there are none.
+fn link_local_states(init: u32) -> Option<Vec<u32>> {
+    let table = fs::read_to_string(format!("/proc/{init}/net/if_inet6")).expect("addresses");
+    // Address, index, length, scope, flags, name.
+    let flags = table.lines().filter_map(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let is_ours = words[0].starts_with("fe80") && words[5] == "eth0";
+        is_ours.then(|| u32::from_str_radix(words[4], 16).expect("flags"))
+    });
+    Some(flags.collect()).filter(|flags: &Vec<u32>| !flags.is_empty())
+}
+
 #[tokio::test]
 async fn nodes_reach_each_other_over_the_underlay() {
     if not_root() {
@@ -347,6 +359,18 @@ async fn nodes_reach_each_other_over_the_underlay() {
         workers: vec![(inits[1], subnet.worker(family, 1)), (inits[2], other)],
     };
     network::connect(&underlay).expect("connected");
+    for init in &inits[1..] {
+        let states = eventually("the link has an address of its own", || {
+            link_local_states(*init)
+        })
+        .await;
+        assert!(
+            states
+                .iter()
+                .all(|flags| flags & libc::IFA_F_TENTATIVE == 0),
+            "for what is forwarded no neighbour is asked for meanwhile: {states:x?}"
+        );
+    }
     nodes.tell("network").await.expect("told");
     let out = eventually("the ping has ended", || {
         read(&specs[1], "tmp/out").filter(|text| {

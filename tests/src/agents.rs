@@ -191,7 +191,7 @@ fn lay(
         path: dir.join("cluster.json"),
         nodes: Vec::new(),
     };
-    let hosts = [Network::new()?, Network::new()?];
+    let hosts = [Network::host()?, Network::host()?];
     ip("link add kw-u1 type veth peer name kw-u2")?;
     let mut nodes = Vec::new();
     for (index, host) in hosts.into_iter().enumerate() {
@@ -239,7 +239,7 @@ pub fn dual_stack_segment(sandbox: &Sandbox, dir: &Path, flags: &[&str]) -> Resu
 
 fn lay_segment(sandbox: &Sandbox, dir: &Path, flags: &[&str], dual: bool) -> Result<Segment> {
     let (cluster, nodes) = lay(sandbox, dir, flags, dual)?;
-    let (client, switch) = (Network::new()?, Network::new()?);
+    let (client, switch) = (Network::host()?, Network::new()?);
     switch.run(|| -> Result<()> {
         ip("link add switch type bridge")?;
         ip("link set switch up")

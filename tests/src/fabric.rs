@@ -42,7 +42,7 @@ impl Fabric {
 
 /// Lays the network, with nothing running on the nodes but an echo server each.
 pub fn three_nodes(sandbox: &Sandbox, dir: &Path, fabric: Fabric, flags: &[&str]) -> Result<Nodes> {
-    let between = Network::new()?;
+    let between = Network::host()?;
     let dual = fabric != Fabric::Cloud;
     between.run(|| -> Result<()> {
         for key in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
@@ -67,7 +67,7 @@ pub fn three_nodes(sandbox: &Sandbox, dir: &Path, fabric: Fabric, flags: &[&str]
     let mut nodes = Vec::new();
     for number in 1..=3_u8 {
         let link = fabric.link(number);
-        let host = Network::new()?;
+        let host = Network::host()?;
         ip(&format!(
             "link add kw-u{number} type veth peer name kw-f{number}"
         ))?;

@@ -94,7 +94,7 @@ pub struct Nodes {
 
 impl Nodes {
     pub fn start(sandbox: &Sandbox, hooks: Hooks) -> Result<Self> {
-        let networks = [Network::new()?, Network::new()?];
+        let networks = [Network::host()?, Network::host()?];
         ip("link add kw-u1 type veth peer name kw-u2")?;
         networks[0].take("kw-u1")?;
         networks[1].take("kw-u2")?;

@@ -1,7 +1,8 @@
 //! Namespaces for tests, which need no cleaning up: the kernel takes them when the last thread in them ends.
 
 use std::{
-    fs::File,
+    fs::{self, File},
+    io,
     marker::PhantomData,
     os::fd::{AsFd as _, BorrowedFd},
     panic::resume_unwind,
@@ -84,6 +85,18 @@ impl Network {
             Self::current()
         });
         made.join().unwrap_or_else(|panic| resume_unwind(panic))
+    }
+
+    /// A host's, as of one that has been up for long: its links' own addresses can be used at once. While the kernel still asks whether
+    /// somebody else has a link-local address, it looks for no neighbour on behalf of what it forwards.
+    pub fn host() -> Result<Self> {
+        let host = Self::new()?;
+        let path = "/proc/sys/net/ipv6/conf/default/accept_dad";
+        match host.run(|| fs::write(path, "0")) {
+            // A machine without IPv6 has no such setting.
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).context(path),
+            _ => Ok(host),
+        }
     }
 
     /// One that a path leads to.
