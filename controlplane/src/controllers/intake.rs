@@ -1,8 +1,7 @@
 //! News from the API server, taken into a snapshot: what the controllers' runner and the scheduler share.
 
 use std::collections::HashSet;
-
-use k8s_openapi::jiff::Timestamp;
+use std::time::Instant;
 
 use super::object::{Kind, Object, Target};
 use super::snapshot::{Change, Snapshot};
@@ -82,6 +81,6 @@ impl Intake {
     }
 
     fn apply(&mut self, object: Object) -> Option<Change> {
-        self.snapshot.apply(object, Timestamp::now())
+        self.snapshot.apply(object, Instant::now())
     }
 }

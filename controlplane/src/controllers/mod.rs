@@ -7,6 +7,7 @@
 mod aggregation;
 mod bootstrap;
 mod certificates;
+mod clock;
 mod cronjob;
 mod daemonset;
 mod deployment;

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::{ObjectReference, PersistentVolumeClaim};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
@@ -17,9 +18,19 @@ use super::snapshot::{Change, Snapshot};
 pub struct View<'a> {
     pub snapshot: &'a Snapshot,
     pub settings: &'a Settings,
+    /// The time of day, which goes by a clock that can be set.
     pub now: Timestamp,
+    /// The same moment by one that cannot: how long ago something was that this process saw.
+    pub instant: Instant,
     /// What the last attempt to create something for this key failed with, if it failed.
     pub last_failure: Option<&'a str>,
+}
+
+impl View<'_> {
+    /// The time of day so much later.
+    pub fn after(&self, wait: Duration) -> Timestamp {
+        self.now.saturating_add(wait).unwrap_or(Timestamp::MAX)
+    }
 }
 
 /// Writes that may be done at the same time, and when to look again if nothing changes until then. What depends on the

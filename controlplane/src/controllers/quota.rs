@@ -2,6 +2,7 @@
 //! what is there, and so gives back what has gone.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Pod, ResourceQuota, ResourceQuotaStatus};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity as Written;
@@ -22,7 +23,7 @@ const RESYNC: SignedDuration = SignedDuration::from_mins(5);
 
 /// Admission charges a quota before the object is there to be counted: for so long after a charge, a count that misses some of
 /// it is not believed. Charges that follow each other put off what is given back only until the quota refuses them.
-const CHARGED: SignedDuration = SignedDuration::from_secs(1);
+const CHARGED: Duration = Duration::from_secs(1);
 
 pub const CONTROLLER: Controller = Controller {
     name: "resourcequota",
@@ -88,16 +89,14 @@ fn plan(view: &View<'_>, key: &Key) -> Plan {
         hard.keys().map(String::as_str).collect(),
     );
     if let Some(charged) = view.snapshot.charged(key)
-        && let since = view.now.duration_since(charged)
-        && (SignedDuration::ZERO..CHARGED).contains(&since)
+        && let left = CHARGED.saturating_sub(view.instant.saturating_duration_since(charged))
+        && !left.is_zero()
         && let shown = shown(quota)
         && used
             .iter()
             .any(|(name, used)| shown.get(name).is_some_and(|shown| used < shown))
     {
-        if let Ok(at) = charged.checked_add(CHARGED) {
-            plan.look_again(at);
-        }
+        plan.look_again(view.after(left));
         return plan;
     }
     let status = ResourceQuotaStatus {

@@ -10,13 +10,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
-use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::Instant;
+use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use super::certificates::Authority;
+use super::clock::{self, Clock};
 use super::events::{Happening, Recorder};
 use super::execute::{Outcome, execute};
 use super::intake::Intake;
@@ -168,6 +169,9 @@ impl Runner {
         for kind in Kind::ALL {
             self.follow(kind.resource().clone());
         }
+        let mut clock = Clock::new(Timestamp::now(), std::time::Instant::now());
+        let mut looks = tokio::time::interval(clock::LOOK_EVERY);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let timer = self.timers.first().map(|(at, _, _)| *at);
             let wake = async {
@@ -180,6 +184,12 @@ impl Runner {
                 Some(feed) = self.news.recv() => self.take_in(feed),
                 Some(done) = self.finished.recv() => self.finish(done),
                 Ok(()) = self.settings.changed() => self.touch_those_of_settings(),
+                _ = looks.tick() => {
+                    let by = clock.look(Timestamp::now(), std::time::Instant::now());
+                    if let Some(by) = by {
+                        self.clock_was_set(by);
+                    }
+                }
                 () = wake => {}
             }
             for _ in 0..NEWS_MAX {
@@ -270,6 +280,7 @@ impl Runner {
                 snapshot: &self.intake.snapshot,
                 settings: &settings,
                 now,
+                instant: std::time::Instant::now(),
                 last_failure: self
                     .failed
                     .get(&job)
@@ -381,6 +392,19 @@ impl Runner {
         let at = Instant::now() + wait;
         self.timers.insert((at, job.0, job.1.clone()));
         self.timer_of.insert(job, at);
+    }
+
+    /// What waits for a time of day is planned again: that may have come, or be further off than it was.
+    fn clock_was_set(&mut self, by: SignedDuration) {
+        tracing::warn!(by_ms = by.as_millis(), "the clock was set");
+        let waiting = self.timer_of.keys();
+        let waiting: Vec<Job> = waiting
+            .filter(|job| !self.failed.contains_key(*job))
+            .cloned()
+            .collect();
+        for job in waiting {
+            self.enqueue(job);
+        }
     }
 
     fn clear_timer(&mut self, job: &Job) {

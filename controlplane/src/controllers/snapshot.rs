@@ -4,13 +4,13 @@
 use std::collections::{HashSet, VecDeque};
 use std::ops::Deref;
 use std::sync::Arc;
+use std::time::Instant;
 
 use k8s_openapi::api::apps::v1::{ControllerRevision, ReplicaSet};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use k8s_openapi::jiff::Timestamp;
 
 use super::graph::Graph;
 use super::nodes::Zones;
@@ -156,8 +156,8 @@ pub struct Snapshot {
     /// Under one property, those that go by what zones have.
     services_by_zones: Index,
     slices_by_service: Index,
-    heartbeats: im::HashMap<Arc<str>, Timestamp>,
-    charges: im::HashMap<Key, Timestamp>,
+    heartbeats: im::HashMap<Arc<str>, Instant>,
+    charges: im::HashMap<Key, Instant>,
     zones: Zones,
     tombstones: Arc<Tombstones>,
 }
@@ -178,7 +178,7 @@ impl Deref for Snapshot {
 impl Snapshot {
     /// Takes in an object as it was at its resourceVersion. None when that is not news: an older state than the one
     /// known, or an object known to be deleted.
-    pub fn apply(&mut self, object: Object, now: Timestamp) -> Option<Change> {
+    pub fn apply(&mut self, object: Object, now: Instant) -> Option<Change> {
         let key = object.key();
         if self.tombstones.uids.contains(object.uid()) {
             return None;
@@ -380,8 +380,8 @@ impl Snapshot {
     }
 
     /// When this process last saw a sign of life of a node: its Lease renewed or its status posted. The node's own
-    /// clock is not trusted.
-    pub fn heartbeat(&self, node: &str) -> Option<Timestamp> {
+    /// clock is not trusted, nor this one's that can be set.
+    pub fn heartbeat(&self, node: &str) -> Option<Instant> {
         self.heartbeats.get(node).copied()
     }
 
@@ -396,7 +396,7 @@ impl Snapshot {
     }
 
     /// When this process last saw that more of a quota was used than before.
-    pub fn charged(&self, quota: &Key) -> Option<Timestamp> {
+    pub fn charged(&self, quota: &Key) -> Option<Instant> {
         self.charges.get(quota).copied()
     }
 
@@ -436,7 +436,7 @@ impl Snapshot {
         tombstones.order.push_back(uid);
     }
 
-    fn note_heartbeat(&mut self, old: Option<&Object>, new: &Object, key: &Key, now: Timestamp) {
+    fn note_heartbeat(&mut self, old: Option<&Object>, new: &Object, key: &Key, now: Instant) {
         let alive = match (old, new) {
             (old, Object::Lease(lease)) if &*key.namespace == NODE_LEASE_NAMESPACE => {
                 let renewed = |object: &Object| match object {
@@ -462,7 +462,7 @@ impl Snapshot {
         }
     }
 
-    fn note_charge(&mut self, old: Option<&Object>, new: &Object, key: &Key, now: Timestamp) {
+    fn note_charge(&mut self, old: Option<&Object>, new: &Object, key: &Key, now: Instant) {
         let Object::ResourceQuota(quota) = new else {
             return;
         };

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment, ReplicaSet};
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, PodCondition, PodIP, PodStatus};
@@ -26,6 +27,7 @@ pub struct Cluster {
     pub snapshot: Snapshot,
     pub settings: Settings,
     pub now: Timestamp,
+    instant: Instant,
     pub notes: Vec<Note>,
     /// Pods with a deletion timestamp stay until `finish_pods`.
     pub hold_pods: bool,
@@ -51,6 +53,7 @@ impl Cluster {
                 authority: None,
             },
             now: "2026-01-01T00:00:00Z".parse().unwrap(),
+            instant: Instant::now(),
             notes: Vec::new(),
             hold_pods: false,
             refuse_pods: None,
@@ -67,7 +70,14 @@ impl Cluster {
         Time(self.now)
     }
 
+    /// Time passes.
     pub fn advance(&mut self, seconds: i64) {
+        self.instant += Duration::from_secs(seconds.unsigned_abs());
+        self.set_clock(seconds);
+    }
+
+    /// Somebody sets the clock, so far forward or back.
+    pub fn set_clock(&mut self, seconds: i64) {
         self.now = self
             .now
             .saturating_add(SignedDuration::from_secs(seconds))
@@ -130,7 +140,7 @@ impl Cluster {
     }
 
     fn take_in(&mut self, object: Object) {
-        if let Some(change) = self.snapshot.apply(object, self.now) {
+        if let Some(change) = self.snapshot.apply(object, self.instant) {
             self.mark(&change);
         }
     }
@@ -209,6 +219,7 @@ impl Cluster {
             snapshot: &self.snapshot,
             settings: &self.settings,
             now: self.now,
+            instant: self.instant,
             last_failure: self.failures.get(&(index, key.clone())).map(String::as_str),
         };
         (self.controllers[index].plan)(&view, key)

@@ -1,23 +1,25 @@
-//! The pods that wait for a node: ready to be tried, backing off, or waiting for something to change.
+//! The pods that wait for a node: ready to be tried, backing off, or waiting for something to change. Waiting is counted by a clock
+//! that nobody can set.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap};
+use std::time::Duration;
 
-use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use tokio::time::Instant;
 
 use crate::controllers::object::Key;
 
 /// Upstream's back-off.
-const BACKOFF_MIN: SignedDuration = SignedDuration::from_secs(1);
-const BACKOFF_MAX: SignedDuration = SignedDuration::from_secs(10);
+const BACKOFF_MIN: Duration = Duration::from_secs(1);
+const BACKOFF_MAX: Duration = Duration::from_secs(10);
 /// A pod that no event wakes is tried again after this all the same.
-const FORGOTTEN_AFTER: SignedDuration = SignedDuration::from_mins(5);
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(300);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Waits {
     ForTurn,
-    Until(Timestamp),
-    ForEvent { since: Timestamp },
+    Until(Instant),
+    ForEvent { since: Instant },
 }
 
 #[derive(Clone, Debug)]
@@ -26,7 +28,8 @@ struct Entry {
     /// Order of arrival.
     serial: u64,
     failures: u32,
-    last_failure: Timestamp,
+    /// None before the first one.
+    last_failure: Option<Instant>,
     waits: Waits,
 }
 
@@ -35,7 +38,7 @@ struct Entry {
 pub struct Queue {
     entries: HashMap<Key, Entry>,
     turn: BTreeSet<(Reverse<i32>, u64, Key)>,
-    timed: BTreeSet<(Timestamp, Key)>,
+    timed: BTreeSet<(Instant, Key)>,
     /// Those that wait for an event: every binding is one, so they must not be searched for.
     parked: BTreeSet<Key>,
     serial: u64,
@@ -51,9 +54,10 @@ impl Queue {
                 self.serial
             }
         };
-        let (failures, last_failure) = self.entries.get(key).map_or((0, Timestamp::MIN), |entry| {
-            (entry.failures, entry.last_failure)
-        });
+        let (failures, last_failure) = self
+            .entries
+            .get(key)
+            .map_or((0, None), |entry| (entry.failures, entry.last_failure));
         self.remove(key);
         self.insert(
             key,
@@ -113,45 +117,45 @@ impl Queue {
     }
 
     /// No node takes the pod: it waits for an event.
-    pub fn unschedulable(&mut self, key: &Key, now: Timestamp) {
+    pub fn unschedulable(&mut self, key: &Key, now: Instant) {
         self.put_back(key, now, |_| Waits::ForEvent { since: now });
     }
 
     /// Something went wrong with the pod: it is tried again after a while.
-    pub fn failed(&mut self, key: &Key, now: Timestamp) {
-        self.put_back(key, now, |entry| Waits::Until(backoff_end(entry)));
+    pub fn failed(&mut self, key: &Key, now: Instant) {
+        self.put_back(key, now, |entry| {
+            backoff_end(entry).map_or(Waits::ForTurn, Waits::Until)
+        });
     }
 
-    fn put_back(&mut self, key: &Key, now: Timestamp, waits: impl Fn(&Entry) -> Waits) {
+    fn put_back(&mut self, key: &Key, now: Instant, waits: impl Fn(&Entry) -> Waits) {
         let Some(mut entry) = self.entries.get(key).cloned() else {
             return;
         };
         self.remove(key);
         entry.failures += 1;
-        entry.last_failure = now;
+        entry.last_failure = Some(now);
         entry.waits = waits(&entry);
         self.insert(key, entry);
     }
 
     /// Something changed that may let waiting pods in: each is tried as soon as its back-off is over.
-    pub fn wake(&mut self, now: Timestamp) {
+    pub fn wake(&mut self, now: Instant) {
         for key in std::mem::take(&mut self.parked) {
             let Some(mut entry) = self.entries.get(&key).cloned() else {
                 continue;
             };
             self.remove(&key);
-            let end = backoff_end(&entry);
-            entry.waits = if end <= now {
-                Waits::ForTurn
-            } else {
-                Waits::Until(end)
+            entry.waits = match backoff_end(&entry) {
+                Some(end) if end > now => Waits::Until(end),
+                _ => Waits::ForTurn,
             };
             self.insert(&key, entry);
         }
     }
 
     /// Gives those their turn whose time has come.
-    pub fn tick(&mut self, now: Timestamp) {
+    pub fn tick(&mut self, now: Instant) {
         while self.timed.first().is_some_and(|(at, _)| *at <= now) {
             let Some((_, key)) = self.timed.pop_first() else {
                 return;
@@ -165,32 +169,30 @@ impl Queue {
     }
 
     /// When `tick` has something to do next.
-    pub fn next_tick(&self) -> Option<Timestamp> {
+    pub fn next_tick(&self) -> Option<Instant> {
         self.timed.first().map(|(at, _)| *at)
     }
 }
 
-fn forgotten(since: Timestamp) -> Timestamp {
-    since
-        .saturating_add(FORGOTTEN_AFTER)
-        .unwrap_or(Timestamp::MAX)
+fn forgotten(since: Instant) -> Instant {
+    since + FORGOTTEN_AFTER
 }
 
-fn backoff_end(entry: &Entry) -> Timestamp {
+fn backoff_end(entry: &Entry) -> Option<Instant> {
     let doublings = entry.failures.saturating_sub(1).min(10);
     let wait = BACKOFF_MIN.saturating_mul(1 << doublings).min(BACKOFF_MAX);
-    entry
-        .last_failure
-        .saturating_add(wait)
-        .unwrap_or(Timestamp::MAX)
+    entry.last_failure.map(|at| at + wait)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::LazyLock;
+
     use super::*;
 
-    fn at(second: i64) -> Timestamp {
-        Timestamp::from_second(1_000_000 + second).unwrap()
+    fn at(second: u64) -> Instant {
+        static BEGAN: LazyLock<Instant> = LazyLock::new(Instant::now);
+        *BEGAN + Duration::from_secs(second)
     }
 
     fn key(name: &str) -> Key {

@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Pod, PodCondition};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -10,6 +9,7 @@ use k8s_openapi::jiff::Timestamp;
 use serde_json::json;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::cache::{Cache, key_of};
@@ -114,16 +114,11 @@ impl Scheduler {
         }
         let mut more = false;
         loop {
-            let due = self
-                .queue
-                .next_tick()
-                .map(|at| at.duration_since(Timestamp::now()));
+            let due = self.queue.next_tick();
             let wake = async {
                 match due {
                     _ if more => {}
-                    Some(wait) => {
-                        tokio::time::sleep(Duration::try_from(wait).unwrap_or(Duration::ZERO)).await
-                    }
+                    Some(at) => tokio::time::sleep_until(at).await,
                     None => std::future::pending().await,
                 }
             };
@@ -141,7 +136,7 @@ impl Scheduler {
                     break;
                 }
             }
-            self.queue.tick(Timestamp::now());
+            self.queue.tick(Instant::now());
             more = self.intake.is_synced() && self.decide_batch();
         }
     }
@@ -165,7 +160,7 @@ impl Scheduler {
                 };
                 self.cache.put_node(new);
                 if matters {
-                    self.queue.wake(Timestamp::now());
+                    self.queue.wake(Instant::now());
                 }
             }
             (_, Some(Object::Namespace(namespace))) => {
@@ -205,7 +200,7 @@ impl Scheduler {
         self.cache
             .remove_pod(pod.metadata.uid.as_deref().unwrap_or_default());
         if pods::node_name(pod).is_some() {
-            self.queue.wake(Timestamp::now());
+            self.queue.wake(Instant::now());
         }
     }
 
@@ -226,7 +221,7 @@ impl Scheduler {
         let came =
             pods::node_name(pod).is_some() && old.is_none_or(|old| pods::node_name(old).is_none());
         if came || (pods::is_terminal(pod) && was_placed) {
-            self.queue.wake(Timestamp::now());
+            self.queue.wake(Instant::now());
         }
         if !is_ours(pod) {
             self.queue.remove(&key);
@@ -269,7 +264,7 @@ impl Scheduler {
                     self.perform(target, write, true);
                 }
                 Decision::Nowhere(message) => {
-                    self.queue.unschedulable(&key, Timestamp::now());
+                    self.queue.unschedulable(&key, Instant::now());
                     self.make_room(&pod, message);
                 }
             }
@@ -358,7 +353,7 @@ impl Scheduler {
         }
         self.cache.forget(&done.pod.uid);
         // The pod may be gone, or bound by someone else: then the queue no longer knows it.
-        self.queue.failed(&done.pod.key, Timestamp::now());
+        self.queue.failed(&done.pod.key, Instant::now());
     }
 
     /// Says on the pod and by an event why it waits, unless that has been said.

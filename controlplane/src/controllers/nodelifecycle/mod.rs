@@ -4,9 +4,11 @@ mod eviction;
 #[cfg(test)]
 mod tests;
 
+use std::time::Duration;
+
 use k8s_openapi::api::core::v1::{Node, NodeCondition, Pod, Taint};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use k8s_openapi::jiff::{SignedDuration, Timestamp};
+use k8s_openapi::jiff::Timestamp;
 use serde_json::json;
 
 use super::nodes;
@@ -19,7 +21,7 @@ pub use eviction::CONTROLLER as EVICTION;
 
 const REPORTER: &str = "node-controller";
 /// How long a node may be silent; kubelets renew their Lease every 10 s.
-pub const GRACE: SignedDuration = SignedDuration::from_secs(40);
+pub const GRACE: Duration = Duration::from_secs(40);
 
 pub const CONTROLLER: Controller = Controller {
     name: "node-lifecycle",
@@ -64,10 +66,13 @@ fn plan(view: &View<'_>, key: &Key) -> Plan {
     if node.metadata.deletion_timestamp.is_some() {
         return plan;
     }
-    let heard = view.snapshot.heartbeat(&key.name).unwrap_or(view.now);
-    let silent_at = heard.saturating_add(GRACE).unwrap_or(Timestamp::MAX);
-    if silent_at > view.now {
-        plan.look_again(silent_at);
+    let heard = view.snapshot.heartbeat(&key.name);
+    let silence = heard.map_or(Duration::ZERO, |heard| {
+        view.instant.saturating_duration_since(heard)
+    });
+    let left = GRACE.saturating_sub(silence);
+    if !left.is_zero() {
+        plan.look_again(view.after(left));
     } else if !is_silent(node) {
         let note = Note::normal(
             &Target::of(&**node),
@@ -83,7 +88,7 @@ fn plan(view: &View<'_>, key: &Key) -> Plan {
         return plan;
     }
     retaint(view, node, &mut plan);
-    if is_silent(node) && silent_at <= view.now {
+    if is_silent(node) && left.is_zero() {
         for pod in view.snapshot.pods_on_node(&key.name) {
             if pods::is_ready(pod) {
                 plan.push(unready(pod, view.now));

@@ -9,7 +9,8 @@ use super::super::object::Key;
 use super::super::plan::Controller;
 use super::super::pods;
 use super::super::testing::{Cluster, node, pod};
-use super::GRACE;
+
+const GRACE_S: i64 = super::GRACE.as_secs() as i64;
 
 const CONTROLLERS: &[Controller] = &[super::CONTROLLER, super::EVICTION];
 
@@ -97,10 +98,43 @@ fn a_node_that_renews_its_lease_is_left_alone() {
 }
 
 #[test]
+fn a_clock_that_is_set_makes_no_node_silent_and_lets_none_be_silent_for_longer() {
+    const YEAR_S: i64 = 365 * 24 * 3600;
+    for by in [3600, YEAR_S, -3600, -YEAR_S] {
+        let mut cluster = cluster();
+        let key = add_pod(&mut cluster, "a", json!([]));
+        let is_ready = |cluster: &Cluster| {
+            let ready = nodes::ready_condition(found(cluster)).unwrap().status == "True";
+            assert_eq!(
+                pods::is_ready(cluster.snapshot.pods.get(&key).unwrap()),
+                ready
+            );
+            ready
+        };
+        cluster.advance(9);
+        cluster.set_clock(by);
+        // Somebody touches the node before its kubelet is due.
+        set_condition(&mut cluster, "DiskPressure", "False");
+        cluster.settle();
+        assert!(is_ready(&cluster), "set by {by} s");
+        assert!(taints(&cluster).is_empty());
+        // From here on it is really silent.
+        cluster.advance(GRACE_S - 10);
+        set_condition(&mut cluster, "PIDPressure", "False");
+        cluster.settle();
+        assert!(is_ready(&cluster), "set by {by} s");
+        cluster.advance(2);
+        set_condition(&mut cluster, "MemoryPressure", "False");
+        cluster.settle();
+        assert!(!is_ready(&cluster), "set by {by} s");
+    }
+}
+
+#[test]
 fn a_silent_node_becomes_unknown_its_pods_unready_and_all_of_it_is_undone_when_it_speaks() {
     let mut cluster = cluster();
     let key = add_pod(&mut cluster, "a", json!([]));
-    cluster.advance(GRACE.as_secs() - 1);
+    cluster.advance(GRACE_S - 1);
     cluster.settle();
     assert_eq!(
         nodes::ready_condition(found(&cluster)).unwrap().status,
@@ -189,7 +223,7 @@ fn pods_leave_an_unreachable_node_when_their_tolerations_end() {
     let there = |cluster: &Cluster| {
         [&short, &silent, &forever, &stubborn].map(|key| cluster.snapshot.pods.contains(key))
     };
-    cluster.advance(GRACE.as_secs() + 1);
+    cluster.advance(GRACE_S + 1);
     cluster.settle();
     assert_eq!(there(&cluster), [true; 4]);
     cluster.advance(20);
