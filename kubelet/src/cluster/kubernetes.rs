@@ -22,6 +22,7 @@ use tokio::sync::{broadcast, watch};
 use super::events::{Note, Recorder};
 use super::{Cluster, ClusterError, EventKind, Interest, Reference, Token};
 use crate::backoff::Quick;
+use crate::clock::Wait;
 use crate::pod::PodKey;
 use crate::pod::status::is_own_condition;
 use crate::task::Scoped;
@@ -259,7 +260,10 @@ impl Cluster for KubeCluster {
         let refresh = (life * TOKEN_LIFE_PERCENT / 100).min(SignedDuration::from_hours(24));
         Ok(Token {
             value,
-            refresh_at: asked_at + refresh,
+            fresh: Wait {
+                since: asked_at,
+                until: asked_at + refresh,
+            },
         })
     }
 

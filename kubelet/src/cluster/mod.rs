@@ -4,13 +4,13 @@ mod events;
 mod kubernetes;
 
 use async_trait::async_trait;
-use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, PodStatus, Secret, Service};
 use tokio::sync::broadcast;
 
 pub use events::{Note, Recorder};
 pub use kubernetes::KubeCluster;
 
+use crate::clock::Wait;
 use crate::pod::PodKey;
 
 /// A ClusterError names the request to the API server that failed.
@@ -41,8 +41,8 @@ pub enum Reference {
 #[derive(Debug, Clone)]
 pub struct Token {
     pub value: String,
-    /// When a new one should be asked for.
-    pub refresh_at: Timestamp,
+    /// For how long no new one need be asked for.
+    pub fresh: Wait,
 }
 
 /// Whether an event is bad news.

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 
+use crate::clock::Wait;
 use crate::pod::admission::Refusal;
 use crate::runtime::ContainerView;
 
@@ -33,7 +34,8 @@ pub struct Failure {
     pub reason: &'static str,
     pub message: String,
     pub count: u32,
-    pub retry_at: Timestamp,
+    /// Until it is tried again.
+    pub wait: Wait,
 }
 
 /// What probes have found out about one run of a container.
@@ -56,8 +58,8 @@ pub struct Memory {
     pub volumes_ready: bool,
     /// Something that generated volumes are made from has changed.
     pub volumes_stale: bool,
-    /// When the first token in the volumes must be renewed.
-    pub volumes_refresh_at: Option<Timestamp>,
+    /// For how long the tokens in the volumes need no renewal.
+    pub volumes_fresh: Option<Wait>,
     /// By container id.
     pub verdicts: BTreeMap<String, Verdicts>,
     /// Container ids whose postStart hook has not ended yet.
@@ -90,25 +92,20 @@ impl Memory {
     ) {
         let count = self.failures.get(&key).map_or(0, |f| f.count) + 1;
         let wait_s = first_s.saturating_mul(1 << (count - 1).min(16)).min(max_s);
-        let retry_at =
-            now + jiff::SignedDuration::from_secs(i64::try_from(wait_s).unwrap_or(i64::MAX));
         self.failures.insert(
             key,
             Failure {
                 reason,
                 message,
                 count,
-                retry_at,
+                wait: Wait::new(now, wait_s),
             },
         );
     }
 
     /// Time at which a failed operation may be tried again; None when it may be tried now.
     pub fn held_until(&self, key: &OpKey, now: Timestamp) -> Option<Timestamp> {
-        self.failures
-            .get(key)
-            .map(|f| f.retry_at)
-            .filter(|at| *at > now)
+        self.failures.get(key).and_then(|f| f.wait.end(now))
     }
 }
 
@@ -122,15 +119,15 @@ pub fn next_backoff_s(ended: &ContainerView) -> u64 {
     }
 }
 
-/// When a container that ended may start again.
-pub fn restart_at(ended: &ContainerView) -> Timestamp {
+/// How long a container that ended must wait before it may start again.
+pub fn restart_wait(ended: &ContainerView) -> Wait {
     let ran_s = (ended.finished_at_ns - ended.started_at_ns) / 1_000_000_000;
     let wait_s = if ran_s >= BACKOFF_RESET_S {
         0
     } else {
-        i64::try_from(ended.backoff_s).unwrap_or(0)
+        ended.backoff_s
     };
-    at_ns(ended.finished_at_ns) + jiff::SignedDuration::from_secs(wait_s)
+    Wait::new(at_ns(ended.finished_at_ns), wait_s)
 }
 
 /// A time of the runtime, which counts nanoseconds since 1970.

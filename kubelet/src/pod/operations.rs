@@ -18,7 +18,7 @@ use super::status::NodeFacts;
 use super::worker::Signal;
 use super::{PodKey, find_container, host_network};
 use crate::cgroup::{Cgroups, pod_cgroup};
-use crate::clock::Clock;
+use crate::clock::{Clock, Wait};
 use crate::cluster::{Cluster, EventKind, Reference, Token};
 use crate::config::Config;
 use crate::probe::{Target, run_handler};
@@ -64,8 +64,8 @@ pub(super) fn failed(reason: &'static str, message: impl ToString, wait_s: (u64,
 /// What an operation leaves behind for the worker.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Done {
-    /// When tokens in the volumes must be renewed; set by PrepareVolumes.
-    pub refresh_at: Option<Timestamp>,
+    /// For how long tokens in the volumes need no renewal; set by PrepareVolumes.
+    pub fresh: Option<Wait>,
 }
 
 /// A Job is one operation on one pod.
@@ -200,7 +200,7 @@ impl Job {
 
     async fn prepare_volumes(&self) -> Result<Done, Failed> {
         match self.fill_volumes().await {
-            Ok(refresh_at) => Ok(Done { refresh_at }),
+            Ok(fresh) => Ok(Done { fresh }),
             Err(error) => {
                 let message = format!("MountVolume.SetUp failed for {error}");
                 self.event(None, EventKind::Warning, "FailedMount", &message);
@@ -209,20 +209,20 @@ impl Job {
         }
     }
 
-    async fn fill_volumes(&self) -> Result<Option<Timestamp>, VolumeError> {
+    async fn fill_volumes(&self) -> Result<Option<Wait>, VolumeError> {
         let Some(spec) = &self.pod.spec else {
             return Ok(None);
         };
         let folder = self.folder();
         let needs = volume_needs(spec);
         let objects = self.objects(&needs).await?;
-        let mut refresh_at = None;
+        let mut fresh: Option<Wait> = None;
         let mut tokens = BTreeMap::new();
         let mut kept = self.tokens.lock().await;
         for key in needs.tokens {
             let now = self.context.clock.now();
             let token = match kept.get(&key) {
-                Some(token) if token.refresh_at > now => token.clone(),
+                Some(token) if token.fresh.end(now).is_some() => token.clone(),
                 _ => {
                     let token = self
                         .context
@@ -235,8 +235,10 @@ impl Job {
                     })?
                 }
             };
-            refresh_at =
-                Some(refresh_at.map_or(token.refresh_at, |at: Timestamp| at.min(token.refresh_at)));
+            fresh = Some(fresh.map_or(token.fresh, |others| Wait {
+                since: others.since.max(token.fresh.since),
+                until: others.until.min(token.fresh.until),
+            }));
             tokens.insert(key.clone(), token.value.clone());
             kept.insert(key, token);
         }
@@ -255,7 +257,7 @@ impl Job {
                 tree::write(&volume.name, &path, &files, group, self.context.clock.now())?;
             }
         }
-        Ok(refresh_at)
+        Ok(fresh)
     }
 
     pub(super) fn sandbox_config(&self, attempt: u32) -> Result<PodSandboxConfig, SandboxError> {

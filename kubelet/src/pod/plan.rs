@@ -5,7 +5,7 @@
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec, Probe};
 
-use super::memory::{Memory, OpKey, next_backoff_s, restart_at};
+use super::memory::{Memory, OpKey, next_backoff_s, restart_wait};
 use super::{RestartPolicy, ended, ephemeral_containers, host_network, is_sidecar, spec_grace_s};
 use crate::resources::container_limits;
 use crate::runtime::{ContainerPhase, ContainerView, PodView, SandboxView};
@@ -195,10 +195,10 @@ pub fn is_ending(pod: &Pod, removed: bool) -> bool {
 }
 
 fn run(s: &Situation<'_>, spec: &PodSpec, plan: &mut Plan) {
-    let refresh = s.memory.volumes_refresh_at.is_some_and(|at| at <= s.now);
-    if !s.memory.volumes_ready || s.memory.volumes_stale || refresh {
+    let fresh = s.memory.volumes_fresh.map(|fresh| fresh.end(s.now));
+    if !s.memory.volumes_ready || s.memory.volumes_stale || fresh == Some(None) {
         plan.ops.push(Op::PrepareVolumes);
-    } else if let Some(at) = s.memory.volumes_refresh_at {
+    } else if let Some(at) = fresh.flatten() {
         plan.wake(at);
     }
     let Some(sandbox) = current_sandbox(s.view) else {
@@ -359,10 +359,12 @@ fn keep_running(
                 reason,
             ));
         }
-        ContainerPhase::Exited if policy.restarts(run.exit_code) => match restart_at(run) {
-            at if at > s.now => plan.wake(at),
-            _ => plan.ops.push(start(next_backoff_s(run))),
-        },
+        ContainerPhase::Exited if policy.restarts(run.exit_code) => {
+            match restart_wait(run).end(s.now) {
+                Some(at) => plan.wake(at),
+                None => plan.ops.push(start(next_backoff_s(run))),
+            }
+        }
         ContainerPhase::Exited => {}
     }
 }
@@ -464,7 +466,8 @@ fn stop(s: &Situation<'_>, run: &ContainerView, deadline: Timestamp, reason: Sto
 
 /// When a pod that is ending must be gone.
 fn ending_deadline(s: &Situation<'_>) -> Timestamp {
-    let since = s.memory.ending_since.unwrap_or(s.now);
+    // Where the clock was set back it begins anew, rather than when the clock has caught up.
+    let since = s.memory.ending_since.map_or(s.now, |at| at.min(s.now));
     let grace_s = if s.removed {
         // Whoever removed the object (a forced delete) does not wait for its containers.
         GONE_GRACE_S

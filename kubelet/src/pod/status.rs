@@ -8,7 +8,7 @@ use k8s_openapi::api::core::v1::{
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::admission::refusal;
-use super::memory::{Memory, OpKey, at_ns, restart_at};
+use super::memory::{Memory, OpKey, at_ns, restart_wait};
 use super::plan::{Outcome, current_sandbox, is_ending, is_started, limits_of, outcome, seen};
 use super::{RestartPolicy, all_containers, ephemeral_containers, host_network, is_sidecar};
 use crate::resources::{container_limits, qos_class};
@@ -292,7 +292,7 @@ fn container_status(
                         last_state = Some(terminated(report, run));
                         waiting(failure.reason, Some(failure.message.clone()))
                     }
-                    _ if again && restart_at(run) > report.now => {
+                    _ if again && restart_wait(run).end(report.now).is_some() => {
                         last_state = Some(terminated(report, run));
                         let message = format!(
                             "back-off {}s restarting failed container={} pod={}_{}({})",

@@ -1,6 +1,7 @@
 //! Tables: what a pod looks like, what the runtime holds, what comes next.
 
 use super::*;
+use crate::clock::Wait;
 use crate::pod::memory::Verdicts;
 use serde_json::{Value, json};
 
@@ -101,11 +102,15 @@ fn case(pod: Pod, view: PodView) -> Case {
 
 impl Case {
     fn plan(&self) -> Plan {
+        self.plan_at(now())
+    }
+
+    fn plan_at(&self, now: Timestamp) -> Plan {
         plan(&Situation {
             pod: &self.pod,
             view: &self.view,
             memory: &self.memory,
-            now: now(),
+            now,
             network_ready: self.network_ready,
             removed: self.removed,
         })
@@ -356,6 +361,36 @@ fn a_deleted_pod_ends_from_the_inside_out() {
     assert_eq!(over.next(), ["clean"]);
     over.memory.cleaned = true;
     assert_eq!(over.next(), ["finished"]);
+}
+
+#[test]
+fn a_clock_that_is_set_back_holds_nothing_up() {
+    let at = |case: &Case, seconds| -> Vec<String> {
+        let plan = case.plan_at(now() + SignedDuration::from_secs(seconds));
+        plan.ops.iter().map(brief).collect()
+    };
+    let full = || pod(&[], &["a"], "Always");
+    let mut ended = case(full(), view(&["a=1"]));
+    ended.view.containers[0].backoff_s = 300;
+    assert!(at(&ended, 0).is_empty(), "it backs off");
+    let mut failed = case(full(), view(&[]));
+    let start = OpKey::Start("a".to_owned());
+    failed
+        .memory
+        .fail(start, "Failed", "no".to_owned(), now(), 10, 300);
+    assert!(at(&failed, 0).is_empty(), "it is tried again later");
+    let mut served = case(full(), view(&["a"]));
+    served.memory.volumes_fresh = Some(Wait::new(now(), 2_880));
+    assert!(at(&served, 0).is_empty(), "its token is young");
+    let leaving = case(full(), view(&["a"])).deleted(30);
+    assert_eq!(at(&leaving, 10), ["stop a in 20"]);
+    for by in [-3_600, -31_536_000] {
+        assert_eq!(at(&ended, by), ["start a 1 backoff 300"], "{by}");
+        assert_eq!(at(&failed, by), ["start a 0 backoff 0"], "{by}");
+        // The API server refuses one that is issued in what is the future now.
+        assert_eq!(at(&served, by), ["volumes"], "{by}");
+        assert_eq!(at(&leaving, by), ["stop a in 30"], "{by}");
+    }
 }
 
 #[test]

@@ -382,7 +382,7 @@ impl Worker {
                 match key {
                     OpKey::Volumes => {
                         self.memory.volumes_ready = true;
-                        self.memory.volumes_refresh_at = done.refresh_at;
+                        self.memory.volumes_fresh = done.fresh;
                     }
                     OpKey::Clean => self.memory.cleaned = true,
                     OpKey::Resize(id) => {
