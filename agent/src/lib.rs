@@ -6,6 +6,7 @@
 pub mod addresses;
 pub mod announce;
 pub mod balancer;
+mod clock;
 pub mod config;
 pub mod dataplane;
 pub mod event;

@@ -20,8 +20,10 @@ use std::time::{Duration, Instant};
 
 use self::node_addresses::NodeAddresses;
 use cluster_model::{Dirty, ObjectRef, Rejected, ServiceKey, Snapshot};
+use jiff::Timestamp;
 
 use crate::announce::Announcements;
+use crate::clock::Clock;
 use crate::config::Config;
 use crate::dataplane::Preparation;
 use crate::event::Event;
@@ -115,6 +117,7 @@ pub struct Worker {
     left_out: BTreeMap<ServiceKey, Vec<(&'static str, String)>>,
     /// Objects that are malformed now: they count as absent.
     rejected: BTreeMap<ObjectRef, Rejected>,
+    clock: Clock,
     /// What is wrong now, by the part that is concerned.
     problems: BTreeMap<&'static str, String>,
     report: Report,
@@ -165,6 +168,7 @@ impl Worker {
             node_ports: NodePorts::default(),
             left_out: BTreeMap::new(),
             rejected: BTreeMap::new(),
+            clock: Clock::new(Timestamp::now(), Instant::now()),
             problems: BTreeMap::new(),
             report: Report {
                 version: env!("CARGO_PKG_VERSION").into(),
@@ -257,6 +261,9 @@ impl Worker {
 
     fn upkeep(&mut self) -> Result<(), WorkerError> {
         self.shares.alive();
+        if self.clock.look(Timestamp::now(), Instant::now()) {
+            tracing::warn!(note = self.clock.note(), "the clock was set");
+        }
         // A watch that goes on where it broke off does not say so while nothing happens; one that fails says so again.
         if self
             .watch_failed
@@ -303,6 +310,7 @@ impl Worker {
             self.report.notes.extend(outside);
             let missing = self.node.as_ref().map(Node::missing_uplinks);
             self.report.notes.extend(missing.into_iter().flatten());
+            self.report.notes.extend(self.clock.note());
         }
         self.settle_routes(true);
         let is_short = |node: &Node| node.ledger.is_short_of_room();
