@@ -46,6 +46,9 @@ pub struct NodeStatus {
     pub control_plane: bool,
     /// Whether its PID 1 runs.
     pub running: bool,
+    /// A command has begun to replace it and has not come to the end of that.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub unsettled: bool,
     /// What Kubernetes says of it; None for the control plane's own node.
     pub ready: Option<bool>,
     pub pid: Option<u32>,
@@ -92,7 +95,7 @@ impl Status {
             |set: Option<Ready>| set.is_some_and(|set| set.wanted > 0 && set.ready == set.wanted);
         let nodes_well = nodes
             .iter()
-            .all(|node| node.running && node.ready != Some(false));
+            .all(|node| node.running && !node.unsettled && node.ready != Some(false));
         Some(Status {
             context: crate::kubeconfig::context_name(&state.name),
             api_server: format!("https://127.0.0.1:{}", state.api_port),
@@ -132,6 +135,7 @@ fn node_status(dir: &ClusterDir, node: &NodeState, known: &[(String, bool)]) -> 
         second_address: node.second_address.map(|address| address.to_string()),
         control_plane: node.control_plane,
         running,
+        unsettled: node.unsettled,
         ready: if node.control_plane {
             None
         } else {
@@ -172,6 +176,7 @@ impl fmt::Display for Status {
         }
         for node in &self.nodes {
             let state = match (node.running, node.ready) {
+                _ if node.unsettled => "unsettled",
                 (false, _) => "down",
                 (true, None) => "running",
                 (true, Some(true)) => "Ready",
@@ -194,6 +199,10 @@ impl fmt::Display for Status {
                 }
             }
             writeln!(f)?;
+        }
+        if self.nodes.iter().any(|node| node.unsettled) {
+            let why = "a command that replaces a node is at work or was cut off";
+            writeln!(f, "  unsettled: {why}; `keelway upgrade` goes on with it")?;
         }
         if let Some(connectivity) = &self.connectivity {
             write!(f, "  pods of other nodes:\n{connectivity}")?;

@@ -160,6 +160,15 @@ fn controls(cluster: &Cluster) -> Vec<Control> {
     .collect()
 }
 
+/// How many nodes `keelway status` calls unsettled.
+fn told_unsettled(cluster: &Cluster) -> usize {
+    let status = cluster.status();
+    let nodes = status["nodes"].as_array().expect("nodes").iter();
+    let unsettled = nodes.filter(|node| node["unsettled"] == true).count();
+    assert!(unsettled == 0 || status["healthy"] == false, "{status}");
+    unsettled
+}
+
 /// An upgrade that is killed once it has come as far as `there` says of how it was before, and is now.
 fn cut_off(cluster: &Cluster, build: &Path, there: impl Fn(&[Control], &[Control]) -> bool) {
     let before = controls(cluster);
@@ -269,6 +278,7 @@ fn control_planes_are_replaced_by_another_build_while_clients_work() {
     cut_off(&cluster, third.path(), |_, now| {
         !now[0].unsettled && now[1].unsettled
     });
+    assert_eq!(told_unsettled(&cluster), 1);
     let said = upgrading(&cluster, third.path())
         .finish(UPGRADE_SECONDS_MAX)
         .concat();
@@ -280,6 +290,7 @@ fn control_planes_are_replaced_by_another_build_while_clients_work() {
         assert_eq!(runs(pid.expect("it runs")), inode);
     }
     assert!(controls(&cluster).iter().all(|control| !control.unsettled));
+    assert_eq!(told_unsettled(&cluster), 0);
 
     stop.send_replace(true);
     let (mut made, mut again, mut slowest) = (BTreeSet::new(), 0, Duration::ZERO);
