@@ -54,7 +54,7 @@ pub fn label_value(text: &str) -> Option<String> {
     value_faults(text).into_iter().next()
 }
 
-/// What is wrong with an RFC 1035 label, as Services are named.
+/// What is wrong with an RFC 1035 label.
 pub fn dns1035_label(text: &str) -> Option<String> {
     if text.len() > 63 {
         return Some(too_long(63));

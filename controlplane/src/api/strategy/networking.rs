@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use ipnetwork::IpNetwork;
 use serde_json::{Value, json};
 
-use super::metadata::{dns_subdomain, dns1035_label, validate_selector, wildcard_subdomain};
+use super::metadata::{dns_label, dns_subdomain, validate_selector, wildcard_subdomain};
 use super::place::Place;
 use super::{Errors, Strategy};
 use crate::api::fields::Fields;
@@ -128,7 +128,7 @@ fn validate_backend(backend: &Place<'_>, errors: &mut Errors) {
             resource.field("name").require(errors);
         }
         (true, false) => {
-            service.field("name").require_name(dns1035_label, errors);
+            service.field("name").require_name(dns_label, errors);
             let (name, number) = (service.field("port.name"), service.field("port.number"));
             match (name.is_empty(), number.int() == 0) {
                 (false, false) => {
@@ -376,7 +376,7 @@ mod tests {
             ["spec: Invalid value: null: either `defaultBackend` or `rules` must be specified"]
         );
         let rule = |host: &str, path: Value| json!({"spec": {"rules": [{"host": host, "http": {"paths": [path]}}]}});
-        let backend = json!({"service": {"name": "web", "port": {"number": 80}}});
+        let backend = json!({"service": {"name": "3-web", "port": {"number": 80}}});
         let good = rule(
             "*.example.com",
             json!({"path": "/a", "pathType": "Prefix", "backend": backend}),
