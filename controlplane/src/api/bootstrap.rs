@@ -2,11 +2,11 @@
 
 use serde_json::{Value, json};
 
-use super::fields::{self, Fields};
+use super::fields::Fields;
 use super::request::{Target, WriteOptions};
 use super::status::Status;
 use super::write::Part;
-use super::{Api, roles};
+use super::{Api, roles, service_range};
 
 /// Creates what is missing and brings the API's own endpoints up to date.
 pub async fn run(api: &Api) -> Result<(), Status> {
@@ -33,9 +33,16 @@ pub async fn run(api: &Api) -> Result<(), Status> {
         ensure(api, "/apis/scheduling.k8s.io/v1/priorityclasses", class).await?;
     }
     roles::reconcile(api).await?;
-    service_range(api).await?;
+    service_range::keep(api).await?;
     extension_authentication(api).await?;
-    kubernetes_service(api).await?;
+    match kubernetes_service(api).await {
+        // Its address is another's, or of no ServiceCIDR: whoever is to mend that needs a server.
+        Err(status) if status.reason == "Invalid" => {
+            let reason = status.message;
+            tracing::error!(reason, "the Service default/kubernetes cannot be made");
+        }
+        outcome => outcome?,
+    }
     api.announce().await
 }
 
@@ -54,42 +61,6 @@ pub async fn extension_authentication(api: &Api) -> Result<(), Status> {
     hold(api, path, map, &["data"]).await
 }
 
-/// The ranges that Services get their addresses from, as an object that clients can read. A cluster may gain a second family;
-/// its first range stays.
-async fn service_range(api: &Api) -> Result<(), Status> {
-    let path = "/apis/networking.k8s.io/v1/servicecidrs";
-    let ranges = api.config.service_cidrs.iter().map(ToString::to_string);
-    let cidrs: Vec<String> = ranges.collect();
-    let range = json!({"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": {"name": "kubernetes"},
-        "spec": {"cidrs": cidrs}});
-    ensure(api, path, range.clone()).await?;
-    let grow = |old: &Value| {
-        let mut new = old.clone();
-        let known = old.items("/spec/cidrs");
-        if known.len() < cidrs.len() && known.iter().zip(&cidrs).all(|(known, cidr)| known == cidr)
-        {
-            new.set("/spec/cidrs", cidrs.clone());
-        } else if known != cidrs {
-            tracing::warn!(known = %json!(known), given = ?cidrs, "ServiceCIDR kubernetes has other ranges than --service-cidr; it stays as it is");
-        }
-        Ok(new)
-    };
-    api.modify(&target(path, &range)?, &options(), Part::Main, grow)
-        .await?;
-    let change = |old: &Value| {
-        let mut new = old.clone();
-        if new.items("/status/conditions").is_empty() {
-            let ready = json!({"type": "Ready", "status": "True", "reason": "",
-                "message": "Kubernetes Service CIDR is ready", "lastTransitionTime": fields::now()});
-            new.set("/status", json!({"conditions": [ready]}));
-        }
-        Ok(new)
-    };
-    api.modify(&target(path, &range)?, &options(), Part::Status, change)
-        .await
-        .map(drop)
-}
-
 /// The Service `default/kubernetes`, unless it is there.
 pub async fn kubernetes_service(api: &Api) -> Result<(), Status> {
     let port = api.config.advertise_port;
@@ -97,7 +68,9 @@ pub async fn kubernetes_service(api: &Api) -> Result<(), Status> {
         "metadata": {"name": "kubernetes", "labels": {"component": "apiserver", "provider": "kubernetes"}},
         "spec": {"clusterIP": api.config.kubernetes_ip().map(|ip| ip.to_string()), "type": "ClusterIP",
             "ports": [{"name": "https", "port": 443, "protocol": "TCP", "targetPort": port}]}});
-    ensure(api, "/api/v1/namespaces/default/services", service).await
+    ensure(api, "/api/v1/namespaces/default/services", service)
+        .await
+        .map(drop)
 }
 
 pub fn options() -> WriteOptions {
@@ -117,15 +90,15 @@ pub fn target(path: &str, object: &Value) -> Result<Target, Status> {
     })
 }
 
-/// Creates an object unless it is there.
-pub async fn ensure(api: &Api, path: &str, object: Value) -> Result<(), Status> {
+/// Creates an object unless it is there; true when it was created.
+pub async fn ensure(api: &Api, path: &str, object: Value) -> Result<bool, Status> {
     let target = target(path, &object)?;
     if api.store.get(&target.key()?).await?.is_some() {
-        return Ok(());
+        return Ok(false);
     }
     match api.insert(&target, object, &options()).await {
-        Err(status) if status.reason == "AlreadyExists" => Ok(()),
-        outcome => outcome.map(drop),
+        Err(status) if status.reason == "AlreadyExists" => Ok(false),
+        outcome => outcome.map(|_| true),
     }
 }
 

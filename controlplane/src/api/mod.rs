@@ -33,6 +33,7 @@ mod kubelet;
 mod listener;
 mod metrics;
 mod negotiation;
+mod notices;
 mod object;
 mod patching;
 mod placement;
@@ -44,6 +45,7 @@ mod review;
 mod roles;
 mod selection;
 mod servers;
+mod service_range;
 mod status;
 mod storing;
 mod strategy;
@@ -190,7 +192,10 @@ impl Api {
             contention: contention::Contention::default(),
             audit,
             proxies,
-            services: allocation::ServiceAllocator::new(config.service_cidrs.clone()),
+            services: allocation::ServiceAllocator::new(
+                &config.service_cidrs,
+                config.kubernetes_ip(),
+            ),
             kubelets: kubelet::Kubelets::new(&config.pki_dir)?,
             documents: documents::Documents::default(),
             events: Arc::default(),
@@ -209,7 +214,7 @@ impl Api {
         // First: what the cluster has from its first moment includes Services.
         let repaired = api.repair_allocations().await.map_err(failed)?;
         bootstrap::run(&api).await.map_err(failed)?;
-        api.tell_repairs(&repaired).await;
+        api.warn(&repaired).await;
         Ok(api)
     }
 

@@ -34,7 +34,7 @@ async fn reconcile_one(api: &Api, wanted: Bootstrapped) -> Result<(), Status> {
     let target = target(&path, &wanted.object)?;
     let resource = target.resource;
     let Some(record) = api.store.get(&target.key()?).await? else {
-        return ensure(api, &path, wanted.object).await;
+        return ensure(api, &path, wanted.object).await.map(drop);
     };
     let found = object::decode(&record, resource.kind, &resource.api_version())?;
     if found["metadata"]["annotations"][AUTOUPDATE] == "false" {
@@ -45,7 +45,7 @@ async fn reconcile_one(api: &Api, wanted: Bootstrapped) -> Result<(), Status> {
         // It cannot be changed.
         api.delete_object(&target, &DeleteOptions::default())
             .await?;
-        return ensure(api, &path, wanted.object).await;
+        return ensure(api, &path, wanted.object).await.map(drop);
     }
     if merged(&found, &wanted.object) == found {
         return Ok(());

@@ -9,9 +9,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use serde_json::{Value, json};
 
-use super::Api;
 use super::bootstrap::{hold, kubernetes_service};
 use super::status::Status;
+use super::{Api, service_range};
 use crate::store::{Expect, Range, SERVERS, StoreError};
 
 /// How long a server that says nothing is still led to.
@@ -40,7 +40,8 @@ impl Api {
         self.lead_to(&servers).await
     }
 
-    /// Announces this server until it stops, then takes its leave. The Service by which pods reach it is made again when it is gone.
+    /// Announces this server until it stops, then takes its leave. The Service by which pods reach it is made again when it is gone, and so is
+    /// the ServiceCIDR of the cluster's own ranges.
     pub(super) async fn stay_announced(self: Arc<Self>) {
         loop {
             tokio::select! {
@@ -49,6 +50,10 @@ impl Api {
             }
             if let Err(status) = self.announce().await {
                 tracing::warn!(reason = status.message, "this server cannot be announced");
+            }
+            if let Err(status) = service_range::keep(&self).await {
+                let reason = status.message;
+                tracing::warn!(reason, "the ServiceCIDR kubernetes cannot be looked after");
             }
             if let Err(status) = kubernetes_service(&self).await {
                 let reason = status.message;

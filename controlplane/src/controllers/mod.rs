@@ -36,6 +36,7 @@ mod quota;
 mod replicas;
 mod revisions;
 pub(crate) mod runner;
+mod service_ranges;
 pub(crate) mod snapshot;
 mod statefulset;
 #[cfg(test)]
@@ -89,6 +90,7 @@ pub(crate) const ALL: &[Controller] = &[
     garbage::CONTROLLER,
     podgc::CONTROLLER,
     aggregation::CONTROLLER,
+    service_ranges::CONTROLLER,
 ];
 
 /// What the controllers are started with.

@@ -15,6 +15,7 @@ use k8s_openapi::api::core::v1::{
     ServiceAccount,
 };
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::{IPAddress, ServiceCIDR};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::rbac::v1::ClusterRole;
 use k8s_openapi::api::storage::v1::{StorageClass, VolumeAttributesClass};
@@ -245,6 +246,8 @@ kinds! {
     CertificateSigningRequest in signing_requests, false;
     ClusterRole in cluster_roles, false;
     VolumeAttributesClass in attributes_classes, false;
+    ServiceCIDR in service_cidrs, false;
+    IPAddress in ip_addresses, false;
 }
 
 /// The part of any object's JSON that every object has.
@@ -293,7 +296,9 @@ decoded!(
     ResourceQuota,
     CertificateSigningRequest,
     ClusterRole,
-    VolumeAttributesClass
+    VolumeAttributesClass,
+    ServiceCIDR,
+    IPAddress
 );
 
 impl Decoded for ConfigMap {

@@ -21,6 +21,7 @@ mod revisions;
 mod rolling;
 mod selecting;
 mod server;
+mod service_ranges;
 mod services;
 mod several;
 mod soak;

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::super::authority::View;
 use super::super::fields::{self, Fields};
 use super::super::object;
+use super::ranges::{RANGES, Ranges};
 use crate::store::{Expect, Write};
 
 pub const SERVICES: &str = "/core/services/";
@@ -18,6 +19,9 @@ pub const ADDRESSES: &str = "/networking.k8s.io/ipaddresses/";
 pub const PORTS: &str = "/keelway/nodeports/";
 /// Of IPAddresses that are made and taken away with a Service, as upstream labels them.
 pub const MANAGED_BY: (&str, &str) = ("ipaddress.kubernetes.io/managed-by", "ipallocator.k8s.io");
+
+/// Of an IPAddress, with the family's name.
+pub const FAMILY_LABEL: &str = "ipaddress.kubernetes.io/ip-family";
 
 /// The addresses and ports that a Service holds.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
@@ -92,7 +96,7 @@ impl Claim {
                     "uid": uuid::Uuid::new_v4().to_string(),
                     "generation": 1,
                     "creationTimestamp": fields::now(),
-                    "labels": {"ipaddress.kubernetes.io/ip-family": family, label: value}},
+                    "labels": {FAMILY_LABEL: family, label: value}},
                 "spec": {"parentRef": parent}});
             (format!("{ADDRESSES}{address}"), object::encode(object))
         };
@@ -121,9 +125,10 @@ impl Claim {
     }
 }
 
-/// Held is what is given out, by how many keys each address and port is.
+/// Held is what is given out, by how many keys each address and port is, and of what ranges.
 #[derive(Debug, Default)]
 pub struct Held {
+    pub ranges: Ranges,
     addresses: HashMap<IpAddr, u32>,
     ports: HashMap<u16, u32>,
     holders: HashMap<String, Claim>,
@@ -145,9 +150,12 @@ impl Held {
 }
 
 impl View for Held {
-    const PREFIXES: &'static [&'static str] = &[SERVICES, ADDRESSES, PORTS];
+    const PREFIXES: &'static [&'static str] = &[SERVICES, ADDRESSES, PORTS, RANGES];
 
     fn take(&mut self, prefix: &'static str, key: &str, value: Option<&[u8]>) {
+        if prefix == RANGES {
+            return self.ranges.set(key, value);
+        }
         let new = value.map(|value| Claim::stored(prefix, key, value));
         let new = new.unwrap_or_default();
         for address in &new.addresses {

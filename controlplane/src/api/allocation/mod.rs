@@ -4,6 +4,7 @@
 mod addresses;
 mod held;
 mod ports;
+mod ranges;
 mod repair;
 #[cfg(test)]
 mod tests;
@@ -21,11 +22,14 @@ use super::status::{FieldError, Status};
 use super::strategy::families::{self, Family, has_addresses, is_headless};
 use crate::store::{Record, Store, StoreError, Write};
 use held::{ADDRESSES, Claim, Held, PORTS};
+use ranges::Ranges;
 
 /// What Services have been given, and are about to be.
 pub struct ServiceAllocator {
-    /// One or two, of different families; the first one's family is the cluster's primary one.
-    ranges: Vec<IpNetwork>,
+    /// Of the cluster, the primary one first. Addresses are of any ServiceCIDR that is ready.
+    families: Vec<Family>,
+    /// That of `default/kubernetes`, which nobody gets by chance while that is away.
+    own: Option<IpAddr>,
     held: Followed<Held>,
     /// What writes take that are under way here: chosen, and not in the store yet.
     pending: Arc<Mutex<Claim>>,
@@ -85,9 +89,12 @@ pub fn freeing(target: &Target, record: &Record) -> Vec<Write> {
 }
 
 impl ServiceAllocator {
-    pub fn new(ranges: Vec<IpNetwork>) -> Self {
+    /// For a cluster whose own ranges are one, or one of each family, the primary one first.
+    pub fn new(ranges: &[IpNetwork], own: Option<IpAddr>) -> Self {
+        let families = ranges.iter().map(|range| Family::of(range.network()));
         Self {
-            ranges,
+            families: families.collect(),
+            own,
             held: Followed::default(),
             pending: Arc::default(),
         }
@@ -117,8 +124,7 @@ impl ServiceAllocator {
         let invalid =
             |object: &Value, errors| Status::invalid("", "Service", fields::name(object), errors);
         families::link(object, old);
-        families::settle(object, old, &self.families())
-            .map_err(|errors| invalid(object, errors))?;
+        families::settle(object, old, &self.families).map_err(|errors| invalid(object, errors))?;
         self.held.catch_up(store).await?;
         let before = old.map(Claim::of).unwrap_or_default();
         let (mut new, mut errors) = (Claim::default(), Vec::new());
@@ -127,7 +133,13 @@ impl ServiceAllocator {
             let held = self.held.view();
             let taken =
                 |address: IpAddr| held.has_address(address) || pending.addresses.contains(&address);
-            self.addresses(object, old, &taken, &mut new, &mut errors);
+            let mut desk = Desk {
+                ranges: &held.ranges,
+                own: self.own,
+                taken: &taken,
+                new: &mut new,
+            };
+            desk.give(object, old, &mut errors)?;
             let taken = |port: u16| held.has_port(port) || pending.ports.contains(&port);
             let mut book = ports::Book {
                 held: &before.ports,
@@ -147,48 +159,44 @@ impl ServiceAllocator {
         reservation.freed = before.without(&Claim::of(object));
         Ok(reservation)
     }
+}
 
-    fn families(&self) -> Vec<Family> {
-        let ranges = self.ranges.iter();
-        ranges.map(|range| Family::of(range.network())).collect()
-    }
+/// Where one service gets its addresses.
+struct Desk<'a> {
+    ranges: &'a Ranges,
+    own: Option<IpAddr>,
+    taken: &'a dyn Fn(IpAddr) -> bool,
+    new: &'a mut Claim,
+}
 
+impl Desk<'_> {
     /// Gives a new service an address per family, and one that has got a second family the second.
-    fn addresses(
-        &self,
+    fn give(
+        &mut self,
         service: &mut Value,
         old: Option<&Value>,
-        taken: &dyn Fn(IpAddr) -> bool,
-        new: &mut Claim,
         errors: &mut Vec<FieldError>,
-    ) {
+    ) -> Result<(), Status> {
         if !has_addresses(service) || service.text("/spec/clusterIPs/0") == "None" {
-            return;
+            return Ok(());
         }
         let wanted = families::families(service);
         let first = match old.filter(|old| has_addresses(old)) {
             None => 0,
-            Some(old) if is_headless(old) => return,
+            Some(old) if is_headless(old) => return Ok(()),
             Some(old) if old.items("/spec/ipFamilies").len() < wanted.len() => 1,
-            Some(_) => return,
+            Some(_) => return Ok(()),
         };
         let mut addresses = service.items("/spec/clusterIPs").to_vec();
         for (at, family) in wanted.into_iter().enumerate().skip(first) {
-            let Some(range) = self.range(family) else {
-                continue;
-            };
             let asked = addresses.get(at).and_then(Value::as_str).unwrap_or("");
             let given = match asked.parse::<IpAddr>() {
-                Err(_) => addresses::pick(range, taken).ok_or_else(|| "range is full".to_owned()),
-                Ok(address) if !range.contains(address) => Err(format!(
-                    "the provided IP is not in the valid range. The range of valid IPs is {range}"
-                )),
-                Ok(address) if taken(address) => Err("provided IP is already allocated".to_owned()),
-                Ok(address) => Ok(address),
+                Err(_) => Ok(self.any(family, fields::name(service))?),
+                Ok(address) => self.this(family, address),
             };
             match given {
                 Ok(address) => {
-                    new.addresses.insert(address);
+                    self.new.addresses.insert(address);
                     // What was asked for keeps its spelling.
                     if addresses.len() == at {
                         addresses.push(address.to_string().into());
@@ -198,7 +206,7 @@ impl ServiceAllocator {
                     let why = format!("failed to allocate IP {asked}: {why}");
                     let field = "spec.clusterIPs";
                     errors.push(FieldError::invalid(field, addresses.clone(), why));
-                    return;
+                    return Ok(());
                 }
             }
         }
@@ -206,10 +214,32 @@ impl ServiceAllocator {
             service.set("/spec/clusterIP", first.clone());
         }
         service.set("/spec/clusterIPs", addresses);
+        Ok(())
     }
 
-    fn range(&self, family: Family) -> Option<&IpNetwork> {
-        let of_family = |range: &&IpNetwork| Family::of(range.network()) == family;
-        self.ranges.iter().find(of_family)
+    /// A free address of a family.
+    fn any(&self, family: Family, service: &str) -> Result<IpAddr, Status> {
+        let taken = |address| Some(address) == self.own || (self.taken)(address);
+        addresses::pick(&self.ranges.giving(family), &taken).ok_or_else(|| {
+            Status::internal(format!(
+                "failed to allocate a serviceIP for Service {service:?}: range is full"
+            ))
+        })
+    }
+
+    /// The address that is asked for.
+    fn this(&self, family: Family, asked: IpAddr) -> Result<IpAddr, String> {
+        let giving = self.ranges.giving(family);
+        if !giving.iter().any(|range| addresses::has(range, asked)) {
+            let giving: Vec<String> = giving.iter().map(ToString::to_string).collect();
+            return Err(format!(
+                "the provided IP ({asked}) is not in the valid range. The range of valid IPs is {}",
+                giving.join(", ")
+            ));
+        }
+        match (self.taken)(asked) {
+            true => Err("provided IP is already allocated".to_owned()),
+            false => Ok(asked),
+        }
     }
 }

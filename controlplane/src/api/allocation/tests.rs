@@ -4,6 +4,7 @@ use bytes::Bytes;
 use serde_json::json;
 
 use super::held::SERVICES;
+use super::ranges::RANGES;
 use super::*;
 use crate::api::object;
 use crate::store::{Embedded, EmbeddedConfig, Expect, Range};
@@ -19,24 +20,27 @@ fn target() -> Target {
     Target::parse("/api/v1/namespaces/default/services").expect("services")
 }
 
-fn stage_of(servers: usize, ranges: &[&str]) -> Stage {
-    let ranges: Vec<IpNetwork> = ranges
+async fn stage_of(servers: usize, cidrs: &[&str]) -> Stage {
+    let ranges: Vec<IpNetwork> = cidrs
         .iter()
         .map(|range| range.parse().expect("a range"))
         .collect();
+    let own = ranges[0].iter().nth(1);
     let folder = tempfile::tempdir().expect("a folder");
     let config = EmbeddedConfig::at(folder.path().join("state.redb"));
-    Stage {
+    let stage = Stage {
         store: Embedded::open(&config).expect("a store"),
         servers: (0..servers)
-            .map(|_| ServiceAllocator::new(ranges.clone()))
+            .map(|_| ServiceAllocator::new(&ranges, own))
             .collect(),
         _folder: folder,
-    }
+    };
+    stage.cidr("kubernetes", json!({"cidrs": cidrs})).await;
+    stage
 }
 
-fn stage() -> Stage {
-    stage_of(1, &["10.96.0.0/24"])
+async fn stage() -> Stage {
+    stage_of(1, &["10.96.0.0/24"]).await
 }
 
 fn service(name: &str, spec: Value) -> Value {
@@ -77,6 +81,19 @@ impl Stage {
         Ok(())
     }
 
+    /// Writes a ServiceCIDR.
+    async fn cidr(&self, name: &str, spec: Value) {
+        let object = json!({"metadata": {"name": name}, "spec": spec});
+        self.put_cidr(name, object).await;
+    }
+
+    async fn put_cidr(&self, name: &str, object: Value) {
+        let key = format!("{RANGES}{name}");
+        let value = object::encode(object);
+        let put = self.store.put(&key, value, Expect::Any).await;
+        put.expect("a ServiceCIDR");
+    }
+
     /// How many addresses and ports are given out.
     async fn given(&self) -> (usize, usize) {
         let keys = async |prefix| {
@@ -103,7 +120,7 @@ impl Stage {
 
 #[tokio::test]
 async fn a_refused_write_gives_back_what_it_took_and_nothing_else() {
-    let all = stage();
+    let all = stage().await;
     let ported = |name, ip| {
         service(
             name,
@@ -129,7 +146,7 @@ async fn a_refused_write_gives_back_what_it_took_and_nothing_else() {
 
 #[tokio::test]
 async fn what_is_chosen_here_is_nobody_elses_while_it_is_written() {
-    let all = stage();
+    let all = stage().await;
     let asks = || service("a", json!({"clusterIP": "10.96.0.7", "ports": []}));
     let chosen = all.reserve(0, &mut asks(), None).await.expect("free");
     let why = all
@@ -144,7 +161,7 @@ async fn what_is_chosen_here_is_nobody_elses_while_it_is_written() {
 
 #[tokio::test]
 async fn two_servers_never_give_out_the_same() {
-    let all = stage_of(2, &["10.96.0.0/24"]);
+    let all = stage_of(2, &["10.96.0.0/24"]).await;
     let spec = json!({"type": "NodePort", "clusterIP": "10.96.0.7", "ports": [{"port": 80, "nodePort": 30001}]});
     let (mut one, mut two) = (service("one", spec.clone()), service("two", spec));
     // Both look before either has written.
@@ -169,7 +186,7 @@ async fn two_servers_never_give_out_the_same() {
 
 #[tokio::test]
 async fn an_update_frees_what_it_drops_once_it_is_stored() {
-    let all = stage();
+    let all = stage().await;
     let mut old = service("a", json!({"type": "NodePort", "ports": [{"port": 80}]}));
     all.give(&mut old, None).await.expect("free");
     let number = old["spec"]["ports"][0]["nodePort"]
@@ -187,7 +204,7 @@ async fn an_update_frees_what_it_drops_once_it_is_stored() {
 
 #[tokio::test]
 async fn a_small_range_is_given_out_to_its_last_address() {
-    let all = stage_of(1, &["10.96.0.0/28"]);
+    let all = stage_of(1, &["10.96.0.0/28"]).await;
     let mut given = HashSet::new();
     for at in 0..13 {
         let mut service = service(&format!("s{at}"), json!({"type": "ClusterIP"}));
@@ -196,13 +213,58 @@ async fn a_small_range_is_given_out_to_its_last_address() {
     }
     assert_eq!(given.len(), 13, ".2 to .14");
     let mut more = service("more", json!({"type": "ClusterIP"}));
-    let why = all.give(&mut more, None).await.expect_err("full");
-    assert!(why.contains("range is full"), "{why}");
+    let why = all.give(&mut more.clone(), None).await.expect_err("full");
+    assert_eq!(
+        why,
+        r#"Internal error occurred: failed to allocate a serviceIP for Service "more": range is full"#
+    );
+    // The API's own is given to whoever asks for it alone.
+    let mut own = service("kubernetes", json!({"clusterIP": "10.96.0.1"}));
+    all.give(&mut own, None).await.expect("free");
+    all.cidr("more", json!({"cidrs": ["203.0.113.0/30", "fd00::/112"]}))
+        .await;
+    all.give(&mut more, None).await.expect("room");
+    let ip = more.text("/spec/clusterIP");
+    assert!(ip.starts_with("203.0.113."), "{ip}");
+}
+
+#[tokio::test]
+async fn an_address_may_be_of_any_range_that_is_ready() {
+    let all = stage_of(2, &["10.96.0.0/24", "fd00:10:96::/112"]).await;
+    let asks = |ip: &str| service(&format!("s{ip}"), json!({"clusterIP": ip, "ports": []}));
+    let outside = "the provided IP (203.0.113.7) is not in the valid range. The range of valid IPs is 10.96.0.0/24";
+    let why = all.give(&mut asks("203.0.113.7"), None).await;
+    let why = why.expect_err("of no range");
+    assert!(why.contains(outside), "{why}");
+    let spec = json!({"cidrs": ["203.0.113.0/24", "2001:db8::/64"]});
+    all.cidr("more", spec.clone()).await;
+    for ip in ["203.0.113.7", "2001:db8::7"] {
+        // Either server has heard of it.
+        let taken = all.reserve(1, &mut asks(ip), None).await;
+        drop(taken.expect("free"));
+        all.give(&mut asks(ip), None).await.expect("free");
+        let why = all.reserve(1, &mut asks(ip), None).await;
+        let why = why.expect_err("taken");
+        assert!(why.contains("provided IP is already allocated"), "{why}");
+    }
+    for (ip, what) in [
+        ("203.0.113.0", "the range's own"),
+        ("203.0.113.255", "for broadcasts"),
+        ("2001:db8::", "the range's own"),
+    ] {
+        let why = all.give(&mut asks(ip), None).await.expect_err(what);
+        assert!(why.contains("is not in the valid range"), "{why}");
+    }
+    let object = json!({"metadata": {"name": "more"}, "spec": spec, "status": {"conditions": [{"type": "Ready", "status": "False"}]}});
+    all.put_cidr("more", object).await;
+    let why = all.reserve(1, &mut asks("203.0.113.8"), None).await;
+    let why = why.expect_err("not ready");
+    assert!(why.contains("is not in the valid range"), "{why}");
 }
 
 #[tokio::test]
 async fn a_second_address_comes_with_its_family_and_is_free_again_when_that_goes() {
-    let all = stage_of(1, &["10.96.0.0/24", "fd00:10:96::/112"]);
+    let all = stage_of(1, &["10.96.0.0/24", "fd00:10:96::/112"]).await;
     let mut one = service(
         "one",
         json!({"type": "ClusterIP", "clusterIP": "10.96.0.9"}),
@@ -233,7 +295,7 @@ async fn a_second_address_comes_with_its_family_and_is_free_again_when_that_goes
 
 #[tokio::test]
 async fn an_address_that_is_not_ones_own_is_not_freed_by_naming_it_in_an_update() {
-    let all = stage();
+    let all = stage().await;
     let asks = |name, ip| service(name, json!({"type": "ClusterIP", "clusterIP": ip}));
     let mut first = asks("first", "10.96.0.7");
     let mut second = asks("second", "10.96.0.8");
@@ -250,7 +312,7 @@ async fn an_address_that_is_not_ones_own_is_not_freed_by_naming_it_in_an_update(
 
 #[tokio::test]
 async fn local_balancers_get_a_health_port_and_one_number_serves_two_protocols() {
-    let all = stage();
+    let all = stage().await;
     let mut service = service(
         "a",
         json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local",
@@ -272,7 +334,7 @@ async fn local_balancers_get_a_health_port_and_one_number_serves_two_protocols()
 
 #[tokio::test]
 async fn keys_and_services_that_do_not_belong_together_are_repaired() {
-    let all = stage();
+    let all = stage().await;
     let spec = json!({"type": "NodePort", "clusterIP": "10.96.0.7", "clusterIPs": ["10.96.0.7"],
         "ports": [{"port": 80, "nodePort": 30001}]});
     // Written by a version without keys; of two that hold the same only one can be noted.
@@ -296,7 +358,7 @@ async fn keys_and_services_that_do_not_belong_together_are_repaired() {
         let repairs = repair::repair(&all.store).await.expect("repaired");
         let mut told: Vec<_> = repairs
             .iter()
-            .map(|repair| (repair.about.text("/name"), repair.reason))
+            .map(|repair| (repair.about.text("/name"), repair.reason.as_str()))
             .collect();
         told.sort_unstable();
         // That two hold the same is told as long as it is so; the rest is mended.
@@ -322,4 +384,78 @@ async fn keys_and_services_that_do_not_belong_together_are_repaired() {
     let address: Value = serde_json::from_slice(&address.value).expect("JSON");
     let parent = json!({"resource": "services", "namespace": "default", "name": "old"});
     assert_eq!(address["spec"]["parentRef"], parent);
+}
+
+#[tokio::test]
+async fn an_address_that_says_something_else_than_its_service_is_repaired() {
+    let all = stage().await;
+    let mut services = Vec::new();
+    for (name, ip) in [
+        ("foreign", "10.96.0.3"),
+        ("gone", "10.96.0.4"),
+        ("other", "10.96.0.5"),
+        ("label", "10.96.0.6"),
+        ("fine", "10.96.0.7"),
+    ] {
+        let mut service = service(name, json!({"clusterIP": ip}));
+        all.give(&mut service, None).await.expect("free");
+        services.push(service);
+    }
+    let outside = service("outside", json!({"clusterIP": "203.0.113.7"}));
+    let write = put(&outside, Expect::Absent);
+    all.store.commit(write, Vec::new()).await.expect("written");
+    let edit = async |ip: &str, path: &str, value: Value| {
+        let key = format!("{ADDRESSES}{ip}");
+        let record = all.store.get(&key).await.expect("a read");
+        let mut object: Value =
+            serde_json::from_slice(&record.expect("an IPAddress").value).expect("JSON");
+        object.set(path, value);
+        let value = object::encode(object);
+        all.store.put(&key, value, Expect::Any).await.expect("put");
+    };
+    edit("10.96.0.3", "/spec/parentRef/group", json!("example.com")).await;
+    edit("10.96.0.4", "/spec/parentRef/name", json!("nobody")).await;
+    edit("10.96.0.5", "/spec/parentRef/name", json!("fine")).await;
+    edit("10.96.0.6", "/metadata/labels", json!({})).await;
+    // One more, of a Service that has another address.
+    let fine = all.store.get(&format!("{ADDRESSES}10.96.0.7")).await;
+    let fine = fine.expect("a read").expect("an IPAddress").value;
+    let more = format!("{ADDRESSES}10.96.0.8");
+    all.store.put(&more, fine, Expect::Any).await.expect("put");
+    for round in 0..2 {
+        let repairs = repair::repair(&all.store).await.expect("repaired");
+        let mut told: Vec<String> = repairs.into_iter().map(|one| one.message).collect();
+        told.sort_unstable();
+        let wrong = |name: &str, ip: &str| {
+            format!(
+                "the ClusterIP [IPv4]: {ip} for Service default/{name} has a wrong reference; repairing"
+            )
+        };
+        let lasting = "Cluster IP [IPv4]: 203.0.113.7 is not within any configured Service CIDR; please recreate service";
+        let mut expected = vec![lasting.to_owned()];
+        if round == 0 {
+            expected.push(
+                "IPAddress: 10.96.0.8 for Service default/fine has a wrong reference; cleaning up"
+                    .to_owned(),
+            );
+            expected.extend([
+                wrong("foreign", "10.96.0.3"),
+                wrong("gone", "10.96.0.4"),
+                wrong("other", "10.96.0.5"),
+                wrong("label", "10.96.0.6"),
+            ]);
+            expected[2..].sort_unstable();
+        }
+        assert_eq!(told, expected);
+    }
+    for service in &services {
+        let key = format!("{ADDRESSES}{}", service.text("/spec/clusterIP"));
+        let record = all.store.get(&key).await.expect("a read");
+        let address: Value =
+            serde_json::from_slice(&record.expect("an IPAddress").value).expect("JSON");
+        assert_eq!(address["spec"]["parentRef"]["name"], fields::name(service));
+        let labels = json!({"ipaddress.kubernetes.io/ip-family": "IPv4",
+            "ipaddress.kubernetes.io/managed-by": "ipallocator.k8s.io"});
+        assert_eq!(address["metadata"]["labels"], labels);
+    }
 }

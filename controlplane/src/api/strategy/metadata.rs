@@ -168,7 +168,7 @@ pub fn validate_selectors(selectors: &Place<'_>, errors: &mut Errors) {
     }
 }
 
-fn path_segment(text: &str) -> Option<String> {
+pub fn path_segment(text: &str) -> Option<String> {
     match text {
         "." | ".." => Some(format!("may not be '{text}'")),
         _ if text.contains('/') => Some("may not contain '/'".to_owned()),

@@ -25,6 +25,7 @@ mod policy;
 #[cfg(test)]
 mod properties;
 mod service;
+mod service_range;
 mod storage;
 #[cfg(test)]
 mod testing;
@@ -171,8 +172,8 @@ pub fn of(resource: &Resource) -> &'static dyn Strategy {
         ("networking.k8s.io", "ingresses") => &networking::Ingress,
         ("networking.k8s.io", "ingressclasses") => &networking::IngressClass,
         ("networking.k8s.io", "networkpolicies") => &networking::NetworkPolicy,
-        ("networking.k8s.io", "ipaddresses") => &networking::IpAddress,
-        ("networking.k8s.io", "servicecidrs") => &networking::ServiceCidr,
+        ("networking.k8s.io", "ipaddresses") => &service_range::IpAddress,
+        ("networking.k8s.io", "servicecidrs") => &service_range::ServiceCidr,
         ("rbac.authorization.k8s.io", "roles" | "clusterroles") => &access::Role,
         ("rbac.authorization.k8s.io", "rolebindings" | "clusterrolebindings") => &access::Binding,
         ("flowcontrol.apiserver.k8s.io", "flowschemas") => &flow::FlowSchema,

@@ -1,4 +1,4 @@
-//! Ingresses, NetworkPolicies, IPAddresses and ServiceCIDRs.
+//! Ingresses and NetworkPolicies.
 
 use std::net::IpAddr;
 
@@ -294,72 +294,6 @@ fn validate_peer(peer: &Place<'_>, errors: &mut Errors) {
         let strict = network.contains(inner.network()) && inner.prefix() > network.prefix();
         if !strict {
             except.invalid("must be a strict subset of `cidr`", errors);
-        }
-    }
-}
-
-pub struct IpAddress;
-
-impl Strategy for IpAddress {
-    fn validate(&self, address: &Value, errors: &mut Errors) {
-        let root = Place::root(address);
-        let name = root.field("metadata.name");
-        let canonical = name.text().parse::<IpAddr>().map(|ip| ip.to_string());
-        if canonical.as_deref() != Ok(name.text()) {
-            name.invalid("must be a valid IP address in canonical form", errors);
-        }
-        let parent = root.field("spec.parentRef");
-        if !parent.is_there() {
-            return parent.missing("", errors);
-        }
-        parent.field("resource").require(errors);
-        parent.field("name").require(errors);
-    }
-
-    fn validate_update(&self, address: &Value, old: &Value, errors: &mut Errors) {
-        let parent = |address| Place::root(address).field("spec.parentRef");
-        parent(address).unchanged(&parent(old), errors);
-    }
-
-    fn name_rule(&self) -> super::NameRule {
-        super::NameRule::PathSegment
-    }
-}
-
-pub struct ServiceCidr;
-
-impl Strategy for ServiceCidr {
-    fn validate(&self, ranges: &Value, errors: &mut Errors) {
-        let cidrs = Place::root(ranges).field("spec.cidrs");
-        if cidrs.is_empty() {
-            cidrs.missing("at least one CIDR required", errors);
-        }
-        if cidrs.len() > 2 {
-            cidrs.invalid("may only hold up to 2 values", errors);
-        }
-        for cidr in cidrs.items() {
-            cidr.cidr(errors);
-        }
-        let families: Vec<bool> = cidrs
-            .items()
-            .map(|cidr| cidr.text().contains(':'))
-            .collect();
-        if families.len() == 2 && families[0] == families[1] {
-            let why = "may specify no more than one IP for each IP family, i.e 192.168.0.0/24 and 2001:db8::/64";
-            cidrs.invalid(why, errors);
-        }
-    }
-
-    fn validate_update(&self, ranges: &Value, old: &Value, errors: &mut Errors) {
-        let cidrs = |ranges| Place::root(ranges).field("spec.cidrs");
-        let (now, before) = (cidrs(ranges), cidrs(old));
-        // A second family may come, nothing else may change.
-        let grown = before.len() == 1
-            && now.len() == 2
-            && now.items().next().map(|cidr| cidr.text())
-                == before.items().next().map(|cidr| cidr.text());
-        if !grown {
-            now.unchanged(&before, errors);
         }
     }
 }

@@ -475,6 +475,7 @@ const OWN: &[Row] = &[
     ),
     on("patch", "batch", "jobs/status cronjobs/status"),
     on("patch", "policy", "poddisruptionbudgets/status"),
+    on("patch", "networking.k8s.io", "servicecidrs/status"),
     on(
         "patch",
         "certificates.k8s.io",

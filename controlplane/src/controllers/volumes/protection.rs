@@ -110,7 +110,8 @@ fn class_of_volume(volume: &PersistentVolume) -> Option<&str> {
     spec.volume_attributes_class_name.as_deref()
 }
 
-fn hold(meta: &ObjectMeta, finalizers: Vec<&str>) -> Value {
+/// The patch that gives an object its finalizers.
+pub fn hold(meta: &ObjectMeta, finalizers: Vec<&str>) -> Value {
     json!({"metadata": {
         "uid": meta.uid, "resourceVersion": meta.resource_version, "finalizers": finalizers,
     }})
