@@ -9,6 +9,7 @@ use std::time::Instant;
 use cluster_model::ServiceKey;
 use cluster_model::share::Offer;
 use cluster_model::watch::Report as WatchReport;
+use ipnetwork::IpNetwork;
 use keelway_cni::Attachment;
 use keelway_cni::protocol::{Request, Response};
 
@@ -66,6 +67,8 @@ pub enum Event {
     Share { reply: Reply<Option<Told>> },
     /// A listener says of its own answers to questions for cluster names; `None` when it has gone.
     Offer { listener: u64, offer: Option<Offer> },
+    /// The ranges of the cluster's ServiceCIDRs, all of them.
+    ServiceRanges(Vec<IpNetwork>),
     /// The pools of load balancers' addresses, as they are configured now.
     Pools(Configured),
     /// The agents on the link, this one included, that can answer for load balancers' addresses.

@@ -29,6 +29,7 @@ pub mod record;
 pub mod report;
 pub mod routing;
 pub mod sandboxes;
+pub mod service_ranges;
 pub mod share;
 pub mod socket;
 pub mod source;

@@ -21,7 +21,8 @@ use keelway_agent::source::Feed;
 use keelway_agent::supervisor::Predecessors;
 use keelway_agent::worker::{LastWords, Worker, reason};
 use keelway_agent::{
-    install, metrics, node_ranges, record, sandboxes, share, socket, source, supervisor, uninstall,
+    install, metrics, node_ranges, record, sandboxes, service_ranges, share, socket, source,
+    supervisor, uninstall,
 };
 use nix::sys::signal::{SigSet, Signal};
 use tokio::signal::unix::{SignalKind, signal};
@@ -179,6 +180,7 @@ fn work(flags: RunFlags) -> anyhow::Result<ExitCode> {
                 config.cluster_ranges.clone(),
             ));
         }
+        runtime.spawn(service_ranges::follow(options.clone(), feed.clone()));
         runtime.spawn(balancer::run(
             options,
             identity,

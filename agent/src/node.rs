@@ -1,5 +1,6 @@
 //! This node: who it is, and its data plane once that is known.
 
+mod service_ranges;
 mod uplinks;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -185,6 +186,8 @@ pub struct Node {
     pub overlay_was_down: bool,
     service_veth: ServiceVeth,
     service_ranges: Vec<IpNetwork>,
+    /// No other range is routed there any more.
+    others_are_gone: bool,
     routing: Routing,
 }
 
@@ -281,6 +284,7 @@ impl Node {
             overlay_was_down: false,
             service_veth: pair,
             service_ranges: config.service_ranges.clone(),
+            others_are_gone: false,
             routing: config.routing,
         };
         // What programs judge packets by is there before they see one.
@@ -445,36 +449,6 @@ impl Node {
         if let Some(index) = down {
             tracing::warn!("the overlay was set down; it is up again");
             kernel.set_up(index)?;
-        }
-        Ok(())
-    }
-
-    /// Puts right what somebody did to the pair into which Service ranges are routed: programs that keep the host's network take away
-    /// what they did not make.
-    fn keep_service_veth(&mut self, kernel: &mut Kernel) -> Result<(), NodeError> {
-        if net::service_veth_is_whole(kernel, &self.service_veth, &self.service_ranges)? {
-            let there = kernel.addresses()?;
-            let missing = self
-                .reserved
-                .iter()
-                .flat_map(|own| [own.host, own.probe])
-                .filter(|own| !there.iter().any(|(_, ip, _)| ip == own));
-            for own in missing.collect::<Vec<_>>() {
-                tracing::warn!(%own, "an address of this node's own was taken away; it is back");
-                kernel.add_own_address(self.service_veth.outer, own)?;
-            }
-            return Ok(());
-        }
-        tracing::warn!("the way of Service addresses was changed; it is made as it was");
-        let made = net::make_service_veth(
-            kernel,
-            &self.service_ranges,
-            &self.uplink.addresses,
-            pod_mtu(self.routing, &self.uplink),
-        )?;
-        if made != self.service_veth {
-            // Programs hang on the old pair; a new worker hangs them on this one.
-            return Err(NodeError::ServiceVeth);
         }
         Ok(())
     }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use cluster_model::watch::{self, ApiOptions, Report};
 use cluster_model::{Change, Kind, Object, read_manifest};
+use ipnetwork::IpNetwork;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::mpsc;
@@ -54,6 +55,11 @@ impl Feed {
     /// The pools of load balancers' addresses are these now. False when nobody listens any more.
     pub fn pools(&self, configured: Configured) -> bool {
         self.events.send(Event::Pools(configured)).is_ok()
+    }
+
+    /// ServiceCIDRs have these ranges now. False when nobody listens any more.
+    pub fn service_ranges(&self, ranges: Vec<IpNetwork>) -> bool {
+        self.events.send(Event::ServiceRanges(ranges)).is_ok()
     }
 }
 

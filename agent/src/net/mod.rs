@@ -21,6 +21,6 @@ pub use kernel::{Interface, InterfaceKind, Kernel, Link, Uplink};
 pub use netlink::{Netlink, NetlinkError};
 pub use overlay::{OVERLAY, OverlayPeer, overhead, overlay_link_local, overlay_mac};
 pub use pod::{PodWire, check_pod, everything, pod_gateway, pod_mac, wire_pod};
-pub use service_veth::{INNER, OUTER, make_service_veth, service_veth_is_whole};
+pub use service_veth::{INNER, OUTER, keep_to_ranges, make_service_veth, service_veth_is_whole};
 pub use shape::{Limits, Shape};
 pub use sys::socket_option;

@@ -149,32 +149,54 @@ impl Kernel {
     /// Removes every route of ours.
     pub fn remove_routes(&mut self) -> Result<(), NetlinkError> {
         for found in self.our_routes()? {
-            let mut gone = RouteMessage::default();
-            gone.header = found.header.clone();
-            gone.header.flags = RouteFlags::empty();
-            // What tells routes of one destination apart; the kernel takes no more than it needs.
-            gone.attributes = found.attributes;
-            gone.attributes.retain(|attribute| {
-                matches!(
-                    attribute,
-                    RouteAttribute::Destination(_)
-                        | RouteAttribute::Oif(_)
-                        | RouteAttribute::Gateway(_)
-                        | RouteAttribute::Priority(_)
-                )
-            });
-            let removed = self.netlink.request(
-                || format!("remove route {:?}", gone.attributes),
-                RouteNetlinkMessage::DelRoute(gone.clone()),
-                0,
-            );
-            match removed {
-                // It went with its interface just now.
-                Err(error) if error.errno() == Some(Errno::ESRCH) => {}
-                removed => removed?,
-            }
+            self.remove_route(found)?;
         }
         Ok(())
+    }
+
+    /// Removes the routes of ours that lead to an interface from other ranges than the wanted ones, and gives those ranges.
+    pub fn remove_leads(
+        &mut self,
+        index: u32,
+        wanted: &BTreeSet<IpNetwork>,
+    ) -> Result<Vec<IpNetwork>, NetlinkError> {
+        let mut removed = Vec::new();
+        for found in self.our_routes()? {
+            let leads_there = found.attributes.contains(&RouteAttribute::Oif(index));
+            let range = destination(&found).filter(|range| leads_there && !wanted.contains(range));
+            if let Some(range) = range {
+                self.remove_route(found)?;
+                removed.push(range);
+            }
+        }
+        Ok(removed)
+    }
+
+    fn remove_route(&mut self, found: RouteMessage) -> Result<(), NetlinkError> {
+        let mut gone = RouteMessage::default();
+        gone.header = found.header.clone();
+        gone.header.flags = RouteFlags::empty();
+        // What tells routes of one destination apart; the kernel takes no more than it needs.
+        gone.attributes = found.attributes;
+        gone.attributes.retain(|attribute| {
+            matches!(
+                attribute,
+                RouteAttribute::Destination(_)
+                    | RouteAttribute::Oif(_)
+                    | RouteAttribute::Gateway(_)
+                    | RouteAttribute::Priority(_)
+            )
+        });
+        let removed = self.netlink.request(
+            || format!("remove route {:?}", gone.attributes),
+            RouteNetlinkMessage::DelRoute(gone.clone()),
+            0,
+        );
+        match removed {
+            // It went with its interface just now.
+            Err(error) if error.errno() == Some(Errno::ESRCH) => Ok(()),
+            removed => removed.map(drop),
+        }
     }
 
     fn our_routes(&mut self) -> Result<Vec<RouteMessage>, NetlinkError> {

@@ -102,3 +102,12 @@ pub fn service_veth_is_whole(
     let leads = host.leads()?;
     Ok(routed(ranges).all(|range| leads.contains(&(range, pair.outer))))
 }
+
+/// Takes away what else was routed into the pair, and gives those ranges.
+pub fn keep_to_ranges(
+    host: &mut Kernel,
+    pair: &ServiceVeth,
+    ranges: &[IpNetwork],
+) -> Result<Vec<IpNetwork>, NetlinkError> {
+    host.remove_leads(pair.outer, &routed(ranges).collect())
+}

@@ -73,6 +73,10 @@ impl Worker {
                 Some(offer) => self.offers.say(listener, offer),
                 None => self.offers.leave(listener, Instant::now()),
             },
+            Event::ServiceRanges(ranges) => {
+                self.told_ranges = Some(ranges);
+                self.routes_due = true;
+            }
             Event::Pools(Ok(pools)) => {
                 self.problems.remove("load balancer");
                 self.announcements.set_pools(pools);

@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use self::node_addresses::NodeAddresses;
 use cluster_model::{Dirty, ObjectRef, Rejected, ServiceKey, Snapshot};
+use ipnetwork::IpNetwork;
 use jiff::Timestamp;
 
 use crate::announce::Announcements;
@@ -90,6 +91,8 @@ pub struct Worker {
     routes: Routes,
     /// The ways to other nodes are to be looked at.
     routes_due: bool,
+    /// Of the cluster's ServiceCIDRs; nothing while they are not known.
+    told_ranges: Option<Vec<IpNetwork>>,
     /// The node's own addresses and its uplinks are to be looked at.
     addresses_due: bool,
     /// Services have been planned and applied at least once since this process began.
@@ -151,6 +154,7 @@ impl Worker {
             pods,
             routes,
             routes_due: false,
+            told_ranges: None,
             addresses_due: false,
             services_applied: false,
             retry: false,
@@ -306,7 +310,7 @@ impl Worker {
         if let Ok(links) = self.kernel.links() {
             let proc = Path::new("/proc");
             self.report.notes = surroundings::look(&links, &self.config.cni_conf_dir, proc);
-            let outside = self.outside_service_ranges();
+            let outside = self.unrouted_service();
             self.report.notes.extend(outside);
             let missing = self.node.as_ref().map(Node::missing_uplinks);
             self.report.notes.extend(missing.into_iter().flatten());
@@ -337,22 +341,6 @@ impl Worker {
             // The next upkeep tries again.
             self.problem("upkeep", reason(&error));
         }
-    }
-
-    /// A Service whose address is in none of the ranges that this agent was told: the host's own packets do not find it.
-    fn outside_service_ranges(&self) -> Option<String> {
-        let ranges = &self.config.service_ranges;
-        let mut addresses = self.snapshot.services().flat_map(|service| {
-            let key = &service.key;
-            service.cluster_ips.iter().map(move |ip| (key, *ip))
-        });
-        let (key, ip) =
-            addresses.find(|(_, ip)| !ranges.iter().any(|range| range.contains(*ip)))?;
-        let told: Vec<String> = ranges.iter().map(ToString::to_string).collect();
-        Some(format!(
-            "Service {key} has the address {ip}, and --service-cidr is {}: name every range of Services",
-            told.join(", ")
-        ))
     }
 
     fn problem(&mut self, part: &'static str, why: String) {

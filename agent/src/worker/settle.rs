@@ -19,6 +19,7 @@ use crate::plan::{
     Dsr, Refusal, ServicePlan, check, held_lifeline, is_lifeline, keep_backends, lifeline, plan,
     plan_peers, plan_unmasqueraded,
 };
+use crate::service_ranges::{choose, unrouted};
 
 /// Refusals of one batch whose Services are told: more come of one mistake.
 const NOTES_MAX: usize = 100;
@@ -185,6 +186,39 @@ impl Worker {
         }
     }
 
+    /// Routes the ranges of Services. What ServiceCIDRs name is judged by where nodes and pods are, so those are known first.
+    fn settle_service_ranges(&mut self) {
+        let (Some(node), Some(told)) = (
+            self.node
+                .as_mut()
+                .filter(|_| self.snapshot.synced(Kind::Node)),
+            &self.told_ranges,
+        ) else {
+            return;
+        };
+        let has_family = |range: &IpNetwork| node.has_family_of(range);
+        let configured = &self.config.service_ranges;
+        let chosen = choose(configured, told, has_family, &self.snapshot);
+        match node.settle_service_ranges(&mut self.kernel, &chosen.ranges) {
+            Err(error) => self.problem("service ranges", reason(&error)),
+            Ok(()) if !chosen.refused.is_empty() => {
+                self.problem("service ranges", chosen.refused.join("; "));
+            }
+            Ok(()) => drop(self.problems.remove("service ranges")),
+        }
+    }
+
+    /// A Service that the host's own packets do not find.
+    pub(super) fn unrouted_service(&self) -> Option<String> {
+        let ranges = self.node.as_ref()?.service_ranges();
+        let (key, ip) = unrouted(ranges, &self.snapshot)?;
+        let routed: Vec<String> = ranges.iter().map(ToString::to_string).collect();
+        Some(format!(
+            "Service {key} has the address {ip}, and Services are in {}: name every range of Services, by ServiceCIDRs or --service-cidr",
+            routed.join(", ")
+        ))
+    }
+
     fn settle_unmasqueraded(&mut self) {
         let Some(node) = self
             .node
@@ -194,7 +228,8 @@ impl Worker {
             return;
         };
         let configured = self.config.unmasqueraded.iter();
-        let configured = configured.chain(&self.config.service_ranges).copied();
+        let routed = node.service_ranges().to_vec();
+        let configured = configured.copied().chain(routed);
         match node.settle_unmasqueraded(plan_unmasqueraded(&self.snapshot, configured)) {
             Ok(()) => drop(self.problems.remove("masquerade")),
             Err(error) => self.problem("masquerade", reason(&error)),
@@ -219,6 +254,7 @@ impl Worker {
 
     /// `again` compares the kernel's table also when the plan is what it was.
     pub(super) fn settle_routes(&mut self, again: bool) {
+        self.settle_service_ranges();
         self.settle_unmasqueraded();
         self.settle_peers();
         let Some(node) = self
