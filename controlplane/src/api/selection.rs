@@ -3,11 +3,13 @@
 
 use bytes::Bytes;
 
+use super::authority::PODS;
 use super::request::{ListOptions, Target};
 use super::{object, strategy};
 use crate::codec::scan::Raw;
 use crate::registry::Resource;
 use crate::selector::Field;
+use crate::store::Share;
 
 impl ListOptions {
     /// Whether a stored object is selected.
@@ -97,6 +99,21 @@ impl Target {
             None => self.prefix(),
         }
     }
+
+    /// Which of the objects under that prefix the options may select, as far as a watch of the store can be told.
+    pub fn share_of<'a>(&self, options: &'a ListOptions, prefix: &'a str) -> Share<'a> {
+        if !prefix.ends_with('/') {
+            return Share::Key(prefix);
+        }
+        let exact = |path| options.fields.exact(path);
+        let name = exact("metadata.name").filter(|name| !name.is_empty());
+        let node = exact("spec.nodeName").filter(|_| prefix.starts_with(PODS));
+        match (name, node) {
+            (Some(name), _) => Share::Name(name),
+            (None, Some(node)) => Share::Node(node),
+            (None, None) => Share::All,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -154,39 +171,54 @@ mod tests {
     }
 
     #[test]
-    fn a_name_leads_to_one_key() {
-        for (path, fields, prefix) in [
+    fn a_name_leads_to_one_key_and_a_node_to_its_pods() {
+        let (all, pods) = ("/api/v1/pods", "/api/v1/namespaces/a/pods");
+        let key = Share::Key;
+        for (path, fields, prefix, share) in [
             (
-                "/api/v1/namespaces/a/pods",
+                pods,
                 "metadata.name=x",
                 "/core/pods/a/x",
+                key("/core/pods/a/x"),
             ),
+            (pods, "metadata.name!=x", "/core/pods/a/", Share::All),
+            (pods, "metadata.name=", "/core/pods/a/", Share::All),
+            (pods, "spec.nodeName=n", "/core/pods/a/", Share::Node("n")),
+            (all, "metadata.name=x", "/core/pods/", Share::Name("x")),
+            (all, "metadata.namespace=a", "/core/pods/a/", Share::All),
             (
-                "/api/v1/namespaces/a/pods",
-                "metadata.name!=x",
-                "/core/pods/a/",
-            ),
-            (
-                "/api/v1/namespaces/a/pods",
-                "metadata.name=",
-                "/core/pods/a/",
-            ),
-            ("/api/v1/pods", "metadata.name=x", "/core/pods/"),
-            ("/api/v1/pods", "metadata.namespace=a", "/core/pods/a/"),
-            (
-                "/api/v1/pods",
+                all,
                 "metadata.namespace=a,metadata.name=x",
                 "/core/pods/a/x",
+                key("/core/pods/a/x"),
             ),
-            ("/api/v1/nodes", "metadata.name=x", "/core/nodes/x"),
-            ("/api/v1/nodes", "metadata.namespace=x", "/core/nodes/"),
+            (all, "spec.nodeName=n", "/core/pods/", Share::Node("n")),
+            (all, "spec.nodeName=", "/core/pods/", Share::Node("")),
+            (all, "spec.nodeName!=n", "/core/pods/", Share::All),
+            (
+                all,
+                "spec.nodeName=n,metadata.name=x",
+                "/core/pods/",
+                Share::Name("x"),
+            ),
+            (
+                "/api/v1/nodes",
+                "metadata.name=x",
+                "/core/nodes/x",
+                key("/core/nodes/x"),
+            ),
+            (
+                "/api/v1/nodes",
+                "metadata.namespace=x",
+                "/core/nodes/",
+                Share::All,
+            ),
         ] {
             let target = Target::parse(path).expect("a path of the tables");
-            assert_eq!(
-                target.prefix_of(&asked("", fields)),
-                prefix,
-                "{path} {fields}"
-            );
+            let options = asked("", fields);
+            let found = target.prefix_of(&options);
+            assert_eq!(found, prefix, "{path} {fields}");
+            assert_eq!(target.share_of(&options, &found), share, "{path} {fields}");
         }
     }
 

@@ -7,8 +7,10 @@ use bytes::Bytes;
 use super::*;
 
 mod compaction;
+mod shares;
 
 pub use compaction::what_is_compacted_is_refused_and_what_is_left_is_whole;
+pub use shares::a_watch_of_a_share_is_told_all_of_it_and_progresses_with_the_rest;
 
 const PREFIX: &str = "/core/configmaps/";
 
@@ -542,6 +544,7 @@ macro_rules! contract_tests {
             a_watch_sees_every_later_write_in_order_with_what_it_replaced,
             a_watch_from_the_past_replays_and_then_follows, a_quiet_watch_progresses_with_the_rest_of_the_store,
             a_watch_of_everything_sees_all_buckets_in_order,
+            a_watch_of_a_share_is_told_all_of_it_and_progresses_with_the_rest,
             what_is_compacted_is_refused_and_what_is_left_is_whole,
             a_lifetime_ends_with_a_deletion_that_watches_see);
     };

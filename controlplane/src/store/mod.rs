@@ -110,6 +110,18 @@ impl<'a> Range<'a> {
     }
 }
 
+/// Share is which writes under a prefix a watch wants: those of records that are, or were before, one of these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Share<'a> {
+    All,
+    /// The one with this key.
+    Key(&'a str),
+    /// Those whose key ends with this segment.
+    Name(&'a str),
+    /// The pods of this node; of none, where it is empty.
+    Node(&'a str),
+}
+
 /// Change is what happened to a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
@@ -203,6 +215,16 @@ pub trait Store: Send + Sync + 'static {
     fn watch<'a>(
         &'a self,
         prefix: &'a str,
+        from: Revision,
+    ) -> BoxFuture<'a, Result<Box<dyn WatchStream>, StoreError>> {
+        self.watch_share(prefix, Share::All, from)
+    }
+
+    /// The same for who wants a share of them: others cost such a watch nothing, and may be among what it is told.
+    fn watch_share<'a>(
+        &'a self,
+        prefix: &'a str,
+        share: Share<'a>,
         from: Revision,
     ) -> BoxFuture<'a, Result<Box<dyn WatchStream>, StoreError>>;
 

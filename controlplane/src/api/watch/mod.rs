@@ -207,7 +207,8 @@ impl Api {
             ),
             None => {
                 let (records, from) = self.initial(call, initial, &options).await?;
-                let stream = self.store.watch(&prefix, from).await;
+                let share = call.target.share_of(&options, &prefix);
+                let stream = self.store.watch_share(&prefix, share, from).await;
                 (Initial::Records(records.into_iter()), from, stream)
             }
         };

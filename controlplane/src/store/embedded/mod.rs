@@ -21,7 +21,9 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::replica::{Bounds, Event, Records, Replica};
 use super::snapshot::{Snapshot, lifetime};
-use super::{Change, Expect, Page, Range, Record, Revision, Store, StoreError, WatchStream, Write};
+use super::{
+    Change, Expect, Page, Range, Record, Revision, Share, Store, StoreError, WatchStream, Write,
+};
 use disk::{Disk, Group};
 use durable::{Durable, Reopen};
 pub use expiry::Clock;
@@ -204,12 +206,13 @@ impl Store for Embedded {
         Box::pin(async move { self.replica.range(range) })
     }
 
-    fn watch<'a>(
+    fn watch_share<'a>(
         &'a self,
         prefix: &'a str,
+        share: Share<'a>,
         from: Revision,
     ) -> BoxFuture<'a, Result<Box<dyn WatchStream>, StoreError>> {
-        Box::pin(async move { self.replica.watch(prefix, from) })
+        Box::pin(async move { self.replica.watch(prefix, share, from) })
     }
 
     fn revision(&self) -> Revision {

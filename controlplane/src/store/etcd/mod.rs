@@ -27,7 +27,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::replica::{Bounds, Replica};
-use super::{Expect, Page, Range, Record, Revision, Store, StoreError, WatchStream, Write};
+use super::{Expect, Page, Range, Record, Revision, Share, Store, StoreError, WatchStream, Write};
 use fence::Fence;
 use follow::Follower;
 use leases::Leases;
@@ -357,15 +357,16 @@ impl Store for Etcd {
         })
     }
 
-    fn watch<'a>(
+    fn watch_share<'a>(
         &'a self,
         prefix: &'a str,
+        share: Share<'a>,
         from: Revision,
     ) -> BoxFuture<'a, Result<Box<dyn WatchStream>, StoreError>> {
         Box::pin(async move {
             // Another process may have told of it. Whether it comes is seen by the watch.
             let _ = timeout(PATIENCE, self.replica.reached(from)).await;
-            self.replica.watch(prefix, from)
+            self.replica.watch(prefix, share, from)
         })
     }
 

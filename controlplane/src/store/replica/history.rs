@@ -7,6 +7,7 @@ use tokio::sync::watch;
 
 use super::super::{Change, Record, Revision, StoreError, WatchEvent, bucket_of};
 use super::Records;
+use super::shares::{EventIds, Id, Watched};
 
 /// Event is one write.
 pub(in crate::store) struct Event {
@@ -43,17 +44,23 @@ impl Event {
     /// What keeping this event holds on to beyond the live records: a put keeps what it replaced, a delete its own value.
     fn bytes(&self) -> usize {
         let previous = self.previous.as_ref().map_or(0, |r| r.value.len());
-        previous + self.record.key.len() + size_of::<Self>()
+        previous + self.record.key.len() + size_of::<Self>() + size_of::<EventIds>()
     }
 }
 
+/// An event, with the shares that it is of.
+pub(super) type Shared = (Arc<Event>, EventIds);
+
 /// Bucket is the history of one bucket. A bucket that is written often does not shorten another one's history.
 struct Bucket {
-    events: VecDeque<Arc<Event>>,
+    events: VecDeque<Shared>,
     bytes: usize,
     /// Everything after this revision is still here.
     compacted: Revision,
+    /// Wakes watches of all that is in it.
     changed: watch::Sender<()>,
+    /// Wakes the others.
+    watched: Watched,
 }
 
 impl Bucket {
@@ -63,15 +70,18 @@ impl Bucket {
             bytes: 0,
             compacted,
             changed: watch::Sender::new(()),
+            watched: Watched::default(),
         }
     }
 
     fn after(&self, revision: Revision) -> impl Iterator<Item = &Arc<Event>> {
-        let start = self
-            .events
-            .partition_point(|e| e.record.revision <= revision);
-        self.events.range(start..)
+        after(&self.events, revision).map(|(event, _)| event)
     }
+}
+
+fn after(events: &VecDeque<Shared>, revision: Revision) -> impl Iterator<Item = &Shared> {
+    let start = events.partition_point(|(event, _)| event.record.revision <= revision);
+    events.range(start..)
 }
 
 /// Bounds say how much history is kept.
@@ -119,35 +129,40 @@ impl History {
             bucket.bytes = 0;
             bucket.compacted = origin;
             bucket.changed.send_replace(());
+            bucket.watched.forget(origin);
         }
         self.changed.send_replace(());
     }
 
     /// Appends events, in order of revision. Call `wake` for them once they are visible.
-    pub fn append(&mut self, event: Arc<Event>) {
+    pub fn append(&mut self, (event, ids): Shared) {
         let (origin, bounds) = (self.origin, self.bounds);
         let bucket = self.bucket(bucket_of(&event.record.key).unwrap_or_default(), origin);
         bucket.bytes += event.bytes();
-        bucket.events.push_back(event);
+        bucket.watched.append(&event, ids);
+        bucket.events.push_back((event, ids));
         // The newest event stays whatever its size: a watcher that keeps up must see it.
         while bucket.events.len() > 1
             && (bucket.events.len() > bounds.events_max || bucket.bytes > bounds.bytes_max)
         {
-            if let Some(old) = bucket.events.pop_front() {
+            if let Some((old, ids)) = bucket.events.pop_front() {
                 bucket.bytes -= old.bytes();
                 bucket.compacted = old.record.revision;
+                bucket.watched.trim(old.record.revision, ids);
             }
         }
     }
 
-    pub fn wake(&self, events: &[Arc<Event>]) {
+    pub fn wake(&self, events: &[Shared]) {
         let mut woken: Option<&str> = None;
-        for event in events {
+        for (event, ids) in events {
             let name = bucket_of(&event.record.key).unwrap_or_default();
+            let Some(bucket) = self.buckets.get(name) else {
+                continue;
+            };
+            bucket.watched.wake(*ids);
             if woken != Some(name) {
-                if let Some(bucket) = self.buckets.get(name) {
-                    bucket.changed.send_replace(());
-                }
+                bucket.changed.send_replace(());
                 woken = Some(name);
             }
         }
@@ -215,6 +230,50 @@ impl History {
             Some(name) => self.bucket(name, origin).changed.subscribe(),
             None => self.changed.subscribe(),
         }
+    }
+
+    /// What wakes a watch of a share of a bucket. Whoever has it says when it `leaves`.
+    pub fn subscribe_share(
+        &mut self,
+        bucket: &str,
+        share: Id,
+        from: Revision,
+    ) -> watch::Receiver<()> {
+        let origin = self.origin;
+        let bucket = self.bucket(bucket, origin);
+        let events = &bucket.events;
+        bucket.watched.subscribe(share, from, || {
+            let of_it = after(events, from).filter(|(_, ids)| ids.contains(share));
+            of_it.map(|(event, _)| event)
+        })
+    }
+
+    #[cfg(test)]
+    pub fn watched(&self) -> impl Iterator<Item = &Watched> {
+        self.buckets.values().map(|bucket| &bucket.watched)
+    }
+
+    pub fn leave(&mut self, bucket: &str, share: Id) {
+        if let Some(bucket) = self.buckets.get_mut(bucket) {
+            bucket.watched.leave(share);
+        }
+    }
+
+    /// As `after`, of a share that is subscribed to: what was forgotten of others is no matter.
+    pub fn after_of(
+        &self,
+        prefix: &str,
+        share: Id,
+        revision: Revision,
+        max: usize,
+    ) -> Result<Vec<Arc<Event>>, StoreError> {
+        let bucket = bucket_of(prefix).and_then(|name| self.buckets.get(name));
+        let Some(bucket) = bucket else {
+            return Ok(Vec::new());
+        };
+        let events = bucket.watched.after(share, revision)?;
+        let wanted = events.filter(|event| event.record.key.starts_with(prefix));
+        Ok(whole(wanted, max))
     }
 
     fn bucket(&mut self, name: &str, origin: Revision) -> &mut Bucket {

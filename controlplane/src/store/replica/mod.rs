@@ -4,6 +4,7 @@
 //! nothing else, so a slow one costs no memory: when the history has moved past it, it gets `StoreError::Compacted`.
 
 mod history;
+mod shares;
 
 use std::ops::{Bound, RangeBounds};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -12,9 +13,10 @@ use futures::future::BoxFuture;
 use im::OrdMap;
 use tokio::sync::watch;
 
-use super::{Page, Range, Record, Revision, StoreError, WatchEvent, WatchStream};
-use history::History;
+use super::{Page, Range, Record, Revision, Share, StoreError, WatchEvent, WatchStream, bucket_of};
 pub(super) use history::{Bounds, Event};
+use history::{History, Shared};
+use shares::{Id, Ids};
 
 /// Events that a watch hands out at once, beyond those of one revision.
 const WATCH_BATCH_MAX: usize = 512;
@@ -34,6 +36,7 @@ pub(super) struct Replica {
     state: Arc<RwLock<State>>,
     /// Tells of new revisions.
     revision: Arc<watch::Sender<Revision>>,
+    ids: Ids,
 }
 
 impl Replica {
@@ -46,6 +49,7 @@ impl Replica {
                 history,
             })),
             revision: Arc::new(watch::Sender::new(revision)),
+            ids: Ids::default(),
         }
     }
 
@@ -74,14 +78,17 @@ impl Replica {
 
     /// Shows a new state to readers, and the events that led to it to watches.
     pub fn publish(&self, records: Records, revision: Revision, events: &[Arc<Event>]) {
+        let shared = |event: &Arc<Event>| (event.clone(), self.ids.of_event(event));
+        let events: Vec<Shared> = events.iter().map(shared).collect();
         let mut state = self.write();
         state.records = records;
         state.revision = revision;
-        for event in events {
+        for event in &events {
             state.history.append(event.clone());
         }
-        state.history.wake(events);
         drop(state);
+        // Those who wake look at once: they do not wait for each other as they would for who writes.
+        self.read().history.wake(&events);
         self.revision.send_replace(revision);
     }
 
@@ -162,29 +169,52 @@ impl Replica {
         Ok((records, at))
     }
 
-    pub fn watch(&self, prefix: &str, from: Revision) -> Result<Box<dyn WatchStream>, StoreError> {
-        let changed = {
+    /// A watch of a share of what is under a prefix. What is wider than a bucket has no shares.
+    pub fn watch(
+        &self,
+        prefix: &str,
+        share: Share<'_>,
+        from: Revision,
+    ) -> Result<Box<dyn WatchStream>, StoreError> {
+        let share = bucket_of(prefix).zip(self.ids.of(share));
+        let known = {
             let state = self.read();
-            if from > state.revision {
-                return Err(StoreError::Future {
-                    wanted: from,
-                    current: state.revision,
-                });
+            state.check(prefix, from)?;
+            match share {
+                Some(_) => None,
+                None => state.history.subscribe(prefix),
             }
-            state.history.check(prefix, from)?;
-            state.history.subscribe(prefix)
         };
-        let changed = match changed {
-            Some(changed) => changed,
+        let changed = match (known, share) {
+            (Some(changed), _) => changed,
+            (None, Some((bucket, share))) => {
+                let mut state = self.write();
+                state.check(prefix, from)?;
+                state.history.subscribe_share(bucket, share, from)
+            }
             // The bucket has never been written to: its place in the history is made now.
-            None => self.write().history.subscribe_new(prefix),
+            (None, None) => self.write().history.subscribe_new(prefix),
         };
         Ok(Box::new(Watch {
             replica: self.clone(),
             prefix: prefix.into(),
+            share: share.map(|(_, share)| share),
             position: from,
             changed,
         }))
+    }
+}
+
+impl State {
+    /// Whether all writes under the prefix after a revision, which has been reached, are known.
+    fn check(&self, prefix: &str, from: Revision) -> Result<(), StoreError> {
+        if from > self.revision {
+            return Err(StoreError::Future {
+                wanted: from,
+                current: self.revision,
+            });
+        }
+        self.history.check(prefix, from)
     }
 }
 
@@ -217,17 +247,26 @@ fn past(prefix: &str) -> Option<String> {
 struct Watch {
     replica: Replica,
     prefix: Arc<str>,
+    /// None for all of it.
+    share: Option<Id>,
     /// Everything up to here has been handed out.
     position: Revision,
     changed: watch::Receiver<()>,
 }
 
 impl Watch {
+    /// The first events that have not been handed out.
+    fn after(&self, state: &State, max: usize) -> Result<Vec<Arc<Event>>, StoreError> {
+        let (prefix, from) = (&self.prefix, self.position);
+        match self.share {
+            Some(share) => state.history.after_of(prefix, share, from, max),
+            None => state.history.after(prefix, from, max),
+        }
+    }
+
     fn pending(&mut self) -> Result<Vec<Arc<Event>>, StoreError> {
         let state = self.replica.read();
-        let events = state
-            .history
-            .after(&self.prefix, self.position, WATCH_BATCH_MAX)?;
+        let events = self.after(&state, WATCH_BATCH_MAX)?;
         self.position = match events.last() {
             Some(last) => last.record.revision,
             None => state.revision,
@@ -255,9 +294,17 @@ impl WatchStream for Watch {
 
     fn progress(&self) -> Revision {
         let state = self.replica.read();
-        match state.history.after(&self.prefix, self.position, 1) {
+        match self.after(&state, 1) {
             Ok(events) if events.is_empty() => state.revision,
             _ => self.position,
+        }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if let Some((bucket, share)) = bucket_of(&self.prefix).zip(self.share) {
+            self.replica.write().history.leave(bucket, share);
         }
     }
 }

@@ -10,8 +10,8 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 
 use super::{
-    Expect, Page, Range, Record, Revision, Store, StoreError, Wanted, WatchEvent, WatchStream,
-    Write,
+    Expect, Page, Range, Record, Revision, Share, Store, StoreError, Wanted, WatchEvent,
+    WatchStream, Write,
 };
 pub use keys::{Keys, KeysError};
 
@@ -170,16 +170,22 @@ impl Store for Sealed {
         })
     }
 
-    fn watch<'a>(
+    fn watch_share<'a>(
         &'a self,
         prefix: &'a str,
+        share: Share<'a>,
         from: Revision,
     ) -> BoxFuture<'a, Result<Box<dyn WatchStream>, StoreError>> {
         Box::pin(async move {
-            let inner = self.inner.watch(prefix, from).await?;
             if !self.keys.covers(prefix) {
-                return Ok(inner);
+                return self.inner.watch_share(prefix, share, from).await;
             }
+            // Below, nothing is seen of a value.
+            let share = match share {
+                Share::Node(_) => Share::All,
+                Share::All | Share::Key(_) | Share::Name(_) => share,
+            };
+            let inner = self.inner.watch_share(prefix, share, from).await?;
             let keys = self.keys.clone();
             Ok(Box::new(Opened { inner, keys }) as Box<dyn WatchStream>)
         })
