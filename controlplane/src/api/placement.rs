@@ -23,7 +23,7 @@ impl View for Placement {
 
     fn take(&mut self, prefix: &'static str, key: &str, value: Option<&[u8]>) {
         let key = format!("{prefix}{key}");
-        let node = value.and_then(|value| Raw::new(value).field("spec")?.field("nodeName")?.text());
+        let node = value.and_then(|value| Raw::new(value).at(["spec", "nodeName"])?.text());
         let node = node.filter(|node| !node.is_empty());
         let before = self.placed.get(&*key);
         if before.map(|before| &**before) == node.as_deref() {

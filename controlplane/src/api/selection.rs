@@ -15,15 +15,11 @@ impl ListOptions {
     /// Whether a stored object is selected.
     pub fn selects_stored(&self, value: &[u8]) -> bool {
         let object = Raw::new(value);
-        let labels = match self.labels.is_empty() {
-            true => None,
-            false => labels(object),
-        };
-        self.labels.matches_by(|key| labels?.field(key)?.text())
-            && self.fields.matches_by(|path| {
-                let found = path.split('.').try_fold(object, |at, step| at.field(step));
-                field(found)
-            })
+        self.labels
+            .matches_by(|key| object.at(["metadata", "labels", key])?.text())
+            && self
+                .fields
+                .matches_by(|path| field(object.at(path.split('.'))))
     }
 
     /// Whether an object is selected that has been looked at for all who ask.
@@ -35,10 +31,6 @@ impl ListOptions {
                 field(found.map(|(_, value)| Raw::new(value)))
             })
     }
-}
-
-fn labels(object: Raw<'_>) -> Option<Raw<'_>> {
-    object.field("metadata")?.field("labels")
 }
 
 fn field(found: Option<Raw<'_>>) -> Field<'_> {

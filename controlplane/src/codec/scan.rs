@@ -25,6 +25,24 @@ impl<'a> Raw<'a> {
         fields.find(|(key, _)| key.is(name)).map(|(_, value)| value)
     }
 
+    /// What is at a path of fields. Nothing is looked at that stands behind it, in the objects around it neither.
+    pub fn at<'p>(self, path: impl IntoIterator<Item = &'p str>) -> Option<Self> {
+        let mut text = self.0;
+        for step in path {
+            text = text.strip_prefix(b"{")?;
+            loop {
+                let (key, rest) = text.split_at_checked(string(text)?)?;
+                let rest = rest.strip_prefix(b":")?;
+                if Raw(key).is(step) {
+                    text = rest;
+                    break;
+                }
+                text = rest.get(value(rest)?..)?.strip_prefix(b",")?;
+            }
+        }
+        text.get(..value(text)?).map(Self)
+    }
+
     /// What a value that holds no others is as text: a string's content, a number's digits, `true`, `false`. None for null, objects
     /// and lists.
     pub fn text(self) -> Option<Cow<'a, str>> {
@@ -137,6 +155,7 @@ mod tests {
         let raw = Raw::new(text.as_bytes());
         let text = |path: &[&str]| {
             let found = path.iter().try_fold(raw, |raw, name| raw.field(name));
+            assert_eq!(raw.at(path.iter().copied()), found);
             found.and_then(Raw::text).map(Cow::into_owned)
         };
         assert_eq!(text(&["a"]).as_deref(), Some("}\\\"{"));
@@ -186,6 +205,11 @@ mod tests {
             let fields = document.as_object().cloned().unwrap_or_default();
             for (name, value) in &fields {
                 let field = raw.field(name).expect("a field that is there");
+                prop_assert_eq!(raw.at([name.as_str()]), Some(field));
+                for (inner, _) in value.as_object().into_iter().flatten() {
+                    prop_assert_eq!(raw.at([name.as_str(), inner.as_str()]), field.field(inner));
+                }
+                prop_assert_eq!(raw.at([name.as_str(), "none of them"]), None);
                 prop_assert_eq!(&serde_json::from_slice::<Value>(field.0).unwrap(), value);
                 let text = match value {
                     Value::String(text) => Some(text.clone()),
@@ -201,6 +225,7 @@ mod tests {
         fn broken_text_is_no_worse_than_empty(text in "[a\"\\\\{}\\[\\],:1n]{0,40}", name in "[a\"]{0,3}") {
             let raw = Raw::new(text.as_bytes());
             let _ = (raw.field(&name).and_then(Raw::text), raw.fields().count(), raw.text());
+            let _ = (raw.at([name.as_str(), name.as_str()]), raw.at([]));
         }
     }
 }
