@@ -170,13 +170,6 @@ impl Metrics {
 /// A running watch, counted.
 pub struct Watching(Gauge);
 
-impl Watching {
-    /// How many watches of its resource there are.
-    pub fn count(&self) -> u32 {
-        u32::try_from(self.0.get()).unwrap_or(0)
-    }
-}
-
 impl Drop for Watching {
     fn drop(&mut self) {
         self.0.dec();

@@ -48,7 +48,7 @@ async fn names(store: &impl Store, at: Option<Revision>) -> Vec<(String, String)
         .collect()
 }
 
-async fn next(watch: &mut Box<dyn WatchStream>) -> Vec<WatchEvent> {
+async fn next(watch: &mut Box<dyn WatchStream>) -> Vec<Arc<WatchEvent>> {
     tokio::time::timeout(Duration::from_secs(10), watch.next())
         .await
         .expect("events arrive")
@@ -432,7 +432,7 @@ pub async fn a_lifetime_ends_with_a_deletion_that_watches_see(store: impl Store)
     let deleted = loop {
         let events = next(&mut watch).await;
         if let Some(event) = events.into_iter().find(|e| e.change == Change::Delete) {
-            break event.record;
+            break event.record.clone();
         }
     };
     assert_eq!(&*deleted.key, key("brief"));
@@ -522,7 +522,7 @@ pub async fn lists_and_watches_agree_with_a_model(store: impl Store, ops: Vec<Op
                     };
                     assert_eq!(
                         before,
-                        event.previous.map(|p| p.value.to_vec()),
+                        event.previous.as_ref().map(|p| p.value.to_vec()),
                         "each event names what it replaces"
                     );
                 }

@@ -249,7 +249,10 @@ pub trait Store: Send + Sync + 'static {
 /// WatchStream is a running watch.
 pub trait WatchStream: Send {
     /// The next events in order, at least one; waits for them. Cancel safe.
-    fn next(&mut self) -> BoxFuture<'_, Result<Vec<WatchEvent>, StoreError>>;
+    fn next(&mut self) -> BoxFuture<'_, Result<Vec<Arc<WatchEvent>>, StoreError>>;
+
+    /// How many watches were told of what this one was last told of, itself included, or of more.
+    fn peers(&self) -> usize;
 
     /// The revision up to which everything under the prefix has been handed out: what a bookmark may carry.
     fn progress(&self) -> Revision;

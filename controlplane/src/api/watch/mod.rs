@@ -3,6 +3,7 @@
 mod beginnings;
 mod event;
 
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -11,8 +12,8 @@ use futures::FutureExt;
 use http::{StatusCode, header};
 use rand::RngExt;
 use serde_json::Value;
-use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
+use tokio::time::{Instant, Sleep};
+use tokio_util::sync::WaitForCancellationFutureOwned;
 
 use super::encodings::Encodings;
 use super::reply::Answer;
@@ -36,17 +37,18 @@ const BOOKMARK_PERIOD: Duration = Duration::from_secs(60);
 const INITIAL_EVENTS_PER_CHUNK: usize = 200;
 /// How many recent events are kept encoded for the other watchers of the same change.
 const ENCODED_EVENTS: usize = 256;
-/// How long a watch rests after it has sent something, for each watch that its resource has. A write to every one of them costs more
-/// than all else that a change does: what happens while they rest goes in one. A resource with few watches has no such rest, and a
-/// change that comes after one is sent at once.
-const REST_PER_WATCH: Duration = Duration::from_micros(10);
+/// How long a watch rests after it has sent something, for each watch that is told the same: about as long as a write to one of them
+/// takes a processor. These writes cost more than all else that a change does, and what happens while the watches rest goes in one; so
+/// no resource has more than one processor write to its watches. Few watches do not rest, and a change that comes after a rest is sent
+/// at once.
+const REST_PER_WATCH: Duration = Duration::from_micros(20);
 /// Shorter ones are not worth a timer.
 const REST_MIN: Duration = Duration::from_millis(2);
-const REST_MAX: Duration = Duration::from_millis(20);
+const REST_MAX: Duration = Duration::from_millis(40);
 
 /// One change with what watchers of a resource have worked out about it: each part once for all of them.
 pub(super) struct Encoded {
-    event: WatchEvent,
+    event: Arc<WatchEvent>,
     /// Versions of a kind share their records, and differ in how these are sent.
     resource: &'static Resource,
     current: OnceLock<Option<Value>>,
@@ -73,14 +75,15 @@ impl Default for EncodedEvents {
 }
 
 impl EncodedEvents {
-    fn share(&self, event: WatchEvent, resource: &'static Resource) -> Arc<Encoded> {
+    fn share(&self, event: Arc<WatchEvent>, resource: &'static Resource) -> Arc<Encoded> {
         let revision = event.record.revision;
         let slot = &self.slots[usize::try_from(revision.0 % ENCODED_EVENTS as u64).unwrap_or(0)];
         let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+        // Of what is kept sealed each watch has an event of its own.
         let same = |known: &&Arc<Encoded>| {
-            known.revision() == revision
-                && known.event.record.key == event.record.key
-                && std::ptr::eq(known.resource, resource)
+            let same_event = Arc::ptr_eq(&known.event, &event)
+                || known.revision() == revision && known.event.record.key == event.record.key;
+            same_event && std::ptr::eq(known.resource, resource)
         };
         if let Some(known) = slot.iter().find(same) {
             return known.clone();
@@ -224,6 +227,10 @@ impl Api {
         let timeout_s = options
             .timeout_s
             .unwrap_or_else(|| rand::rng().random_range(TIMEOUT_S_MIN..2 * TIMEOUT_S_MIN));
+        let now = Instant::now();
+        let next_bookmark = now + BOOKMARK_PERIOD;
+        let ends = now + Duration::from_secs(timeout_s.min(TIMEOUT_S_MAX));
+        let wakes = wakes(options.bookmarks, next_bookmark, ends);
         let watcher = Watcher {
             target: call.target.clone(),
             form: (form, encoding),
@@ -231,24 +238,25 @@ impl Api {
             initial,
             initial_end: told.then_some(from),
             bookmarked: from,
-            next_bookmark: Instant::now() + BOOKMARK_PERIOD,
-            ends: Instant::now() + Duration::from_secs(timeout_s.min(TIMEOUT_S_MAX)),
+            next_bookmark,
+            ends,
+            wakes: Box::pin(tokio::time::sleep_until(wakes)),
             options,
             stream,
-            stop: self.stop.clone(),
-            rests: Instant::now(),
-            counted: self.metrics.watching(call.target.resource),
+            stop: Box::pin(self.stop.clone().cancelled_owned()),
+            rests: now,
+            events: self.events.clone(),
+            encodings: self.encodings.clone(),
+            _counted: self.metrics.watching(call.target.resource),
         };
-        let (events, encodings) = (self.events.clone(), self.encodings.clone());
-        let chunks = futures::stream::unfold(Some(watcher), move |watcher| {
-            let (events, encodings) = (events.clone(), encodings.clone());
-            async move {
-                let mut watcher = watcher?;
-                match watcher.next(&events, &encodings).await {
-                    Some(Ok(chunk)) => Some((chunk, Some(watcher))),
-                    Some(Err(status)) => Some((error_event(&status, encoding), None)),
-                    None => None,
-                }
+        // It is passed on with every chunk.
+        let watcher = Some(Box::new(watcher));
+        let chunks = futures::stream::unfold(watcher, move |watcher| async move {
+            let mut watcher = watcher?;
+            match watcher.next().await {
+                Some(Ok(chunk)) => Some((chunk, Some(watcher))),
+                Some(Err(status)) => Some((error_event(&status, encoding), None)),
+                None => None,
             }
         });
         Ok(events_answer(encoding, chunks))
@@ -308,10 +316,23 @@ struct Watcher {
     bookmarked: Revision,
     next_bookmark: Instant,
     ends: Instant,
+    /// Fires at the next bookmark or the end. This and `stop` are waited for with every event: they stay with the watch, since to take
+    /// one's place in a line and leave it again costs more than the event.
+    wakes: Pin<Box<Sleep>>,
+    stop: Pin<Box<WaitForCancellationFutureOwned>>,
     /// Until when it rests.
     rests: Instant,
-    stop: CancellationToken,
-    counted: super::metrics::Watching,
+    events: Arc<EncodedEvents>,
+    encodings: Arc<Encodings>,
+    _counted: super::metrics::Watching,
+}
+
+/// When a watch has something to do without an event.
+fn wakes(bookmarks: bool, next_bookmark: Instant, ends: Instant) -> Instant {
+    match bookmarks {
+        true => ends.min(next_bookmark),
+        false => ends,
+    }
 }
 
 /// What was there when a watch began, as far as it has not been sent.
@@ -323,8 +344,8 @@ enum Initial {
 }
 
 /// How long each of so many watches rests.
-fn rest(watches: u32) -> Duration {
-    let rest = REST_PER_WATCH * watches;
+fn rest(watches: usize) -> Duration {
+    let rest = REST_PER_WATCH.saturating_mul(u32::try_from(watches).unwrap_or(u32::MAX));
     match rest < REST_MIN {
         true => Duration::ZERO,
         false => rest.min(REST_MAX),
@@ -333,8 +354,9 @@ fn rest(watches: u32) -> Duration {
 
 impl Watcher {
     /// Some more of what was there when the watch began; None when all of it has been sent.
-    fn next_initial(&mut self, encodings: &Encodings) -> Result<Option<Bytes>, Status> {
+    fn next_initial(&mut self) -> Result<Option<Bytes>, Status> {
         let (target, form, added) = (&self.target, self.form, Kind::Added);
+        let encodings = &self.encodings;
         if let Initial::Kept(beginning, number) = &mut self.initial {
             if let Some(chunk) = beginning.chunk(*number) {
                 *number += 1;
@@ -380,27 +402,21 @@ impl Watcher {
     }
 
     /// The next chunk of the body; None when the watch is over.
-    async fn next(
-        &mut self,
-        events: &EncodedEvents,
-        encodings: &Encodings,
-    ) -> Option<Result<Bytes, Status>> {
-        if let Some(chunk) = self.next_initial(encodings).transpose() {
+    async fn next(&mut self) -> Option<Result<Bytes, Status>> {
+        if let Some(chunk) = self.next_initial().transpose() {
             return Some(chunk);
         }
         loop {
-            let wake = if self.options.bookmarks {
-                self.ends.min(self.next_bookmark)
-            } else {
-                self.ends
-            };
             let batch = tokio::select! {
-                () = self.stop.cancelled() => return None,
+                () = &mut self.stop => return None,
                 batch = self.stream.next() => batch,
-                () = tokio::time::sleep_until(wake) => {
+                () = &mut self.wakes => {
                     let progress = self.stream.progress();
-                    let over = Instant::now() >= self.ends;
-                    self.next_bookmark = Instant::now() + BOOKMARK_PERIOD;
+                    let now = Instant::now();
+                    let over = now >= self.ends;
+                    self.next_bookmark = now + BOOKMARK_PERIOD;
+                    let wakes = wakes(self.options.bookmarks, self.next_bookmark, self.ends);
+                    self.wakes.as_mut().reset(wakes);
                     if self.options.bookmarks && progress > self.bookmarked {
                         self.bookmarked = progress;
                         return Some(Ok(bookmark(&self.target, self.form, progress, false)));
@@ -421,13 +437,13 @@ impl Watcher {
             };
             let mut chunk: Vec<Bytes> = Vec::new();
             for event in batch {
-                let encoded = events.share(event, self.target.resource);
+                let encoded = self.events.share(event, self.target.resource);
                 if let Some(kind) = self.seen_as(&encoded) {
                     chunk.push(self.write(kind, &encoded));
                 }
             }
             if !chunk.is_empty() {
-                self.rests = Instant::now() + rest(self.counted.count());
+                self.rests = Instant::now() + rest(self.stream.peers());
             }
             match chunk.len() {
                 0 => {}
@@ -440,8 +456,8 @@ impl Watcher {
     /// The events, with those that happen while the watch still rests.
     async fn with_what_follows(
         &mut self,
-        mut events: Vec<WatchEvent>,
-    ) -> Result<Vec<WatchEvent>, StoreError> {
+        mut events: Vec<Arc<WatchEvent>>,
+    ) -> Result<Vec<Arc<WatchEvent>>, StoreError> {
         if Instant::now() < self.rests {
             tokio::time::sleep_until(self.rests).await;
             if let Some(more) = self.stream.next().now_or_never() {
@@ -488,9 +504,9 @@ mod tests {
 
     #[test]
     fn only_watches_that_are_many_rest() {
-        assert_eq!([0, 1, 50, 199].map(rest), [Duration::ZERO; 4]);
-        assert_eq!(rest(200), REST_MIN);
-        assert_eq!(rest(1000), Duration::from_millis(10));
-        assert_eq!([5000, u32::MAX].map(rest), [REST_MAX; 2]);
+        assert_eq!([0, 1, 50, 99].map(rest), [Duration::ZERO; 4]);
+        assert_eq!(rest(100), REST_MIN);
+        assert_eq!(rest(1000), Duration::from_millis(20));
+        assert_eq!([2000, 5000, usize::MAX].map(rest), [REST_MAX; 3]);
     }
 }

@@ -88,7 +88,7 @@ pub async fn what_is_compacted_is_refused_and_what_is_left_is_whole(store: impl 
         for event in next(&mut watch).await {
             assert_eq!(event.record.revision.0, previous.revision.0 + 1);
             assert_eq!(event.previous.as_ref(), Some(&previous));
-            previous = event.record;
+            previous = event.record.clone();
         }
     }
     assert_eq!(previous, last);

@@ -5,28 +5,16 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use super::super::{Change, Record, Revision, StoreError, WatchEvent, bucket_of};
+use super::super::{Change, Revision, StoreError, bucket_of};
 use super::Records;
 use super::shares::{EventIds, Id, Watched};
 
-/// Event is one write.
-pub(in crate::store) struct Event {
-    pub change: Change,
-    pub record: Record,
-    pub previous: Option<Record>,
-}
+/// One write.
+pub(in crate::store) use super::super::WatchEvent as Event;
 
 impl Event {
-    pub fn to_watch_event(&self) -> WatchEvent {
-        WatchEvent {
-            change: self.change.clone(),
-            record: self.record.clone(),
-            previous: self.previous.clone(),
-        }
-    }
-
     /// Makes the records what they are after it.
-    pub fn apply(&self, records: &mut Records) {
+    pub(in crate::store) fn apply(&self, records: &mut Records) {
         match self.change {
             Change::Put => records.insert(self.record.key.clone(), self.record.clone()),
             Change::Delete => records.remove(&*self.record.key),
@@ -34,7 +22,7 @@ impl Event {
     }
 
     /// Makes the records what they were before it.
-    pub fn undo(&self, records: &mut Records) {
+    pub(in crate::store) fn undo(&self, records: &mut Records) {
         match &self.previous {
             Some(previous) => records.insert(previous.key.clone(), previous.clone()),
             None => records.remove(&*self.record.key),
@@ -243,8 +231,19 @@ impl History {
         let bucket = self.bucket(bucket, origin);
         let events = &bucket.events;
         bucket.watched.subscribe(share, from, || {
-            let of_it = after(events, from).filter(|(_, ids)| ids.contains(share));
+            let of_it = after(events, from).filter(move |(_, ids)| ids.contains(share));
             of_it.map(|(event, _)| event)
+        })
+    }
+
+    /// How many watches are woken together: all of a share, or all that look at everything.
+    pub fn watches(&self, prefix: &str, share: Option<Id>) -> usize {
+        let Some(name) = bucket_of(prefix) else {
+            return self.changed.receiver_count();
+        };
+        self.buckets.get(name).map_or(0, |bucket| match share {
+            Some(share) => bucket.watched.watches(share),
+            None => bucket.changed.receiver_count(),
         })
     }
 

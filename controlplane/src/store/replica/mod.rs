@@ -201,6 +201,7 @@ impl Replica {
             share: share.map(|(_, share)| share),
             position: from,
             changed,
+            peers: 1,
         }))
     }
 }
@@ -252,6 +253,8 @@ struct Watch {
     /// Everything up to here has been handed out.
     position: Revision,
     changed: watch::Receiver<()>,
+    /// As many watches wait for what this one waits for.
+    peers: usize,
 }
 
 impl Watch {
@@ -267,6 +270,7 @@ impl Watch {
     fn pending(&mut self) -> Result<Vec<Arc<Event>>, StoreError> {
         let state = self.replica.read();
         let events = self.after(&state, WATCH_BATCH_MAX)?;
+        self.peers = state.history.watches(&self.prefix, self.share);
         self.position = match events.last() {
             Some(last) => last.record.revision,
             None => state.revision,
@@ -276,13 +280,13 @@ impl Watch {
 }
 
 impl WatchStream for Watch {
-    fn next(&mut self) -> BoxFuture<'_, Result<Vec<WatchEvent>, StoreError>> {
+    fn next(&mut self) -> BoxFuture<'_, Result<Vec<Arc<WatchEvent>>, StoreError>> {
         Box::pin(async move {
             loop {
                 self.changed.borrow_and_update();
                 let events = self.pending()?;
                 if !events.is_empty() {
-                    return Ok(events.iter().map(|event| event.to_watch_event()).collect());
+                    return Ok(events);
                 }
                 self.changed
                     .changed()
@@ -290,6 +294,10 @@ impl WatchStream for Watch {
                     .map_err(|_| StoreError::Closed)?;
             }
         })
+    }
+
+    fn peers(&self) -> usize {
+        self.peers
     }
 
     fn progress(&self) -> Revision {

@@ -219,19 +219,24 @@ struct Opened {
 }
 
 impl WatchStream for Opened {
-    fn next(&mut self) -> BoxFuture<'_, Result<Vec<WatchEvent>, StoreError>> {
+    fn next(&mut self) -> BoxFuture<'_, Result<Vec<Arc<WatchEvent>>, StoreError>> {
         Box::pin(async move {
             let events = self.inner.next().await?;
-            let opened = |event: WatchEvent| {
-                let previous = event.previous.map(|record| open(&self.keys, record));
-                Ok(WatchEvent {
-                    record: open(&self.keys, event.record)?,
+            let opened = |event: Arc<WatchEvent>| {
+                let previous = event.previous.clone();
+                let previous = previous.map(|record| open(&self.keys, record));
+                Ok(Arc::new(WatchEvent {
+                    change: event.change.clone(),
+                    record: open(&self.keys, event.record.clone())?,
                     previous: previous.transpose()?,
-                    ..event
-                })
+                }))
             };
             events.into_iter().map(opened).collect()
         })
+    }
+
+    fn peers(&self) -> usize {
+        self.inner.peers()
     }
 
     fn progress(&self) -> Revision {
@@ -283,6 +288,7 @@ mod tests {
             assert!(
                 event
                     .previous
+                    .as_ref()
                     .is_none_or(|previous| previous.value == value)
             );
         }

@@ -40,7 +40,7 @@ async fn told(watch: &mut Box<dyn WatchStream>, count: usize) -> Vec<(Revision, 
     let mut told = Vec::new();
     while told.len() < count {
         let events = watch.next().await.unwrap().into_iter();
-        told.extend(events.map(|event| (event.record.revision, event.record.value)));
+        told.extend(events.map(|event| (event.record.revision, event.record.value.clone())));
     }
     told
 }
