@@ -168,8 +168,15 @@ async fn watch_services(client: Client, send: watch::Sender<Option<Arc<ServiceMa
     }
 }
 
+/// Lets a patch remove the fields that an object had and does not have any more.
+fn remove_what_is_gone(old: &Map<String, Value>, patch: &mut Map<String, Value>) {
+    for field in old.keys() {
+        patch.entry(field.clone()).or_insert(Value::Null);
+    }
+}
+
 /// The strategic merge patch from one status to another. `null` removes what is no longer there. Conditions merge by
-/// their type, and only our own are sent: others belong to those who set them, who may have changed them meanwhile.
+/// their type and field by field, and only our own are sent: others belong to those who set them, who may have changed them meanwhile.
 fn status_patch(key: &PodKey, old: &PodStatus, new: &PodStatus) -> Value {
     let object = |status: &PodStatus| match serde_json::to_value(status) {
         Ok(Value::Object(fields)) => fields,
@@ -183,6 +190,13 @@ fn status_patch(key: &PodKey, old: &PodStatus, new: &PodStatus) -> Value {
     let known_conditions = old.conditions.iter().flatten();
     let (old, mut changed) = (object(old), object(&own));
     if let Some(Value::Array(conditions)) = changed.get_mut("conditions") {
+        let known = old.get("conditions").and_then(Value::as_array);
+        for condition in conditions.iter_mut().filter_map(Value::as_object_mut) {
+            let mut known = known.into_iter().flatten().filter_map(Value::as_object);
+            if let Some(known) = known.find(|known| known.get("type") == condition.get("type")) {
+                remove_what_is_gone(known, condition);
+            }
+        }
         // They merge by type: one of ours that no longer holds must be taken out by name.
         let kept = |kind: &str| new.conditions.iter().flatten().any(|c| c.type_ == kind);
         let gone = known_conditions.filter(|c| is_own_condition(&c.type_) && !kept(&c.type_));
@@ -194,9 +208,7 @@ fn status_patch(key: &PodKey, old: &PodStatus, new: &PodStatus) -> Value {
             items.insert(0, json!({"$patch": "replace"}));
         }
     }
-    for field in old.keys() {
-        changed.entry(field.clone()).or_insert(Value::Null);
-    }
+    remove_what_is_gone(&old, &mut changed);
     // The uid makes the server refuse a report about an earlier pod of the same name.
     json!({"metadata": {"uid": key.uid}, "status": changed})
 }
@@ -414,18 +426,20 @@ mod tests {
         };
         let condition = |kind: &str| json!({"type": kind, "status": "True"});
         let old = status(
-            json!({"phase": "Pending", "reason": "x", "conditions": [condition("example.com/gate"), condition("PodResizeInProgress")]}),
+            json!({"phase": "Pending", "reason": "x", "conditions": [condition("example.com/gate"), condition("PodResizeInProgress"),
+                {"type": "Ready", "status": "False", "reason": "ContainersNotReady", "message": "containers with unready status: [c]"}]}),
         );
         let new = status(json!({
             "phase": "Running",
             "podIPs": [{"ip": "10.0.0.1"}],
             "conditions": [condition("Ready"), condition("example.com/gate"), condition("PodScheduled")],
         }));
+        let ready = json!({"type": "Ready", "status": "True", "reason": null, "message": null});
         let expected = json!({"metadata": {"uid": "u"}, "status": {
             "phase": "Running",
             "reason": null,
             "podIPs": [{"$patch": "replace"}, {"ip": "10.0.0.1"}],
-            "conditions": [condition("Ready"), condition("PodScheduled"), {"$patch": "delete", "type": "PodResizeInProgress"}],
+            "conditions": [ready, condition("PodScheduled"), {"$patch": "delete", "type": "PodResizeInProgress"}],
         }});
         assert_eq!(status_patch(&key, &old, &new), expected);
     }
