@@ -44,6 +44,22 @@ pub fn dns_subdomain(text: &str) -> Option<String> {
     (!text.split('.').all(is_dns_label)).then(|| SUBDOMAIN_RULE.to_owned())
 }
 
+/// What is wrong with a domain that a resolver's search list names: a subdomain whose labels may also hold underscores and begin with one.
+pub fn search_domain(text: &str) -> Option<String> {
+    const RULE: &str = "a lowercase RFC 1123 subdomain must consist of lower case alphanumeric characters, '_', '-' or '.', and must start and end with an alphanumeric character (e.g. 'example.com', regex used for validation is '_?[a-z0-9]([-_a-z0-9]*[a-z0-9])?(\\._?[a-z0-9]([-_a-z0-9]*[a-z0-9])?)*')";
+    if text == "." {
+        return None;
+    }
+    let text = text.strip_suffix('.').unwrap_or(text);
+    if text.len() > 253 {
+        return Some(too_long(253));
+    }
+    let mut labels = text
+        .split('.')
+        .map(|label| label.strip_prefix('_').unwrap_or(label).replace('_', "-"));
+    (!labels.all(|label| is_dns_label(&label))).then(|| RULE.to_owned())
+}
+
 /// What is wrong first with `[prefix/]name`, as keys of labels and annotations have it.
 pub fn qualified_name(text: &str) -> Option<String> {
     key_faults(text).into_iter().next()

@@ -12,7 +12,7 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use super::metadata::{dns_subdomain, validate_labels};
+use super::metadata::{dns_subdomain, search_domain, validate_labels};
 use super::place::Place;
 use super::{Errors, dns_label, qualified_name};
 use crate::api::fields::Fields;
@@ -151,10 +151,7 @@ fn validate_dns(spec: &Place<'_>, errors: &mut Errors) {
         searches.invalid(why, errors);
     }
     for search in searches.items() {
-        search.keep_to(
-            |text| dns_subdomain(text.strip_suffix('.').unwrap_or(text)),
-            errors,
-        );
+        search.keep_to(search_domain, errors);
     }
     for option in config.field("options").items() {
         option.field("name").require(errors);
@@ -276,13 +273,26 @@ mod tests {
             told(json!({"containers": container, "dnsPolicy": "None"})),
             ["spec.dnsConfig: Required value: must provide `dnsConfig` when `dnsPolicy` is None"]
         );
+        let searches = [".", "a.b.", "_sip._tcp.abc_d.test", "-a", "a..b", "a_"];
         let config =
-            json!({"nameservers": ["1.1.1.1", "2", "3.3.3.3", "4.4.4.4"], "searches": ["a.b."]});
+            json!({"nameservers": ["1.1.1.1", "2", "3.3.3.3", "4.4.4.4"], "searches": searches});
+        let told = told(json!({"containers": container, "dnsConfig": config}));
         assert_eq!(
-            told(json!({"containers": container, "dnsConfig": config})),
+            told[..2],
             [
                 r#"spec.dnsConfig.nameservers: Invalid value: ["1.1.1.1","2","3.3.3.3","4.4.4.4"]: must not have more than 3 nameservers"#,
                 r#"spec.dnsConfig.nameservers[1]: Invalid value: "2": must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)"#,
+            ]
+        );
+        let wrong = told[2..]
+            .iter()
+            .map(|why| why.split(": a lowercase").next().unwrap());
+        assert_eq!(
+            wrong.collect::<Vec<_>>(),
+            [
+                r#"spec.dnsConfig.searches[3]: Invalid value: "-a""#,
+                r#"spec.dnsConfig.searches[4]: Invalid value: "a..b""#,
+                r#"spec.dnsConfig.searches[5]: Invalid value: "a_""#,
             ]
         );
     }
