@@ -74,6 +74,7 @@ async fn inside() {
     whole_life_of_a_pod(&mut node).await;
     an_end_is_noticed_at_once(&node).await;
     logs_can_be_read(&node).await;
+    who_fills_the_disk_is_evicted(&node).await;
 }
 
 async fn whole_life_of_a_pod(node: &mut Node) {
@@ -239,4 +240,41 @@ async fn logs_can_be_read(node: &Node) {
     let mut lines: Vec<_> = std::str::from_utf8(&text).unwrap().lines().collect();
     lines.sort();
     assert_eq!(lines, ["one", "two"]);
+}
+
+/// The snapshotter here makes whole copies of images, which no container has written.
+async fn who_fills_the_disk_is_evicted(node: &Node) {
+    let script = |fill: &str| json!(["sh", "-c", format!("{fill}; sleep 100")]);
+    let limits = json!({"limits": {"ephemeral-storage": "64Ki"}});
+    node.start_pod(&pod(
+        "modest",
+        json!({
+            "hostNetwork": true,
+            "containers": [{"name": "c", "image": IMAGE, "command": script("true"), "resources": limits}],
+        }),
+    ));
+    let fill = "dd if=/dev/zero of=/w/f bs=1M count=3";
+    node.start_pod(&pod(
+        "full",
+        json!({
+            "hostNetwork": true,
+            "containers": [{
+                "name": "c", "image": IMAGE, "command": script(fill), "volumeMounts": [{"name": "w", "mountPath": "/w"}],
+            }],
+            "volumes": [{"name": "w", "emptyDir": {"sizeLimit": "2Mi"}}],
+        }),
+    ));
+    soon("the other one is ready", || node.is_ready("modest")).await;
+    soon("it has failed", || {
+        node.cluster.phase("full") == Some("Failed".to_owned())
+    })
+    .await;
+    let status = node.cluster.status("full").unwrap();
+    assert_eq!(status.reason.as_deref(), Some("Evicted"));
+    let message = status.message.unwrap();
+    assert!(
+        message.starts_with("Usage of EmptyDir volume \"w\""),
+        "{message}"
+    );
+    assert!(node.is_ready("modest"));
 }

@@ -288,6 +288,32 @@ async fn a_pod_that_is_done_is_reported_and_left_in_place() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_pod_that_writes_more_than_it_may_is_evicted() {
+    let stage = Stage::new();
+    let resources = json!({"limits": {"ephemeral-storage": "5Mi"}});
+    let pod = stage.start(pod(
+        "p",
+        json!({"containers": [{"name": "c", "image": "img:1", "resources": resources}]}),
+    ));
+    stage.runtime.set_written_bytes(4 << 20);
+    eventually("the pod is ready", || stage.is_ready("p")).await;
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert!(stage.is_ready("p"), "it writes what it may");
+    stage.runtime.forget_calls();
+    stage.runtime.set_written_bytes(6 << 20);
+    eventually("its end is reported", || {
+        stage.cluster.phase("p") == Some("Failed".to_owned())
+    })
+    .await;
+    eventually("it has ended", || stage.runtime.calls().len() == 2).await;
+    assert_eq!(stage.runtime.calls(), ["stop c 1", "stop sandbox"]);
+    let status = stage.cluster.status("p").unwrap();
+    assert_eq!(status.reason.as_deref(), Some("Evicted"));
+    assert!(stage.cluster.reasons(&pod).contains(&"Evicted"));
+    assert!(!stage.cluster.is_deleted("p"));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_runtime_class_chooses_the_handler_and_an_unknown_one_holds_the_pod_up() {
     let stage = Stage::new();
     let spec = |class: &str| json!({"runtimeClassName": class, "containers": [{"name": "c", "image": "img:1"}]});

@@ -76,6 +76,8 @@ pub struct Memory {
     pub termination_messages: BTreeMap<String, String>,
     /// Why the pod was not let in beside others, if it was not.
     pub refused: Option<Refusal>,
+    /// What the pod used more of than it may, if it was ended for that.
+    pub evicted: Option<String>,
     /// Nothing of the pod is left in the runtime, and its volumes are gone.
     pub cleaned: bool,
 }

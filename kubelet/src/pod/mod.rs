@@ -13,6 +13,7 @@ pub mod report;
 pub mod sandbox;
 mod start;
 pub mod status;
+pub mod storage;
 pub mod worker;
 
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};

@@ -17,6 +17,8 @@ pub use outcome::{Outcome, outcome};
 
 /// What a pod that is already gone from the API gets to end, in seconds (upstream's least grace period).
 const GONE_GRACE_S: i64 = 2;
+/// What a pod that uses too much of the disk gets to end, in seconds (upstream's figure).
+const EVICTED_GRACE_S: i64 = 1;
 /// Dead containers kept per name: the last one, and the one before it for `logs --previous`.
 const DEAD_KEPT: usize = 2;
 
@@ -471,6 +473,8 @@ fn ending_deadline(s: &Situation<'_>) -> Timestamp {
     let grace_s = if s.removed {
         // Whoever removed the object (a forced delete) does not wait for its containers.
         GONE_GRACE_S
+    } else if s.memory.evicted.is_some() {
+        EVICTED_GRACE_S
     } else {
         s.pod
             .metadata

@@ -10,6 +10,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use super::admission::refusal;
 use super::memory::{Memory, OpKey, at_ns, restart_wait};
 use super::plan::{Outcome, current_sandbox, is_ending, is_started, limits_of, outcome, seen};
+use super::storage::EVICTED;
 use super::{RestartPolicy, all_containers, ephemeral_containers, host_network, is_sidecar};
 use crate::resources::{container_limits, qos_class};
 use crate::runtime::{ContainerPhase, ContainerView, PodView};
@@ -81,6 +82,7 @@ pub fn status(report: &Report<'_>) -> PodStatus {
             Some("DeadlineExceeded".to_owned()),
             Some("Pod was active on the node longer than the specified deadline".to_owned()),
         ),
+        Some(Outcome::Evicted) => (Some(EVICTED.to_owned()), report.memory.evicted.clone()),
         Some(Outcome::Refused) => {
             let refused = report.memory.refused.clone();
             let refusal = refused.or_else(|| refusal(report.pod));
@@ -177,9 +179,7 @@ fn phase(
         (_, Some("Failed")) => return "Failed",
         (_, Some("Succeeded")) => return "Succeeded",
         (Some(Outcome::Succeeded), _) => return "Succeeded",
-        (Some(Outcome::Failed | Outcome::DeadlineExceeded | Outcome::Refused), _) => {
-            return "Failed";
-        }
+        (Some(_), _) => return "Failed",
         (None, _) => {}
     }
     let runs: Vec<_> = spec

@@ -21,6 +21,8 @@ use super::{
     StreamRequest, exits,
 };
 
+/// Where the snapshotter keeps its layers whose layers are whole copies: what is in one says nothing of what its container wrote.
+const WHOLE_COPIES: &str = "io.containerd.snapshotter.v1.native";
 /// Upstream's CRI timeout; sandbox creation gets twice that because a CNI plugin is part of it.
 const CALL_TIMEOUT: Duration = Duration::from_secs(120);
 const SANDBOX_TIMEOUT: Duration = Duration::from_secs(240);
@@ -547,6 +549,26 @@ impl Runtime for CriRuntime {
             exit_code: answer.exit_code,
             output: String::from_utf8_lossy(&output).into_owned(),
         })
+    }
+
+    async fn written_bytes(&self, id: &str) -> Result<u64, RuntimeError> {
+        let request = ContainerStatsRequest {
+            container_id: id.to_owned(),
+        };
+        let answer = self
+            .runtime
+            .clone()
+            .container_stats(timed(request, CALL_TIMEOUT))
+            .await;
+        let answer = answer.map_err(self.failed("ContainerStats"))?.into_inner();
+        let layer = answer.stats.and_then(|stats| stats.writable_layer);
+        let own = layer.filter(|layer| {
+            let place = layer.fs_id.as_ref().map(|fs| fs.mountpoint.as_str());
+            !place.is_some_and(|place| place.ends_with(WHOLE_COPIES))
+        });
+        Ok(own
+            .and_then(|layer| layer.used_bytes)
+            .map_or(0, |used| used.value))
     }
 
     async fn reopen_log(&self, id: &str) -> Result<(), RuntimeError> {

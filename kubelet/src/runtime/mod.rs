@@ -227,6 +227,8 @@ pub trait Runtime: Send + Sync {
         timeout_s: i64,
     ) -> Result<ExecOutput, RuntimeError>;
     async fn reopen_log(&self, id: &str) -> Result<(), RuntimeError>;
+    /// The bytes that a container has written to its own file system; 0 where the runtime cannot tell.
+    async fn written_bytes(&self, id: &str) -> Result<u64, RuntimeError>;
     async fn stream_url(&self, request: StreamRequest) -> Result<String, RuntimeError>;
     /// Ids of containers and sandboxes that changed, and where this is learnt from. The stream ends when the runtime goes away.
     async fn changes(&self) -> Result<(ExitSource, BoxStream<'static, String>), RuntimeError>;

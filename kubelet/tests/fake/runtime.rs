@@ -24,6 +24,7 @@ struct State {
     calls: Vec<String>,
     made: u32,
     exec_result: i32,
+    written_bytes: u64,
 }
 
 pub struct FakeRuntime {
@@ -91,6 +92,11 @@ impl FakeRuntime {
 
     pub fn set_exec_result(&self, exit_code: i32) {
         self.state.lock().unwrap().exec_result = exit_code;
+    }
+
+    /// What each container has written to its own file system from now on.
+    pub fn set_written_bytes(&self, bytes: u64) {
+        self.state.lock().unwrap().written_bytes = bytes;
     }
 
     /// Ends the running container of this name by itself.
@@ -353,6 +359,10 @@ impl Runtime for FakeRuntime {
 
     async fn reopen_log(&self, _: &str) -> Result<(), RuntimeError> {
         Ok(())
+    }
+
+    async fn written_bytes(&self, _: &str) -> Result<u64, RuntimeError> {
+        Ok(self.state.lock().unwrap().written_bytes)
     }
 
     async fn stream_url(&self, _: StreamRequest) -> Result<String, RuntimeError> {

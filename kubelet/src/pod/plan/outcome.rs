@@ -17,6 +17,8 @@ pub enum Outcome {
     DeadlineExceeded,
     /// It was never let run.
     Refused,
+    /// It used more of the node's disk than it may.
+    Evicted,
 }
 
 /// Whether the pod has ended by itself: no container of it will ever run again.
@@ -24,6 +26,9 @@ pub fn outcome(pod: &Pod, view: &PodView, memory: &Memory, now: Timestamp) -> Op
     let spec = pod.spec.as_ref()?;
     if memory.refused.is_some() || refusal(pod).is_some() {
         return Some(Outcome::Refused);
+    }
+    if memory.evicted.is_some() {
+        return Some(Outcome::Evicted);
     }
     if deadline(pod).is_some_and(|at| at <= now) {
         return Some(Outcome::DeadlineExceeded);

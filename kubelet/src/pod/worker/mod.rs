@@ -2,6 +2,7 @@
 
 mod notes;
 mod probes;
+mod storage;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -84,6 +85,8 @@ pub struct Worker {
     /// Keeps the pod's ConfigMaps and Secrets under watch.
     _interest: Option<Interest>,
     looked: Option<Instant>,
+    /// When what the pod has written was last counted.
+    counted: Option<Instant>,
     stale: bool,
     /// By container id: what a resize that is under way leads to.
     resizing: HashMap<String, String>,
@@ -116,6 +119,7 @@ impl Worker {
             tokens: Arc::default(),
             reporter,
             looked: None,
+            counted: None,
             stale: true,
             resizing: HashMap::new(),
             announced: HashMap::new(),
@@ -142,6 +146,7 @@ impl Worker {
                         self.looked = Some(Instant::now());
                         self.take_note(view);
                         self.rotate_logs().await;
+                        self.hold_to_storage_limits().await;
                         if std::mem::take(&mut first) {
                             self.adopt();
                             self.tell_refusal();
