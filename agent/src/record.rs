@@ -9,12 +9,14 @@ use std::time::{Duration, Instant};
 
 use cluster_model::ServiceKey;
 use cluster_model::api::api::core::v1::Service;
+use cluster_model::watch::ApiOptions;
 use cluster_model::watch::kube::api::Api;
 use cluster_model::watch::kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use cluster_model::watch::kube::{Client, Resource};
-use cluster_model::watch::{self, ApiOptions};
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
+
+use crate::source;
 
 /// Happenings that may wait to be written; beyond them they are counted as refusals alone.
 const QUEUE: usize = 256;
@@ -25,8 +27,6 @@ const BURST: u32 = 25;
 const REFILL: Duration = Duration::from_secs(10);
 /// Things remembered as written.
 const REMEMBERED_MAX: usize = 4096;
-/// The pause before credentials that could not be read are read again.
-const RETRY: Duration = Duration::from_secs(5);
 
 /// Something that the owner of a Service should know.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -68,14 +68,7 @@ pub fn chosen<'a>(
 
 /// Writes what is handed in, for as long as somebody may hand something in.
 pub async fn write(options: ApiOptions, node: String, mut happenings: mpsc::Receiver<Happening>) {
-    let client = loop {
-        match watch::client(&options).await {
-            Ok(client) => break client,
-            // The event loop hears of it by its own watch.
-            Err(error) => tracing::debug!(%error, "events: no client yet"),
-        }
-        tokio::time::sleep(RETRY).await;
-    };
+    let client = source::client(&options, "events").await;
     let reporter = Reporter {
         controller: "keelway-agent".into(),
         instance: Some(node),

@@ -2,33 +2,22 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::time::Duration;
 
 use cluster_model::api::api::networking::v1::ServiceCIDR;
+use cluster_model::watch::ApiOptions;
 use cluster_model::watch::kube::api::Api;
 use cluster_model::watch::kube::runtime::{WatchStreamExt, watcher};
-use cluster_model::watch::{self, ApiOptions};
 use cluster_model::{ServiceKey, Snapshot};
 use futures::StreamExt;
 use ipnetwork::IpNetwork;
 
 use crate::plan::lifeline;
-use crate::source::Feed;
-
-/// Longest pause before credentials that could not be read are read again.
-const RETRY: Duration = Duration::from_secs(5);
+use crate::source::{self, Feed};
 
 /// Follows the ServiceCIDRs and tells the event loop of their ranges. A cluster that is too old to have any (before Kubernetes 1.33), or
 /// does not let agents see them, has those of `--service-cidr`.
 pub async fn follow(options: ApiOptions, feed: Feed) {
-    let client = loop {
-        match watch::client(&options).await {
-            Ok(client) => break client,
-            // The event loop hears of it by its own watch.
-            Err(error) => tracing::debug!(%error, "service ranges: no client yet"),
-        }
-        tokio::time::sleep(RETRY).await;
-    };
+    let client = source::client(&options, "service ranges").await;
     let all: Api<ServiceCIDR> = Api::all(client);
     let mut events = std::pin::pin!(watcher(all, watcher::Config::default()).default_backoff());
     let mut known: BTreeMap<String, Vec<IpNetwork>> = BTreeMap::new();

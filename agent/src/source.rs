@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
+use cluster_model::watch::kube::Client;
 use cluster_model::watch::{self, ApiOptions, Report};
 use cluster_model::{Change, Kind, Object, read_manifest};
 use ipnetwork::IpNetwork;
@@ -22,6 +23,18 @@ pub const KINDS: [Kind; 3] = [Kind::Service, Kind::EndpointSlice, Kind::Node];
 
 /// Longest pause before credentials that could not be read are read again.
 const RETRY_MAX: Duration = Duration::from_secs(5);
+
+/// A client of the API server, as soon as its credentials can be read. What it is for is named in the log.
+pub async fn client(options: &ApiOptions, purpose: &str) -> Client {
+    loop {
+        match watch::client(options).await {
+            Ok(client) => return client,
+            // The event loop hears of it by its own watch.
+            Err(error) => tracing::debug!(%error, "{purpose}: no client yet"),
+        }
+        tokio::time::sleep(RETRY_MAX).await;
+    }
+}
 
 /// Where news of the cluster go: into the event loop, with the time of their arrival.
 #[derive(Clone)]

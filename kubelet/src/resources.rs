@@ -36,7 +36,7 @@ fn quantities<'a>(map: &'a Option<BTreeMap<String, Quantity>>, name: &str) -> Op
     map.as_ref()?.get(name)
 }
 
-fn limit<'a>(resources: Option<&'a ResourceRequirements>, name: &str) -> Option<&'a Quantity> {
+pub fn limit<'a>(resources: Option<&'a ResourceRequirements>, name: &str) -> Option<&'a Quantity> {
     quantities(&resources?.limits, name)
 }
 
@@ -158,14 +158,15 @@ pub fn pod_limits(spec: &PodSpec) -> Limits {
     }
 }
 
+/// Whether nothing of the node may end the pod to make room: from this priority on (system-cluster-critical).
+pub fn is_critical(pod: &Pod) -> bool {
+    let priority = pod.spec.as_ref().and_then(|spec| spec.priority);
+    priority.is_some_and(|priority| priority >= 2_000_000_000)
+}
+
 /// The OOM score of a container: the less memory a burstable one asks for, the sooner it is killed (upstream's formula).
 pub fn oom_score_adj(pod: &Pod, container: &Container, node_memory_bytes: i64) -> i64 {
-    let critical = pod
-        .spec
-        .as_ref()
-        .and_then(|s| s.priority)
-        .is_some_and(|p| p >= 2_000_000_000);
-    if critical {
+    if is_critical(pod) {
         return -997;
     }
     match qos_class(pod) {

@@ -10,18 +10,17 @@ mod controller;
 pub mod pools;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use cluster_model::api::api::core::v1::ConfigMap;
+use cluster_model::watch::ApiOptions;
 use cluster_model::watch::kube::Client;
 use cluster_model::watch::kube::api::Api;
 use cluster_model::watch::kube::runtime::{WatchStreamExt, watcher};
-use cluster_model::watch::{self, ApiOptions};
 use futures::StreamExt;
 use tokio::sync::watch as channel;
 
 use crate::lease::Candidate;
-use crate::source::Feed;
+use crate::source::{self, Feed};
 pub use pools::Pools;
 
 const NAMESPACE: &str = "kube-system";
@@ -29,8 +28,6 @@ const NAMESPACE: &str = "kube-system";
 const CONFIG_MAP: &str = "keelway-config";
 const CONFIG_KEY: &str = "loadBalancer";
 const LEASE: &str = "keelway-load-balancer";
-/// Longest pause before credentials that could not be read are read again.
-const RETRY: Duration = Duration::from_secs(5);
 
 /// The pools as they are configured now, or why they cannot be used.
 pub type Configured = Result<Arc<Pools>, String>;
@@ -42,14 +39,7 @@ pub async fn run(
     configured: Option<Arc<Pools>>,
     feed: Feed,
 ) {
-    let client = loop {
-        match watch::client(&options).await {
-            Ok(client) => break client,
-            // The event loop hears of it by its own watch.
-            Err(error) => tracing::debug!(%error, "load balancer: no client yet"),
-        }
-        tokio::time::sleep(RETRY).await;
-    };
+    let client = source::client(&options, "load balancer").await;
     let (tell, told) = channel::channel(configured.clone().unwrap_or_default());
     let follow = async {
         match configured {

@@ -24,15 +24,7 @@ impl Node {
         wished: &[IpNetwork],
     ) -> Result<(), NodeError> {
         if self.service_ranges != wished {
-            let made = net::make_service_veth(
-                kernel,
-                wished,
-                &self.uplink.addresses,
-                pod_mtu(self.routing, &self.uplink),
-            )?;
-            if made != self.service_veth {
-                return Err(NodeError::ServiceVeth);
-            }
+            self.make_service_veth(kernel, wished)?;
             self.service_ranges = wished.to_vec();
             self.others_are_gone = false;
         }
@@ -63,9 +55,18 @@ impl Node {
             return Ok(());
         }
         tracing::warn!("the way of Service addresses was changed; it is made as it was");
+        self.make_service_veth(kernel, &self.service_ranges)
+    }
+
+    /// Makes of the pair what is missing, and routes the ranges into it.
+    fn make_service_veth(
+        &self,
+        kernel: &mut Kernel,
+        ranges: &[IpNetwork],
+    ) -> Result<(), NodeError> {
         let made = net::make_service_veth(
             kernel,
-            &self.service_ranges,
+            ranges,
             &self.uplink.addresses,
             pod_mtu(self.routing, &self.uplink),
         )?;

@@ -19,22 +19,16 @@ use ipnetwork::IpNetwork;
 use serde_json::json;
 
 use crate::lease::Candidate;
+use crate::source;
 pub use plan::{Assignment, ClusterRange, ClusterRangeError, Exhausted, plan};
 
 const LEASE: &str = "keelway-node-ranges";
-/// The pause before credentials that could not be read are read again, and before what could not be written is tried again.
+/// The pause before what could not be written is tried again.
 const RETRY: Duration = Duration::from_secs(5);
 
 /// Gives out ranges while this agent holds the Lease. Never ends.
 pub async fn run(options: ApiOptions, identity: String, ranges: Vec<ClusterRange>) {
-    let client = loop {
-        match watch::client(&options).await {
-            Ok(client) => break client,
-            // The event loop hears of it by its own watch.
-            Err(error) => tracing::debug!(%error, "node ranges: no client yet"),
-        }
-        tokio::time::sleep(RETRY).await;
-    };
+    let client = source::client(&options, "node ranges").await;
     let mut candidate = Candidate::new(client.clone(), LEASE, &identity);
     loop {
         candidate.lead().await;

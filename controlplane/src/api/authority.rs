@@ -10,7 +10,7 @@ use tokio::sync::Mutex;
 use crate::auth::node::NodePods;
 use crate::auth::policy;
 use crate::auth::rbac::{Index, Rule};
-use crate::store::{Change, Range, Revision, Store, StoreError, WatchStream};
+use crate::store::{Change, PODS, Range, Revision, Store, StoreError, WatchStream};
 
 /// View is made of the values of some keys.
 pub trait View: Default + Send + Sync {
@@ -24,7 +24,6 @@ const ROLES: &str = "/rbac.authorization.k8s.io/roles/";
 const ROLE_BINDINGS: &str = "/rbac.authorization.k8s.io/rolebindings/";
 const CLUSTER_ROLES: &str = "/rbac.authorization.k8s.io/clusterroles/";
 const CLUSTER_ROLE_BINDINGS: &str = "/rbac.authorization.k8s.io/clusterrolebindings/";
-pub const PODS: &str = "/core/pods/";
 
 impl View for Index {
     const PREFIXES: &'static [&'static str] =

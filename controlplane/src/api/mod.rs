@@ -77,6 +77,7 @@ use crate::store::{Store, StoreError};
 use crate::streams;
 
 pub(crate) use admission::{Usage, covers, usage};
+pub(crate) use allocation::MANAGED_BY;
 pub use backup::BACKUP_PATH;
 pub use config::{AuditFiles, Authorization, Config, TOKEN_ISSUER};
 pub use front_proxy::FrontProxyConfig;

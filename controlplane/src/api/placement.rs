@@ -4,11 +4,11 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use super::Api;
-use super::authority::{PODS, View};
+use super::authority::View;
 use super::request::{ListOptions, Target};
 use super::status::Status;
 use crate::codec::scan::Raw;
-use crate::store::Revision;
+use crate::store::{PODS, Revision};
 
 /// Placement is the keys of the pods of each node.
 #[derive(Default)]

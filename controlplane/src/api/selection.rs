@@ -3,13 +3,12 @@
 
 use bytes::Bytes;
 
-use super::authority::PODS;
 use super::request::{ListOptions, Target};
 use super::{object, strategy};
 use crate::codec::scan::Raw;
 use crate::registry::Resource;
 use crate::selector::Field;
-use crate::store::Share;
+use crate::store::{PODS, Share};
 
 impl ListOptions {
     /// Whether a stored object is selected.

@@ -13,6 +13,7 @@ use super::plan::{Action, Controller, Keys, Plan, View};
 use super::pods::guarded_status_patch;
 use super::snapshot::{Change, Snapshot};
 use super::volumes::protection::{hold, release};
+use crate::api::MANAGED_BY;
 
 pub const CONTROLLER: Controller = Controller {
     name: "servicecidr",
@@ -21,8 +22,6 @@ pub const CONTROLLER: Controller = Controller {
 };
 
 const FINALIZER: &str = "networking.k8s.io/service-cidr-finalizer";
-/// Label and value of the addresses that API servers have given to Services.
-const MANAGED_BY: (&str, &str) = ("ipaddress.kubernetes.io/managed-by", "ipallocator.k8s.io");
 /// API servers that have not heard of a deletion yet may give an address out: so long they have to hear of it, as upstream.
 const GRACE: SignedDuration = SignedDuration::from_secs(10);
 

@@ -23,6 +23,9 @@ pub use etcd::{Etcd, EtcdConfig, EtcdMember, EtcdMembership};
 pub use sealed::{Keys, KeysError, Sealed};
 pub use snapshot::{SERVERS, Snapshot, SnapshotError, lifetime};
 
+/// Where pods are kept: their values alone are looked into for watches.
+pub const PODS: &str = "/core/pods/";
+
 /// Revision is a point in the store's history: every write gets the next one. It is what clients see as `resourceVersion`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Revision(pub u64);

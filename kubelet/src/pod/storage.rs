@@ -8,13 +8,12 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
 use super::all_containers;
 use crate::quantity::whole;
+use crate::resources;
 use crate::volume::VolumeKind;
 
 /// The reason that the API is told of a pod that was ended for what it used.
 pub const EVICTED: &str = "Evicted";
 const RESOURCE: &str = "ephemeral-storage";
-/// From this priority on pods are never evicted (system-cluster-critical).
-const PRIORITY_CRITICAL: i32 = 2_000_000_000;
 
 /// What a pod uses, in bytes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -35,7 +34,7 @@ pub fn on_disk(pod: &Pod) -> impl Iterator<Item = &Volume> {
 pub fn is_limited(pod: &Pod) -> bool {
     let Some(spec) = &pod.spec else { return false };
     let limited = |(container, _)| limit(container).is_some();
-    spec.priority.is_none_or(|p| p < PRIORITY_CRITICAL)
+    !resources::is_critical(pod)
         && (on_disk(pod).any(|v| size_limit(v).is_some()) || all_containers(spec).any(limited))
 }
 
@@ -60,12 +59,11 @@ pub fn excess(pod: &Pod, usage: &Usage) -> Option<String> {
         .values()
         .chain(usage.volumes.values())
         .sum();
-    let main = spec.containers.iter().filter_map(limit);
-    let total = Quantity(main.filter_map(whole).sum::<i64>().to_string());
-    if spec.containers.iter().any(|c| limit(c).is_some()) && exceeds(used, &total) {
+    let limits = spec.containers.iter().filter_map(limit).filter_map(whole);
+    let total = limits.reduce(i64::saturating_add);
+    if let Some(total) = total.filter(|total| used > total.unsigned_abs()) {
         return Some(format!(
-            "Pod ephemeral local storage usage exceeds the total limit of containers {}. ",
-            total.0
+            "Pod ephemeral local storage usage exceeds the total limit of containers {total}. "
         ));
     }
     all_containers(spec).find_map(|(container, _)| {
@@ -79,8 +77,8 @@ pub fn excess(pod: &Pod, usage: &Usage) -> Option<String> {
 }
 
 fn limit(container: &Container) -> Option<&Quantity> {
-    let limits = container.resources.as_ref()?.limits.as_ref()?;
-    limits.get(RESOURCE).filter(|limit| is_positive(limit))
+    let limit = resources::limit(container.resources.as_ref(), RESOURCE);
+    limit.filter(|limit| is_positive(limit))
 }
 
 fn size_limit(volume: &Volume) -> Option<&Quantity> {
@@ -143,7 +141,7 @@ mod tests {
         assert!(!is_limited(&unlimited));
         assert_eq!(excess(&unlimited, &usage(MI, MI, MI, MI)), None);
         let mut critical = pod;
-        critical.spec.as_mut().unwrap().priority = Some(PRIORITY_CRITICAL);
+        critical.spec.as_mut().unwrap().priority = Some(2_000_000_000);
         assert!(!is_limited(&critical));
     }
 }

@@ -21,6 +21,7 @@ use super::request::Target;
 use super::status::{FieldError, Status};
 use super::strategy::families::{self, Family, has_addresses, is_headless};
 use crate::store::{Record, Store, StoreError, Write};
+pub use held::MANAGED_BY;
 use held::{ADDRESSES, Claim, Held, PORTS};
 use ranges::Ranges;
 

@@ -7,12 +7,9 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use super::super::{Record, Revision, Share, StoreError};
+use super::super::{PODS, Record, Revision, Share, StoreError};
 use super::history::Event;
 use crate::codec::scan::Raw;
-
-/// The one bucket whose values are looked into.
-const PODS: &str = "/core/pods/";
 
 /// A share's number. When two shares have the same their watches are told of both: they are told of at least their own.
 pub(super) type Id = u64;

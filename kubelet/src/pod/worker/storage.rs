@@ -44,24 +44,26 @@ impl Worker {
                 tracing::debug!(pod = %self.key, container = run.name, %error, "cannot tell what a container wrote");
                 0
             });
-            let logs = Path::new(&run.log_path).parent().map(Path::to_owned);
-            let logs = counted(logs.into_iter().collect()).await;
+            let logs = match Path::new(&run.log_path).parent() {
+                Some(folder) => counted(folder.to_owned()).await,
+                None => 0,
+            };
             *usage.containers.entry(run.name.clone()).or_default() += written + logs;
         }
         let folder = PodFolder::new(&self.context.config.root_dir, &self.key.uid);
         for volume in on_disk(&self.pod) {
-            let place = folder.volume(volume).into_iter().collect();
-            usage
-                .volumes
-                .insert(volume.name.clone(), counted(place).await);
+            if let Some(place) = folder.volume(volume) {
+                let used = counted(place).await;
+                usage.volumes.insert(volume.name.clone(), used);
+            }
         }
         usage
     }
 }
 
-/// What the files at and below some places take of the disk. It may take long, and holds up nobody.
-async fn counted(places: Vec<PathBuf>) -> u64 {
-    let count = tokio::task::spawn_blocking(move || places.iter().map(|place| used(place)).sum());
+/// What the files at and below a place take of the disk. It may take long, and holds up no other pod.
+async fn counted(place: PathBuf) -> u64 {
+    let count = tokio::task::spawn_blocking(move || used(&place));
     count.await.unwrap_or(0)
 }
 
