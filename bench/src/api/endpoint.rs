@@ -108,6 +108,15 @@ impl Endpoint {
         })
     }
 
+    pub fn pids(&self) -> &[u32] {
+        &self.pids
+    }
+
+    /// Its processes are others from now on.
+    pub fn set_pids(&mut self, pids: Vec<u32>) {
+        self.pids = pids;
+    }
+
     /// Processor time that its processes have used; None when they are not known.
     pub fn cpu(&self) -> Result<Option<Duration>> {
         // Of proc_pid_stat(5): user and system time are fields 14 and 15, in ticks of a hundredth of a second.

@@ -4,6 +4,7 @@ mod beside;
 mod connection;
 mod endpoint;
 mod fleet;
+mod restart;
 mod work;
 
 use std::path::PathBuf;
@@ -50,8 +51,17 @@ pub struct Flags {
     /// Seconds that they are measured for
     #[arg(long, default_value_t = 60)]
     fleet_seconds: u64,
+    /// Kill the --pids of each endpoint and start them again as they were, with so many pods, in place of everything else; they end with
+    /// the bench
+    #[arg(long, value_name = "PODS", num_args = 0..=1, default_missing_value = "100000", conflicts_with = "fleet", value_parser = at_least_one)]
+    restart: Option<usize>,
     #[command(flatten)]
     output: Output,
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    let number: std::num::NonZeroUsize = text.parse().map_err(|error| format!("{error}"))?;
+    Ok(number.get())
 }
 
 const CONNECTIONS: [usize; 3] = [1, 16, 64];
@@ -99,6 +109,11 @@ async fn measure(flags: &Flags, report: &mut Report) -> Result<Findings> {
         sizes => sizes.to_vec(),
     };
     let rounds = if flags.quick { 3 } else { 7 };
+    if let Some(pods) = flags.restart {
+        let size = (pods, sizes[0]);
+        measure_restarts(endpoints, size, rounds, (&progress, &mut findings)).await?;
+        return Ok(findings);
+    }
     for bytes in sizes {
         for endpoint in &endpoints {
             crate::say(
@@ -251,6 +266,41 @@ async fn measure_mixes(
     Ok(())
 }
 
+async fn measure_restarts(
+    mut endpoints: Vec<Endpoint>,
+    (pods, bytes): (usize, usize),
+    rounds: usize,
+    (progress, findings): (&ProgressBar, &mut Findings),
+) -> Result<()> {
+    let servers = endpoints.iter().map(restart::Server::of);
+    // Before anything is made: it may be that one cannot be looked into.
+    let mut servers = servers.collect::<Result<Vec<_>>>()?;
+    for endpoint in &endpoints {
+        let name = &endpoint.name;
+        crate::say(progress, format!("{name}: {pods} pods of {bytes} bytes"));
+        work::fill(endpoint, pods, bytes).await?;
+    }
+    for round in 1..=rounds {
+        for (endpoint, server) in endpoints.iter_mut().zip(&mut servers) {
+            let name = &endpoint.name;
+            crate::say(progress, format!("{name}: restart {round} of {rounds}"));
+            let times = server.again(endpoint, pods).await?;
+            let case = Case::new(RESTART, endpoint, format!("{pods} pods, {bytes} bytes"));
+            findings.push(case.clone(), FIRST, times.first.as_secs_f64());
+            findings.push(case.clone(), WHOLE, times.whole.as_secs_f64());
+            if let Some(memory) = endpoint.memory()? {
+                findings.push(case, ALL, memory);
+            }
+        }
+    }
+    for (endpoint, server) in endpoints.iter().zip(servers) {
+        work::clear(endpoint).await?;
+        server.stop()?;
+    }
+    progress.finish_and_clear();
+    Ok(())
+}
+
 async fn measure_fleet(
     flags: &Flags,
     nodes: usize,
@@ -295,6 +345,7 @@ const MEMORY: &str = "memory of all processes";
 const WATCH: &str = "one change to many watches";
 const MIXED: &str = "reads and writes";
 const FLEET: &str = "simulated kubelets";
+const RESTART: &str = "killed, and started again";
 
 type Quantity = (&'static str, &'static str, Better);
 const RATE: Quantity = ("rate", "/s", Better::Higher);
@@ -314,6 +365,8 @@ const EVENTS: Quantity = ("events", "", Better::Higher);
 const FAILED: Quantity = ("failed", "", Better::Lower);
 const P50: Quantity = ("p50", "ms", Better::Lower);
 const P99: Quantity = ("p99", "ms", Better::Lower);
+const FIRST: Quantity = ("first answer", "s", Better::Lower);
+const WHOLE: Quantity = ("all listed", "s", Better::Lower);
 
 /// What a figure is of.
 #[derive(Clone, Debug, PartialEq, Eq)]

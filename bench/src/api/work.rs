@@ -87,9 +87,10 @@ pub async fn clear(endpoint: &Endpoint) -> Result<()> {
     Ok(())
 }
 
-/// A way to list all pods.
+/// A way to ask for the pods.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum List {
+    One,
     Whole,
     Protobuf,
     Pages,
@@ -97,10 +98,12 @@ pub enum List {
 }
 
 impl List {
+    /// What is measured: those that give more than one.
     pub const ALL: [List; 4] = [List::Whole, List::Protobuf, List::Pages, List::Selector];
 
     pub fn name(self) -> &'static str {
         match self {
+            List::One => "one",
             List::Whole => "whole, JSON",
             List::Protobuf => "whole, protobuf",
             List::Pages => "by pages of 500, JSON",
@@ -111,6 +114,7 @@ impl List {
     /// Lists once; gives how long the answers took to come, without what is looked at in them.
     pub async fn once(self, caller: &Caller, pods: usize) -> Result<Duration> {
         match self {
+            List::One => Ok(caller.get(&format!("{PODS}/p-0")).await?.took),
             List::Whole => {
                 let answer = caller.get(PODS).await?;
                 check(&answer.body, pods)?;
