@@ -31,8 +31,8 @@ pub use flow::{
 };
 pub use layout::Plain;
 pub use service::{
-    Affinity, AffinityKey, Backend, Cell, ExtentHeader, FrontendKey, KeptPorts, LEAD_GUARDED, Lead,
-    MARKER_EXTERNAL, MaglevBlock, MaglevKey, PeerKey, RangeKey, SERVICE_DIRECT,
+    Affinity, AffinityKey, Backend, Cell, Connected, ExtentHeader, FrontendKey, KeptPorts,
+    LEAD_GUARDED, Lead, MARKER_EXTERNAL, MaglevBlock, MaglevKey, PeerKey, RangeKey, SERVICE_DIRECT,
     SERVICE_KEEPS_CLIENTS, SERVICE_SILENT, ServiceRef, SocketPeer, SocketPeers, VIP_PORT,
     VIP_PROTO,
 };
@@ -68,6 +68,9 @@ pub mod limits {
     pub const TRACES: u32 = 1 << 15;
     /// All ports of three protocols: a quarter of a megabyte.
     pub const KEPT_PORTS: u32 = 3 * super::KeptPorts::OF_A_PROTOCOL;
+    /// Places of sockets of TCP that are connected to Services, of which one that finds its own taken has storage, which costs it more:
+    /// not a megabyte, and little enough for a CPU's cache.
+    pub const CONNECTED: u32 = 1 << 14;
     /// Connected datagram sockets of the host whose backend is remembered, forgotten least recently connected first.
     pub const DATAGRAMS: u32 = 1 << 12;
     /// Ports of the node that it gives to others' flows: the first of them, and how many. Below NodePorts (30000) and the kernel's ephemeral
@@ -134,19 +137,22 @@ pub mod map {
     pub const MONITOR: &str = "MONITOR";
     /// [`crate::SocketPeers`], of sockets that name a destination with what they send; socket storage.
     pub const SOCKET_PEERS: &str = "SOCKET_PEERS";
-    /// [`crate::SocketPeer`], of those that were connected; socket storage.
+    /// [`crate::Connected`] sockets of TCP, by [`crate::Connected::place`]; array.
+    pub const CONNECTED: &str = "CONNECTED";
+    /// [`crate::SocketPeer`], of others that were connected, and of those that found their place taken; socket storage.
     pub const SOCKET_PEER: &str = "SOCKET_PEER";
     /// Socket cookie, u64, to [`crate::SocketPeer`]: the host's datagram sockets that were connected to a backend; LRU hash.
     pub const DATAGRAMS: &str = "DATAGRAMS";
 
     /// Maps that tell of traffic rather than of the cluster. They outlive the version that made them, and have the size that it gave
     /// them.
-    pub const OF_TRAFFIC: [&str; 8] = [
+    pub const OF_TRAFFIC: [&str; 9] = [
         FLOWS,
         FLOWS_UNREPLIED,
         AFFINITY,
         FRAGMENTS,
         SOCKET_PEERS,
+        CONNECTED,
         SOCKET_PEER,
         TRACES,
         KEPT_PORTS,

@@ -485,6 +485,23 @@ pub struct SocketPeer {
 }
 plain!(SocketPeer, 48, { frontend: 0, backend: 16, frontend_port: 32, backend_port: 34, service: 36, generation: 40, slot: 44 });
 
+/// What a socket of TCP was connected to, from then until it is closed.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Connected {
+    /// The kernel's number of the socket, which no other ever has; 0 where there is none.
+    pub cookie: u64,
+    pub peer: SocketPeer,
+}
+plain!(Connected, 56, { cookie: 0, peer: 8 });
+
+impl Connected {
+    /// Sockets that are made one after the other have places one after the other.
+    pub const fn place(cookie: u64) -> u32 {
+        cookie as u32 % limits::CONNECTED
+    }
+}
+
 /// Socket storage: the last translations of an unconnected UDP socket, one per service it talks to, the oldest forgotten beyond
 /// [`SocketPeers::SLOTS`].
 #[repr(C)]

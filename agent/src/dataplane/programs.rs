@@ -75,7 +75,7 @@ pub(super) const POD_PROGRAMS: [PacketProgram; 2] =
     [PacketProgram::PodIngress, PacketProgram::PodEgress];
 
 /// The programs at control groups, by name, with the kernel's number of their attach type.
-pub(super) const SOCKET_PROGRAMS: [(&str, u32); 8] = [
+pub(super) const SOCKET_PROGRAMS: [(&str, u32); 9] = [
     ("connect4", 10),
     ("connect6", 11),
     ("sendmsg4", 14),
@@ -84,6 +84,7 @@ pub(super) const SOCKET_PROGRAMS: [(&str, u32); 8] = [
     ("recvmsg6", 20),
     ("getpeername4", 29),
     ("getpeername6", 30),
+    ("sock_release", 34),
 ];
 
 pub(super) const COLLECT: &str = "collect";

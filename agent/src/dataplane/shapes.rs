@@ -3,9 +3,9 @@
 use std::{io, os::fd::AsFd as _, path::Path};
 
 use dataplane_abi::{
-    Addr, Affinity, AffinityKey, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey,
-    KeptPorts, Lead, LocalAddress, MONITOR_WORDS, MaglevBlock, MaglevKey, PeerKey, RangeKey,
-    Reason, SocketPeer, SocketPeers, Trace, limits, map,
+    Addr, Affinity, AffinityKey, Cell, Connected, Flow, FlowKey, FragmentKey, FragmentPorts,
+    FrontendKey, KeptPorts, Lead, LocalAddress, MONITOR_WORDS, MaglevBlock, MaglevKey, PeerKey,
+    RangeKey, Reason, SocketPeer, SocketPeers, Trace, limits, map,
 };
 
 use super::{
@@ -14,7 +14,7 @@ use super::{
 };
 
 /// What each map of the object is made like.
-pub(super) fn shapes() -> [(&'static str, MapShape); 19] {
+pub(super) fn shapes() -> [(&'static str, MapShape); 20] {
     const HASH: u32 = 1;
     const ARRAY: u32 = 2;
     const PERCPU_ARRAY: u32 = 6;
@@ -157,6 +157,10 @@ pub(super) fn shapes() -> [(&'static str, MapShape); 19] {
         (
             map::SOCKET_PEERS,
             MapShape::new(SK_STORAGE, word, size_of::<SocketPeers>(), 0, NO_PREALLOC),
+        ),
+        (
+            map::CONNECTED,
+            MapShape::new(ARRAY, word, size_of::<Connected>(), limits::CONNECTED, 0),
         ),
         (
             map::SOCKET_PEER,

@@ -53,6 +53,7 @@ fn load(program: &mut Program) -> Result<(), ProgramError> {
         Program::SchedClassifier(program) => program.load(),
         Program::Xdp(program) => program.load(),
         Program::CgroupSockAddr(program) => program.load(),
+        Program::CgroupSock(program) => program.load(),
         _ => Err(ProgramError::UnexpectedProgramType),
     }
 }

@@ -2,6 +2,7 @@
 //! kernel wants; the logic is in the library.
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 
 mod collect;
 mod dns;

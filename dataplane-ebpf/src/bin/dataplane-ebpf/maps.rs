@@ -8,11 +8,11 @@ use aya_ebpf::{
     helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_coarse_ns, bpf_loop},
     macros::btf_map,
 };
-use core::{ffi::c_void, hint::black_box};
+use core::{arch::asm, ffi::c_void, hint::black_box};
 use dataplane_abi::{
-    Addr, Affinity, AffinityKey, Cell, Flow, FlowKey, FragmentKey, FragmentPorts, FrontendKey,
-    KeptPorts, Lead, LocalAddress, MaglevBlock, MaglevKey, PeerKey, RangeKey, Reason, ServiceRef,
-    SocketPeer, SocketPeers, Trace, limits,
+    Addr, Affinity, AffinityKey, Cell, Connected, Flow, FlowKey, FragmentKey, FragmentPorts,
+    FrontendKey, KeptPorts, Lead, LocalAddress, MaglevBlock, MaglevKey, PeerKey, RangeKey, Reason,
+    ServiceRef, SocketPeer, SocketPeers, Trace, limits,
 };
 use dataplane_ebpf::{
     balance::{self, Picked},
@@ -84,10 +84,78 @@ static NOTES: PerCpuArray<Notes, 1> = PerCpuArray::new();
 pub static SOCKET_PEERS: SkStorage<SocketPeers> = SkStorage::new();
 #[btf_map]
 pub static SOCKET_PEER: SkStorage<SocketPeer> = SkStorage::new();
+#[btf_map]
+static CONNECTED: Array<Connected, { limits::CONNECTED as usize }> = Array::new();
 
 /// By the cookies of sockets.
 #[btf_map]
 static DATAGRAMS: LruHashMap<u64, SocketPeer, { limits::DATAGRAMS as usize }> = LruHashMap::new();
+
+/// The place of a socket of TCP, and the word that says whose it is.
+#[inline(always)]
+fn connected_place(cookie: u64) -> Option<(*mut SocketPeer, *mut u64)> {
+    let place = CONNECTED.get_ptr_mut(Connected::place(cookie))?;
+    // SAFETY: fields of an element of the array.
+    Some(unsafe { (&raw mut (*place).peer, &raw mut (*place).cookie) })
+}
+
+/// Notes what a socket of TCP is connected to; false where its place is another's.
+#[inline(always)]
+pub fn note_connected(cookie: u64, peer: &SocketPeer) -> bool {
+    let Some((place, owner)) = connected_place(cookie) else {
+        return false;
+    };
+    // SAFETY: an aligned word of an array's element.
+    let found = unsafe { take_if_free(owner, cookie) };
+    // One that is connected again has it.
+    if found != 0 && found != cookie {
+        return false;
+    }
+    // SAFETY: the socket's own, which one call at a time connects, and until then nobody is told of it.
+    unsafe { place.write(*peer) };
+    true
+}
+
+/// Puts a value where 0 is; gives what was there. By the kernel's instruction itself, which the compiler does not offer for this target.
+///
+/// # Safety
+/// The word is there for as long as the call, and aligned.
+#[inline(always)]
+unsafe fn take_if_free(word: *mut u64, value: u64) -> u64 {
+    let mut found = 0;
+    // SAFETY: touches that word alone; r0 is what it is compared with, and then what it was.
+    unsafe {
+        asm!(
+            "r0 = cmpxchg_64({word} + 0, r0, {value})",
+            word = in(reg) word,
+            value = in(reg) value,
+            inlateout("r0") found,
+            options(nostack),
+        );
+    }
+    found
+}
+
+/// What a socket of TCP is connected to.
+#[inline(always)]
+pub fn connected(cookie: u64) -> Option<&'static SocketPeer> {
+    let (place, owner) = connected_place(cookie)?;
+    // SAFETY: one load of an aligned word; the place is the socket's own for as long as it is open, as it is in a call.
+    unsafe { (owner.read_volatile() == cookie).then(|| &*place) }
+}
+
+/// Forgets a socket.
+#[inline(always)]
+pub fn forget_connected(cookie: u64) {
+    if let Some((_, owner)) = connected_place(cookie) {
+        // SAFETY: as above, and one store.
+        unsafe {
+            if owner.read_volatile() == cookie {
+                owner.write_volatile(0);
+            }
+        }
+    }
+}
 
 /// Notes what a datagram socket of the host is connected to.
 #[inline(always)]

@@ -3,8 +3,8 @@
 use aya_ebpf::{
     bindings::bpf_sock_addr,
     helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval},
-    macros::cgroup_sock_addr,
-    programs::SockAddrContext,
+    macros::{cgroup_sock, cgroup_sock_addr},
+    programs::{SockAddrContext, SockContext},
 };
 use dataplane_abi::{Addr, FrontendKey, Reason, SocketPeer, SocketPeers, proto};
 use dataplane_ebpf::{
@@ -15,7 +15,10 @@ use dataplane_ebpf::{
 
 use crate::{
     HOST_NETNS, PACKET_LB, SOCKET_LB,
-    maps::{Maps, SOCKET_PEER, SOCKET_PEERS, note_datagrams},
+    maps::{
+        Maps, SOCKET_PEER, SOCKET_PEERS, connected, forget_connected, note_connected,
+        note_datagrams,
+    },
     monitor, node_v4, node_v6,
 };
 
@@ -189,6 +192,17 @@ fn note(call: *mut bpf_sock_addr, peer: &SocketPeer) {
     }
 }
 
+/// Whether it is noted what a socket was connected to. Only TCP's is, which asks for nothing but its peer's name: a place in a table
+/// costs it less than storage of its own, which the kernel makes, clears and gives back.
+#[inline(always)]
+fn is_noted(call: *mut bpf_sock_addr, peer: &SocketPeer) -> bool {
+    // SAFETY: a field of a valid context. What Multipath TCP connects are sockets that nobody closes.
+    let protocol = unsafe { (&raw const (*call).protocol).read_volatile() };
+    // SAFETY: a valid context.
+    protocol == proto::TCP as u32
+        && note_connected(unsafe { bpf_get_socket_cookie(call.cast()) }, peer)
+}
+
 /// Has the call go to what the socket is given.
 #[inline(always)]
 fn answer<F: Family>(call: *mut bpf_sock_addr, peer: &SocketPeer, protocol: u8) {
@@ -261,7 +275,7 @@ fn names<F: Family>(ctx: &SockAddrContext, keeps: bool) -> i32 {
             renew(peers, epoch);
             remember(peers, &peer);
         }
-    } else {
+    } else if !is_noted(call, &peer) {
         // SAFETY: as above.
         if let Some(place) = unsafe { SOCKET_PEER.get_or_insert_ptr_mut(ctx, None).as_mut() } {
             *place = peer;
@@ -274,15 +288,23 @@ fn names<F: Family>(ctx: &SockAddrContext, keeps: bool) -> i32 {
     ALLOW
 }
 
-/// A call that tells a peer's address: recvmsg of an unconnected socket, or getpeername.
+/// A call that tells a peer's address: recvmsg of an unconnected socket, or getpeername, which TCP has too.
 #[inline(always)]
-fn tells<F: Family>(ctx: &SockAddrContext) -> i32 {
+fn tells<F: Family>(ctx: &SockAddrContext, has_tcp: bool) -> i32 {
     if SOCKET_LB.load() == 0 {
         return ALLOW;
     }
     let call = ctx.sock_addr;
     // SAFETY: the caller is a hook of the family.
     let (addr, at) = (unsafe { F::addr(call) }, port(call));
+    // SAFETY: a valid context.
+    if has_tcp
+        && let Some(peer) = connected(unsafe { bpf_get_socket_cookie(call.cast()) })
+        && is_backend(peer, &addr, at)
+    {
+        tell::<F>(call, peer);
+        return ALLOW;
+    }
     // SAFETY: null or the storage of the call's socket.
     if let Some(peers) = unsafe { SOCKET_PEERS.get_ptr_mut(ctx).as_ref() }
         && let Some(peer) = asked(peers, &addr, at)
@@ -331,20 +353,35 @@ pub fn sendmsg6(ctx: SockAddrContext) -> i32 {
 
 #[cgroup_sock_addr(recvmsg4)]
 pub fn recvmsg4(ctx: SockAddrContext) -> i32 {
-    tells::<V4>(&ctx)
+    tells::<V4>(&ctx, false)
 }
 
 #[cgroup_sock_addr(recvmsg6)]
 pub fn recvmsg6(ctx: SockAddrContext) -> i32 {
-    tells::<V6>(&ctx)
+    tells::<V6>(&ctx, false)
 }
 
 #[cgroup_sock_addr(getpeername4)]
 pub fn getpeername4(ctx: SockAddrContext) -> i32 {
-    tells::<V4>(&ctx)
+    tells::<V4>(&ctx, true)
 }
 
 #[cgroup_sock_addr(getpeername6)]
 pub fn getpeername6(ctx: SockAddrContext) -> i32 {
-    tells::<V6>(&ctx)
+    tells::<V6>(&ctx, true)
+}
+
+/// Whoever has a socket closes it: the last of them, when several do.
+#[cgroup_sock(sock_release)]
+pub fn sock_release(ctx: SockContext) -> i32 {
+    if SOCKET_LB.load() == 0 {
+        return ALLOW;
+    }
+    // SAFETY: a field of a valid context.
+    let protocol = unsafe { (&raw const (*ctx.sock).protocol).read_volatile() };
+    if protocol == proto::TCP as u32 {
+        // SAFETY: a valid context.
+        forget_connected(unsafe { bpf_get_socket_cookie(ctx.sock.cast()) });
+    }
+    ALLOW
 }
