@@ -2,16 +2,18 @@
 //! traffic, and an agent that restarts disturbs nothing.
 
 use std::{
+    collections::BTreeSet,
     fmt::Write as _,
     io::{Read as _, Write as _},
-    net::{SocketAddr, TcpStream},
+    net::{Ipv4Addr, SocketAddr, TcpStream},
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
 
 use dataplane_abi::{Class, Reason};
-use keelway_agent::dataplane::{Op, ServiceBackends, ServiceId};
+use ipnetwork::IpNetwork;
+use keelway_agent::dataplane::{Op, Peers, ServiceBackends, ServiceId, held};
 use keelway_tests::{
     nodes::{
         self, AT_SOCKET, BOTH, Cgroup, ECHO_PORT, Hooks, Node, Nodes, PER_PACKET, REFUSED, ask,
@@ -485,4 +487,40 @@ fn idle_flows_are_collected_and_live_ones_are_not() {
     );
     stream.write_all(b"x").unwrap();
     assert!(stream.read(&mut buffer).unwrap() > 0);
+}
+
+#[test]
+fn ranges_of_very_many_nodes_and_sources_are_found_again_and_replaced() {
+    const MANY: u32 = 2000;
+    let Some((sandbox, mut nodes)) = started("very many ranges", BOTH) else {
+        return;
+    };
+    let range = |number: u32| {
+        let address = Ipv4Addr::from_bits(u32::from_be_bytes([100, 64, 0, 0]) + (number << 8));
+        IpNetwork::new(address.into(), 24).unwrap()
+    };
+    let node = &mut nodes.nodes[0];
+    // More than the kernel shows at a time, by an agent that wrote them itself and by the next one.
+    for numbers in [0..MANY, 1..MANY + 1, 1..MANY + 2, 0..3] {
+        let ranges: BTreeSet<IpNetwork> = numbers.map(range).collect();
+        let peers: Peers = ranges.iter().map(|range| (*range, [2; 6])).collect();
+        let ops = [
+            Op::SetPeers {
+                peers: peers.clone(),
+            },
+            Op::SetUnmasqueraded {
+                ranges: ranges.clone(),
+            },
+        ];
+        for _ in 0..2 {
+            node.dataplane().apply(&ops).unwrap();
+            let held = held(&sandbox.pin_root().join("node-1")).unwrap();
+            assert_eq!(
+                (held.peers, held.unmasqueraded),
+                (peers.clone(), ranges.clone())
+            );
+        }
+        node.close();
+        node.open().unwrap();
+    }
 }

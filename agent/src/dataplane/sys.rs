@@ -348,7 +348,7 @@ pub fn delete_batch<K: Plain>(map: BorrowedFd<'_>, keys: &[K]) -> io::Result<()>
     Ok(())
 }
 
-/// Every entry of a hash that nobody else changes meanwhile.
+/// Every entry of a hash or a trie that nobody else changes meanwhile.
 pub fn entries<K: Plain, V: Plain>(map: BorrowedFd<'_>) -> io::Result<Vec<(K, V)>> {
     let mut all = Vec::new();
     visit_entries(map, |entry| {
@@ -358,24 +358,21 @@ pub fn entries<K: Plain, V: Plain>(map: BorrowedFd<'_>) -> io::Result<Vec<(K, V)
     Ok(all)
 }
 
-/// Shows every entry of a hash that was there all the time, until told to stop. Of those that come and go meanwhile, some.
+/// Shows every entry of a hash or a trie that was there all the time, until told to stop. Of those that come and go meanwhile, some.
 pub fn visit_entries<K: Plain, V: Plain>(
     map: BorrowedFd<'_>,
     mut see: impl FnMut((K, V)) -> ControlFlow<()>,
 ) -> io::Result<()> {
     let mut size = BATCH;
-    let (mut position, mut started) = (0u32, false);
+    // Where the kernel stopped: a hash's is a number, that of other maps is the key that it gave last.
+    let words = size_of::<K>().div_ceil(size_of::<u64>()).max(1);
+    let (mut position, mut next, mut started) = (vec![0u64; words], vec![0u64; words], false);
     loop {
         let mut keys: Vec<K> = Vec::with_capacity(size);
         let mut values: Vec<V> = Vec::with_capacity(size);
-        let mut next = 0u32;
         let mut attr = BatchAttr {
-            in_batch: if started {
-                &raw const position as u64
-            } else {
-                0
-            },
-            out_batch: &raw mut next as u64,
+            in_batch: if started { position.as_ptr() as u64 } else { 0 },
+            out_batch: next.as_mut_ptr() as u64,
             keys: keys.as_mut_ptr() as u64,
             values: values.as_mut_ptr() as u64,
             count: size as u32,
@@ -407,7 +404,8 @@ pub fn visit_entries<K: Plain, V: Plain>(
         if done {
             return Ok(());
         }
-        (position, started) = (next, true);
+        std::mem::swap(&mut position, &mut next);
+        started = true;
     }
 }
 
