@@ -84,6 +84,8 @@ pub struct Tables<M> {
     /// Extent of each service that has one.
     placed: HashMap<u32, Extent>,
     ranges: Ranges,
+    /// The ranges of other nodes that the map holds; nothing while that is not known.
+    peers: Option<BTreeMap<PeerKey, u64>>,
     generation: u32,
     maglev: MaglevStore,
 }
@@ -133,6 +135,7 @@ impl<M: MapIo> Tables<M> {
             extents,
             placed,
             ranges: Ranges::default(),
+            peers: None,
             generation,
             maglev,
         })
@@ -406,7 +409,11 @@ impl<M: MapIo> Tables<M> {
 
     /// Makes the ranges of other nodes these.
     fn settle_peers(&mut self, wished: &BTreeMap<PeerKey, u64>) -> Result<(), Error> {
-        let held: BTreeMap<PeerKey, u64> = self.io.peers()?.into_iter().collect();
+        // On an error nothing is known of what is there, and it is read again.
+        let held = match self.peers.take() {
+            Some(held) => held,
+            None => self.io.peers()?.into_iter().collect(),
+        };
         let new = wished
             .iter()
             .filter(|(key, mac)| held.get(key) != Some(mac));
@@ -414,7 +421,9 @@ impl<M: MapIo> Tables<M> {
         let gone = held.keys().filter(|key| !wished.contains_key(key));
         let gone: Vec<PeerKey> = gone.copied().collect();
         self.io.remove_peers(&gone)?;
-        self.io.set_peers(&new)
+        self.io.set_peers(&new)?;
+        self.peers = Some(wished.clone());
+        Ok(())
     }
 
     /// Lets pods keep their addresses everywhere, unless it is known where they do. Programs that masquerade must not see a packet
