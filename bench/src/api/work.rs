@@ -23,7 +23,7 @@ const JSON: &str = "application/json";
 const FILLERS: usize = 16;
 /// A hundredth of the pods has one label.
 const GROUPS: usize = 100;
-/// How long watches may take to open, and events to come.
+/// How long watches may take to open, events to come, and objects to go.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A pod with a name that follows from its number, and about so many bytes of JSON.
@@ -72,7 +72,15 @@ pub async fn fill(endpoint: &Endpoint, pods: usize, bytes: usize) -> Result<()> 
 pub async fn clear(endpoint: &Endpoint) -> Result<()> {
     let caller = endpoint.caller()?;
     for path in [format!("{PODS}?gracePeriodSeconds=0"), MAPS.to_owned()] {
-        caller.delete(&path).await?.ok()?;
+        let began = Instant::now();
+        loop {
+            let answer = caller.delete(&path).await?;
+            // A server gives up on very many at once, with some of them gone.
+            if answer.status.is_success() || began.elapsed() > PATIENCE {
+                answer.ok()?;
+                break;
+            }
+        }
     }
     caller
         .delete(&format!("/api/v1/namespaces/{NAMESPACE}"))

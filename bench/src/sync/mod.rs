@@ -182,15 +182,9 @@ pub fn run(flags: &Flags) -> Result<()> {
             }
         }
     }
-    let (figures, held) = match nodes {
-        0 => Default::default(),
-        // What was measured of Services is not to be lost for that.
-        nodes => bench
-            .nodes(&bin_dir, nodes as usize)
-            .unwrap_or_else(|error| {
-                notes.push(format!("{nodes} nodes: {error:#}"));
-                Default::default()
-            }),
+    let of_nodes = match nodes {
+        0 => Ok(Default::default()),
+        nodes => bench.nodes(&bin_dir, nodes as usize),
     };
     bench.progress.finish_and_clear();
     let mut report = Report::new("sync", machine);
@@ -201,10 +195,21 @@ pub fn run(flags: &Flags) -> Result<()> {
     report.set("tookSeconds", began.elapsed().as_secs());
     report.set("nodes", nodes);
     bench.findings.fill(&mut report);
-    report.figures.extend(figures);
-    report.held.extend(held);
     report.notes = notes;
-    flags.output.show(&report)
+    // What was measured of Services is not to be lost where nodes fail.
+    let failed = match of_nodes {
+        Ok((figures, held)) => {
+            report.figures.extend(figures);
+            report.held.extend(held);
+            Ok(())
+        }
+        Err(error) => {
+            report.notes.push(format!("{nodes} nodes: {error:#}"));
+            Err(error.context(format!("{nodes} nodes")))
+        }
+    };
+    flags.output.show(&report)?;
+    failed
 }
 
 /// The modes of kube-proxy that this machine has tools for.
