@@ -188,8 +188,8 @@ fn another_version_hands_over_while_traffic_goes_on_and_takes_back() {
             );
             let taken = host.run(|| first.dataplane().take_over()).unwrap();
             assert_eq!(taken.versions, 1, "{taken:?}");
-            // Two pods with two hooks each, the uplink, the service veth, and the sockets' eight.
-            assert_eq!(taken.links, 14, "{taken:?}");
+            // Two pods with two hooks each, the uplink, the service veth, and the sockets' nine.
+            assert_eq!(taken.links, 15, "{taken:?}");
             assert!(!other.exists());
             go_on("after the other's programs are gone");
             assert_eq!(AFFINE.map(|at| server(&pod, at)), kept);
