@@ -7,6 +7,7 @@ mod fleet;
 mod restart;
 mod work;
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -53,15 +54,10 @@ pub struct Flags {
     fleet_seconds: u64,
     /// Kill the --pids of each endpoint and start them again as they were, with so many pods, in place of everything else; they end with
     /// the bench
-    #[arg(long, value_name = "PODS", num_args = 0..=1, default_missing_value = "100000", conflicts_with = "fleet", value_parser = at_least_one)]
-    restart: Option<usize>,
+    #[arg(long, value_name = "PODS", num_args = 0..=1, default_missing_value = "100000", conflicts_with = "fleet")]
+    restart: Option<NonZeroUsize>,
     #[command(flatten)]
     output: Output,
-}
-
-fn at_least_one(text: &str) -> Result<usize, String> {
-    let number: std::num::NonZeroUsize = text.parse().map_err(|error| format!("{error}"))?;
-    Ok(number.get())
 }
 
 const CONNECTIONS: [usize; 3] = [1, 16, 64];
@@ -110,7 +106,7 @@ async fn measure(flags: &Flags, report: &mut Report) -> Result<Findings> {
     };
     let rounds = if flags.quick { 3 } else { 7 };
     if let Some(pods) = flags.restart {
-        let size = (pods, sizes[0]);
+        let size = (pods.get(), sizes[0]);
         measure_restarts(endpoints, size, rounds, (&progress, &mut findings)).await?;
         return Ok(findings);
     }

@@ -13,8 +13,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 use keelway::process::Process;
 use nix::sys::signal::Signal;
 
-use super::endpoint::Endpoint;
-use super::work::List;
+use super::endpoint::{Caller, Endpoint};
+use super::work::{self, List};
 
 /// How long processes may take to end, and a server to answer.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -64,9 +64,10 @@ impl Server {
         for process in self.processes.iter_mut().rev() {
             process.start()?;
         }
-        endpoint.set_pids(self.processes.iter().map(|process| process.pid).collect());
-        let first = self.asked(endpoint, began, List::One, pods).await?;
-        let whole = self.asked(endpoint, began, List::Whole, pods).await?;
+        endpoint.set_pids(self.processes.iter().map(Restartable::pid).collect());
+        let first = self.asked(endpoint, began, work::one).await?;
+        let all = async |caller: &Caller| List::Whole.once(caller, pods).await.map(drop);
+        let whole = self.asked(endpoint, began, all).await?;
         Ok(Times { first, whole })
     }
 
@@ -75,14 +76,13 @@ impl Server {
         &mut self,
         endpoint: &Endpoint,
         began: Instant,
-        list: List,
-        pods: usize,
+        ask: impl AsyncFn(&Caller) -> Result<()>,
     ) -> Result<Duration> {
         loop {
             let caller = endpoint.caller()?;
-            let answer = tokio::time::timeout(QUESTION, list.once(&caller, pods)).await;
+            let answer = tokio::time::timeout(QUESTION, ask(&caller)).await;
             let error = match answer {
-                Ok(Ok(_)) => return Ok(began.elapsed()),
+                Ok(Ok(())) => return Ok(began.elapsed()),
                 Ok(Err(error)) => error,
                 Err(late) => late.into(),
             };
@@ -111,7 +111,7 @@ impl Server {
 
 /// A process with all that it takes to start it once more: as whoever measures, and with that one's limits.
 struct Restartable {
-    pid: u32,
+    process: Process,
     program: PathBuf,
     args: Vec<OsString>,
     env: Vec<(OsString, OsString)>,
@@ -123,6 +123,7 @@ struct Restartable {
 
 impl Restartable {
     fn of(pid: u32) -> Result<Self> {
+        let process = Process::now(pid).context("there is none")?;
         let proc = PathBuf::from(format!("/proc/{pid}"));
         let program = fs::read_link(proc.join("exe"))?;
         ensure!(
@@ -134,7 +135,7 @@ impl Restartable {
         ensure!(!args.is_empty(), "it has ended");
         let env = strings(&proc.join("environ"))?.into_iter();
         Ok(Self {
-            pid,
+            process,
             program,
             args,
             env: env.filter_map(variable).collect(),
@@ -159,9 +160,14 @@ impl Restartable {
             .stderr(self.said.try_clone()?)
             .spawn()
             .with_context(|| self.program.display().to_string())?;
-        self.pid = child.id();
+        let process = Process::now(child.id());
         self.child = Some(child);
+        self.process = process.context("it is not there, and nobody has waited for its end")?;
         Ok(())
+    }
+
+    fn pid(&self) -> u32 {
+        self.process.pid
     }
 
     /// # Errors
@@ -189,11 +195,9 @@ impl Restartable {
     }
 
     fn end(&mut self, signal: Signal) -> Result<()> {
-        if let Some(process) = Process::now(self.pid) {
-            process
-                .signal_and_wait(signal, PATIENCE)
-                .with_context(|| self.program.display().to_string())?;
-        }
+        self.process
+            .signal_and_wait(signal, PATIENCE)
+            .with_context(|| self.program.display().to_string())?;
         if let Some(mut child) = self.child.take() {
             child.wait()?;
         }
@@ -270,7 +274,7 @@ mod tests {
         assert_eq!(process.env.len(), 2, "{:?}", process.env);
         let script = r#"[ "$KEY$EMPTY" = "a=b c" ] && pwd; exec sleep 1000"#;
         instead(&mut process, &mut first, &["sh", "-c", script]);
-        assert_ne!(process.pid, first.id());
+        assert_ne!(process.pid(), first.id());
         let said = || fs::read_to_string(format!("/proc/self/fd/{}", process.said.as_raw_fd()));
         let began = Instant::now();
         while said().expect("its words").is_empty() && began.elapsed() < PATIENCE {
@@ -280,7 +284,7 @@ mod tests {
         assert_eq!(Path::new(said.trim()), folder.path());
         process.check().expect("it runs");
         process.end(Signal::SIGTERM).expect("it ends");
-        assert!(Process::now(process.pid).is_none(), "and is reaped");
+        assert!(Process::now(process.pid()).is_none(), "and is reaped");
     }
 
     #[test]

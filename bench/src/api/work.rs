@@ -95,10 +95,14 @@ pub async fn clear(endpoint: &Endpoint) -> Result<()> {
     Ok(())
 }
 
-/// A way to ask for the pods.
+/// Asks for one pod.
+pub async fn one(caller: &Caller) -> Result<()> {
+    caller.get(&format!("{PODS}/p-0")).await.map(drop)
+}
+
+/// A way to list all pods.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum List {
-    One,
     Whole,
     Protobuf,
     Pages,
@@ -106,12 +110,10 @@ pub enum List {
 }
 
 impl List {
-    /// What is measured: those that give more than one.
     pub const ALL: [List; 4] = [List::Whole, List::Protobuf, List::Pages, List::Selector];
 
     pub fn name(self) -> &'static str {
         match self {
-            List::One => "one",
             List::Whole => "whole, JSON",
             List::Protobuf => "whole, protobuf",
             List::Pages => "by pages of 500, JSON",
@@ -122,7 +124,6 @@ impl List {
     /// Lists once; gives how long the answers took to come, without what is looked at in them.
     pub async fn once(self, caller: &Caller, pods: usize) -> Result<Duration> {
         match self {
-            List::One => Ok(caller.get(&format!("{PODS}/p-0")).await?.took),
             List::Whole => {
                 let answer = caller.get(PODS).await?;
                 check(&answer.body, pods)?;
